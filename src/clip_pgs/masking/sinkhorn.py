@@ -1,0 +1,90 @@
+"""Batched entropic optimal transport with uniform marginals (https://arxiv.org/abs/1306.0895)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+SOLVERS = ("log", "pot")
+
+
+def sinkhorn_plan(
+    scores: Tensor,
+    *,
+    temperature: float = 0.1,
+    num_iters: int = 12,
+    solver: str = "log",
+    pot_options: dict[str, Any] | None = None,
+) -> Tensor:
+    """Solve for the plan that moves uniform mass from candidates to patches.
+
+    The cost is `1 - scores`. One sweep scales the rows, then the columns, so that the columns
+    are exact and the rows keep a residual: on photographs about 10 % of a row's mass after 3
+    sweeps, 0.8 % after 12 and 0.1 % after 20.
+
+    Args:
+        scores: Affinities, larger means closer. Shape (B, C, N), any float dtype.
+        temperature: Entropy weight, in the units of `scores`; smaller is sharper.
+        num_iters: Sweeps.
+        solver: "log" runs a fixed number of sweeps in log space: no host synchronisation, and it
+            compiles. "pot" calls `ot.batch.solve_batch` (POT, https://pythonot.github.io), which
+            gives the same plan and synchronises with the host.
+        pot_options: Arguments for `ot.batch.solve_batch` that replace ours, such as
+            `{"method": "proximal"}` or `{"tol": 1e-6, "max_iter": 1000}`. For "pot" alone.
+
+    Returns:
+        Plan of shape (B, C, N), float32. Columns sum to 1 / N; rows sum to 1 / C up to the
+        residual.
+
+    Raises:
+        ValueError: If `scores` is not 3-D, `temperature` <= 0, `num_iters` < 1, `solver` is
+            unknown, or `pot_options` are given to another solver.
+    """
+    if scores.ndim != 3:
+        raise ValueError(f"scores must have shape (B, C, N), got {tuple(scores.shape)}")
+    check_sinkhorn_options(temperature=temperature, num_iters=num_iters, solver=solver)
+    if pot_options and solver != "pot":
+        raise ValueError(f"pot_options go with solver='pot', got solver={solver!r}")
+
+    if solver == "pot":
+        return _pot_plan(scores.float(), temperature, num_iters, pot_options or {})
+    return _log_plan(scores.float() / temperature, num_iters)
+
+
+def check_sinkhorn_options(*, temperature: float, num_iters: int, solver: str) -> None:
+    """Refuse options that `sinkhorn_plan` cannot work with.
+
+    Raises:
+        ValueError: See `sinkhorn_plan`.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    if num_iters < 1:
+        raise ValueError(f"num_iters must be >= 1, got {num_iters}")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+
+
+def _log_plan(log_kernel_BCN: Tensor, num_iters: int) -> Tensor:
+    num_rows, num_columns = log_kernel_BCN.shape[1:]
+    column_potential = log_kernel_BCN.new_zeros(())
+    row_potential = column_potential
+    for _ in range(num_iters):
+        row_potential = -(log_kernel_BCN + column_potential).logsumexp(dim=2, keepdim=True)
+        row_potential = row_potential - math.log(num_rows)
+        column_potential = -(log_kernel_BCN + row_potential).logsumexp(dim=1, keepdim=True)
+        column_potential = column_potential - math.log(num_columns)
+    return (log_kernel_BCN + row_potential + column_potential).exp()
+
+
+def _pot_plan(
+    scores: Tensor, temperature: float, num_iters: int, pot_options: dict[str, Any]
+) -> Tensor:
+    try:
+        from ot.batch import solve_batch
+    except ImportError as error:
+        raise ValueError("solver='pot' needs the package POT: pip install pot") from error
+    options = {"method": "log_sinkhorn", "max_iter": num_iters, "tol": 0.0, "grad": "detach"}
+    return solve_batch(1.0 - scores, temperature, **{**options, **pot_options}).plan

@@ -1,0 +1,138 @@
+"""What a masking strategy is given, what it returns, and what it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class PatchInputs:
+    """Everything a strategy may look at to choose patches.
+
+    Args:
+        pixels: Images as the model receives them (normalised). Shape (B, 3, H, W), any float dtype.
+        patch_size: Side of a patch in pixels, or (height, width). It must divide H and W.
+        tokens: Patch embeddings before positions are added, raster order. Shape (B, N, D).
+        progress: Completed share of the masked training steps, in [0, 1].
+        noise: Uniform numbers in [0, 1) that replace the strategy's own draw, so that a caller
+            decides which sample sees which mask. Shape (B, N), float32.
+
+    Raises:
+        ValueError: If a shape, the patch size or the progress breaks a rule above.
+    """
+
+    pixels: Tensor
+    patch_size: int | tuple[int, int]
+    tokens: Tensor | None = None
+    progress: float = 0.0
+    noise: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.pixels.ndim != 4:
+            raise ValueError(f"pixels must have shape (B, 3, H, W), got {tuple(self.pixels.shape)}")
+        if not self.pixels.is_floating_point():
+            raise ValueError(f"pixels must be floating point, got {self.pixels.dtype}")
+        if isinstance(self.patch_size, int):
+            self.patch_size = (self.patch_size, self.patch_size)
+        patch_height, patch_width = self.patch_size
+        if patch_height < 1 or patch_width < 1:
+            raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
+        height, width = self.pixels.shape[-2:]
+        if height % patch_height or width % patch_width:
+            raise ValueError(
+                f"patch_size must divide the image: {height} x {width} pixels "
+                f"in patches of {patch_height} x {patch_width}"
+            )
+        if not 0.0 <= self.progress <= 1.0:
+            raise ValueError(f"progress must be in [0, 1], got {self.progress}")
+        expected = (self.batch_size, self.num_patches)
+        if self.tokens is not None and (
+            self.tokens.ndim != 3 or tuple(self.tokens.shape[:2]) != expected
+        ):
+            raise ValueError(
+                f"tokens must have shape (B, N, D) with (B, N) = {expected}, "
+                f"got {tuple(self.tokens.shape)}"
+            )
+        if self.noise is not None and tuple(self.noise.shape) != expected:
+            raise ValueError(
+                f"noise must have shape (B, N) = {expected}, got {tuple(self.noise.shape)}"
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images, B."""
+        return self.pixels.shape[0]
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches per column and per row, (h, w)."""
+        assert isinstance(self.patch_size, tuple)
+        return (
+            self.pixels.shape[-2] // self.patch_size[0],
+            self.pixels.shape[-1] // self.patch_size[1],
+        )
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches per image, N = h * w."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the pixels, on which a strategy draws and computes."""
+        return self.pixels.device
+
+
+@dataclass
+class PatchSelection:
+    """The patches that stay.
+
+    Args:
+        index: Positions of kept patches in raster order, ascending. Shape (B, K), int64.
+        valid: True where `index` holds a kept patch, False where a slot is padding. Valid slots
+            come first. None means that every slot is valid. Shape (B, K), bool. A padding slot
+            repeats the last kept patch of its row, so that gathering it reads no masked patch.
+    """
+
+    index: Tensor
+    valid: Tensor | None = None
+
+    def kept_counts(self) -> Tensor:
+        """Return the number of kept patches of each image, shape (B,), int64."""
+        if self.valid is None:
+            return self.index.new_full((self.index.shape[0],), self.index.shape[1])
+        return self.valid.sum(dim=1)
+
+
+class MaskingStrategy(nn.Module):
+    """Choose the patches of each image that a vision transformer will see.
+
+    A strategy has no parameter and no buffer, never tests `self.training` and never moves
+    devices. The shape of what it returns depends on its options and on N alone.
+
+    Attributes:
+        requires: Optional inputs it reads once `progress` > 0: "tokens".
+        keeps_all: True for the strategy that masks nothing; a tower then skips masking.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    keeps_all: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(
+        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
+    ) -> PatchSelection:
+        """Choose patches; see the class that implements it.
+
+        Args:
+            inputs: What there is to look at.
+            generator: Source of randomness on the device of the pixels; None draws from the
+                global stream. `inputs.noise` takes its place where given.
+        """
+        raise NotImplementedError

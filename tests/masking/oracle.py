@@ -1,0 +1,105 @@
+"""CLIP-PGS once more: slow float64 loops over images and patches, straight from the definition."""
+
+import math
+
+import numpy as np
+
+
+def edge_map(image, patch_size):
+    """Return the min-max scaled mean Sobel magnitude of each patch; image (3, H, W)."""
+    luminance = 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]
+    height, width = luminance.shape
+    kernel = [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]
+    magnitude = np.zeros_like(luminance)
+    for row in range(height):
+        for column in range(width):
+            gradient_x = gradient_y = 0.0
+            for i in range(3):
+                for j in range(3):
+                    near_row = min(max(row + i - 1, 0), height - 1)
+                    near_column = min(max(column + j - 1, 0), width - 1)
+                    gradient_x += kernel[i][j] * luminance[near_row, near_column]
+                    gradient_y += kernel[j][i] * luminance[near_row, near_column]
+            magnitude[row, column] = math.sqrt(gradient_x**2 + gradient_y**2)
+    edges = np.array([patch.mean() for patch in cut(magnitude[None], patch_size)])
+    span = edges.max() - edges.min()
+    return (edges - edges.min()) / span if span > 0 else np.zeros_like(edges)
+
+
+def cut(image, patch_size):
+    """Return the patches of an image (C, H, W) in raster order, each flattened."""
+    _, height, width = image.shape
+    return [
+        image[:, row : row + patch_size, column : column + patch_size].reshape(-1)
+        for row in range(0, height, patch_size)
+        for column in range(0, width, patch_size)
+    ]
+
+
+def cosine(features, candidates):
+    """Return centred cosine similarities (C, N) under the flat-patch rule."""
+    directions = []
+    for feature in features:
+        centred = feature - feature.mean()
+        norm = math.sqrt((centred**2).sum())
+        flat = norm <= 1e-5 * math.sqrt((feature**2).sum()) + 1e-12
+        directions.append(np.zeros_like(centred) if flat else centred / norm)
+    similarity = np.zeros((len(candidates), len(features)))
+    for row, candidate in enumerate(candidates):
+        for patch in range(len(features)):
+            similarity[row, patch] = directions[candidate] @ directions[patch]
+        similarity[row, candidate] = 1.0
+    return similarity
+
+
+def transport_plan(similarity, temperature, num_iters):
+    """Return the entropic plan (C, N) after plain-domain sweeps of rows, then columns."""
+    plan = np.exp(-(1.0 - similarity) / temperature)
+    num_rows, num_columns = plan.shape
+    for _ in range(num_iters):
+        for row in range(num_rows):
+            plan[row] *= (1.0 / num_rows) / plan[row].sum()
+        for column in range(num_columns):
+            plan[:, column] *= (1.0 / num_columns) / plan[:, column].sum()
+    return plan
+
+
+def scores(
+    image,
+    tokens,
+    candidates,
+    *,
+    patch_size,
+    progress=0.0,
+    edge_weight=0.5,
+    temperature=0.1,
+    num_iters=12,
+    edges=True,
+    transport=True,
+):
+    """Return the score of every patch of one image."""
+    similarity = cosine(cut(image, patch_size), candidates)
+    if progress > 0:
+        similarity = (1 - progress) * similarity + progress * cosine(tokens, candidates)
+    num_patches = similarity.shape[1]
+    if transport:
+        plan = transport_plan(similarity, temperature, num_iters)
+        redundancy = [
+            sum(num_patches * plan[c, j] * similarity[c, j] for c in range(len(candidates)))
+            for j in range(num_patches)
+        ]
+    else:
+        redundancy = [max(similarity[:, j]) for j in range(num_patches)]
+    result = np.array(redundancy)
+    return result - edge_weight * edge_map(image, patch_size) if edges else result
+
+
+def kept(patch_scores, candidates, *, ratio_max, ratio_min, threshold):
+    """Return the positions that stay: candidates go first, then the highest scores."""
+    num_patches = len(patch_scores)
+    most = math.floor(ratio_max * num_patches + 1e-9)
+    fewest = math.floor(ratio_min * num_patches + 1e-9)
+    above = [j for j in range(num_patches) if patch_scores[j] > threshold or j in candidates]
+    num_mask = min(max(len(above), fewest), most)
+    order = sorted(range(num_patches), key=lambda j: (j not in candidates, -patch_scores[j], j))
+    return sorted(order[num_mask:])

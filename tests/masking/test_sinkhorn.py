@@ -1,0 +1,96 @@
+import numpy as np
+import ot
+import pytest
+import torch
+
+from clip_pgs import sinkhorn_plan
+from masking.oracle import transport_plan
+
+
+def random_scores(batch_size=3, num_rows=4, num_columns=25, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch_size, num_rows, num_columns, generator=generator) - 0.5
+
+
+def row_violation(plan):
+    return ((plan.sum(dim=2) * plan.shape[1]) - 1).abs().mean().item()
+
+
+def test_columns_are_exact_and_rows_nearly():
+    plan = sinkhorn_plan(random_scores())
+    assert plan.dtype == torch.float32
+    torch.testing.assert_close(25 * plan.sum(dim=1), torch.ones(3, 25), atol=1e-5, rtol=0)
+    assert row_violation(plan) < 0.01
+
+
+def test_more_sweeps_leave_a_smaller_residual():
+    residuals = [row_violation(sinkhorn_plan(random_scores(), num_iters=n)) for n in (1, 3, 12)]
+    assert residuals == sorted(residuals, reverse=True)
+    assert residuals[-1] < 0.1 * residuals[0]
+
+
+@pytest.mark.parametrize("num_iters", [1, 3, 12, 20])
+def test_equal_sweeps_equal_pots_batched_solver(num_iters):
+    scores = random_scores(num_rows=10, num_columns=196)
+    expected = ot.batch.solve_batch(
+        (1 - scores).double(), 0.1, max_iter=num_iters, tol=0.0, method="log_sinkhorn"
+    ).plan
+    plan = sinkhorn_plan(scores, num_iters=num_iters)
+    assert (plan - expected).abs().max() <= 1e-7
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
+def test_convergence_equals_pots_sinkhorn(temperature):
+    scores = random_scores(1, 10, 196)
+    expected = ot.sinkhorn(
+        np.full(10, 1 / 10),
+        np.full(196, 1 / 196),
+        (1 - scores[0]).double().numpy(),
+        temperature,
+        numItermax=20_000,
+        stopThr=1e-13,
+    )
+    plan = sinkhorn_plan(scores, temperature=temperature, num_iters=2000)[0]
+    assert np.abs(plan.numpy() - expected).max() <= 1e-7
+
+
+def test_log_domain_equals_plain_domain():
+    scores = random_scores(1, 4, 25)
+    expected = transport_plan(scores[0].double().numpy(), 0.1, 12)
+    assert np.abs(sinkhorn_plan(scores)[0].numpy() - expected).max() <= 1e-7
+
+
+def test_both_solvers_give_one_plan():
+    scores = random_scores()
+    difference = sinkhorn_plan(scores, solver="pot") - sinkhorn_plan(scores, solver="log")
+    assert difference.abs().max() <= 1e-7
+
+
+def test_pot_options_open_pots_other_methods():
+    # The proximal point method drives the entropy towards zero: a sharper plan, same marginals.
+    scores = random_scores(1)
+    options = {"method": "proximal", "max_iter": 2000, "tol": 1e-6}
+    plan = sinkhorn_plan(scores, solver="pot", pot_options=options)
+    assert row_violation(plan) < 0.01
+    assert not torch.allclose(plan, sinkhorn_plan(scores), atol=1e-4)
+
+
+def test_sharp_temperatures_do_not_overflow():
+    plan = sinkhorn_plan(random_scores().half(), temperature=0.001)
+    assert torch.isfinite(plan).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"scores": torch.zeros(3, 4)}, r"scores must have shape \(B, C, N\), got \(3, 4\)"),
+        ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
+        ({"num_iters": 0}, "num_iters must be >= 1, got 0"),
+        ({"solver": "exact"}, "solver must be one of log, pot, got 'exact'"),
+        ({"pot_options": {"tol": 1.0}}, "pot_options go with solver='pot', got solver='log'"),
+    ],
+)
+def test_wrong_options_are_refused(changes, sentence):
+    arguments = {"scores": random_scores(), **changes}
+    with pytest.raises(ValueError, match=sentence):
+        sinkhorn_plan(arguments.pop("scores"), **arguments)
