@@ -25,7 +25,7 @@ from clip_pgs.masking.sinkhorn import check_sinkhorn_options
 from clip_pgs.masking.types import MaskingStrategy, PatchInputs, PatchSelection
 
 # (progress, threshold); docs/threshold.md says how they were found.
-CALIBRATED_THRESHOLDS = ((0.0, 0.40), (0.5, 0.40), (1.0, 0.40))
+CALIBRATED_THRESHOLDS = ((0.0, 0.42), (0.5, 0.52), (1.0, 0.73))
 
 
 def calibrated_threshold(progress: float) -> float:

@@ -1,0 +1,1 @@
+"""Where the masking core meets other libraries."""

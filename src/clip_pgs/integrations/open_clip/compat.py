@@ -1,0 +1,89 @@
+"""Everything here leans on details of OpenCLIP that it does not promise to keep."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import types
+from pathlib import Path
+from typing import Any, NoReturn
+
+import open_clip
+import open_clip_train.params
+from open_clip.transformer import VisionTransformer
+from torch import Tensor
+
+MIN_VERSION = (3, 3)
+MAX_VERSION = (4, 0)
+
+
+def check_versions() -> None:
+    """Refuse an open_clip this package was not written for.
+
+    Raises:
+        ValueError: If its version is outside >=3.3,<4.
+    """
+    found = open_clip.__version__
+    major, minor = (int(part) for part in found.split(".")[:2])
+    if not MIN_VERSION <= (major, minor) < MAX_VERSION:
+        raise ValueError(f"clip-pgs needs open_clip_torch>=3.3,<4, found {found}")
+
+
+def is_bundled_model(name: str) -> bool:
+    """Return whether open_clip itself ships a model config of this name."""
+    return (Path(open_clip.__file__).parent / "model_configs" / f"{name}.json").exists()
+
+
+class _ParserBuilt(Exception):  # noqa: N818 - a signal, not an error
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
+class _ReportingParser(argparse.ArgumentParser):
+    """Hands itself over at the moment in which it is asked to parse."""
+
+    def parse_args(self, *_args: Any, **_options: Any) -> NoReturn:
+        raise _ParserBuilt(self)
+
+
+@functools.cache
+def trainer_parser() -> argparse.ArgumentParser:
+    """Return the parser of OpenCLIP's trainer, for its flags, types, choices and help texts.
+
+    OpenCLIP builds its parser inside `parse_args` and never returns it. For the length of one
+    call, the name `argparse` of that one module stands for a module whose parser reports itself
+    instead of parsing; nobody else's `argparse` changes.
+    """
+    params = open_clip_train.params
+    params.argparse = types.SimpleNamespace(ArgumentParser=_ReportingParser)
+    try:
+        params.parse_args([])
+    except _ParserBuilt as built:
+        return built.parser
+    finally:
+        params.argparse = argparse
+    raise RuntimeError("open_clip_train.params.parse_args no longer builds an ArgumentParser")
+
+
+@functools.cache
+def trainer_actions() -> dict[str, argparse.Action]:
+    """Return what each flag of OpenCLIP's trainer does, by its long name ("--train-data")."""
+    return {
+        action.option_strings[-1]: action
+        for action in trainer_parser()._actions
+        if action.option_strings and action.dest != "help"
+    }
+
+
+def pool_tower(tower: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Pool as the image tower does, no token being padding.
+
+    Args:
+        tower: OpenCLIP's vision transformer.
+        x: Output of its blocks, class token first. Shape (B, T, D).
+
+    Returns:
+        Pooled features and tokens, before the projection.
+    """
+    return tower._pool(x)

@@ -1,0 +1,221 @@
+import copy
+
+import pytest
+import torch
+from open_clip.transformer import ResidualAttentionBlock
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clip_pgs import PatchSelection
+from clip_pgs.integrations.open_clip import apply_masking, force_selection, last_selection
+from clip_pgs.integrations.open_clip.padding import block_with_key_mask
+from clip_pgs.masking.patches import kept_patches
+from support.models import image_batch, small_clip
+
+TOWERS = {
+    "class token": {},
+    "average": {"pool_type": "avg"},
+    "average, norm after": {"pool_type": "avg", "final_ln_after_pool": True},
+    "attentional": {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2},
+    "parallel": {"attentional_pool": "parallel", "attn_pooler_queries": 4, "attn_pooler_heads": 2},
+    "cascade": {"attentional_pool": "cascade", "attn_pooler_queries": 4, "attn_pooler_heads": 2},
+    "all tokens": {"pool_type": "none"},
+    "output tokens": {"output_tokens": True},
+    "qk norm": {"qk_norm": True},
+    "layer scale": {"ls_init_value": 0.1},
+}
+every_tower = pytest.mark.parametrize("vision", list(TOWERS.values()), ids=list(TOWERS))
+FIXED = PatchSelection(torch.tensor([[0, 5, 6, 11], [1, 2, 3, 4], [7, 8, 9, 15]]))
+ADAPTIVE = PatchSelection(
+    torch.tensor([[0, 5, 6, 11], [1, 2, 2, 2], [7, 8, 9, 9]]),
+    torch.tensor([[True] * 4, [True, True, False, False], [True, True, True, False]]),
+)
+EVERY_PATCH = torch.arange(16).repeat(3, 1)
+SELECTIONS = {
+    "fixed": FIXED,
+    "adaptive": ADAPTIVE,
+}
+both_selections = pytest.mark.parametrize(
+    "selection", list(SELECTIONS.values()), ids=list(SELECTIONS)
+)
+
+
+class LargestMask(TorchDispatchMode):
+    """Remember the largest boolean or float attention mask given to attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in (*args, *(kwargs or {}).values(), result):
+            if isinstance(value, torch.Tensor):
+                self.shapes.add(tuple(value.shape))
+        return result
+
+
+def encode(model, images, selection):
+    with force_selection(model, selection):
+        features = model.visual(images)
+    return features if isinstance(features, tuple) else (features,)
+
+
+def repaint_masked(images, selection, *, scale=100.0):
+    """Return the images with other pixels in every patch outside the selection."""
+    keep = kept_patches(selection, 16).reshape(3, 1, 4, 4)
+    keep = keep.repeat_interleave(16, 2).repeat_interleave(16, 3)
+    return torch.where(keep, images, scale * torch.randn_like(images))
+
+
+@every_tower
+def test_keeping_every_patch_equals_open_clip_in_train_mode(vision):
+    plain = small_clip(**vision).train()
+    masked = apply_masking(copy.deepcopy(plain), "random")
+    expected = plain.visual(image_batch())
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for valid in (None, torch.ones(3, 16, dtype=torch.bool)):
+        got = encode(masked, image_batch(), PatchSelection(EVERY_PATCH, valid))
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+def test_the_masked_block_is_bit_equal_to_open_clips():
+    torch.manual_seed(0)
+    block = ResidualAttentionBlock(64, 2).train()
+    tokens, everything = torch.randn(3, 17, 64), torch.ones(3, 1, 1, 17, dtype=torch.bool)
+    assert torch.equal(block_with_key_mask(block, tokens, everything), block(tokens))
+
+
+@every_tower
+@both_selections
+def test_pixels_outside_the_selection_change_no_output_bit(vision, selection):
+    model = apply_masking(small_clip(**vision), "random").train()
+    images = image_batch()
+    for one, other in zip(
+        encode(model, images, selection),
+        encode(model, repaint_masked(images, selection), selection),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+@every_tower
+@both_selections
+def test_pixels_outside_the_selection_get_no_gradient(vision, selection):
+    model = apply_masking(small_clip(**vision), "random").train()
+    images = image_batch().requires_grad_()
+    sum(output.square().sum() for output in encode(model, images, selection)).backward()
+    outside = repaint_masked(torch.zeros(3, 3, 64, 64), selection) != 0
+    assert (images.grad[outside] == 0).all()
+    assert (images.grad[~outside] != 0).any()
+
+
+@every_tower
+def test_padding_equals_encoding_each_image_by_itself(vision):
+    model = apply_masking(small_clip(**vision), "random").train()
+    images = image_batch()
+    together = encode(model, images, ADAPTIVE)[0]
+    for i, count in enumerate(ADAPTIVE.kept_counts().tolist()):
+        alone = encode(model, images[i : i + 1], PatchSelection(ADAPTIVE.index[i : i + 1, :count]))[
+            0
+        ]
+        expected = together[i, : alone.shape[1]] if together.ndim == 3 else together[i]
+        torch.testing.assert_close(alone[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_output_tokens_are_zero_in_padding_slots():
+    model = apply_masking(small_clip(output_tokens=True), "random").train()
+    _, tokens = encode(model, image_batch(), ADAPTIVE)
+    assert tokens.shape == (3, 4, 64)
+    assert (tokens[~ADAPTIVE.valid] == 0).all()
+    assert (tokens[ADAPTIVE.valid] != 0).all()
+
+
+@both_selections
+def test_no_mask_per_head_and_query_is_built(selection):
+    model = apply_masking(small_clip(), "random").train()
+    with LargestMask() as seen:
+        encode(model, image_batch(), selection)
+    # 3 images, 2 heads, 5 tokens: a (B * heads, L, L) or (B, heads, L, L) tensor may only be the
+    # attention weights of the CPU's own kernel, never an input mask.
+    assert (6, 5, 5) not in seen.shapes
+    assert ((3, 1, 1, 5) in seen.shapes) == (selection.valid is not None)
+
+
+@every_tower
+@both_selections
+def test_gradient_checkpointing_changes_no_gradient(vision, selection):
+    gradients = []
+    for checkpointing in (False, True):
+        model = apply_masking(small_clip(**vision), "random").train()
+        model.set_grad_checkpointing(checkpointing)
+        encode(model, image_batch(), selection)[0].square().sum().backward()
+        gradients.append([p.grad for p in model.visual.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gradient_checkpointing_draws_the_selection_once():
+    model = apply_masking(small_clip(), "pgs", mask_ratio=0.5, mask_ratio_min=0.25).train()
+    model.set_grad_checkpointing(True)
+    output = model.visual(image_batch())
+    drawn = last_selection(model)
+    state = torch.get_rng_state()
+    output.sum().backward()
+    assert last_selection(model) is drawn
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every_tower
+@both_selections
+def test_bf16_autocast_runs_and_stays_close(vision, selection):
+    model = apply_masking(small_clip(**vision), "random").train()
+    exact = encode(model, image_batch(), selection)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = encode(model, image_batch(), selection)[0]
+    assert torch.isfinite(rough).all()
+    assert (rough - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"mask_ratio_min": 0.25}])
+def test_a_pure_bf16_model_trains_a_step(options):
+    model = apply_masking(small_clip(), "pgs", mask_ratio=0.5, **options).to(torch.bfloat16).train()
+    model.visual(image_batch().bfloat16()).float().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.visual.parameters())
+
+
+def test_autocast_leaves_the_selection_alone():
+    model = apply_masking(small_clip(), "pgs").train()
+    torch.manual_seed(0)
+    model.visual(image_batch())
+    plain = last_selection(model).index
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.visual(image_batch())
+    assert torch.equal(last_selection(model).index, plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"mask_ratio_min": 0.25}])
+def test_the_tower_compiles_into_one_graph(options):
+    model = apply_masking(small_clip(), "pgs", mask_ratio=0.5, **options).train()
+    noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(0))
+    model.visual.masking.noise = noise
+    expected = model.visual(image_batch())
+    torch._dynamo.reset()
+    compiled = torch.compile(model.visual, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(image_batch()), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_progress_recompiles_a_few_times_and_then_no_more():
+    model = apply_masking(small_clip(), "pgs", mask_ratio=0.5).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.visual, backend="eager")
+    for step in range(4):
+        model.visual.masking.progress = step / 10
+        compiled(image_batch())
+    torch._dynamo.utils.counters.clear()
+    for step in range(4, 10):
+        model.visual.masking.progress = step / 10
+        compiled(image_batch())
+    assert torch._dynamo.utils.counters["frames"]["total"] == 0
