@@ -1,5 +1,10 @@
 """CLIP training with patch masking: CLIP-PGS and its relatives, for OpenCLIP."""
 
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
 from clip_pgs.masking import (
     MaskingStrategy,
     PatchInputs,
@@ -24,3 +29,10 @@ __all__ = [
     "sinkhorn_plan",
     "sobel_edges",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # Evaluation brings open_clip with it, so that it is imported when first asked for.
+    if name == "evaluation":
+        return importlib.import_module("clip_pgs.evaluation")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

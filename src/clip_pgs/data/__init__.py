@@ -1,0 +1,1 @@
+"""Images with captions: the demo world, shards of one's own, and the ordered sample stream."""

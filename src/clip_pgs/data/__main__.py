@@ -1,0 +1,119 @@
+"""`python -m clip_pgs.data`: make the demo world, pack one's own pairs, check shards."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from clip_pgs.data.check import check_shards
+from clip_pgs.data.pack import pack_pairs
+from clip_pgs.data.shards import expand_shards
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        argv: Arguments; None takes the process's own.
+
+    Returns:
+        The exit code: 0, 1 if `check` found something bad, 2 for bad input.
+    """
+    args = _make_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    try:
+        return int(args.run(args))
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m clip_pgs.data", description="Make, pack and check image-caption data."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    world = commands.add_parser(
+        "world",
+        help="generate the demo world",
+        description="Generate the demo world: shards to train on and sets to evaluate on. "
+        "A complete world with the same options is left as it is.",
+    )
+    world.add_argument("out", type=Path, metavar="OUT", help="folder of the world")
+    world.add_argument("--seed", type=int, default=0, help="seed of the scenes (0)")
+    world.add_argument("--num-train", type=int, metavar="N", help="training scenes")
+    world.add_argument("--num-val", type=int, metavar="N", help="held-out scenes")
+    world.set_defaults(run=_run_world)
+
+    pack = commands.add_parser(
+        "pack",
+        help="make shards from a table of images and captions",
+        description="Make webdataset shards and sizes.json from a table of images and captions. "
+        "Relative image paths start at the table's folder; the images' bytes are kept.",
+    )
+    pack.add_argument("table", type=Path, metavar="PAIRS.csv", help="table with a header line")
+    pack.add_argument("out", type=Path, metavar="OUT", help="new or empty folder")
+    pack.add_argument(
+        "--shard-size", type=int, default=1000, metavar="N", help="pairs per shard (1000)"
+    )
+    pack.add_argument("--image-key", default="filepath", help="column of paths (filepath)")
+    pack.add_argument("--caption-key", default="title", help="column of captions (title)")
+    pack.add_argument("--separator", help="between columns (a tab for .tsv, else a comma)")
+    pack.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out rows without a readable image or a caption, instead of stopping",
+    )
+    pack.set_defaults(run=_run_pack)
+
+    check = commands.add_parser(
+        "check",
+        help="read shards through and say what is in them",
+        description="Read shards through, decode every image and caption, and print a table. "
+        "Exit code 1 if anything is bad.",
+    )
+    check.add_argument("shards", metavar="SHARDS", help="for example 'data/{00000..00012}.tar'")
+    check.set_defaults(run=_run_check)
+    return parser
+
+
+def _run_world(args: argparse.Namespace) -> int:
+    # Drawing needs more than the other commands do.
+    from clip_pgs.data.world import write_world
+
+    counts = {"num_train": args.num_train, "num_val": args.num_val}
+    chosen = {name: count for name, count in counts.items() if count is not None}
+    write_world(args.out, seed=args.seed, **chosen)
+    sys.stdout.write(f"the demo world is in {args.out}\n")
+    return 0
+
+
+def _run_pack(args: argparse.Namespace) -> int:
+    result = pack_pairs(
+        args.table,
+        args.out,
+        shard_size=args.shard_size,
+        image_key=args.image_key,
+        caption_key=args.caption_key,
+        separator=args.separator,
+        skip_bad=args.skip_bad,
+    )
+    first, last = min(result.sizes), max(result.sizes)
+    names = f"{{{first[:-4]}..{last[:-4]}}}.tar" if first != last else first
+    sys.stdout.write(
+        f"packed {sum(result.sizes.values())} pairs, left out {result.num_skipped}; "
+        f"train with --train-data '{args.out / names}'\n"
+    )
+    return 0
+
+
+def _run_check(args: argparse.Namespace) -> int:
+    total = check_shards(expand_shards(args.shards), sys.stdout.write)
+    return 1 if total.bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""One image with its caption: the bytes as stored, and the tensors made of them."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clip_pgs.data.order import stable_seed
+
+IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")
+CAPTION_SUFFIX = "txt"
+
+Transform = Callable[[Image.Image], Tensor]
+Tokenize = Callable[[list[str]], Tensor]
+
+# What Pillow's decoders raise on bytes that are no image, or not all of one.
+_DECODING_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """The bytes of one pair.
+
+    Args:
+        shard: Where it comes from: a shard or a table.
+        key: Its name there.
+        image: An encoded image, or None if there is none.
+        caption: UTF-8 text, or None if there is none.
+        visit: How often this epoch came to the shard before; tells repetitions apart.
+    """
+
+    shard: str
+    key: str
+    image: bytes | None
+    caption: bytes | None
+    visit: int = 0
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A pair, or with an empty key a whole shard, that cannot be used.
+
+    Args:
+        shard: Where it comes from.
+        key: Its name there, or "".
+        reason: A category, to be counted by.
+        detail: What went wrong with this one, or "".
+    """
+
+    shard: str
+    key: str
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.shard}: {self.key}" if self.key else self.shard
+        return f"{place}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+class BadSampleError(ValueError):
+    """A pair that cannot be used, with its reason as a category and a detail."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class SampleDecoder:
+    """Turn bytes into tensors, with augmentation drawn from the sample alone.
+
+    Args:
+        transform: RGB image to a float tensor of shape (3, H, W).
+        tokenize: List of B captions to a long tensor of shape (B, T).
+        seed: Seed of the run.
+    """
+
+    transform: Transform
+    tokenize: Tokenize
+    seed: int
+
+    def __call__(self, raw: RawSample, *, epoch: int) -> tuple[Tensor, Tensor]:
+        """Decode one pair, after seeding the process's generators, which transforms draw from.
+
+        Returns:
+            The image (3, H, W) and the tokens (T,): a function of seed, epoch and sample, in
+            whatever process and whatever was decoded before.
+
+        Raises:
+            BadSampleError: If image or caption is missing or cannot be read.
+        """
+        caption = decode_caption(raw.caption)
+        image = decode_image(raw.image)
+        # The folder is left out, so that a data set may move.
+        shard_name = raw.shard.rpartition("/")[2]
+        _seed_augmentation(stable_seed(self.seed, epoch, shard_name, raw.key, raw.visit))
+        return self.transform(image), self.tokenize([caption])[0]
+
+
+def decode_caption(data: bytes | None) -> str:
+    """Decode a caption.
+
+    Raises:
+        BadSampleError: If it is missing, empty or not UTF-8.
+    """
+    if data is None:
+        raise BadSampleError("no caption", f"no .{CAPTION_SUFFIX} member")
+    try:
+        caption = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadSampleError("caption is not UTF-8", str(error)) from error
+    if not caption.strip():
+        raise BadSampleError("empty caption")
+    return caption
+
+
+def decode_image(data: bytes | None) -> Image.Image:
+    """Decode an image to 8-bit RGB.
+
+    Transparency is dropped, as OpenCLIP drops it. 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        BadSampleError: If it is missing, damaged or cut short.
+    """
+    if data is None:
+        raise BadSampleError("no image", "no ." + ", .".join(IMAGE_SUFFIXES) + " member")
+    try:
+        with warnings.catch_warnings():
+            # Oddities of a file's metadata; what matters raises.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            image.load()
+            return _to_rgb(image)
+    except _DECODING_ERRORS as error:
+        detail = str(error).replace("\n", " ") or type(error).__name__
+        raise BadSampleError("unreadable image", detail) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255, which makes nearly every 16-bit image white.
+        pixels = (np.asarray(image) >> 8).clip(0, 255)
+        return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _seed_augmentation(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    # torch.manual_seed would reseed the accelerators too.
+    torch.default_generator.manual_seed(seed)

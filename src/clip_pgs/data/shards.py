@@ -1,0 +1,165 @@
+"""Which shards a pattern names, and how many samples they hold."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import math
+import re
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+logger = logging.getLogger(__name__)
+
+_REMOTE = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+
+def is_remote(shard: str) -> bool:
+    """Return whether a shard is a URL or a command rather than a local file."""
+    return _REMOTE.match(shard) is not None
+
+
+def expand_shards(pattern: str) -> list[str]:
+    """Return the shards a pattern names, in its order.
+
+    Args:
+        pattern: Files with braces (`{00000..00012}.tar`) or `*`; several sources joined by `::`.
+            `pipe:` commands and URLs take braces too and are not looked up.
+
+    Raises:
+        ValueError: If a source names no file, a missing file or a folder.
+    """
+    return [shard for source in expand_sources(pattern) for shard in source]
+
+
+def expand_sources(pattern: str) -> list[list[str]]:
+    """Return the shards of each source of a pattern; see `expand_shards`."""
+    return [_expand_source(source) for source in pattern.split("::")]
+
+
+def upsampling_weights(pattern: str, factors: str) -> list[float]:
+    """Return the drawing weight of each shard of a pattern.
+
+    Args:
+        pattern: Sources joined by `::`.
+        factors: One number per source, joined by `::`; every shard of a source gets its number.
+
+    Raises:
+        ValueError: If the counts differ, or a factor is no finite number >= 0, or all are 0.
+    """
+    sources = expand_sources(pattern)
+    try:
+        weights = [float(factor) for factor in factors.split("::")]
+    except ValueError:
+        weights = []
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights):
+        raise ValueError(
+            "--train-data-upsampling-factors must be finite numbers >= 0 joined by '::', "
+            f"not all of them 0, got {factors!r}"
+        )
+    if len(weights) != len(sources):
+        raise ValueError(
+            f"--train-data-upsampling-factors has {len(weights)} factors for {len(sources)} "
+            "data sources; it needs one for each"
+        )
+    return [
+        weight for weight, shards in zip(weights, sources, strict=True) for _ in range(len(shards))
+    ]
+
+
+def count_samples(shards: list[str]) -> int | None:
+    """Return the number of samples that the files beside the shards state.
+
+    Each folder has either `sizes.json` (samples by shard name) or `__len__` (samples of the
+    whole folder, as OpenCLIP reads it).
+
+    Args:
+        shards: Expanded shards; see `expand_shards`.
+
+    Returns:
+        The sum, or None if it is not stated for every shard.
+
+    Raises:
+        ValueError: If such a file is there but cannot be understood.
+    """
+    if any(is_remote(shard) for shard in shards):
+        return None
+    total = 0
+    for folder in sorted({Path(shard).parent for shard in shards}):
+        names = [Path(shard).name for shard in shards if Path(shard).parent == folder]
+        if (folder / "sizes.json").is_file():
+            sizes = read_sizes(folder / "sizes.json")
+            unknown = [name for name in names if name not in sizes]
+            if unknown:
+                logger.warning("%s has no entry for %s", folder / "sizes.json", unknown[0])
+                return None
+            total += sum(sizes[name] for name in names)
+        elif (folder / "__len__").is_file():
+            total += _read_length(folder / "__len__")
+        else:
+            return None
+    return total
+
+
+def read_sizes(path: Path) -> dict[str, int]:
+    """Read a `sizes.json`.
+
+    Args:
+        path: A JSON object that gives the number of samples by shard name.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    try:
+        sizes = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): _count(size) for name, size in sizes.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} must map shard names to sample counts: {error}") from error
+
+
+def _read_length(path: Path) -> int:
+    try:
+        return _count(path.read_text(encoding="utf-8").strip())
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} must hold one whole number: {error}") from error
+
+
+def _count(value: object) -> int:
+    if isinstance(value, (int, str)) and not isinstance(value, bool) and int(value) >= 0:
+        return int(value)
+    raise ValueError(f"{value!r} is no count")
+
+
+def _expand_source(source: str) -> list[str]:
+    if not source.strip():
+        raise ValueError("a shard pattern is empty; name .tar files, for example 'data/{0..7}.tar'")
+    try:
+        candidates = list(braceexpand(source))
+    except ValueError as error:
+        raise ValueError(f"shard pattern {source!r} has unbalanced braces") from error
+
+    shards: list[str] = []
+    missing: list[str] = []
+    for candidate in candidates:
+        if is_remote(candidate) and not candidate.startswith("file:"):
+            shards.append(candidate)
+            continue
+        path = re.sub(r"^file:(//)?", "", candidate)
+        if Path(path).is_dir():
+            raise ValueError(f"{path!r} is a folder; name the shards in it, for example '*.tar'")
+        if Path(path).is_file():
+            shards.append(path)
+        elif "*" in path or "?" in path:
+            shards.extend(sorted(found for found in glob.glob(path) if Path(found).is_file()))
+        else:
+            missing.append(path)
+    if not shards:
+        raise ValueError(f"shard pattern {source!r} matches no file")
+    if missing:
+        raise ValueError(
+            f"shard pattern {source!r} names {missing[0]!r}, which does not exist "
+            f"({len(missing)} of {len(candidates)} are missing)"
+        )
+    return shards

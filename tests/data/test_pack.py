@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from clip_pgs.data.pack import pack_pairs
+from clip_pgs.data.shards import count_samples, expand_shards
+from clip_pgs.data.tar_reader import read_shard
+
+
+@pytest.fixture
+def table(tmp_path, make_image):
+    """Five good pairs, images in a folder beside the table."""
+    (tmp_path / "images").mkdir()
+    rows = ["filepath,title"]
+    for number, image_format in enumerate(["JPEG", "PNG", "WEBP", "JPEG", "JPEG"]):
+        (tmp_path / "images" / str(number)).write_bytes(
+            make_image(number, image_format=image_format)
+        )
+        rows.append(f"images/{number},caption {number}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path / "pairs.csv"
+
+
+def append(table, row):
+    table.write_text(table.read_text() + row + "\n")
+
+
+def test_shards_hold_the_bytes_and_captions_of_the_table(table, tmp_path):
+    out = tmp_path / "out"
+    result = pack_pairs(table, out, shard_size=2)
+    shards = expand_shards(f"{out}/{{00000..00002}}.tar")
+    samples = [sample for shard in shards for sample in read_shard(shard)]
+    stored = [(tmp_path / "images" / str(number)).read_bytes() for number in range(5)]
+    assert [sample.image for sample in samples] == stored
+    assert [sample.caption.decode() for sample in samples] == [f"caption {n}" for n in range(5)]
+    assert result.sizes == {"00000.tar": 2, "00001.tar": 2, "00002.tar": 1}
+    assert json.loads((out / "sizes.json").read_text()) == result.sizes
+    assert count_samples(shards) == 5
+
+
+def test_same_table_gives_the_same_bytes(table, tmp_path):
+    for name in ("one", "two"):
+        pack_pairs(table, tmp_path / name)
+    assert (tmp_path / "one/00000.tar").read_bytes() == (tmp_path / "two/00000.tar").read_bytes()
+
+
+def test_keys_and_separator_can_be_chosen(table, tmp_path):
+    text = table.read_text().replace(",", ";").replace("filepath;title", "image;text")
+    table.write_text(text)
+    options = {"image_key": "image", "caption_key": "text", "separator": ";"}
+    assert pack_pairs(table, tmp_path / "out", **options).sizes == {"00000.tar": 5}
+
+
+def test_bad_rows_stop_before_anything_is_written(table, tmp_path, caplog):
+    append(table, "images/9,missing")
+    append(table, "images/1, ")
+    append(table, "pairs.csv,no image")
+    with pytest.raises(ValueError, match=r"3 of 8 rows are bad, the first is row 6: .*'images/9'"):
+        pack_pairs(table, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "pairs.csv"}
+    assert "row 6: image 'images/9' does not exist" in caplog.text
+    assert "row 7: the caption of image 'images/1' is empty" in caplog.text
+    assert "row 8: 'pairs.csv' is no readable image" in caplog.text
+
+
+def test_bad_rows_can_be_left_out(table, tmp_path, caplog):
+    append(table, "images/9,missing")
+    with caplog.at_level(logging.WARNING):
+        result = pack_pairs(table, tmp_path / "out", skip_bad=True)
+    assert (result.num_skipped, sum(result.sizes.values())) == (1, 5)
+    assert "row 6" in caplog.text
+
+
+def test_format_that_openclip_does_not_read_is_bad(table, tmp_path, make_image):
+    (tmp_path / "images/5.jpg").write_bytes(make_image(5, image_format="GIF"))
+    append(table, "images/5.jpg,a picture")
+    with pytest.raises(ValueError, match="is GIF, not JPEG, PNG or WebP"):
+        pack_pairs(table, tmp_path / "out")
+
+
+def test_folder_with_something_in_it_is_not_overwritten(table, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/note.txt").write_text("mine")
+    with pytest.raises(ValueError, match="out' exists and is no empty folder"):
+        pack_pairs(table, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["note.txt"]
+
+
+def test_empty_folder_is_filled(table, tmp_path):
+    (tmp_path / "out").mkdir()
+    pack_pairs(table, tmp_path / "out")
+    assert (tmp_path / "out/00000.tar").is_file()
+
+
+def test_nothing_is_left_of_a_pack_that_fails(table, tmp_path, monkeypatch):
+    monkeypatch.setattr("json.dumps", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        pack_pairs(table, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "pairs.csv"}
+
+
+def test_shard_size_must_be_positive(table, tmp_path):
+    with pytest.raises(ValueError, match="--shard-size must be >= 1, got 0"):
+        pack_pairs(table, tmp_path / "out", shard_size=0)

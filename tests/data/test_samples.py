@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from clip_pgs.data.samples import (
+    BadSampleError,
+    RawSample,
+    SampleDecoder,
+    decode_caption,
+    decode_image,
+)
+
+
+def encode(image, image_format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=image_format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_every_png_mode_becomes_the_same_rgb(mode):
+    image = Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode)
+    decoded = decode_image(encode(image))
+    assert decoded.mode == "RGB"
+    assert decoded.size == (6, 4)
+    assert np.asarray(decoded).min() == 255
+
+
+def test_palette_with_transparency_keeps_its_colours():
+    image = Image.new("RGB", (4, 4), (200, 30, 60)).quantize(4)
+    decoded = decode_image(encode(image, transparency=1))
+    assert decoded.getpixel((0, 0)) == (200, 30, 60)
+
+
+def test_cmyk_jpeg_becomes_rgb():
+    image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    red, green, blue = decode_image(encode(image, "JPEG", quality=100)).getpixel((3, 3))
+    assert red > 240
+    assert green < 15
+    assert blue < 15
+
+
+def test_sixteen_bit_grey_is_scaled():
+    pixels = np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16)
+    decoded = decode_image(encode(Image.fromarray(pixels)))
+    assert np.asarray(decoded)[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"x" * 99, lambda b: b""])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_damaged_image_is_a_bad_sample(make_image, image_format, damage):
+    with pytest.raises(BadSampleError) as error:
+        decode_image(damage(make_image(0, image_format=image_format)))
+    assert error.value.reason == "unreadable image"
+    assert error.value.detail
+
+
+def test_decompression_bomb_is_a_bad_sample(monkeypatch, make_image):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BadSampleError, match="exceeds limit"):
+        decode_image(make_image(0))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(None, "no caption"), (b" \n", "empty caption"), (b"\xff\xfe", "caption is not UTF-8")],
+)
+def test_bad_caption_has_a_reason(data, reason):
+    with pytest.raises(BadSampleError) as error:
+        decode_caption(data)
+    assert error.value.reason == reason
+
+
+@pytest.fixture
+def decoder():
+    transform = transforms.Compose([transforms.RandomResizedCrop(8), transforms.ToTensor()])
+    return SampleDecoder(transform, lambda texts: torch.full((len(texts), 2), 7), seed=1)
+
+
+def test_augmentation_depends_on_seed_epoch_and_sample_alone(decoder, make_image):
+    raw = RawSample("data/0.tar", "a", make_image(0), b"text")
+    first, _ = decoder(raw, epoch=0)
+    decoder(RawSample("data/0.tar", "b", make_image(0), b"text"), epoch=0)
+    torch.rand(3)
+    random.random()
+    moved = RawSample("elsewhere/0.tar", "a", make_image(0), b"text")
+    assert torch.equal(decoder(raw, epoch=0)[0], first)
+    assert torch.equal(decoder(moved, epoch=0)[0], first)
+
+
+def test_augmentation_differs_between_epochs_keys_visits_and_seeds(decoder, make_image):
+    image = make_image(0)
+    raw = RawSample("0.tar", "a", image, b"text")
+    other_seed = SampleDecoder(decoder.transform, decoder.tokenize, seed=2)
+    crops = [
+        decoder(raw, epoch=0)[0],
+        decoder(raw, epoch=1)[0],
+        decoder(RawSample("0.tar", "b", image, b"text"), epoch=0)[0],
+        decoder(RawSample("0.tar", "a", image, b"text", visit=1), epoch=0)[0],
+        other_seed(raw, epoch=0)[0],
+    ]
+    assert len({crop.numpy().tobytes() for crop in crops}) == len(crops)
