@@ -1,0 +1,121 @@
+"""How a model receives an image: its size, its patches and its normalisation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.functional import normalize, pil_to_tensor
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+CONFIG_FILE = "open_clip_config.json"
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """The images a vision transformer takes.
+
+    Args:
+        image_size: (height, width) in pixels.
+        patch_size: (height, width) of a patch, dividing the image size.
+        mean: Of each colour channel, for images in [0, 1].
+        std: Of each colour channel.
+
+    Raises:
+        ValueError: If the patches do not divide the image.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: tuple[int, int] = (16, 16)
+    mean: tuple[float, float, float] = OPENAI_MEAN
+    std: tuple[float, float, float] = OPENAI_STD
+
+    def __post_init__(self) -> None:
+        height, width = self.image_size
+        patch_height, patch_width = self.patch_size
+        if min(patch_height, patch_width) < 1 or height % patch_height or width % patch_width:
+            raise ValueError(
+                f"patch_size must divide the image: {height} x {width} pixels "
+                f"in patches of {patch_height} x {patch_width}"
+            )
+        if min(height, width) < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """Resize an image until it covers the input, bilinear, and cut out the centre."""
+        height, width = self.image_size
+        return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BILINEAR)
+
+    def normalise(self, crops: Sequence[Image.Image]) -> Tensor:
+        """Return cropped images as the model receives them, shape (B, 3, H, W), float32."""
+        pixels = torch.stack([pil_to_tensor(crop) for crop in crops]).float() / 255
+        return normalize(pixels, list(self.mean), list(self.std))
+
+
+def read_model_input(source: str) -> ModelInput:
+    """Find out which images a model takes.
+
+    Args:
+        source: A run folder, a folder with `open_clip_config.json`, a model config (JSON), or the
+            name of a model that open_clip knows.
+
+    Raises:
+        ValueError: If `source` is none of these, or its image tower has no patches.
+    """
+    config = _read_config(source)
+    vision = config.get("model_cfg", config).get("vision_cfg")
+    # open_clip builds a ResNet from a list of layers, and timm's towers from a name.
+    if vision is None or "timm_model_name" in vision or isinstance(vision.get("layers"), list):
+        raise ValueError(f"the image tower of {source} is not open_clip's VisionTransformer")
+    preprocess = config.get("preprocess_cfg", {})
+    return ModelInput(
+        image_size=_pair(vision.get("image_size", 224)),
+        patch_size=_pair(vision.get("patch_size", 16)),
+        mean=tuple(preprocess.get("mean", OPENAI_MEAN)),
+        std=tuple(preprocess.get("std", OPENAI_STD)),
+    )
+
+
+def _read_config(source: str) -> dict[str, Any]:
+    path = Path(source)
+    if path.is_dir():
+        places = [path / "export" / CONFIG_FILE, path / CONFIG_FILE]
+        path = next((place for place in places if place.is_file()), places[0])
+        if not path.is_file():
+            raise ValueError(f"{source} holds neither export/{CONFIG_FILE} nor {CONFIG_FILE}")
+    elif path.suffix != ".json":
+        return _known_config(source)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a model config: it holds no JSON object")
+    return config
+
+
+def _known_config(name: str) -> dict[str, Any]:
+    # It takes seconds to import, and only this lookup needs it.
+    import open_clip
+
+    if name not in open_clip.list_models():
+        raise ValueError(
+            f"{name!r} is not a run folder, a model config or a model that open_clip knows"
+        )
+    return open_clip.get_model_config(name)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from clip_pgs import create_masking
+from clip_pgs.inspection import ModelInput, draw_masks
+from clip_pgs.inspection.figure import CAPTION_SIZE, GAP, MARGIN, TITLE_SIZE
+from clip_pgs.inspection.masks import create_strategies
+
+SMALL = ModelInput(image_size=(64, 64), patch_size=(8, 8))
+# 64 px are enlarged fourfold, to reach 224.
+SIDE = 256
+MASKED = (127, 127, 127)
+
+
+def scene(position: int = 20) -> Image.Image:
+    image = Image.new("RGB", (64, 64), "lightblue")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((position, 24, position + 23, 47), fill="red", outline="darkred")
+    draw.ellipse((position + 6, 30, position + 16, 42), fill="yellow")
+    return image
+
+
+def panel(figure: Image.Image, *, row: int, column: int) -> Image.Image:
+    x = MARGIN + column * (SIDE + GAP)
+    y = MARGIN + TITLE_SIZE + GAP + row * (SIDE + CAPTION_SIZE + 2 * GAP)
+    return figure.crop((x, y, x + SIDE, y + SIDE))
+
+
+def masked_share(picture: Image.Image) -> float:
+    counts = {color: count for count, color in picture.getcolors(SIDE * SIDE)}
+    return counts.get(MASKED, 0) / (picture.width * picture.height)
+
+
+@pytest.mark.parametrize("name", ["random", "pgs"])
+@pytest.mark.parametrize("mask_ratio", [0.25, 0.5])
+def test_the_grey_share_of_a_panel_is_the_mask_ratio(name, mask_ratio):
+    strategies = create_strategies([name], mask_ratio=mask_ratio)
+    figure = draw_masks([scene()], strategies, model_input=SMALL)
+    assert masked_share(panel(figure, row=0, column=1)) == mask_ratio
+
+
+def test_kept_patches_look_like_the_original():
+    figure = draw_masks([scene()], create_strategies(["random"]), model_input=SMALL)
+    original, drawn = (np.asarray(panel(figure, row=0, column=column)) for column in (0, 1))
+    changed = (original != drawn).any(axis=2)
+    assert changed.any()
+    assert (drawn[changed] == MASKED).all()
+
+
+def test_pgs_leaves_the_object_of_a_plain_scene_visible():
+    figure = draw_masks([scene()], create_strategies(["pgs"], mask_ratio=0.5), model_input=SMALL)
+    the_object = panel(figure, row=0, column=1).crop((80, 96, 176, 192))
+    assert masked_share(the_object) == 0.0
+
+
+def test_a_row_does_not_depend_on_the_rows_below():
+    strategies = create_strategies(["random", "pgs"])
+    alone = draw_masks([scene()], strategies, model_input=SMALL)
+    first = draw_masks([scene(), scene(4)], strategies, model_input=SMALL)
+    for column in (1, 2):
+        pictures = [panel(figure, row=0, column=column) for figure in (alone, first)]
+        assert pictures[0].tobytes() == pictures[1].tobytes()
+
+
+def test_a_seed_repeats_a_picture_and_another_changes_it():
+    strategies = create_strategies(["random"])
+    pictures = [
+        draw_masks([scene()], strategies, model_input=SMALL, seed=seed).tobytes()
+        for seed in (0, 0, 1)
+    ]
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_drawing_leaves_the_global_random_stream_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    draw_masks([scene()], create_strategies(["random"]), model_input=SMALL)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+@pytest.mark.parametrize("size", [(30, 20), (200, 40), (40, 200)])
+def test_images_of_any_mode_and_shape_are_drawn(mode, size):
+    figure = draw_masks(
+        [Image.new("RGB", size, "orange").convert(mode)], create_strategies(["pgs"])
+    )
+    assert figure.size == (2 * MARGIN + 2 * 224 + GAP, 2 * MARGIN + 224 + TITLE_SIZE + GAP + 27)
+
+
+def test_columns_carry_any_title_for_a_strategy_of_ones_own():
+    strategies = {
+        "with edges": create_masking("pgs"),
+        "without edges, and with a title that is longer than its column": create_masking(
+            "pgs", edges=False
+        ),
+    }
+    figure = draw_masks([scene()], strategies, model_input=SMALL, names=["a scene"])
+    assert figure.width == 2 * MARGIN + 3 * SIDE + 2 * GAP
+
+
+def test_names_of_another_number_than_the_images_are_refused():
+    with pytest.raises(ValueError, match="names must be as many as images, 1, got 2"):
+        draw_masks([scene()], create_strategies(["random"]), names=["a", "b"])
+
+
+def test_no_image_is_refused():
+    with pytest.raises(ValueError, match="there is no image to draw"):
+        draw_masks([], create_strategies(["random"]))
+
+
+def test_each_strategy_gets_the_ratios_it_takes():
+    strategies = create_strategies(["none", "random", "pgs"], mask_ratio=0.4, mask_ratio_min=0.2)
+    assert strategies["random"].mask_ratio == 0.4
+    assert (strategies["pgs"].mask_ratio, strategies["pgs"].mask_ratio_min) == (0.4, 0.2)
+
+
+def test_a_ratio_that_no_strategy_takes_is_refused():
+    with pytest.raises(ValueError, match="mask_ratio_min has no effect on none, random"):
+        create_strategies(["none", "random"], mask_ratio_min=0.2)
