@@ -1,0 +1,30 @@
+"""Evaluation with clip_benchmark, as functions and as `python -m clip_pgs.evaluation`.
+
+from clip_pgs.evaluation import evaluate, format_table, load_model, load_suite
+
+results = evaluate(load_model("logs/demo"), load_suite("zeroshot-retrieval"))
+print(format_table(results))
+"""
+
+from clip_pgs.evaluation.datasets import EvalSet
+from clip_pgs.evaluation.models import LoadedModel, load_model
+from clip_pgs.evaluation.results import Result, read_results
+from clip_pgs.evaluation.runner import evaluate
+from clip_pgs.evaluation.suites import SUITES, Suite, load_suite
+from clip_pgs.evaluation.table import format_table
+from clip_pgs.evaluation.weights import check_finite, weights_digest
+
+__all__ = [
+    "SUITES",
+    "EvalSet",
+    "LoadedModel",
+    "Result",
+    "Suite",
+    "check_finite",
+    "evaluate",
+    "format_table",
+    "load_model",
+    "load_suite",
+    "read_results",
+    "weights_digest",
+]

@@ -1,0 +1,101 @@
+"""Results as files: one JSON per data set, and one CSV of them all."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+DONE, MISSING, FAILED = "done", "missing", "failed"
+CSV_NAME = "results.csv"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one data set.
+
+    The fields `dataset`, `model`, `pretrained`, `task`, `metrics` and `language` are those of
+    clip_benchmark's own result files, so that its tools read these too.
+
+    Attributes:
+        suite: Such as "zeroshot-classification".
+        dataset: Name of the data set.
+        status: "done", "missing" or "failed".
+        metrics: clip_benchmark's metrics, in [0, 1]; None where one is not defined.
+        samples: Number of images scored.
+        error: Why the data set is missing or what failed, or None.
+        seconds: Wall time.
+        task: clip_benchmark's name of the task.
+        location: Folder or URL of the data set.
+        model: Short name of the model.
+        pretrained: Where its weights came from.
+        weights_digest: SHA-256 of the weights; see `weights_digest`.
+        settings: Device, precision and batch size.
+        versions: Of the packages that the numbers depend on.
+        date: When the data set was finished, UTC, ISO 8601.
+        language: Of class names and prompts.
+    """
+
+    suite: str
+    dataset: str
+    status: str
+    metrics: dict[str, float | None]
+    samples: int
+    error: str | None
+    seconds: float
+    task: str
+    location: str
+    model: str
+    pretrained: str
+    weights_digest: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    date: str = ""
+    language: str = "en"
+
+
+def write_result(result: Result, path: Path) -> None:
+    """Write one result as JSON; an interrupted write leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Read the results of a folder, in the order of their file names; skip other JSON files."""
+    names = {column.name for column in fields(Result)}
+    contents = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [
+        Result(**{name: content[name] for name in names & content.keys()})
+        for content in contents
+        if isinstance(content, dict) and "weights_digest" in content
+    ]
+
+
+def write_csv(results: Iterable[Result], path: Path) -> None:
+    """Write results as a table, a row each; metrics stay in [0, 1], and empty where undefined."""
+    results = list(results)
+    metric_names = ordered_metrics(results)
+    before = ("suite", "dataset", "status", "samples")
+    after = ("error", "model", "pretrained", "weights_digest", "seconds", "date")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*before, *metric_names, *after])
+        for result in results:
+            metrics = [result.metrics.get(name) for name in metric_names]
+            start = [getattr(result, name) for name in before]
+            writer.writerow([*start, *metrics, *(getattr(result, name) for name in after)])
+
+
+def ordered_metrics(results: Iterable[Result]) -> list[str]:
+    """Return the metrics of some results: text before image retrieval, R@5 before R@10."""
+
+    def rank(metric: str) -> tuple[bool, str, int]:
+        stem, _, k = metric.partition("@")
+        return not stem.startswith("text"), stem, int(k or 0)
+
+    return sorted({name for result in results for name in result.metrics}, key=rank)

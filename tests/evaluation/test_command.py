@@ -1,0 +1,152 @@
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clip_pgs.evaluation import load_model
+from clip_pgs.evaluation.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def run(finished_run, tmp_path, monkeypatch):
+    """A copy of the run in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished_run, tmp_path / "logs/tiny_run")
+    return Path("logs/tiny_run")
+
+
+@pytest.fixture
+def options(dataset_list, data_root):
+    return ["--datasets", str(dataset_list), "--data-root", str(data_root), "--workers", "0"]
+
+
+def test_run_is_evaluated_into_its_own_folder(run, options, capsys):
+    assert main([str(run), *options]) == 0
+    names = {path.name for path in (run / "eval").iterdir()}
+    assert names == {
+        "results.csv",
+        "zeroshot_classification_six.json",
+        "zeroshot_retrieval_pairs.json",
+    }
+    output = capsys.readouterr().out
+    assert "zeroshot-classification  acc1" in output
+    assert "zeroshot-retrieval  text R@1" in output
+    acc1 = json.loads((run / "eval/zeroshot_classification_six.json").read_text())["metrics"][
+        "acc1"
+    ]
+    row = next(line for line in output.splitlines() if line.startswith("six"))
+    assert row.split()[1] == f"{100 * acc1:.1f}"
+
+
+def test_missing_set_gives_exit_code_1_and_a_row(run, options, dataset_list, capsys):
+    dataset_list.write_text("six\nnot/here\n")
+    assert main([str(run), *options]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    reason = next(line for line in lines if line.startswith("not/here"))
+    assert "  missing: no folder" in reason
+    with (run / "eval/results.csv").open() as file:
+        rows = {row["dataset"]: row["status"] for row in csv.DictReader(file)}
+    assert rows == {"six": "done", "not/here": "missing"}
+
+
+def test_missing_demo_data_comes_with_the_command_that_makes_it(run, capsys, caplog):
+    assert main([str(run), "--suite", "zeroshot-retrieval"]) == 1
+    assert "missing: no folder data/demo/eval/retrieval" in capsys.readouterr().out
+    assert "python -m clip_pgs.data world data/demo" in caplog.text
+
+
+def test_two_models_go_to_two_folders(run, options):
+    sources = [str(run), str(run / "checkpoints/epoch_1.pt")]
+    assert main([*sources, *options, "--suite", "zeroshot-retrieval", "--output", "out"]) == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == ["tiny_run", "tiny_run_epoch_1"]
+
+
+def test_checkpoint_without_a_run_goes_to_eval_results(run, options):
+    shutil.copy(run / "checkpoints/epoch_1.pt", "lone.pt")
+    arguments = ["lone.pt", "--model", "tiny-eval-vit", "--suite", "zeroshot-retrieval"]
+    assert main([*arguments, *options]) == 0
+    assert Path("eval_results/lone/results.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["logs/no_run"], "no run, export or checkpoint at logs/no_run"),
+        (["logs/tiny_run", "--suite", "zeroshot"], "unknown suite 'zeroshot'"),
+        (["logs/tiny_run", "--datasets", "no_list.txt"], "unknown data set list 'no_list.txt'"),
+        (["logs/tiny_run", "--data-root", "no_root"], "data root no_root is not a folder"),
+        (["logs/tiny_run", "--batch-size", "0"], "--batch-size must be >= 1, got 0"),
+        (["logs/tiny_run", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["logs/tiny_run", "logs/no_run"], "no run, export or checkpoint at logs/no_run"),
+        (["logs/tiny_run", "logs/tiny_run/"], "two models would write to"),
+    ],
+)
+def test_bad_input_gives_exit_code_2_one_sentence_and_no_files(run, capsys, arguments, sentence):
+    before = sorted(Path().rglob("*"))
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_weights_with_nan_give_exit_code_2_and_no_files(run, options, capsys):
+    path = run / "checkpoints/epoch_1.pt"
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["visual.proj"][0, 0] = float("nan")
+    torch.save(content, path)
+    assert main([str(path), *options]) == 2
+    assert "visual.proj holds 1 NaN" in capsys.readouterr().err
+    assert not Path("eval_results").exists()
+
+
+# One process for both calls: importing clip_benchmark takes seconds.
+CLIP_BENCHMARK = """
+import json, sys
+from clip_benchmark.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["clip_benchmark", *arguments]
+    main()
+"""
+
+
+def test_scores_equal_those_of_the_clip_benchmark_command(run, options, data_root):
+    assert main([str(run), *options]) == 0
+    tasks = {"six": "zeroshot_classification", "pairs": "zeroshot_retrieval"}
+    common = ["eval", "--model", f"local-dir:{run / 'export'}", "--pretrained", "", "--no_amp"]
+    common += ["--num_workers", "0", "--recall_k", "1", "5", "10", "--output", "{dataset}.json"]
+    common += ["--dataset_root", f"{data_root}/{{dataset}}"]
+    calls = [[*common, "--dataset", f"wds/{name}", "--task", task] for name, task in tasks.items()]
+    command = [sys.executable, "-c", CLIP_BENCHMARK, json.dumps(calls)]
+    subprocess.run(command, check=True, capture_output=True)
+    for name, task in tasks.items():
+        theirs = json.loads(Path(f"{name}.json").read_text())["metrics"]
+        ours = json.loads((run / f"eval/{task}_{name}.json").read_text())["metrics"]
+        assert ours == theirs
+
+
+def test_shell_command_hands_over_arguments_and_exit_code(run, options, dataset_list):
+    dataset_list.write_text("pairs\nnot/here\n")
+    venv_bin = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{venv_bin}:{os.environ['PATH']}"}
+    if sys.prefix != sys.base_prefix:
+        environment["VIRTUAL_ENV"] = sys.prefix
+    done = subprocess.run(
+        ["bash", ROOT / "clip-test.sh", run, *options],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "tiny_run" in done.stdout
+    assert "[1/2]" in done.stderr
+    assert load_model(run).name in done.stdout

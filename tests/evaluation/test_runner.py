@@ -1,0 +1,170 @@
+import csv
+import json
+import math
+
+import pytest
+import torch
+
+from clip_pgs.evaluation import EvalSet, evaluate, load_model, load_suite, weights_digest
+
+
+@pytest.fixture
+def eval_sets(dataset_list, data_root):
+    return load_suite(datasets=str(dataset_list), data_root=str(data_root))
+
+
+def test_classification_metrics_equal_those_counted_by_hand(color_model, eval_sets):
+    result = evaluate(color_model, eval_sets[:1], workers=0)[0]
+    assert result.samples == 12
+    assert result.metrics["acc1"] == pytest.approx(9 / 12)
+    # Right per class: 2/2, 2/2, 1/2, 2/2, 1/2, 1/2.
+    assert result.metrics["mean_per_class_recall"] == pytest.approx(4.5 / 6)
+
+
+def test_retrieval_metrics_equal_those_counted_by_hand(color_model, eval_sets):
+    result = evaluate(color_model, eval_sets[1:], workers=0)[0]
+    assert result.samples == 12
+    # Images 0 and 1 are swapped; the two captions of every other image find it.
+    assert result.metrics["image_retrieval_recall@1"] == pytest.approx(10 / 12)
+    assert result.metrics["text_retrieval_recall@1"] == pytest.approx(10 / 12)
+    assert {"image_retrieval_recall@5", "text_retrieval_recall@10"} <= result.metrics.keys()
+
+
+def test_more_workers_than_shards_change_nothing(color_model, eval_sets):
+    alone = evaluate(color_model, eval_sets, workers=0)
+    crowded = evaluate(color_model, eval_sets, workers=4, batch_size=5)
+    assert [r.metrics for r in crowded] == [r.metrics for r in alone]
+
+
+def test_result_file_holds_numbers_and_their_origin(color_model, eval_sets, tmp_path):
+    evaluate(color_model, eval_sets[:1], workers=0, output=tmp_path / "out")
+    content = json.loads((tmp_path / "out/zeroshot_classification_six.json").read_text())
+    assert content["model"] == "colors"
+    assert content["dataset"] == "six"
+    assert content["task"] == "zeroshot_classification"
+    assert content["status"] == "done"
+    assert content["metrics"]["acc1"] == 0.75
+    assert content["samples"] == 12
+    assert content["weights_digest"] == weights_digest(color_model.model)
+    assert content["settings"] == {"device": "cpu", "amp": False, "batch_size": 64}
+    assert content["versions"]["clip-benchmark"].startswith("1.")
+    assert content["date"].endswith("+00:00")
+
+
+def test_csv_gathers_the_results_of_earlier_calls_with_the_same_weights(
+    color_model, eval_sets, tmp_path
+):
+    evaluate(color_model, eval_sets[:1], workers=0, output=tmp_path)
+    evaluate(color_model, eval_sets[1:], workers=0, output=tmp_path)
+    with (tmp_path / "results.csv").open() as file:
+        rows = {row["dataset"]: row for row in csv.DictReader(file)}
+    assert float(rows["six"]["acc1"]) == 0.75
+    assert rows["six"]["text_retrieval_recall@1"] == ""
+    assert float(rows["pairs"]["text_retrieval_recall@1"]) == pytest.approx(10 / 12)
+
+    color_model.model.colors.data += 0.01
+    evaluate(color_model, eval_sets[1:], workers=0, output=tmp_path)
+    with (tmp_path / "results.csv").open() as file:
+        assert [row["dataset"] for row in csv.DictReader(file)] == ["pairs"]
+
+
+def test_missing_and_damaged_sets_do_not_stop_the_rest(color_model, eval_sets, tmp_path):
+    absent = EvalSet("absent", str(tmp_path / "absent"), eval_sets[0].suite, eval_sets[0].task)
+    damaged_folder = tmp_path / "damaged"
+    (damaged_folder / "test").mkdir(parents=True)
+    (damaged_folder / "test/nshards.txt").write_text("1")
+    (damaged_folder / "test/0.tar").write_bytes(b"no tar at all" * 100)
+    (damaged_folder / "classnames.txt").write_text("number 0\nnumber 1\n")
+    (damaged_folder / "zeroshot_classification_templates.txt").write_text("a {c}\n")
+    damaged = EvalSet("damaged", str(damaged_folder), eval_sets[0].suite, eval_sets[0].task)
+
+    output = tmp_path / "out"
+    results = evaluate(color_model, [absent, damaged, eval_sets[0]], workers=0, output=output)
+    assert [result.status for result in results] == ["missing", "failed", "done"]
+    assert str(tmp_path / "absent") in results[0].error
+    assert "Error" in results[1].error
+    assert "Traceback" in (output / "errors.log").read_text()
+    with (output / "results.csv").open() as file:
+        statuses = {row["dataset"]: row["status"] for row in csv.DictReader(file)}
+    assert statuses == {"absent": "missing", "damaged": "failed", "six": "done"}
+
+
+def test_set_that_lacks_a_shard_is_missing(color_model, eval_sets, data_root, tmp_path):
+    folder = tmp_path / "short"
+    (folder / "test").mkdir(parents=True)
+    (folder / "test/nshards.txt").write_text("3")
+    (folder / "test/0.tar").write_bytes((data_root / "six/test/0.tar").read_bytes())
+    short = EvalSet("short", str(folder), eval_sets[0].suite, eval_sets[0].task)
+    result = evaluate(color_model, [short], workers=0)[0]
+    assert result.status == "missing"
+    assert "test/1.tar" in result.error
+
+
+def test_set_on_a_server_that_cannot_be_reached_is_missing(color_model, eval_sets):
+    url = "http://127.0.0.1:9/wds_six"
+    result = evaluate(
+        color_model, [EvalSet("six", url, eval_sets[0].suite, eval_sets[0].task)], workers=0
+    )[0]
+    assert result.status == "missing"
+    assert url in result.error
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_before_scoring(
+    color_model, eval_sets, tmp_path, value
+):
+    color_model.model.colors.data[3, 1] = value
+    with pytest.raises(ValueError, match="colors holds 1 NaN or infinite"):
+        evaluate(color_model, eval_sets, workers=0, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_is_left_in_its_own_mode(color_model, eval_sets):
+    color_model.model.train()
+    evaluate(color_model, eval_sets[:1], workers=0)
+    assert color_model.model.training
+
+
+def test_terminal_stays_free_of_the_notes_of_clip_benchmark(color_model, eval_sets, capfd):
+    evaluate(color_model, eval_sets, workers=0)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "it/s" not in captured.err
+
+
+def test_scores_equal_those_of_the_open_clip_model_itself(finished_run, eval_sets):
+    loaded = load_model(finished_run)
+    result = evaluate(loaded, eval_sets[:1], workers=0)[0]
+    with torch.no_grad():
+        per_class = [
+            torch.nn.functional.normalize(
+                loaded.model.encode_text(
+                    loaded.tokenizer([f"a number {index}", f"the number {index}"])
+                ),
+                dim=-1,
+            ).mean(dim=0)
+            for index in range(6)
+        ]
+    text_CD = torch.nn.functional.normalize(torch.stack(per_class), dim=-1)
+    num_right = 0
+    for image, label in labelled_images(eval_sets[0].location):
+        with torch.no_grad():
+            image_D = loaded.model.encode_image(loaded.transform(image)[None])[0]
+        num_right += int((text_CD @ image_D).argmax()) == label
+    assert result.metrics["acc1"] == pytest.approx(num_right / 12)
+
+
+def labelled_images(folder):
+    import io
+    import tarfile
+    from pathlib import Path
+
+    from PIL import Image
+
+    for path in sorted(Path(folder, "test").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            contents = {member.name: tar.extractfile(member).read() for member in tar}
+        for name in contents:
+            if name.endswith(".png"):
+                label = int(contents[name.replace(".png", ".cls")])
+                yield Image.open(io.BytesIO(contents[name])), label
