@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clip_pgs.data.batches import Batch, BatchDataset
-from clip_pgs.data.samples import Skip
+from clip_pgs.data.samples import NoUsableSampleError, Skip
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class SampleStream:
     """Batches of images and texts, epoch by epoch.
 
     Iterating yields (images, texts): float (B, 3, H, W) and long (B, T), on the CPU, pinned where
-    CUDA is available. It raises ValueError where a worker's share has no usable sample. Skipped
+    CUDA is available. It raises NoUsableSampleError where a worker's share has no usable sample. Skipped
     samples are logged as warnings: the first few by name, all of them as a total.
 
     Args:
@@ -82,7 +82,7 @@ class SampleStream:
             # Ends the workers now. Those that die with a traceback, in the garbage collector,
             # are no longer reached by their queues: torch waits five seconds for each.
             self._loader = self._make_loader()
-            raise ValueError(self._describe_barren(barren))
+            raise NoUsableSampleError(self._describe_barren(barren))
         if self.skipped:
             logger.warning("in this epoch %s", self._describe_skipped())
 

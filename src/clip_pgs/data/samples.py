@@ -87,6 +87,10 @@ class BadSampleError(ValueError):
         self.detail = detail
 
 
+class NoUsableSampleError(ValueError):
+    """Data that gives nothing to train on; says what was skipped and why."""
+
+
 @dataclass(frozen=True)
 class SampleDecoder:
     """Turn bytes into tensors, with augmentation drawn from the sample alone.

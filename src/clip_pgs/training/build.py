@@ -1,0 +1,192 @@
+"""Model, optimiser, schedule and loss of a run, all made by OpenCLIP from its own options."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import open_clip
+import torch
+from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
+from torch import nn
+
+from clip_pgs.integrations.open_clip import apply_masking
+from clip_pgs.training.seeding import seed_everything
+
+
+@dataclass
+class ModelParts:
+    """A model and what goes in front of it.
+
+    Args:
+        model: The plain model on its device, its image tower masked in train mode.
+        train_transform: Image to augmented pixels.
+        val_transform: Image to pixels.
+        tokenize: Captions to token numbers of shape (B, context length).
+    """
+
+    model: open_clip.CLIP
+    train_transform: Callable
+    val_transform: Callable
+    tokenize: Callable
+
+
+def build_model(args: argparse.Namespace, device: torch.device) -> ModelParts:
+    """Create the model, lock what is to be locked, and mask its image tower.
+
+    Args:
+        args: Options; the weights depend on `args.seed`, on no rank.
+        device: Where the model goes.
+    """
+    image_size = args.force_image_size
+    if isinstance(image_size, (list, tuple)) and len(image_size) == 1:
+        image_size = image_size[0]
+    seed_everything(args.seed)
+    model, train_transform, val_transform = open_clip.create_model_and_transforms(
+        args.model,
+        args.pretrained,
+        precision=args.precision,
+        device=device,
+        force_quick_gelu=args.force_quick_gelu,
+        force_custom_text=args.force_custom_text,
+        force_patch_dropout=args.force_patch_dropout,
+        force_image_size=image_size,
+        force_context_length=args.force_context_length,
+        image_mean=args.image_mean,
+        image_std=args.image_std,
+        image_interpolation=args.image_interpolation,
+        image_resize_mode=args.image_resize_mode,
+        aug_cfg=args.aug_cfg,
+        pretrained_image=args.pretrained_image,
+        output_dict=True,
+        cache_dir=args.cache_dir,
+        **logit_options(args),
+    )
+    has_weights = args.pretrained or args.model.startswith(("hf-hub:", "local-dir:"))
+    if is_coca(model) and not has_weights:
+        # OpenCLIP leaves this parameter as the memory it finds, other in each process.
+        projection = model.text_decoder.text_projection
+        nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
+    if args.lock_image:
+        model.lock_image_tower(
+            unlocked_groups=args.lock_image_unlocked_groups,
+            freeze_bn_stats=args.lock_image_freeze_bn_stats,
+        )
+    if args.lock_text:
+        model.lock_text_tower(
+            unlocked_layers=args.lock_text_unlocked_layers,
+            freeze_layer_norm=args.lock_text_freeze_layer_norm,
+        )
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if args.use_bn_sync and args.distributed:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.masking != "none":
+        apply_masking(model, args.masking, **args.masking_options)
+    tokenize = open_clip.get_tokenizer(
+        args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
+    )
+    return ModelParts(model, train_transform, val_transform, tokenize)
+
+
+def is_coca(model: nn.Module) -> bool:
+    """Return whether a model also writes captions (CoCa, https://arxiv.org/abs/2205.01917)."""
+    return isinstance(model, open_clip.CoCa)
+
+
+def logit_options(args: argparse.Namespace) -> dict[str, float]:
+    """Return the model options that set how logits start: SigLIP's with `--siglip`."""
+    return {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if args.siglip else {}
+
+
+def build_loss(args: argparse.Namespace, model: nn.Module) -> nn.Module:
+    """Create OpenCLIP's loss for a model; args needs `rank` and `world_size`."""
+    # OpenCLIP goes by the name, which says nothing where the model comes from one's own file.
+    name = "coca" if is_coca(model) else args.model.lower().replace("coca", "")
+    return open_clip.create_loss(
+        argparse.Namespace(**{**vars(args), "model": name, "distill": False, "horovod": False})
+    )
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """Create the optimiser: AdamW with OpenCLIP's groups, or any of timm's as `timm/NAME`.
+
+    Raises:
+        ValueError: If `args.opt` is neither.
+    """
+    opt = args.opt.lower()
+    if opt.startswith("timm/"):
+        from timm.optim import create_optimizer_v2
+
+        options: dict[str, Any] = {}
+        if args.beta1 is not None and args.beta2 is not None:
+            options["betas"] = (args.beta1, args.beta2)
+        if args.momentum is not None:
+            options["momentum"] = args.momentum
+        if args.eps is not None:
+            options["eps"] = args.eps
+        return create_optimizer_v2(
+            model, opt.removeprefix("timm/"), lr=args.lr, weight_decay=args.wd, **options
+        )
+    if opt != "adamw":
+        raise ValueError(f"--opt must be adamw or timm/NAME, got {args.opt!r}")
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trained if not _decays(name, p)], "weight_decay": 0.0},
+        {"params": [p for name, p in trained if _decays(name, p)], "weight_decay": args.wd},
+    ]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps)
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim >= 2 and not any(
+        part in name for part in ("bn", "ln", "bias", "logit_scale")
+    )
+
+
+def count_steps(args: argparse.Namespace, *, num_batches: int | None) -> int:
+    """Return the optimiser steps of an epoch, of which a rank reads `num_batches` micro-batches.
+
+    Raises:
+        ValueError: If they do not fill one step.
+    """
+    steps = (num_batches or 0) // args.accum_freq
+    if steps == 0:
+        raise ValueError(
+            f"--train-data gives {num_batches} batches per process and epoch, fewer than one step "
+            f"of --accum-freq {args.accum_freq} takes"
+        )
+    return steps
+
+
+def build_schedule(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, *, steps_per_epoch: int
+) -> Callable[[int], float]:
+    """Create the learning-rate schedule: called with a step, it sets and returns the rate.
+
+    Raises:
+        ValueError: If `args.lr_scheduler` is unknown.
+    """
+    if args.skip_scheduler:
+        return lambda step: optimizer.param_groups[0]["lr"]
+    total_steps = steps_per_epoch * args.epochs
+    if args.lr_scheduler == "cosine":
+        return cosine_lr(optimizer, args.lr, args.warmup, total_steps)
+    if args.lr_scheduler == "const":
+        return const_lr(optimizer, args.lr, args.warmup, total_steps)
+    if args.lr_scheduler == "const-cooldown":
+        return const_lr_cooldown(
+            optimizer,
+            args.lr,
+            args.warmup,
+            total_steps,
+            steps_per_epoch * args.epochs_cooldown,
+            args.lr_cooldown_power,
+            args.lr_cooldown_end,
+        )
+    raise ValueError(
+        f"--lr-scheduler must be cosine, const or const-cooldown, got {args.lr_scheduler!r}"
+    )

@@ -1,0 +1,43 @@
+"""Everything about a run's options that can be found out before anything is created."""
+
+from __future__ import annotations
+
+import argparse
+
+from clip_pgs.integrations.open_clip.compat import check_versions
+from clip_pgs.training.checks.data import check_data
+from clip_pgs.training.checks.effects import options_without_effect
+from clip_pgs.training.checks.folder import check_folder
+from clip_pgs.training.checks.model import check_masking, check_model
+from clip_pgs.training.checks.values import check_device, check_ranges, check_recipe, check_reports
+
+__all__ = ["check_options", "option_warnings"]
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that could not make a run.
+
+    Args:
+        args: From `parse_options`.
+
+    Raises:
+        ValueError: With one sentence, for the first thing that is wrong.
+    """
+    check_versions()
+    check_ranges(args)
+    check_recipe(args)
+    check_model(args)
+    check_masking(args)
+    check_data(args)
+    check_device(args)
+    check_reports(args)
+    check_folder(args)
+
+
+def option_warnings(args: argparse.Namespace) -> list[str]:
+    """Return one sentence for each option that was set and does nothing, or not what it seems.
+
+    Args:
+        args: Options that passed `check_options`.
+    """
+    return options_without_effect(args)

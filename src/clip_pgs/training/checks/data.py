@@ -1,0 +1,122 @@
+"""Training, validation and ImageNet data: there, of a known kind, and enough for one step."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from open_clip_train.distributed import world_info_from_env
+
+from clip_pgs.data.shards import count_samples, expand_shards, upsampling_weights
+from clip_pgs.data.stream import DatasetKind, dataset_kind
+from clip_pgs.data.tables import PairTable, read_pairs
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Refuse data that is missing, of an unknown kind, or too little for one optimiser step."""
+    if has_training_data(args):
+        _check_training_data(args)
+    elif not (args.val_data or args.imagenet_val or args.imagenet_v2):
+        raise ValueError("there is no data; give --train-data (or --dataset-type synthetic)")
+    if args.val_data is not None:
+        _check_files(args, args.val_data, flag="--val-data")
+    _check_imagenet(args)
+
+
+def has_training_data(args: argparse.Namespace) -> bool:
+    """Return whether a run trains; else it only evaluates, as OpenCLIP does."""
+    return args.train_data is not None or args.dataset_type == "synthetic"
+
+
+def training_kind(args: argparse.Namespace) -> DatasetKind:
+    """Return the kind of the training data."""
+    return dataset_kind(args.dataset_type, args.train_data, flag="--train-data")
+
+
+def num_training_samples(args: argparse.Namespace) -> int | None:
+    """Return the samples of one epoch, None where nothing states them."""
+    if training_kind(args) == "csv":
+        return len(_read_table(args, args.train_data))
+    if args.train_num_samples is not None or training_kind(args) == "synthetic":
+        return args.train_num_samples
+    return count_samples(expand_shards(args.train_data))
+
+
+def samples_per_step(args: argparse.Namespace) -> int:
+    """Return the samples of one optimiser step over all processes."""
+    return args.batch_size * args.accum_freq * _num_processes()
+
+
+def _num_processes() -> int:
+    return world_info_from_env()[2]
+
+
+def _check_training_data(args: argparse.Namespace) -> None:
+    kind = training_kind(args)
+    _check_files(args, args.train_data, flag="--train-data")
+    if args.dataset_resampled and kind != "webdataset":
+        raise ValueError(f"--dataset-resampled draws shards; it does not apply to {kind} data")
+    if args.train_data_upsampling_factors is not None:
+        if not args.dataset_resampled:
+            raise ValueError("--train-data-upsampling-factors needs --dataset-resampled")
+        upsampling_weights(args.train_data, args.train_data_upsampling_factors)
+    if kind == "webdataset" and not args.dataset_resampled:
+        num_shards = len(expand_shards(args.train_data))
+        if num_shards < _num_processes():
+            raise ValueError(
+                f"{num_shards} shards cannot feed {_num_processes()} processes; each needs one "
+                "of its own (or --dataset-resampled)"
+            )
+
+    num_samples = num_training_samples(args)
+    if num_samples is None:
+        reason = (
+            "synthetic data has no size of its own"
+            if kind == "synthetic"
+            else f"no sizes.json beside {args.train_data} says how many samples there are"
+        )
+        raise ValueError(f"{reason}; give --train-num-samples")
+    needed = samples_per_step(args)
+    if num_samples < needed:
+        raise ValueError(
+            f"{num_samples} training samples are less than one optimiser step, which takes "
+            f"{needed} (--batch-size {args.batch_size} x --accum-freq {args.accum_freq} x "
+            f"{_num_processes()} processes)"
+        )
+
+
+def _check_files(args: argparse.Namespace, path: str | None, *, flag: str) -> None:
+    kind = dataset_kind(args.dataset_type, path, flag=flag)
+    if kind == "synthetic":
+        return
+    assert path is not None
+    try:
+        if kind == "csv":
+            _read_table(args, path)
+        else:
+            expand_shards(path)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
+
+
+def _read_table(args: argparse.Namespace, path: str) -> PairTable:
+    return read_pairs(
+        Path(path),
+        image_key=args.csv_img_key,
+        caption_key=args.csv_caption_key,
+        separator=args.csv_separator,
+    )
+
+
+def _check_imagenet(args: argparse.Namespace) -> None:
+    folders = {"--imagenet-val": args.imagenet_val, "--imagenet-v2": args.imagenet_v2}
+    for flag, folder in folders.items():
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"{flag} {folder!r} is not a folder")
+    if args.imagenet_val is not None and not any(
+        child.is_dir() for child in Path(args.imagenet_val).iterdir()
+    ):
+        raise ValueError(f"--imagenet-val {args.imagenet_val!r} holds no folder per class")
+    if args.imagenet_v2 is not None and importlib.util.find_spec("imagenetv2_pytorch") is None:
+        raise ValueError("--imagenet-v2 needs the package imagenetv2_pytorch, not installed")

@@ -1,0 +1,112 @@
+"""Options that were set and change nothing, or change less than they seem to."""
+
+from __future__ import annotations
+
+import argparse
+
+from clip_pgs.data.stream import dataset_kind
+from clip_pgs.training.checks.data import (
+    has_training_data,
+    num_training_samples,
+    samples_per_step,
+)
+from clip_pgs.training.checks.model import read_model_config
+from clip_pgs.training.model_choice import MODEL_SCHEMAS
+from clip_pgs.training.run_folder import changed_recipe, keeps_logs, run_folder
+
+_CSV = ("csv_separator", "csv_img_key", "csv_caption_key")
+_LOCK_IMAGE = ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats")
+_LOCK_TEXT = ("lock_text_unlocked_layers", "lock_text_freeze_layer_norm")
+_SCHEDULE = ("warmup", "lr_scheduler", "epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")
+_COOLDOWN = ("epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")
+_COCA = ("coca_caption_loss_weight", "coca_contrastive_loss_weight")
+_MASKING = ("mask_ratio", "mask_ratio_min", "masking_option")
+_KEPT = ("name", "save_frequency", "save_most_recent", "delete_previous_checkpoint", "report_to")
+
+
+def options_without_effect(args: argparse.Namespace) -> list[str]:
+    """Return one sentence per option that the user set in vain.
+
+    Options that only several processes need are left out, so that one config serves one process
+    and eight.
+
+    Args:
+        args: Options that passed the checks.
+    """
+    sentences = [
+        f"--{name.replace('_', '-')} has no effect {reason}"
+        for is_idle, names, reason in _idle_groups(args)
+        if is_idle
+        for name in names
+        if name in args.given
+    ]
+    return [*sentences, *_warmup_warnings(args), *_resume_warnings(args)]
+
+
+def _idle_groups(args: argparse.Namespace) -> list[tuple[bool, tuple[str, ...], str]]:
+    """Return conditions, the options that do nothing under them, and why in words."""
+    config = read_model_config(args.model)
+    kinds = {
+        dataset_kind(args.dataset_type, path, flag="")
+        for path in (args.train_data, args.val_data)
+        if path is not None
+    }
+    is_timm_opt = args.opt.lower().startswith("timm/")
+    is_coca = "multimodal_cfg" in config or "coca" in args.model.lower()
+    has_imagenet = args.imagenet_val is not None or args.imagenet_v2 is not None
+    return [
+        (args.masking == "none", _MASKING, "with --masking none"),
+        ("csv" not in kinds, _CSV, "without csv data"),
+        ("csv" in kinds, ("train_num_samples",), "with csv data"),
+        (args.val_data is None, ("val_frequency", "val_num_samples"), "without --val-data"),
+        (not has_imagenet, ("zeroshot_frequency",), "without --imagenet-val"),
+        (not is_timm_opt, ("momentum",), f"with --opt {args.opt}"),
+        (args.skip_scheduler, _SCHEDULE, "with --skip-scheduler"),
+        (
+            args.lr_scheduler != "const-cooldown",
+            _COOLDOWN,
+            f"on --lr-scheduler {args.lr_scheduler}",
+        ),
+        (not args.lock_image, _LOCK_IMAGE, "without --lock-image"),
+        (not args.lock_text, _LOCK_TEXT, "without --lock-text"),
+        (not is_coca, _COCA, f"on {args.model}, which is no CoCa model"),
+        (is_coca, ("siglip",), f"on {args.model}, which has a loss of its own"),
+        (not args.siglip, ("loss_dist_impl",), "without --siglip"),
+        (args.siglip, ("local_loss", "gather_with_grad"), "with --siglip"),
+        (
+            not {"wandb", "all"} & set(args.report_to.split(",")),
+            ("wandb_notes", "wandb_project_name"),
+            "without --report-to wandb",
+        ),
+        (
+            "timm_model_name" not in config["vision_cfg"],
+            ("pretrained_image",),
+            f"on {args.model}, whose image tower is not timm's",
+        ),
+        (
+            args.model.startswith(MODEL_SCHEMAS),
+            ("pretrained",),
+            f"on {args.model}, which brings its own weights",
+        ),
+        (not keeps_logs(args), _KEPT, "with --logs none"),
+    ]
+
+
+def _warmup_warnings(args: argparse.Namespace) -> list[str]:
+    num_samples = num_training_samples(args) if has_training_data(args) else None
+    if num_samples is None or args.skip_scheduler:
+        return []
+    num_steps = num_samples // samples_per_step(args) * args.epochs
+    if args.warmup < num_steps:
+        return []
+    return [
+        f"--warmup {args.warmup} is as long as the run of {num_steps} steps, so that the learning "
+        f"rate never reaches {args.lr}"
+    ]
+
+
+def _resume_warnings(args: argparse.Namespace) -> list[str]:
+    folder = run_folder(args)
+    if args.resume != "latest" or folder is None:
+        return []
+    return [f"run {folder} continues with {change}" for change in changed_recipe(args, folder)]

@@ -1,0 +1,44 @@
+"""The run folder: free for a new run, or the same run's for one that goes on."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from clip_pgs.training.checkpoint import load_checkpoint
+from clip_pgs.training.run_folder import changed_options, holds_run, keeps_logs, run_folder
+
+
+def check_folder(args: argparse.Namespace) -> None:
+    """Refuse a name that is no folder name, a taken one, and a resume from nothing."""
+    if args.name is not None and (
+        args.name in ("", ".", "..") or "/" in args.name or "\\" in args.name
+    ):
+        raise ValueError(f"--name must be one folder name without separators, got {args.name!r}")
+    if args.resume == "latest":
+        if args.name is None:
+            raise ValueError("--resume latest needs the --name of the run to continue")
+        if not keeps_logs(args):
+            raise ValueError("--resume latest needs the run's --logs folder, got none")
+    elif args.resume is not None:
+        try:
+            load_checkpoint(args.resume)
+        except ValueError as error:
+            raise ValueError(f"--resume: {error}") from None
+
+    folder = run_folder(args)
+    for path in (Path(args.logs) if keeps_logs(args) else None, folder):
+        if path is not None and path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file where the folder of the run should go")
+    if folder is None or not holds_run(folder):
+        return
+    if args.resume != "latest":
+        raise ValueError(
+            f"run {folder} exists; use --resume latest to continue it or another --name"
+        )
+    changes = changed_options(args, folder)
+    if changes:
+        raise ValueError(
+            f"run {folder} cannot continue with other options ({', '.join(changes)}); "
+            "use another --name"
+        )

@@ -1,0 +1,132 @@
+"""A YAML file of options: nothing but defaults, turned into arguments put before the user's."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# These say what to do with a config or with one call; none of them describes a run.
+COMMAND_LINE_ONLY = frozenset({"--config", "--check-only", "--help"})
+PAIR_FLAGS = frozenset({"--aug-cfg", "--masking-option"})
+
+
+def load_config(path: str, actions: Mapping[str, argparse.Action]) -> dict[str, Any]:
+    """Read options from a YAML file.
+
+    Args:
+        path: File whose keys are flags without their dashes; hyphens and underscores are equal.
+        actions: Every flag there is, with its long name ("--batch-size") as key.
+
+    Returns:
+        Checked values by flag, in the order of the file; keys set to null are left out.
+
+    Raises:
+        ValueError: If the file cannot be read, is no mapping, names an option twice or an
+            unknown one, or gives a value of the wrong type.
+    """
+    options: dict[str, Any] = {}
+    known = actions.keys() - COMMAND_LINE_ONLY
+    for key, value in _read_mapping(path).items():
+        flag = "--" + str(key).replace("_", "-")
+        if flag in COMMAND_LINE_ONLY:
+            raise ValueError(f"{path}: {key!r} can only be given on the command line")
+        if flag not in known:
+            raise ValueError(f"{path}: unknown option {key!r}; {nearest_names(flag, known)}")
+        if flag in options:
+            raise ValueError(f"{path}: {key!r} is given twice")
+        if value is None:
+            continue
+        problem = _problem(flag, actions[flag], value)
+        if problem:
+            raise ValueError(f"{path}: {key!r} {problem}, got {value!r}")
+        options[flag] = value
+    return options
+
+
+def render_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Turn what `load_config` returned into command-line arguments."""
+    arguments: list[str] = []
+    for flag, value in options.items():
+        if isinstance(value, bool):
+            arguments += [flag] if value else []
+        elif isinstance(value, Mapping):
+            arguments += [flag, *(f"{key}={item}" for key, item in value.items())]
+        elif isinstance(value, list):
+            arguments += [flag, *map(str, value)]
+        else:
+            arguments.append(f"{flag}={value}")
+    return arguments
+
+
+def nearest_names(flag: str, known: Iterable[str]) -> str:
+    """Name the flags most like an unknown one, as the end of a sentence."""
+    known = sorted(known)
+    near = [name for name in known if name.startswith(flag)][:4]
+    for name in difflib.get_close_matches(flag, known, n=3):
+        if name not in near:
+            near.append(name)
+    return f"nearest: {', '.join(near)}" if near else "--help lists all of them"
+
+
+def _read_mapping(path: str) -> dict[Any, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise ValueError(f"cannot read the config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a YAML file: {reason}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} must hold one mapping of options to values, got {type(content).__name__}"
+        )
+    _refuse_repeated_keys(root, path)
+    return content
+
+
+def _refuse_repeated_keys(root: yaml.Node | None, path: str) -> None:
+    """PyYAML keeps the last of two equal keys and says nothing."""
+    assert isinstance(root, yaml.MappingNode)
+    inner = [value for _, value in root.value if isinstance(value, yaml.MappingNode)]
+    for mapping in (root, *inner):
+        seen = set()
+        for key, _ in mapping.value:
+            if key.value in seen:
+                raise ValueError(f"{path}: {key.value!r} is given twice")
+            seen.add(key.value)
+
+
+def _problem(flag: str, action: argparse.Action, value: Any) -> str:
+    """Say what is wrong with a value, as the rest of a sentence; "" if nothing is."""
+    if flag in PAIR_FLAGS:
+        return "" if isinstance(value, dict) else "takes a mapping"
+    if action.nargs == 0:
+        return "" if isinstance(value, bool) else "takes true or false"
+    if action.nargs in ("+", "*"):
+        items = value if isinstance(value, list) else [value]
+        return "takes a list of numbers" if any(_item_problem(action, i) for i in items) else ""
+    return _item_problem(action, value)
+
+
+def _item_problem(action: argparse.Action, value: Any) -> str:
+    if action.choices is not None:
+        choices = ", ".join(map(str, action.choices))
+        return "" if value in action.choices else f"takes one of {choices}"
+    if action.type in (None, str):
+        return "" if isinstance(value, str) else "takes a text (put it in quotes)"
+    assert callable(action.type)
+    try:
+        # Through a text, since YAML 1.1 reads 1e-3 as one.
+        action.type(str(value))
+    except (ValueError, argparse.ArgumentTypeError):
+        return "takes a whole number" if action.type is int else "takes a number"
+    return ""

@@ -1,0 +1,91 @@
+"""Processes of a run: who is who, waiting for each other, and data-parallel models."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from open_clip_train.distributed import init_distributed_device
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@contextmanager
+def process_group(args: argparse.Namespace) -> Iterator[torch.device]:
+    """Join the run's other processes, where a launcher started any, and leave them at the end.
+
+    Args:
+        args: Options; `rank`, `local_rank`, `world_size`, `distributed` and `device` are set.
+
+    Yields:
+        This process's device.
+    """
+    with warnings.catch_warnings():
+        # It warns of what the run's log says: which device it fell back to.
+        warnings.simplefilter("ignore")
+        device = init_distributed_device(args)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    try:
+        yield device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Meeting:
+    """A place where all processes wait for the slowest, as long as it takes.
+
+    NCCL gives up after ten minutes, which an evaluation on rank 0 can exceed, so that a group of
+    its own with gloo does the waiting.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._group = None
+        if args.distributed:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+
+    def wait(self) -> None:
+        """Return when every process has arrived."""
+        if self._group is not None:
+            dist.barrier(group=self._group)
+
+    def share(self, value: Any) -> Any:
+        """Return rank 0's value on every rank; plain Python objects only."""
+        if self._group is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
+
+
+def parallelize(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """Wrap a model for training: compiled with `--torchcompile`, in DDP with several processes.
+
+    The parameters are shared with `model`, whose own state dict keeps plain names.
+
+    Args:
+        model: The plain model on its device.
+        args: Options.
+        device: This process's device.
+    """
+    wrapped = model
+    if args.torchcompile:
+        if args.grad_checkpointing and args.distributed:
+            # DDP's graph splitting cannot cut through a checkpointed block.
+            torch._dynamo.config.optimize_ddp = False
+        wrapped = torch.compile(model)  # type: ignore[assignment]
+    if args.distributed:
+        # Device ids are for GPUs alone: DDP raises when it is given the CPU.
+        device_ids = [device] if device.type == "cuda" else None
+        wrapped = DistributedDataParallel(
+            wrapped, device_ids=device_ids, static_graph=args.ddp_static_graph
+        )
+    return wrapped

@@ -1,0 +1,168 @@
+"""A trained model as plain files that OpenCLIP opens by itself, and on the Hugging Face Hub.
+
+`python -m clip_pgs.training.export RUN [--push-to-hub OWNER/NAME]` writes `RUN/export` from the
+run's latest checkpoint. `open_clip.create_model_and_transforms("local-dir:RUN/export")` and
+`open_clip.get_tokenizer("local-dir:RUN/export")` open it without this package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import safetensors.torch
+from open_clip.tokenizer import HFTokenizer
+
+from clip_pgs.training.build import logit_options
+from clip_pgs.training.checkpoint import find_latest, load_checkpoint
+from clip_pgs.training.model_card import write_model_card
+
+FOLDER_NAME = "export"
+WEIGHTS_NAME = "open_clip_model.safetensors"
+CONFIG_NAME = "open_clip_config.json"
+CARD_NAME = "README.md"
+
+_logger = logging.getLogger(__name__)
+
+
+def open_clip_config(args: argparse.Namespace, model: open_clip.CLIP) -> dict[str, Any]:
+    """Return the config that rebuilds a model as the options built it, as plain types.
+
+    Args:
+        args: The run's options.
+        model: The plain model.
+    """
+    config = copy.deepcopy(open_clip.get_model_config(args.model))
+    config.update(logit_options(args))
+    if args.force_quick_gelu:
+        config["quick_gelu"] = True
+    if args.force_custom_text:
+        config["custom_text"] = True
+    if args.force_context_length is not None:
+        config["text_cfg"]["context_length"] = args.force_context_length
+    if args.force_image_size is not None:
+        size = args.force_image_size
+        config["vision_cfg"]["image_size"] = size[0] if len(size) == 1 else list(size)
+    # Weights come from our file; base weights would be downloaded for nothing.
+    for tower, key in (("vision_cfg", "timm_model"), ("text_cfg", "hf_model")):
+        if f"{key}_name" in config[tower]:
+            config[tower][f"{key}_pretrained"] = False
+    used = model.visual.preprocess_cfg
+    preprocess = {key: used[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+    return json.loads(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+
+
+def write_export(checkpoint: dict[str, Any], folder: Path) -> Path:
+    """Write a checkpoint's model as OpenCLIP's files, whole or not at all.
+
+    Args:
+        checkpoint: From `pack_checkpoint` or `load_checkpoint`, with this trainer's record.
+        folder: Written beside itself first; one that is there is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the checkpoint has no record.
+    """
+    record = checkpoint.get("clip_pgs")
+    if record is None:
+        raise ValueError("the checkpoint was not written by clip_pgs.training; it has no record")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    config = record["open_clip_config"]
+    config_path = unfinished / CONFIG_NAME
+    config_path.write_text(json.dumps(config, indent=2) + "\n")
+    # A copy of its own for each name: safetensors refuses tied weights.
+    weights = {name: t.detach().cpu().clone() for name, t in checkpoint["state_dict"].items()}
+    safetensors.torch.save_file(weights, unfinished / WEIGHTS_NAME)
+    # safetensors makes its file readable for its owner alone.
+    (unfinished / WEIGHTS_NAME).chmod(config_path.stat().st_mode)
+    if record["tokenizer"] is not None:
+        HFTokenizer(record["tokenizer"]).save_pretrained(unfinished)
+    (unfinished / CARD_NAME).write_text(write_model_card(checkpoint["name"], record))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+    return folder
+
+
+def tokenizer_source(args: argparse.Namespace) -> str | None:
+    """Return which Hugging Face tokenizer a model uses; None for OpenCLIP's own."""
+    name = open_clip.get_model_config(args.model)["text_cfg"].get("hf_tokenizer_name")
+    if name and args.model.startswith("local-dir:"):
+        return args.model.removeprefix("local-dir:")
+    return name or None
+
+
+def export_run(run_folder: Path) -> Path:
+    """Export a run's latest checkpoint into its `export` folder.
+
+    Raises:
+        ValueError: If the run has no checkpoint of this trainer.
+    """
+    path = find_latest(run_folder / "checkpoints")
+    if path is None:
+        raise ValueError(f"{str(run_folder)!r} has no checkpoint to export")
+    return write_export(load_checkpoint(path), run_folder / FOLDER_NAME)
+
+
+def push_to_hub(export_folder: Path, repo_id: str, *, private: bool = False) -> str:
+    """Upload an export to the Hugging Face Hub, making the repository where there is none.
+
+    Args:
+        export_folder: From `export_run`.
+        repo_id: OWNER/NAME.
+        private: Make a new repository a private one.
+
+    Returns:
+        The repository's address.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    address = api.create_repo(repo_id, private=private, exist_ok=True)
+    config_path = export_folder / CONFIG_NAME
+    config = json.loads(config_path.read_text())
+    if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
+        # The tokenizer's files travel with the model.
+        config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = repo_id
+        config_path.write_text(json.dumps(config, indent=2) + "\n")
+    api.upload_folder(
+        repo_id=repo_id, folder_path=export_folder, commit_message="Upload a CLIP-PGS model"
+    )
+    return str(address)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m clip_pgs.training.export", description=export_run.__doc__
+    )
+    parser.add_argument("run", type=Path, help="a run folder, such as logs/demo")
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the export as well")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        folder = export_run(args.run)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    _logger.info("export: %s", folder)
+    if args.push_to_hub:
+        _logger.info("uploaded: %s", push_to_hub(folder, args.push_to_hub, private=args.private))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Floating-point operations of a training step, counted once on a few samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_flops(
+    model: nn.Module,
+    images: Tensor,
+    texts: Tensor,
+    *,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    extra_forward: bool = False,
+) -> float:
+    """Count what one training sample costs, forward and backward, masking included.
+
+    Matrix products and convolutions count, a multiply-add as two operations. The similarity
+    matrix of the loss is left out: it depends on the batch and is small. Weights, gradients,
+    buffers and random streams stay as they are.
+
+    Args:
+        model: The plain model, returning OpenCLIP's dictionary; put in train mode.
+        images: A few images of shape (B, 3, H, W), on the model's device.
+        texts: Their captions' tokens, shape (B, T).
+        autocast: Context for the forward.
+        extra_forward: Count the forward twice, as gradient accumulation runs it.
+
+    Returns:
+        Operations per sample.
+    """
+    model.train()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = [images.device] if images.device.type == "cuda" else []
+    # The counter knows no CPU flash kernel; plain attention counts alike everywhere.
+    with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward, autocast():
+            output = model(images, texts)
+        outputs = [value for value in output.values() if value.requires_grad]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with FlopCounterMode(display=False) as backward:
+            torch.autograd.grad(
+                outputs, trained, [torch.ones_like(value) for value in outputs], allow_unused=True
+            )
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    num_forwards = 2 if extra_forward else 1
+    total = num_forwards * forward.get_total_flops() + backward.get_total_flops()
+    return total / images.shape[0]

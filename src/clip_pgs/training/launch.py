@@ -1,0 +1,95 @@
+"""Before the first step: the run's name, its folder, and where it continues."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_pgs.training.checkpoint import find_latest, load_checkpoint
+from clip_pgs.training.distributed import Meeting
+from clip_pgs.training.environment import describe_environment, save_environment
+from clip_pgs.training.run_folder import run_folder, save_options
+from clip_pgs.training.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
+
+LOG_NAME = "out.log"
+PARAMS_NAME = "params.txt"
+METRICS_NAME = "metrics.jsonl"
+
+_logger = logging.getLogger(__name__)
+
+
+def default_name(args: argparse.Namespace) -> str:
+    """Return the name of a run that was given none: date, model and recipe, as OpenCLIP's."""
+    parts = [
+        datetime.now().strftime("%Y_%m_%d-%H_%M_%S"),
+        f"model_{args.model.replace('/', '-').replace(':', '-')}",
+        f"lr_{args.lr}",
+        f"b_{args.batch_size}",
+        f"j_{args.workers}",
+        f"p_{args.precision}",
+    ]
+    return "-".join(parts)
+
+
+def log_file(args: argparse.Namespace) -> Path | None:
+    """Return the file this process logs to, None for none; its folder is made."""
+    folder = run_folder(args)
+    is_logging = args.local_rank == 0 if args.log_local else args.rank == 0
+    if folder is None or not is_logging:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / (f"out-{args.rank}" if args.log_local else LOG_NAME)
+
+
+def write_run_files(args: argparse.Namespace, folder: Path, device: torch.device) -> None:
+    """Write what a run was started with: options, `params.txt`, `env.json`."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    save_options(args, folder)
+    lines = [f"{name}: {value}\n" for name, value in sorted(vars(args).items())]
+    (folder / PARAMS_NAME).write_text("".join(lines))
+    save_environment(describe_environment(device=device, world_size=args.world_size), folder)
+
+
+def load_start(
+    args: argparse.Namespace, folder: Path | None, meeting: Meeting
+) -> dict[str, Any] | None:
+    """Return the checkpoint that `--resume` names, None to start fresh.
+
+    Rank 0 looks for `latest`, so that all ranks load the same file.
+    """
+    path = args.resume
+    if path == "latest":
+        assert folder is not None
+        latest = find_latest(folder / "checkpoints") if args.rank == 0 else None
+        path = meeting.share(None if latest is None else str(latest))
+        if path is None:
+            _logger.info("No checkpoint in %s yet: starting fresh", folder)
+    if path is None:
+        return None
+    checkpoint = load_checkpoint(path)
+    _logger.info("Resuming from %s (epoch %d)", path, checkpoint.get("epoch", 0))
+    return checkpoint
+
+
+def open_sinks(args: argparse.Namespace, folder: Path | None, *, first_step: int) -> list[Sink]:
+    """Return where this process's measurements go; nowhere without a run folder.
+
+    Args:
+        args: Options.
+        folder: The run's folder on rank 0, None elsewhere.
+        first_step: The step this launch starts at.
+    """
+    if folder is None:
+        return []
+    targets = {target.strip() for target in args.report_to.split(",")}
+    sinks: list[Sink] = [JsonLines(folder / METRICS_NAME, first_step=first_step)]
+    if targets & {"tensorboard", "all"}:
+        sinks.append(TensorBoard(folder / "tensorboard", first_step=first_step))
+    if targets & {"wandb", "all"}:
+        sinks.append(WeightsAndBiases(args, folder / PARAMS_NAME))
+    return sinks

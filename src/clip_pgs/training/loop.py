@@ -1,0 +1,99 @@
+"""A training run from its options to its export."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from clip_pgs.training.build import build_model
+from clip_pgs.training.checks import option_warnings
+from clip_pgs.training.checkpoint import restore
+from clip_pgs.training.distributed import Meeting, process_group
+from clip_pgs.training.launch import (
+    default_name,
+    load_start,
+    log_file,
+    open_sinks,
+    write_run_files,
+)
+from clip_pgs.training.precision import supported_precision
+from clip_pgs.training.run_folder import run_folder
+from clip_pgs.training.run_log import logging_to
+from clip_pgs.training.telemetry import Cost
+from clip_pgs.training.trainer import Trainer
+from clip_pgs.training.validation import Evaluate, Validation, save_results
+
+_logger = logging.getLogger(__name__)
+
+
+def train(args: argparse.Namespace, *, evaluate: Evaluate | None = None) -> Path | None:
+    """Train a model, or only evaluate one where no training data is given.
+
+    Args:
+        args: From `parse_options`, checked by `check_options`; it is not changed.
+        evaluate: Measures more on rank 0, every `--zeroshot-frequency` epochs and at the end.
+
+    Returns:
+        The run's folder, None with `--logs none`.
+
+    Raises:
+        ValueError: If the data does not fill one step, or `--resume` names no checkpoint.
+    """
+    asked_device = args.device
+    args = argparse.Namespace(**vars(args))
+    with process_group(args) as device:
+        meeting = Meeting(args)
+        args.name = meeting.share(args.name or default_name(args))
+        path = log_file(args)
+        with logging_to(path, level=_log_level(args, has_file=path is not None)):
+            _logger.info("Process %d of %d on %s", args.rank, args.world_size, device)
+            if args.rank == 0:
+                for sentence in option_warnings(args):
+                    _logger.warning("%s", sentence)
+            if torch.device(asked_device).type != device.type:
+                _logger.warning("%s is not available: running on %s", asked_device, device)
+            folder = run_folder(args)
+            if folder is not None and args.rank == 0:
+                write_run_files(args, folder, device)
+            args.precision = supported_precision(args.precision, device)
+            if args.train_data or args.dataset_type == "synthetic":
+                Trainer(args, device, folder, meeting, evaluate=evaluate).run()
+            else:
+                _evaluate_only(args, device, folder, meeting, evaluate=evaluate)
+            meeting.wait()
+    return folder
+
+
+def _log_level(args: argparse.Namespace, *, has_file: bool) -> int:
+    if args.rank != 0 and not has_file:
+        return logging.ERROR
+    return logging.DEBUG if args.debug else logging.INFO
+
+
+def _evaluate_only(
+    args: argparse.Namespace,
+    device: torch.device,
+    folder: Path | None,
+    meeting: Meeting,
+    *,
+    evaluate: Evaluate | None,
+) -> None:
+    """Measure the model once, as it comes or with the weights that `--resume` names."""
+    parts = build_model(args, device)
+    checkpoint = load_start(args, folder, meeting) or {}
+    epoch = restore(checkpoint, model=parts.model) if checkpoint else 0
+    if args.rank != 0:
+        return
+    metrics = Validation(args, parts, evaluate=evaluate).run(epoch=epoch, epochs=epoch)
+    if folder is None:
+        return
+    save_results(metrics, folder / "checkpoints")
+    cost = {**asdict(Cost()), **checkpoint.get("clip_pgs", {}).get("cost", {})}
+    for sink in open_sinks(args, folder, first_step=cost["steps"]):
+        sink.validation(metrics, epoch=epoch, cost=cost)
+        sink.close()
+    _logger.info("Measurements are in %s", folder / "checkpoints")

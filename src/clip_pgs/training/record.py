@@ -1,0 +1,69 @@
+"""What a checkpoint says about its run, in plain types: enough to export and describe it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+import clip_pgs
+from clip_pgs.training.environment import device_name
+from clip_pgs.training.export import open_clip_config, tokenizer_source
+from clip_pgs.training.telemetry import Cost
+
+_DATA = ("train_data", "dataset_type", "dataset_resampled", "pretrained")
+_RECIPE = (
+    "epochs",
+    "batch_size",
+    "accum_freq",
+    "lr",
+    "lr_scheduler",
+    "warmup",
+    "wd",
+    "opt",
+    "precision",
+    "siglip",
+    "seed",
+)
+
+
+def describe_run(
+    args: argparse.Namespace, model: nn.Module, device: torch.device, *, num_samples: int | None
+) -> dict[str, Any]:
+    """Return what stays the same throughout a run.
+
+    Args:
+        args: The run's options, with `world_size`.
+        model: The plain model.
+        device: This process's device.
+        num_samples: Samples of an epoch.
+    """
+    data = {name: getattr(args, name) for name in _DATA}
+    return {
+        "version": clip_pgs.__version__,
+        "model": args.model,
+        "open_clip_config": open_clip_config(args, model),
+        "tokenizer": tokenizer_source(args),
+        "masking": args.masking,
+        "masking_options": _plain(args.masking_options),
+        "data": _plain({**data, "samples per epoch": num_samples}),
+        "recipe": _plain({name: getattr(args, name) for name in _RECIPE}),
+        "device": device_name(device),
+        "world_size": args.world_size,
+    }
+
+
+def with_results(
+    record: Mapping[str, Any], *, cost: Cost, metrics: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return a run's record with what it has spent and measured so far."""
+    return {**record, "cost": asdict(cost), "metrics": dict(metrics)}
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(values, default=str))

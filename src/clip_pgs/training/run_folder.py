@@ -1,0 +1,123 @@
+"""What a run folder remembers of its options, and which of them a resumed run may change."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+OPTIONS_FILE = "options.json"
+
+# A run that goes on with another of these is another experiment under an old name.
+IDENTITY = (
+    "model",
+    "pretrained",
+    "siglip",
+    "force_context_length",
+    "force_custom_text",
+    "force_image_size",
+    "force_patch_dropout",
+    "force_quick_gelu",
+    "masking",
+    "masking_options",
+    "train_data",
+    "train_data_upsampling_factors",
+    "train_num_samples",
+    "dataset_type",
+    "dataset_resampled",
+    "opt",
+    "seed",
+)
+
+# These alter the course of a run, which may be what its owner wants; they are worth a warning.
+RECIPE = (
+    "batch_size",
+    "accum_freq",
+    "epochs",
+    "epochs_cooldown",
+    "lr",
+    "beta1",
+    "beta2",
+    "eps",
+    "wd",
+    "momentum",
+    "warmup",
+    "skip_scheduler",
+    "lr_scheduler",
+    "lr_cooldown_end",
+    "lr_cooldown_power",
+    "grad_clip_norm",
+    "precision",
+    "aug_cfg",
+    "image_mean",
+    "image_std",
+    "image_interpolation",
+    "local_loss",
+    "gather_with_grad",
+    "loss_dist_impl",
+    "lock_image",
+    "lock_image_unlocked_groups",
+    "lock_image_freeze_bn_stats",
+    "lock_text",
+    "lock_text_unlocked_layers",
+    "lock_text_freeze_layer_norm",
+)
+
+
+def run_folder(args: argparse.Namespace) -> Path | None:
+    """Return the folder of a named run, None where it has no name yet or keeps nothing."""
+    if args.name is None or not keeps_logs(args):
+        return None
+    return Path(args.logs) / args.name
+
+
+def keeps_logs(args: argparse.Namespace) -> bool:
+    """Return whether a run writes a folder at all (OpenCLIP: `--logs none` does not)."""
+    return bool(args.logs) and args.logs.lower() != "none"
+
+
+def holds_run(folder: Path) -> bool:
+    """Return whether a training run has written into a folder, ours or OpenCLIP's."""
+    return any((folder / name).exists() for name in (OPTIONS_FILE, "out.log", "checkpoints"))
+
+
+def save_options(args: argparse.Namespace, folder: Path) -> None:
+    """Write the options that a resumed run is compared with to `folder/options.json`."""
+    options = {name: getattr(args, name) for name in (*IDENTITY, *RECIPE)}
+    # A crash between two writes must not leave half a file.
+    unfinished = folder / f"{OPTIONS_FILE}.tmp"
+    unfinished.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, folder / OPTIONS_FILE)
+
+
+def changed_options(args: argparse.Namespace, folder: Path) -> list[str]:
+    """Return the changes that make it another experiment, such as "seed 0 -> 1"."""
+    return _changes(args, folder, IDENTITY)
+
+
+def changed_recipe(args: argparse.Namespace, folder: Path) -> list[str]:
+    """Return the changes of schedule, batch, precision and the like, such as "lr 0.1 -> 0.2"."""
+    return _changes(args, folder, RECIPE)
+
+
+def _changes(args: argparse.Namespace, folder: Path, names: tuple[str, ...]) -> list[str]:
+    path = folder / OPTIONS_FILE
+    if not path.exists():
+        return []
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    changes = []
+    for name in names:
+        now = _plain(getattr(args, name))
+        if name in saved and saved[name] != now:
+            changes.append(f"{name} {saved[name]!r} -> {now!r}")
+    return changes
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(value))

@@ -1,0 +1,191 @@
+"""One optimiser step: gradients of the whole batch, clipping, update.
+
+Accumulation caches feature gradients (GradCache, https://arxiv.org/abs/2101.06983): a first pass
+without autograd computes the features of every micro-batch, one backward through the loss gives
+the gradient of the features and of the logit scale, and a second pass carries the former into
+the towers. OpenCLIP repeats the full loss for every micro-batch instead, which makes the
+gradient of the logit scale accum_freq times too large, and draws new masks in the second pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from open_clip import CLIP
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+Batch = tuple[Tensor, Tensor]
+# Parameters that a model hands to the loss unchanged by the batch: they have no batch dimension.
+_SHARED_OUTPUTS = ("logit_scale", "logit_bias")
+_MAX_LOG_SCALE = math.log(100)
+
+
+@dataclass
+class StepResult:
+    """What one step measured, as tensors on the device that nothing has waited for.
+
+    Args:
+        losses: Each term and their sum under "loss", of this rank. Scalars.
+        grad_norm: Norm of all gradients before clipping; None without clipping. Scalar.
+        kept_counts: Patches kept of each image; empty without masking. One (B,) per micro-batch.
+    """
+
+    losses: dict[str, Tensor]
+    grad_norm: Tensor | None = None
+    kept_counts: list[Tensor] = field(default_factory=list)
+
+
+def compute_gradients(
+    model: nn.Module,
+    batches: list[Batch],
+    loss: nn.Module,
+    *,
+    before_forward: Callable[[int], None] | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    scaler: torch.amp.GradScaler | None = None,
+) -> dict[str, Tensor]:
+    """Add the gradient of the loss over all micro-batches to the parameters.
+
+    BatchNorm normalises each micro-batch by itself; everything else equals one big batch.
+
+    Args:
+        model: Returns OpenCLIP's dictionary of outputs; may be wrapped for DDP.
+        batches: Micro-batches of (images, texts), of one size, on the device.
+        loss: OpenCLIP's loss, called with the outputs and `output_dict=True`.
+        before_forward: Called with the number of a micro-batch before each of its forwards, to
+            give both the same masks.
+        autocast: Context for forwards and loss.
+        scaler: Scales the loss for float16.
+
+    Returns:
+        Each loss term and their sum under "loss", detached.
+    """
+    before_forward = before_forward or _do_nothing
+    if len(batches) > 1:
+        return _compute_cached_gradients(
+            model, batches, loss, before_forward=before_forward, autocast=autocast, scaler=scaler
+        )
+    before_forward(0)
+    with autocast():
+        losses = _total_loss(loss, model(*batches[0]))
+    _scaled(losses["loss"], scaler).backward()
+    return {name: value.detach() for name, value in losses.items()}
+
+
+def _compute_cached_gradients(
+    model: nn.Module,
+    batches: list[Batch],
+    loss: nn.Module,
+    *,
+    before_forward: Callable[[int], None],
+    autocast: Callable[[], AbstractContextManager],
+    scaler: torch.amp.GradScaler | None,
+) -> dict[str, Tensor]:
+    device = batches[0][0].device
+    # DDP averages at the end of a backward whose forward went through it, so that the last one
+    # alone does. `no_sync` would do the same, but for a static graph, where it fails.
+    bare_model = model.module if isinstance(model, DistributedDataParallel) else model
+    random_states, outputs = [], []
+    with torch.no_grad(), autocast():
+        for micro_batch, batch in enumerate(batches):
+            random_states.append(_random_state(device))
+            before_forward(micro_batch)
+            outputs.append(bare_model(*batch))
+    leaves = _joined_leaves(outputs)
+    del outputs
+
+    with autocast():
+        losses = _total_loss(loss, leaves)
+    _scaled(losses["loss"], scaler).backward()
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    shared = {name: gradients.pop(name) for name in _SHARED_OUTPUTS if name in gradients}
+    chunks = {name: gradient.chunk(len(batches)) for name, gradient in gradients.items()}
+
+    for micro_batch, batch in enumerate(batches):
+        is_last = micro_batch == len(batches) - 1
+        # The shared outputs take part in the last backward alone, where DDP averages: their
+        # gradient counts once, and every parameter has one when DDP looks for it.
+        wanted = {name: parts[micro_batch] for name, parts in chunks.items()}
+        wanted |= shared if is_last else {}
+        _set_random_state(random_states[micro_batch], device)
+        before_forward(micro_batch)
+        with autocast():
+            output = model(*batch) if is_last else bare_model(*batch)
+        names = [name for name in wanted if output[name].requires_grad]
+        torch.autograd.backward([output[n] for n in names], [wanted[n] for n in names])
+    return {name: value.detach() for name, value in losses.items()}
+
+
+def _joined_leaves(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Concatenate the micro-batches' outputs and make the floating-point ones leaves."""
+    leaves = {}
+    for name, first in outputs[0].items():
+        is_shared = name in _SHARED_OUTPUTS
+        value = first.detach().clone() if is_shared else torch.cat([out[name] for out in outputs])
+        leaves[name] = value.requires_grad_(value.is_floating_point())
+    return leaves
+
+
+def _total_loss(loss: nn.Module, output: dict[str, Tensor]) -> dict[str, Tensor]:
+    losses = dict(loss(**output, output_dict=True))
+    losses["loss"] = torch.stack([value.float() for value in losses.values()]).sum()
+    return losses
+
+
+def _scaled(value: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
+    return value if scaler is None else scaler.scale(value)
+
+
+def _do_nothing(micro_batch: int) -> None:
+    return None
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), on_device
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    on_cpu, on_device = state
+    torch.set_rng_state(on_cpu)
+    if on_device is not None:
+        torch.cuda.set_rng_state(on_device, device)
+
+
+def update_weights(
+    model: CLIP,
+    optimizer: torch.optim.Optimizer,
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+    grad_clip_norm: float | None = None,
+) -> Tensor | None:
+    """Clip the gradients, update the weights, and keep the logit scale within [1, 100].
+
+    Args:
+        model: The plain model, with gradients.
+        optimizer: Its optimiser.
+        scaler: What scaled the loss, if anything did.
+        grad_clip_norm: Largest norm of all gradients together; None does not clip.
+
+    Returns:
+        The norm before clipping, or None without clipping.
+    """
+    grad_norm = None
+    if grad_clip_norm is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip_norm)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        model.logit_scale.clamp_(0, _MAX_LOG_SCALE)
+    return grad_norm

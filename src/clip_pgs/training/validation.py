@@ -1,0 +1,106 @@
+"""Measurements on held-out data during training, by OpenCLIP's own code and names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from open_clip_train.data import get_imagenet
+from open_clip_train.train import evaluate as evaluate_with_open_clip
+from torch import nn
+
+from clip_pgs.data.stream import build_val_stream
+from clip_pgs.training.build import ModelParts
+
+RESULTS_NAME = "results.jsonl"
+
+
+class Evaluate(Protocol):
+    """An evaluation of the caller's own, run on rank 0 every `--zeroshot-frequency` epochs."""
+
+    def __call__(
+        self, *, model: nn.Module, transform: Callable, tokenize: Callable, epoch: int
+    ) -> Mapping[str, float]:
+        """Return measurements by name.
+
+        Args:
+            model: The plain model in eval mode.
+            transform: Image to pixels.
+            tokenize: Captions to token numbers.
+            epoch: Completed epochs.
+        """
+
+
+class Validation:
+    """The held-out sets of a run: `--val-data`, `--imagenet-val`, `--imagenet-v2`.
+
+    Args:
+        args: Options.
+        parts: The model and its transforms.
+        evaluate: Measures more than OpenCLIP does.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, parts: ModelParts, *, evaluate: Evaluate | None = None
+    ) -> None:
+        self._args = args
+        self._parts = parts
+        self._evaluate = evaluate
+        self._data: dict[str, Any] = {}
+        if args.val_data:
+            stream = build_val_stream(args, transform=parts.val_transform, tokenize=parts.tokenize)
+            self._data["val"] = SimpleNamespace(dataloader=stream)
+        transforms = (parts.train_transform, parts.val_transform)
+        if args.imagenet_val is not None:
+            self._data["imagenet-val"] = get_imagenet(args, transforms, "val")
+        if args.imagenet_v2 is not None:
+            self._data["imagenet-v2"] = get_imagenet(args, transforms, "v2")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to measure."""
+        return not self._data and self._evaluate is None
+
+    def run(self, *, epoch: int, epochs: int) -> dict[str, float]:
+        """Measure what is due, leaving the model in eval mode.
+
+        Args:
+            epoch: Completed epochs.
+            epochs: Epochs of the whole run; everything is due after the last.
+
+        Returns:
+            Values by OpenCLIP's names, empty where nothing was due.
+        """
+        model = self._parts.model
+        model.eval()
+        options = {**vars(self._args), "epochs": epochs, "rank": 0}
+        # We report by ourselves, and the model is not wrapped.
+        options |= {"distributed": False, "save_logs": False, "wandb": False}
+        metrics = evaluate_with_open_clip(
+            model, self._data, epoch, argparse.Namespace(**options), tokenizer=self._parts.tokenize
+        )
+        if self._evaluate is not None and _is_due(self._args.zeroshot_frequency, epoch, epochs):
+            metrics |= self._evaluate(
+                model=model,
+                transform=self._parts.val_transform,
+                tokenize=self._parts.tokenize,
+                epoch=epoch,
+            )
+        return {
+            name: value if isinstance(value, int) else float(value)
+            for name, value in metrics.items()
+        }
+
+
+def _is_due(frequency: int, epoch: int, epochs: int) -> bool:
+    return frequency > 0 and (epoch % frequency == 0 or epoch == epochs)
+
+
+def save_results(metrics: Mapping[str, float], checkpoint_folder: Path) -> None:
+    """Append measurements to OpenCLIP's `results.jsonl`."""
+    with (checkpoint_folder / RESULTS_NAME).open("a") as file:
+        file.write(json.dumps(dict(metrics)) + "\n")

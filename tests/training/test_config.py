@@ -1,0 +1,162 @@
+import pytest
+
+from clip_pgs.training.options import parse_options
+from support.options import write_model_config
+
+BASE = "model: ViT-B-16\n"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def parse(tmp_path, text, *argv):
+    return parse_options(["--config", write(tmp_path, text), *argv])
+
+
+def refusal(tmp_path, text, *argv):
+    with pytest.raises(ValueError, match=r".") as caught:
+        parse(tmp_path, text, *argv)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_config_says_the_same_as_flags(tmp_path):
+    text = """
+    model: ViT-B-16
+    masking: pgs
+    mask_ratio: 0.5
+    mask-ratio-min: 0.3
+    masking-option: {edge_weight: 1e-1, edges: true, threshold: null}
+    lr: 1e-3
+    train-num-samples: 10_968_539
+    train-data: "data/{0..3}.tar"
+    image-mean: [0.1, 0.2, 0.3]
+    force-image-size: 96
+    local_loss: true
+    siglip: false
+    csv-separator: "\\t"
+    aug-cfg: {scale: [0.5, 1.0], use_timm: true}
+    report-to:
+    """
+    flags = ["--model", "ViT-B-16", "--masking", "pgs", "--mask-ratio", "0.5"]
+    flags += ["--mask-ratio-min", "0.3", "--masking-option", "edge_weight=0.1", "edges=True"]
+    flags += ["threshold=None", "--lr", "1e-3", "--train-num-samples", "10968539"]
+    flags += ["--train-data", "data/{0..3}.tar", "--image-mean", "0.1", "0.2", "0.3"]
+    flags += ["--force-image-size", "96", "--local-loss", "--csv-separator", "\t"]
+    flags += ["--aug-cfg", "scale=[0.5, 1.0]", "use_timm=True"]
+    from_config, from_flags = vars(parse(tmp_path, text)), vars(parse_options(flags))
+    assert {**from_config, "config": None} == from_flags
+
+
+def test_flags_win_over_the_config_wherever_they_stand(tmp_path):
+    text = BASE + "lr: 0.1\nimage-mean: [1, 1, 1]\nmasking: random\nmask-ratio: 0.5\n"
+    argv = ["--lr", "0.2", "--image-mean", "0", "0", "0", "--mask-ratio", "0.75"]
+    args = parse(tmp_path, text, *argv)
+    assert (args.lr, args.image_mean, args.masking_options) == (
+        0.2,
+        [0, 0, 0],
+        {"mask_ratio": 0.75},
+    )
+    before = parse_options([*argv, "--config", args.config])
+    assert vars(before) == vars(args)
+
+
+def test_a_masking_option_on_the_command_line_wins_by_its_key(tmp_path):
+    text = BASE + "masking: pgs\nmasking-option: {edge_weight: 1.0, num_iters: 5}\n"
+    args = parse(tmp_path, text, "--masking-option", "edge_weight=2.0")
+    assert args.masking_options == {"edge_weight": 2.0, "num_iters": 5}
+
+
+def test_a_ratio_of_the_config_can_be_taken_back(tmp_path):
+    text = BASE + "masking: pgs\nmask-ratio: 0.5\nmask-ratio-min: 0.3\n"
+    args = parse(tmp_path, text, "--masking", "random", "--mask-ratio-min", "none")
+    assert args.masking_options == {"mask_ratio": 0.5}
+
+
+@pytest.mark.parametrize("flag", ["local-loss", "no-set-device-rank"])
+def test_a_switch_of_the_config_can_be_undone(tmp_path, flag):
+    name = flag.replace("-", "_")
+    assert getattr(parse(tmp_path, BASE + f"{flag}: true\n"), name)
+    assert not getattr(parse(tmp_path, BASE + f"{flag}: true\n", f"--no-{flag}"), name)
+    assert not getattr(parse(tmp_path, BASE + f"{flag}: false\n"), name)
+
+
+def test_a_model_on_the_command_line_replaces_the_configs_model_file(tmp_path):
+    path = write_model_config(tmp_path / "vit_from_config.json")
+    args = parse(tmp_path, f"model-config: {path}\n", "--model", "ViT-B-32")
+    assert (args.model, args.model_config) == ("ViT-B-32", None)
+
+
+def test_a_model_file_on_the_command_line_replaces_the_configs_model(tmp_path):
+    path = write_model_config(tmp_path / "vit_from_flag.json")
+    assert parse(tmp_path, BASE, "--model-config", path).model == "vit_from_flag"
+
+
+@pytest.mark.parametrize(
+    ("line", "near"),
+    [
+        ("mask-ration: 0.5", "--mask-ratio"),
+        ("batchsize: 3", "--batch-size"),
+        ("no-local-loss: true", "--local-loss"),
+    ],
+)
+def test_unknown_keys_are_refused_with_near_names(tmp_path, line, near):
+    message = refusal(tmp_path, BASE + line)
+    assert "run.yaml" in message
+    assert repr(line.partition(":")[0]) in message
+    assert near in message
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("batch-size: many", "'batch-size' takes a whole number, got 'many'"),
+        ("batch-size: 2.5", "'batch-size' takes a whole number, got 2.5"),
+        ("lr: true", "'lr' takes a number, got True"),
+        ("lr: [1, 2]", "'lr' takes a number"),
+        ("mask-ratio: half", "'mask-ratio' takes a number, got 'half'"),
+        ("local-loss: 1", "'local-loss' takes true or false, got 1"),
+        ("name: 12:30", "'name' takes a text (put it in quotes), got 750"),
+        ("precision: int3", "'precision' takes one of amp,"),
+        ("masking: psg", "'masking' takes one of none, pgs, random"),
+        ("image-mean: [a, b]", "'image-mean' takes a list of numbers"),
+        ("aug-cfg: strong", "'aug-cfg' takes a mapping, got 'strong'"),
+        ("masking-option: [edges]", "'masking-option' takes a mapping"),
+        ("config: other.yaml", "'config' can only be given on the command line"),
+        ("check-only: true", "'check-only' can only be given on the command line"),
+        ("model: ViT-B-32", "'model' is given twice"),
+        ("lr: 1\nlr: 2", "'lr' is given twice"),
+        ("wd: 1\nsave_frequency: 1\nsave-frequency: 2", "'save-frequency' is given twice"),
+        ("aug-cfg: {scale: 1, scale: 2}", "'scale' is given twice"),
+    ],
+)
+def test_a_wrong_value_names_file_key_and_value(tmp_path, line, part):
+    message = refusal(tmp_path, BASE + line)
+    assert "run.yaml: " in message
+    assert part in message
+
+
+@pytest.mark.parametrize("text", ["- model", "just a text", "42"])
+def test_a_config_that_is_no_mapping_is_refused(tmp_path, text):
+    assert "must hold one mapping" in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize("text", ["lr: [1", "lr: !!python/object/apply:os.getcwd []", "a: b: c"])
+def test_a_config_that_is_not_plain_yaml_is_refused(tmp_path, text):
+    assert "run.yaml is not a YAML file" in refusal(tmp_path, text)
+
+
+def test_an_empty_config_sets_nothing(tmp_path):
+    assert parse(tmp_path, "# nothing yet\n", "--model", "ViT-B-16").given == ["model"]
+
+
+def test_a_missing_config_is_refused():
+    with pytest.raises(ValueError, match=r"cannot read the config nowhere\.yaml: No such file"):
+        parse_options(["--config", "nowhere.yaml"])
+
+
+def test_a_flag_that_is_not_supported_is_refused_from_a_config_too(tmp_path):
+    assert "--horovod is not supported" in refusal(tmp_path, BASE + "horovod: true")

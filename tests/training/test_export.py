@@ -1,0 +1,133 @@
+import json
+
+import huggingface_hub
+import open_clip
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from clip_pgs.training import export
+from support.models import image_batch
+from support.runs import MODEL, pairs, run, write_model
+
+
+def features(model, tokenizer):
+    images = torch.nn.functional.interpolate(image_batch(2), size=(32, 32))
+    texts = tokenizer(["a red square", "a green square"])
+    with torch.no_grad():
+        return model.encode_image(images), model.encode_text(texts)
+
+
+def test_plain_open_clip_computes_the_same_features_bit_for_bit(finished_run):
+    exported = f"local-dir:{finished_run / 'export'}"
+    opened, _, preprocess = open_clip.create_model_and_transforms(exported)
+    trained, _, expected_preprocess = open_clip.create_model_and_transforms(
+        "tiny", pretrained=str(finished_run / "checkpoints" / "epoch_2.pt")
+    )
+    tokenizer = open_clip.get_tokenizer(exported)
+    (image, _), *_ = pairs(1)
+    assert torch.equal(preprocess(image), expected_preprocess(image))
+    assert tokenizer("a red square").shape == (1, 12)
+    for value, expected in zip(
+        features(opened.eval(), tokenizer), features(trained.eval(), tokenizer), strict=True
+    ):
+        assert torch.equal(value, expected)
+
+
+def test_an_export_holds_no_more_than_its_files(finished_run):
+    assert sorted(path.name for path in (finished_run / "export").iterdir()) == [
+        "README.md",
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
+    ]
+
+
+def test_the_model_card_states_data_masking_cost_and_metrics(finished_run, world):
+    card = (finished_run / "export" / "README.md").read_text()
+    for expected in (
+        f"| train_data | {world.train_data} |",
+        "| masking | pgs |",
+        "| masking option `mask_ratio_min` | 0.3 |",
+        "| samples seen | 64 |",
+        "| image_to_text_R@1 |",
+        "| hardware | 1 x ",
+    ):
+        assert expected in card
+
+
+def test_changed_architecture_options_are_in_the_config(tmp_path, world):
+    folder = run(
+        tmp_path,
+        train_data=world.train_data,
+        epochs=1,
+        siglip=True,
+        force_image_size=48,
+        force_context_length=10,
+        force_quick_gelu=True,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    exported = f"local-dir:{folder / 'export'}"
+    model = open_clip.create_model(exported)
+    assert model.logit_bias is not None
+    assert model.visual.image_size == (48, 48)
+    assert list(model.visual.image_mean) == [0.5, 0.5, 0.5]
+    assert type(model.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+    assert open_clip.get_tokenizer(exported)("a").shape == (1, 10)
+
+
+def test_the_files_of_a_hugging_face_tokenizer_travel_along(tmp_path, world):
+    words = Tokenizer(WordLevel({"[UNK]": 0, "[PAD]": 1, "red": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]"
+    ).save_pretrained(tmp_path / "words")
+    text = {**MODEL["text_cfg"], "hf_tokenizer_name": str(tmp_path / "words"), "vocab_size": 3}
+    model = write_model(tmp_path, name="worded", config={**MODEL, "text_cfg": text})
+    folder = run(tmp_path, model=model, train_data=world.train_data, epochs=1)
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder / 'export'}")
+    assert tokenizer("red blue")[0, :3].tolist() == [2, 0, 1]
+
+
+def test_the_command_exports_the_latest_checkpoint_again(tmp_path, world):
+    folder = run(tmp_path, train_data=world.train_data, epochs=1)
+    before = (folder / "export" / "open_clip_model.safetensors").read_bytes()
+    (folder / "export" / "open_clip_model.safetensors").unlink()
+    assert export.main([str(folder)]) == 0
+    assert (folder / "export" / "open_clip_model.safetensors").read_bytes() == before
+
+
+def test_the_command_refuses_a_folder_without_checkpoints(tmp_path, capsys):
+    assert export.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: '{tmp_path}' has no checkpoint to export\n"
+
+
+def test_one_command_uploads_the_export(tmp_path, world, monkeypatch):
+    folder = run(tmp_path, train_data=world.train_data, epochs=1)
+    calls = []
+
+    class Hub:
+        def create_repo(self, repo_id, **options):
+            calls.append(("create", repo_id, options["private"]))
+            return f"https://huggingface.co/{repo_id}"
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            calls.append(("upload", repo_id, folder_path))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert export.main([str(folder), "--push-to-hub", "me/tiny", "--private"]) == 0
+    assert calls == [("create", "me/tiny", True), ("upload", "me/tiny", folder / "export")]
+
+
+def test_a_checkpoint_without_a_record_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no record"):
+        export.write_export({"state_dict": {}, "name": "x"}, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+def test_the_config_is_plain_json(finished_run):
+    config = json.loads((finished_run / "export" / "open_clip_config.json").read_text())
+    assert config["model_cfg"]["vision_cfg"] == MODEL["vision_cfg"]

@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from clip_pgs.integrations.open_clip import apply_masking
+from clip_pgs.training.flops import count_flops
+from support.models import TEXT, VISION, image_batch, small_clip, text_batch
+
+
+def small_model(**vision):
+    model = small_clip(**vision)
+    model.output_dict = True
+    return model
+
+
+def count(model, **options):
+    return count_flops(model, image_batch(2), text_batch(2), **options)
+
+
+def block(tokens, width):
+    linear = 2 * tokens * width * width * (3 + 1 + 4 + 4)
+    attention = 2 * 2 * tokens * tokens * width
+    return linear + attention
+
+
+def test_forward_equals_the_count_by_hand():
+    width, num_patches, num_kept = VISION["width"], 16, 8
+    by_hand = (
+        2 * num_patches * 3 * VISION["patch_size"] ** 2 * width
+        + VISION["layers"] * block(1 + num_kept, width)
+        + 2 * width * 64
+        + TEXT["layers"] * block(TEXT["context_length"], TEXT["width"])
+        + 2 * TEXT["width"] * 64
+    )
+    model = apply_masking(small_model(), "random", mask_ratio=0.5)
+    assert count(model, extra_forward=True) - count(model) == by_hand
+
+
+def test_masking_costs_less_than_seeing_everything():
+    assert count(apply_masking(small_model(), "pgs", mask_ratio=0.5)) < 0.75 * count(small_model())
+
+
+def test_backward_costs_about_twice_the_forward():
+    model = small_model()
+    forward = count(model, extra_forward=True) - count(model)
+    assert count(model) / forward == pytest.approx(3, rel=0.1)
+
+
+def test_counting_changes_nothing():
+    model = apply_masking(small_model(), "random", mask_ratio=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    count(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

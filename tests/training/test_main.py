@@ -1,0 +1,60 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from clip_pgs.training.__main__ import main
+from support.options import VALID
+
+
+def run(folder, *argv, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "clip_pgs.training", *argv],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_bad_input_is_one_sentence_exit_code_2_and_nothing_created(tmp_path):
+    done = run(tmp_path, *VALID, "--masking", "pgs", "--mask-ratio", "1.5", "--name", "demo")
+    assert done.returncode == 2
+    assert done.stderr == "error: mask_ratio must be in [0, 1), got 1.5\n"
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_only_prints_one_line_and_creates_nothing(tmp_path):
+    done = run(tmp_path, *VALID, "--masking", "pgs", "--name", "demo", "--check-only")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_rank_says_nothing_and_leaves_alike(tmp_path):
+    done = run(tmp_path, "--model", "ViT-B-16", RANK="1", WORLD_SIZE="2")
+    assert (done.returncode, done.stderr, done.stdout) == (2, "", "")
+
+
+def test_warnings_are_shown_before_the_run(capsys, monkeypatch, caplog):
+    monkeypatch.delenv("RANK", raising=False)
+    assert main([*VALID, "--momentum", "0.9", "--check-only"]) == 0
+    assert "--momentum has no effect with --opt adamw" in caplog.text
+
+
+def test_an_interrupted_run_leaves_with_130(monkeypatch):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clip_pgs.training.loop.train", interrupt)
+    assert main(VALID) == 130
+
+
+def test_help_leaves_with_0(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["-h"])
+    assert left.value.code == 0

@@ -1,0 +1,220 @@
+import pytest
+from open_clip_train.params import parse_args as parse_trainer_args
+
+from clip_pgs.integrations.open_clip.compat import check_versions, trainer_actions, trainer_parser
+from clip_pgs.training.flags import IMPLEMENTED_FLAGS, REFUSED_FLAGS
+from clip_pgs.training.options import parse_options
+from support.options import VALID, write_model_config
+
+
+def refusal(argv):
+    with pytest.raises(ValueError, match=r".") as caught:
+        parse_options(argv)
+    return str(caught.value)
+
+
+def test_options_of_open_clip_come_out_as_open_clip_parses_them():
+    argv = ["--model", "ViT-B-16", "--lr", "3e-4", "--local-loss", "--image-mean", "0", "0.5", "1"]
+    argv += ["--aug-cfg", "scale=(0.5, 1.0)", "use_timm=True", "--train-data", "a b/{0..3}.tar"]
+    theirs, ours = vars(parse_trainer_args(argv)), vars(parse_options(argv))
+    assert {name: ours[name] for name in theirs} == theirs
+
+
+def test_defaults_of_the_optimiser_follow_the_model_in_a_file(tmp_path):
+    # OpenCLIP's default model is a ResNet, for which beta2 and eps differ.
+    args = parse_options(["--model-config", write_model_config(tmp_path / "vit_of_mine.json")])
+    assert (args.beta2, args.eps) == (0.98, 1e-6)
+
+
+def test_model_alone_is_not_taken_for_a_model_config():
+    args = parse_options(["--model", "ViT-S-16"])
+    assert (args.model, args.model_config) == ("ViT-S-16", None)
+
+
+def test_model_config_alone_names_the_model(tmp_path):
+    path = write_model_config(tmp_path / "vit_alone.json")
+    args = parse_options(["--model-config", path])
+    assert (args.model, args.model_config) == ("vit_alone", path)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_model_and_model_config_agree(tmp_path, joined):
+    path = write_model_config(tmp_path / "vit_both.json")
+    pairs = [("--model", "vit_both"), ("--model-config", path)]
+    argv = [f"{flag}={value}" for flag, value in pairs] if joined else [a for p in pairs for a in p]
+    args = parse_options(argv)
+    assert (args.model, args.model_config) == ("vit_both", path)
+
+
+def test_model_and_model_config_that_disagree_are_both_named(tmp_path):
+    path = write_model_config(tmp_path / "vit_other.json")
+    message = refusal(["--model", "ViT-B-16", "--model-config", path])
+    assert "ViT-B-16" in message
+    assert "vit_other.json" in message
+
+
+def test_a_run_without_a_model_is_refused():
+    assert "--model" in refusal(["--lr", "1e-3"])
+
+
+def test_an_unknown_model_is_refused_with_near_names():
+    message = refusal(["--model", "ViT-B16"])
+    assert "'ViT-B16'" in message
+    assert "ViT-B-16" in message
+
+
+@pytest.mark.parametrize("name", ["local-dir:somewhere", "hf-hub:somebody/something"])
+def test_models_outside_open_clip_keep_their_schema(name):
+    assert parse_options(["--model", name]).model == name
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [("{", "not JSON"), ("[1]", "embed_dim"), ('{"embed_dim": 8}', "vision_cfg")],
+)
+def test_a_broken_model_config_is_refused(tmp_path, content, part):
+    path = tmp_path / "vit_broken.json"
+    path.write_text(content)
+    message = refusal(["--model-config", str(path)])
+    assert str(path) in message
+    assert part in message
+
+
+def test_a_missing_model_config_is_refused():
+    assert "nowhere.json" in refusal(["--model-config", "nowhere.json"])
+
+
+def test_a_model_config_does_not_replace_a_model_of_open_clip(tmp_path):
+    assert "ViT-B-32.json" in refusal(
+        ["--model-config", write_model_config(tmp_path / "ViT-B-32.json")]
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "near"),
+    [
+        ("--train-d", "--train-data"),
+        ("--mode", "--model"),
+        ("--mask", "--masking"),
+        ("--batchsize", "--batch-size"),
+        ("--mask_ratio", "--mask-ratio"),
+        ("--no-local", "--no-local-loss"),
+    ],
+)
+def test_unknown_and_abbreviated_flags_are_refused_with_near_names(flag, near):
+    message = refusal(["--model", "ViT-B-16", flag, "1"])
+    assert message.startswith(f"unknown option {flag} ")
+    assert near in message.partition("nearest: ")[2]
+
+
+def test_values_that_look_like_flags_are_left_alone():
+    args = parse_options([*VALID, "--wandb-notes=--train-d", "--name", "a--b"])
+    assert (args.wandb_notes, args.name) == ("--train-d", "a--b")
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--batch-size", "many"], "invalid int value: 'many'"),
+        (["--precision", "int3"], "invalid choice: 'int3'"),
+        (["--masking", "psg"], "invalid choice: 'psg'"),
+        (["--mask-ratio", "half"], "--mask-ratio"),
+        (["--masking-option", "edges"], "KEY=VALUE"),
+        (["--aug-cfg", "scale"], "KEY=VALUE"),
+        (["--local-loss=true"], "--local-loss"),
+        (["--lr"], "--lr: expected one argument"),
+        (["config.yaml"], "unrecognized arguments: config.yaml"),
+    ],
+)
+def test_malformed_values_are_one_sentence(argv, part, capsys):
+    message = refusal([*VALID, *argv])
+    assert part in message
+    assert "\n" not in message
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("flag", sorted(REFUSED_FLAGS))
+def test_flags_that_are_not_supported_are_refused_with_a_reason(flag):
+    needs_value = trainer_actions()[flag].nargs != 0
+    value = (trainer_actions()[flag].choices or ["1"])[0]
+    message = refusal([*VALID, flag, *([value] if needs_value else [])])
+    assert message == f"{flag} is not supported: {REFUSED_FLAGS[flag]}"
+
+
+def test_no_flag_of_open_clip_is_ignored_in_silence():
+    decided = IMPLEMENTED_FLAGS | REFUSED_FLAGS.keys()
+    assert set(trainer_actions()) == decided
+    assert not IMPLEMENTED_FLAGS & REFUSED_FLAGS.keys()
+
+
+def test_reading_the_trainers_parser_leaves_the_trainer_as_it_was():
+    trainer_parser.cache_clear()
+    assert trainer_parser().get_default("batch_size") == 64
+    assert parse_trainer_args(["--batch-size", "3"]).batch_size == 3
+
+
+def test_the_last_word_on_a_switch_holds():
+    assert not parse_options([*VALID, "--local-loss", "--no-local-loss"]).local_loss
+    assert parse_options([*VALID, "--no-local-loss", "--local-loss"]).local_loss
+
+
+def test_a_switch_that_begins_with_no_is_itself_and_can_be_undone():
+    assert parse_options([*VALID, "--no-set-device-rank"]).no_set_device_rank
+    undone = [*VALID, "--no-set-device-rank", "--no-no-set-device-rank"]
+    assert not parse_options(undone).no_set_device_rank
+
+
+def test_masking_options_hold_what_was_given_and_nothing_else():
+    argv = ["--masking", "pgs", "--mask-ratio", "0.5", "--masking-option", "edges=false"]
+    argv += ["temperature=1e-1", "solver=pot", "--masking-option", "num-iters=3", "threshold=None"]
+    args = parse_options([*VALID, *argv])
+    assert args.masking_options == {
+        "mask_ratio": 0.5,
+        "edges": False,
+        "temperature": 0.1,
+        "solver": "pot",
+        "num_iters": 3,
+        "threshold": None,
+    }
+
+
+def test_a_ratio_given_twice_is_refused():
+    argv = ["--masking", "pgs", "--mask-ratio", "0.5", "--masking-option", "mask_ratio=0.4"]
+    assert "mask_ratio is given" in refusal([*VALID, *argv])
+
+
+def test_masking_is_none_unless_it_is_asked_for():
+    args = parse_options(VALID)
+    assert (args.masking, args.masking_options, args.mask_ratio) == ("none", {}, None)
+
+
+def test_given_names_what_was_set():
+    args = parse_options([*VALID, "--masking", "pgs", "--local-loss", "--siglip", "--no-siglip"])
+    assert args.given == [
+        "dataset_type",
+        "local_loss",
+        "masking",
+        "model",
+        "train_num_samples",
+        "warmup",
+    ]
+
+
+def test_help_shows_our_options_before_open_clips(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse_options(["--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0
+    assert text.index("--mask-ratio-min") < text.index("--train-data")
+    assert "2503.17080" in text
+    assert "--horovod" not in text
+
+
+def test_the_installed_open_clip_is_one_we_know():
+    check_versions()
+
+
+def test_another_open_clip_is_refused(monkeypatch):
+    monkeypatch.setattr("open_clip.__version__", "4.0.0")
+    with pytest.raises(ValueError, match=r"open_clip_torch>=3\.3,<4, found 4\.0\.0"):
+        check_versions()
