@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Train a model, or, without arguments, run the demo. See --help.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+usage() {
+    cat <<'HELP'
+Usage:
+  bash clip-train.sh                     the demo: data, training, evaluation and a picture in
+                                         logs/demo; continues or shows what is there already
+  bash clip-train.sh --fresh [FLAGS]     the demo again from the start; FLAGS go to training
+  bash clip-train.sh CONFIG.yaml [FLAGS] a run of configs/train/ on all GPUs of this machine
+  bash clip-train.sh FLAGS               a run told by flags alone
+
+Environment (defaults in brackets):
+  NPROC_PER_NODE    processes on this machine [its GPUs; 1 without]
+  NNODES            machines [1]; with more, each starts this command with
+  NODE_RANK           its number, from 0,
+  MASTER_ADDR         the address of machine 0, and
+  MASTER_PORT         a free port there [29500]
+
+All training flags: python -m clip_pgs.training --help
+HELP
+}
+
+refuse() {
+    printf 'error: %s\n' "$1" >&2
+    exit 2
+}
+
+case "${1:-}" in
+-h | --help)
+    usage
+    exit 0
+    ;;
+"" | --fresh)
+    exec bash "$root/scripts/demo.sh" "$@"
+    ;;
+-*) ;;
+*)
+    set -- --config "$@"
+    ;;
+esac
+
+NNODES="${NNODES:-1}"
+# shellcheck source=scripts/environment.sh
+source "$root/scripts/environment.sh"
+count_gpus='import torch; print(max(1, torch.cuda.device_count()))'
+NPROC_PER_NODE="${NPROC_PER_NODE:-$("$PYTHON" -c "$count_gpus")}"
+for name in NNODES NPROC_PER_NODE; do
+    if [[ ! "${!name}" =~ ^[1-9][0-9]*$ ]]; then
+        refuse "$name must be a whole number above 0, got '${!name}'"
+    fi
+done
+
+if ((NNODES == 1 && NPROC_PER_NODE == 1)); then
+    exec "$PYTHON" -m clip_pgs.training "$@"
+fi
+
+if ((NNODES == 1)); then
+    rendezvous=(--standalone)
+else
+    if [[ ! "${NODE_RANK:-}" =~ ^[0-9]+$ || -z "${MASTER_ADDR:-}" ]]; then
+        refuse "NNODES=$NNODES needs NODE_RANK, a number from 0, and MASTER_ADDR"
+    fi
+    rendezvous=(
+        --nnodes "$NNODES"
+        --rdzv-backend c10d
+        --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}"
+        --rdzv-conf "is_host=$((NODE_RANK == 0))"
+    )
+fi
+
+# A worker's exit code 2 reaches us as torchrun's 1, below pages of its own, so bad input is refused
+# here. Machine 0 checks for all: once it has started, the run folder exists for the others.
+if ((${NODE_RANK:-0} == 0)); then
+    WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) "$PYTHON" -m clip_pgs.training --check-only "$@"
+fi
+
+# torchrun gives each of several processes one thread unless told.
+cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
+threads=$((cores / NPROC_PER_NODE))
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
+
+# Without `--` torchrun takes --logs, --name and others for abbreviations of its own flags.
+exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NPROC_PER_NODE" \
+    -m -- clip_pgs.training "$@"

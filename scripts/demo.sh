@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# The demo: make the world, train with PGS, evaluate, draw what PGS keeps. `bash clip-train.sh` runs
+# it. What is there already is kept; --fresh redoes the run, and flags after it go to training.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/environment.sh
+source scripts/environment.sh
+
+world=data/demo
+run=logs/demo
+table="$run/eval/table.txt"
+picture="$run/pgs_keeps.png"
+
+step() {
+    printf '\n== %s\n' "$1"
+}
+
+train() {
+    "$PYTHON" -m clip_pgs.training --config configs/train/demo.yaml "$@"
+}
+
+step "1 of 4: the demo world"
+"$PYTHON" -m clip_pgs.data world "$world"
+
+if [[ "${1:-}" == --fresh ]]; then
+    shift
+    # Under another name, as the old run must not go before the new one is known to be possible.
+    train "$@" --logs logs --name demo.fresh --check-only
+    rm -rf "$run"
+fi
+
+step "2 of 4: training"
+if [[ -d "$run/export" ]]; then
+    echo "done before; bash clip-train.sh --fresh trains anew"
+else
+    train "$@" --logs logs --name demo --resume latest
+fi
+
+step "3 of 4: evaluation"
+if [[ "$table" -nt "$run/export" ]]; then
+    cat "$table"
+else
+    mkdir -p "$run/eval"
+    bash clip-test.sh "$run" --datasets demo | tee "$table.part"
+    mv "$table.part" "$table"
+fi
+
+step "4 of 4: what PGS keeps of six scenes"
+if [[ ! "$picture" -nt "$run/export" ]]; then
+    "$PYTHON" -m clip_pgs.inspection masks "$world"/scenes/*.png --model "$run" \
+        --masking random pgs --mask-ratio 0.5 --output "$picture" >/dev/null
+fi
+echo "$picture"
+
+step "Where everything lies"
+while read -r place meaning; do
+    printf '%-28s %s\n' "$place" "$meaning"
+done <<END
+$run/export/ the model; open_clip opens it as local-dir:$PWD/$run/export
+$table the table above; beside it, one JSON per data set
+$picture the picture
+$run/out.log what training said; curves: tensorboard --logdir $run/tensorboard
+$run/checkpoints/ weights and optimiser, to continue from
+$world/ the generated images and captions
+END
