@@ -7,6 +7,8 @@ import logging
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 from clip_pgs.data.check import check_shards
 from clip_pgs.data.pack import pack_pairs
 from clip_pgs.data.shards import expand_shards
@@ -46,6 +48,9 @@ def _make_parser() -> argparse.ArgumentParser:
     world.add_argument("--seed", type=int, default=0, help="seed of the scenes (0)")
     world.add_argument("--num-train", type=int, metavar="N", help="training scenes")
     world.add_argument("--num-val", type=int, metavar="N", help="held-out scenes")
+    world.add_argument(
+        "--num-per-class", type=int, metavar="N", help="scenes per class of the evaluation sets"
+    )
     world.set_defaults(run=_run_world)
 
     pack = commands.add_parser(
@@ -84,9 +89,19 @@ def _run_world(args: argparse.Namespace) -> int:
     # Drawing needs more than the other commands do.
     from clip_pgs.data.world import write_world
 
-    counts = {"num_train": args.num_train, "num_val": args.num_val}
+    counts = {
+        "num_train": args.num_train,
+        "num_val": args.num_val,
+        "num_per_class": args.num_per_class,
+    }
     chosen = {name: count for name, count in counts.items() if count is not None}
-    write_world(args.out, seed=args.seed, **chosen)
+    with tqdm(unit="scene", disable=not sys.stderr.isatty()) as bar:
+
+        def show(num_done: int, num_all: int) -> None:
+            bar.total = num_all
+            bar.update(num_done - bar.n)
+
+        write_world(args.out, seed=args.seed, progress=show, **chosen)
     sys.stdout.write(f"the demo world is in {args.out}\n")
     return 0
 

@@ -25,8 +25,8 @@ class SampleStream:
     """Batches of images and texts, epoch by epoch.
 
     Iterating yields (images, texts): float (B, 3, H, W) and long (B, T), on the CPU, pinned where
-    CUDA is available. It raises NoUsableSampleError where a worker's share has no usable sample. Skipped
-    samples are logged as warnings: the first few by name, all of them as a total.
+    CUDA is available. It raises NoUsableSampleError where a worker's share has no usable sample.
+    Skipped samples are logged as warnings: the first few by name, all of them as a total.
 
     Args:
         dataset: The batches of each worker.

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from clip_pgs.training.build import build_model
-from clip_pgs.training.checks import option_warnings
 from clip_pgs.training.checkpoint import restore
+from clip_pgs.training.checks import option_warnings
 from clip_pgs.training.distributed import Meeting, process_group
 from clip_pgs.training.launch import (
     default_name,

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+
+import numpy as np
+import open_clip
+import pytest
+import webdataset
+from clip_benchmark.datasets.builder import build_dataset
+from PIL import Image
+
+from clip_pgs.data.world import WORLD_VERSION, draw_scene, write_world
+from clip_pgs.data.world.splits import EVAL_SETS, captioned, shown
+from clip_pgs.data.world.vocabulary import COLORS, SHAPES
+
+COUNTS = {"num_train": 24, "num_val": 8, "num_per_class": 3}
+TINY = {"num_train": 4, "num_val": 2, "num_per_class": 1}
+# Of the world with these counts and seed 0. It changes with WORLD_VERSION and with nothing else.
+DIGEST = "8d398c569b773d8dc7a6390716ce64fdbdca2c3641e369d8af6f26df911d0931"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("worlds") / "demo"
+    write_world(root, **COUNTS)
+    return root
+
+
+def contents(root):
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+
+
+def members(path):
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def test_digest_of_pixels_masks_and_captions_is_the_published_one(world):
+    stated = json.loads((world / "world.json").read_text())
+    assert stated["version"] == WORLD_VERSION
+    assert stated["digest"] == DIGEST
+
+
+def test_another_process_writes_the_same_bytes(world, tmp_path):
+    script = (
+        "from clip_pgs.data.world import write_world;"
+        f"write_world({str(tmp_path / 'again')!r}, **{COUNTS!r})"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    assert contents(tmp_path / "again") == contents(world)
+
+
+def test_folder_has_the_documented_layout(world):
+    assert set(contents(world)) == {
+        "world.json",
+        "train/00000.tar",
+        "train/sizes.json",
+        "val/00000.tar",
+        "val/sizes.json",
+        *(f"scenes/{number}.png" for number in range(6)),
+        *(f"scenes/masks/{number}.png" for number in range(6)),
+        "scenes/captions.txt",
+        *(
+            f"eval/{name}/{file}"
+            for name in ("shape", "color")
+            for file in (
+                "classnames.txt",
+                "zeroshot_classification_templates.txt",
+                "dataset_type.txt",
+                "train/nshards.txt",
+                "train/0.tar",
+                "test/nshards.txt",
+                "test/0.tar",
+            )
+        ),
+        "eval/retrieval/dataset_type.txt",
+        "eval/retrieval/test/nshards.txt",
+        "eval/retrieval/test/0.tar",
+    }
+    assert json.loads((world / "train" / "sizes.json").read_text()) == {"00000.tar": 24}
+
+
+def test_train_shards_open_through_webdataset(world):
+    shard = str(world / "train" / "00000.tar")
+    dataset = webdataset.WebDataset(shard, shardshuffle=False).decode("pil")
+    samples = list(dataset.to_tuple("jpg", "txt", "json", "mask.png"))
+    assert len(samples) == 24
+    image, caption, scene, mask = samples[0]
+    assert image.size == mask.size == (64, 64)
+    assert scene["things"][0]["shape"] in SHAPES
+    assert len(caption.split()) > 1
+
+
+def test_stored_picture_and_mask_are_those_of_the_drawn_scene(world):
+    stored = members(world / "train" / "00000.tar")
+    for sample in captioned("train", 0, 0, 5):
+        drawing = draw_scene(sample.scene)
+        picture = np.asarray(Image.open(io.BytesIO(stored[f"{sample.key}.jpg"]))).astype(int)
+        mask = np.asarray(Image.open(io.BytesIO(stored[f"{sample.key}.mask.png"])))
+        assert np.abs(picture - drawing.pixels).mean() < 4
+        assert np.array_equal(mask, drawing.foreground)
+        assert stored[f"{sample.key}.txt"].decode() == sample.caption
+
+
+@pytest.mark.parametrize("name", ["shape", "color"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_clip_benchmark_reads_balanced_classes(world, name, split):
+    root = str(world / "eval" / name)
+    dataset = build_dataset(f"wds/{name}", root=root, split=split, transform=np.asarray)
+    counts = Counter(label for _, label in dataset)
+    assert dataset.classes == list({"shape": SHAPES, "color": tuple(COLORS)}[name])
+    assert all("{c}" in template for template in dataset.templates)
+    assert set(counts) == set(range(len(dataset.classes)))
+    assert len(set(counts.values())) == 1
+
+
+def test_labels_name_what_is_drawn(world):
+    for name, attribute in (("shape", "shape"), ("color", "color")):
+        classes = (world / "eval" / name / "classnames.txt").read_text().split()
+        stored = members(world / "eval" / name / "test" / "0.tar")
+        labels = [key for key in stored if key.endswith(".cls")]
+        for key in labels:
+            scene = json.loads(stored[key.replace(".cls", ".json")])
+            assert classes[int(stored[key])] == scene["things"][0][attribute]
+
+
+def test_clip_benchmark_reads_retrieval_captions_that_are_all_different(world):
+    root = str(world / "eval" / "retrieval")
+    dataset = build_dataset(
+        "wds/retrieval", root=root, task="zeroshot_retrieval", transform=np.asarray
+    )
+    captions = [lines for _, lines in dataset]
+    assert all(len(lines) == 1 for lines in captions)
+    assert len({lines[0] for lines in captions}) == len(captions) == 18
+
+
+def test_no_image_is_in_two_splits(world):
+    pictures = Counter()
+    for shard in world.rglob("*.tar"):
+        pictures.update(data for name, data in members(shard).items() if name.endswith(".jpg"))
+    assert len(pictures) == 24 + 8 + 2 * 3 * (12 + 10) + 18
+    assert max(pictures.values()) == 1
+
+
+def test_every_caption_fits_the_demo_models_context():
+    tokenizer = open_clip.SimpleTokenizer()
+    captions = [sample.caption for sample in captioned("train", 0, 0, 2000)]
+    captions += [sample.caption for sample in EVAL_SETS["retrieval"].splits["test"](0, 100)]
+    assert max(len(tokenizer.encode(caption)) for caption in captions) + 2 <= 32
+
+
+def test_shown_scenes_are_saved_with_masks_and_captions(world):
+    captions = (world / "scenes" / "captions.txt").read_text().splitlines()
+    for number, sample in enumerate(shown(0)):
+        drawing = draw_scene(sample.scene)
+        picture = Image.open(world / "scenes" / f"{number}.png")
+        mask = Image.open(world / "scenes" / "masks" / f"{number}.png")
+        assert np.array_equal(np.asarray(picture), drawing.pixels)
+        assert np.array_equal(np.asarray(mask), drawing.foreground)
+        assert captions[number] == sample.caption
+
+
+def test_larger_training_set_starts_with_the_smaller_one():
+    smaller, larger = captioned("train", 0, 0, 3), captioned("train", 0, 0, 5)
+    assert list(smaller) == list(larger)[:3]
+
+
+def test_seeds_share_no_scene():
+    first, second = ({s.scene for s in captioned("train", seed, 0, 50)} for seed in (0, 1))
+    assert not first & second
+
+
+def test_complete_world_is_left_alone(tmp_path):
+    write_world(tmp_path / "demo", **TINY)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")}
+    write_world(tmp_path / "demo", **TINY)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")} == times
+
+
+@pytest.mark.parametrize("damage", ["world.json", "train/00000.tar"])
+def test_world_that_lost_a_file_is_written_anew(tmp_path, damage):
+    root = tmp_path / "demo"
+    write_world(root, **TINY)
+    before = contents(root)
+    (root / damage).unlink()
+    write_world(root, **TINY)
+    assert contents(root) == before
+
+
+def test_truncated_shard_is_written_anew(tmp_path):
+    root = tmp_path / "demo"
+    write_world(root, **TINY)
+    before = contents(root)
+    with (root / "train" / "00000.tar").open("r+b") as file:
+        file.truncate(1000)
+    write_world(root, **TINY)
+    assert contents(root) == before
+
+
+def test_world_of_another_seed_is_replaced(tmp_path):
+    root = tmp_path / "demo"
+    write_world(root, **TINY, seed=1)
+    write_world(root, **TINY, seed=0)
+    assert json.loads((root / "world.json").read_text())["seed"] == 0
+
+
+def test_interrupted_run_leaves_no_folder_and_the_next_one_completes(tmp_path):
+    def interrupt(done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    root = tmp_path / "demo"
+    with pytest.raises(KeyboardInterrupt):
+        write_world(root, **TINY, progress=interrupt)
+    assert not root.exists()
+    write_world(root, **TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_progress_counts_every_sample(tmp_path):
+    calls = []
+    write_world(tmp_path / "demo", **TINY, progress=lambda *call: calls.append(call))
+    assert calls == [(done, 56) for done in range(1, 57)]
+
+
+def test_folder_with_other_files_is_refused_and_kept(tmp_path):
+    (tmp_path / "diary.txt").write_text("dear diary")
+    with pytest.raises(ValueError, match="something else than a demo world"):
+        write_world(tmp_path, **TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
+
+
+@pytest.mark.parametrize("counts", [{"num_train": 0}, {"num_val": -1}, {"num_per_class": 0}])
+def test_count_below_one_is_refused(tmp_path, counts):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        write_world(tmp_path / "demo", **counts)
