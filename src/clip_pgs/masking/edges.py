@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clip_pgs.masking.grid import patch_grid, patch_sides
+
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -28,15 +30,9 @@ def sobel_edges(pixels: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
     """
     if pixels.ndim != 4 or pixels.shape[1] != len(_LUMINANCE):
         raise ValueError(f"pixels must have shape (B, 3, H, W), got {tuple(pixels.shape)}")
-    patch_height, patch_width = (
-        (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-    )
     height, width = pixels.shape[-2:]
-    if height % patch_height or width % patch_width:
-        raise ValueError(
-            f"patch_size must divide the image: {height} x {width} pixels "
-            f"in patches of {patch_height} x {patch_width}"
-        )
+    patch_height, patch_width = sides = patch_sides(patch_size)
+    rows, columns = patch_grid((height, width), sides)
 
     red, green, blue = pixels.detach().float().unbind(1)
     luminance = _LUMINANCE[0] * red + _LUMINANCE[1] * green + _LUMINANCE[2] * blue
@@ -48,7 +44,6 @@ def sobel_edges(pixels: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
     gradient_y = smooth_columns[:, 2:] - smooth_columns[:, :-2]
     magnitude = torch.hypot(gradient_x, gradient_y)
 
-    rows, columns = height // patch_height, width // patch_width
     cells = magnitude.reshape(-1, rows, patch_height, columns, patch_width)
     edges_BN = cells.mean(dim=(2, 4)).flatten(1)
     low_B1, high_B1 = edges_BN.aminmax(dim=1, keepdim=True)

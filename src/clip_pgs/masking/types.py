@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from clip_pgs.masking.grid import patch_grid, patch_sides
 
 
 @dataclass
@@ -21,6 +23,9 @@ class PatchInputs:
         noise: Uniform numbers in [0, 1) that replace the strategy's own draw, so that a caller
             decides which sample sees which mask. Shape (B, N), float32.
 
+    Attributes:
+        grid_size: Patches per column and per row, (h, w).
+
     Raises:
         ValueError: If a shape, the patch size or the progress breaks a rule above.
     """
@@ -30,23 +35,16 @@ class PatchInputs:
     tokens: Tensor | None = None
     progress: float = 0.0
     noise: Tensor | None = None
+    grid_size: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.pixels.ndim != 4:
             raise ValueError(f"pixels must have shape (B, 3, H, W), got {tuple(self.pixels.shape)}")
         if not self.pixels.is_floating_point():
             raise ValueError(f"pixels must be floating point, got {self.pixels.dtype}")
-        if isinstance(self.patch_size, int):
-            self.patch_size = (self.patch_size, self.patch_size)
-        patch_height, patch_width = self.patch_size
-        if patch_height < 1 or patch_width < 1:
-            raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
+        self.patch_size = patch_sides(self.patch_size)
         height, width = self.pixels.shape[-2:]
-        if height % patch_height or width % patch_width:
-            raise ValueError(
-                f"patch_size must divide the image: {height} x {width} pixels "
-                f"in patches of {patch_height} x {patch_width}"
-            )
+        self.grid_size = patch_grid((height, width), self.patch_size)
         if not 0.0 <= self.progress <= 1.0:
             raise ValueError(f"progress must be in [0, 1], got {self.progress}")
         expected = (self.batch_size, self.num_patches)
@@ -66,15 +64,6 @@ class PatchInputs:
     def batch_size(self) -> int:
         """Number of images, B."""
         return self.pixels.shape[0]
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """Patches per column and per row, (h, w)."""
-        assert isinstance(self.patch_size, tuple)
-        return (
-            self.pixels.shape[-2] // self.patch_size[0],
-            self.pixels.shape[-1] // self.patch_size[1],
-        )
 
     @property
     def num_patches(self) -> int:
