@@ -60,11 +60,6 @@ class Validation:
         if args.imagenet_v2 is not None:
             self._data["imagenet-v2"] = get_imagenet(args, transforms, "v2")
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to measure."""
-        return not self._data and self._evaluate is None
-
     def run(self, *, epoch: int, epochs: int) -> dict[str, float]:
         """Measure what is due, leaving the model in eval mode.
 
