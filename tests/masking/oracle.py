@@ -76,12 +76,27 @@ def scores(
     num_iters=12,
     edges=True,
     transport=True,
+    reach=None,
+    columns=None,
 ):
-    """Return the score of every patch of one image."""
+    """Return the score of every patch of one image, -inf where no candidate reaches.
+
+    With `reach`, a candidate stands for the patches at most that many rows and columns away, on
+    a grid of so many `columns`.
+    """
     similarity = cosine(cut(image, patch_size), candidates)
     if progress > 0:
         similarity = (1 - progress) * similarity + progress * cosine(tokens, candidates)
     num_patches = similarity.shape[1]
+    if reach is not None:
+        return within_reach(
+            similarity,
+            candidates,
+            edge_weight * edge_map(image, patch_size),
+            reach=reach,
+            columns=columns,
+            transport=transport,
+        )
     if transport:
         plan = transport_plan(similarity, temperature, num_iters)
         redundancy = [
@@ -92,6 +107,34 @@ def scores(
         redundancy = [max(similarity[:, j]) for j in range(num_patches)]
     result = np.array(redundancy)
     return result - edge_weight * edge_map(image, patch_size) if edges else result
+
+
+def within_reach(similarity, candidates, penalty, *, reach, columns, transport):
+    """Return scores less a penalty where candidates stand for their neighbours alone."""
+    num_rows, num_patches = similarity.shape
+    near = np.zeros(similarity.shape, dtype=bool)
+    for row, candidate in enumerate(candidates):
+        for j in range(num_patches):
+            rows_apart = abs(candidate // columns - j // columns)
+            columns_apart = abs(candidate % columns - j % columns)
+            near[row, j] = max(rows_apart, columns_apart) <= reach
+    # Only the patches that some candidate reaches take part in the transport.
+    reached = [j for j in range(num_patches) if near[:, j].any()]
+    kernel = np.where(near, np.exp(-(1.0 - similarity) / 0.1), 0.0)[:, reached]
+    for _ in range(12):
+        for row in range(num_rows):
+            kernel[row] *= (1.0 / num_rows) / kernel[row].sum()
+        for column in range(len(reached)):
+            kernel[:, column] *= (1.0 / num_patches) / kernel[:, column].sum()
+    result = np.full(num_patches, -np.inf)
+    for column, j in enumerate(reached):
+        if transport:
+            result[j] = sum(
+                num_patches * kernel[c, column] * similarity[c, j] for c in range(num_rows)
+            )
+        else:
+            result[j] = max(similarity[c, j] for c in range(num_rows) if near[c, j])
+    return result - penalty
 
 
 def kept(patch_scores, candidates, *, ratio_max, ratio_min, threshold):

@@ -11,13 +11,22 @@ def test_the_names_are_listed_in_order():
 
 
 def test_an_unknown_name_lists_the_choices():
-    with pytest.raises(ValueError, match=r"unknown masking 'pgz'; choose from none, .*random"):
+    with pytest.raises(
+        ValueError, match=r"unknown masking 'pgz'; choose from .*none, pgs, .*random"
+    ):
         create_masking("pgz")
 
 
 def test_an_unknown_option_lists_the_valid_ones():
     with pytest.raises(ValueError, match="'random' has no option 'edges'; it takes mask_ratio"):
         create_masking("random", edges=False)
+
+
+def test_an_unknown_option_names_the_strategies_that_have_it():
+    with pytest.raises(ValueError, match=r"; pgs, pgs-released would take 'edges'$"):
+        create_masking("gaussian", edges=False)
+    with pytest.raises(ValueError, match=r"it takes mask_ratio$"):
+        create_masking("random", nonsense=1)
 
 
 def test_only_adaptive_strategies_take_a_lower_bound():

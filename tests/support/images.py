@@ -20,7 +20,7 @@ def smooth_images(batch_size=2, *, height=56, width=56, seed=0):
 
 
 def make_inputs(batch_size=2, *, grid_size=(7, 7), patch_size=8, progress=0.0, seed=0, **changes):
-    """Return inputs for a strategy, with tokens of width 24."""
+    """Return inputs for a strategy, with tokens of width 24 and a teacher's attention."""
     rows, columns = grid_size
     pixels = smooth_images(
         batch_size, height=rows * patch_size, width=columns * patch_size, seed=seed
@@ -28,7 +28,16 @@ def make_inputs(batch_size=2, *, grid_size=(7, 7), patch_size=8, progress=0.0, s
     tokens = torch.randn(
         batch_size, rows * columns, 24, generator=torch.Generator().manual_seed(seed + 1)
     )
-    fields = {"pixels": pixels, "tokens": tokens, "progress": progress, **changes}
+    attention = torch.rand(
+        batch_size, rows * columns, generator=torch.Generator().manual_seed(seed + 2)
+    )
+    fields = {
+        "pixels": pixels,
+        "tokens": tokens,
+        "progress": progress,
+        "attention": attention,
+        **changes,
+    }
     return PatchInputs(patch_size=patch_size, **fields)
 
 

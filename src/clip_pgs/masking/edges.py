@@ -28,23 +28,50 @@ def sobel_edges(pixels: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
     Raises:
         ValueError: If `pixels` is not (B, 3, H, W) or the patch does not divide the image.
     """
+    gradient_x, gradient_y = sobel_gradients(luminance(pixels))
+    return patch_strength(torch.hypot(gradient_x, gradient_y), patch_size)
+
+
+def luminance(pixels: Tensor) -> Tensor:
+    """Return how bright each pixel is, shape (B, H, W), float32, without gradient.
+
+    Raises:
+        ValueError: If `pixels` is not (B, 3, H, W).
+    """
     if pixels.ndim != 4 or pixels.shape[1] != len(_LUMINANCE):
         raise ValueError(f"pixels must have shape (B, 3, H, W), got {tuple(pixels.shape)}")
-    height, width = pixels.shape[-2:]
-    patch_height, patch_width = sides = patch_sides(patch_size)
-    rows, columns = patch_grid((height, width), sides)
-
     red, green, blue = pixels.detach().float().unbind(1)
-    luminance = _LUMINANCE[0] * red + _LUMINANCE[1] * green + _LUMINANCE[2] * blue
-    padded = functional.pad(luminance[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    return _LUMINANCE[0] * red + _LUMINANCE[1] * green + _LUMINANCE[2] * blue
+
+
+def sobel_gradients(brightness: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the 3x3 Sobel pair (towards the right, downwards) of images (B, H, W)."""
+    padded = functional.pad(brightness[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     # The kernel is separable, and slices stay float32 where autocast would lower a convolution.
     smooth_rows = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
     smooth_columns = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
     gradient_x = smooth_rows[:, :, 2:] - smooth_rows[:, :, :-2]
     gradient_y = smooth_columns[:, 2:] - smooth_columns[:, :-2]
-    magnitude = torch.hypot(gradient_x, gradient_y)
+    return gradient_x, gradient_y
 
-    cells = magnitude.reshape(-1, rows, patch_height, columns, patch_width)
+
+def patch_strength(strength: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
+    """Average a map over each patch and scale it to [0, 1] per image.
+
+    Args:
+        strength: One number per pixel. Shape (B, H, W), float32.
+        patch_size: Side of a patch in pixels, or (height, width). It must divide H and W.
+
+    Returns:
+        Strength of each patch in raster order, shape (B, N). All zeros for a constant map.
+
+    Raises:
+        ValueError: If the patch does not divide the image.
+    """
+    height, width = strength.shape[-2:]
+    patch_height, patch_width = sides = patch_sides(patch_size)
+    rows, columns = patch_grid((height, width), sides)
+    cells = strength.reshape(-1, rows, patch_height, columns, patch_width)
     edges_BN = cells.mean(dim=(2, 4)).flatten(1)
     low_B1, high_B1 = edges_BN.aminmax(dim=1, keepdim=True)
     span_B1 = (high_B1 - low_B1).clamp_min(torch.finfo(edges_BN.dtype).tiny)

@@ -1,6 +1,11 @@
-"""How an image divides into patches."""
+"""How an image divides into patches, and where on that grid they lie."""
 
 from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
 
 
 def patch_sides(patch_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -32,3 +37,41 @@ def patch_grid(image_size: tuple[int, int], sides: tuple[int, int]) -> tuple[int
             f"in patches of {patch_height} x {patch_width}"
         )
     return height // patch_height, width // patch_width
+
+
+def nearest_rectangle(grid_size: tuple[int, int], count: int) -> tuple[int, int]:
+    """Return rows and columns of about `count` cells, in the proportions of a grid.
+
+    Args:
+        grid_size: (h, w) of the grid around it.
+        count: Cells asked for, in [1, h * w].
+    """
+    short, long = sorted(grid_size)
+    across = min(max(round(math.sqrt(count * short / long)), 1), short)
+    along = min(max(round(count / across), 1), long)
+    return (across, along) if grid_size[0] == short else (along, across)
+
+
+def grid_coordinates(grid_size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return row and column of every patch in raster order, two of shape (N,), int64."""
+    position_N = torch.arange(grid_size[0] * grid_size[1], device=device)
+    return position_N // grid_size[1], position_N % grid_size[1]
+
+
+def log_center_weight(
+    grid_size: tuple[int, int], device: torch.device, *, sigma: float = 0.2
+) -> Tensor:
+    """Weigh patches by a Gaussian around the middle of the image, in logarithm.
+
+    Args:
+        grid_size: (h, w) of the grid.
+        device: Where the result lies.
+        sigma: Standard deviation as a share of each side.
+
+    Returns:
+        Logarithms at the centres of the patches, at most 0, shape (N,), float32.
+    """
+    row_N, column_N = grid_coordinates(grid_size, device)
+    y_N = (row_N + 0.5) / grid_size[0] - 0.5
+    x_N = (column_N + 0.5) / grid_size[1] - 0.5
+    return -(y_N.square() + x_N.square()) / (2 * sigma**2)

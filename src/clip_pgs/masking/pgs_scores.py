@@ -5,13 +5,17 @@ Source: https://arxiv.org/abs/2503.17080 (similarity, optimal-transport normalis
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from clip_pgs.masking.canny import canny_edges
 from clip_pgs.masking.edges import sobel_edges
-from clip_pgs.masking.patches import patchify
-from clip_pgs.masking.similarity import candidate_similarity
+from clip_pgs.masking.grid import grid_coordinates, log_center_weight
+from clip_pgs.masking.similarity import mixed_similarity
 from clip_pgs.masking.sinkhorn import sinkhorn_plan
 from clip_pgs.masking.types import PatchInputs
+
+EDGE_DETECTORS = {"sobel": sobel_edges, "canny": canny_edges}
 
 
 def pgs_scores(
@@ -19,11 +23,14 @@ def pgs_scores(
     candidate_index: Tensor,
     *,
     edge_weight: float = 0.5,
+    center_weight: float = 0.0,
     temperature: float = 0.1,
     num_iters: int = 12,
     solver: str = "log",
     edges: bool = True,
+    edge_detector: str = "sobel",
     transport: bool = True,
+    neighbourhood: int | None = None,
 ) -> Tensor:
     """Score every patch for given candidates; the highest are to be masked.
 
@@ -31,11 +38,16 @@ def pgs_scores(
         inputs: Pixels and, where `progress` > 0, tokens.
         candidate_index: Positions of the candidates, no two alike in a row. Shape (B, C), int64.
         edge_weight: What an edge strength of 1 takes off a score.
+        center_weight: What the middle of the image takes off a score; less towards the borders,
+            as the Gaussian of `gaussian` falls off.
         temperature: Entropy weight of the transport plan, in the units of the similarity.
         num_iters: Sinkhorn sweeps.
         solver: "log" or "pot"; see `sinkhorn_plan`.
         edges: False leaves the edge term out (the paper's ablation).
+        edge_detector: "sobel" or "canny".
         transport: False takes each patch's highest similarity instead of its balanced one.
+        neighbourhood: How many patches away a candidate reaches; see `patch_redundancy`. A patch
+            that no candidate reaches scores below all others.
 
     Returns:
         Scores of shape (B, N), float32; candidates are not lifted.
@@ -43,17 +55,65 @@ def pgs_scores(
     Raises:
         ValueError: If `progress` > 0 without tokens, or an option is out of its range.
     """
-    redundancy_BN = patch_redundancy(
+    check_pgs_options(
+        edge_weight=edge_weight,
+        center_weight=center_weight,
+        edge_detector=edge_detector,
+        transport=transport,
+        solver=solver,
+        neighbourhood=neighbourhood,
+    )
+    scores_BN = patch_redundancy(
         inputs,
         candidate_index,
         temperature=temperature,
         num_iters=num_iters,
         solver=solver,
         transport=transport,
+        neighbourhood=neighbourhood,
+        unreached=lowest_score(edge_weight, center_weight),
     )
-    if not edges:
-        return redundancy_BN
-    return redundancy_BN - edge_weight * sobel_edges(inputs.pixels, inputs.patch_size)
+    if edges:
+        edges_BN = EDGE_DETECTORS[edge_detector](inputs.pixels, inputs.patch_size)
+        scores_BN = scores_BN - edge_weight * edges_BN
+    if center_weight:
+        center_N = log_center_weight(inputs.grid_size, inputs.device).exp()
+        scores_BN = scores_BN - center_weight * center_N
+    return scores_BN
+
+
+def check_pgs_options(
+    *,
+    edge_weight: float,
+    center_weight: float,
+    edge_detector: str,
+    transport: bool,
+    solver: str,
+    neighbourhood: int | None,
+) -> None:
+    """Refuse options that `pgs_scores` cannot work with.
+
+    Raises:
+        ValueError: If one is out of its range, or two do not go together.
+    """
+    if edge_weight < 0:
+        raise ValueError(f"edge_weight must be >= 0, got {edge_weight}")
+    if center_weight < 0:
+        raise ValueError(f"center_weight must be >= 0, got {center_weight}")
+    if edge_detector not in EDGE_DETECTORS:
+        choices = ", ".join(EDGE_DETECTORS)
+        raise ValueError(f"edge_detector must be one of {choices}, got {edge_detector!r}")
+    if neighbourhood is None:
+        return
+    if not isinstance(neighbourhood, int) or neighbourhood < 0:
+        raise ValueError(f"neighbourhood must be a whole number >= 0, got {neighbourhood}")
+    if transport and solver != "log":
+        raise ValueError(f"neighbourhood goes with solver='log', got solver={solver!r}")
+
+
+def lowest_score(edge_weight: float, center_weight: float) -> float:
+    """Return a number below the score of any patch that a candidate reaches."""
+    return -2.0 - edge_weight - center_weight
 
 
 def patch_redundancy(
@@ -64,11 +124,15 @@ def patch_redundancy(
     num_iters: int = 12,
     solver: str = "log",
     transport: bool = True,
+    neighbourhood: int | None = None,
+    unreached: float = -1.0,
 ) -> Tensor:
     """Measure how well the candidates stand for every patch: `pgs_scores` without edges.
 
     With transport, each candidate may absorb only its fair share of the image: column j of
-    `N * plan` sums to 1 and weighs the similarities of patch j.
+    `N * plan` sums to 1 and weighs the similarities of patch j. With a neighbourhood, the plan
+    moves nothing between a candidate and a patch beyond its reach, and a patch that no candidate
+    reaches takes no part.
 
     Args:
         inputs: Pixels and, where `progress` > 0, tokens.
@@ -77,27 +141,34 @@ def patch_redundancy(
         num_iters: See `pgs_scores`.
         solver: See `pgs_scores`.
         transport: See `pgs_scores`.
+        neighbourhood: A candidate reaches the patches at most this many rows and this many
+            columns away. None reaches all.
+        unreached: Redundancy of a patch that no candidate reaches.
 
     Returns:
-        Redundancy in [-1, 1] up to rounding, shape (B, N), float32.
+        Redundancy in [-1, 1] up to rounding where a candidate reaches, shape (B, N), float32.
     """
-    similarity_BCN = _similarity(inputs, candidate_index)
-    if not transport:
-        return similarity_BCN.amax(dim=1)
-    plan_BCN = sinkhorn_plan(
-        similarity_BCN, temperature=temperature, num_iters=num_iters, solver=solver
-    )
-    return inputs.num_patches * (plan_BCN * similarity_BCN).sum(dim=1)
+    similarity_BCN = mixed_similarity(inputs, candidate_index, name="pgs")
+    if neighbourhood is None:
+        affinity_BCN = similarity_BCN
+    else:
+        is_near_BCN = _is_near(inputs.grid_size, candidate_index, neighbourhood)
+        affinity_BCN = similarity_BCN.masked_fill(~is_near_BCN, -torch.inf)
+    if transport:
+        plan_BCN = sinkhorn_plan(
+            affinity_BCN, temperature=temperature, num_iters=num_iters, solver=solver
+        )
+        redundancy_BN = inputs.num_patches * (plan_BCN * similarity_BCN).sum(dim=1)
+    else:
+        redundancy_BN = affinity_BCN.amax(dim=1)
+    if neighbourhood is None:
+        return redundancy_BN
+    return torch.where(is_near_BCN.any(dim=1), redundancy_BN, unreached)
 
 
-def _similarity(inputs: PatchInputs, candidate_index: Tensor) -> Tensor:
-    assert isinstance(inputs.patch_size, tuple)
-    patches_BNF = patchify(inputs.pixels, inputs.patch_size)
-    pixel_similarity = candidate_similarity(patches_BNF, candidate_index)
-    progress = inputs.progress
-    if progress == 0:
-        return pixel_similarity
-    if inputs.tokens is None:
-        raise ValueError(f"pgs needs tokens once progress > 0, got none at progress {progress}")
-    token_similarity = candidate_similarity(inputs.tokens, candidate_index)
-    return (1 - progress) * pixel_similarity + progress * token_similarity
+def _is_near(grid_size: tuple[int, int], candidate_index: Tensor, reach: int) -> Tensor:
+    """Return whether a patch lies in the window around a candidate, shape (B, C, N), bool."""
+    row_N, column_N = grid_coordinates(grid_size, candidate_index.device)
+    row_distance = (row_N[candidate_index][:, :, None] - row_N).abs()
+    column_distance = (column_N[candidate_index][:, :, None] - column_N).abs()
+    return torch.maximum(row_distance, column_distance) <= reach

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from clip_pgs.masking.ratios import check_mask_ratio, keep_count
 from clip_pgs.masking.registry import register_masking
-from clip_pgs.masking.sampling import check_mask_ratio, draw_noise, keep_count, select_top
+from clip_pgs.masking.sampling import draw_noise, select_top
 from clip_pgs.masking.types import MaskingStrategy, PatchInputs, PatchSelection
 
 

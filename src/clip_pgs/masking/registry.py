@@ -64,7 +64,9 @@ def create_masking(name: str, **options: Any) -> MaskingStrategy:
     for option in options:
         if option not in known:
             choices = ", ".join(known) or "none at all"
-            raise ValueError(f"masking {name!r} has no option {option!r}; it takes {choices}")
+            takers = [other for other in list_maskings() if option in masking_options(other)]
+            hint = f"; {', '.join(takers)} would take {option!r}" if takers else ""
+            raise ValueError(f"masking {name!r} has no option {option!r}; it takes {choices}{hint}")
     return _strategy_class(name)(**options)
 
 

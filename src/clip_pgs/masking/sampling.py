@@ -1,36 +1,11 @@
-"""How many patches are masked, which ones, and the random numbers behind them."""
+"""Which patches are masked, and the random numbers behind them."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from clip_pgs.masking.types import PatchInputs, PatchSelection
-
-
-def mask_count(num_patches: int, mask_ratio: float) -> int:
-    """Return how many of `num_patches` patches a mask ratio drops.
-
-    The small constant keeps 100 * 0.29 at 29, which floating point would floor to 28.
-    """
-    return math.floor(num_patches * mask_ratio + 1e-9)
-
-
-def keep_count(num_patches: int, mask_ratio: float) -> int:
-    """Return how many of `num_patches` patches a mask ratio keeps."""
-    return num_patches - mask_count(num_patches, mask_ratio)
-
-
-def check_mask_ratio(mask_ratio: float, *, name: str = "mask_ratio") -> None:
-    """Refuse a mask ratio outside [0, 1).
-
-    Raises:
-        ValueError: If it is.
-    """
-    if not 0.0 <= mask_ratio < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {mask_ratio}")
 
 
 def draw_noise(inputs: PatchInputs, generator: torch.Generator | None) -> Tensor:
@@ -42,6 +17,15 @@ def draw_noise(inputs: PatchInputs, generator: torch.Generator | None) -> Tensor
         return inputs.noise
     size = (inputs.batch_size, inputs.num_patches)
     return torch.rand(size, generator=generator, device=inputs.device, dtype=torch.float32)
+
+
+def second_draw(noise: Tensor) -> Tensor:
+    """Derive further uniform numbers in [0, 1) from given ones, of the same shape.
+
+    They are the low 16 of a random number's 24 bits, so that they have next to no correlation
+    with its size (1 / 256) and none with its neighbours.
+    """
+    return (noise * 256).frac()
 
 
 def gumbel(noise: Tensor) -> Tensor:

@@ -5,9 +5,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clip_pgs.masking.patches import patchify
+from clip_pgs.masking.types import PatchInputs
+
 # Below this share of its own norm, a centred vector is rounding noise and not a direction.
 _NOISE_RATIO = 1e-5
 _TINY_NORM = 1e-12
+
+
+def mixed_similarity(inputs: PatchInputs, candidate_index: Tensor, *, name: str) -> Tensor:
+    """Compare candidates with every patch, by pixels at first and by embeddings at the end.
+
+    The similarity of patch embeddings takes the share `progress`; at 0 it is not computed.
+
+    Args:
+        inputs: Pixels and, where `progress` > 0, tokens.
+        candidate_index: Positions of the candidates. Shape (B, C), int64.
+        name: The strategy that asks, for the error.
+
+    Returns:
+        Similarity in [-1, 1] up to rounding, shape (B, C, N), float32.
+
+    Raises:
+        ValueError: If `progress` > 0 without tokens.
+    """
+    assert isinstance(inputs.patch_size, tuple)
+    patches_BNF = patchify(inputs.pixels, inputs.patch_size)
+    pixel_similarity = candidate_similarity(patches_BNF, candidate_index)
+    progress = inputs.progress
+    if progress == 0:
+        return pixel_similarity
+    if inputs.tokens is None:
+        raise ValueError(f"{name} needs tokens once progress > 0, got none at progress {progress}")
+    token_similarity = candidate_similarity(inputs.tokens, candidate_index)
+    return (1 - progress) * pixel_similarity + progress * token_similarity
 
 
 def candidate_similarity(features: Tensor, candidate_index: Tensor) -> Tensor:

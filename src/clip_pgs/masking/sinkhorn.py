@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 SOLVERS = ("log", "pot")
@@ -25,7 +26,8 @@ def sinkhorn_plan(
     sweeps, 0.8 % after 12 and 0.1 % after 20.
 
     Args:
-        scores: Affinities, larger means closer. Shape (B, C, N), any float dtype.
+        scores: Affinities, larger means closer. -inf forbids a pair, with the solver "log" alone.
+            Shape (B, C, N), any float dtype.
         temperature: Entropy weight, in the units of `scores`; smaller is sharper.
         num_iters: Sweeps.
         solver: "log" runs a fixed number of sweeps in log space: no host synchronisation, and it
@@ -36,7 +38,8 @@ def sinkhorn_plan(
 
     Returns:
         Plan of shape (B, C, N), float32. Columns sum to 1 / N; rows sum to 1 / C up to the
-        residual.
+        residual. A column whose pairs are all forbidden stays empty, and rows then share what
+        the others need as evenly as the allowed pairs let them.
 
     Raises:
         ValueError: If `scores` is not 3-D, `temperature` <= 0, `num_iters` < 1, `solver` is
@@ -72,11 +75,16 @@ def _log_plan(log_kernel_BCN: Tensor, num_iters: int) -> Tensor:
     column_potential = log_kernel_BCN.new_zeros(())
     row_potential = column_potential
     for _ in range(num_iters):
-        row_potential = -(log_kernel_BCN + column_potential).logsumexp(dim=2, keepdim=True)
+        row_potential = -_finite_logsumexp(log_kernel_BCN + column_potential, dim=2)
         row_potential = row_potential - math.log(num_rows)
-        column_potential = -(log_kernel_BCN + row_potential).logsumexp(dim=1, keepdim=True)
+        column_potential = -_finite_logsumexp(log_kernel_BCN + row_potential, dim=1)
         column_potential = column_potential - math.log(num_columns)
     return (log_kernel_BCN + row_potential + column_potential).exp()
+
+
+def _finite_logsumexp(values: Tensor, *, dim: int) -> Tensor:
+    # An empty row or column would bring -inf + inf, which is no number, into the next sweep.
+    return values.logsumexp(dim=dim, keepdim=True).clamp_min(torch.finfo(values.dtype).min)
 
 
 def _pot_plan(

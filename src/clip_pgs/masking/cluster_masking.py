@@ -1,0 +1,158 @@
+"""Cluster masking (E-CLIP, https://arxiv.org/abs/2405.08815).
+
+Everything that looks like one of a few random anchor patches is dropped. The anchors go, too; in
+the authors' released code an anchor always exceeds the threshold by its similarity to itself. Two
+differences from that code: where fewer patches than the lower bound resemble an anchor, those most
+alike come next (there: arbitrary ones), and slots beyond an image's own count hold no patch at all
+(there: masked patches come back, behind an attention mask).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from clip_pgs.masking.ratios import check_mask_ratios, mask_count
+from clip_pgs.masking.registry import register_masking
+from clip_pgs.masking.sampling import draw_noise, mask_top_counts
+from clip_pgs.masking.similarity import mixed_similarity
+from clip_pgs.masking.thresholds import ThresholdRecord, bisect_threshold, interpolate
+from clip_pgs.masking.types import MaskingStrategy, PatchInputs, PatchSelection
+
+# (mean mask ratio, threshold), by bisection over 300 images of Flickr8k and 300 of ImageNet at 224
+# pixels, patches of 16, pixels alone, lower bound 0.3; the two sets lie within 0.02 of the mean.
+DEFAULT_THRESHOLDS = (
+    (0.3, 1.0),
+    (0.35, 0.835),
+    (0.4, 0.70),
+    (0.5, 0.53),
+    (0.6, 0.43),
+    (0.75, 0.315),
+    (0.9, 0.18),
+)
+
+
+def default_threshold(mask_ratio: float) -> float:
+    """Return the similarity threshold that gives photographs about this mean mask ratio.
+
+    Straight lines join the points of `DEFAULT_THRESHOLDS`; beyond them the nearest holds.
+    """
+    return interpolate(DEFAULT_THRESHOLDS, mask_ratio)
+
+
+@register_masking("cluster")
+class ClusterMasking(MaskingStrategy):
+    """Mask random anchors and every patch that resembles one of them.
+
+    The count differs between images: at least `mask_ratio_min`, all but one patch at most.
+
+    The threshold is found on the first batches by bisection (`calibrate`), so that the mean ratio
+    hits `mask_ratio`. As embeddings join the similarity over training, the same threshold would
+    mask ever more, so that it is found anew at each tenth of training, and after
+    `set_mask_ratio`: the mean over `NUM_BATCHES` batches each time.
+
+    Args:
+        mask_ratio: Mean share of patches dropped, in [0, 1).
+        mask_ratio_min: Share of patches dropped in every image at least, in [0, mask_ratio].
+        anchor_ratio: Share of patches drawn as anchors, in (0, 1]; at least one patch.
+        threshold: Similarity above which a patch is masked. None starts from `default_threshold`
+            and asks for calibration; a number stays as it is.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    requires = frozenset({"tokens"})
+
+    def __init__(
+        self,
+        *,
+        mask_ratio: float = 0.5,
+        mask_ratio_min: float = 0.3,
+        anchor_ratio: float = 0.03,
+        threshold: float | None = None,
+    ) -> None:
+        super().__init__()
+        check_mask_ratios(mask_ratio, mask_ratio_min)
+        if not 0.0 < anchor_ratio <= 1.0:
+            raise ValueError(f"anchor_ratio must be in (0, 1], got {anchor_ratio}")
+        self.mask_ratio = mask_ratio
+        self.mask_ratio_min = mask_ratio_min
+        self.anchor_ratio = anchor_ratio
+        self.is_calibrated_in_training = threshold is None
+        self.threshold = default_threshold(mask_ratio) if threshold is None else threshold
+        self.record = ThresholdRecord()
+
+    def extra_repr(self) -> str:
+        """Show the ratios in the module's printed form."""
+        return f"mask_ratio={self.mask_ratio}, mask_ratio_min={self.mask_ratio_min}"
+
+    def set_mask_ratio(self, mask_ratio: float) -> None:
+        """Change the mean mask ratio and with it the lower bound; see `MaskingStrategy`."""
+        super().set_mask_ratio(mask_ratio)
+        if self.is_calibrated_in_training and self.record.latest_ratio() != mask_ratio:
+            self.threshold = default_threshold(mask_ratio)
+
+    def state(self) -> dict[str, float | list[float]]:
+        """Return the thresholds found so far, with the ratio and the progress of each."""
+        return self.record.state()
+
+    def load_state(self, state: Mapping[str, float | list[float]]) -> None:
+        """Restore what `state` returned, and the threshold found last.
+
+        Raises:
+            ValueError: If the numbers belong to another strategy.
+        """
+        self.record = ThresholdRecord.from_state(state)
+        if self.is_calibrated_in_training and self.record.thresholds:
+            self.threshold = self.record.thresholds[-1]
+
+    def needs_calibration(self, progress: float) -> bool:
+        """Return whether this tenth of training, or this ratio, lacks a settled threshold."""
+        return self.is_calibrated_in_training and not self.record.is_settled(
+            self.mask_ratio, progress
+        )
+
+    @torch.no_grad()
+    def calibrate(
+        self, inputs: PatchInputs, *, average: Callable[[float], float] | None = None
+    ) -> None:
+        """Find the threshold at which a batch reaches `mask_ratio` in the mean.
+
+        Args:
+            inputs: The batch, with tokens where `progress` > 0.
+            average: Returns the mean of a number over all processes; None stands for one.
+        """
+        scores_BN = self._score(inputs, draw_noise(inputs, None))
+
+        def mean_ratio(threshold: float) -> float:
+            share = self._count(scores_BN, threshold).float().mean().item() / inputs.num_patches
+            return share if average is None else average(share)
+
+        found = bisect_threshold(mean_ratio, target=self.mask_ratio)
+        self.threshold = self.record.add(found, self.mask_ratio, inputs.progress)
+
+    def forward(
+        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
+    ) -> PatchSelection:
+        """Draw anchors and mask what resembles them, in each image its own number of patches."""
+        scores_BN = self._score(inputs, draw_noise(inputs, generator))
+        return mask_top_counts(
+            scores_BN,
+            num_mask=self._count(scores_BN, self.threshold),
+            num_mask_min=mask_count(inputs.num_patches, self.mask_ratio_min),
+        )
+
+    def _score(self, inputs: PatchInputs, noise_BN: Tensor) -> Tensor:
+        num_anchors = max(1, round(self.anchor_ratio * inputs.num_patches))
+        anchor_index = noise_BN.topk(num_anchors, dim=1).indices
+        scores_BN = mixed_similarity(inputs, anchor_index, name="cluster").amax(dim=1)
+        # Above any threshold, and above every other patch.
+        return scores_BN.scatter(1, anchor_index, torch.inf)
+
+    def _count(self, scores_BN: Tensor, threshold: float) -> Tensor:
+        num_patches = scores_BN.shape[1]
+        num_mask_min = mask_count(num_patches, self.mask_ratio_min)
+        return (scores_BN > threshold).sum(dim=1).clamp(num_mask_min, num_patches - 1)

@@ -1,0 +1,44 @@
+"""Mask ratios: their range, and the counts that follow from them."""
+
+from __future__ import annotations
+
+import math
+
+
+def mask_count(num_patches: int, mask_ratio: float) -> int:
+    """Return how many of `num_patches` patches a mask ratio drops.
+
+    The small constant keeps 100 * 0.29 at 29, which floating point would floor to 28.
+    """
+    return math.floor(num_patches * mask_ratio + 1e-9)
+
+
+def keep_count(num_patches: int, mask_ratio: float) -> int:
+    """Return how many of `num_patches` patches a mask ratio keeps."""
+    return num_patches - mask_count(num_patches, mask_ratio)
+
+
+def check_mask_ratio(mask_ratio: float, *, name: str = "mask_ratio") -> None:
+    """Refuse a mask ratio outside [0, 1).
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not 0.0 <= mask_ratio < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {mask_ratio}")
+
+
+def check_mask_ratios(mask_ratio: float, mask_ratio_min: float | None) -> None:
+    """Refuse a mask ratio, or a lower bound of one, that is out of its range.
+
+    Raises:
+        ValueError: If one is outside [0, 1), or the bound exceeds the ratio.
+    """
+    check_mask_ratio(mask_ratio)
+    if mask_ratio_min is None:
+        return
+    check_mask_ratio(mask_ratio_min, name="mask_ratio_min")
+    if mask_ratio_min > mask_ratio:
+        raise ValueError(
+            f"mask_ratio_min must not exceed mask_ratio = {mask_ratio}, got {mask_ratio_min}"
+        )

@@ -1,0 +1,235 @@
+import json
+import threading
+
+import pytest
+import torch
+
+from clip_pgs import PatchInputs, create_masking
+from clip_pgs.masking.cluster_masking import DEFAULT_THRESHOLDS, default_threshold
+from clip_pgs.masking.patches import kept_patches, patchify
+from clip_pgs.masking.thresholds import NUM_BATCHES
+from masking import oracle
+from masking.contract_cases import rows
+from support.images import make_inputs, square_on_gradient
+
+
+def noise_like(batch_size, num_patches, *, seed=0):
+    return torch.rand(batch_size, num_patches, generator=torch.Generator().manual_seed(seed))
+
+
+def mean_ratio(strategy, inputs):
+    return 1 - strategy(inputs).kept_counts().float().mean().item() / inputs.num_patches
+
+
+def kept_by_hand(inputs, i, *, threshold, ratio_min, anchor_ratio):
+    """Return the kept positions of image i by slow float64 loops."""
+    noise, num_patches = inputs.noise[i].tolist(), inputs.num_patches
+    by_noise = sorted(range(num_patches), key=lambda j: -noise[j])
+    anchors = by_noise[: max(1, round(anchor_ratio * num_patches))]
+    patches = oracle.cut(inputs.pixels[i].double().numpy(), inputs.patch_size[0])
+    similarity = oracle.cosine(patches, anchors)
+    if inputs.progress:
+        tokens = oracle.cosine(inputs.tokens[i].double().numpy(), anchors)
+        similarity = (1 - inputs.progress) * similarity + inputs.progress * tokens
+    score = similarity.max(axis=0)
+    return oracle.kept(
+        score,
+        anchors,
+        ratio_max=(num_patches - 1) / num_patches,
+        ratio_min=ratio_min,
+        threshold=threshold,
+    )
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("threshold", [0.1, 0.6])
+def test_the_selection_equals_a_slow_float64_loop(progress, threshold):
+    inputs = make_inputs(3, grid_size=(7, 10), noise=noise_like(3, 70), progress=progress)
+    options = {"mask_ratio_min": 0.2, "anchor_ratio": 0.05, "threshold": threshold}
+    kept = rows(create_masking("cluster", **options)(inputs))
+    options["ratio_min"] = options.pop("mask_ratio_min")
+    for i in range(3):
+        assert kept[i] == kept_by_hand(inputs, i, **options)
+
+
+def two_textures():
+    """Return an image of 4 x 4 patches: the left half one texture, the right half another."""
+    left, right = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return torch.cat([left.repeat(1, 4, 2), right.repeat(1, 4, 2)], dim=2)[None]
+
+
+@pytest.mark.parametrize("anchor", [0, 5, 10, 15])
+def test_the_half_that_looks_like_the_anchor_goes(anchor):
+    noise = torch.zeros(1, 16)
+    noise[0, anchor] = 0.9
+    selection = create_masking("cluster", mask_ratio_min=0.0, threshold=0.9)(
+        PatchInputs(two_textures(), 4, noise=noise)
+    )
+    is_left = anchor % 4 < 2
+    expected = [j for j in range(16) if (j % 4 < 2) != is_left]
+    assert rows(selection) == [expected]
+
+
+def test_an_image_of_one_texture_keeps_one_patch():
+    image = torch.randn(1, 3, 4, 4).repeat(1, 1, 4, 4)
+    selection = create_masking("cluster", threshold=0.5)(PatchInputs(image, 4))
+    assert selection.kept_counts().tolist() == [1]
+
+
+def test_the_lower_bound_holds_where_nothing_looks_like_an_anchor():
+    selection = create_masking("cluster", mask_ratio_min=0.25, threshold=2.0)(
+        PatchInputs(torch.randn(3, 3, 16, 16), 4)
+    )
+    assert selection.kept_counts().tolist() == [12] * 3
+
+
+@pytest.mark.parametrize("target", [0.35, 0.5, 0.75])
+@pytest.mark.parametrize("progress", [0.0, 0.6])
+def test_calibration_hits_the_mean_ratio_within_one_percent(target, progress):
+    inputs = make_inputs(12, grid_size=(10, 10), noise=noise_like(12, 100), progress=progress)
+    strategy = create_masking("cluster", mask_ratio=target)
+    strategy.calibrate(inputs)
+    assert mean_ratio(strategy, inputs) == pytest.approx(target, abs=0.01)
+
+
+def calibrate_together(strategies, parts):
+    """Calibrate one strategy per part, each in a thread, that average as processes do."""
+    shares, barrier = [0.0] * len(parts), threading.Barrier(len(parts))
+
+    def calibrate(rank):
+        def average(share):
+            shares[rank] = share
+            barrier.wait()
+            mean = sum(shares) / len(shares)
+            barrier.wait()
+            return mean
+
+        strategies[rank].calibrate(parts[rank], average=average)
+
+    threads = [threading.Thread(target=calibrate, args=(rank,)) for rank in range(len(parts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+
+
+def test_processes_find_one_threshold_for_all_their_images():
+    inputs = make_inputs(8, grid_size=(10, 10), noise=noise_like(8, 100))
+    whole = create_masking("cluster")
+    whole.calibrate(inputs)
+    parts = [
+        PatchInputs(inputs.pixels[part], 8, noise=inputs.noise[part])
+        for part in (slice(0, 4), slice(4, 8))
+    ]
+    strategies = [create_masking("cluster"), create_masking("cluster")]
+    calibrate_together(strategies, parts)
+    assert [strategy.threshold for strategy in strategies] == [whole.threshold] * 2
+
+
+def test_a_ratio_out_of_reach_is_told(caplog):
+    inputs = PatchInputs(torch.zeros(2, 3, 56, 56), 8)
+    create_masking("cluster", mask_ratio=0.7, mask_ratio_min=0.2).calibrate(inputs)
+    assert "no threshold gives this batch a mean mask ratio of 0.700" in caplog.text
+
+
+def calibrated(strategy, *, progress=0.0, times=1, seed=0):
+    for i in range(times):
+        noise = noise_like(4, 49, seed=seed + i)
+        strategy.calibrate(make_inputs(4, seed=seed + i, noise=noise, progress=progress))
+    return strategy
+
+
+def test_it_asks_for_several_batches_at_each_tenth_of_training():
+    strategy = create_masking("cluster")
+    for progress in (0.0, 0.1, 0.3, 0.9):
+        for _ in range(NUM_BATCHES):
+            assert strategy.needs_calibration(progress)
+            calibrated(strategy, progress=progress)
+        assert not strategy.needs_calibration(progress)
+        assert not strategy.needs_calibration(progress + 0.09)
+        assert strategy.needs_calibration(min(progress + 0.1, 1.0))
+
+
+def test_the_threshold_is_the_mean_over_the_batches_of_a_point():
+    alone = [calibrated(create_masking("cluster"), seed=seed).threshold for seed in range(3)]
+    together = calibrated(create_masking("cluster"), times=3)
+    assert together.threshold == pytest.approx(sum(alone) / 3)
+
+
+def test_another_ratio_asks_again_and_starts_from_the_default():
+    strategy = calibrated(create_masking("cluster"), times=NUM_BATCHES)
+    strategy.set_mask_ratio(0.6)
+    assert strategy.needs_calibration(0.0)
+    assert strategy.threshold == default_threshold(0.6)
+
+
+def test_the_same_ratio_again_changes_nothing():
+    strategy = calibrated(create_masking("cluster"), times=NUM_BATCHES)
+    found = strategy.threshold
+    strategy.set_mask_ratio(0.5)
+    assert strategy.threshold == found
+    assert not strategy.needs_calibration(0.0)
+
+
+def test_a_threshold_of_ones_own_is_never_calibrated():
+    strategy = create_masking("cluster", threshold=0.4)
+    assert not strategy.needs_calibration(0.0)
+    strategy.set_mask_ratio(0.6)
+    assert strategy.threshold == 0.4
+
+
+def test_state_restores_threshold_and_what_is_left_to_calibrate():
+    first = calibrated(create_masking("cluster"), times=NUM_BATCHES)
+    calibrated(first, progress=0.25, times=3)
+    again = create_masking("cluster")
+    again.load_state(json.loads(json.dumps(first.state())))
+    assert again.threshold == first.threshold
+    assert again.state() == first.state()
+    assert again.state()["progress"] == [0.0, 0.25]
+    assert again.needs_calibration(0.25)
+    calibrated(again, progress=0.25, times=NUM_BATCHES - 3)
+    assert not again.needs_calibration(0.25)
+
+
+def test_the_state_before_calibration_restores_the_default():
+    strategy = create_masking("cluster")
+    strategy.load_state(strategy.state())
+    assert strategy.threshold == default_threshold(0.5)
+
+
+@pytest.mark.parametrize("state", [{"threshold": 0.4}, {"thresholds": [0.4], "progress": []}])
+def test_anything_else_is_no_state(state):
+    with pytest.raises(ValueError, match="the state of cluster must hold lists of one length"):
+        create_masking("cluster").load_state(state)
+
+
+def test_the_default_threshold_joins_its_points():
+    for mask_ratio, threshold in DEFAULT_THRESHOLDS:
+        assert default_threshold(mask_ratio) == pytest.approx(threshold)
+    (start, low), (end, high) = DEFAULT_THRESHOLDS[2:4]
+    assert default_threshold((start + end) / 2) == pytest.approx((low + high) / 2)
+    assert default_threshold(0.0) == 1.0
+    assert default_threshold(0.99) == DEFAULT_THRESHOLDS[-1][1]
+
+
+def test_an_object_on_a_smooth_slope_is_kept_in_good_part():
+    image, foreground = square_on_gradient()
+    is_object = patchify(foreground[None, None].float(), (8, 8))[0].mean(dim=1) > 0.5
+    inputs = PatchInputs(image.expand(20, -1, -1, -1), 8, noise=noise_like(20, 196))
+    strategy = create_masking("cluster")
+    strategy.calibrate(inputs)
+    kept = kept_patches(strategy(inputs), 196)[:, is_object].float().mean()
+    assert kept > 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"mask_ratio": 1.0}, r"mask_ratio must be in \[0, 1\), got 1\.0"),
+        ({"mask_ratio": 0.2}, r"mask_ratio_min must not exceed mask_ratio = 0\.2, got 0\.3"),
+        ({"anchor_ratio": 0.0}, r"anchor_ratio must be in \(0, 1\], got 0\.0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        create_masking("cluster", **options)

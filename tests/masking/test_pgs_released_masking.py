@@ -1,0 +1,193 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from clip_pgs import MaskingStrategy, PatchInputs, create_masking
+from clip_pgs.masking.pgs_released_masking import NUM_BALANCING_PASSES, balance
+from masking import oracle
+from support.images import make_inputs, smooth_images
+
+
+def noise_like(batch_size, num_patches, *, seed=0):
+    return torch.rand(batch_size, num_patches, generator=torch.Generator().manual_seed(seed))
+
+
+def slow_balance(matrix):
+    """Divide by column and row sums, both taken first, in loops over float64."""
+    matrix = matrix.copy()
+    for _ in range(NUM_BALANCING_PASSES):
+        column_sums = [sum(matrix[:, j]) + 1e-3 for j in range(len(matrix))]
+        row_sums = [sum(matrix[i]) + 1e-3 for i in range(len(matrix))]
+        for i in range(len(matrix)):
+            for j in range(len(matrix)):
+                matrix[i, j] = matrix[i, j] / column_sums[j] / row_sums[i]
+    return matrix
+
+
+def cosines(vectors):
+    unit = [vector / (math.sqrt((vector**2).sum()) + 1e-6) for vector in vectors]
+    return np.array([[a @ b for b in unit] for a in unit])
+
+
+def standardised(vectors):
+    return [(vector - vector.mean()) / (vector.std(ddof=1) + 1e-6) for vector in vectors]
+
+
+def kept_by_hand(inputs, i, *, share, threshold, transport, ratio_min, candidate_ratio):
+    """Return the kept positions of image i without edges, by slow float64 loops."""
+    noise, num_patches = inputs.noise[i].double().numpy(), inputs.num_patches
+    candidates = np.argsort(noise)[int(num_patches * (1 - candidate_ratio)) :]
+    patches = oracle.cut(inputs.pixels[i].double().numpy(), inputs.patch_size[0])
+    similarity = (1 - share) * cosines(standardised(patches))
+    similarity += share * cosines(list(inputs.tokens[i].double().numpy()))
+    if transport:
+        similarity = similarity + slow_balance(similarity)
+    is_similar = (similarity[candidates] > threshold).any(axis=0)
+    second = (noise * 256) % 1.0
+    order = sorted(range(num_patches), key=lambda j: (is_similar[j], second[j]))
+    return sorted(order[: int(num_patches * (1 - ratio_min))]), is_similar
+
+
+def positive_inputs(*, progress=0.0):
+    """Return inputs of 4 x 5 patches all alike enough that no sum comes near zero."""
+    base = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(3))
+    change = torch.rand(3, 3, 32, 40, generator=torch.Generator().manual_seed(4))
+    pixels = base.repeat(1, 4, 5) + 0.7 * change
+    tokens = 2 + torch.randn(3, 20, 6, generator=torch.Generator().manual_seed(5))
+    return PatchInputs(pixels, 8, tokens=tokens, noise=noise_like(3, 20), progress=progress)
+
+
+@pytest.mark.parametrize("transport", [True, False])
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("threshold", [0.6, 1.0])
+def test_without_edges_the_selection_equals_a_slow_float64_loop(transport, progress, threshold):
+    inputs = positive_inputs(progress=progress)
+    selection = create_masking(
+        "pgs-released",
+        mask_ratio=0.6,
+        mask_ratio_min=0.4,
+        threshold=threshold,
+        edges=False,
+        transport=transport,
+        candidate_ratio=0.1,
+        attention_bias=True,
+    )(inputs)
+    for i in range(3):
+        kept, is_similar = kept_by_hand(
+            inputs,
+            i,
+            share=progress,
+            threshold=threshold,
+            transport=transport,
+            ratio_min=0.4,
+            candidate_ratio=0.1,
+        )
+        assert selection.index[i].tolist() == kept
+        assert selection.similar[i].tolist() == is_similar[kept].tolist()
+
+
+def test_both_sums_are_taken_before_either_division():
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.rand(2, 6, 6, generator=generator, dtype=torch.float64) - 0.2
+    matrix = matrix + matrix.transpose(1, 2)
+    for found, given in zip(balance(matrix), matrix, strict=True):
+        np.testing.assert_allclose(found.numpy(), slow_balance(given.numpy()), rtol=1e-5)
+
+
+def test_balancing_is_no_transport_plan():
+    # A doubly stochastic matrix has 1 / 49 on average; negative entries make this one run away.
+    pixels = smooth_images(1)
+    vectors = standardised(oracle.cut(pixels[0].double().numpy(), 8))
+    balanced = balance(torch.from_numpy(cosines(vectors))[None])
+    assert balanced.abs().max() > 1.0
+    assert (balanced.sum(dim=1) - 1).abs().max() > 0.5
+
+
+def candidates(inputs, **options):
+    """Return the candidates of each image: all that is dropped at a threshold near 1."""
+    strategy = create_masking(
+        "pgs-released", threshold=0.9999, mask_ratio_min=0.06, transport=False, **options
+    )
+    index = strategy(inputs).index.tolist()
+    return [sorted(set(range(inputs.num_patches)) - set(row)) for row in index]
+
+
+def test_candidates_have_the_highest_sobel_values_of_rounding_noise():
+    inputs = make_inputs(3, grid_size=(7, 7), noise=noise_like(3, 49))
+    patches = torch.nn.functional.unfold(inputs.pixels, 8, stride=8).transpose(1, 2).contiguous()
+    std, mean = torch.std_mean(patches, dim=2, keepdim=True)
+    means = ((patches - mean) / (std + 1e-6)).mean(dim=2).reshape(3, 7, 7).double().numpy()
+    assert np.abs(means).max() < 1e-6
+    for image, found in zip(means, candidates(inputs), strict=True):
+        sobel = [ndimage.sobel(image, axis=axis, mode="constant") for axis in (0, 1)]
+        strength = np.hypot(*sobel).ravel()
+        # Multiples of a rounding error are often equal; which of those come first is left open.
+        assert strength[found].min() >= np.delete(strength, found).max() * (1 - 1e-6)
+
+
+def test_random_numbers_hardly_choose_candidates_unless_edges_are_off():
+    inputs = [make_inputs(1, noise=noise_like(1, 49, seed=seed)) for seed in range(20)]
+    assert len({tuple(candidates(one)[0]) for one in inputs}) <= 3
+    assert len({tuple(candidates(one, edges=False)[0]) for one in inputs}) == 20
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, 98), ({"mask_ratio_min": 0.3}, 137)])
+def test_it_keeps_98_or_137_of_196_patches(options, expected):
+    selection = create_masking("pgs-released", **options)(make_inputs(2, grid_size=(14, 14)))
+    assert selection.index.shape == (2, expected)
+    assert selection.valid is None
+
+
+def test_too_few_unmasked_patches_are_filled_up_with_masked_ones():
+    image = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 5, 4)
+    strategy = create_masking("pgs-released", transport=False, attention_bias=True)
+    selection = strategy(PatchInputs(image, 8))
+    assert selection.index.shape == (1, 10)
+    assert selection.similar.all()
+
+
+def test_the_threshold_is_the_target_mask_ratio():
+    inputs = make_inputs(4, noise=noise_like(4, 49))
+    options = {"mask_ratio_min": 0.3, "transport": False}
+    implied = create_masking("pgs-released", mask_ratio=0.7, **options)(inputs)
+    stated = create_masking("pgs-released", threshold=0.7, **options)(inputs)
+    assert torch.equal(implied.index, stated.index)
+
+
+def test_the_mix_weight_is_the_epoch_over_32():
+    options = {"transport": False, "mask_ratio_min": 0.3}
+    short = create_masking("pgs-released", num_epochs=8, **options)
+    whole = create_masking("pgs-released", **options)
+    noise = noise_like(4, 49)
+    quarter = whole(make_inputs(4, noise=noise, progress=0.25)).index
+    assert torch.equal(short(make_inputs(4, noise=noise, progress=1.0)).index, quarter)
+    assert not torch.equal(whole(make_inputs(4, noise=noise, progress=1.0)).index, quarter)
+
+
+def test_the_attention_bias_is_off_unless_asked_for():
+    assert not create_masking("pgs-released").attention_bias
+    assert create_masking("pgs-released")(make_inputs()).similar is None
+    assert create_masking("pgs-released", attention_bias=True).attention_bias
+    assert not MaskingStrategy.attention_bias
+
+
+def test_tokens_are_needed_once_training_runs():
+    inputs = PatchInputs(torch.zeros(2, 3, 56, 40), 8, progress=0.25)
+    with pytest.raises(ValueError, match="pgs-released needs tokens once progress > 0"):
+        create_masking("pgs-released")(inputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"mask_ratio_min": 0.6}, r"mask_ratio_min must not exceed mask_ratio = 0\.5, got 0\.6"),
+        ({"candidate_ratio": 1.0}, r"candidate_ratio must be in \[0, 1\), got 1\.0"),
+        ({"num_epochs": 0}, "num_epochs must be > 0, got 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        create_masking("pgs-released", **options)
