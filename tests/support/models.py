@@ -1,25 +1,54 @@
 """Small OpenCLIP models, built without any file or network."""
 
 import torch
+from open_clip import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
+from timm.models.vision_transformer import VisionTransformer
 
 TEXT = {"context_length": 16, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1}
 VISION = {"image_size": 64, "patch_size": 16, "width": 64, "layers": 2, "head_width": 32}
+TRUNK = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2}
 
 
-def small_clip(*, custom_text=False, seed=0, **vision):
-    """Return a CLIP with 16 patches; `vision` changes its image tower's config."""
+def small_clip(*, custom_text=False, seed=0, text=None, **vision):
+    """Return a CLIP with 16 patches; `vision` and `text` change its towers' configs."""
     torch.manual_seed(seed)
     model_class = CustomTextCLIP if custom_text else CLIP
-    return model_class(64, {**VISION, **vision}, dict(TEXT))
+    return model_class(64, {**VISION, **vision}, {**TEXT, **(text or {})})
+
+
+def small_timm_clip(*, seed=0, **trunk):
+    """Return a CustomTextCLIP on timm's ViT with 16 patches; `trunk` changes its arguments."""
+    torch.manual_seed(seed)
+    # Any timm model will do: its trunk is replaced by one of our own size.
+    vision = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear"}
+    model = CustomTextCLIP(64, vision, dict(TEXT))
+    model.visual.trunk = VisionTransformer(num_classes=0, **{**TRUNK, **trunk})
+    return model
+
+
+def small_coca(*, seed=0, **vision):
+    """Return a CoCa with 16 patches; `vision` changes its image tower's config."""
+    torch.manual_seed(seed)
+    pooling = {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2}
+    text = {**TEXT, "width": 64}
+    model = CoCa(
+        64,
+        multimodal_cfg=text,
+        text_cfg={**text, "embed_cls": True, "output_tokens": True},
+        vision_cfg={**VISION, **pooling, "output_tokens": True, **vision},
+    )
+    # OpenCLIP leaves this parameter as the memory it finds.
+    torch.nn.init.normal_(model.text_decoder.text_projection, std=0.1)
+    return model
 
 
 def image_batch(batch_size=3, *, seed=0):
-    """Return images (B, 3, 64, 64) for `small_clip`."""
+    """Return images (B, 3, 64, 64) for the models above."""
     return torch.randn(batch_size, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
 
 
 def text_batch(batch_size=3, *, seed=0):
-    """Return token ids (B, 16) for `small_clip`."""
+    """Return token ids (B, 16) for the models above."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, 100, (batch_size, 16), generator=generator)

@@ -3,19 +3,24 @@ import copy
 import open_clip
 import pytest
 import torch
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
+from timm.layers import PatchEmbed
 
-from clip_pgs import create_masking
+from clip_pgs import PatchSelection, create_masking
 from clip_pgs.integrations.open_clip import (
     apply_masking,
     force_selection,
     last_selection,
     num_patches,
+    patch_size,
+    pixel_dtype,
     remove_masking,
+    set_mask_ratio,
     set_masking_noise,
     set_masking_progress,
 )
-from support.models import image_batch, small_clip, text_batch
+from support.models import TEXT, image_batch, small_clip, small_coca, small_timm_clip, text_batch
 
 
 @pytest.mark.parametrize("custom_text", [False, True])
@@ -116,6 +121,30 @@ def test_wrapped_models_are_reached():
 def test_num_patches_counts_the_grid():
     assert num_patches(small_clip()) == 16
     assert num_patches(small_clip(image_size=[64, 32])) == 8
+    assert num_patches(small_timm_clip(img_size=(64, 32))) == 8
+
+
+@pytest.mark.parametrize("build", [small_clip, small_timm_clip], ids=["open_clip", "timm"])
+def test_patch_size_and_dtype_are_told_of_plain_and_masked_models(build):
+    for model in (build(), apply_masking(build(), "random")):
+        assert patch_size(model) == (16, 16)
+        assert pixel_dtype(model) == torch.float32
+        assert pixel_dtype(model.to(torch.bfloat16)) == torch.bfloat16
+
+
+def test_pixels_behind_the_last_whole_patch_are_left_out_as_by_the_convolution():
+    model = apply_masking(small_clip(image_size=70), "pgs", mask_ratio=0.5).train()
+    model.visual(torch.nn.functional.pad(image_batch(), (0, 6, 0, 6), value=3.0))
+    assert last_selection(model).index.shape == (3, 8)
+
+
+def test_the_mask_ratio_changes_between_steps():
+    model = apply_masking(small_clip(), "pgs", mask_ratio=0.25).train()
+    set_mask_ratio(model, 0.75)
+    model.visual(image_batch())
+    assert last_selection(model).index.shape == (3, 4)
+    with pytest.raises(ValueError, match="NoMasking has no mask ratio"):
+        set_mask_ratio(apply_masking(small_clip(), "none"), 0.5)
 
 
 def test_towers_of_another_kind_are_named():
@@ -124,26 +153,81 @@ def test_towers_of_another_kind_are_named():
         {"layers": [1, 1, 1, 1], "image_size": 64, "width": 16},
         {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1},
     )
-    sentence = "CLIP has the image tower ModifiedResNet; masking supports OpenCLIP's own Vision"
+    sentence = "CLIP has the image tower ModifiedResNet; masking supports OpenCLIP's own"
     with pytest.raises(ValueError, match=sentence):
         apply_masking(resnet, "pgs")
     with pytest.raises(ValueError, match="Linear has no image tower; masking supports"):
         apply_masking(torch.nn.Linear(2, 2), "pgs")
 
 
-def test_a_timm_tower_is_named():
-    model = open_clip.model.CustomTextCLIP(
-        32,
-        {"timm_model_name": "convnext_atto", "image_size": 64, "timm_proj": "linear"},
-        {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1},
-    )
-    with pytest.raises(ValueError, match="CustomTextCLIP has the image tower TimmModel"):
+class OverlappingPatches(PatchEmbed):
+    """Stands for timm's convolutional stems."""
+
+
+def timm_clip(name):
+    vision = {"timm_model_name": name, "image_size": 64, "timm_proj": "linear", "timm_pool": ""}
+    return open_clip.model.CustomTextCLIP(32, vision, dict(TEXT))
+
+
+def timm_clip_of_another_pool():
+    model = small_timm_clip()
+    model.visual.trunk.attn_pool = torch.nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: timm_clip("convnext_atto"), "the image tower is timm's ConvNeXt; of timm's"),
+        (lambda: timm_clip("vit_relpos_small_patch16_224"), "timm's VisionTransformerRelPos"),
+        (
+            lambda: small_timm_clip(embed_layer=OverlappingPatches),
+            "embeds patches by timm's OverlappingPatches, whose patches see each other",
+        ),
+        (lambda: small_timm_clip(dynamic_img_size=True), "images of any size .dynamic_img_size"),
+        (lambda: small_timm_clip(patch_drop_rate=0.5), r"by itself \(patch_drop_rate=0.5\); build"),
+        (lambda: small_timm_clip(pos_embed="none"), "the image tower has no position embedding"),
+        (timm_clip_of_another_pool, "pools by timm's Identity, which cannot leave tokens out"),
+    ],
+    ids=[
+        "convnext",
+        "relative positions",
+        "patch embedding",
+        "sizes",
+        "patch drop",
+        "places",
+        "pool",
+    ],
+)
+def test_a_timm_tower_that_cannot_be_masked_is_named(build, sentence):
+    model = build()
+    with pytest.raises(ValueError, match=sentence):
         apply_masking(model, "pgs")
+    assert type(model.visual) is TimmModel
 
 
 def test_a_tower_that_drops_patches_by_itself_is_refused():
     with pytest.raises(ValueError, match=r"drops patches by itself \(patch_dropout=0.5\)"):
         apply_masking(small_clip(patch_dropout=0.5), "pgs")
+
+
+def test_an_adaptive_mask_is_refused_where_a_text_decoder_reads_patch_tokens():
+    sentence = "hands patch tokens to its text decoder, which would read the padding"
+    with pytest.raises(ValueError, match=sentence):
+        apply_masking(small_coca(attentional_pool=False), "pgs", mask_ratio=0.5, mask_ratio_min=0.3)
+    model = apply_masking(small_coca(attentional_pool=False), "pgs", mask_ratio=0.5).train()
+    assert model(image_batch(), text_batch())["logits"].isfinite().all()
+
+
+def test_padding_changes_nothing_that_the_text_decoder_of_coca_gets():
+    model = apply_masking(small_coca(), "random").train()
+    index = torch.tensor([[0, 3, 9, 9]])
+    padded = PatchSelection(index, torch.tensor([[True, True, True, False]]))
+    logits = []
+    for selection in (padded, PatchSelection(index[:, :3])):
+        with force_selection(model, selection):
+            logits.append(model(image_batch(1), text_batch(1))["logits"])
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
 
 
 def test_a_wrong_option_leaves_the_model_plain():

@@ -1,17 +1,24 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
 from open_clip.transformer import ResidualAttentionBlock
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clip_pgs import PatchSelection
-from clip_pgs.integrations.open_clip import apply_masking, force_selection, last_selection
-from clip_pgs.integrations.open_clip.padding import block_with_key_mask
+from clip_pgs.integrations.open_clip import (
+    apply_masking,
+    force_selection,
+    last_selection,
+    set_mask_ratio,
+)
+from clip_pgs.integrations.open_clip.padding import masked_block
 from clip_pgs.masking.patches import kept_patches
-from support.models import image_batch, small_clip
+from support.models import image_batch, small_clip, small_timm_clip
 
-TOWERS = {
+OPEN_CLIP_TOWERS = {
     "class token": {},
     "average": {"pool_type": "avg"},
     "average, norm after": {"pool_type": "avg", "final_ln_after_pool": True},
@@ -23,7 +30,39 @@ TOWERS = {
     "qk norm": {"qk_norm": True},
     "layer scale": {"ls_init_value": 0.1},
 }
-every_tower = pytest.mark.parametrize("vision", list(TOWERS.values()), ids=list(TOWERS))
+TIMM_TOWERS = {
+    "class token": {},
+    "registers": {"reg_tokens": 2},
+    "average": {"global_pool": "avg", "class_token": False},
+    "average of all": {"global_pool": "avg", "pool_include_prefix": True},
+    "max": {"global_pool": "max", "reg_tokens": 1},
+    "average and max": {"global_pool": "avgmax", "class_token": False},
+    "siglip": {"global_pool": "map", "class_token": False},
+    "map of all": {"global_pool": "map", "reg_tokens": 1, "pool_include_prefix": True},
+    "all tokens": {"global_pool": ""},
+    "unplaced class token": {"no_embed_class": True, "reg_tokens": 1},
+    "pre norm": {"pre_norm": True},
+    "qk norm": {"qk_norm": True},
+    "layer scale": {"init_values": 0.1},
+    "post norm": {"block_fn": ResPostBlock},
+    "parallel": {"block_fn": ParallelScalingBlock},
+}
+
+
+def timm_clip_without_fused_attention():
+    model = small_timm_clip(global_pool="map")
+    for module in model.visual.trunk.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return model
+
+
+BUILDERS = {
+    **{name: partial(small_clip, **vision) for name, vision in OPEN_CLIP_TOWERS.items()},
+    **{f"timm: {name}": partial(small_timm_clip, **trunk) for name, trunk in TIMM_TOWERS.items()},
+    "timm: without fused attention": timm_clip_without_fused_attention,
+}
+every_tower = pytest.mark.parametrize("build", list(BUILDERS.values()), ids=list(BUILDERS))
 FIXED = PatchSelection(torch.tensor([[0, 5, 6, 11], [1, 2, 3, 4], [7, 8, 9, 15]]))
 ADAPTIVE = PatchSelection(
     torch.tensor([[0, 5, 6, 11], [1, 2, 2, 2], [7, 8, 9, 9]]),
@@ -68,8 +107,8 @@ def repaint_masked(images, selection, *, scale=100.0):
 
 
 @every_tower
-def test_keeping_every_patch_equals_open_clip_in_train_mode(vision):
-    plain = small_clip(**vision).train()
+def test_keeping_every_patch_equals_open_clip_in_train_mode(build):
+    plain = build().train()
     masked = apply_masking(copy.deepcopy(plain), "random")
     expected = plain.visual(image_batch())
     expected = expected if isinstance(expected, tuple) else (expected,)
@@ -79,17 +118,34 @@ def test_keeping_every_patch_equals_open_clip_in_train_mode(vision):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
 
+def test_dropout_and_drop_path_of_timm_draw_as_ever():
+    rates = ("drop_path_rate", "drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate")
+    plain = small_timm_clip(**dict.fromkeys(rates, 0.25)).train()
+    masked = apply_masking(copy.deepcopy(plain), "random")
+    torch.manual_seed(0)
+    expected = plain.visual(image_batch())
+    torch.manual_seed(0)
+    torch.testing.assert_close(
+        encode(masked, image_batch(), PatchSelection(EVERY_PATCH))[0],
+        expected,
+        atol=1e-6,
+        rtol=1e-6,
+    )
+    torch.manual_seed(1)
+    assert not torch.allclose(plain.visual(image_batch()), expected)
+
+
 def test_the_masked_block_is_bit_equal_to_open_clips():
     torch.manual_seed(0)
     block = ResidualAttentionBlock(64, 2).train()
     tokens, everything = torch.randn(3, 17, 64), torch.ones(3, 1, 1, 17, dtype=torch.bool)
-    assert torch.equal(block_with_key_mask(block, tokens, everything), block(tokens))
+    assert torch.equal(masked_block(block, tokens, everything), block(tokens))
 
 
 @every_tower
 @both_selections
-def test_pixels_outside_the_selection_change_no_output_bit(vision, selection):
-    model = apply_masking(small_clip(**vision), "random").train()
+def test_pixels_outside_the_selection_change_no_output_bit(build, selection):
+    model = apply_masking(build(), "random").train()
     images = image_batch()
     for one, other in zip(
         encode(model, images, selection),
@@ -101,8 +157,8 @@ def test_pixels_outside_the_selection_change_no_output_bit(vision, selection):
 
 @every_tower
 @both_selections
-def test_pixels_outside_the_selection_get_no_gradient(vision, selection):
-    model = apply_masking(small_clip(**vision), "random").train()
+def test_pixels_outside_the_selection_get_no_gradient(build, selection):
+    model = apply_masking(build(), "random").train()
     images = image_batch().requires_grad_()
     sum(output.square().sum() for output in encode(model, images, selection)).backward()
     outside = repaint_masked(torch.zeros(3, 3, 64, 64), selection) != 0
@@ -111,8 +167,8 @@ def test_pixels_outside_the_selection_get_no_gradient(vision, selection):
 
 
 @every_tower
-def test_padding_equals_encoding_each_image_by_itself(vision):
-    model = apply_masking(small_clip(**vision), "random").train()
+def test_padding_equals_encoding_each_image_by_itself(build):
+    model = apply_masking(build(), "random").train()
     images = image_batch()
     together = encode(model, images, ADAPTIVE)[0]
     for i, count in enumerate(ADAPTIVE.kept_counts().tolist()):
@@ -144,10 +200,10 @@ def test_no_mask_per_head_and_query_is_built(selection):
 
 @every_tower
 @both_selections
-def test_gradient_checkpointing_changes_no_gradient(vision, selection):
+def test_gradient_checkpointing_changes_no_gradient(build, selection):
     gradients = []
     for checkpointing in (False, True):
-        model = apply_masking(small_clip(**vision), "random").train()
+        model = apply_masking(build(), "random").train()
         model.set_grad_checkpointing(checkpointing)
         encode(model, image_batch(), selection)[0].square().sum().backward()
         gradients.append([p.grad for p in model.visual.parameters() if p.grad is not None])
@@ -169,8 +225,8 @@ def test_gradient_checkpointing_draws_the_selection_once():
 
 @every_tower
 @both_selections
-def test_bf16_autocast_runs_and_stays_close(vision, selection):
-    model = apply_masking(small_clip(**vision), "random").train()
+def test_bf16_autocast_runs_and_stays_close(build, selection):
+    model = apply_masking(build(), "random").train()
     exact = encode(model, image_batch(), selection)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = encode(model, image_batch(), selection)[0]
@@ -219,3 +275,17 @@ def test_progress_recompiles_a_few_times_and_then_no_more():
         model.visual.masking.progress = step / 10
         compiled(image_batch())
     assert torch._dynamo.utils.counters["frames"]["total"] == 0
+
+
+def test_a_schedule_of_mask_ratios_compiles_two_graphs():
+    model = apply_masking(small_clip(), "pgs", mask_ratio=0.5, mask_ratio_min=0.3).train()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model.visual, backend="eager")
+    num_slots = []
+    for mask_ratio in (0.5, 0.25, 0.75, 0.6, 0.5):
+        set_mask_ratio(model, mask_ratio)
+        compiled(image_batch())
+        num_slots.append(last_selection(model).index.shape[1])
+    assert num_slots == [12, 14, 9, 11, 12]
+    assert torch._dynamo.utils.counters["frames"]["total"] == 2

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import open_clip
+import open_clip.tokenizer
 import open_clip_train.params
+from open_clip.tokenizer import get_reduction_mask_fn, syntax_mask_tokenize
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
@@ -74,6 +77,21 @@ def trainer_actions() -> dict[str, argparse.Action]:
         for action in trainer_parser()._actions
         if action.option_strings and action.dest != "help"
     }
+
+
+def text_reduction(name: str) -> Callable[..., Tensor]:
+    """Return OpenCLIP's function that tokenizes captions and shortens them to a budget.
+
+    Args:
+        name: OpenCLIP's: "simple", "random", "shuffle" or "syntax".
+    """
+    return _reduce_by_syntax if name == "syntax" else get_reduction_mask_fn(name)
+
+
+def _reduce_by_syntax(texts: list[str], **options: Any) -> Tensor:
+    # The first call in a process would try to download nltk's data.
+    open_clip.tokenizer._nltk_init = True
+    return syntax_mask_tokenize(texts, **options)
 
 
 def pool_tower(tower: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,23 +13,27 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def block_with_key_mask(block: nn.Module, x: Tensor, key_mask: Tensor | None) -> Tensor:
+def masked_block(block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tensor:
     """Run a residual attention block of OpenCLIP over tokens of which some are padding.
 
     Args:
         block: A `ResidualAttentionBlock` or `CustomResidualAttentionBlock`.
         x: Tokens of shape (B, T, D).
-        key_mask: True where a token may be attended to, shape (B, 1, 1, T); None for all.
+        attn_mask: Boolean, True where a token may be attended to, shape (B, 1, 1, T); or, in any
+            float dtype, what is added to the logits, shape (B, H, T, T). None for neither.
 
     Returns:
         Tokens of shape (B, T, D); those in padding slots are finite and without meaning.
     """
-    if key_mask is None:
-        return block(x)
     if not isinstance(block, ResidualAttentionBlock):
-        # The custom block adds -inf wherever its boolean mask is True, and broadcasts.
-        return block(x, attn_mask=~key_mask)
-    x = x + block.ls_1(_self_attention(block.attn, block.ln_1(x), key_mask))
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            # The custom block adds -inf wherever its boolean mask is True, and broadcasts.
+            attn_mask = ~attn_mask
+        return block(x, attn_mask=attn_mask)
+    # In eval mode `nn.MultiheadAttention` is one fused operation, which no FLOP counter sees into.
+    if attn_mask is None and block.training:
+        return block(x)
+    x = x + block.ls_1(_self_attention(block.attn, block.ln_1(x), attn_mask))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
@@ -62,14 +66,16 @@ def pool_with_key_mask(
     return tower.attn_pool_contrastive(tokens), tokens
 
 
-def _self_attention(attention: nn.MultiheadAttention, x: Tensor, key_mask: Tensor) -> Tensor:
+def _self_attention(
+    attention: nn.MultiheadAttention, x: Tensor, attn_mask: Tensor | None
+) -> Tensor:
     batch_size, num_tokens, width = x.shape
     qkv = functional.linear(x, attention.in_proj_weight, attention.in_proj_bias)
     qkv = qkv.reshape(batch_size, num_tokens, 3, attention.num_heads, -1)
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     dropout = attention.dropout if attention.training else 0.0
     x = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=key_mask, dropout_p=dropout
+        query, key, value, attn_mask=attn_mask, dropout_p=dropout
     )
     x = x.transpose(1, 2).reshape(batch_size, num_tokens, width)
     return attention.out_proj(x)

@@ -1,52 +1,86 @@
-"""OpenCLIP's vision transformer, with the patches that a strategy drops left out in training."""
+"""OpenCLIP's own vision transformer, masked."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from open_clip.transformer import VisionTransformer
-from torch import Tensor
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from open_clip.transformer import AttentionalPooler, ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
 
+from clip_pgs.integrations.open_clip.attention_rows import first_token_attention
 from clip_pgs.integrations.open_clip.compat import pool_tower
-from clip_pgs.integrations.open_clip.padding import block_with_key_mask, pool_with_key_mask
-from clip_pgs.integrations.open_clip.state import TowerMasking
-from clip_pgs.masking.patches import gather_tokens
-from clip_pgs.masking.types import PatchSelection
+from clip_pgs.integrations.open_clip.masked_tower import MaskedTower
+from clip_pgs.integrations.open_clip.padding import masked_block, pool_with_key_mask
+from clip_pgs.integrations.open_clip.state import PatchGrid
 
 
-class MaskedVisionTransformer(VisionTransformer):
-    """A `VisionTransformer` that sees a selection of its patches in train mode.
+class MaskedVisionTransformer(MaskedTower, VisionTransformer):
+    """A `VisionTransformer` of OpenCLIP that sees a selection of its patches."""
 
-    It is never constructed: `apply_masking` turns an existing tower into one and adds `masking`.
-    Parameters and buffers are those of the tower. In eval mode, and with the strategy `none`,
-    OpenCLIP's own forward pass runs.
-    """
+    plain_class = VisionTransformer
+    takes_attention_bias = True
 
-    masking: TowerMasking
+    @staticmethod
+    def refusal(tower: VisionTransformer) -> str | None:
+        """Return why a tower cannot be masked, None where it can."""
+        if not isinstance(tower.patch_dropout, nn.Identity):
+            return (
+                f"the image tower drops patches by itself (patch_dropout={tower.patch_dropout.prob}"
+                "); build the model with force_patch_dropout=0 to mask it"
+            )
+        return None
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Encode images.
+    @staticmethod
+    def attention_refusal(tower: VisionTransformer) -> str | None:
+        """Return why no token's or query's attention makes the feature, None where one does."""
+        if tower.pool_type == "tok" or _contrastive_pool(tower) is not None:
+            return None
+        return f"the image tower pools by {tower.pool_type!r}"
 
-        Args:
-            x: Images of shape (B, 3, H, W).
+    @staticmethod
+    def patch_grid(tower: VisionTransformer) -> PatchGrid:
+        """Return how a tower cuts its images."""
+        return PatchGrid(tower.grid_size, tower.patch_size)
 
-        Returns:
-            What OpenCLIP's tower returns: features (B, D), with `output_tokens` also the kept
-            tokens (B, K, D), zero in padding slots.
-        """
-        if not self.training or self.masking.strategy.keeps_all:
-            return super().forward(x)
+    @staticmethod
+    def patch_weight(tower: VisionTransformer) -> Tensor:
+        """Return the weight that meets the pixels first."""
+        return tower.conv1.weight
 
-        tokens_BND = self.conv1(x).flatten(2).transpose(1, 2)
-        selection = self.masking.select(x, tokens_BND, self.patch_size)
-        key_mask = _key_mask(selection)
-        x = self.ln_pre(self._embed_selection(tokens_BND, selection))
-        for block in self.transformer.resblocks:
-            if self.transformer.grad_checkpointing:
-                x = checkpoint(block_with_key_mask, block, x, key_mask, use_reentrant=False)
-            else:
-                x = block_with_key_mask(block, x, key_mask)
+    def embed_patches(self, pixels: Tensor) -> Tensor:
+        """Return patch embeddings without positions, shape (B, N, D)."""
+        return self.conv1(pixels).flatten(2).transpose(1, 2)
+
+    def patch_positions(self, dtype: torch.dtype) -> Tensor:
+        """Return the patches' position embeddings, shape (N, D)."""
+        return self.positional_embedding[1:].to(dtype)
+
+    def add_prefix(self, patches: Tensor) -> Tensor:
+        """Put the class token in front, shape (B, 1 + K, D)."""
+        position_D = self.positional_embedding[0].to(patches.dtype)
+        class_token = self.class_embedding.to(patches.dtype) + position_D
+        return self.ln_pre(torch.cat([class_token.expand(len(patches), 1, -1), patches], dim=1))
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """Return the transformer's blocks, in order."""
+        return self.transformer.resblocks
+
+    def uses_checkpointing(self) -> bool:
+        """Return whether blocks are computed again in the backward pass."""
+        return self.transformer.grad_checkpointing
+
+    def num_heads(self) -> int:
+        """Return how many heads a block has."""
+        return self.transformer.resblocks[0].attn.num_heads
+
+    def run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tensor:
+        """Run a block; `masked_block` says how."""
+        return masked_block(block, x, attn_mask)
+
+    def read_out(self, x: Tensor, key_mask: Tensor | None) -> Any:
+        """Pool the valid tokens (B, T, D) and project them."""
         if key_mask is None:
             pooled, tokens = pool_tower(self, x)
         else:
@@ -55,15 +89,48 @@ class MaskedVisionTransformer(VisionTransformer):
             pooled = pooled @ self.proj
         return (pooled, tokens) if self.output_tokens else pooled
 
-    def _embed_selection(self, tokens_BND: Tensor, selection: PatchSelection) -> Tensor:
-        positions = self.positional_embedding.to(tokens_BND.dtype)
-        kept_BKD = gather_tokens(tokens_BND + positions[1:], selection)
-        class_token = self.class_embedding.to(tokens_BND.dtype) + positions[0]
-        return torch.cat([class_token.expand(kept_BKD.shape[0], 1, -1), kept_BKD], dim=1)
+    def feature_attention(self, x: Tensor) -> Tensor:
+        """Return the attention of the class token, or of the query that pools, shape (B, T)."""
+        if self.attn_pool is None:
+            return self.class_token_attention(x)
+        for block in self.blocks():
+            x = self.run_block(block, x, None)
+        return _pool_attention(self, x)
+
+    def first_row(self, block: Any, x: Tensor) -> Tensor:
+        """Return a block's attention of the class token to all, mean over heads, (B, T)."""
+        attention = block.attn
+        norms = None
+        if not isinstance(block, ResidualAttentionBlock):
+            norms = (attention.ln_q, attention.ln_k)
+        return first_token_attention(
+            block.ln_1(x),
+            attention.in_proj_weight,
+            attention.in_proj_bias,
+            num_heads=attention.num_heads,
+            norms=norms,
+        )
 
 
-def _key_mask(selection: PatchSelection) -> Tensor | None:
-    if selection.valid is None:
-        return None
-    # The class token stands first and is always valid.
-    return functional.pad(selection.valid, (1, 0), value=True)[:, None, None, :]
+def _contrastive_pool(tower: VisionTransformer) -> AttentionalPooler | None:
+    # OpenCLIP sets this attribute only where there is attentional pooling.
+    return getattr(tower, "attn_pool_contrastive", None)
+
+
+def _pool_attention(tower: VisionTransformer, x: Tensor) -> Tensor:
+    """Return the attention of the query that becomes the image feature, shape (B, T)."""
+    contrastive = _contrastive_pool(tower)
+    if contrastive is None:
+        return _query_attention(tower.attn_pool, x)[:, 0]
+    x = tower.ln_post(x)
+    if tower.attn_pool_type == "parallel":
+        return _query_attention(contrastive, x)[:, 0]
+    # In a cascade the feature attends to queries, which attend to tokens.
+    to_queries_B1Q = _query_attention(contrastive, tower.attn_pool(x))
+    return (to_queries_B1Q @ _query_attention(tower.attn_pool, x))[:, 0]
+
+
+def _query_attention(pooler: AttentionalPooler, x: Tensor) -> Tensor:
+    keys = pooler.ln_k(x)
+    queries = pooler.ln_q(pooler.query).expand(x.shape[0], -1, -1)
+    return pooler.attn(queries, keys, keys, need_weights=True)[1].float()

@@ -1,0 +1,190 @@
+"""An image tower that leaves out the patches a strategy drops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from clip_pgs.integrations.open_clip.attention_bias import released_attention_bias
+from clip_pgs.integrations.open_clip.state import PatchGrid, TowerMasking
+from clip_pgs.masking.patches import gather_tokens
+from clip_pgs.masking.types import PatchSelection
+
+
+class MaskedTower:
+    """Mixed in front of an image tower's class; a subclass says how that kind of tower is built.
+
+    It is never constructed: `apply_masking` turns an existing tower into one and adds `masking`.
+    Parameters and buffers are those of the tower. Where masking is not active, the tower's own
+    forward pass runs.
+
+    Attributes:
+        plain_class: The class of the tower before and after.
+        takes_attention_bias: Whether `run_block` takes one.
+        masking: What chooses the patches.
+    """
+
+    plain_class: ClassVar[type[nn.Module]]
+    takes_attention_bias: ClassVar[bool] = False
+    masking: TowerMasking
+    training: bool
+
+    def forward(self, x: Tensor) -> Any:
+        """Encode images.
+
+        Args:
+            x: Images of shape (B, 3, H, W).
+
+        Returns:
+            What the plain tower returns: features (B, D); where it also returns tokens, those of
+            the kept patches (B, K, D), zero in padding slots.
+        """
+        if not self.masking.is_active(training=self.training):
+            return super().forward(x)  # type: ignore[misc]
+        tokens_BND = self.embed_patches(x)
+        selection = self.masking.select(x, tokens_BND)
+        kept_BKD = gather_tokens(self.add_positions(tokens_BND), selection)
+        x = self.add_prefix(kept_BKD)
+        # Class token and registers stand first and are always valid.
+        key_mask = _key_mask(selection, num_prefix=x.shape[1] - kept_BKD.shape[1])
+        attn_mask = key_mask
+        if selection.similar is not None:
+            attn_mask = released_attention_bias(
+                selection.similar, num_heads=self.num_heads(), dtype=x.dtype
+            )
+        for block in self.blocks():
+            if self.uses_checkpointing():
+                x = checkpoint(self.run_block, block, x, attn_mask, use_reentrant=False)
+            else:
+                x = self.run_block(block, x, attn_mask)
+        return self.read_out(x, key_mask)
+
+    @staticmethod
+    def refusal(tower: Any) -> str | None:
+        """Return why a tower of `plain_class` cannot be masked, None where it can."""
+        raise NotImplementedError
+
+    @staticmethod
+    def attention_refusal(tower: Any) -> str | None:
+        """Return why `feature_attention` cannot be had from a tower, None where it can."""
+        raise NotImplementedError
+
+    @staticmethod
+    def patch_grid(tower: Any) -> PatchGrid:
+        """Return how a tower of `plain_class`, masked or not, cuts its images."""
+        raise NotImplementedError
+
+    @staticmethod
+    def patch_weight(tower: Any) -> Tensor:
+        """Return the weight that meets the pixels first, whose dtype they must have."""
+        raise NotImplementedError
+
+    def embed_patches(self, pixels: Tensor) -> Tensor:
+        """Return patch embeddings without positions, shape (B, N, D), of images of any size."""
+        raise NotImplementedError
+
+    def patch_positions(self, dtype: torch.dtype) -> Tensor:
+        """Return position embeddings as they are added to tokens of a dtype, shape (N, D)."""
+        raise NotImplementedError
+
+    def add_positions(self, tokens: Tensor, *, grid_size: tuple[int, int] | None = None) -> Tensor:
+        """Add to patch embeddings (B, N, D) their positions.
+
+        Args:
+            tokens: Patch embeddings.
+            grid_size: Their grid, to which positions are interpolated; None is the tower's own.
+        """
+        positions_ND = self.patch_positions(tokens.dtype)
+        own_size = self.patch_grid(self).size
+        if grid_size is not None and grid_size != own_size:
+            positions_ND = _resize_positions(positions_ND, own_size, grid_size)
+        return tokens + positions_ND
+
+    def add_prefix(self, patches: Tensor) -> Tensor:
+        """Turn patch tokens (B, K, D) into the input of the blocks, shape (B, P + K, D)."""
+        raise NotImplementedError
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """Return the transformer's blocks, in order."""
+        raise NotImplementedError
+
+    def uses_checkpointing(self) -> bool:
+        """Return whether blocks are computed again in the backward pass."""
+        raise NotImplementedError
+
+    def num_heads(self) -> int:
+        """Return how many heads a block has; asked of towers that take an attention bias."""
+        raise NotImplementedError
+
+    def run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tensor:
+        """Run a block over tokens.
+
+        Args:
+            block: One of `blocks()`.
+            x: Tokens of shape (B, T, D).
+            attn_mask: Boolean, True where a token may be attended to, shape (B, 1, 1, T); or, in
+                towers that take an attention bias, what is added to the logits, shape
+                (B, H, T, T). None for neither.
+
+        Returns:
+            Tokens of shape (B, T, D); those in padding slots are finite and without meaning.
+        """
+        raise NotImplementedError
+
+    def read_out(self, x: Tensor, key_mask: Tensor | None) -> Any:
+        """Pool the valid tokens (B, T, D) and project them, as the plain tower does."""
+        raise NotImplementedError
+
+    def feature_attention(self, x: Tensor) -> Tensor:
+        """Return how much the image feature attends to each token.
+
+        Where the feature is read from the class token, this is its attention, mean over heads and
+        blocks; where a query pools the last block's tokens, the query's, mean over heads.
+
+        Args:
+            x: Input of the blocks, shape (B, P + N, D).
+
+        Returns:
+            Attention of shape (B, T), float32; the patches are the last N of the T tokens.
+        """
+        raise NotImplementedError
+
+    def class_token_attention(self, x: Tensor) -> Tensor:
+        """Return the first token's attention to all, mean over heads and blocks.
+
+        Args:
+            x: Input of the blocks, shape (B, T, D).
+
+        Returns:
+            Attention of shape (B, T), float32. No block's full attention matrix is kept.
+        """
+        *first, last = self.blocks()
+        attention_BT = x.new_zeros(x.shape[:2], dtype=torch.float32)
+        for block in first:
+            attention_BT = attention_BT + self.first_row(block, x)
+            x = self.run_block(block, x, None)
+        # Nothing reads what the last block puts out.
+        return (attention_BT + self.first_row(last, x)) / (len(first) + 1)
+
+    def first_row(self, block: Any, x: Tensor) -> Tensor:
+        """Return a block's attention of the first token to all, mean over heads, (B, T)."""
+        raise NotImplementedError
+
+
+def _key_mask(selection: PatchSelection, *, num_prefix: int) -> Tensor | None:
+    if selection.valid is None:
+        return None
+    return functional.pad(selection.valid, (num_prefix, 0), value=True)[:, None, None, :]
+
+
+def _resize_positions(
+    positions_ND: Tensor, old_size: tuple[int, int], new_size: tuple[int, int]
+) -> Tensor:
+    grid = positions_ND.float().T.reshape(1, -1, *old_size)
+    grid = functional.interpolate(grid, size=new_size, mode="bicubic", antialias=True)
+    return grid.flatten(2)[0].T.to(positions_ND.dtype)
