@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,14 +16,38 @@ import webdataset
 from clip_benchmark.datasets.builder import build_dataset
 from PIL import Image
 
+from clip_pgs.data.__main__ import main
 from clip_pgs.data.world import WORLD_VERSION, draw_scene, write_world
-from clip_pgs.data.world.splits import EVAL_SETS, captioned, shown
+from clip_pgs.data.world.hard_negatives import TASKS, hard_negatives
+from clip_pgs.data.world.parts import list_parts
+from clip_pgs.data.world.shard_file import Digest
+from clip_pgs.data.world.splits import EVAL_SETS, captioned, held_out, shown
 from clip_pgs.data.world.vocabulary import COLORS, SHAPES
 
 COUNTS = {"num_train": 24, "num_val": 8, "num_per_class": 3}
 TINY = {"num_train": 4, "num_val": 2, "num_per_class": 1}
-# Of the world with these counts and seed 0. It changes with WORLD_VERSION and with nothing else.
-DIGEST = "8d398c569b773d8dc7a6390716ce64fdbdca2c3641e369d8af6f26df911d0931"
+# Of the world with these counts and seed 0, the first 16 digits. They change with WORLD_VERSION and
+# with nothing else.
+DIGESTS = {
+    "train": "11c3af2ec13df1ec",
+    "val": "711b11a32bdfee81",
+    "eval/shape": "55e6a7aa1cbd10ea",
+    "eval/color": "dd160c5deef9646d",
+    "eval/retrieval": "0263073482cf71be",
+    "eval/shape_noise": "4b3a9e9aa4a42b27",
+    "eval/shape_blur": "8ab5bfed877141b3",
+    "eval/shape_grey": "10b9c8fda7d2ffa5",
+    "eval/shape_outline": "81aff05d19cc02ac",
+    "eval/shape_background": "ccbe6be6b79b20bc",
+    "eval/sugar_crepe": "1c1fc954bc7ac6d2",
+    "scenes": "3d4a0e8e7874c795",
+    "foreground": "49b389c7d166ddf1",
+}
+# Of what the first version held. What a model learns and its figures on these sets depend on it, so
+# that it changes with SCENE_VERSION and with nothing else.
+FIRST_PARTS = ("train", "val", "eval/shape", "eval/color", "eval/retrieval", "scenes")
+FIRST_DIGEST = "8d398c569b773d8dc7a6390716ce64fdbdca2c3641e369d8af6f26df911d0931"
+VARIANTS = ("shape_noise", "shape_blur", "shape_grey", "shape_outline", "shape_background")
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +70,20 @@ def members(path):
         return {member.name: tar.extractfile(member).read() for member in tar}
 
 
-def test_digest_of_pixels_masks_and_captions_is_the_published_one(world):
+def test_digests_of_pixels_masks_and_captions_are_the_published_ones(world):
     stated = json.loads((world / "world.json").read_text())
     assert stated["version"] == WORLD_VERSION
-    assert stated["digest"] == DIGEST
+    assert {name: part["digest"][:16] for name, part in stated["parts"].items()} == DIGESTS
+
+
+def test_what_the_first_version_held_is_as_it_was(tmp_path):
+    parts = {part.name: part for part in list_parts(0, **COUNTS)}
+    digest = Digest()
+    for name in FIRST_PARTS:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        parts[name].write(folder, digest, lambda: None)
+    assert digest.hexdigest() == FIRST_DIGEST
 
 
 def test_another_process_writes_the_same_bytes(world, tmp_path):
@@ -87,6 +122,25 @@ def test_folder_has_the_documented_layout(world):
         "eval/retrieval/dataset_type.txt",
         "eval/retrieval/test/nshards.txt",
         "eval/retrieval/test/0.tar",
+        *(
+            f"eval/{name}/{file}"
+            for name in VARIANTS
+            for file in (
+                "classnames.txt",
+                "zeroshot_classification_templates.txt",
+                "dataset_type.txt",
+                "test/nshards.txt",
+                "test/0.tar",
+            )
+        ),
+        *(f"eval/sugar_crepe/{task}.json" for task in TASKS),
+        *(
+            f"eval/sugar_crepe/val2017/{task}-{number:06d}.jpg"
+            for task in TASKS
+            for number in range(9)
+        ),
+        *(f"foreground/images/{number}.png" for number in range(6)),
+        *(f"foreground/masks/{number}.png" for number in range(6)),
     }
     assert json.loads((world / "train" / "sizes.json").read_text()) == {"00000.tar": 24}
 
@@ -113,13 +167,18 @@ def test_stored_picture_and_mask_are_those_of_the_drawn_scene(world):
         assert stored[f"{sample.key}.txt"].decode() == sample.caption
 
 
-@pytest.mark.parametrize("name", ["shape", "color"])
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *((name, split) for name in ("shape", "color") for split in ("train", "test")),
+        *((name, "test") for name in VARIANTS),
+    ],
+)
 def test_clip_benchmark_reads_balanced_classes(world, name, split):
     root = str(world / "eval" / name)
     dataset = build_dataset(f"wds/{name}", root=root, split=split, transform=np.asarray)
     counts = Counter(label for _, label in dataset)
-    assert dataset.classes == list({"shape": SHAPES, "color": tuple(COLORS)}[name])
+    assert dataset.classes == list(COLORS if name == "color" else SHAPES)
     assert all("{c}" in template for template in dataset.templates)
     assert set(counts) == set(range(len(dataset.classes)))
     assert len(set(counts.values())) == 1
@@ -145,11 +204,43 @@ def test_clip_benchmark_reads_retrieval_captions_that_are_all_different(world):
     assert len({lines[0] for lines in captions}) == len(captions) == 18
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_has_the_keys_labels_and_masks_of_shape_in_its_order(world, name):
+    plain = members(world / "eval" / "shape" / "test" / "0.tar")
+    variant = members(world / "eval" / name / "test" / "0.tar")
+    assert list(variant) == list(plain)
+    for member, data in plain.items():
+        if member.endswith((".cls", ".mask.png")):
+            assert variant[member] == data
+    for file in ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"):
+        assert (world / "eval" / name / file).read_bytes() == (
+            world / "eval" / "shape" / file
+        ).read_bytes()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_clip_benchmark_reads_hard_negatives(world, task):
+    dataset = build_dataset(
+        f"sugar_crepe/{task}",
+        root=str(world / "eval" / "sugar_crepe"),
+        task="image_caption_selection",
+        transform=np.asarray,
+    )
+    assert len(dataset) == 9
+    for item, (picture, captions) in zip(hard_negatives(task, 0, 9), dataset, strict=False):
+        assert captions == [item.sample.caption, item.negative]
+        difference = picture.astype(int) - draw_scene(item.sample.scene).pixels
+        assert np.abs(difference).mean() < 6
+
+
 def test_no_image_is_in_two_splits(world):
     pictures = Counter()
     for shard in world.rglob("*.tar"):
         pictures.update(data for name, data in members(shard).items() if name.endswith(".jpg"))
-    assert len(pictures) == 24 + 8 + 2 * 3 * (12 + 10) + 18
+    pictures.update(path.read_bytes() for path in world.rglob("*.jpg"))
+    pictures.update(path.read_bytes() for path in world.rglob("*.png") if "masks" not in path.parts)
+    tests, crepes, shown_and_foreground = 3 * 12 * (1 + len(VARIANTS)) + 3 * 10 + 18, 7 * 9, 6 + 6
+    assert len(pictures) == 24 + 8 + 3 * (12 + 10) + tests + crepes + shown_and_foreground
     assert max(pictures.values()) == 1
 
 
@@ -157,6 +248,8 @@ def test_every_caption_fits_the_demo_models_context():
     tokenizer = open_clip.SimpleTokenizer()
     captions = [sample.caption for sample in captioned("train", 0, 0, 2000)]
     captions += [sample.caption for sample in EVAL_SETS["retrieval"].splits["test"](0, 100)]
+    items = [item for task in TASKS for item in hard_negatives(task, 0, 150)]
+    captions += [caption for item in items for caption in (item.sample.caption, item.negative)]
     assert max(len(tokenizer.encode(caption)) for caption in captions) + 2 <= 32
 
 
@@ -169,6 +262,29 @@ def test_shown_scenes_are_saved_with_masks_and_captions(world):
         assert np.array_equal(np.asarray(picture), drawing.pixels)
         assert np.array_equal(np.asarray(mask), drawing.foreground)
         assert captions[number] == sample.caption
+
+
+def test_foreground_pictures_and_masks_have_the_same_names(world):
+    folder = world / "foreground"
+    for number, sample in enumerate(held_out(0, 6)):
+        drawing = draw_scene(sample.scene)
+        picture = Image.open(folder / "images" / f"{number}.png")
+        mask = Image.open(folder / "masks" / f"{number}.png")
+        assert np.array_equal(np.asarray(picture), drawing.pixels)
+        assert np.array_equal(np.asarray(mask), drawing.foreground)
+
+
+def test_foreground_scenes_are_those_of_training_in_kind():
+    numbers = Counter(len(sample.scene.things) for sample in held_out(0, 100))
+    assert numbers.keys() == {1, 2, 3}
+
+
+def test_names_of_pictures_sort_in_their_order(tmp_path):
+    counts = {**TINY, "num_per_class": 6}
+    (part,) = (part for part in list_parts(0, **counts) if part.name == "foreground")
+    part.write(tmp_path, Digest(), lambda: None)
+    names = sorted(path.name for path in (tmp_path / "masks").iterdir())
+    assert names == [f"{number:02d}.png" for number in range(12)]
 
 
 def test_larger_training_set_starts_with_the_smaller_one():
@@ -215,6 +331,21 @@ def test_world_of_another_seed_is_replaced(tmp_path):
     assert json.loads((root / "world.json").read_text())["seed"] == 0
 
 
+def test_world_of_the_first_version_is_replaced(tmp_path):
+    root = tmp_path / "demo"
+    write_world(root, **TINY)
+    expected = contents(root)
+    world = json.loads((root / "world.json").read_text())
+    for name in ("eval/sugar_crepe", "foreground"):
+        shutil.rmtree(root / name)
+    files = {name: size for name, size in world["files"].items() if (root / name).exists()}
+    first = {**world, "version": 1, "digest": "8d398c", "files": files}
+    del first["parts"]
+    (root / "world.json").write_text(json.dumps(first))
+    write_world(root, **TINY)
+    assert contents(root) == expected
+
+
 def test_interrupted_run_leaves_no_folder_and_the_next_one_completes(tmp_path):
     def interrupt(done, total):
         if done == 3:
@@ -231,7 +362,23 @@ def test_interrupted_run_leaves_no_folder_and_the_next_one_completes(tmp_path):
 def test_progress_counts_every_sample(tmp_path):
     calls = []
     write_world(tmp_path / "demo", **TINY, progress=lambda *call: calls.append(call))
-    assert calls == [(done, 56) for done in range(1, 57)]
+    num_classified = 2 * (12 + 10) + len(VARIANTS) * 12
+    total = 4 + 2 + num_classified + 6 + 7 * 3 + 6 + 2
+    assert calls == [(done, total) for done in range(1, total + 1)]
+
+
+def test_command_lists_what_it_made(tmp_path, capsys):
+    options = ["--num-train", "4", "--num-val", "2", "--num-per-class", "1"]
+    assert main(["world", str(tmp_path / "demo"), *options]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"the demo world is in {tmp_path / 'demo'}"
+    listed = {line.split()[0]: int(line.split()[1]) for line in lines}
+    folders = {path.name for path in (tmp_path / "demo" / "eval").iterdir()}
+    assert {f"eval/{name}" for name in folders} < listed.keys()
+    assert listed["train"] == 4
+    assert listed["eval/shape"] == 24
+    assert listed["eval/sugar_crepe"] == 21
+    assert listed["foreground"] == 2
 
 
 def test_folder_with_other_files_is_refused_and_kept(tmp_path):

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from clip_pgs.data.world.dice import Dice
-from clip_pgs.data.world.vocabulary import BACKGROUNDS, IMAGE_SIZE
-
-# (H, W, 3) pixels or (H, W) fields, float32; a pixel's values lie about in 0 to 255.
-Field = NDArray[np.floating[Any]]
-Color = Sequence[float]
-
-_TICKS = (np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5) / IMAGE_SIZE
-X, Y = (np.ascontiguousarray(grid) for grid in np.meshgrid(_TICKS, _TICKS))
+from clip_pgs.data.world.fields import (
+    Field,
+    X,
+    Y,
+    blend,
+    contrast,
+    flat,
+    gradient,
+    grain,
+    smooth_noise,
+    wave,
+)
+from clip_pgs.data.world.unseen_backgrounds import UNSEEN_PAINTERS
+from clip_pgs.data.world.vocabulary import BACKGROUNDS, IMAGE_SIZE, UNSEEN_BACKGROUNDS
 
 
 def paint_background(name: str, dice: Dice) -> Field:
     """Paint a background.
 
     Args:
-        name: One of `BACKGROUNDS`.
+        name: One of `BACKGROUNDS` or of `UNSEEN_BACKGROUNDS`.
         dice: Source of its details.
 
     Returns:
@@ -33,106 +36,60 @@ def paint_background(name: str, dice: Dice) -> Field:
     return _PAINTERS[name](dice)
 
 
-def blend(base: Field, top: Field | Color, share: Field) -> Field:
-    """Lay `top` over `base` where `share` (H, W) is 1, and in between where it is in between."""
-    return base + (np.asarray(top, dtype=np.float32) - base) * share[..., None]
-
-
-def smooth_noise(dice: Dice, name: str, columns: int, rows: int | None = None) -> Field:
-    """Return noise in [0, 1) that bends about `columns` times over the image, shape (64, 64)."""
-    rows = columns if rows is None else rows
-    knots = dice.noise(name, rows + 1, columns + 1)
-    left, across = _knots(columns)
-    top, down = _knots(rows)
-    along = knots[:, left] + (knots[:, left + 1] - knots[:, left]) * across
-    return along[top] + (along[top + 1] - along[top]) * down[:, None]
-
-
-@cache
-def _knots(number: int) -> tuple[NDArray[np.intp], Field]:
-    position = _TICKS * number
-    first = position.astype(np.intp)
-    share = position - first.astype(np.float32)
-    return first, share * share * (3 - 2 * share)
-
-
-def wave(phase: Field) -> Field:
-    """Return a triangle wave of period 1 between 0 and 1, without a sine's rounding."""
-    return np.abs(2 * (phase - np.floor(phase)) - 1)
-
-
-def _flat(color: Color) -> Field:
-    pixels = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
-    pixels[:] = color
-    return pixels
-
-
-def _gradient(top: Color, bottom: Color, position: Field = Y) -> Field:
-    return blend(_flat(top), bottom, position)
-
-
-def _contrast(field: Field, threshold: float, slope: float) -> Field:
-    return np.clip((field - threshold) * slope, 0, 1)
-
-
-def _grain(pixels: Field, field: Field, strength: float) -> Field:
-    return pixels * (1 + (field[..., None] - 0.5) * strength)
-
-
 def _sky(dice: Dice) -> Field:
-    pixels = _gradient((88, 148, 216), (196, 222, 244))
+    pixels = gradient((88, 148, 216), (196, 222, 244))
     clouds = smooth_noise(dice, "clouds", 3) * 0.65 + smooth_noise(dice, "puffs", 8, 6) * 0.35
-    return blend(pixels, (250, 250, 252), _contrast(clouds, dice.uniform(0.45, 0.6), 4) * 0.85)
+    return blend(pixels, (250, 250, 252), contrast(clouds, dice.uniform(0.45, 0.6), 4) * 0.85)
 
 
 def _sunset(dice: Dice) -> Field:
     horizon = dice.uniform(0.45, 0.7)
-    pixels = _gradient((70, 62, 122), (222, 120, 104), np.clip(Y / horizon, 0, 1))
+    pixels = gradient((70, 62, 122), (222, 120, 104), np.clip(Y / horizon, 0, 1))
     pixels = blend(pixels, (252, 206, 134), np.clip((Y - horizon) / (1 - horizon), 0, 1))
-    streaks = _contrast(smooth_noise(dice, "streaks", 2, 9), 0.55, 3)
+    streaks = contrast(smooth_noise(dice, "streaks", 2, 9), 0.55, 3)
     return blend(pixels, (96, 66, 110), streaks * 0.4)
 
 
 def _night(dice: Dice) -> Field:
-    pixels = _gradient((12, 16, 44), (44, 46, 92))
+    pixels = gradient((12, 16, 44), (44, 46, 92))
     stars = dice.noise("stars", IMAGE_SIZE, IMAGE_SIZE)
-    return blend(pixels, (236, 236, 220), _contrast(stars, 0.9895, 110))
+    return blend(pixels, (236, 236, 220), contrast(stars, 0.9895, 110))
 
 
 def _fog(dice: Dice) -> Field:
-    pixels = _gradient((206, 212, 216), (150, 158, 164))
-    return _grain(pixels, smooth_noise(dice, "banks", 2, 4), 0.22)
+    pixels = gradient((206, 212, 216), (150, 158, 164))
+    return grain(pixels, smooth_noise(dice, "banks", 2, 4), 0.22)
 
 
 def _wall(dice: Dice) -> Field:
     gray = dice.uniform(120, 196)
     paint = [gray + dice.uniform(-20, 20) for _ in range(3)]
-    pixels = _grain(_flat(paint), smooth_noise(dice, "plaster", 2), 0.2)
-    return _grain(pixels, X if dice.chance(0.5) else 1 - X, 0.2)
+    pixels = grain(flat(paint), smooth_noise(dice, "plaster", 2), 0.2)
+    return grain(pixels, X if dice.chance(0.5) else 1 - X, 0.2)
 
 
 def _snow(dice: Dice) -> Field:
     drifts = smooth_noise(dice, "drifts", 3, 5) * 0.7 + smooth_noise(dice, "powder", 12) * 0.3
-    return blend(_flat((244, 247, 250)), (176, 194, 222), _contrast(drifts, 0.3, 1.5))
+    return blend(flat((244, 247, 250)), (176, 194, 222), contrast(drifts, 0.3, 1.5))
 
 
 def _water(dice: Dice) -> Field:
-    pixels = _gradient((66, 132, 158), (26, 84, 118))
+    pixels = gradient((66, 132, 158), (26, 84, 118))
     bend = smooth_noise(dice, "bend", 3, 5)
     ripples = wave(Y * dice.uniform(6, 9) + bend * 1.6)
-    return blend(pixels, (176, 214, 222), _contrast(ripples, 0.72, 2.2) * 0.6)
+    return blend(pixels, (176, 214, 222), contrast(ripples, 0.72, 2.2) * 0.6)
 
 
 def _grass(dice: Dice) -> Field:
-    pixels = _gradient((96, 150, 70), (70, 124, 52), smooth_noise(dice, "patches", 3))
-    return _grain(pixels, smooth_noise(dice, "blades", 40, 14), 0.5)
+    pixels = gradient((96, 150, 70), (70, 124, 52), smooth_noise(dice, "patches", 3))
+    return grain(pixels, smooth_noise(dice, "blades", 40, 14), 0.5)
 
 
 def _sand(dice: Dice) -> Field:
     slope, bend = dice.uniform(-0.6, 0.6), smooth_noise(dice, "bend", 3)
     ripples = wave((Y + X * slope) * dice.uniform(5, 7) + bend * 1.2)
-    pixels = _gradient((226, 204, 158), (188, 160, 114), ripples * ripples)
-    return _grain(pixels, dice.noise("grains", IMAGE_SIZE, IMAGE_SIZE), 0.08)
+    pixels = gradient((226, 204, 158), (188, 160, 114), ripples * ripples)
+    return grain(pixels, dice.noise("grains", IMAGE_SIZE, IMAGE_SIZE), 0.08)
 
 
 def _brick(dice: Dice) -> Field:
@@ -141,9 +98,9 @@ def _brick(dice: Dice) -> Field:
     along = X * IMAGE_SIZE + (row % 2) * (width / 2) + dice.uniform(0, width)
     column = np.floor(along / width).astype(np.intp)
     shade = dice.noise("bricks", 16, 16)[row % 16, column % 16]
-    pixels = _gradient((146, 78, 60), (184, 112, 88), shade)
+    pixels = gradient((146, 78, 60), (184, 112, 88), shade)
     in_row, in_column = Y * IMAGE_SIZE - row * height, along - column * width
-    joint = np.maximum(_contrast(1.4 - in_row, 0, 1), _contrast(1.4 - in_column, 0, 1))
+    joint = np.maximum(contrast(1.4 - in_row, 0, 1), contrast(1.4 - in_column, 0, 1))
     return blend(pixels, (196, 186, 172), joint)
 
 
@@ -152,11 +109,11 @@ def _wood(dice: Dice) -> Field:
     across, along = (X, Y) if dice.chance(0.5) else (Y, X)
     board = np.floor(across * IMAGE_SIZE / width).astype(np.intp)
     shade = dice.noise("boards", 1, 8)[0][board]
-    pixels = _gradient((150, 104, 62), (190, 142, 92), shade)
+    pixels = gradient((150, 104, 62), (190, 142, 92), shade)
     bend = smooth_noise(dice, "bend", 4) * 1.5 + along
     veins = wave(across * 22 + bend * 2 + shade * 7)
     in_board = across * IMAGE_SIZE - board * width
-    return blend(_grain(pixels, veins, 0.16), (82, 54, 32), _contrast(1.3 - in_board, 0, 1) * 0.8)
+    return blend(grain(pixels, veins, 0.16), (82, 54, 32), contrast(1.3 - in_board, 0, 1) * 0.8)
 
 
 def _tiles(dice: Dice) -> Field:
@@ -165,16 +122,16 @@ def _tiles(dice: Dice) -> Field:
     y = Y * IMAGE_SIZE + dice.uniform(0, side)
     column, row = np.floor(x / side).astype(np.intp), np.floor(y / side).astype(np.intp)
     paint = [dice.uniform(176, 214) for _ in range(3)]
-    pixels = _grain(_flat(paint), dice.noise("tiles", 8, 8)[row, column], 0.14)
+    pixels = grain(flat(paint), dice.noise("tiles", 8, 8)[row, column], 0.14)
     joint = np.maximum(
-        _contrast(1.5 - (x - column * side), 0, 1), _contrast(1.5 - (y - row * side), 0, 1)
+        contrast(1.5 - (x - column * side), 0, 1), contrast(1.5 - (y - row * side), 0, 1)
     )
     return blend(pixels, (120, 116, 112), joint * 0.8)
 
 
 def _below(dice: Dice, low: float, high: float) -> Field:
     """Return 1 below a horizon that lies between `low` and `high`, 0 above it."""
-    return _contrast(Y - dice.uniform(low, high), 0, IMAGE_SIZE)
+    return contrast(Y - dice.uniform(low, high), 0, IMAGE_SIZE)
 
 
 def _field(dice: Dice) -> Field:
@@ -201,5 +158,6 @@ _PAINTERS: dict[str, Callable[[Dice], Field]] = {
     "tiles": _tiles,
     "field": _field,
     "beach": _beach,
+    **UNSEEN_PAINTERS,
 }
-assert _PAINTERS.keys() == BACKGROUNDS.keys()
+assert _PAINTERS.keys() == BACKGROUNDS.keys() | UNSEEN_BACKGROUNDS.keys()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from clip_pgs.data.world.dice import Dice
 from clip_pgs.data.world.scene import Scene, Thing
-from clip_pgs.data.world.vocabulary import BACKGROUNDS, PLACES, RELATIONS
+from clip_pgs.data.world.vocabulary import BACKGROUNDS, PLACES, RELATIONS, UNSEEN_BACKGROUNDS
+
+_BACKGROUNDS = BACKGROUNDS | UNSEEN_BACKGROUNDS
 
 # What a texture is called before the noun and after it.
 _TEXTURE_TAILS = {"striped": "with stripes", "dotted": "with dots", "checkered": "with checks"}
@@ -27,39 +31,74 @@ def caption(scene: Scene, dice: Dice, *, full: bool = False) -> str:
     names = [_name(thing, dice, full=full) for thing in scene.things]
     says_where = full or dice.chance(0.25 if len(names) == 1 else 0.5)
     says_background = full or dice.chance(0.2)
-    sentence = _arranged(names, scene.arrangement if says_where else None, dice)
-    if says_background:
-        background = BACKGROUNDS[scene.background]
+    return make_sentence(
+        names,
+        arrangement=scene.arrangement if says_where else None,
+        background=scene.background if says_background else None,
+        dice=dice,
+    )
+
+
+def make_sentence(
+    names: list[str], *, arrangement: str | None, background: str | None, dice: Dice
+) -> str:
+    """Make one sentence of the names of a scene's objects.
+
+    Args:
+        names: Noun phrases of one to three objects, in the order that `arrangement` is about.
+        arrangement: As in `Scene`; None leaves out where the objects are.
+        background: One of `BACKGROUNDS` or `UNSEEN_BACKGROUNDS`; None leaves it out.
+        dice: Source of the phrasing. Equal dice phrase sentences of as many objects alike.
+    """
+    sentence = _arranged(names, arrangement, dice)
+    if background is not None:
+        about = _BACKGROUNDS[background]
         if dice.chance(0.25):
-            return f"{background.noun} with {sentence}"
-        sentence = f"{sentence} {background.phrase}"
+            return f"{about.noun} with {sentence}"
+        sentence = f"{sentence} {about.phrase}"
     opening = dice.choice(("", "", "", "", "a picture of ", "a photo of ", "there is "))
     return opening + sentence
 
 
-def _name(thing: Thing, dice: Dice, *, full: bool) -> str:
-    """Name an object: an article, its attributes and its shape."""
-    says_size = full or dice.chance(0.15)
-    says_texture = full or dice.chance(0.05 if thing.texture == "plain" else 0.25)
-    says_color = full or dice.chance(0.45)
-    says_shape = full or not says_color or dice.chance(0.97)
-    puts_texture_last = dice.chance(0.3) and thing.texture in _TEXTURE_TAILS
+def name_thing(thing: Thing, said: Collection[str], *, puts_texture_last: bool = False) -> str:
+    """Name an object: an article, some of its attributes and its shape.
+
+    Args:
+        thing: What to name.
+        said: Which to say of "size", "texture", "color" and "shape"; without the latter it is
+            "shape" itself.
+        puts_texture_last: Say "star with dots" for "dotted star"; nothing is plain that way.
+    """
+    is_tail = puts_texture_last and "texture" in said
     words = []
-    if says_size:
+    if "size" in said:
         words.append(thing.size)
-    if says_texture and not puts_texture_last:
+    if "texture" in said and not is_tail:
         words.append(thing.texture)
-    if says_color:
+    if "color" in said:
         words.append(thing.color)
-    words.append(thing.shape if says_shape else "shape")
-    if says_texture and puts_texture_last:
+    words.append(thing.shape if "shape" in said else "shape")
+    if is_tail:
         words.append(_TEXTURE_TAILS[thing.texture])
     article = "an" if words[0][0] in "aeiou" else "a"
     return " ".join([article, *words])
 
 
+def _name(thing: Thing, dice: Dice, *, full: bool) -> str:
+    """Name an object with what people might say of it."""
+    says = {
+        "size": full or dice.chance(0.15),
+        "texture": full or dice.chance(0.05 if thing.texture == "plain" else 0.25),
+        "color": full or dice.chance(0.45),
+    }
+    says["shape"] = full or not says["color"] or dice.chance(0.97)
+    puts_texture_last = dice.chance(0.3) and thing.texture in _TEXTURE_TAILS
+    said = [attribute for attribute, is_said in says.items() if is_said]
+    return name_thing(thing, said, puts_texture_last=puts_texture_last)
+
+
 def _arranged(names: list[str], arrangement: str | None, dice: Dice) -> str:
-    """Join the names of a scene's objects; no arrangement means not to say where they are."""
+    """Join the names of objects, with where they are if there is an arrangement."""
     if arrangement is None:
         if len(names) == 1:
             return names[0]

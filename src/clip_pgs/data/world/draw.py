@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_pgs.data.world.backgrounds import Field, X, Y, blend, paint_background, wave
+from clip_pgs.data.world.backgrounds import paint_background
 from clip_pgs.data.world.dice import Dice
+from clip_pgs.data.world.fields import Field, X, Y, blend, wave
 from clip_pgs.data.world.scene import Scene, Thing
 from clip_pgs.data.world.shapes import shape_distance
 from clip_pgs.data.world.vocabulary import COLORS, IMAGE_SIZE
@@ -37,8 +38,13 @@ class Drawing(NamedTuple):
     foreground: NDArray[np.bool_]
 
 
-def draw_scene(scene: Scene) -> Drawing:
-    """Draw a scene; equal scenes give equal pixels."""
+def draw_scene(scene: Scene, *, filled: bool = True) -> Drawing:
+    """Draw a scene; equal scenes give equal pixels.
+
+    Args:
+        scene: What to draw.
+        filled: False leaves nothing of the objects but their outlines, without surface and shadow.
+    """
     pixels = paint_background(scene.background, Dice(scene.key, "background"))
     foreground = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
     light = Dice(scene.key, "light")
@@ -47,13 +53,20 @@ def draw_scene(scene: Scene) -> Drawing:
         box = _box(thing)
         x, y = X[box], Y[box]
         distance = _distance(thing, x, y)
-        shadow = _shifted(distance, round(-2.5 * light_y), round(-2.5 * light_x))
-        paint = _paint(thing, distance, x, y, light_x, light_y, Dice(scene.key, "thing", number))
-        ground = pixels[box]
-        ground = blend(ground, ground * 0.55, np.clip(1 - shadow / 4, 0, 1))
-        ground = blend(ground, _BORDER_COLOR, np.clip(_BORDER + 0.5 - distance, 0, 1))
-        pixels[box] = blend(ground, paint, np.clip(0.5 - distance, 0, 1))
         foreground[box] |= distance < _BORDER
+        border = np.clip(_BORDER + 0.5 - distance, 0, 1)
+        inside = np.clip(0.5 - distance, 0, 1)
+        ground = pixels[box]
+        if not filled:
+            line = np.clip(_rim(thing) + 0.5 + distance, 0, 1)
+            ground = blend(ground, _BORDER_COLOR, border * line)
+            pixels[box] = blend(ground, _RIM_COLOR, inside * line)
+            continue
+        shadow = _shifted(distance, round(-2.5 * light_y), round(-2.5 * light_x))
+        ground = blend(ground, ground * 0.55, np.clip(1 - shadow / 4, 0, 1))
+        ground = blend(ground, _BORDER_COLOR, border)
+        paint = _paint(thing, distance, x, y, light_x, light_y, Dice(scene.key, "thing", number))
+        pixels[box] = blend(ground, paint, inside)
     pixels = _expose(pixels, light_x, light_y, light)
     return Drawing(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), foreground)
 
@@ -108,8 +121,12 @@ def _paint(
     pixels = blend(np.asarray(color, dtype=np.float32), second, _texture(thing, x, y, dice))
     lit = (x - thing.x) * light_x + (y - thing.y) * light_y
     pixels = pixels * (1 + np.clip(lit * (0.5 / thing.radius), -0.3, 0.2)[..., None])
-    rim = 0.5 + 0.075 * thing.radius * IMAGE_SIZE
-    return blend(pixels, _RIM_COLOR, np.clip(rim + 0.5 + distance, 0, 1) * 0.9)
+    return blend(pixels, _RIM_COLOR, np.clip(_rim(thing) + 0.5 + distance, 0, 1) * 0.9)
+
+
+def _rim(thing: Thing) -> float:
+    """Return the width of a thing's dark rim in pixels."""
+    return 0.5 + 0.075 * thing.radius * IMAGE_SIZE
 
 
 def _texture(thing: Thing, x: Field, y: Field, dice: Dice) -> Field:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clip_pgs.data.world.draw import Drawing, draw_scene
+from clip_pgs.data.world.draw import Drawing
 from clip_pgs.data.world.scene import Scene
 from clip_pgs.data.world.splits import Sample
 
@@ -44,7 +44,12 @@ class Digest:
 
 
 def write_shard(
-    path: Path, samples: Iterable[Sample], *, digest: Digest, tick: Callable[[], None]
+    path: Path,
+    samples: Iterable[Sample],
+    *,
+    draw: Callable[[Scene], Drawing],
+    digest: Digest,
+    tick: Callable[[], None],
 ) -> int:
     """Draw samples into a tar file.
 
@@ -54,6 +59,7 @@ def write_shard(
     Args:
         path: File to write; its folder exists.
         samples: What to draw.
+        draw: Draws a scene.
         digest: Gets every sample.
         tick: Called after every sample.
 
@@ -69,12 +75,20 @@ def write_shard(
         TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as writer,
     ):
         for sample in samples:
-            drawing = draw_scene(sample.scene)
+            drawing = draw(sample.scene)
             digest.add_sample(sample, drawing)
             writer.write({"__key__": sample.key, **_members(sample, drawing)})
             count += 1
             tick()
     return count
+
+
+def jpeg_bytes(drawing: Drawing) -> bytes:
+    """Return a drawing as a JPEG file."""
+    file = io.BytesIO()
+    # Full colour resolution: chroma of half the size would wash out a small object.
+    Image.fromarray(drawing.pixels).save(file, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    return file.getvalue()
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -90,11 +104,8 @@ def mask_image(drawing: Drawing) -> Image.Image:
 
 
 def _members(sample: Sample, drawing: Drawing) -> dict[str, bytes]:
-    file = io.BytesIO()
-    # Full colour resolution: chroma of half the size would wash out a small object.
-    Image.fromarray(drawing.pixels).save(file, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
     members = {
-        "jpg": file.getvalue(),
+        "jpg": jpeg_bytes(drawing),
         "txt": sample.caption.encode(),
         "json": json.dumps(_plain(sample.scene)).encode(),
         "mask.png": png_bytes(mask_image(drawing)),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# Raised whenever the same seed would give other pixels or other captions.
-WORLD_VERSION = 1
+# Part of every scene's key. Raised whenever the same scene would get other pixels or captions.
+SCENE_VERSION = 1
+
+# Raised whenever the same seed would give other files, which more sets do, too.
+WORLD_VERSION = 2
 
 IMAGE_SIZE = 64
 
@@ -100,4 +103,14 @@ BACKGROUNDS: dict[str, Background] = {
     "tiles": _background("a tiled floor", "on", "white"),
     "field": _background("an open field", "in", "green", "blue"),
     "beach": _background("a quiet beach", "on", "white", "yellow"),
+}
+
+# Grounds that no scene has of itself: patterns of many colours, where the others are landscapes
+# and plain surfaces. Pictures on these show how a model does on what training never held.
+UNSEEN_BACKGROUNDS: dict[str, Background] = {
+    "tartan": _background("a tartan blanket", "on"),
+    "marble": _background("veined marble", "on"),
+    "pebbles": _background("loose pebbles", "on"),
+    "confetti": _background("scattered confetti", "on"),
+    "lava": _background("glowing lava", "on"),
 }

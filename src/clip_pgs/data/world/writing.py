@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from clip_pgs.data.world.draw import draw_scene
-from clip_pgs.data.world.shard_file import Digest, mask_image, png_bytes, write_shard
-from clip_pgs.data.world.splits import EVAL_SETS, EvalSet, Sample, captioned, shown
+from clip_pgs.data.world.parts import list_parts, write_json
+from clip_pgs.data.world.shard_file import Digest
 from clip_pgs.data.world.vocabulary import WORLD_VERSION
 
 logger = logging.getLogger(__name__)
@@ -22,8 +19,7 @@ NUM_TRAIN = 12_000
 NUM_VAL = 500
 NUM_PER_CLASS = 50
 
-_SHARD_SIZE = 1000
-_PARTS = {"train", "val", "eval", "scenes", "world.json"}
+_NAMES = {"train", "val", "eval", "scenes", "foreground", "world.json"}
 
 
 def write_world(
@@ -37,9 +33,10 @@ def write_world(
 ) -> None:
     """Make a folder hold the demo world of a seed.
 
-    The folder gets `train/` and `val/` (webdataset shards with `sizes.json`), `eval/` (shape,
-    color and retrieval in clip_benchmark's layout), `scenes/` (six pictures, masks and captions)
-    and `world.json` (version, seed, counts, digest of the content, every file's size).
+    The folder gets `train/` and `val/` (webdataset shards with `sizes.json`), `eval/` (the sets of
+    `EVAL_SETS` and `sugar_crepe` in clip_benchmark's layouts), `scenes/` (six pictures, masks and
+    captions), `foreground/` (pictures and masks) and `world.json` (version, seed, counts, digest
+    and number of samples of each part, every file's size).
     A folder that holds that very world already is left alone, and one that holds another or a
     damaged one is written anew. All of it appears at once: an interrupted run leaves the folder
     as it was.
@@ -49,8 +46,9 @@ def write_world(
         seed: Names the world; another seed shares no image with it.
         num_train: Training samples, at least 1. A larger set starts with the smaller one.
         num_val: Validation samples, at least 1.
-        num_per_class: Images per class in each split of the classification sets, at least 1; the
-            retrieval set has six times as many.
+        num_per_class: Images per class in each split of the classification sets, at least 1. The
+            retrieval set has six times as many in all, each of the seven hard-negative sets three
+            times, `foreground/` twice.
         progress: Called after every sample with the number done and the number in all.
 
     Raises:
@@ -64,24 +62,34 @@ def write_world(
     identity = {"version": WORLD_VERSION, "seed": seed, **counts}
     if _is_complete(root, identity):
         return
-    if root.exists() and (not root.is_dir() or {path.name for path in root.iterdir()} - _PARTS):
+    if root.exists() and (not root.is_dir() or {path.name for path in root.iterdir()} - _NAMES):
         raise ValueError(f"{root} holds something else than a demo world; name another folder")
 
     partial = root.with_name(root.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    digest = _write_parts(partial, identity, progress)
+    parts = _write_parts(partial, identity, progress)
     files = {
         path.relative_to(partial).as_posix(): path.stat().st_size
         for path in sorted(partial.rglob("*"))
         if path.is_file()
     }
-    _write_json(partial / "world.json", {**identity, "digest": digest, "files": files})
+    write_json(partial / "world.json", {**identity, "parts": parts, "files": files})
     if root.exists():
         logger.info("%s holds another or an incomplete demo world, which is replaced", root)
         shutil.rmtree(root)
     partial.rename(root)
+
+
+def describe_world(root: Path | str) -> str:
+    """Return a table of what a world holds: a line per part with its number of samples."""
+    parts = json.loads((Path(root) / "world.json").read_text(encoding="utf-8"))["parts"]
+    width = max(map(len, parts))
+    return "".join(
+        f"{name:<{width}}  {part['num_samples']:>6}  {part['about']}\n"
+        for name, part in parts.items()
+    )
 
 
 def _is_complete(root: Path, identity: dict[str, int]) -> bool:
@@ -98,17 +106,15 @@ def _is_complete(root: Path, identity: dict[str, int]) -> bool:
 
 def _write_parts(
     root: Path, identity: dict[str, int], progress: Callable[[int, int], None] | None
-) -> str:
-    """Write all but `world.json` and return the digest of the content."""
-    seed, num_per_class = identity["seed"], identity["num_per_class"]
-    captioned_counts = {"train": identity["num_train"], "val": identity["num_val"]}
-    eval_samples = {
-        name: {split: make(seed, num_per_class) for split, make in eval_set.splits.items()}
-        for name, eval_set in EVAL_SETS.items()
-    }
-    num_done, num_all = 0, sum(captioned_counts.values())
-    num_all += sum(len(samples) for splits in eval_samples.values() for samples in splits.values())
-    digest = Digest()
+) -> dict[str, dict[str, Any]]:
+    """Write all but `world.json` and return what it says of each part."""
+    parts = list_parts(
+        identity["seed"],
+        num_train=identity["num_train"],
+        num_val=identity["num_val"],
+        num_per_class=identity["num_per_class"],
+    )
+    num_done, num_all = 0, sum(part.num_samples for part in parts)
 
     def tick() -> None:
         nonlocal num_done
@@ -116,59 +122,14 @@ def _write_parts(
         if progress is not None:
             progress(num_done, num_all)
 
-    for split, count in captioned_counts.items():
-        folder = root / split
-        folder.mkdir()
-        sizes = {}
-        for number, start in enumerate(range(0, count, _SHARD_SIZE)):
-            samples = captioned(split, seed, start, min(start + _SHARD_SIZE, count))
-            path = folder / f"{number:05d}.tar"
-            sizes[path.name] = write_shard(path, samples, digest=digest, tick=tick)
-        _write_json(folder / "sizes.json", sizes)
-    for name, eval_set in EVAL_SETS.items():
-        _write_eval_set(root / "eval" / name, eval_set, eval_samples[name], digest, tick)
-    _write_scenes(root / "scenes", shown(seed), digest)
-    return digest.hexdigest()
-
-
-def _write_eval_set(
-    folder: Path,
-    eval_set: EvalSet,
-    splits: dict[str, list[Sample]],
-    digest: Digest,
-    tick: Callable[[], None],
-) -> None:
-    """Write a set the way clip_benchmark reads `wds/` data sets."""
-    folder.mkdir(parents=True)
-    texts = {"dataset_type.txt": [eval_set.task]}
-    if eval_set.class_names is not None:
-        texts["classnames.txt"] = list(eval_set.class_names)
-    if eval_set.templates is not None:
-        texts["zeroshot_classification_templates.txt"] = list(eval_set.templates)
-    for name, lines in texts.items():
-        _write_text(folder / name, "".join(f"{line}\n" for line in lines))
-        digest.add_text("\n".join(lines))
-    for split, samples in splits.items():
-        (folder / split).mkdir()
-        write_shard(folder / split / "0.tar", samples, digest=digest, tick=tick)
-        _write_text(folder / split / "nshards.txt", "1\n")
-
-
-def _write_scenes(folder: Path, samples: Iterator[Sample], digest: Digest) -> None:
-    (folder / "masks").mkdir(parents=True)
-    captions = []
-    for number, sample in enumerate(samples):
-        drawing = draw_scene(sample.scene)
-        digest.add_sample(sample, drawing)
-        (folder / f"{number}.png").write_bytes(png_bytes(Image.fromarray(drawing.pixels)))
-        (folder / "masks" / f"{number}.png").write_bytes(png_bytes(mask_image(drawing)))
-        captions.append(f"{sample.caption}\n")
-    _write_text(folder / "captions.txt", "".join(captions))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+    facts = {}
+    for part in parts:
+        (root / part.name).mkdir(parents=True)
+        digest = Digest()
+        part.write(root / part.name, digest, tick)
+        facts[part.name] = {
+            "about": part.about,
+            "num_samples": part.num_samples,
+            "digest": digest.hexdigest(),
+        }
+    return facts
