@@ -65,7 +65,7 @@ def make_shards(tmp_path):
 
 @pytest.fixture
 def make_args():
-    """Return the data options as OpenCLIP's trainer parses them, with small batches."""
+    """Return the data options as the trainer parses them, with small batches."""
 
     def make(**options) -> argparse.Namespace:
         defaults = {
@@ -82,6 +82,9 @@ def make_args():
             "workers": 0,
             "batch_size": 5,
             "seed": 0,
+            "text_masking": "none",
+            "text_tokens": None,
+            "text_masking_options": {},
         }
         unknown = set(options) - set(defaults)
         assert not unknown, unknown

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from clip_pgs.data.order import stable_seed
 from clip_pgs.data.samples import (
     BadSampleError,
     RawSample,
@@ -107,3 +108,32 @@ def test_augmentation_differs_between_epochs_keys_visits_and_seeds(decoder, make
         other_seed(raw, epoch=0)[0],
     ]
     assert len({crop.numpy().tobytes() for crop in crops}) == len(crops)
+
+
+def test_image_is_what_the_samples_own_seed_makes_of_it(decoder, make_image):
+    raw = RawSample("data/0.tar", "a", make_image(0), b"text", visit=2)
+    seed = stable_seed(1, 3, "0.tar", "a", 2)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    expected = decoder.transform(decode_image(raw.image))
+    assert torch.equal(decoder(raw, epoch=3)[0], expected)
+
+
+def draw_three_ways(captions):
+    drawn = [random.getrandbits(30), np.random.randint(2**30), torch.randint(2**30, ()).item()]
+    return torch.tensor([drawn] * len(captions))
+
+
+def test_text_draws_depend_on_seed_epoch_and_sample_alone(make_image):
+    raw = RawSample("0.tar", "a", make_image(0), b"text")
+    other = RawSample("0.tar", "b", make_image(0), b"text")
+
+    def draw(raw, *, epoch=0, seed=1, transform):
+        return tuple(SampleDecoder(transform, draw_three_ways, seed)(raw, epoch=epoch)[1].tolist())
+
+    plain = {"transform": transforms.ToTensor()}
+    crop = {"transform": transforms.Compose([transforms.RandomResizedCrop(8), *plain.values()])}
+    assert draw(raw, **plain) == draw(raw, **crop)
+    draws = [draw(raw, **plain), draw(raw, epoch=1, **plain), draw(raw, seed=2, **plain)]
+    assert len({*draws, draw(other, **plain)}) == 4

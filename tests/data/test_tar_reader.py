@@ -25,6 +25,15 @@ def test_pairs_come_in_order_with_used_members_alone(tmp_path, make_tar):
     ]
 
 
+def test_captions_come_without_images(tmp_path, make_tar):
+    make_tar(tmp_path / "0.tar", [("a.jpg", b"1"), ("a.txt", b"text"), ("b.png", b"2")])
+    samples = list(read_shard(str(tmp_path / "0.tar"), with_images=False))
+    assert [(sample.key, sample.image, sample.caption) for sample in samples] == [
+        ("a", None, b"text"),
+        ("b", None, None),
+    ]
+
+
 def test_same_name_twice_in_a_row_is_two_pairs(tmp_path, make_tar):
     make_tar(
         tmp_path / "0.tar", [("a.jpg", b"1"), ("a.txt", b"1"), ("a.jpg", b"2"), ("a.txt", b"2")]

@@ -1,9 +1,10 @@
-"""`python -m clip_pgs.data`: make the demo world, pack one's own pairs, check shards."""
+"""`python -m clip_pgs.data`: make the demo world, pack pairs, check shards, count words."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from tqdm import tqdm
 from clip_pgs.data.check import check_shards
 from clip_pgs.data.pack import pack_pairs
 from clip_pgs.data.shards import expand_shards
+from clip_pgs.data.word_counting import count_shards, count_table, describe_skipped
+from clip_pgs.data.word_frequencies import write_word_frequencies
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m clip_pgs.data", description="Make, pack and check image-caption data."
+        prog="python -m clip_pgs.data",
+        description="Make, pack, check and count image-caption data.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -82,12 +86,36 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("shards", metavar="SHARDS", help="for example 'data/{00000..00012}.tar'")
     check.set_defaults(run=_run_check)
+
+    words = commands.add_parser(
+        "words",
+        help="count the words of training captions, for --text-masking frequency",
+        description="Count the words of training captions and write them to a small file for "
+        "--text-masking frequency. Captions that cannot be used are counted and left out.",
+    )
+    words.add_argument(
+        "shards", metavar="SHARDS", help="for example 'data/{00000..00012}.tar', or a .csv or .tsv"
+    )
+    words.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="FILE.json", help="file to write"
+    )
+    words.add_argument(
+        "--min-count", type=int, default=5, metavar="N", help="leave rarer words out (5)"
+    )
+    words.add_argument(
+        "--workers", type=int, metavar="N", help="processes (as many as there are cores)"
+    )
+    words.add_argument(
+        "--caption-key", default="title", help="column of captions in a table (title)"
+    )
+    words.add_argument("--separator", help="between columns (a tab for .tsv, else a comma)")
+    words.set_defaults(run=_run_words)
     return parser
 
 
 def _run_world(args: argparse.Namespace) -> int:
     # Drawing needs more than the other commands do.
-    from clip_pgs.data.world import write_world
+    from clip_pgs.data.world import describe_world, write_world
 
     counts = {
         "num_train": args.num_train,
@@ -102,7 +130,7 @@ def _run_world(args: argparse.Namespace) -> int:
             bar.update(num_done - bar.n)
 
         write_world(args.out, seed=args.seed, progress=show, **chosen)
-    sys.stdout.write(f"the demo world is in {args.out}\n")
+    sys.stdout.write(f"the demo world is in {args.out}\n{describe_world(args.out)}")
     return 0
 
 
@@ -128,6 +156,33 @@ def _run_pack(args: argparse.Namespace) -> int:
 def _run_check(args: argparse.Namespace) -> int:
     total = check_shards(expand_shards(args.shards), sys.stdout.write)
     return 1 if total.bad else 0
+
+
+def _run_words(args: argparse.Namespace) -> int:
+    if args.out.is_dir():
+        raise ValueError(f"{str(args.out)!r} is a folder; name a file")
+    if args.min_count < 1:
+        raise ValueError(f"--min-count must be >= 1, got {args.min_count}")
+    if args.shards.lower().endswith((".csv", ".tsv")):
+        count = count_table(
+            Path(args.shards), caption_key=args.caption_key, separator=args.separator
+        )
+    else:
+        shards = expand_shards(args.shards)
+        num_workers = args.workers if args.workers is not None else os.cpu_count() or 1
+        with tqdm(total=len(shards), unit="shard", disable=not sys.stderr.isatty()) as bar:
+            count = count_shards(
+                shards, num_workers=num_workers, progress=lambda num_done: bar.update()
+            )
+    frequencies = count.frequencies(min_count=args.min_count)
+    write_word_frequencies(frequencies, args.out)
+    sys.stdout.write(
+        f"counted {frequencies.num_words} words in {frequencies.num_captions} captions, "
+        f"{describe_skipped(count.skipped)}; {len(frequencies.counts)} different words occur "
+        f"{args.min_count} times or more; train with --text-masking frequency "
+        f"--text-masking-option frequencies={args.out}\n"
+    )
+    return 0
 
 
 if __name__ == "__main__":

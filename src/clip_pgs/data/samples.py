@@ -87,8 +87,16 @@ class BadSampleError(ValueError):
         self.detail = detail
 
 
-class NoUsableSampleError(ValueError):
-    """Data that gives nothing to train on; says what was skipped and why."""
+class UnusableDataError(ValueError):
+    """Data that cannot be trained on; says what was skipped and why."""
+
+
+class NoUsableSampleError(UnusableDataError):
+    """Data without a single usable sample."""
+
+
+class TooManyBadSamplesError(UnusableDataError):
+    """Data of which more is bad than is allowed."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ class SampleDecoder:
 
     Args:
         transform: RGB image to a float tensor of shape (3, H, W).
-        tokenize: List of B captions to a long tensor of shape (B, T).
+        tokenize: List of B captions to a long tensor of shape (B, T); may draw words at random.
         seed: Seed of the run.
     """
 
@@ -106,7 +114,9 @@ class SampleDecoder:
     seed: int
 
     def __call__(self, raw: RawSample, *, epoch: int) -> tuple[Tensor, Tensor]:
-        """Decode one pair, after seeding the process's generators, which transforms draw from.
+        """Decode one pair; the process's generators, which both parts draw from, are seeded.
+
+        Image and text have a seed each, so that neither's draws depend on the other's.
 
         Returns:
             The image (3, H, W) and the tokens (T,): a function of seed, epoch and sample, in
@@ -119,8 +129,11 @@ class SampleDecoder:
         image = decode_image(raw.image)
         # The folder is left out, so that a data set may move.
         shard_name = raw.shard.rpartition("/")[2]
-        _seed_augmentation(stable_seed(self.seed, epoch, shard_name, raw.key, raw.visit))
-        return self.transform(image), self.tokenize([caption])[0]
+        place = (self.seed, epoch, shard_name, raw.key, raw.visit)
+        _seed_generators(stable_seed(*place))
+        pixels = self.transform(image)
+        _seed_generators(stable_seed("text", *place))
+        return pixels, self.tokenize([caption])[0]
 
 
 def decode_caption(data: bytes | None) -> str:
@@ -172,7 +185,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _seed_augmentation(seed: int) -> None:
+def _seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     # torch.manual_seed would reseed the accelerators too.

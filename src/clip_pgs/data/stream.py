@@ -27,6 +27,7 @@ from clip_pgs.data.sources import (
     TableSource,
 )
 from clip_pgs.data.tables import read_pairs
+from clip_pgs.data.text_masking import create_text_masking
 
 logger = logging.getLogger(__name__)
 
@@ -75,22 +76,30 @@ def build_train_stream(
     Args:
         args: OpenCLIP's options: `train_data`, `dataset_type`, `dataset_resampled`,
             `train_data_upsampling_factors`, `train_num_samples`, `csv_*`, `batch_size`,
-            `workers`, `seed`.
+            `workers`, `seed`; and ours: `text_masking`, `text_tokens`, `text_masking_options`.
         transform: RGB image to a float tensor of shape (3, H, W).
-        tokenize: List of B captions to a long tensor of shape (B, T).
+        tokenize: The model's tokenizer: B captions to a long tensor (B, context length).
         rank: This process, in [0, world_size).
         world_size: Number of processes.
 
     Returns:
         A stream with the same number of full batches on each rank. Its `num_samples` counts what
-        an epoch really gives.
+        an epoch really gives. Its texts have `text_tokens` tokens, if that is set.
 
     Raises:
-        ValueError: If the options name no data, or data that cannot feed `world_size` processes.
+        ValueError: If the options name no data, or data that cannot feed `world_size` processes,
+            or a text masking that is not possible.
     """
     kind = dataset_kind(args.dataset_type, args.train_data, flag="--train-data")
     if args.train_data_upsampling_factors is not None and not args.dataset_resampled:
         raise ValueError("--train-data-upsampling-factors needs --dataset-resampled")
+
+    shorten = create_text_masking(
+        args.text_masking,
+        tokenizer=tokenize,
+        num_tokens=args.text_tokens,
+        **args.text_masking_options,
+    )
 
     global_batch = args.batch_size * world_size
     if kind == "webdataset":
@@ -110,7 +119,7 @@ def build_train_stream(
 
     dataset = BatchDataset(
         source,
-        SampleDecoder(transform, tokenize, args.seed),
+        SampleDecoder(transform, shorten, args.seed),
         batch_size=args.batch_size,
         num_batches=num_batches,
         rank=rank,

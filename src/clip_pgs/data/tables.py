@@ -43,6 +43,16 @@ def read_pairs(path: Path, *, image_key: str, caption_key: str, separator: str) 
     Raises:
         ValueError: If the file is missing, is no such table, lacks a column or has no rows.
     """
+    frame = _read_columns(path, (image_key, caption_key), separator)
+    return PairTable(path, frame[image_key].tolist(), frame[caption_key].tolist())
+
+
+def read_captions(path: Path, *, caption_key: str, separator: str) -> list[str]:
+    """Read the captions of a table; see `read_pairs`."""
+    return _read_columns(path, (caption_key,), separator)[caption_key].tolist()
+
+
+def _read_columns(path: Path, keys: tuple[str, ...], separator: str) -> pd.DataFrame:
     if not path.is_file():
         raise ValueError(f"table {str(path)!r} does not exist")
     try:
@@ -52,7 +62,7 @@ def read_pairs(path: Path, *, image_key: str, caption_key: str, separator: str) 
         )
     except (ValueError, pd.errors.ParserError) as error:
         raise ValueError(f"table {str(path)!r} cannot be read: {str(error).strip()}") from error
-    for key in (image_key, caption_key):
+    for key in keys:
         if key not in frame.columns:
             columns = ", ".join(repr(str(column)) for column in frame.columns)
             raise ValueError(
@@ -61,4 +71,4 @@ def read_pairs(path: Path, *, image_key: str, caption_key: str, separator: str) 
             )
     if frame.empty:
         raise ValueError(f"table {str(path)!r} has no rows")
-    return PairTable(path, frame[image_key].tolist(), frame[caption_key].tolist())
+    return frame

@@ -7,32 +7,49 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
+from typing import TypeVar
 
 from webdataset.gopen import gopen
 
 from clip_pgs.data.samples import CAPTION_SUFFIX, IMAGE_SUFFIXES, RawSample, Skip
 from clip_pgs.data.shards import is_remote
 
-# ValueError: a URL whose scheme webdataset cannot open.
-_READING_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError)
+T = TypeVar("T")
+
+# ValueError: a URL whose scheme webdataset cannot open. The last two: absurd sizes in headers.
+_READING_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    MemoryError,
+    OverflowError,
+)
 _METADATA = re.compile(r"__[^/]*__($|/)")
 
 
-class _StrictTarInfo(tarfile.TarInfo):
+class StrictTarInfo(tarfile.TarInfo):
     """Raise where tarfile would take a damaged header for the end of the archive."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictTarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> StrictTarInfo:
+        """Make a member of its header."""
         try:
-            return super().frombuf(buf, encoding, errors)
+            member = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             if buf and not any(buf):
                 # The block of zeros that does end an archive.
                 raise
             raise tarfile.ReadError(f"damaged or cut short: {error}") from error
+        _check_size(member)
+        return member
 
 
-def read_shard(shard: str, *, visit: int = 0) -> Iterator[RawSample | Skip]:
+def read_shard(
+    shard: str, *, visit: int = 0, with_images: bool = True
+) -> Iterator[RawSample | Skip]:
     """Read a shard's pairs in order; only images and captions are read, nothing is decoded.
 
     Consecutive members that share the name up to the first dot are one pair. What was read before
@@ -41,57 +58,103 @@ def read_shard(shard: str, *, visit: int = 0) -> Iterator[RawSample | Skip]:
     Args:
         shard: A local file, a URL or a `pipe:` command.
         visit: Passed on to the samples.
+        with_images: Read the images too; without them, captions come without the wait.
 
     Yields:
         Pairs, each possibly without image or caption. At least one item: a `Skip` without key
         says that the shard is empty, or cannot be read from here on.
     """
+    suffixes = (*IMAGE_SUFFIXES, CAPTION_SUFFIX) if with_images else (CAPTION_SUFFIX,)
+    for item in group_members(shard, _read_members(shard, suffixes)):
+        if isinstance(item, Skip):
+            yield item
+        else:
+            key, members = item
+            image = image_of(members)
+            yield RawSample(shard, key, image, members.get(CAPTION_SUFFIX), visit)
+
+
+def group_members(
+    shard: str, members: Iterator[tuple[str, str, T]]
+) -> Iterator[tuple[str, dict[str, T]] | Skip]:
+    """Group a shard's members into pairs.
+
+    Args:
+        shard: Its name, for the last item.
+        members: Key, suffix and anything else of each; may raise what reading raises.
+
+    Yields:
+        Key and members by suffix. At last, where it applies, a `Skip`: the shard is empty, or
+        cannot be read from here on.
+    """
     key = ""
-    members: dict[str, bytes | None] = {}
+    group: dict[str, T] = {}
     failure = Skip(shard, "", "empty shard")
-    members_of_shard = _read_members(shard)
     while True:
         try:
-            name, suffix, data = next(members_of_shard)
+            name, suffix, member = next(members)
         except StopIteration:
             break
         except _READING_ERRORS as error:
-            detail = str(error).replace("\n", " ") or type(error).__name__
-            failure = Skip(shard, "", "unreadable shard", detail)
+            failure = unreadable_shard(shard, error)
             break
         # Shards written by a merge may hold two pairs of one name in a row.
-        if key and (name != key or suffix in members):
-            yield _make_sample(shard, key, members, visit)
-            members = {}
+        if key and (name != key or suffix in group):
+            yield key, group
+            group = {}
         key = name
-        members[suffix] = data
+        group[suffix] = member
     if key:
-        yield _make_sample(shard, key, members, visit)
+        yield key, group
     if not key or failure.reason == "unreadable shard":
         yield failure
 
 
-def _make_sample(shard: str, key: str, members: dict[str, bytes | None], visit: int) -> RawSample:
-    images = (members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members)
-    return RawSample(shard, key, next(images, None), members.get(CAPTION_SUFFIX), visit)
+def unreadable_shard(shard: str, error: Exception, *, key: str = "") -> Skip:
+    """Return what is recorded of a shard, or of a sample in it, that cannot be read."""
+    detail = str(error).replace("\n", " ") or type(error).__name__
+    return Skip(shard, key, "unreadable shard", detail)
 
 
-def _read_members(shard: str) -> Iterator[tuple[str, str, bytes | None]]:
-    """Yield key, suffix and, if it is an image or a caption, the bytes of each file."""
+def image_of(members: dict[str, T]) -> T | None:
+    """Return the image among the members of a pair, by suffix."""
+    return next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+
+
+def regular_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yield key, suffix and header of each file that belongs to a pair."""
+    while (member := tar.next()) is not None:
+        # TarFile remembers every member it has seen.
+        tar.members.clear()  # type: ignore[attr-defined]
+        _check_size(member)
+        names = split_name(member.name) if member.isreg() else None
+        if names is not None:
+            yield *names, member
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Return the key and the lower-case suffix of a member's name, None if it is no pair's."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    if not stem or not dot or _METADATA.match(name):
+        return None
+    return folder + slash + stem, suffix.lower()
+
+
+def _check_size(member: tarfile.TarInfo) -> None:
+    # tarfile would go back by as much, and come to the same member for ever.
+    if member.size < 0:
+        raise tarfile.ReadError(f"a member of {member.size} bytes")
+
+
+def _read_members(shard: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str, bytes | None]]:
+    """Yield key, suffix and, if the suffix is one of these, the bytes of each file."""
     # Members that are not used are seeked over in a file, but a pipe must read them.
     remote = is_remote(shard)
     with (
         gopen(shard) if remote else open(shard, "rb") as file,
-        tarfile.open(fileobj=file, mode="r|*" if remote else "r:*", tarinfo=_StrictTarInfo) as tar,
+        tarfile.open(fileobj=file, mode="r|*" if remote else "r:*", tarinfo=StrictTarInfo) as tar,
     ):
-        while (member := tar.next()) is not None:
-            # TarFile remembers every member it has seen.
-            tar.members.clear()  # type: ignore[attr-defined]
-            folder, slash, name = member.name.rpartition("/")
-            stem, dot, suffix = name.partition(".")
-            if not member.isreg() or not stem or not dot or _METADATA.match(member.name):
-                continue
-            suffix = suffix.lower()
-            used = suffix in IMAGE_SUFFIXES or suffix == CAPTION_SUFFIX
-            extracted = tar.extractfile(member) if used else None
-            yield folder + slash + stem, suffix, extracted.read() if extracted else None
+        for key, suffix, member in regular_members(tar):
+            extracted = tar.extractfile(member) if suffix in suffixes else None
+            yield key, suffix, extracted.read() if extracted else None
