@@ -46,6 +46,13 @@ def test_a_valid_run_passes_without_a_warning_and_creates_nothing(tmp_path):
     [
         ("--batch-size", "0", ">= 1"),
         ("--epochs", "0", ">= 1"),
+        ("--unmasked-epochs", "-1", ">= 0"),
+        ("--unmasked-lr", "0", "> 0"),
+        ("--unmasked-warmup", "-1", ">= 0"),
+        ("--unmasked-batch-size", "0", ">= 1"),
+        ("--unmasked-accum-freq", "0", ">= 1"),
+        ("--mask-schedule-steps", "1", ">= 2"),
+        ("--mask-ratio-end", "1", "in [0, 1)"),
         ("--accum-freq", "0", ">= 1"),
         ("--workers", "-1", ">= 0"),
         ("--warmup", "-1", ">= 0"),
@@ -116,23 +123,67 @@ def test_what_cannot_work_is_refused(argv, part):
         (["--masking-option", "num_iters=1.5"], "num_iters takes a whole number, got 1.5"),
         (["--masking-option", "threshold=low"], "threshold takes a number, got 'low'"),
         (["--force-patch-dropout", "0.5"], "patch dropout of 0.5"),
-        (["--force-image-size", "225"], "225 x 225 pixels in patches of 16 x 16"),
-        (["--force-image-size", "224", "100"], "224 x 100 pixels"),
+        (["--mask-ratio-end", "0.5"], "--mask-ratio-end needs --mask-schedule linear or cosine"),
+        (["--mask-schedule", "linear"], "--mask-schedule linear needs --mask-ratio-end"),
     ],
 )
 def test_what_the_masking_cannot_do_is_refused(argv, part):
     assert part in refusal(*VALID, *PGS, *argv)
 
 
-@pytest.mark.parametrize(
-    ("model", "tower"),
-    [("RN50", "ResNet"), ("convnext_base", "timm's convnext_base"), ("ViT-B-16-SigLIP", "timm's")],
-)
+@pytest.mark.parametrize(("model", "tower"), [("RN50", "ResNet"), ("convnext_base", "ConvNeXt")])
 def test_towers_that_cannot_be_masked_are_named_with_what_is_supported(model, tower):
     message = refusal("--model", model, *SYNTHETIC, *PGS)
+    assert message.startswith(f"--masking pgs on {model}: ")
     assert tower in message
     assert "VisionTransformer" in message
     accept("--model", model, *SYNTHETIC)
+
+
+def test_a_timm_tower_can_be_masked():
+    accept("--model", "ViT-B-16-SigLIP", *SYNTHETIC, *PGS)
+
+
+def test_an_option_of_another_strategy_names_the_valid_ones():
+    message = refusal(*VALID, "--masking", "random", "--masking-option", "edges=false")
+    assert "masking 'random' has no option 'edges'; it takes mask_ratio" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--mask-schedule", "linear"], "--mask-schedule needs --masking"),
+        (
+            ["--masking", "none", "--mask-schedule", "linear", "--mask-ratio-end", "0.5"],
+            "--mask-schedule linear on --masking none: NoMasking has no mask ratio",
+        ),
+        (["--text-masking-option", "threshold=1"], "needs --text-masking NAME"),
+        (["--text-masking", "none", "--text-tokens", "8"], "needs --text-masking NAME"),
+        (["--text-tokens", "78"], "--text-tokens must be at most the model's context length, 77"),
+        (["--text-tokens", "2"], "--text-tokens must be >= 3"),
+        (["--text-tokens", "40", "--force-context-length", "32"], "context length, 32, got 40"),
+        (["--text-masking", "block"], "--text-masking block needs a budget"),
+        (["--text-masking", "frequency"], "frequencies=FILE"),
+        (
+            ["--text-tokens", "8", "--text-masking-option", "threshold=1"],
+            "text masking 'truncate' has no option 'threshold'; it takes none at all",
+        ),
+        (
+            ["--unmasked-epochs", "1", "--unmasked-batch-size", "1001"],
+            "takes 1001 (--unmasked-batch-size 1001 x --unmasked-accum-freq 1",
+        ),
+    ],
+)
+def test_what_the_new_phases_and_maskings_cannot_do_is_refused(argv, part):
+    assert part in refusal(*VALID, *argv)
+
+
+def test_short_captions_without_unmasked_tuning_warn_of_untrained_positions():
+    argv = [*VALID, "--text-tokens", "8"]
+    (sentence,) = warnings_of(*argv)
+    assert "leaves the text positions from 8 to 76 untrained" in sentence
+    assert warnings_of(*argv, "--unmasked-epochs", "1") == []
+    assert warnings_of(*VALID, "--text-tokens", "77") == []
 
 
 def test_patch_dropout_in_a_model_config_is_refused_beside_masking(tmp_path):
@@ -140,11 +191,6 @@ def test_patch_dropout_in_a_model_config_is_refused_beside_masking(tmp_path):
     argv = ["--model-config", path, *SYNTHETIC, *PGS]
     assert "patch dropout of 0.4" in refusal(*argv)
     accept(*argv, "--force-patch-dropout", "0")
-
-
-def test_an_indivisible_image_size_in_a_model_config_is_refused(tmp_path):
-    path = write_model_config(tmp_path / "vit_uneven.json", image_size=30)
-    assert "30 x 30 pixels in patches of 8 x 8" in refusal("--model-config", path, *SYNTHETIC, *PGS)
 
 
 @pytest.mark.parametrize("flag", ["--mask-ratio=0.5", "--mask-ratio=0", "--mask-ratio-min=0.3"])
@@ -264,6 +310,12 @@ def test_a_logger_that_is_not_installed_is_refused(monkeypatch):
         (["--pretrained-image"], "--pretrained-image has no effect on ViT-B-16"),
         (["--save-frequency", "2", "--logs", "none"], "--save-frequency has no effect with --logs"),
         (["--warmup", "10000"], "--warmup 10000 is as long as the run of 480 steps"),
+        (
+            ["--unmasked-epochs", "1", "--unmasked-warmup", "15"],
+            "--unmasked-warmup 15 is as long as unmasked tuning of 15 steps",
+        ),
+        (["--unmasked-lr", "1e-4"], "--unmasked-lr has no effect without --unmasked-epochs"),
+        (["--mask-schedule-steps", "3"], "--mask-schedule-steps has no effect with --mask-sched"),
     ],
 )
 def test_a_setting_with_no_effect_warns(argv, sentence):

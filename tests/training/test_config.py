@@ -121,7 +121,9 @@ def test_unknown_keys_are_refused_with_near_names(tmp_path, line, near):
         ("local-loss: 1", "'local-loss' takes true or false, got 1"),
         ("name: 12:30", "'name' takes a text (put it in quotes), got 750"),
         ("precision: int3", "'precision' takes one of amp,"),
-        ("masking: psg", "'masking' takes one of none, pgs, random"),
+        ("masking: psg", "'masking' takes one of attentive, block,"),
+        ("text-masking: half", "'text-masking' takes one of none, truncate,"),
+        ("text-masking-option: [threshold]", "'text-masking-option' takes a mapping"),
         ("image-mean: [a, b]", "'image-mean' takes a list of numbers"),
         ("aug-cfg: strong", "'aug-cfg' takes a mapping, got 'strong'"),
         ("masking-option: [edges]", "'masking-option' takes a mapping"),
@@ -160,3 +162,65 @@ def test_a_missing_config_is_refused():
 
 def test_a_flag_that_is_not_supported_is_refused_from_a_config_too(tmp_path):
     assert "--horovod is not supported" in refusal(tmp_path, BASE + "horovod: true")
+
+
+def write_family(tmp_path, **files):
+    """Write configs by name and return the folder."""
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return tmp_path
+
+
+def test_a_base_gives_what_the_config_leaves_out(tmp_path):
+    (tmp_path / "below").mkdir()
+    write_family(tmp_path, base=BASE + "lr: 0.1\nlocal-loss: true\nwd: 0.3\n")
+    write_family(tmp_path / "below", child="base: ../base.yaml\nlr: 0.2\nlocal-loss: false\n")
+    args = parse_options(["--config", str(tmp_path / "below" / "child.yaml"), "--beta1", "0.5"])
+    assert (args.model, args.lr, args.local_loss) == ("ViT-B-16", 0.2, False)
+    assert (args.wd, args.beta1) == (0.3, 0.5)
+
+
+def test_a_base_can_have_a_base(tmp_path):
+    write_family(
+        tmp_path, a=BASE + "lr: 0.1\nwd: 0.1\neps: 0.1\n", b="base: a.yaml\nlr: 0.2\nwd: 0.2\n"
+    )
+    args = parse(tmp_path, "base: b.yaml\nlr: 0.3\n")
+    assert (args.lr, args.wd, args.eps) == (0.3, 0.2, 0.1)
+
+
+def test_null_takes_a_value_of_the_base_back(tmp_path):
+    write_family(tmp_path, base=BASE + "masking: pgs\nmask-ratio: 0.5\nmask-ratio-min: 0.3\n")
+    args = parse(tmp_path, "base: base.yaml\nmask-ratio-min:\n")
+    assert args.masking_options == {"mask_ratio": 0.5}
+
+
+def test_a_mapping_replaces_the_one_of_the_base(tmp_path):
+    write_family(tmp_path, base=BASE + "masking: pgs\nmasking-option: {edges: false}\n")
+    args = parse(tmp_path, "base: base.yaml\nmasking-option: {transport: false}\n")
+    assert args.masking_options == {"transport": False}
+
+
+def test_a_model_replaces_the_model_file_of_the_base(tmp_path):
+    path = write_model_config(tmp_path / "vit_of_the_base.json")
+    write_family(tmp_path, base=f"model-config: {path}\n")
+    args = parse(tmp_path, "base: base.yaml\nmodel: ViT-B-32\n")
+    assert (args.model, args.model_config) == ("ViT-B-32", None)
+
+
+def test_mistakes_of_a_base_name_its_file(tmp_path):
+    write_family(tmp_path, base="model: ViT-B-16\nlr: many\n")
+    assert "base.yaml: 'lr' takes a number" in refusal(tmp_path, "base: base.yaml\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("base: run.yaml", "run.yaml is its own base"),
+        ("base: other.yaml", "run.yaml is its own base"),
+        ("base: nowhere.yaml", "nowhere.yaml: No such file"),
+        ("base: [other.yaml]", "'base' takes the name of a config, got ['other.yaml']"),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused(tmp_path, text, part):
+    write_family(tmp_path, other="base: run.yaml\n")
+    assert part in refusal(tmp_path, text)

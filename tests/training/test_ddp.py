@@ -64,7 +64,7 @@ def test_a_run_goes_from_one_process_to_two_and_back(folder, data):
     assert "visual.conv1.weight" in final_weights(path, epoch=3)
 
 
-def test_two_torchrun_agents_train_as_two_nodes(folder, data):
+def test_two_torchrun_agents_calibrate_train_and_tune_as_two_nodes(folder, data):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -75,9 +75,8 @@ def test_two_torchrun_agents_train_as_two_nodes(folder, data):
         "--rdzv-id=clip-pgs",
         "--local-addr=127.0.0.1",
     )
-    argv = flags(
-        folder, name="nodes", device=None, train_data=data, epochs=1, batch_size=4, masking="random"
-    )
+    recipe = {"masking": "cluster", "text_tokens": 6, "epochs": 1, "unmasked_epochs": 1}
+    argv = flags(folder, name="nodes", device=None, train_data=data, batch_size=4, **recipe)
     arguments = ("-m", "--", "clip_pgs.training", *argv)
     agents = [
         torchrun(*arguments, num_processes=1, launcher=launcher, wait=False) for _ in range(2)
@@ -88,3 +87,9 @@ def test_two_torchrun_agents_train_as_two_nodes(folder, data):
     path = folder / "logs" / "nodes"
     assert '"world_size": 2' in (path / "env.json").read_text()
     assert (path / "export" / "open_clip_model.safetensors").exists()
+    masked, tuned = (
+        torch.load(path / "checkpoints" / f"epoch_{epoch}.pt", weights_only=True)
+        for epoch in (1, 2)
+    )
+    assert masked["masking_state"]["strategy"]
+    assert "masking_state" not in tuned

@@ -170,8 +170,9 @@ def test_an_evaluation_of_ones_own_joins_the_curves(tmp_path, world):
         seen.append((epoch, model.training))
         return {"own_accuracy": 0.25}
 
-    folder = run(tmp_path, evaluate=evaluate, train_data=world.train_data, epochs=3)
-    # --zeroshot-frequency is 2, and the end is always due.
+    options = {"train_data": world.train_data, "epochs": 3, "eval_every": 2}
+    folder = run(tmp_path, evaluate=evaluate, **options)
+    # The end is always due.
     assert seen == [(2, False), (3, False)]
     assert [entry["own_accuracy"] for entry in metrics(folder, "val")] == [0.25, 0.25]
     assert "own_accuracy" in (folder / "export" / "README.md").read_text()

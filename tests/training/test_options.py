@@ -1,9 +1,12 @@
 import pytest
 from open_clip_train.params import parse_args as parse_trainer_args
 
+from clip_pgs.data.text_masking import TEXT_MASKINGS
 from clip_pgs.integrations.open_clip.compat import check_versions, trainer_actions, trainer_parser
+from clip_pgs.masking import list_maskings, masking_options
 from clip_pgs.training.flags import IMPLEMENTED_FLAGS, REFUSED_FLAGS
 from clip_pgs.training.options import parse_options
+from clip_pgs.training.papers import IMAGE_MASKING_PAPERS
 from support.options import VALID, write_model_config
 
 
@@ -208,6 +211,64 @@ def test_help_shows_our_options_before_open_clips(capsys):
     assert text.index("--mask-ratio-min") < text.index("--train-data")
     assert "2503.17080" in text
     assert "--horovod" not in text
+
+
+@pytest.mark.parametrize("paper", IMAGE_MASKING_PAPERS.values())
+def test_help_names_every_strategy_with_its_paper(capsys, paper):
+    with pytest.raises(SystemExit):
+        parse_options(["--help"])
+    assert paper in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("name", list_maskings())
+def test_help_names_every_option_of_every_strategy_with_its_default(capsys, name):
+    with pytest.raises(SystemExit):
+        parse_options(["--help"])
+    # Help breaks words at hyphens.
+    text = "".join(capsys.readouterr().out.split())
+    for option, default in masking_options(name).items():
+        flag = f"--{option.replace('_', '-')}"
+        assert f"{option}={default}" in text or flag in text, option
+
+
+def test_every_strategy_has_its_paper():
+    assert set(IMAGE_MASKING_PAPERS) == set(list_maskings())
+
+
+def test_help_names_text_maskings_and_unmasked_tuning_with_their_papers(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, meaning in TEXT_MASKINGS.items():
+        assert f"{name}: {meaning}" in text
+    for part in ("--unmasked-epochs", "2212.00794; GLIP, arXiv 2403.15837", "--target-mask-ratio"):
+        assert part in text
+
+
+def test_a_token_budget_alone_truncates():
+    args = parse_options([*VALID, "--text-tokens", "8"])
+    assert (args.text_masking, args.text_tokens, args.text_masking_options) == ("truncate", 8, {})
+    assert "text_masking" not in args.given
+
+
+def test_text_masking_takes_its_options():
+    argv = ["--text-masking", "frequency", "--text-masking-option", "frequencies=a.json", "fill=1"]
+    assert parse_options([*VALID, *argv]).text_masking_options == {
+        "frequencies": "a.json",
+        "fill": 1,
+    }
+
+
+def test_defaults_of_our_own_options_are_there_without_being_given():
+    args = parse_options(VALID)
+    assert (args.mask_schedule, args.mask_ratio_end, args.mask_schedule_steps) == (
+        "constant",
+        None,
+        5,
+    )
+    assert (args.text_masking, args.text_tokens, args.text_masking_options) == ("none", None, {})
+    assert (args.unmasked_epochs, args.unmasked_lr) == (0, 1e-5)
+    assert not {"mask_schedule", "text_masking", "unmasked_lr"} & set(args.given)
 
 
 def test_the_installed_open_clip_is_one_we_know():

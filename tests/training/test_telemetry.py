@@ -142,9 +142,7 @@ def test_a_progress_bar_is_for_terminals_alone(monkeypatch, stream, is_shown):
     telemetry = Telemetry(
         sinks=[],
         cost=Cost(),
-        meter=WindowMeter(num_patches=0, samples_per_step=1),
         world_size=1,
-        steps_per_epoch=7,
         first_step=0,
         total_steps=7,
         log_every=1,

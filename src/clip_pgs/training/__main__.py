@@ -7,9 +7,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+
+# Where training fits, this fits; a larger one would make no evaluation faster.
+_EVAL_BATCH_SIZE = 256
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_options(sys.argv[1:] if argv is None else argv)
         check_options(args)
+        hooks = _hooks(args)
     except ValueError as error:
         return _refuse(str(error))
     if args.check_only:
@@ -44,12 +49,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     from clip_pgs.training.loop import train
 
     try:
-        train(args)
+        train(args, **hooks)
     except NoUsableSampleError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
+
+
+def _hooks(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the loop calls of other packages: the evaluation of `--eval-suite`.
+
+    Raises:
+        ValueError: If it could not be run.
+    """
+    if args.eval_suite is None:
+        return {}
+    from clip_pgs.evaluation.in_training import EvaluationInTraining
+    from clip_pgs.training.launch import default_name
+    from clip_pgs.training.run_folder import run_folder
+
+    # The loop would name the run only after this needs its folder.
+    args.name = args.name or default_name(args)
+    evaluation = EvaluationInTraining(
+        suite=args.eval_suite,
+        datasets=args.eval_datasets,
+        data_root=args.eval_data_root,
+        run=run_folder(args),
+        batch_size=min(args.batch_size, _EVAL_BATCH_SIZE),
+        workers=args.workers,
+    )
+    return {"evaluate": evaluation}
 
 
 def _refuse(sentence: str) -> int:
@@ -65,8 +95,16 @@ def _is_first_process() -> bool:
 
 def _summary(args: argparse.Namespace) -> str:
     options = ", ".join(f"{name}={value}" for name, value in args.masking_options.items())
-    masking = f"{args.masking} ({options})" if options else args.masking
-    return f"the options are valid: {args.model}, masking {masking}, {args.epochs} epochs\n"
+    parts = [
+        args.model,
+        f"masking {args.masking} ({options})" if options else f"masking {args.masking}",
+    ]
+    if args.text_masking != "none":
+        parts.append(f"text masking {args.text_masking}")
+    parts.append(f"{args.epochs} epochs")
+    if args.unmasked_epochs > 0:
+        parts.append(f"{args.unmasked_epochs} unmasked ones")
+    return f"the options are valid: {', '.join(parts)}\n"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +14,14 @@ import torch
 from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 from torch import nn
 
-from clip_pgs.integrations.open_clip import apply_masking
+from clip_pgs.integrations.open_clip import (
+    allow_short_text,
+    apply_masking,
+    is_text_trimming_lossless,
+)
 from clip_pgs.training.seeding import seed_everything
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,7 +42,7 @@ class ModelParts:
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> ModelParts:
-    """Create the model, lock what is to be locked, and mask its image tower.
+    """Create the model, lock what is to be locked, mask its image tower, let captions be short.
 
     Args:
         args: Options; the weights depend on `args.seed`, on no rank.
@@ -86,6 +93,14 @@ def build_model(args: argparse.Namespace, device: torch.device) -> ModelParts:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.masking != "none":
         apply_masking(model, args.masking, **args.masking_options)
+    if args.text_tokens is not None:
+        allow_short_text(model)
+        if not is_text_trimming_lossless(model):
+            _logger.warning(
+                "The text tower of %s looks at padding too: --text-tokens changes what it makes of "
+                "a caption that is short anyway",
+                args.model,
+            )
     tokenize = open_clip.get_tokenizer(
         args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
     )

@@ -2,7 +2,8 @@
 
 They hold tensors and plain types only, so that `torch.load(weights_only=True)` opens them, and
 weights under the plain model's names, whatever wrapped it while training. Under "clip_pgs" lies
-the run's record, from which `clip_pgs.training.export` makes an export without the run.
+the run's record, from which `clip_pgs.training.export` makes an export without the run, under
+"masking_state" what a masking learned beside the weights.
 """
 
 from __future__ import annotations
@@ -26,29 +27,34 @@ def pack_checkpoint(
     epoch: int,
     name: str,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
     record: dict[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    masking_state: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Collect a run's state as OpenCLIP names it.
+    """Collect a run's state as OpenCLIP names it; what is not there is left out.
 
     Args:
         epoch: Completed epochs.
         name: The run's name.
         model: The plain model.
-        optimizer: Its optimiser.
-        scaler: The loss scaler, if there is one.
         record: Plain types that describe the run; stored under "clip_pgs".
+        optimizer: Its optimiser.
+        scaler: The loss scaler.
+        masking_state: What the masking learned and no weight holds, such as a teacher.
     """
     checkpoint = {
         "epoch": epoch,
         "name": name,
         "state_dict": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
         "clip_pgs": record,
     }
+    if optimizer is not None:
+        checkpoint["optimizer"] = optimizer.state_dict()
     if scaler is not None:
         checkpoint["scaler"] = scaler.state_dict()
+    if masking_state:
+        checkpoint["masking_state"] = masking_state
     return checkpoint
 
 
@@ -130,15 +136,13 @@ def restore(
     checkpoint: dict[str, Any],
     *,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> int:
-    """Load a checkpoint into a run.
+    """Load a checkpoint's weights and loss scaler into a run.
 
     Args:
-        checkpoint: From `load_checkpoint`. Weights alone leave optimiser and scaler as they are.
+        checkpoint: From `load_checkpoint`. Weights alone leave the scaler as it is.
         model: The plain model.
-        optimizer: Its optimiser; None where nothing is trained.
         scaler: The loss scaler, if there is one.
 
     Returns:
@@ -147,8 +151,6 @@ def restore(
     model.load_state_dict(checkpoint["state_dict"])
     if "epoch" not in checkpoint:
         return 0
-    if optimizer is not None:
-        optimizer.load_state_dict(checkpoint["optimizer"])
     if scaler is not None and "scaler" in checkpoint:
         scaler.load_state_dict(checkpoint["scaler"])
     return checkpoint["epoch"]

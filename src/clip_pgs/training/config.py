@@ -1,4 +1,4 @@
-"""A YAML file of options: nothing but defaults, turned into arguments put before the user's."""
+"""YAML files of options: nothing but defaults, turned into arguments put before the user's."""
 
 from __future__ import annotations
 
@@ -12,26 +12,62 @@ import yaml
 
 # These say what to do with a config or with one call; none of them describes a run.
 COMMAND_LINE_ONLY = frozenset({"--config", "--check-only", "--help"})
-PAIR_FLAGS = frozenset({"--aug-cfg", "--masking-option"})
+PAIR_FLAGS = frozenset({"--aug-cfg", "--masking-option", "--text-masking-option"})
+# Either names the model; a config's own word replaces its base's, whichever it uses.
+_MODEL_FLAGS = frozenset({"--model", "--model-config"})
 
 
 def load_config(path: str, actions: Mapping[str, argparse.Action]) -> dict[str, Any]:
-    """Read options from a YAML file.
+    """Read options from a YAML file, and from the file that its key `base` names.
 
     Args:
         path: File whose keys are flags without their dashes; hyphens and underscores are equal.
+            `base` names another such file, relative to this one; this one's values win, and null
+            takes a value of the base back.
         actions: Every flag there is, with its long name ("--batch-size") as key.
 
     Returns:
-        Checked values by flag, in the order of the file; keys set to null are left out.
+        Checked values by flag, in the order of the files, the base first; keys set to null are
+        left out.
 
     Raises:
-        ValueError: If the file cannot be read, is no mapping, names an option twice or an
-            unknown one, or gives a value of the wrong type.
+        ValueError: If a file cannot be read, is no mapping, names an option twice or an unknown
+            one, gives a value of the wrong type, or is its own base.
     """
     options: dict[str, Any] = {}
+    for file, content in reversed(_with_bases(path)):
+        own = _checked(file, content, actions)
+        if _MODEL_FLAGS & own.keys():
+            options = {flag: value for flag, value in options.items() if flag not in _MODEL_FLAGS}
+        options |= own
+    return {flag: value for flag, value in options.items() if value is not None}
+
+
+def _with_bases(path: str) -> list[tuple[str, dict[Any, Any]]]:
+    """Return a config, its base, that one's base and so on, each with its content."""
+    files: dict[Path, tuple[str, dict[Any, Any]]] = {}
+    next_path: str | None = path
+    while next_path is not None:
+        path, next_path = next_path, None
+        if Path(path).resolve() in files:
+            raise ValueError(f"{path} is its own base")
+        content = _read_mapping(path)
+        files[Path(path).resolve()] = (path, content)
+        if "base" in content:
+            base = content.pop("base")
+            if not isinstance(base, str):
+                raise ValueError(f"{path}: 'base' takes the name of a config, got {base!r}")
+            next_path = str(Path(path).parent / base)
+    return list(files.values())
+
+
+def _checked(
+    path: str, content: Mapping[Any, Any], actions: Mapping[str, argparse.Action]
+) -> dict[str, Any]:
+    """Return one file's values by flag, None for those set to null."""
+    options: dict[str, Any] = {}
     known = actions.keys() - COMMAND_LINE_ONLY
-    for key, value in _read_mapping(path).items():
+    for key, value in content.items():
         flag = "--" + str(key).replace("_", "-")
         if flag in COMMAND_LINE_ONLY:
             raise ValueError(f"{path}: {key!r} can only be given on the command line")
@@ -39,9 +75,7 @@ def load_config(path: str, actions: Mapping[str, argparse.Action]) -> dict[str, 
             raise ValueError(f"{path}: unknown option {key!r}; {nearest_names(flag, known)}")
         if flag in options:
             raise ValueError(f"{path}: {key!r} is given twice")
-        if value is None:
-            continue
-        problem = _problem(flag, actions[flag], value)
+        problem = "" if value is None else _problem(flag, actions[flag], value)
         if problem:
             raise ValueError(f"{path}: {key!r} {problem}, got {value!r}")
         options[flag] = value

@@ -66,6 +66,20 @@ class Meeting:
         return values[0]
 
 
+def mean_over_ranks(value: float, device: torch.device) -> float:
+    """Return the mean of every rank's number, the same on all; waits for the device.
+
+    Args:
+        value: This rank's number.
+        device: This process's device.
+    """
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
 def parallelize(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
     """Wrap a model for training: compiled with `--torchcompile`, in DDP with several processes.
 

@@ -4,11 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from clip_pgs.integrations.open_clip import force_selection, last_selection
+
+
+@dataclass(frozen=True)
+class SampleFlops:
+    """What one training sample costs, in floating-point operations.
+
+    Args:
+        total: All of it.
+        selection: Of these, what choosing the patches takes: the strategy and its teacher.
+    """
+
+    total: float = 0.0
+    selection: float = 0.0
+
+
+def count_sample_flops(
+    model: nn.Module, images: Tensor, texts: Tensor, *, is_masked: bool, **options: Any
+) -> SampleFlops:
+    """Count what one training sample costs, and how much of that chooses its patches.
+
+    Args:
+        model: As for `count_flops`.
+        images: As for `count_flops`.
+        texts: As for `count_flops`.
+        is_masked: Whether the model's image tower is masked.
+        **options: As for `count_flops`.
+    """
+    total = count_flops(model, images, texts, **options)
+    if not is_masked:
+        return SampleFlops(total)
+    selection = last_selection(model)
+    assert selection is not None
+    with force_selection(model, selection):
+        without = count_flops(model, images, texts, **options)
+    return SampleFlops(total, total - without)
 
 
 def count_flops(

@@ -35,7 +35,7 @@ def train(args: argparse.Namespace, *, evaluate: Evaluate | None = None) -> Path
 
     Args:
         args: From `parse_options`, checked by `check_options`; it is not changed.
-        evaluate: Measures more on rank 0, every `--zeroshot-frequency` epochs and at the end.
+        evaluate: Measures more on rank 0, every `--eval-every` epochs and at the end.
 
     Returns:
         The run's folder, None with `--logs none`.

@@ -17,7 +17,7 @@ tags:
 # {name}
 
 A {model} model for [OpenCLIP](https://github.com/mlfoundations/open_clip), trained by clip-pgs
-{version} with {what} of the image tower's patches.
+{version} {how}.
 
 ```python
 import open_clip
@@ -54,7 +54,7 @@ def write_model_card(name: str, record: Mapping[str, Any]) -> str:
         masking=f"masking-{masking}",
         model=record["model"],
         version=record["version"],
-        what="no masking" if masking == "none" else f"the masking `{masking}`",
+        how=_course(record),
         training=_table(
             {
                 "masking": masking,
@@ -69,11 +69,34 @@ def write_model_card(name: str, record: Mapping[str, Any]) -> str:
                 "samples seen": f"{cost['samples']:,}",
                 "optimiser steps": f"{cost['steps']:,}",
                 "floating-point operations": f"{cost['flops']:.3g}",
+                "of them to choose patches": _share(cost.get("selection_flops", 0), cost["flops"]),
                 "wall time": str(timedelta(seconds=round(cost["seconds"]))),
             }
         ),
         metrics=_table(record["metrics"]) if record["metrics"] else "None were taken.",
     )
+
+
+def _course(record: Mapping[str, Any]) -> str:
+    """Say what was masked, and for how long."""
+    parts = [f"the masking `{record['masking']}` of the image tower's patches"]
+    if record["masking"] == "none":
+        parts = ["no masking of the image tower's patches"]
+    text_masking = record.get("text_masking", "none")
+    if text_masking != "none":
+        parts.append(f"the masking `{text_masking}` of its captions")
+    how = f"with {' and '.join(parts)}"
+    recipe = record["recipe"]
+    if recipe.get("unmasked_epochs"):
+        how = (
+            f"for {recipe['epochs']} epochs {how}, then for {recipe['unmasked_epochs']} "
+            f"without any, at a learning rate of up to {recipe['unmasked_lr']:g}"
+        )
+    return how
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.2g} %" if part else ""
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -9,7 +9,13 @@ from open_clip import CLIP
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from clip_pgs.integrations.open_clip import last_selection, num_patches, set_masking_noise
+from clip_pgs.integrations.open_clip import (
+    last_selection,
+    num_patches,
+    patch_size,
+    pixel_dtype,
+    set_masking_noise,
+)
 from clip_pgs.masking.patches import paint_kept
 from clip_pgs.training.seeding import step_noise
 
@@ -55,7 +61,7 @@ def draw_masks(model: CLIP, images: Tensor, *, seed: int) -> Tensor:
     set_masking_noise(model, noise)
     with torch.no_grad(), torch.random.fork_rng(devices):
         tower.train()
-        tower(images.to(tower.conv1.weight.dtype))
+        tower(images.to(pixel_dtype(model)))
         tower.train(was_training)
     set_masking_noise(model, None)
     selection = last_selection(model)
@@ -63,7 +69,7 @@ def draw_masks(model: CLIP, images: Tensor, *, seed: int) -> Tensor:
 
     mean, std = (images.new_tensor(v)[:, None, None] for v in (tower.image_mean, tower.image_std))
     pixels = (images * std + mean).clamp(0, 1)
-    painted = paint_kept(pixels, selection, tower.patch_size)
+    painted = paint_kept(pixels, selection, patch_size(model))
     return make_grid(torch.cat([pixels, painted]).cpu(), nrow=len(images), pad_value=1.0)
 
 

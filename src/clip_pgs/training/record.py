@@ -30,6 +30,15 @@ _RECIPE = (
     "siglip",
     "seed",
 )
+_MASK_SCHEDULE = ("mask_schedule", "mask_ratio_end", "mask_schedule_steps")
+_TEXT = ("text_masking", "text_tokens", "text_masking_options")
+_UNMASKED = (
+    "unmasked_epochs",
+    "unmasked_lr",
+    "unmasked_warmup",
+    "unmasked_batch_size",
+    "unmasked_accum_freq",
+)
 
 
 def describe_run(
@@ -51,11 +60,22 @@ def describe_run(
         "tokenizer": tokenizer_source(args),
         "masking": args.masking,
         "masking_options": _plain(args.masking_options),
+        "text_masking": args.text_masking,
         "data": _plain({**data, "samples per epoch": num_samples}),
-        "recipe": _plain({name: getattr(args, name) for name in _RECIPE}),
+        "recipe": _plain({name: getattr(args, name) for name in _recipe_names(args)}),
         "device": device_name(device),
         "world_size": args.world_size,
     }
+
+
+def _recipe_names(args: argparse.Namespace) -> list[str]:
+    """Return the options that say how a run is trained, less those of parts it does not have."""
+    return [
+        *(_MASK_SCHEDULE if args.mask_schedule != "constant" else ()),
+        *(_TEXT if args.text_masking != "none" else ()),
+        *_RECIPE,
+        *(_UNMASKED if args.unmasked_epochs > 0 else ()),
+    ]
 
 
 def with_results(

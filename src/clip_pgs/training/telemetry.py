@@ -12,6 +12,7 @@ from open_clip import CLIP
 from torch import Tensor
 from tqdm import tqdm
 
+from clip_pgs.training.flops import SampleFlops
 from clip_pgs.training.meter import WindowMeter
 from clip_pgs.training.sinks import Sink
 from clip_pgs.training.step import StepResult
@@ -27,12 +28,14 @@ class Cost:
         steps: Optimiser steps.
         samples: Image-caption pairs over all ranks.
         flops: Floating-point operations over all ranks.
+        selection_flops: Of these, what choosing patches took.
         seconds: Wall time.
     """
 
     steps: int = 0
     samples: int = 0
     flops: float = 0.0
+    selection_flops: float = 0.0
     seconds: float = 0.0
 
 
@@ -42,13 +45,14 @@ class Telemetry:
     Args:
         sinks: Where measurements go; empty where nothing is kept.
         cost: What earlier launches spent; counted on from there.
-        meter: Adds up a logging window.
         world_size: Processes.
-        steps_per_epoch: Optimiser steps in an epoch.
         first_step: The step this launch starts at.
         total_steps: Optimiser steps in the run.
         log_every: Steps in a logging window.
         is_active: False on ranks that say nothing.
+
+    Attributes:
+        flops: What a sample costs at present.
     """
 
     def __init__(
@@ -56,20 +60,19 @@ class Telemetry:
         *,
         sinks: list[Sink],
         cost: Cost,
-        meter: WindowMeter,
         world_size: int,
-        steps_per_epoch: int,
         first_step: int,
         total_steps: int,
         log_every: int,
         is_active: bool,
     ) -> None:
-        self.flops_per_sample = 0.0
+        self.flops = SampleFlops()
         self._sinks = sinks
         self._cost = cost
-        self._meter = meter
+        self._meter = WindowMeter(num_patches=0, samples_per_step=0)
         self._world_size = world_size
-        self._steps_per_epoch = steps_per_epoch
+        self._steps_per_epoch = 0
+        self._next_step = first_step
         self._log_every = log_every
         self._is_active = is_active
         self._started = time.perf_counter() - cost.seconds
@@ -86,6 +89,23 @@ class Telemetry:
         self._cost.seconds = time.perf_counter() - self._started
         return self._cost
 
+    def start_phase(self, *, num_patches: int, samples_per_step: int, steps_per_epoch: int) -> None:
+        """Begin a phase of the run.
+
+        Args:
+            num_patches: Patches per image; 0 without masking.
+            samples_per_step: Samples of one step over all ranks.
+            steps_per_epoch: Optimiser steps in an epoch.
+        """
+        self._meter = WindowMeter(num_patches=num_patches, samples_per_step=samples_per_step)
+        self._steps_per_epoch = steps_per_epoch
+
+    def report_flops(self) -> None:
+        """Say what a sample costs from now on."""
+        share = self.flops.selection / self.flops.total
+        masks = f", {100 * share:.1f} % of them to choose its patches" if share > 0 else ""
+        _logger.info("One sample takes %.4g FLOPs%s", self.flops.total, masks)
+
     def start_epoch(self) -> None:
         """Begin a logging window, leaving out what happened between epochs."""
         self._meter.start()
@@ -96,7 +116,7 @@ class Telemetry:
         *,
         model: CLIP,
         epoch: int,
-        step: int,
+        step_in_epoch: int,
         lr: float,
         data_seconds: float,
     ) -> None:
@@ -106,23 +126,25 @@ class Telemetry:
             result: What the step returned.
             model: The plain model.
             epoch: Completed epochs.
-            step: Completed steps.
+            step_in_epoch: Completed steps of this one.
             lr: The step's learning rate.
             data_seconds: How long the step waited for its samples.
         """
+        samples = self._meter.samples_per_step
+        self._next_step += 1
         self._cost.steps += 1
-        self._cost.samples += self._meter.samples_per_step
-        self._cost.flops += self._meter.samples_per_step * self.flops_per_sample
+        self._cost.samples += samples
+        self._cost.flops += samples * self.flops.total
+        self._cost.selection_flops += samples * self.flops.selection
         if not self._is_active:
             return
         self._meter.add(result, data_seconds=data_seconds)
         self._bar.update()
-        step_in_epoch = step - epoch * self._steps_per_epoch
         is_last = step_in_epoch == self._steps_per_epoch - 1
         if step_in_epoch % self._log_every == 0 or is_last:
-            self._report_window(model, epoch=epoch, step=step, lr=lr)
+            self._report_window(model, epoch=epoch, done=step_in_epoch + 1, lr=lr)
 
-    def _report_window(self, model: CLIP, *, epoch: int, step: int, lr: float) -> None:
+    def _report_window(self, model: CLIP, *, epoch: int, done: int, lr: float) -> None:
         values = self._meter.read(world_size=self._world_size)
         values["lr"] = lr
         values["scale"] = model.logit_scale.exp().mean().item()
@@ -130,16 +152,16 @@ class Telemetry:
             values["bias"] = model.logit_bias.mean().item()
         values["samples"] = self._cost.samples
         values["flops"] = self._cost.flops
-        for sink in self._sinks:
-            sink.train(values, epoch=epoch, step=step)
-        done = step + 1 - epoch * self._steps_per_epoch
-        per_step = self._meter.samples_per_step
         masks = ""
         if "mask_ratio_mean" in values:
+            values["selection_flops_share"] = self.flops.selection / self.flops.total
             masks = (
                 f"Masked: {values['mask_ratio_mean']:.3f} "
                 f"({values['mask_ratio_min']:.3f}-{values['mask_ratio_max']:.3f}) "
             )
+        for sink in self._sinks:
+            sink.train(values, epoch=epoch, step=self._next_step - 1)
+        per_step = self._meter.samples_per_step
         losses = " ".join(
             f"{name.capitalize()}: {value:#.5g}"
             for name, value in values.items()

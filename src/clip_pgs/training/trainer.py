@@ -1,43 +1,26 @@
-"""Epochs and steps of a training run."""
+"""The course of a training run: its phases and epochs, and what follows each."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator
 from datetime import timedelta
-from itertools import islice
 from pathlib import Path
-from time import perf_counter
 
 import torch
-from open_clip import get_input_dtype
-from open_clip_train.precision import get_autocast
-from torch import Tensor
 
-from clip_pgs.data.stream import build_train_stream
-from clip_pgs.training.build import (
-    build_loss,
-    build_model,
-    build_optimizer,
-    build_schedule,
-    count_steps,
-)
+from clip_pgs.training.build import build_model
 from clip_pgs.training.checkpoint import restore
-from clip_pgs.training.distributed import Meeting, parallelize
-from clip_pgs.training.flops import count_flops
+from clip_pgs.training.distributed import Meeting
 from clip_pgs.training.launch import load_start, open_sinks
-from clip_pgs.training.masks import masks_of_run
-from clip_pgs.training.meter import WindowMeter
+from clip_pgs.training.phase_trainer import PhaseTrainer
+from clip_pgs.training.phases import Phase, plan_phases, total_epochs
 from clip_pgs.training.precision import create_scaler
 from clip_pgs.training.record import describe_run
-from clip_pgs.training.seeding import derive_seed, seed_everything
-from clip_pgs.training.step import Batch, StepResult, compute_gradients, update_weights
+from clip_pgs.training.step import Batch
 from clip_pgs.training.telemetry import Cost, Telemetry
 from clip_pgs.training.validation import Evaluate, Validation, save_results
 from clip_pgs.training.writer import RunWriter
-
-_FLOP_SAMPLES = 2
 
 _logger = logging.getLogger(__name__)
 
@@ -72,35 +55,17 @@ class Trainer:
         self._folder = folder if self._is_main else None
 
         self._parts = build_model(args, device)
-        self._model = self._parts.model
-        self._optimizer = build_optimizer(args, self._model)
         self._scaler = create_scaler(args.precision, device)
-        checkpoint = load_start(args, folder, meeting)
+        self._checkpoint = load_start(args, folder, meeting)
         self._first_epoch = 0
-        if checkpoint is not None:
+        if self._checkpoint is not None:
             self._first_epoch = restore(
-                checkpoint, model=self._model, optimizer=self._optimizer, scaler=self._scaler
+                self._checkpoint, model=self._parts.model, scaler=self._scaler
             )
-        earlier = (checkpoint or {}).get("clip_pgs", {}) if self._first_epoch > 0 else {}
+        earlier = (self._checkpoint or {}).get("clip_pgs", {}) if self._first_epoch > 0 else {}
         self._metrics: dict[str, float] = dict(earlier.get("metrics", {}))
 
-        self._stream = build_train_stream(
-            args,
-            transform=self._parts.train_transform,
-            tokenize=self._parts.tokenize,
-            rank=args.rank,
-            world_size=args.world_size,
-        )
-        self._steps_per_epoch = count_steps(args, num_batches=self._stream.num_batches)
-        self._total_steps = self._steps_per_epoch * args.epochs
-        self._schedule = build_schedule(
-            args, self._optimizer, steps_per_epoch=self._steps_per_epoch
-        )
-        self._masks = masks_of_run(args, self._model)
-        self._loss = build_loss(args, self._model)
-        self._parallel = parallelize(self._model, args, device)
-        self._autocast = get_autocast(args.precision, device_type=device.type)
-        self._input_dtype = get_input_dtype(args.precision)
+        self._phases = plan_phases(args, self._parts)
         self._validation = (
             Validation(args, self._parts, evaluate=evaluate) if self._is_main else None
         )
@@ -108,20 +73,15 @@ class Trainer:
         self._writer = None if self._folder is None else self._open_writer(self._folder)
 
     def _open_telemetry(self, cost: Cost) -> Telemetry:
-        args = self._args
-        first_step = self._first_epoch * self._steps_per_epoch
+        begun = [phase for phase in self._phases if phase.first_epoch <= self._first_epoch]
+        first_step = begun[-1].steps_before(self._first_epoch)
         return Telemetry(
-            sinks=open_sinks(args, self._folder, first_step=first_step),
+            sinks=open_sinks(self._args, self._folder, first_step=first_step),
             cost=cost,
-            meter=WindowMeter(
-                num_patches=self._masks.num_patches if self._masks else 0,
-                samples_per_step=args.batch_size * args.accum_freq * args.world_size,
-            ),
-            world_size=args.world_size,
-            steps_per_epoch=self._steps_per_epoch,
+            world_size=self._args.world_size,
             first_step=first_step,
-            total_steps=self._total_steps,
-            log_every=args.log_every_n_steps,
+            total_steps=sum(phase.num_steps for phase in self._phases),
+            log_every=self._args.log_every_n_steps,
             is_active=self._is_main,
         )
 
@@ -129,119 +89,110 @@ class Trainer:
         return RunWriter(
             folder,
             self._args,
-            model=self._model,
-            optimizer=self._optimizer,
+            model=self._parts.model,
             scaler=self._scaler,
             record=describe_run(
-                self._args, self._model, self._device, num_samples=self._stream.num_samples
+                self._args,
+                self._parts.model,
+                self._device,
+                num_samples=self._phases[0].stream.num_samples,
             ),
         )
 
     def run(self) -> None:
         """Train the epochs that are left, then export the model."""
-        _logger.debug("Model:\n%s", self._model)
-        _logger.info(
-            "Training epochs %d to %d of %d steps each",
-            self._first_epoch,
-            self._args.epochs,
-            self._steps_per_epoch,
-        )
+        _logger.debug("Model:\n%s", self._parts.model)
         try:
-            for epoch in range(self._first_epoch, self._args.epochs):
-                self._train_epoch(epoch)
-                self._finish_epoch(epoch + 1)
-                # Nobody starts an epoch, or leaves, while rank 0 measures and saves.
-                self._meeting.wait()
+            for phase in self._phases:
+                if self._first_epoch < phase.end_epoch:
+                    self._train_phase(phase)
             if self._writer is not None:
                 self._finish(self._writer)
         finally:
             self._telemetry.close()
 
-    def _train_epoch(self, epoch: int) -> None:
-        args = self._args
-        seed_everything(derive_seed(args.seed, "epoch", epoch, args.rank))
-        self._stream.set_epoch(epoch)
-        self._model.train()
+    def _train_phase(self, phase: Phase) -> None:
+        first_epoch = max(phase.first_epoch, self._first_epoch)
+        _logger.info(
+            "Training %sepochs %d to %d of %d steps each",
+            "" if phase.name == "masked" else f"{phase.name} ",
+            first_epoch,
+            phase.end_epoch,
+            phase.steps_per_epoch,
+        )
+        # A checkpoint at a phase's beginning holds the optimiser of the phase before.
+        has_begun = phase.first_epoch < self._first_epoch
+        trainer = PhaseTrainer(
+            phase,
+            self._parts,
+            self._device,
+            scaler=self._scaler,
+            checkpoint=self._checkpoint if has_begun else None,
+        )
+        self._checkpoint = None
+        self._telemetry.start_phase(
+            num_patches=trainer.masks.num_patches if trainer.masks else 0,
+            samples_per_step=phase.samples_per_step,
+            steps_per_epoch=phase.steps_per_epoch,
+        )
+        for epoch in range(first_epoch, phase.end_epoch):
+            self._train_epoch(trainer, epoch, is_first=epoch == first_epoch)
+            self._finish_epoch(trainer, epoch + 1)
+            # Nobody starts an epoch, or leaves, while rank 0 measures and saves.
+            self._meeting.wait()
+
+    def _train_epoch(self, trainer: PhaseTrainer, epoch: int, *, is_first: bool) -> None:
+        trainer.start_epoch(epoch)
         self._telemetry.start_epoch()
-        samples = iter(self._stream)
-        for step_in_epoch in range(self._steps_per_epoch):
-            started = perf_counter()
-            batches = list(islice(self._on_device(samples), args.accum_freq))
-            data_seconds = perf_counter() - started
-            if len(batches) < args.accum_freq:
-                raise RuntimeError(
-                    f"the training data ended at step {step_in_epoch} of "
-                    f"{self._steps_per_epoch} in epoch {epoch} on rank {args.rank}"
-                )
-            if epoch == self._first_epoch and step_in_epoch == 0 and self._is_main:
-                self._look_at_first_batch(*batches[0])
-            step = epoch * self._steps_per_epoch + step_in_epoch
-            lr = self._schedule(step)
-            result = self._train_step(batches, step)
+        for step_in_epoch in range(trainer.phase.steps_per_epoch):
+            batches, data_seconds = trainer.next_batches()
+            is_new = is_first and step_in_epoch == 0
+            if (trainer.follow_schedule() or is_new) and self._is_main:
+                self._telemetry.flops = trainer.count_flops(*batches[0])
+                self._telemetry.report_flops()
+            if is_new:
+                self._draw_first_masks(trainer, batches[0], epoch)
+            result, lr = trainer.train_step(batches)
             self._telemetry.step(
-                result, model=self._model, epoch=epoch, step=step, lr=lr, data_seconds=data_seconds
+                result,
+                model=self._parts.model,
+                epoch=epoch,
+                step_in_epoch=step_in_epoch,
+                lr=lr,
+                data_seconds=data_seconds,
             )
 
-    def _on_device(self, samples: Iterator[Batch]) -> Iterator[Batch]:
-        for images, texts in samples:
-            yield (
-                images.to(self._device, dtype=self._input_dtype, non_blocking=True),
-                texts.to(self._device, non_blocking=True),
-            )
-
-    def _train_step(self, batches: list[Batch], step: int) -> StepResult:
-        # Dropout draws from the global stream; keyed by the step, it survives a resume.
-        torch.manual_seed(derive_seed(self._args.seed, "step", step, self._args.rank))
-        if self._masks is not None:
-            self._masks.start_step(step, total_steps=self._total_steps, device=self._device)
-        losses = compute_gradients(
-            self._parallel,
-            batches,
-            self._loss,
-            before_forward=self._masks.give if self._masks else None,
-            autocast=self._autocast,
-            scaler=self._scaler,
-        )
-        grad_norm = update_weights(
-            self._model,
-            self._optimizer,
-            scaler=self._scaler,
-            grad_clip_norm=self._args.grad_clip_norm,
-        )
-        kept_counts = self._masks.finish_step() if self._masks else []
-        return StepResult(losses, grad_norm, kept_counts)
-
-    def _look_at_first_batch(self, images: Tensor, texts: Tensor) -> None:
-        """Count what a sample costs, and draw the masks that training starts with."""
-        self._telemetry.flops_per_sample = count_flops(
-            self._model,
-            images[:_FLOP_SAMPLES],
-            texts[:_FLOP_SAMPLES],
-            autocast=self._autocast,
-            extra_forward=self._args.accum_freq > 1,
-        )
-        if self._writer is not None and self._masks is not None:
-            self._writer.choose_images(images)
-            self._draw_masks(self._first_epoch)
+    def _draw_first_masks(self, trainer: PhaseTrainer, batch: Batch, epoch: int) -> None:
+        if self._writer is not None and trainer.masks is not None:
+            self._writer.choose_images(batch[0])
+            self._draw_masks(epoch)
 
     def _draw_masks(self, epoch: int) -> None:
         picture = self._writer.draw_masks(epoch) if self._writer is not None else None
         if picture is not None:
             self._telemetry.picture("masks", picture)
 
-    def _finish_epoch(self, epoch: int) -> None:
+    def _finish_epoch(self, trainer: PhaseTrainer, epoch: int) -> None:
         """Draw, measure and save after `epoch` epochs; rank 0 alone has anything to do."""
         if self._validation is None:
             return
-        self._draw_masks(epoch)
-        metrics = self._validation.run(epoch=epoch, epochs=self._args.epochs)
+        if trainer.masks is not None:
+            self._draw_masks(epoch)
+        metrics = self._validation.run(epoch=epoch, epochs=total_epochs(self._args))
         if metrics:
             self._metrics = metrics
             self._telemetry.validation(metrics, epoch=epoch)
             if self._folder is not None:
                 save_results(metrics, self._folder / "checkpoints")
         if self._writer is not None:
-            self._writer.save(epoch, cost=self._telemetry.cost, metrics=self._metrics)
+            self._writer.save(
+                epoch,
+                optimizer=trainer.optimizer,
+                masking_state=trainer.masks.state() if trainer.masks else {},
+                is_phase_end=epoch == trainer.phase.end_epoch,
+                cost=self._telemetry.cost,
+                metrics=self._metrics,
+            )
 
     def _finish(self, writer: RunWriter) -> None:
         cost = self._telemetry.cost

@@ -20,7 +20,7 @@ RESULTS_NAME = "results.jsonl"
 
 
 class Evaluate(Protocol):
-    """An evaluation of the caller's own, run on rank 0 every `--zeroshot-frequency` epochs."""
+    """An evaluation of the caller's own, run on rank 0 every `--eval-every` epochs."""
 
     def __call__(
         self, *, model: nn.Module, transform: Callable, tokenize: Callable, epoch: int
@@ -78,7 +78,7 @@ class Validation:
         metrics = evaluate_with_open_clip(
             model, self._data, epoch, argparse.Namespace(**options), tokenizer=self._parts.tokenize
         )
-        if self._evaluate is not None and _is_due(self._args.zeroshot_frequency, epoch, epochs):
+        if self._evaluate is not None and _is_due(self._args.eval_every, epoch, epochs):
             metrics |= self._evaluate(
                 model=model,
                 transform=self._parts.val_transform,
@@ -91,8 +91,8 @@ class Validation:
         }
 
 
-def _is_due(frequency: int, epoch: int, epochs: int) -> bool:
-    return frequency > 0 and (epoch % frequency == 0 or epoch == epochs)
+def _is_due(every: int, epoch: int, epochs: int) -> bool:
+    return epoch % every == 0 or epoch == epochs
 
 
 def save_results(metrics: Mapping[str, float], checkpoint_folder: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from clip_pgs.training.checkpoint import pack_checkpoint, save_checkpoint
 from clip_pgs.training.export import FOLDER_NAME, write_export
 from clip_pgs.training.overlays import draw_masks, fixed_images, save_picture
+from clip_pgs.training.phases import total_epochs
 from clip_pgs.training.record import with_results
 from clip_pgs.training.telemetry import Cost
 
@@ -25,7 +26,6 @@ class RunWriter:
         folder: The run's folder.
         args: Options.
         model: The plain model.
-        optimizer: Its optimiser.
         scaler: The loss scaler, if there is one.
         record: From `describe_run`.
     """
@@ -36,14 +36,12 @@ class RunWriter:
         args: argparse.Namespace,
         *,
         model: open_clip.CLIP,
-        optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None,
         record: Mapping[str, Any],
     ) -> None:
         self._folder = folder
         self._args = args
         self._model = model
-        self._optimizer = optimizer
         self._scaler = scaler
         self._record = record
         self._images: Tensor | None = None
@@ -60,28 +58,41 @@ class RunWriter:
         save_picture(picture, self._folder / "masks" / f"epoch_{epoch}.png")
         return picture
 
-    def save(self, epoch: int, *, cost: Cost, metrics: Mapping[str, float]) -> None:
-        """Write the checkpoints that are due after `epoch` epochs."""
+    def save(
+        self,
+        epoch: int,
+        *,
+        optimizer: torch.optim.Optimizer,
+        masking_state: dict[str, Any],
+        is_phase_end: bool,
+        cost: Cost,
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Write the checkpoints that are due after `epoch` epochs; a phase's last always is."""
         frequency = self._args.save_frequency
+        checkpoint = pack_checkpoint(
+            epoch=epoch,
+            name=self._args.name,
+            model=self._model,
+            optimizer=optimizer,
+            scaler=self._scaler,
+            masking_state=masking_state,
+            record=with_results(self._record, cost=cost, metrics=metrics),
+        )
         save_checkpoint(
-            self._pack(epoch, cost, metrics),
+            checkpoint,
             self._folder / "checkpoints",
-            is_numbered=epoch == self._args.epochs or (frequency > 0 and epoch % frequency == 0),
+            is_numbered=is_phase_end or (frequency > 0 and epoch % frequency == 0),
             is_latest=self._args.save_most_recent,
             delete_previous=self._args.delete_previous_checkpoint,
         )
 
     def export(self, *, cost: Cost, metrics: Mapping[str, float]) -> Path:
         """Write the finished model as OpenCLIP's files and return their folder."""
-        checkpoint = self._pack(self._args.epochs, cost, metrics)
-        return write_export(checkpoint, self._folder / FOLDER_NAME)
-
-    def _pack(self, epoch: int, cost: Cost, metrics: Mapping[str, float]) -> dict[str, Any]:
-        return pack_checkpoint(
-            epoch=epoch,
+        checkpoint = pack_checkpoint(
+            epoch=total_epochs(self._args),
             name=self._args.name,
             model=self._model,
-            optimizer=self._optimizer,
-            scaler=self._scaler,
             record=with_results(self._record, cost=cost, metrics=metrics),
         )
+        return write_export(checkpoint, self._folder / FOLDER_NAME)

@@ -8,8 +8,11 @@ from clip_pgs.integrations.open_clip.compat import check_versions
 from clip_pgs.training.checks.data import check_data
 from clip_pgs.training.checks.effects import options_without_effect
 from clip_pgs.training.checks.folder import check_folder
-from clip_pgs.training.checks.model import check_masking, check_model
+from clip_pgs.training.checks.masking import check_masking
+from clip_pgs.training.checks.model import check_model
+from clip_pgs.training.checks.text import check_text_masking, text_warnings
 from clip_pgs.training.checks.values import check_device, check_ranges, check_recipe, check_reports
+from clip_pgs.training.released import released_notes
 
 __all__ = ["check_options", "option_warnings"]
 
@@ -28,6 +31,7 @@ def check_options(args: argparse.Namespace) -> None:
     check_recipe(args)
     check_model(args)
     check_masking(args)
+    check_text_masking(args)
     check_data(args)
     check_device(args)
     check_reports(args)
@@ -40,4 +44,4 @@ def option_warnings(args: argparse.Namespace) -> list[str]:
     Args:
         args: Options that passed `check_options`.
     """
-    return options_without_effect(args)
+    return [*released_notes(args), *options_without_effect(args), *text_warnings(args)]

@@ -11,6 +11,7 @@ from open_clip_train.distributed import world_info_from_env
 from clip_pgs.data.shards import count_samples, expand_shards, upsampling_weights
 from clip_pgs.data.stream import DatasetKind, dataset_kind
 from clip_pgs.data.tables import PairTable, read_pairs
+from clip_pgs.training.phases import phase_options
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -77,13 +78,15 @@ def _check_training_data(args: argparse.Namespace) -> None:
             else f"no sizes.json beside {args.train_data} says how many samples there are"
         )
         raise ValueError(f"{reason}; give --train-num-samples")
-    needed = samples_per_step(args)
-    if num_samples < needed:
-        raise ValueError(
-            f"{num_samples} training samples are less than one optimiser step, which takes "
-            f"{needed} (--batch-size {args.batch_size} x --accum-freq {args.accum_freq} x "
-            f"{_num_processes()} processes)"
-        )
+    for phase_args in phase_options(args):
+        needed = samples_per_step(phase_args)
+        if num_samples < needed:
+            prefix = "--" if phase_args is args else "--unmasked-"
+            raise ValueError(
+                f"{num_samples} training samples are less than one optimiser step, which takes "
+                f"{needed} ({prefix}batch-size {phase_args.batch_size} x {prefix}accum-freq "
+                f"{phase_args.accum_freq} x {_num_processes()} processes)"
+            )
 
 
 def _check_files(args: argparse.Namespace, path: str | None, *, flag: str) -> None:

@@ -12,6 +12,7 @@ from clip_pgs.training.checks.data import (
 )
 from clip_pgs.training.checks.model import read_model_config
 from clip_pgs.training.model_choice import MODEL_SCHEMAS
+from clip_pgs.training.phases import phase_options
 from clip_pgs.training.run_folder import changed_recipe, keeps_logs, run_folder
 
 _CSV = ("csv_separator", "csv_img_key", "csv_caption_key")
@@ -20,7 +21,14 @@ _LOCK_TEXT = ("lock_text_unlocked_layers", "lock_text_freeze_layer_norm")
 _SCHEDULE = ("warmup", "lr_scheduler", "epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")
 _COOLDOWN = ("epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")
 _COCA = ("coca_caption_loss_weight", "coca_contrastive_loss_weight")
+_EVALUATION = ("eval_datasets", "eval_data_root", "eval_every")
 _MASKING = ("mask_ratio", "mask_ratio_min", "masking_option")
+_UNMASKED = (
+    "unmasked_lr",
+    "unmasked_warmup",
+    "unmasked_batch_size",
+    "unmasked_accum_freq",
+)
 _KEPT = ("name", "save_frequency", "save_most_recent", "delete_previous_checkpoint", "report_to")
 
 
@@ -56,10 +64,17 @@ def _idle_groups(args: argparse.Namespace) -> list[tuple[bool, tuple[str, ...], 
     has_imagenet = args.imagenet_val is not None or args.imagenet_v2 is not None
     return [
         (args.masking == "none", _MASKING, "with --masking none"),
+        (
+            args.mask_schedule == "constant",
+            ("mask_schedule_steps",),
+            "with --mask-schedule constant",
+        ),
+        (args.unmasked_epochs == 0, _UNMASKED, "without --unmasked-epochs"),
         ("csv" not in kinds, _CSV, "without csv data"),
         ("csv" in kinds, ("train_num_samples",), "with csv data"),
         (args.val_data is None, ("val_frequency", "val_num_samples"), "without --val-data"),
         (not has_imagenet, ("zeroshot_frequency",), "without --imagenet-val"),
+        (args.eval_suite is None, _EVALUATION, "without --eval-suite"),
         (not is_timm_opt, ("momentum",), f"with --opt {args.opt}"),
         (args.skip_scheduler, _SCHEDULE, "with --skip-scheduler"),
         (
@@ -96,13 +111,18 @@ def _warmup_warnings(args: argparse.Namespace) -> list[str]:
     num_samples = num_training_samples(args) if has_training_data(args) else None
     if num_samples is None or args.skip_scheduler:
         return []
-    num_steps = num_samples // samples_per_step(args) * args.epochs
-    if args.warmup < num_steps:
-        return []
-    return [
-        f"--warmup {args.warmup} is as long as the run of {num_steps} steps, so that the learning "
-        f"rate never reaches {args.lr}"
-    ]
+    sentences = []
+    for phase_args in phase_options(args):
+        num_steps = num_samples // samples_per_step(phase_args) * phase_args.epochs
+        if phase_args.warmup is not None and phase_args.warmup >= num_steps:
+            flag, span = "--warmup", "the run"
+            if phase_args is not args:
+                flag, span = "--unmasked-warmup", "unmasked tuning"
+            sentences.append(
+                f"{flag} {phase_args.warmup} is as long as {span} of {num_steps} steps, so that "
+                f"the learning rate never reaches {phase_args.lr}"
+            )
+    return sentences
 
 
 def _resume_warnings(args: argparse.Namespace) -> list[str]:

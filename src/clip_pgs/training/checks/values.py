@@ -23,6 +23,9 @@ _AT_LEAST_ONE = (
     "val_num_samples",
     "epochs_cooldown",
     "force_context_length",
+    "unmasked_batch_size",
+    "unmasked_accum_freq",
+    "eval_every",
 )
 _AT_LEAST_ZERO = (
     "workers",
@@ -36,15 +39,18 @@ _AT_LEAST_ZERO = (
     "lr_cooldown_end",
     "coca_caption_loss_weight",
     "coca_contrastive_loss_weight",
+    "unmasked_epochs",
+    "unmasked_warmup",
 )
-_ABOVE_ZERO = ("lr", "eps", "grad_clip_norm", "lr_cooldown_power")
-_BELOW_ONE = ("beta1", "beta2", "momentum", "force_patch_dropout")
+_ABOVE_ZERO = ("lr", "eps", "grad_clip_norm", "lr_cooldown_power", "unmasked_lr")
+_BELOW_ONE = ("beta1", "beta2", "momentum", "force_patch_dropout", "mask_ratio_end")
 
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
     (_AT_LEAST_ONE, ">= 1", lambda value: value >= 1),
     (_AT_LEAST_ZERO, ">= 0", lambda value: value >= 0),
     (_ABOVE_ZERO, "> 0", lambda value: value > 0),
     (_BELOW_ONE, "in [0, 1)", lambda value: 0 <= value < 1),
+    (("mask_schedule_steps",), ">= 2", lambda value: value >= 2),
     # numpy takes no other seed.
     (("seed",), "in [0, 2**32)", lambda value: 0 <= value < 2**32),
 )

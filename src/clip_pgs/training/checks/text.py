@@ -1,0 +1,50 @@
+"""The masking of the training captions."""
+
+from __future__ import annotations
+
+import argparse
+
+import open_clip
+
+from clip_pgs.data.text_masking import create_text_masking
+from clip_pgs.training.checks.model import context_length
+
+
+def check_text_masking(args: argparse.Namespace) -> None:
+    """Refuse a text masking that cannot be, by its own words."""
+    if args.text_masking == "none":
+        for name in ("text_tokens", "text_masking_option"):
+            if name in args.given:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} needs --text-masking NAME other than none"
+                )
+        return
+    try:
+        tokenizer = open_clip.get_tokenizer(
+            args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
+        )
+    except OSError as error:
+        # Hugging Face's errors are OSErrors, of several lines.
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the tokenizer of --model {args.model} cannot be read: {reason}"
+        ) from None
+    create_text_masking(
+        args.text_masking,
+        tokenizer=tokenizer,
+        num_tokens=args.text_tokens,
+        **args.text_masking_options,
+    )
+
+
+def text_warnings(args: argparse.Namespace) -> list[str]:
+    """Return a sentence where part of the text tower is never trained."""
+    if args.text_tokens is None or args.unmasked_epochs > 0:
+        return []
+    length = context_length(args)
+    if args.text_tokens >= length:
+        return []
+    return [
+        f"--text-tokens {args.text_tokens} leaves the text positions from {args.text_tokens} to "
+        f"{length - 1} untrained; let --unmasked-epochs follow"
+    ]

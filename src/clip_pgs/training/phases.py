@@ -1,0 +1,133 @@
+"""The phases of a run: masked epochs, then, where asked for, unmasked ones.
+
+Unmasked tuning is what GLIP (https://arxiv.org/abs/2403.15837) and CLIPF
+(https://arxiv.org/abs/2412.16148) do by starting OpenCLIP's trainer a second time from the weights
+alone, for one epoch at a learning rate of 1e-5: the optimizer is a fresh one of the same kind, its
+moments start at zero, and the rate falls to 0 as a cosine, whatever schedule came before. The
+warm-up over a tenth of an epoch is CLIPF's. FLIP (https://arxiv.org/abs/2212.00794) tunes for 0.32
+epochs of its larger data. Captions are seen up to the model's full context length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+
+from clip_pgs.data.loader import SampleStream
+from clip_pgs.data.stream import build_train_stream
+from clip_pgs.training.build import ModelParts, count_steps
+
+_WARMUP_EPOCHS = 0.1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Epochs that are trained alike.
+
+    Args:
+        name: "masked" or "unmasked".
+        args: The options as they are in this phase; `epochs` counts its own.
+        stream: Its training samples.
+        steps_per_epoch: Optimiser steps of an epoch.
+        removes_masking: Whether the phase before it masked the image tower.
+        first_epoch: Epochs of the run before it.
+        first_step: Optimiser steps of the run before it.
+    """
+
+    name: str
+    args: argparse.Namespace
+    stream: SampleStream
+    steps_per_epoch: int
+    removes_masking: bool = False
+    first_epoch: int = 0
+    first_step: int = 0
+
+    @property
+    def end_epoch(self) -> int:
+        """Epochs of the run up to its end."""
+        return self.first_epoch + self.args.epochs
+
+    @property
+    def num_steps(self) -> int:
+        """Its optimiser steps."""
+        return self.steps_per_epoch * self.args.epochs
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of a step over all ranks and micro-batches."""
+        return self.args.batch_size * self.args.accum_freq * self.args.world_size
+
+    def steps_before(self, epoch: int) -> int:
+        """Return the run's optimiser steps before one of this phase's epochs, or after its last."""
+        return self.first_step + (epoch - self.first_epoch) * self.steps_per_epoch
+
+
+def total_epochs(args: argparse.Namespace) -> int:
+    """Return the epochs of a whole run."""
+    return args.epochs + args.unmasked_epochs
+
+
+def phase_options(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """Return the options of each phase of a run; the first are the run's own."""
+    return [args, unmasked_options(args)] if args.unmasked_epochs > 0 else [args]
+
+
+def plan_phases(args: argparse.Namespace, parts: ModelParts) -> list[Phase]:
+    """Return the phases of a run in their order, with the samples of each.
+
+    Args:
+        args: Options, with `rank` and `world_size`.
+        parts: The model's transforms and tokenizer.
+
+    Raises:
+        ValueError: If the data does not fill one step of a phase.
+    """
+    masked = Phase("masked", args, *_samples(args, parts))
+    if args.unmasked_epochs == 0:
+        return [masked]
+    options = unmasked_options(args)
+    stream, steps_per_epoch = _samples(options, parts)
+    if args.unmasked_warmup is None:
+        options.warmup = math.ceil(_WARMUP_EPOCHS * steps_per_epoch)
+    unmasked = Phase(
+        "unmasked",
+        options,
+        stream,
+        steps_per_epoch,
+        removes_masking=args.masking != "none",
+        first_epoch=masked.end_epoch,
+        first_step=masked.num_steps,
+    )
+    return [masked, unmasked]
+
+
+def unmasked_options(args: argparse.Namespace) -> argparse.Namespace:
+    """Return a run's options as they are while nothing is masked; the warm-up may be None."""
+    changes = {
+        "masking": "none",
+        "masking_options": {},
+        "mask_schedule": "constant",
+        "text_masking": "none",
+        "text_tokens": None,
+        "text_masking_options": {},
+        "epochs": args.unmasked_epochs,
+        "lr": args.unmasked_lr,
+        "lr_scheduler": "cosine",
+        "warmup": args.unmasked_warmup,
+        "batch_size": args.unmasked_batch_size or args.batch_size,
+        "accum_freq": args.unmasked_accum_freq or args.accum_freq,
+    }
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
+def _samples(args: argparse.Namespace, parts: ModelParts) -> tuple[SampleStream, int]:
+    """Return the training samples and the optimiser steps of an epoch."""
+    stream = build_train_stream(
+        args,
+        transform=parts.train_transform,
+        tokenize=parts.tokenize,
+        rank=args.rank,
+        world_size=args.world_size,
+    )
+    return stream, count_steps(args, num_batches=stream.num_batches)
