@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
 import tarfile
@@ -16,7 +16,6 @@ import webdataset
 from clip_benchmark.datasets.builder import build_dataset
 from PIL import Image
 
-from clip_pgs.data.__main__ import main
 from clip_pgs.data.world import WORLD_VERSION, draw_scene, write_world
 from clip_pgs.data.world.hard_negatives import TASKS, hard_negatives
 from clip_pgs.data.world.parts import list_parts
@@ -25,7 +24,6 @@ from clip_pgs.data.world.splits import EVAL_SETS, captioned, held_out, shown
 from clip_pgs.data.world.vocabulary import COLORS, SHAPES
 
 COUNTS = {"num_train": 24, "num_val": 8, "num_per_class": 3}
-TINY = {"num_train": 4, "num_val": 2, "num_per_class": 1}
 # Of the world with these counts and seed 0, the first 16 digits. They change with WORLD_VERSION and
 # with nothing else.
 DIGESTS = {
@@ -99,12 +97,12 @@ def test_another_process_writes_the_same_bytes(world, tmp_path):
 def test_folder_has_the_documented_layout(world):
     assert set(contents(world)) == {
         "world.json",
+        "words.json",
         "train/00000.tar",
         "train/sizes.json",
         "val/00000.tar",
         "val/sizes.json",
-        *(f"scenes/{number}.png" for number in range(6)),
-        *(f"scenes/masks/{number}.png" for number in range(6)),
+        *(f"scenes/{folder}{number}.png" for folder in ("", "masks/") for number in range(6)),
         "scenes/captions.txt",
         *(
             f"eval/{name}/{file}"
@@ -280,11 +278,18 @@ def test_foreground_scenes_are_those_of_training_in_kind():
 
 
 def test_names_of_pictures_sort_in_their_order(tmp_path):
-    counts = {**TINY, "num_per_class": 6}
+    counts = {"num_train": 4, "num_val": 2, "num_per_class": 6}
     (part,) = (part for part in list_parts(0, **counts) if part.name == "foreground")
     part.write(tmp_path, Digest(), lambda: None)
     names = sorted(path.name for path in (tmp_path / "masks").iterdir())
     assert names == [f"{number:02d}.png" for number in range(12)]
+
+
+def test_words_of_the_training_captions_are_counted(world):
+    captions = (sample.caption for sample in captioned("train", 0, 0, COUNTS["num_train"]))
+    expected = Counter(word for text in captions for word in re.findall(r"\w+", text.lower()))
+    counts = json.loads((world / "words.json").read_text())["counts"]
+    assert {word: count for word, count in counts.items() if word.isalnum()} == expected
 
 
 def test_larger_training_set_starts_with_the_smaller_one():
@@ -295,100 +300,3 @@ def test_larger_training_set_starts_with_the_smaller_one():
 def test_seeds_share_no_scene():
     first, second = ({s.scene for s in captioned("train", seed, 0, 50)} for seed in (0, 1))
     assert not first & second
-
-
-def test_complete_world_is_left_alone(tmp_path):
-    write_world(tmp_path / "demo", **TINY)
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")}
-    write_world(tmp_path / "demo", **TINY)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")} == times
-
-
-@pytest.mark.parametrize("damage", ["world.json", "train/00000.tar"])
-def test_world_that_lost_a_file_is_written_anew(tmp_path, damage):
-    root = tmp_path / "demo"
-    write_world(root, **TINY)
-    before = contents(root)
-    (root / damage).unlink()
-    write_world(root, **TINY)
-    assert contents(root) == before
-
-
-def test_truncated_shard_is_written_anew(tmp_path):
-    root = tmp_path / "demo"
-    write_world(root, **TINY)
-    before = contents(root)
-    with (root / "train" / "00000.tar").open("r+b") as file:
-        file.truncate(1000)
-    write_world(root, **TINY)
-    assert contents(root) == before
-
-
-def test_world_of_another_seed_is_replaced(tmp_path):
-    root = tmp_path / "demo"
-    write_world(root, **TINY, seed=1)
-    write_world(root, **TINY, seed=0)
-    assert json.loads((root / "world.json").read_text())["seed"] == 0
-
-
-def test_world_of_the_first_version_is_replaced(tmp_path):
-    root = tmp_path / "demo"
-    write_world(root, **TINY)
-    expected = contents(root)
-    world = json.loads((root / "world.json").read_text())
-    for name in ("eval/sugar_crepe", "foreground"):
-        shutil.rmtree(root / name)
-    files = {name: size for name, size in world["files"].items() if (root / name).exists()}
-    first = {**world, "version": 1, "digest": "8d398c", "files": files}
-    del first["parts"]
-    (root / "world.json").write_text(json.dumps(first))
-    write_world(root, **TINY)
-    assert contents(root) == expected
-
-
-def test_interrupted_run_leaves_no_folder_and_the_next_one_completes(tmp_path):
-    def interrupt(done, total):
-        if done == 3:
-            raise KeyboardInterrupt
-
-    root = tmp_path / "demo"
-    with pytest.raises(KeyboardInterrupt):
-        write_world(root, **TINY, progress=interrupt)
-    assert not root.exists()
-    write_world(root, **TINY)
-    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
-
-
-def test_progress_counts_every_sample(tmp_path):
-    calls = []
-    write_world(tmp_path / "demo", **TINY, progress=lambda *call: calls.append(call))
-    num_classified = 2 * (12 + 10) + len(VARIANTS) * 12
-    total = 4 + 2 + num_classified + 6 + 7 * 3 + 6 + 2
-    assert calls == [(done, total) for done in range(1, total + 1)]
-
-
-def test_command_lists_what_it_made(tmp_path, capsys):
-    options = ["--num-train", "4", "--num-val", "2", "--num-per-class", "1"]
-    assert main(["world", str(tmp_path / "demo"), *options]) == 0
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert first == f"the demo world is in {tmp_path / 'demo'}"
-    listed = {line.split()[0]: int(line.split()[1]) for line in lines}
-    folders = {path.name for path in (tmp_path / "demo" / "eval").iterdir()}
-    assert {f"eval/{name}" for name in folders} < listed.keys()
-    assert listed["train"] == 4
-    assert listed["eval/shape"] == 24
-    assert listed["eval/sugar_crepe"] == 21
-    assert listed["foreground"] == 2
-
-
-def test_folder_with_other_files_is_refused_and_kept(tmp_path):
-    (tmp_path / "diary.txt").write_text("dear diary")
-    with pytest.raises(ValueError, match="something else than a demo world"):
-        write_world(tmp_path, **TINY)
-    assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
-
-
-@pytest.mark.parametrize("counts", [{"num_train": 0}, {"num_val": -1}, {"num_per_class": 0}])
-def test_count_below_one_is_refused(tmp_path, counts):
-    with pytest.raises(ValueError, match="must be at least 1"):
-        write_world(tmp_path / "demo", **counts)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from clip_pgs.data.word_counting import count_shards
+from clip_pgs.data.word_frequencies import write_word_frequencies
 from clip_pgs.data.world.parts import list_parts, write_json
 from clip_pgs.data.world.shard_file import Digest
 from clip_pgs.data.world.vocabulary import WORLD_VERSION
@@ -19,7 +21,9 @@ NUM_TRAIN = 12_000
 NUM_VAL = 500
 NUM_PER_CLASS = 50
 
-_NAMES = {"train", "val", "eval", "scenes", "foreground", "world.json"}
+WORDS_NAME = "words.json"
+
+_NAMES = {"train", "val", "eval", "scenes", "foreground", WORDS_NAME, "world.json"}
 
 
 def write_world(
@@ -35,8 +39,9 @@ def write_world(
 
     The folder gets `train/` and `val/` (webdataset shards with `sizes.json`), `eval/` (the sets of
     `EVAL_SETS` and `sugar_crepe` in clip_benchmark's layouts), `scenes/` (six pictures, masks and
-    captions), `foreground/` (pictures and masks) and `world.json` (version, seed, counts, digest
-    and number of samples of each part, every file's size).
+    captions), `foreground/` (pictures and masks), `words.json` (word counts of the training
+    captions, for `--text-masking frequency`) and `world.json` (version, seed, counts, digest and
+    number of samples of each part, every file's size).
     A folder that holds that very world already is left alone, and one that holds another or a
     damaged one is written anew. All of it appears at once: an interrupted run leaves the folder
     as it was.
@@ -70,6 +75,8 @@ def write_world(
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     parts = _write_parts(partial, identity, progress)
+    captions = count_shards([str(shard) for shard in sorted((partial / "train").glob("*.tar"))])
+    write_word_frequencies(captions.frequencies(min_count=1), partial / WORDS_NAME)
     files = {
         path.relative_to(partial).as_posix(): path.stat().st_size
         for path in sorted(partial.rglob("*"))
