@@ -6,9 +6,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from clip_pgs import create_masking
+from clip_pgs.data.world import draw_scene, make_scene
 from clip_pgs.inspection import ModelInput, draw_masks
 from clip_pgs.inspection.figure import CAPTION_SIZE, GAP, MARGIN, TITLE_SIZE
-from clip_pgs.inspection.masks import create_strategies
+from clip_pgs.inspection.strategies import create_strategies
 
 SMALL = ModelInput(image_size=(64, 64), patch_size=(8, 8))
 # 64 px are enlarged fourfold, to reach 224.
@@ -108,6 +109,20 @@ def test_names_of_another_number_than_the_images_are_refused():
         draw_masks([scene()], create_strategies(["random"]), names=["a", "b"])
 
 
+def test_stages_come_before_pgs_and_leave_its_picture_as_it_is():
+    strategies = create_strategies(["random", "pgs"])
+    plain = draw_masks([scene()], strategies, model_input=SMALL)
+    staged = draw_masks([scene()], strategies, model_input=SMALL, stages=True)
+    assert staged.width == plain.width + 4 * (SIDE + GAP)
+    assert panel(staged, row=0, column=6).tobytes() == panel(plain, row=0, column=2).tobytes()
+
+
+def test_without_edges_there_is_no_picture_of_them():
+    strategies = create_strategies(["pgs:edges=false,transport=false"])
+    figure = draw_masks([scene()], strategies, model_input=SMALL, stages=True)
+    assert figure.width == 2 * MARGIN + 5 * SIDE + 4 * GAP
+
+
 def test_no_image_is_refused():
     with pytest.raises(ValueError, match="there is no image to draw"):
         draw_masks([], create_strategies(["random"]))
@@ -117,6 +132,31 @@ def test_each_strategy_gets_the_ratios_it_takes():
     strategies = create_strategies(["none", "random", "pgs"], mask_ratio=0.4, mask_ratio_min=0.2)
     assert strategies["random"].mask_ratio == 0.4
     assert (strategies["pgs"].mask_ratio, strategies["pgs"].mask_ratio_min) == (0.4, 0.2)
+
+
+def test_options_after_a_colon_make_variants_of_one_strategy():
+    strategies = create_strategies(
+        ["pgs", "pgs:edges=false,edge-weight=1,mask_ratio=0.25"], mask_ratio=0.5
+    )
+    first, second = strategies.values()
+    assert (first.edges, first.mask_ratio) == (True, 0.5)
+    assert (second.edges, second.edge_weight, second.mask_ratio) == (False, 1, 0.25)
+
+
+def test_a_default_lower_bound_gives_way_to_a_small_ratio():
+    strategy = create_strategies(["cluster"], mask_ratio=0.2)["cluster"]
+    assert (strategy.mask_ratio, strategy.mask_ratio_min) == (0.2, 0.2)
+
+
+def test_cluster_reaches_the_mean_ratio_on_the_images_shown():
+    strategies = create_strategies(["cluster"], mask_ratio=0.5)
+    before = strategies["cluster"].threshold
+    drawings = [draw_scene(make_scene(f"masks {number}")) for number in range(4)]
+    images = [Image.fromarray(drawing.pixels) for drawing in drawings]
+    figure = draw_masks(images, strategies, model_input=SMALL)
+    shares = [masked_share(panel(figure, row=row, column=1)) for row in range(4)]
+    assert sum(shares) / 4 == pytest.approx(0.5, abs=0.01)
+    assert strategies["cluster"].threshold == before
 
 
 def test_a_ratio_that_no_strategy_takes_is_refused():

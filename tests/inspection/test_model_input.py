@@ -35,9 +35,20 @@ def test_a_name_that_open_clip_knows_gives_its_sizes():
     assert (model_input.image_size, model_input.patch_size) == ((224, 224), (32, 32))
 
 
-@pytest.mark.parametrize("name", ["RN50", "convnext_base"])
-def test_a_tower_without_patches_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"image tower of {name} is not open_clip's Vision"):
+def test_a_timm_tower_gives_its_sizes():
+    model_input = read_model_input("ViT-B-16-SigLIP-384")
+    assert (model_input.image_size, model_input.patch_size) == ((384, 384), (16, 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("RN50", "image tower of RN50 is not open_clip's VisionTransformer"),
+        ("convnext_base", "masking supports"),
+    ],
+)
+def test_a_tower_without_patches_is_refused(name, reason):
+    with pytest.raises(ValueError, match=reason):
         read_model_input(name)
 
 

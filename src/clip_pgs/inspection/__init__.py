@@ -1,6 +1,23 @@
-"""Looking at what a masking strategy does."""
+"""Looking at what masking strategies do, and measuring what they keep."""
 
+from clip_pgs.inspection.foreground import ForegroundImages, pair_masks, read_foreground
+from clip_pgs.inspection.kept import Kept, measure_kept
 from clip_pgs.inspection.masks import draw_masks
-from clip_pgs.inspection.model_input import ModelInput, read_model_input
+from clip_pgs.inspection.model_input import ModelInput, load_model, read_model_input
+from clip_pgs.inspection.strategies import StrategySpec, parse_spec
+from clip_pgs.inspection.view import View
 
-__all__ = ["ModelInput", "draw_masks", "read_model_input"]
+__all__ = [
+    "ForegroundImages",
+    "Kept",
+    "ModelInput",
+    "StrategySpec",
+    "View",
+    "draw_masks",
+    "load_model",
+    "measure_kept",
+    "pair_masks",
+    "parse_spec",
+    "read_foreground",
+    "read_model_input",
+]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -10,46 +11,119 @@ MARGIN, GAP = 20, 12
 TITLE_SIZE, CAPTION_SIZE = 20, 15
 INK, PALE, PAPER = "black", "#555555", "white"
 
+_LEGEND_SIZE, _BAR_HEIGHT = 13, 12
+_TITLE_SIZE_MIN = 13
+
 Panel = tuple[Image.Image, str]
 
 
-def draw_figure(columns: Mapping[str, Sequence[Panel]]) -> Image.Image:
+@dataclass(frozen=True)
+class Legend:
+    """How to read a column.
+
+    Args:
+        text: In a few words.
+        ramp: A picture of the colours from low to high, one pixel high. None for no scale.
+        ends: What the lowest and the highest colour mean.
+    """
+
+    text: str
+    ramp: Image.Image | None = None
+    ends: tuple[str, str] = ("", "")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a figure.
+
+    Args:
+        title: Stands above.
+        panels: From top to bottom, a picture and the caption below it.
+        legend: Stands below.
+    """
+
+    title: str
+    panels: Sequence[Panel]
+    legend: Legend | None = None
+
+
+def draw_figure(columns: Sequence[Column]) -> Image.Image:
     """Lay out pictures of one size in a grid.
 
     Args:
-        columns: By the title that stands above, the panels from top to bottom: a picture and the
-            caption below it. Every column has the same number.
+        columns: From left to right, each with the same number of panels.
 
     Returns:
         The figure, in RGB.
     """
-    first = next(iter(columns.values()))
-    width, height = first[0][0].size
+    panels = columns[0].panels
+    width, height = panels[0][0].size
     title_height, caption_height = TITLE_SIZE + GAP, CAPTION_SIZE + GAP
     step_x, step_y = width + GAP, height + caption_height + GAP
-    size = (
-        2 * MARGIN + len(columns) * step_x - GAP,
-        2 * MARGIN + title_height + len(first) * step_y - GAP,
-    )
+    bottom = MARGIN + title_height + len(panels) * step_y - GAP
+    legend_height = max(_legend_height(column.legend, width) for column in columns)
+    size = (2 * MARGIN + len(columns) * step_x - GAP, bottom + legend_height + MARGIN)
     figure = Image.new("RGB", size, PAPER)
-    for column, (title, panels) in enumerate(columns.items()):
-        x = MARGIN + column * step_x
+    for number, column in enumerate(columns):
+        x = MARGIN + number * step_x
         middle = x + width // 2
-        _write(figure, title, (middle, MARGIN), TITLE_SIZE, INK, width)
-        for row, (picture, caption) in enumerate(panels):
+        _write(figure, column.title, (middle, MARGIN), TITLE_SIZE, INK, width)
+        for row, (picture, caption) in enumerate(column.panels):
             y = MARGIN + title_height + row * step_y
             figure.paste(picture, (x, y))
             _write(figure, caption, (middle, y + height + GAP // 2), CAPTION_SIZE, PALE, width)
+        if column.legend is not None:
+            _draw_legend(figure, column.legend, (x, bottom + GAP), width)
     return figure
 
 
 def _write(
     figure: Image.Image, text: str, place: tuple[int, int], size: int, ink: str, max_width: int
 ) -> None:
-    """Write text with its top centre at a place, shortened to what fits."""
+    """Write text with its top centre at a place, smaller or shortened until it fits."""
+    x, y = place
     font = ImageFont.load_default(size)
+    smallest = min(size, _TITLE_SIZE_MIN)
+    while font.getlength(text) > max_width and size > smallest:
+        size, y = size - 1, y + 1
+        font = ImageFont.load_default(size)
     if font.getlength(text) > max_width:
         while text and font.getlength(f"{text}...") > max_width:
             text = text[:-1]
         text = f"{text}..."
-    ImageDraw.Draw(figure).text(place, text, fill=ink, font=font, anchor="ma")
+    ImageDraw.Draw(figure).text((x, y), text, fill=ink, font=font, anchor="ma")
+
+
+def _draw_legend(figure: Image.Image, legend: Legend, place: tuple[int, int], width: int) -> None:
+    x, y = place
+    draw, font = ImageDraw.Draw(figure), ImageFont.load_default(_LEGEND_SIZE)
+    if legend.ramp is not None:
+        figure.paste(legend.ramp.resize((width, _BAR_HEIGHT)), (x, y))
+        y += _BAR_HEIGHT + 4
+        low, high = legend.ends
+        draw.text((x, y), low, fill=PALE, font=font, anchor="la")
+        draw.text((x + width, y), high, fill=PALE, font=font, anchor="ra")
+        y += _LEGEND_SIZE + GAP // 2
+    for line in _wrapped(legend.text, width):
+        draw.text((x, y), line, fill=INK, font=font, anchor="la")
+        y += _LEGEND_SIZE + 4
+
+
+def _legend_height(legend: Legend | None, width: int) -> int:
+    if legend is None:
+        return 0
+    scale = 0 if legend.ramp is None else _BAR_HEIGHT + 4 + _LEGEND_SIZE + GAP // 2
+    return GAP + scale + len(_wrapped(legend.text, width)) * (_LEGEND_SIZE + 4)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Break text into lines of at most a width in pixels."""
+    font = ImageFont.load_default(_LEGEND_SIZE)
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from clip_pgs.inspection.figure import Panel, draw_figure
+from clip_pgs.inspection.figure import Column, Legend, Panel, draw_figure
 from clip_pgs.inspection.model_input import ModelInput
-from clip_pgs.masking import (
-    MaskingStrategy,
-    PatchInputs,
-    PatchSelection,
-    create_masking,
-    masking_options,
-)
+from clip_pgs.inspection.stage_pictures import stage_columns
+from clip_pgs.inspection.stages import pgs_stages
+from clip_pgs.inspection.view import View, draw_noise, fit_strategy
+from clip_pgs.masking import MaskingStrategy
+from clip_pgs.masking.grid import patch_grid
 from clip_pgs.masking.patches import paint_kept
+from clip_pgs.masking.pgs_masking import PGSMasking
 
 # Smaller images are enlarged by a whole number until their shorter side reaches this.
 PANEL_SIZE = 224
@@ -30,17 +30,25 @@ def draw_masks(
     strategies: Mapping[str, MaskingStrategy],
     *,
     model_input: ModelInput | None = None,
+    model: nn.Module | None = None,
+    progress: float = 0.0,
+    stages: bool = False,
     names: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Image.Image:
     """Draw images and what each strategy keeps of them, masked patches in grey.
 
-    Selections are those at the start of training (`progress` 0), where pixels alone decide.
+    A strategy that training would calibrate (`cluster`) is fitted to these images; the one that
+    was passed stays as it is.
 
     Args:
         images: Of any size and mode; each is cropped as the model would crop it.
         strategies: Each by the title of its column.
         model_input: Image size, patch size and normalisation; None means 224 px in patches of 16.
+        model: A trained OpenCLIP model for strategies that look at more than pixels: its patch
+            embeddings, once `progress` > 0, and its attention.
+        progress: Completed share of the masked training steps, in [0, 1].
+        stages: Draw the steps of every PGS strategy before its column.
         names: Captions of the originals; None leaves them out.
         seed: Of the random draw, which is the same for every strategy.
 
@@ -48,57 +56,40 @@ def draw_masks(
         One row per image: the original, then what each strategy keeps, with its mask ratio.
 
     Raises:
-        ValueError: If there is no image, or `names` are not as many as `images`.
+        ValueError: If there is no image, `names` are not as many as `images`, a strategy needs a
+            model and there is none, or `stages` are asked for without a PGS strategy.
     """
     if not images:
         raise ValueError("there is no image to draw")
     names = [""] * len(images) if names is None else names
     if len(names) != len(images):
         raise ValueError(f"names must be as many as images, {len(images)}, got {len(names)}")
+    if stages and not any(isinstance(strategy, PGSMasking) for strategy in strategies.values()):
+        raise ValueError(f"stages are those of pgs, which is not among {', '.join(strategies)}")
     model_input = ModelInput() if model_input is None else model_input
+    view = View(model_input, model, progress)
 
     crops = [model_input.crop(image) for image in images]
     enlarged, patch_size = _enlarge(crops, model_input)
-    inputs = PatchInputs(model_input.normalise(crops), model_input.patch_size)
-    columns = {"original": _panels(enlarged, names)}
+    pixels = model_input.normalise(crops)
+    grid_size = patch_grid(model_input.image_size, model_input.patch_size)
+    noise_BN = draw_noise(len(crops), grid_size[0] * grid_size[1], seed=seed)
+
+    columns = [Column("original", _panels(enlarged, names))]
     for title, strategy in strategies.items():
-        selection = select_patches(strategy, inputs, seed=seed)
+        inputs = replace(view.inputs(pixels, strategy), noise=noise_BN)
+        legend = None
+        if stages and isinstance(strategy, PGSMasking):
+            found = pgs_stages(strategy, inputs)
+            columns += stage_columns(strategy, found, enlarged, grid_size)
+            legend = Legend("The highest scores are masked, the rest is what the model sees.")
+        with torch.no_grad():
+            selection = fit_strategy(strategy, [inputs], progress=progress)(inputs)
         mask_ratios = 1 - selection.kept_counts() / inputs.num_patches
         captions = [f"{mask_ratio:.2f} masked" for mask_ratio in mask_ratios.tolist()]
-        columns[title] = _panels(paint_kept(enlarged, selection, patch_size), captions)
+        kept = paint_kept(enlarged, selection, patch_size)
+        columns.append(Column(title, _panels(kept, captions), legend))
     return draw_figure(columns)
-
-
-def select_patches(
-    strategy: MaskingStrategy, inputs: PatchInputs, *, seed: int = 0
-) -> PatchSelection:
-    """Let a strategy choose, from a random stream of its own."""
-    generator = torch.Generator(device=inputs.device).manual_seed(seed)
-    with torch.no_grad():
-        return strategy(inputs, generator=generator)
-
-
-def create_strategies(
-    names: Sequence[str], *, mask_ratio: float | None = None, mask_ratio_min: float | None = None
-) -> dict[str, MaskingStrategy]:
-    """Build strategies by name, giving each of them the ratios that it takes.
-
-    Raises:
-        ValueError: If a name is unknown, a ratio is out of its range, or none of the strategies
-            takes a ratio that is given.
-    """
-    ratios = {"mask_ratio": mask_ratio, "mask_ratio_min": mask_ratio_min}
-    options = {option: ratio for option, ratio in ratios.items() if ratio is not None}
-    for option in options:
-        if not any(option in masking_options(name) for name in names):
-            raise ValueError(f"{option} has no effect on {', '.join(names)}")
-    return {
-        name: create_masking(
-            name,
-            **{option: options[option] for option in options.keys() & masking_options(name).keys()},
-        )
-        for name in names
-    }
 
 
 def _enlarge(

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 CONFIG_FILE = "open_clip_config.json"
+
+# The image tower alone is of interest.
+_TINY_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 
 
 @dataclass(frozen=True)
@@ -70,26 +73,79 @@ def read_model_input(source: str) -> ModelInput:
         ValueError: If `source` is none of these, or its image tower has no patches.
     """
     config = _read_config(source)
-    vision = config.get("model_cfg", config).get("vision_cfg")
-    # open_clip builds a ResNet from a list of layers, and timm's towers from a name.
-    if vision is None or "timm_model_name" in vision or isinstance(vision.get("layers"), list):
+    model_config = config.get("model_cfg", config)
+    vision = model_config.get("vision_cfg")
+    # open_clip builds a ResNet from a list of layers.
+    if not isinstance(vision, dict) or isinstance(vision.get("layers"), list):
         raise ValueError(f"the image tower of {source} is not open_clip's VisionTransformer")
     preprocess = config.get("preprocess_cfg", {})
+    if "timm_model_name" in vision:
+        image_size, patch_size = _timm_sizes(source, model_config)
+    else:
+        image_size = _pair(vision.get("image_size", 224))
+        patch_size = _pair(vision.get("patch_size", 16))
     return ModelInput(
-        image_size=_pair(vision.get("image_size", 224)),
-        patch_size=_pair(vision.get("patch_size", 16)),
+        image_size=image_size,
+        patch_size=patch_size,
         mean=tuple(preprocess.get("mean", OPENAI_MEAN)),
         std=tuple(preprocess.get("std", OPENAI_STD)),
     )
 
 
+def load_model(source: str) -> nn.Module:
+    """Load the model that a run has exported, in eval mode, on the CPU.
+
+    Args:
+        source: A run folder, or an export's own.
+
+    Raises:
+        ValueError: If there is no export with weights.
+    """
+    import open_clip
+
+    folder = export_folder(Path(source)) if Path(source).is_dir() else None
+    if folder is None or not any(folder.glob("open_clip_model.*")):
+        raise ValueError(
+            f"{source} has no weights to look at; "
+            "`python -m clip_pgs.training.export RUN` exports those of a run"
+        )
+    try:
+        return open_clip.create_model(f"local-dir:{folder}").eval()
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"cannot load the model in {folder}: {reason}") from None
+
+
+def export_folder(source: Path) -> Path | None:
+    """Return the folder with the config of a run or of an export, None where there is none."""
+    places = (source / "export", source)
+    return next((place for place in places if (place / CONFIG_FILE).is_file()), None)
+
+
+def _timm_sizes(source: str, config: dict[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return image and patch size of a timm tower, whose config names it and no more."""
+    import open_clip
+
+    from clip_pgs.integrations.open_clip import patch_size
+
+    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+    try:
+        # Sizes need neither memory nor time on this device.
+        with torch.device("meta"):
+            model = open_clip.CLIP(config["embed_dim"], vision, _TINY_TEXT)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"cannot build the image tower of {source}: {reason}") from None
+    return _pair(model.visual.image_size), patch_size(model)
+
+
 def _read_config(source: str) -> dict[str, Any]:
     path = Path(source)
     if path.is_dir():
-        places = [path / "export" / CONFIG_FILE, path / CONFIG_FILE]
-        path = next((place for place in places if place.is_file()), places[0])
-        if not path.is_file():
+        folder = export_folder(path)
+        if folder is None:
             raise ValueError(f"{source} holds neither export/{CONFIG_FILE} nor {CONFIG_FILE}")
+        path = folder / CONFIG_FILE
     elif path.suffix != ".json":
         return _known_config(source)
     try:

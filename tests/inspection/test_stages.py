@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import ot
+import pytest
+import torch
+
+from clip_pgs import create_masking
+from clip_pgs.inspection.stages import pgs_stages
+from clip_pgs.masking.patches import kept_patches, patchify
+from support.images import make_inputs
+
+GRID = (5, 6)
+
+
+def inputs_with_noise(**changes):
+    noise = torch.rand(2, 30, generator=torch.Generator().manual_seed(9))
+    return make_inputs(grid_size=GRID, noise=noise, **changes)
+
+
+def cosine(inputs, candidates):
+    patches = patchify(inputs.pixels, inputs.patch_size).double()
+    unit = torch.nn.functional.normalize(patches - patches.mean(dim=2, keepdim=True), dim=2)
+    return torch.stack(
+        [unit[image][candidates[image]] @ unit[image].T for image in range(len(unit))]
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"edges": False}, {"center_weight": 0.4}])
+def test_the_stages_lead_to_the_selection(options):
+    strategy = create_masking("pgs", mask_ratio=0.5, candidate_ratio=0.1, **options)
+    inputs = inputs_with_noise()
+    stages = pgs_stages(strategy, inputs)
+    scores = stages.scores.clone()
+    for image, candidates in enumerate(stages.candidates):
+        scores[image, candidates] += 10
+    masked = scores.argsort(dim=1, descending=True)[:, :15]
+    kept = kept_patches(strategy(inputs), 30)
+    assert not kept.gather(1, masked).any()
+    assert (strategy.mask_ratio, strategy.mask_ratio_min) == (0.5, 0.5)
+
+
+def test_without_edges_the_candidates_are_the_largest_random_numbers():
+    inputs = inputs_with_noise()
+    stages = pgs_stages(create_masking("pgs", edges=False, candidate_ratio=0.2), inputs)
+    expected = inputs.noise.topk(6, dim=1).indices.sort(dim=1).values
+    assert torch.equal(stages.candidates, expected)
+    assert stages.edges is None
+
+
+def test_the_owner_of_a_patch_has_the_largest_entry_of_pots_plan():
+    inputs = inputs_with_noise()
+    strategy = create_masking("pgs", candidate_ratio=0.2, temperature=0.3, num_iters=500)
+    stages = pgs_stages(strategy, inputs)
+    similarity = cosine(inputs, stages.candidates)
+    for image in range(2):
+        cost = 1 - similarity[image].numpy()
+        plan = ot.sinkhorn([1 / 6] * 6, [1 / 30] * 30, cost, 0.3, numItermax=5000, stopThr=1e-12)
+        most = torch.from_numpy(30 * plan).max(dim=0)
+        assert torch.equal(stages.owner[image], most.indices)
+        assert torch.allclose(stages.share[image].double(), most.values, atol=1e-3)
+
+
+def test_without_transport_the_owner_is_the_most_similar_candidate():
+    inputs = inputs_with_noise()
+    stages = pgs_stages(create_masking("pgs", transport=False, candidate_ratio=0.2), inputs)
+    nearest = cosine(inputs, stages.candidates).max(dim=1)
+    assert torch.equal(stages.owner, nearest.indices)
+    assert torch.allclose(stages.share.double(), nearest.values.clamp_min(0), atol=1e-5)
+
+
+def test_a_candidate_owns_nothing_beyond_its_neighbourhood():
+    stages = pgs_stages(
+        create_masking("pgs", neighbourhood=1, candidate_ratio=0.1), inputs_with_noise()
+    )
+    for image in range(2):
+        for position in range(30):
+            owner = int(stages.candidates[image, stages.owner[image, position]])
+            rows = abs(owner // GRID[1] - position // GRID[1])
+            columns = abs(owner % GRID[1] - position % GRID[1])
+            if max(rows, columns) > 1:
+                assert stages.share[image, position] == 0
+
+
+def test_inputs_without_noise_are_refused():
+    with pytest.raises(ValueError, match="need its noise, got none"):
+        pgs_stages(create_masking("pgs"), make_inputs())
