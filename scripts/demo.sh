@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The demo: make the world, train with PGS, evaluate, draw what PGS keeps. `bash clip-train.sh` runs
-# it. What is there already is kept; --fresh redoes the run, and flags after it go to training.
+# The demo: make the world, train with PGS, evaluate in all suites, draw what PGS keeps.
+# `bash clip-train.sh` runs it. What is there already is kept; --fresh redoes the run, and flags
+# after it go to training.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/environment.sh
@@ -41,7 +42,7 @@ if [[ "$table" -nt "$run/export" ]]; then
     cat "$table"
 else
     mkdir -p "$run/eval"
-    bash clip-test.sh "$run" --datasets demo | tee "$table.part"
+    bash clip-test.sh "$run" --suite all --datasets demo | tee "$table.part"
     mv "$table.part" "$table"
 fi
 
@@ -54,9 +55,10 @@ echo "$picture"
 
 step "Where everything lies"
 while read -r place meaning; do
-    printf '%-28s %s\n' "$place" "$meaning"
+    printf '%-34s %s\n' "$place" "$meaning"
 done <<END
 $run/export/ the model; open_clip opens it as local-dir:$PWD/$run/export
+$run/eval/report/report.html the report: figures, and the published numbers beside it
 $table the table above; beside it, one JSON per data set
 $picture the picture
 $run/out.log what training said; curves: tensorboard --logdir $run/tensorboard

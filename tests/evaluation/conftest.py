@@ -57,22 +57,42 @@ def color_png(index: int) -> bytes:
     return stream.getvalue()
 
 
-def write_dataset(folder: Path, samples, *, kind: str, num_shards: int = 1, num_classes: int = 0):
+def write_dataset(
+    folder: Path,
+    samples,
+    *,
+    kind: str,
+    num_shards: int = 1,
+    num_classes: int = 0,
+    split: str = "test",
+):
     """Write samples, pairs of a colour number and a label (a number, or a list of captions)."""
-    (folder / "test").mkdir(parents=True)
+    (folder / split).mkdir(parents=True)
     (folder / "dataset_type.txt").write_text(kind)
-    (folder / "test/nshards.txt").write_text(str(num_shards))
+    (folder / split / "nshards.txt").write_text(str(num_shards))
     if kind == "classification":
         names = "".join(f"number {index}\n" for index in range(num_classes))
         (folder / "classnames.txt").write_text(names)
         (folder / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}\n")
     for shard in range(num_shards):
-        with tarfile.open(folder / f"test/{shard}.tar", "w") as tar:
+        with tarfile.open(folder / split / f"{shard}.tar", "w") as tar:
             for key, (color, label) in list(enumerate(samples))[shard::num_shards]:
                 is_caption = kind == "retrieval"
                 text = "\n".join(label) if is_caption else str(label)
                 add_member(tar, f"{key:04}.png", color_png(color))
                 add_member(tar, f"{key:04}.{'txt' if is_caption else 'cls'}", text.encode())
+
+
+def write_pairs(folder: Path, splits) -> None:
+    """Write SugarCrepe's layout; a split is triples of a colour, the caption's and the other."""
+    (folder / "val2017").mkdir(parents=True, exist_ok=True)
+    for split, triples in splits.items():
+        items = {}
+        for number, (color, true, false) in enumerate(triples):
+            (folder / "val2017" / f"{color}.png").write_bytes(color_png(color))
+            names = {"caption": f"it is {true}", "negative_caption": f"it is {false}"}
+            items[str(number)] = {"filename": f"{color}.png", **names}
+        (folder / f"{split}.json").write_text(json.dumps(items))
 
 
 def add_member(tar, name: str, content: bytes) -> None:
@@ -83,7 +103,9 @@ def add_member(tar, name: str, content: bytes) -> None:
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
-    """Six classes with 3 of 12 images mislabelled; 12 image-caption pairs with 2 swapped."""
+    """Six classes with 3 of 12 test images mislabelled, and a clean train split of 24; 12
+    image-caption pairs with 2 swapped; two splits of caption pairs with 1 of 4 and 0 of 2 wrong.
+    """
     root = tmp_path_factory.mktemp("sets")
     labels = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     seen = [0, 0, 1, 1, 2, 3, 3, 3, 4, 0, 1, 5]
@@ -93,6 +115,20 @@ def data_root(tmp_path_factory):
         kind="classification",
         num_shards=2,
         num_classes=6,
+    )
+    write_dataset(
+        root / "six",
+        [(number % 6, number % 6) for number in range(24)],
+        kind="classification",
+        num_classes=6,
+        split="train",
+    )
+    write_pairs(
+        root / "sugar_crepe",
+        {
+            "add_att": [(0, 0, 1), (1, 1, 2), (2, 2, 3), (3, 4, 3)],
+            "swap_obj": [(5, 5, 6), (6, 6, 7)],
+        },
     )
     order = [1, 0, *range(2, NUM_COLORS)]
     pairs = [(color, [f"it is {n}", f"so {n}"]) for color, n in zip(order, range(12), strict=True)]
@@ -119,6 +155,12 @@ def finished_run(tmp_path_factory):
     model = open_clip.create_model("tiny-eval-vit")
     save_run_files(run, model)
     return run
+
+
+@pytest.fixture
+def save_run():
+    """Return what writes a model as the checkpoint and the export of a run."""
+    return save_run_files
 
 
 def save_run_files(run: Path, model: torch.nn.Module) -> None:

@@ -25,13 +25,15 @@ def run(finished_run, tmp_path, monkeypatch):
 
 @pytest.fixture
 def options(dataset_list, data_root):
-    return ["--datasets", str(dataset_list), "--data-root", str(data_root), "--workers", "0"]
+    sets = ["--datasets", str(dataset_list), "--data-root", str(data_root)]
+    return [*sets, "--workers", "0", "--no-report"]
 
 
 def test_run_is_evaluated_into_its_own_folder(run, options, capsys):
     assert main([str(run), *options]) == 0
     names = {path.name for path in (run / "eval").iterdir()}
     assert names == {
+        "features",
         "results.csv",
         "zeroshot_classification_six.json",
         "zeroshot_retrieval_pairs.json",
@@ -55,6 +57,27 @@ def test_missing_set_gives_exit_code_1_and_a_row(run, options, dataset_list, cap
     with (run / "eval/results.csv").open() as file:
         rows = {row["dataset"]: row["status"] for row in csv.DictReader(file)}
     assert rows == {"six": "done", "not/here": "missing"}
+
+
+def test_report_is_written_and_named_in_the_last_line(run, options, capsys):
+    assert main([str(run), *options[:-1]]) == 0
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line == f"The report is {run}/eval/report/report.html"
+    page = (run / "eval/report/report.html").read_text()
+    assert "tiny_run" in page
+    assert "six" in page
+
+
+def test_report_is_on_the_present_weights_alone(run, options, save_run):
+    assert main([str(run), *options]) == 0
+    model = load_model(run).model
+    with torch.no_grad():
+        model.visual.proj.mul_(2.0)
+    save_run(run, model)
+    assert main([str(run), *options[:-1], "--suite", "zeroshot-retrieval"]) == 0
+    table = (run / "eval/report/results.csv").read_text()
+    assert "pairs" in table
+    assert "six" not in table
 
 
 def test_missing_demo_data_comes_with_the_command_that_makes_it(run, capsys, caplog):
@@ -107,6 +130,27 @@ def test_weights_with_nan_give_exit_code_2_and_no_files(run, options, capsys):
     assert main([str(path), *options]) == 2
     assert "visual.proj holds 1 NaN" in capsys.readouterr().err
     assert not Path("eval_results").exists()
+
+
+def test_a_second_call_does_nothing_again_but_force_does(run, options, caplog):
+    assert main([str(run), *options]) == 0
+    caplog.clear()
+    assert main([str(run), *options]) == 0
+    assert caplog.text.count("done before") == 2
+    caplog.clear()
+    assert main([str(run), *options, "--force"]) == 0
+    assert "done before" not in caplog.text
+
+
+def test_an_interruption_gives_exit_code_130_and_says_how_to_go_on(
+    run, options, capsys, monkeypatch
+):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clip_pgs.evaluation.command.evaluate", interrupt)
+    assert main([str(run), *options]) == 130
+    assert capsys.readouterr().err.endswith("interrupted; the same command continues\n")
 
 
 # One process for both calls: importing clip_benchmark takes seconds.

@@ -1,6 +1,9 @@
 import csv
 import json
 import math
+import shutil
+import tarfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +120,67 @@ def test_weights_that_are_not_finite_are_refused_before_scoring(
     with pytest.raises(ValueError, match="colors holds 1 NaN or infinite"):
         evaluate(color_model, eval_sets, workers=0, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_features_that_are_not_finite_stop_the_model(color_model, eval_sets, tmp_path):
+    color_model.model.encode_image = lambda pixels: pixels.mean(dim=(2, 3)) / 0.0
+    with pytest.raises(ValueError, match="features of colors on six are not finite"):
+        evaluate(color_model, eval_sets, workers=0, output=tmp_path / "out")
+    assert not list(tmp_path.glob("out/*.json"))
+
+
+def test_a_model_that_knows_one_class_only_is_at_chance(color_model, eval_sets):
+    color_model.model.encode_image = lambda pixels: color_model.model.colors[:1].expand(
+        len(pixels), 3
+    )
+    metrics = evaluate(color_model, eval_sets[:1], workers=0)[0].metrics
+    assert metrics["acc1"] == pytest.approx(1 / 6)
+    assert metrics["mean_per_class_recall"] == pytest.approx(1 / 6)
+
+
+def test_constant_features_are_at_chance_in_retrieval(color_model, eval_sets):
+    color_model.model.encode_image = lambda pixels: torch.ones(len(pixels), 3)
+    color_model.model.encode_text = lambda tokens: torch.ones(len(tokens), 3)
+    metrics = evaluate(color_model, eval_sets[1:], workers=0)[0].metrics
+    # The ten first of twelve, and of 24 texts, whichever these are.
+    assert metrics["image_retrieval_recall@1"] == pytest.approx(1 / 12)
+    assert metrics["image_retrieval_recall@10"] == pytest.approx(10 / 12)
+    assert metrics["text_retrieval_recall@1"] == pytest.approx(1 / 12)
+
+
+def test_metrics_do_not_depend_on_which_number_a_class_has(color_model, data_root, tmp_path):
+    before = load_suite(
+        "zeroshot-classification",
+        datasets=write_list(tmp_path, "six"),
+        data_root=str(data_root),
+    )
+    after = permuted_copy(data_root / "six", tmp_path / "permuted")
+    first, second = (
+        evaluate(color_model, sets, workers=0)[0].metrics
+        for sets in (before, [replace(before[0], location=str(after))])
+    )
+    assert first == second
+
+
+def write_list(folder, *lines):
+    path = folder / "list.txt"
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def permuted_copy(source, target):
+    """Give class `c` the number 5 - c, in the labels and in the list of names."""
+    shutil.copytree(source, target)
+    names = (source / "classnames.txt").read_text().splitlines()
+    (target / "classnames.txt").write_text("\n".join(reversed(names)) + "\n")
+    for shard in target.glob("test/*.tar"):
+        content = bytearray(shard.read_bytes())
+        with tarfile.open(shard) as tar:
+            offsets = [member.offset_data for member in tar if member.name.endswith(".cls")]
+        for offset in offsets:
+            content[offset] = ord("5") - (content[offset] - ord("0"))
+        shard.write_bytes(content)
+    return target
 
 
 def test_model_is_left_in_its_own_mode(color_model, eval_sets):

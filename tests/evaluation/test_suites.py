@@ -4,26 +4,40 @@ from functools import partial
 
 import pytest
 
-from clip_pgs.evaluation import evaluate, load_suite
-from clip_pgs.evaluation.datasets import HUB_ROOT, locate
+from clip_pgs.evaluation import SUITES, evaluate, load_suite
+from clip_pgs.evaluation.datasets import CAPTION_PAIR_SPLITS, HUB_ROOT, locate
 
 
-def test_paper_lists_hold_its_twenty_sets():
-    names = [s.name for s in load_suite("zeroshot-classification", datasets="paper")]
-    assert len(names) == len(set(names)) == 17
-    assert {"food101", "vtab/cifar10", "fgvc_aircraft", "vtab/pcam"} <= set(names)
-    retrieval = [s.name for s in load_suite("zeroshot-retrieval", datasets="paper")]
-    assert retrieval == ["mscoco_captions", "flickr8k", "flickr30k"]
-    assert len(load_suite("all", datasets="paper")) == 20
+def names(suite, datasets):
+    return [eval_set.name for eval_set in load_suite(suite, datasets=datasets)]
 
 
-def test_demo_lists_are_the_default():
-    found = {s.name: (s.suite, s.location) for s in load_suite()}
-    assert found == {
-        "shape": ("zeroshot-classification", "data/demo/eval/shape"),
-        "color": ("zeroshot-classification", "data/demo/eval/color"),
-        "retrieval": ("zeroshot-retrieval", "data/demo/eval/retrieval"),
-    }
+def test_paper_lists_hold_the_sets_of_its_five_evaluations():
+    classification = names("zeroshot-classification", "paper")
+    assert len(classification) == len(set(classification)) == 17
+    assert {"food101", "vtab/cifar10", "fgvc_aircraft", "vtab/pcam"} <= set(classification)
+    assert names("zeroshot-retrieval", "paper") == ["mscoco_captions", "flickr8k", "flickr30k"]
+    assert names("linear-probe", "paper") == ["vtab/cifar10", "vtab/cifar100", "imagenet1k"]
+    variants = ["imagenetv2", "imagenet-a", "imagenet-r", "imagenet-o", "imagenet_sketch"]
+    assert names("robustness", "paper") == ["imagenet1k", *variants]
+    splits = {f"sugar_crepe/{split}" for split in CAPTION_PAIR_SPLITS}
+    assert set(names("compositionality", "paper")) == splits
+    assert len(load_suite("all", datasets="paper")) == 17 + 3 + 3 + 6 + 7
+
+
+def test_demo_lists_of_all_suites_are_the_default():
+    found = {(s.suite, s.name): s.location for s in load_suite()}
+    assert list(dict.fromkeys(suite for suite, _ in found)) == list(SUITES)
+    for suite in ("zeroshot-classification", "linear-probe", "robustness"):
+        assert found[suite, "shape"] == "data/demo/eval/shape"
+    assert found["zeroshot-retrieval", "retrieval"] == "data/demo/eval/retrieval"
+    assert found["compositionality", "sugar_crepe/swap_att"] == "data/demo/eval/sugar_crepe"
+
+
+@pytest.mark.parametrize("datasets", ["demo", "paper"])
+def test_first_set_of_robustness_is_the_one_the_others_vary(datasets):
+    plain = [s.name for s in load_suite("robustness", datasets=datasets) if s.is_reference]
+    assert plain == ["shape" if datasets == "demo" else "imagenet1k"]
 
 
 def test_own_list_goes_to_the_suites_by_declared_type(dataset_list, data_root):
@@ -31,6 +45,33 @@ def test_own_list_goes_to_the_suites_by_declared_type(dataset_list, data_root):
     found = {s.name: s.task for s in load_suite("all", **options)}
     assert found == {"six": "zeroshot_classification", "pairs": "zeroshot_retrieval"}
     assert [s.name for s in load_suite("zeroshot-retrieval", **options)] == ["pairs"]
+
+
+def test_lines_of_an_own_list_marked_for_a_suite_go_there_alone(tmp_path, data_root):
+    path = tmp_path / "list.txt"
+    path.write_text("linear-probe: six\nrobustness: six\nsugar_crepe/add_att\n")
+    options = {"datasets": str(path), "data_root": str(data_root)}
+    found = [(s.suite, s.name, s.task) for s in load_suite("all", **options)]
+    assert found == [
+        ("linear-probe", "six", "linear_probe"),
+        ("robustness", "six", "zeroshot_classification"),
+        ("compositionality", "sugar_crepe/add_att", "image_caption_selection"),
+    ]
+
+
+@pytest.mark.parametrize("suite", ["linear-probe", "robustness", "zeroshot-classification"])
+def test_own_list_belongs_to_the_one_suite_asked_for(dataset_list, data_root, suite):
+    found = load_suite(suite, datasets=str(dataset_list), data_root=str(data_root))
+    assert [(s.suite, s.name) for s in found] == [(suite, "six")]
+
+
+def test_caption_pairs_are_found_in_their_folder_and_in_the_root_itself(data_root):
+    folder = str(data_root / "sugar_crepe")
+    name = "sugar_crepe/add_att"
+    assert locate(name, str(data_root)) == (name, folder)
+    assert locate(name, folder) == (name, folder)
+    assert locate(f"{folder}/add_att", ".") == (name, folder)
+    assert locate(name, "/sets/{dataset_cleaned}") == (name, "/sets/sugar_crepe")
 
 
 @pytest.mark.parametrize("folder", ["vtab/cifar10", "vtab-cifar10", "wds_vtab-cifar10"])
@@ -60,6 +101,7 @@ def test_template_is_filled_as_clip_benchmark_does():
         ("# nothing\n\n", {}, "names no data set"),
         ("six", {"name": "zeroshot-retrieval"}, "names no data set of the suite"),
         ("six\nwds/six", {}, "two data sets named six"),
+        ("robustness: pairs", {}, "marks pairs for robustness, which cannot evaluate retrieval"),
     ],
 )
 def test_bad_request_is_told_in_a_sentence(tmp_path, data_root, text, options, sentence):

@@ -1,7 +1,14 @@
 from clip_pgs.evaluation import Result, format_table
 
 
-def result(dataset, suite="zeroshot-classification", status="done", metrics=None, error=None):
+def result(
+    dataset,
+    suite="zeroshot-classification",
+    status="done",
+    metrics=None,
+    error=None,
+    details=None,
+):
     return Result(
         suite=suite,
         dataset=dataset,
@@ -15,6 +22,7 @@ def result(dataset, suite="zeroshot-classification", status="done", metrics=None
         model="m",
         pretrained="",
         weights_digest="",
+        details=details or {},
     )
 
 
@@ -55,3 +63,60 @@ def test_table_has_one_block_per_suite():
 def test_table_of_missing_sets_alone_has_their_reasons():
     text = format_table([result("gone", status="missing", error="no folder gone")])
     assert text == "zeroshot-classification\ngone" + " " * 21 + "missing: no folder gone\n"
+
+
+def test_robustness_has_the_averages_with_and_without_the_plain_set():
+    values = {"photos": 0.6, "sketches": 0.3, "drawings": 0.1}
+    text = format_table(
+        [
+            result(
+                name,
+                suite="robustness",
+                metrics={"acc1": value},
+                details={"is_reference": True} if name == "photos" else {},
+            )
+            for name, value in values.items()
+        ]
+    )
+    assert text == (
+        "robustness       acc1  samples\n"
+        "photos           60.0      100\n"
+        "sketches         30.0      100\n"
+        "drawings         10.0      100\n"
+        "ID average (3)   33.3\n"
+        "OOD average (2)  20.0\n"
+    )
+
+
+def test_compositionality_shows_ties_and_the_averages_of_its_parts():
+    accuracies = {"add_att": 0.5, "swap_att": 0.7, "replace_rel": 0.4}
+    text = format_table(
+        [
+            result(
+                f"sugar_crepe/{split}",
+                suite="compositionality",
+                metrics={"acc": value},
+                details={"ties": 3},
+            )
+            for split, value in accuracies.items()
+        ]
+    )
+    assert text == (
+        "compositionality             acc  ties  samples\n"
+        "sugar_crepe/add_att         50.0     3      100\n"
+        "sugar_crepe/swap_att        70.0     3      100\n"
+        "sugar_crepe/replace_rel     40.0     3      100\n"
+        "average (3)                 53.3\n"
+        "attribute average (2 of 3)  60.0\n"
+        "relation average (1)        40.0\n"
+    )
+
+
+def test_linear_probe_shows_the_regularisation_it_chose():
+    metrics = {"lp_acc1": 0.5, "lp_acc5": 0.9, "lp_mean_per_class_recall": 0.4}
+    details = {"regularisation": 0.31622}
+    text = format_table([result("six", suite="linear-probe", metrics=metrics, details=details)])
+    assert text == (
+        "linear-probe  acc1  acc5  recall  regularisation  samples\n"
+        "six           50.0  90.0    40.0           0.316      100\n"
+    )

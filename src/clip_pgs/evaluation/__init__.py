@@ -1,4 +1,4 @@
-"""Evaluation with clip_benchmark, as functions and as `python -m clip_pgs.evaluation`.
+"""Evaluation in five suites, as functions and as `python -m clip_pgs.evaluation`.
 
 from clip_pgs.evaluation import evaluate, format_table, load_model, load_suite
 
@@ -6,6 +6,7 @@ results = evaluate(load_model("logs/demo"), load_suite("zeroshot-retrieval"))
 print(format_table(results))
 """
 
+from clip_pgs.evaluation.averages import Average, averages
 from clip_pgs.evaluation.datasets import EvalSet
 from clip_pgs.evaluation.models import LoadedModel, load_model
 from clip_pgs.evaluation.results import Result, read_results
@@ -16,10 +17,12 @@ from clip_pgs.evaluation.weights import check_finite, weights_digest
 
 __all__ = [
     "SUITES",
+    "Average",
     "EvalSet",
     "LoadedModel",
     "Result",
     "Suite",
+    "averages",
     "check_finite",
     "evaluate",
     "format_table",

@@ -1,14 +1,17 @@
-"""Where the data sets of a list are: clip_benchmark's webdataset folders, on disk or on the hub.
+"""Where the data sets of a list are: folders in clip_benchmark's layouts, on disk or on the hub.
 
 A data set is a folder with `test/nshards.txt`, `test/0.tar`, ... and, beside them,
-`dataset_type.txt`, `classnames.txt` and `zeroshot_classification_templates.txt`.
+`dataset_type.txt`, `classnames.txt` and `zeroshot_classification_templates.txt`. SugarCrepe's
+seven splits are one folder with `add_att.json`, ... and the images in `val2017/`.
 
 One rule leads from a name and a data root to the folder:
 
 - a root with `{dataset}` or `{dataset_cleaned}` is a template, filled in as clip_benchmark does
   (`vtab/cifar10` and `vtab-cifar10`); it may be a URL, and `hub` is short for `HUB_ROOT`;
 - under any other root it is the first folder that exists of `NAME`, `CLEANED` and `wds_CLEANED`
-  (the name of a clone from the hub). `NAME` may be a path of its own.
+  (the name of a clone from the hub). `NAME` may be a path of its own;
+- `sugar_crepe/SPLIT` is a split of the folder `sugar_crepe`, or of the data root itself where that
+  holds `SPLIT.json`. The hub has no copy of it, so that it is looked for in `data/eval` there.
 """
 
 from __future__ import annotations
@@ -17,7 +20,18 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+PAIRS_TYPE = "caption pairs"
+CAPTION_PAIR_SPLITS = (
+    "add_att",
+    "add_obj",
+    "replace_att",
+    "replace_obj",
+    "replace_rel",
+    "swap_att",
+    "swap_obj",
+)
 HUB_ROOT = "https://huggingface.co/datasets/clip-benchmark/wds_{dataset_cleaned}/tree/main"
+_LOCAL_ROOT = "data/eval"
 _HUB_TIMEOUT_S = 20
 
 
@@ -30,12 +44,21 @@ class EvalSet:
         location: Folder or URL; the place that was looked in if there is none.
         suite: Name of the suite, such as "zeroshot-classification".
         task: clip_benchmark's name of the task, such as "zeroshot_classification".
+        is_reference: Whether the suite's other sets are variants of this one.
     """
 
     name: str
     location: str
     suite: str
     task: str
+    is_reference: bool = False
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Parts of the data set that are read: webdataset splits, or SugarCrepe's split."""
+        if self.task == "image_caption_selection":
+            return (self.name.rsplit("/", 1)[-1],)
+        return ("train", "test") if self.task == "linear_probe" else ("test",)
 
     @property
     def file_stem(self) -> str:
@@ -59,6 +82,8 @@ def locate(name: str, data_root: str) -> tuple[str, str]:
         The name to show, and the folder or URL where the data set should be.
     """
     short_name = name.removeprefix("wds/").rstrip("/")
+    if is_caption_pairs(short_name):
+        return _locate_caption_pairs(short_name, data_root)
     cleaned = short_name.replace("/", "-")
     if data_root == "hub":
         data_root = HUB_ROOT
@@ -72,6 +97,25 @@ def locate(name: str, data_root: str) -> tuple[str, str]:
     if short_name.startswith((".", "/", "~")):
         short_name = folder.resolve().name
     return short_name, str(folder)
+
+
+def is_caption_pairs(name: str) -> bool:
+    """Say whether a line names a split of SugarCrepe, or of a folder in its layout."""
+    folder, _, split = name.rpartition("/")
+    return bool(folder) and split in CAPTION_PAIR_SPLITS
+
+
+def _locate_caption_pairs(name: str, data_root: str) -> tuple[str, str]:
+    folder_name, _, split = name.rpartition("/")
+    shown = f"{Path(folder_name).name}/{split}"
+    if data_root == "hub":
+        data_root = _LOCAL_ROOT
+    if is_template(data_root):
+        filled = data_root.replace("{dataset_cleaned}", folder_name)
+        return shown, filled.replace("{dataset}", folder_name)
+    candidates = [Path(data_root, folder_name).expanduser(), Path(data_root)]
+    holders = (path for path in candidates if (path / f"{split}.json").is_file())
+    return shown, str(next(holders, candidates[0]))
 
 
 def is_template(data_root: str) -> bool:
@@ -115,7 +159,7 @@ def dataset_type(location: str) -> str | None:
         location: Folder or URL of the data set.
 
     Returns:
-        The type, or None if the data set is not there or declares none.
+        The type, or None if the data set is not there or declares none, as many on the hub do.
     """
     try:
         declared = read_metadata(location, "dataset_type.txt")
@@ -124,32 +168,34 @@ def dataset_type(location: str) -> str | None:
     return declared.lower() if declared else None
 
 
-def count_shards(location: str) -> int:
-    """Return how many test shards a data set has.
+def count_shards(location: str, split: str = "test") -> int:
+    """Return how many shards a split of a data set has.
 
     Args:
         location: Folder or URL of the data set.
+        split: "test" or "train".
 
     Raises:
-        FileNotFoundError: If there is no data set, with the reason as its message.
-        ValueError: If `test/nshards.txt` holds no positive number.
+        FileNotFoundError: If there is no such split, or it lacks a shard, with the reason as its
+            message.
+        ValueError: If `SPLIT/nshards.txt` holds no positive number.
     """
     is_url = "://" in location
     if not is_url and not Path(location).is_dir():
         raise FileNotFoundError(f"no folder {location}")
     try:
-        text = read_metadata(location, "test/nshards.txt")
+        text = read_metadata(location, f"{split}/nshards.txt")
     except OSError as error:
         raise FileNotFoundError(f"cannot reach {location} ({type(error).__name__})") from error
     if text is None:
-        raise FileNotFoundError(f"{location} has no test/nshards.txt")
+        raise FileNotFoundError(f"{location} has no {split}/nshards.txt")
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{location}/test/nshards.txt must hold a number >= 1, got {text!r}")
+        raise ValueError(f"{location}/{split}/nshards.txt must hold a number >= 1, got {text!r}")
 
     if not is_url:
-        absent = [i for i in range(int(text)) if not Path(location, "test", f"{i}.tar").is_file()]
+        absent = [i for i in range(int(text)) if not Path(location, split, f"{i}.tar").is_file()]
         if absent:
             raise FileNotFoundError(
-                f"{location} lacks test/{absent[0]}.tar ({len(absent)} of {text} shards)"
+                f"{location} lacks {split}/{absent[0]}.tar ({len(absent)} of {text} shards)"
             )
     return int(text)

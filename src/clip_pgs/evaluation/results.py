@@ -30,9 +30,11 @@ class Result:
         seconds: Wall time.
         task: clip_benchmark's name of the task.
         location: Folder or URL of the data set.
+        details: Whatever explains a number: the regularisation of a probe, ties, ...
         model: Short name of the model.
         pretrained: Where its weights came from.
         weights_digest: SHA-256 of the weights; see `weights_digest`.
+        identity: SHA-256 of all that the numbers depend on; see `Identity`. Empty where unknown.
         settings: Device, precision and batch size.
         versions: Of the packages that the numbers depend on.
         date: When the data set was finished, UTC, ISO 8601.
@@ -51,6 +53,8 @@ class Result:
     model: str
     pretrained: str
     weights_digest: str
+    details: dict[str, Any] = field(default_factory=dict)
+    identity: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     date: str = ""
@@ -67,13 +71,25 @@ def write_result(result: Result, path: Path) -> None:
 
 def read_results(folder: Path) -> list[Result]:
     """Read the results of a folder, in the order of their file names; skip other JSON files."""
+    return [result for _, result in result_files(folder)]
+
+
+def result_files(folder: Path) -> list[tuple[Path, Result]]:
+    """Return the result files of a folder with what they hold, in the order of their names."""
+    read = ((path, read_result(path)) for path in sorted(folder.glob("*.json")))
+    return [(path, result) for path, result in read if result is not None]
+
+
+def read_result(path: Path) -> Result | None:
+    """Read one result; None if the file is not there or is no result."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or "weights_digest" not in content:
+        return None
     names = {column.name for column in fields(Result)}
-    contents = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [
-        Result(**{name: content[name] for name in names & content.keys()})
-        for content in contents
-        if isinstance(content, dict) and "weights_digest" in content
-    ]
+    return Result(**{name: content[name] for name in names & content.keys()})
 
 
 def write_csv(results: Iterable[Result], path: Path) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_pgs.evaluation.datasets import EvalSet, dataset_type, is_template, locate
+from clip_pgs.evaluation.datasets import (
+    PAIRS_TYPE,
+    EvalSet,
+    dataset_type,
+    is_caption_pairs,
+    is_template,
+    locate,
+)
 
 
 @dataclass(frozen=True)
@@ -16,24 +23,50 @@ class Suite:
     Attributes:
         name: What users type after `--suite`.
         task: clip_benchmark's name of the task.
-        accepts: Says whether a data set of a declared type belongs to the suite.
+        types: Types of data sets that it can evaluate.
+        takes_by_type: Whether `--suite all` gives it the sets of these types in a list of one's
+            own. The other suites take only those that are marked for them.
     """
 
     name: str
     task: str
-    accepts: Callable[[str], bool]
+    types: tuple[str, ...]
+    takes_by_type: bool = True
+
+    @property
+    def list_stem(self) -> str:
+        """Name of its lists in `configs/eval`, without `_demo.txt` or `_paper.txt`."""
+        return self.name.replace("-", "_")
 
 
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("zeroshot-classification", "zeroshot_classification", lambda t: t != "retrieval"),
-        Suite("zeroshot-retrieval", "zeroshot_retrieval", lambda t: t == "retrieval"),
+        Suite(
+            "zeroshot-classification", "zeroshot_classification", ("classification", "multilabel")
+        ),
+        Suite("zeroshot-retrieval", "zeroshot_retrieval", ("retrieval",)),
+        Suite("linear-probe", "linear_probe", ("classification",), takes_by_type=False),
+        Suite("robustness", "zeroshot_classification", ("classification",), takes_by_type=False),
+        Suite("compositionality", "image_caption_selection", (PAIRS_TYPE,)),
     )
 }
 
-_DEFAULT_ROOTS = {"demo": "data/demo/eval", "paper": "data/eval"}
+DEFAULT_ROOTS = {"demo": "data/demo/eval", "paper": "data/eval"}
 _RETRIEVAL_NAMES = ("mscoco_captions", "flickr8k", "flickr30k")
+
+
+@dataclass(frozen=True)
+class ListLine:
+    """A line of a data set list.
+
+    Attributes:
+        name: The data set.
+        suite: The suite the line is marked for, or None.
+    """
+
+    name: str
+    suite: str | None
 
 
 def load_suite(
@@ -44,58 +77,93 @@ def load_suite(
     Args:
         name: A key of `SUITES`, or "all".
         datasets: "demo" or "paper", the lists in `configs/eval`; or the path of a list of your
-            own, with one data set per line, from which each suite takes the sets of its type.
+            own, with one data set per line. A line `SUITE: NAME` is for that suite alone. Other
+            lines go to every suite asked for that can evaluate their type; with "all", to
+            zero-shot classification, zero-shot retrieval or compositionality.
         data_root: Where the data sets are: a folder, a template with `{dataset}` or
             `{dataset_cleaned}`, or "hub". By default `data/demo/eval` for "demo", `data/eval`
             for "paper", and the working directory for a list of your own.
 
+    Returns:
+        The sets, suite by suite. Of robustness, the first is the one the others vary.
+
     Raises:
-        ValueError: If suite, list or data root is unknown, a list is empty or names a data set
-            twice, or none of its data sets belongs to the suite.
+        ValueError: If suite, list or data root is unknown, a list is empty, names a data set
+            twice or marks one for a suite that cannot evaluate it, or none of its data sets
+            belongs to the suite.
     """
     if name != "all" and name not in SUITES:
         raise ValueError(f"unknown suite {name!r}; choose from {', '.join(SUITES)}, all")
     suites = list(SUITES.values()) if name == "all" else [SUITES[name]]
     if data_root is None:
-        data_root = _DEFAULT_ROOTS.get(datasets, ".")
+        data_root = DEFAULT_ROOTS.get(datasets, ".")
     elif not (data_root == "hub" or is_template(data_root) or Path(data_root).is_dir()):
         raise ValueError(f"data root {data_root} is not a folder")
 
-    if datasets in _DEFAULT_ROOTS:
+    if datasets in DEFAULT_ROOTS:
         eval_sets = [
-            _eval_set(line, data_root, suite)
+            eval_set
             for suite in suites
-            for line in read_list(_lists_folder() / f"{suite.task}_{datasets}.txt")
+            for eval_set in _sets_of(
+                suite, read_list(_lists_folder() / f"{suite.list_stem}_{datasets}.txt"), data_root
+            )
         ]
         return _without_clash(eval_sets, datasets)
     if not Path(datasets).is_file():
         raise ValueError(f"unknown data set list {datasets!r}; choose demo, paper or a list file")
     lines = read_list(Path(datasets))
-    eval_sets = [
-        _eval_set(line, data_root, suite)
-        for suite in suites
-        for line in lines
-        if suite.accepts(_type_of(line, data_root))
-    ]
+    types = {line: _type_of(line.name, data_root) for line in lines}
+    _check_marks(types, datasets)
+    eval_sets = []
+    for suite in suites:
+        by_type = suite.takes_by_type or name != "all"
+        chosen = [
+            line
+            for line in lines
+            if line.suite == suite.name
+            or (line.suite is None and by_type and types[line] in suite.types)
+        ]
+        eval_sets += _sets_of(suite, chosen, data_root)
     if not eval_sets:
         raise ValueError(f"{datasets} names no data set of the suite {name}")
     return _without_clash(eval_sets, datasets)
 
 
-def read_list(path: Path) -> list[str]:
-    """Read a list: one data set per line, `#` starts a comment.
+def read_list(path: Path) -> list[ListLine]:
+    """Read a list: one data set per line, `SUITE: NAME` or `NAME`; `#` starts a comment.
 
     Args:
         path: The list file.
 
     Raises:
-        ValueError: If the list is empty.
+        ValueError: If the list is empty or is no text.
     """
-    lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    names = [line for line in lines if line]
-    if not names:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the data set list {path}: {error}") from error
+    texts = [line.split("#")[0].strip() for line in content.splitlines()]
+    lines = [_read_line(text) for text in texts if text]
+    if not lines:
         raise ValueError(f"{path} names no data set")
-    return names
+    return lines
+
+
+def _read_line(text: str) -> ListLine:
+    mark, colon, name = text.partition(":")
+    # A colon may also be a path's; only a suite before it makes it a mark.
+    if colon and mark.strip() in SUITES:
+        return ListLine(name.strip(), mark.strip())
+    return ListLine(text, None)
+
+
+def _check_marks(types: dict[ListLine, str], datasets: str) -> None:
+    for line, data_type in types.items():
+        if line.suite is not None and data_type not in SUITES[line.suite].types:
+            raise ValueError(
+                f"{datasets} marks {line.name} for {line.suite}, which cannot evaluate "
+                f"{data_type} sets"
+            )
 
 
 def _without_clash(eval_sets: list[EvalSet], datasets: str) -> list[EvalSet]:
@@ -107,15 +175,21 @@ def _without_clash(eval_sets: list[EvalSet], datasets: str) -> list[EvalSet]:
     return eval_sets
 
 
-def _eval_set(line: str, data_root: str, suite: Suite) -> EvalSet:
-    name, location = locate(line, data_root)
-    return EvalSet(name=name, location=location, suite=suite.name, task=suite.task)
+def _sets_of(suite: Suite, lines: Sequence[ListLine], data_root: str) -> list[EvalSet]:
+    eval_sets = []
+    for number, line in enumerate(lines):
+        name, location = locate(line.name, data_root)
+        is_reference = suite.name == "robustness" and number == 0
+        eval_sets.append(EvalSet(name, location, suite.name, suite.task, is_reference))
+    return eval_sets
 
 
-def _type_of(line: str, data_root: str) -> str:
-    name, location = locate(line, data_root)
+def _type_of(name: str, data_root: str) -> str:
+    if is_caption_pairs(name):
+        return PAIRS_TYPE
+    shown, location = locate(name, data_root)
     # A set that is not there is reported under the suite that its name suggests.
-    by_name = "retrieval" if name in _RETRIEVAL_NAMES else "classification"
+    by_name = "retrieval" if shown in _RETRIEVAL_NAMES else "classification"
     return dataset_type(location) or by_name
 
 

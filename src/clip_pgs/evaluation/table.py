@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from clip_pgs.evaluation.averages import Average, averages
 from clip_pgs.evaluation.results import DONE, Result, ordered_metrics
 
 _LABELS = {
     "mean_per_class_recall": "recall",
     "mean_average_precision": "mAP",
+    "lp_acc1": "acc1",
+    "lp_acc5": "acc5",
+    "lp_mean_per_class_recall": "recall",
     **{f"text_retrieval_recall@{k}": f"text R@{k}" for k in (1, 5, 10)},
     **{f"image_retrieval_recall@{k}": f"image R@{k}" for k in (1, 5, 10)},
 }
+_AVERAGE_LABELS = {
+    "id_average": "ID average",
+    "ood_average": "OOD average",
+    "object": "object average",
+    "attribute": "attribute average",
+    "relation": "relation average",
+}
+# Facts about a number that stand beside it, by their place in `details`.
+_FACTS = {"linear-probe": "regularisation", "compositionality": "ties"}
 
 
 def format_table(results: Sequence[Result]) -> str:
@@ -21,31 +34,65 @@ def format_table(results: Sequence[Result]) -> str:
         results: Results in the order to show them.
 
     Returns:
-        Text that ends in a newline. Metrics are in percent; an average stands below the sets of
-        a suite, over those that were done.
+        Text that ends in a newline. Metrics are in percent; the averages of a suite stand below
+        its sets, each over those that were done.
+
+    Raises:
+        ValueError: If the results are those of several models.
     """
-    suites = list(dict.fromkeys(result.suite for result in results))
-    blocks = [_suite_table([r for r in results if r.suite == suite]) for suite in suites]
-    return "\n".join(blocks)
+    by_suite: dict[str, list[Result]] = {}
+    for result in results:
+        by_suite.setdefault(result.suite, []).append(result)
+    return "\n".join(_suite_table(suite, members) for suite, members in by_suite.items())
 
 
-def _suite_table(results: Sequence[Result]) -> str:
+def _suite_table(suite: str, results: Sequence[Result]) -> str:
     done = [result for result in results if result.status == DONE]
     metrics = ordered_metrics(done)
-    header = [results[0].suite]
+    fact = _FACTS.get(suite)
+    header = [suite]
     if done:
-        header += [*(_LABELS.get(name, name) for name in metrics), "samples"]
-    rows = [
-        [result.dataset, *(_percent(result.metrics.get(name)) for name in metrics), result.samples]
-        if result.status == DONE
-        else [result.dataset, f"{result.status}: {result.error}"]
-        for result in results
-    ]
-    if len(results) > 1 and done:
-        means = [_mean([result.metrics.get(name) for result in done]) for name in metrics]
-        share = f" of {len(results)}" if len(done) < len(results) else ""
-        rows.append([f"average ({len(done)}{share})", *(_percent(mean) for mean in means), ""])
-    return _aligned([header, *([str(cell) for cell in row] for row in rows)])
+        header += [*(_LABELS.get(name, name) for name in metrics), *([fact] if fact else [])]
+        header.append("samples")
+    rows = [_row(result, metrics, fact) for result in results]
+    if len(results) > 1:
+        rows += _average_rows(averages(results), metrics, len(header))
+    return _aligned([header, *rows])
+
+
+def _row(result: Result, metrics: Sequence[str], fact: str | None) -> list[str]:
+    if result.status != DONE:
+        return [result.dataset, f"{result.status}: {result.error}"]
+    cells = [result.dataset, *(_percent(result.metrics.get(name)) for name in metrics)]
+    if fact:
+        value = result.details.get(fact, "")
+        cells.append(f"{value:.3g}" if isinstance(value, float) else str(value))
+    return [*cells, str(result.samples)]
+
+
+def _average_rows(
+    all_averages: Sequence[Average], metrics: Sequence[str], num_columns: int
+) -> list[list[str]]:
+    by_name: dict[str, dict[str, Average]] = {}
+    for average in all_averages:
+        by_name.setdefault(average.name, {})[average.metric] = average
+    if "id_average" in by_name:
+        # Of robustness the two are the same mean.
+        del by_name["average"]
+    rows = []
+    for name, by_metric in by_name.items():
+        # A metric may be undefined on some sets, such as acc5 on fewer than 5 classes.
+        widest = max(by_metric.values(), key=lambda average: len(average.sets))
+        label = f"{_AVERAGE_LABELS.get(name, name)} ({_share(widest)})"
+        values = [by_metric[metric].value if metric in by_metric else None for metric in metrics]
+        row = [label, *(_percent(value) for value in values)]
+        rows.append(row + [""] * (num_columns - len(row)))
+    return rows
+
+
+def _share(average: Average) -> str:
+    num_sets, num_missing = len(average.sets), len(average.missing)
+    return f"{num_sets} of {num_sets + num_missing}" if num_missing else str(num_sets)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -56,7 +103,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths[0] = max(len(row[0]) for row in rows)
     lines = []
     for row in rows:
-        cells = row[1:]
+        cells = list(row[1:])
         if len(row) == num_columns:
             cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip() + "\n")
@@ -65,8 +112,3 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

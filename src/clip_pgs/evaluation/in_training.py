@@ -1,0 +1,111 @@
+"""Evaluate the model of a run while it trains."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from clip_pgs.evaluation.averages import averages
+from clip_pgs.evaluation.benchmark import check_installation
+from clip_pgs.evaluation.datasets import clean_name
+from clip_pgs.evaluation.models import LoadedModel
+from clip_pgs.evaluation.presence import PRESENT, check_presence
+from clip_pgs.evaluation.results import DONE, Result
+from clip_pgs.evaluation.runner import evaluate
+from clip_pgs.evaluation.suites import load_suite
+
+logger = logging.getLogger(__name__)
+
+
+class EvaluationInTraining:
+    """Scores a suite after an epoch; what the training loop calls on rank 0.
+
+    Args:
+        suite: A key of `SUITES`, or "all".
+        datasets: "demo", "paper" or a list file.
+        data_root: As for `load_suite`.
+        run: The run's folder; results go to `eval/epoch_N` in it. None writes none.
+        batch_size: Images per step, >= 1.
+        workers: Processes that read images, >= 0.
+
+    Raises:
+        ValueError: If suite or list is unknown, none of the data sets is there, or clip_benchmark
+            cannot run here.
+    """
+
+    def __init__(
+        self,
+        *,
+        suite: str,
+        datasets: str,
+        data_root: str | None = None,
+        run: Path | None,
+        batch_size: int = 64,
+        workers: int | None = None,
+    ) -> None:
+        check_installation()
+        self._eval_sets = load_suite(suite, datasets=datasets, data_root=data_root)
+        found = [check_presence(eval_set) for eval_set in self._eval_sets]
+        if all(presence.state != PRESENT for presence in found):
+            raise ValueError(f"none of the data sets to evaluate is there: {found[0].reason}")
+        self._run = run
+        self._batch_size = batch_size
+        self._workers = workers
+
+    def __call__(
+        self, *, model: nn.Module, transform: Callable, tokenize: Callable, epoch: int
+    ) -> dict[str, float]:
+        """Score the model.
+
+        Args:
+            model: The plain model, in eval mode.
+            transform: Image to pixels.
+            tokenize: Captions to token numbers.
+            epoch: Completed epochs.
+
+        Returns:
+            Metrics and averages by `SUITE/DATASET/METRIC` and `SUITE/AVERAGE/METRIC`; none where
+            the weights are not finite, which is logged.
+        """
+        name = f"epoch_{epoch}"
+        source = name if self._run is None else f"{self._run} after {epoch} epochs"
+        loaded = LoadedModel(_in_float32(model), transform, tokenize, name, source)
+        try:
+            # The run must draw the same numbers as one without evaluation.
+            with torch.random.fork_rng(devices=[]):
+                results = evaluate(
+                    loaded,
+                    self._eval_sets,
+                    output=None if self._run is None else self._run / "eval" / name,
+                    batch_size=self._batch_size,
+                    workers=self._workers,
+                    keep_features=False,
+                )
+        except ValueError as error:
+            # Whether to go on with such a model is for the training loop to say.
+            logger.warning("not evaluated after epoch %d: %s", epoch, error)
+            return {}
+        return _by_name(results)
+
+
+def _in_float32(model: nn.Module) -> nn.Module:
+    """Return the model, or a float32 copy of one that was trained in pure half precision."""
+    types = {parameter.dtype for parameter in model.parameters()}
+    return model if types <= {torch.float32} else copy.deepcopy(model).float()
+
+
+def _by_name(results: Sequence[Result]) -> dict[str, float]:
+    values: dict[str, Any] = {
+        f"{result.suite}/{clean_name(result.dataset)}/{metric}": value
+        for result in results
+        if result.status == DONE
+        for metric, value in result.metrics.items()
+    }
+    values |= {f"{mean.suite}/{mean.name}/{mean.metric}": mean.value for mean in averages(results)}
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,159 @@
+"""What stands behind a model: its data, masking, length, cost and seed, from its run's own files.
+
+The record inside a checkpoint of this trainer says it all; without one, `options.json` and
+`metrics.jsonl` of the run folder say most of it. Any other checkpoint leaves blanks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from clip_pgs.evaluation.checkpoints import newest_checkpoint
+
+OPTIONS_NAME, METRICS_NAME = "options.json", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """A training run in facts; what is not known is "" or None.
+
+    Attributes:
+        architecture: Such as "ViT-B-16".
+        data: The training data as the run names it, whole.
+        masking: Strategy and ratio, such as "pgs 0.5" or "none".
+        samples: Image-caption pairs seen.
+        flops: Floating-point operations over all processes.
+        seconds: Wall time.
+        hardware: Such as "8 x NVIDIA H200".
+        seed: Of the run.
+        recipe: Everything that makes it this experiment except for the seed, as one text; runs
+            with the same text differ in their seed alone.
+    """
+
+    architecture: str = ""
+    data: str = ""
+    masking: str = ""
+    samples: int | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    hardware: str = ""
+    seed: int | None = None
+    recipe: str = field(default="", repr=False)
+
+    @property
+    def short_data(self) -> str:
+        """The last two parts of where the data is, without the names of the shards."""
+        parts = [part for part in re.split(r"[/\\]", self.data.split("::")[0]) if part]
+        if parts and re.search(r"[{*]|\.tar$", parts[-1]):
+            parts = parts[:-1] or parts
+        return "/".join(parts[-2:])
+
+
+def read_training_facts(run: Path | None, weights: str) -> TrainingFacts:
+    """Read what is known of the training behind some results.
+
+    Args:
+        run: The run folder, None if there is none.
+        weights: Where the results say that the weights came from: a checkpoint file or a folder.
+    """
+    checkpoint: Path | None = None
+    if Path(weights).suffix == ".pt" and Path(weights).is_file():
+        checkpoint = Path(weights)
+    elif run is not None:
+        checkpoint = newest_checkpoint(run)
+    record = _read_record(checkpoint) if checkpoint is not None else None
+    if record is not None:
+        return _from_record(record)
+    if run is not None and (run / OPTIONS_NAME).is_file():
+        return _from_logs(run)
+    return TrainingFacts()
+
+
+def _read_record(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the record of a checkpoint of this trainer; weights are left on the disk."""
+    if not zipfile.is_zipfile(checkpoint):
+        return None
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (UnpicklingError, RuntimeError, OSError, EOFError):
+        return None
+    record = content.get("clip_pgs") if isinstance(content, dict) else None
+    return record if isinstance(record, dict) and "recipe" in record else None
+
+
+def _from_record(record: dict[str, Any]) -> TrainingFacts:
+    cost = record.get("cost", {})
+    recipe = {name: value for name, value in record["recipe"].items() if name != "seed"}
+    # A run stopped half way is another experiment than one that went to its end.
+    parts = ("model", "masking", "masking_options", "data")
+    same = [{name: record.get(name) for name in parts}, recipe, cost.get("steps")]
+    data = record.get("data", {})
+    return TrainingFacts(
+        architecture=str(record.get("model") or ""),
+        data=_data_name(data),
+        masking=_masking_name(record),
+        samples=cost.get("samples"),
+        flops=cost.get("flops"),
+        seconds=cost.get("seconds"),
+        hardware=f"{record.get('world_size', 1)} x {record['device']}"
+        if "device" in record
+        else "",
+        seed=record["recipe"].get("seed"),
+        recipe=json.dumps(same, sort_keys=True, default=str),
+    )
+
+
+def _from_logs(run: Path) -> TrainingFacts:
+    options = json.loads((run / OPTIONS_NAME).read_text("utf-8"))
+    spent = _last_measurement(run / METRICS_NAME)
+    same = [
+        {name: value for name, value in options.items() if name != "seed"},
+        spent.get("samples"),
+    ]
+    return TrainingFacts(
+        architecture=str(options.get("model") or ""),
+        data=_data_name(options),
+        masking=_masking_name(options),
+        samples=spent.get("samples"),
+        flops=spent.get("flops"),
+        seconds=spent.get("seconds"),
+        seed=options.get("seed"),
+        recipe=json.dumps(same, sort_keys=True),
+    )
+
+
+def _last_measurement(path: Path) -> dict[str, Any]:
+    """Return the last line that tells what was spent; a killed run can leave half a line."""
+    if not path.is_file():
+        return {}
+    for line in reversed(path.read_text("utf-8").splitlines()):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if "samples" in entry:
+            return entry
+    return {}
+
+
+def _data_name(options: dict[str, Any]) -> str:
+    data = options.get("train_data") or options.get("dataset_type") or ""
+    return " + ".join(map(str, data)) if isinstance(data, list) else str(data)
+
+
+def _masking_name(options: dict[str, Any]) -> str:
+    """Name a masking with its ratio, and with every other option that was set."""
+    chosen = dict(options.get("masking_options") or {})
+    ratio, lowest = chosen.pop("mask_ratio", None), chosen.pop("mask_ratio_min", None)
+    parts = [str(options.get("masking") or "")]
+    if ratio is not None:
+        parts.append(f"{lowest}-{ratio}" if lowest is not None else f"{ratio}")
+    return " ".join([*parts, *(f"{name}={value}" for name, value in chosen.items())])

@@ -1,0 +1,178 @@
+import json
+
+import pytest
+import torch
+
+from clip_pgs.evaluation.report.gather import gather_runs
+from clip_pgs.evaluation.report.models import group_by_seed
+from clip_pgs.evaluation.results import write_csv
+from support.reports import demo_results, make_result, save_checkpoint, save_results, save_run
+
+
+@pytest.mark.parametrize("inside", ["", "eval", "..", "eval/zeroshot-classification_shape.json"])
+def test_run_is_found_from_any_of_its_folders_and_files(tmp_path, inside):
+    run = save_run(tmp_path / "logs")
+    (found,) = gather_runs([run / inside])
+    assert found.name == "demo_0"
+    assert found.training.samples == 60_000
+
+
+def test_table_holds_what_the_files_hold(tmp_path):
+    write_csv(demo_results(), tmp_path / "results.csv")
+    (run,) = gather_runs([tmp_path / "results.csv"])
+    assert [(r.suite, r.dataset, r.samples) for r in run.results] == [
+        (r.suite, r.dataset, r.samples) for r in demo_results()
+    ]
+    assert [r.metrics for r in run.results] == [r.metrics for r in demo_results()]
+
+
+def test_later_result_replaces_an_earlier_one_of_the_same_weights(tmp_path):
+    for folder, date, acc1 in (("old", "2026-01-01", 0.1), ("new", "2026-02-01", 0.2)):
+        save_results(tmp_path / folder, [make_result("shape", metrics={"acc1": acc1}, date=date)])
+    (run,) = gather_runs([tmp_path / "new", tmp_path / "old"])
+    assert [result.metrics for result in run.results] == [{"acc1": 0.2}]
+
+
+def test_results_of_weights_that_a_run_has_no_more_are_left_out(tmp_path):
+    run = save_run(tmp_path)
+    old = make_result("gone", weights_digest="old", date="2026-01-01T00:00:00+00:00")
+    save_results(run / "eval", [old])
+    (found,) = gather_runs([run])
+    assert "gone" not in [result.dataset for result in found.results]
+
+
+def test_two_weights_of_one_name_are_two_models_told_apart(tmp_path):
+    save_results(
+        tmp_path,
+        [
+            make_result("shape", weights_digest="a" * 64),
+            make_result("color", weights_digest="b" * 64),
+        ],
+    )
+    assert {run.name for run in gather_runs([tmp_path])} == {"demo @aaaaaa", "demo @bbbbbb"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ({"note.txt": "nothing"}, "holds no results"),
+        ({"a.json": '{"weights_digest": "x"}'}, "damaged result file"),
+    ],
+)
+def test_folder_without_results_is_an_error_that_names_it(tmp_path, content, message):
+    folder = tmp_path / "place"
+    if content is not None:
+        folder.mkdir()
+        for name, text in content.items():
+            (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        gather_runs([folder])
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.json", "[1]"), ("a.json", "{"), ("a.csv", "x,y\n1,2\n"), ("a.csv", "")],
+)
+def test_file_that_is_no_result_is_an_error(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"is no (result|table) of an evaluation"):
+        gather_runs([tmp_path / name])
+
+
+def test_facts_come_from_the_record_of_the_checkpoint(tmp_path):
+    (run,) = gather_runs([save_run(tmp_path, number=2)])
+    facts = run.training
+    assert (facts.architecture, facts.masking, facts.seed) == ("demo_vit", "pgs 0.5", 2)
+    assert (facts.flops, facts.seconds) == (4.4e13, 185.0)
+    assert facts.hardware == "1 x AMD EPYC (2 threads)"
+    assert facts.short_data == "demo/train"
+
+
+def test_facts_come_from_the_logs_where_the_checkpoint_is_gone(tmp_path):
+    run = tmp_path / "demo_0"
+    save_results(run / "eval", demo_results())
+    options = {
+        "model": "ViT-B-16",
+        "train_data": "data/cc12m/cc12m-train-{0000..2175}.tar",
+        "masking": "pgs",
+        "masking_options": {"mask_ratio": 0.5, "mask_ratio_min": 0.3, "edges": False},
+        "seed": 4,
+    }
+    (run / "options.json").write_text(json.dumps(options))
+    last = json.dumps({"kind": "train", "step": 9, "samples": 640, "flops": 2.5e9})
+    (run / "metrics.jsonl").write_text(f'{{"samples": 64, "flops": 1e8}}\n{last}\n{{"kind": "tr')
+    (found,) = gather_runs([run])
+    facts = found.training
+    assert (facts.samples, facts.flops, facts.seconds) == (640, 2.5e9, None)
+    assert (facts.masking, facts.seed) == ("pgs 0.3-0.5 edges=False", 4)
+    assert facts.short_data == "data/cc12m"
+
+
+def test_facts_of_an_evaluated_checkpoint_are_its_own(tmp_path):
+    run = tmp_path / "run"
+    save_checkpoint(run, samples=12_000)
+    weights = run / "checkpoints/epoch_5.pt"
+    save_results(tmp_path / "elsewhere", demo_results(pretrained=str(weights)))
+    (found,) = gather_runs([tmp_path / "elsewhere"])
+    assert found.training.samples == 12_000
+
+
+def test_checkpoint_of_another_trainer_leaves_blanks(tmp_path):
+    torch.save({"state_dict": {"weight": torch.zeros(1)}}, tmp_path / "other.pt")
+    results = demo_results(pretrained=str(tmp_path / "other.pt"))
+    save_results(tmp_path / "results", results)
+    (found,) = gather_runs([tmp_path / "results"])
+    assert found.training.samples is None
+    assert found.training.data == found.training.masking == ""
+
+
+def models_of(tmp_path):
+    return [(model.name, model.seeds) for model in group_by_seed(gather_runs([tmp_path]))]
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_model(tmp_path):
+    for number in range(3):
+        save_run(tmp_path, number)
+    assert models_of(tmp_path) == [("demo", [0, 1, 2])]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"masking": "random"},
+        {"samples": 30_000, "cost": {"steps": 450, "samples": 30_000}},
+        {"data": {"train_data": "data/other.tar"}},
+        {"recipe": {"epochs": 6, "batch_size": 64, "seed": 1}},
+    ],
+)
+def test_runs_that_differ_in_more_are_two_models(tmp_path, change):
+    save_run(tmp_path, 0)
+    save_run(tmp_path, 1, **change)
+    assert models_of(tmp_path) == [("demo_0", [0]), ("demo_1", [1])]
+
+
+def test_repetition_with_the_same_seed_is_no_second_seed(tmp_path):
+    save_run(tmp_path, 0)
+    run = tmp_path / "demo_1"
+    save_checkpoint(run, seed=0)
+    save_results(run / "eval", demo_results(1))
+    assert models_of(tmp_path) == [("demo_0", [0]), ("demo_1", [0])]
+
+
+def test_runs_of_unknown_recipe_are_never_merged(tmp_path):
+    for number in range(2):
+        save_results(tmp_path / f"demo_{number}", demo_results(number))
+    assert models_of(tmp_path) == [("demo_0", []), ("demo_1", [])]
+
+
+@pytest.mark.parametrize(
+    ("names", "common"),
+    [(("pgs_seed10", "pgs_seed11"), "pgs"), (("vit_b16_0", "vit_b16_1"), "vit_b16"), ("ab", "a")],
+)
+def test_model_is_named_by_what_its_runs_have_in_common(tmp_path, names, common):
+    for number, name in enumerate(names):
+        save_checkpoint(tmp_path / name, seed=number)
+        save_results(tmp_path / name / "eval", demo_results(number, model=name))
+    assert [name for name, _ in models_of(tmp_path)] == [common]

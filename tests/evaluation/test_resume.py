@@ -1,0 +1,189 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+
+import pytest
+
+from clip_pgs.evaluation import evaluate, load_suite
+from clip_pgs.evaluation.__main__ import main
+
+
+@pytest.fixture
+def sets(data_root, tmp_path):
+    """A copy of the data sets in the working directory of the test."""
+    return shutil.copytree(data_root, tmp_path / "sets")
+
+
+@pytest.fixture
+def six(sets, dataset_list):
+    return load_suite("zeroshot-classification", datasets=str(dataset_list), data_root=str(sets))
+
+
+@pytest.fixture
+def score(color_model, six, tmp_path):
+    """Return what evaluates and counts the images that the model saw."""
+
+    def run(loaded=color_model, eval_sets=six, **options):
+        seen = []
+        encode = type(loaded.model).encode_image
+
+        def count(pixels):
+            seen.extend(pixels)
+            return encode(loaded.model, pixels)
+
+        loaded.model.encode_image = count
+        results = evaluate(
+            loaded, eval_sets, output=tmp_path / "out", workers=0, keep_features=False, **options
+        )
+        del loaded.model.encode_image
+        return results, len(seen)
+
+    return run
+
+
+def test_a_finished_result_is_kept(score):
+    first, num_first = score()
+    again, num_again = score()
+    assert (num_first, num_again) == (12, 0)
+    assert again == first
+
+
+def test_force_redoes_a_finished_result(score):
+    score()
+    assert score(force=True)[1] == 12
+
+
+def test_another_name_and_place_of_model_and_data_is_no_reason_to_redo(score, six, sets, tmp_path):
+    score()
+    moved = sets.rename(tmp_path / "moved")
+    eval_sets = [replace(six[0], location=str(moved / "six"))]
+    (result,), num_seen = score(eval_sets=eval_sets)
+    assert num_seen == 0
+    assert result.location == str(moved / "six")
+    content = json.loads((tmp_path / "out/zeroshot_classification_six.json").read_text())
+    assert content["location"] == str(moved / "six")
+
+
+def test_other_weights_under_the_same_name_are_scored_anew(score, color_model):
+    score()
+    color_model.model.colors.data = color_model.model.colors.data.roll(1, dims=0)
+    (result,), num_seen = score()
+    assert num_seen == 12
+    assert result.metrics["acc1"] < 0.5
+
+
+@pytest.mark.parametrize("part", ["class names", "labels"])
+def test_other_data_under_the_same_name_and_size_is_scored_anew(score, sets, part):
+    score()
+    if part == "class names":
+        names = "".join(f"number {number}\n" for number in (1, 0, 2, 3, 4, 5))
+        (sets / "six/classnames.txt").write_text(names)
+    else:
+        for shard in sets.glob("six/test/*.tar"):
+            flip_labels(shard)
+    (result,), num_seen = score()
+    assert num_seen == 12
+    # All four images of the classes 0 and 1 were right, and are wrong now.
+    assert result.metrics["acc1"] == pytest.approx(5 / 12)
+
+
+def flip_labels(shard):
+    """Swap the classes 0 and 1 in place: name and size of the file stay."""
+    content = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as tar:
+        labels = [member for member in tar if member.name.endswith(".cls")]
+    for member in labels:
+        digit = content[member.offset_data : member.offset_data + 1]
+        content[member.offset_data : member.offset_data + 1] = {b"0": b"1", b"1": b"0"}.get(
+            bytes(digit), digit
+        )
+    shard.write_bytes(content)
+
+
+def test_half_precision_does_not_pass_for_full(score):
+    score()
+    assert score(amp=True)[1] == 12
+
+
+def test_a_set_that_is_gone_takes_no_finished_number_away(score, sets, tmp_path):
+    score()
+    shutil.rmtree(sets / "six")
+    (result,), _ = score()
+    assert result.status == "missing"
+    content = json.loads((tmp_path / "out/zeroshot_classification_six.json").read_text())
+    assert content["status"] == "done"
+    assert content["metrics"]["acc1"] == 0.75
+
+
+def test_a_damaged_result_file_is_written_anew(score, tmp_path):
+    score()
+    path = tmp_path / "out/zeroshot_classification_six.json"
+    path.write_text(path.read_text()[:40])
+    assert score()[1] == 12
+    assert json.loads(path.read_text())["status"] == "done"
+
+
+def test_suites_share_the_images_they_have_in_common(score, sets, tmp_path):
+    lines = ["six", "robustness: six", "linear-probe: six"]
+    path = tmp_path / "shared.txt"
+    path.write_text("\n".join(lines))
+    results, num_seen = score(eval_sets=load_suite(datasets=str(path), data_root=str(sets)))
+    assert [result.status for result in results] == ["done"] * 3
+    assert num_seen == 12 + 24  # test once, train once
+
+
+def test_a_class_list_is_encoded_once_for_all_sets_that_have_it(score, color_model, sets, tmp_path):
+    shutil.copytree(sets / "six", sets / "six_too")
+    path = tmp_path / "shared.txt"
+    path.write_text("six\nsix_too\nrobustness: six\n")
+    texts = []
+    encode = color_model.model.encode_text
+    color_model.model.encode_text = lambda tokens: texts.extend(tokens) or encode(tokens)
+    score(eval_sets=load_suite(datasets=str(path), data_root=str(sets)))
+    # Two templates say the same to this tokenizer: it reads the last word.
+    assert len(texts) == 6
+
+
+STALL_AT_PAIRS = """
+import sys, time
+from clip_pgs.evaluation import scoring
+from clip_pgs.evaluation.__main__ import main
+score = scoring.Scorer.score
+def stall(self, eval_set):
+    if eval_set.name == "pairs":
+        time.sleep(600)
+    return score(self, eval_set)
+scoring.Scorer.score = stall
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_evaluation_continues_where_it_stopped(
+    finished_run, sets, dataset_list, tmp_path, caplog
+):
+    output = tmp_path / "killed"
+    arguments = [str(finished_run), "--datasets", str(dataset_list), "--data-root", str(sets)]
+    arguments += ["--output", str(output), "--workers", "0", "--no-report"]
+    process = subprocess.Popen([sys.executable, "-c", STALL_AT_PAIRS, *arguments])
+    first, second = (
+        output / f"{stem}.json"
+        for stem in ("zeroshot_classification_six", "zeroshot_retrieval_pairs")
+    )
+    deadline = time.monotonic() + 120
+    while not first.is_file() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert first.is_file()
+    assert not second.is_file()
+    written = first.stat().st_mtime_ns
+
+    assert main(arguments) == 0
+    assert first.stat().st_mtime_ns == written
+    assert json.loads(second.read_text())["status"] == "done"
+    assert "six: done before" in caplog.text

@@ -1,0 +1,68 @@
+import random
+
+from clip_pgs.evaluation import load_suite
+from clip_pgs.evaluation.pace import Pace, format_seconds
+from clip_pgs.evaluation.work import divide, share_out
+
+
+def test_largest_piece_goes_first_to_the_rank_with_the_least():
+    # 9 and 8 open the two ranks; 4 joins 8, then 3 joins 9, then 1 the equal sum of rank 0.
+    assert share_out([3, 9, 1, 8, 4], 2) == [[0, 1, 2], [3, 4]]
+
+
+def test_every_piece_goes_to_one_rank_and_loads_differ_by_one_piece_at_most():
+    dice = random.Random(0)
+    for world_size in (1, 2, 3, 8):
+        sizes = [dice.randrange(1, 100) for _ in range(20)]
+        shares = share_out(sizes, world_size)
+        assert sorted(piece for share in shares for piece in share) == list(range(20))
+        loads = [sum(sizes[piece] for piece in share) for share in shares]
+        assert max(loads) - min(loads) <= max(sizes)
+
+
+def test_pieces_of_unknown_size_are_spread_by_number():
+    assert [len(share) for share in share_out([0] * 8, 4)] == [2, 2, 2, 2]
+
+
+def test_suites_that_read_one_folder_stay_together(data_root, tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("six\npairs\nrobustness: six\nlinear-probe: six\nsugar_crepe/add_att\n")
+    eval_sets = load_suite(datasets=str(path), data_root=str(data_root))
+    ranks = divide(eval_sets, 2)
+    locations = [{eval_sets[piece.number].location for piece in pieces} for pieces in ranks]
+    assert not locations[0] & locations[1]
+    assert sorted(piece.number for pieces in ranks for piece in pieces) == list(range(5))
+    whole = sum((data_root / f"six/{split}").stat().st_size for split in ("test/0.tar",))
+    for piece in (piece for pieces in ranks for piece in pieces):
+        if eval_sets[piece.number].suite == "robustness":
+            assert piece.num_bytes == 0  # read for zero-shot classification before
+        if eval_sets[piece.number].suite == "zeroshot-classification":
+            assert piece.num_bytes > whole
+
+
+def test_time_left_follows_from_the_bytes_of_what_was_work():
+    now = iter([0.0, 10.0, 10.0, 30.0])
+    pace = Pace([100, 500, 200, 300], clock=lambda: next(now))
+    pace.advance(was_work=True)
+    assert pace.seconds_left() == 10.0 / 100 * 1000
+    pace.advance(was_work=False)
+    pace.advance(was_work=True)
+    assert pace.seconds_left() == 30.0 / 300 * 300
+
+
+def test_time_left_is_not_guessed_where_a_size_is_unknown():
+    pace = Pace([100, None, 100], clock=iter([0.0, 1.0, 2.0]).__next__)
+    pace.advance(was_work=True)
+    assert pace.seconds_left() is None
+    pace.advance(was_work=True)
+    assert pace.seconds_left() == 2.0
+
+
+def test_durations_read_as_people_say_them():
+    assert [format_seconds(s) for s in (12.4, 89, 90, 600, 7200)] == [
+        "12 s",
+        "89 s",
+        "2 min",
+        "10 min",
+        "2.0 h",
+    ]
