@@ -38,6 +38,13 @@ def test_it_agrees_with_scipy(height, width, patch_size):
         np.testing.assert_allclose(edges.numpy(), expected, atol=1e-5)
 
 
+def test_a_batch_in_blocks_is_every_image_by_itself():
+    # A block holds about half a million numbers, which is three of these images.
+    pixels = smooth_images(7, height=240, width=224)
+    alone = torch.cat([sobel_edges(pixels[i : i + 1], 16) for i in range(7)])
+    assert torch.equal(sobel_edges(pixels, 16), alone)
+
+
 @pytest.mark.parametrize("value", [0.0, 1.3, 255.0])
 def test_a_constant_image_has_no_edges(value):
     assert (sobel_edges(torch.full((1, 3, 16, 16), value), 4) == 0).all()

@@ -50,9 +50,8 @@ def test_patches_that_no_candidate_reaches_score_lowest(options):
 
 def test_a_neighbourhood_as_large_as_the_image_changes_nothing():
     inputs = make_inputs(2, grid_size=(7, 5))
-    assert torch.equal(
-        pgs_scores(inputs, CANDIDATES, neighbourhood=6), pgs_scores(inputs, CANDIDATES)
-    )
+    difference = pgs_scores(inputs, CANDIDATES, neighbourhood=6) - pgs_scores(inputs, CANDIDATES)
+    assert difference.abs().max() <= 1e-6
 
 
 def test_a_plan_moves_nothing_where_pairs_are_forbidden():
@@ -158,7 +157,7 @@ def test_canny_protects_candidates_too():
         ({"edge_detector": "prewitt"}, "edge_detector must be one of sobel, canny, got 'prewitt'"),
         ({"center_weight": -1}, "center_weight must be >= 0, got -1"),
         ({"neighbourhood": -1}, "neighbourhood must be a whole number >= 0, got -1"),
-        ({"neighbourhood": 1.5}, r"neighbourhood must be a whole number >= 0, got 1\.5"),
+        ({"neighbourhood": 1.5}, r"neighbourhood (must be|takes) a whole number.*, got 1\.5"),
         (
             {"neighbourhood": 1, "solver": "pot"},
             "neighbourhood goes with solver='log', got solver='pot'",

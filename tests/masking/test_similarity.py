@@ -1,6 +1,7 @@
 import torch
 
-from clip_pgs.masking.similarity import candidate_similarity
+from clip_pgs import PatchInputs
+from clip_pgs.masking.similarity import candidate_similarity, mixed_similarity
 
 FIRST = torch.tensor([[0]])
 
@@ -47,3 +48,31 @@ def test_autocast_keeps_float32():
     plain = candidate_similarity(features, FIRST)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(candidate_similarity(features, FIRST), plain)
+
+
+def cosines(features, candidate_index):
+    """Return centred cosines as they are defined, in float64."""
+    centred = features.double() - features.double().mean(dim=-1, keepdim=True)
+    unit = centred / centred.norm(dim=-1, keepdim=True)
+    return torch.stack([unit[i, row] @ unit[i].T for i, row in enumerate(candidate_index)])
+
+
+def test_it_equals_float64_however_far_the_mean_lies_from_zero():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(4, 30, 768, generator=generator)
+    features += torch.tensor([0.0, 1.0, 10.0, 30.0])[:, None, None]
+    index = torch.rand(4, 30, generator=generator).topk(5, dim=1).indices
+    difference = candidate_similarity(features, index) - cosines(features, index)
+    assert difference.abs().max() <= 1e-5
+
+
+def test_a_batch_in_blocks_is_every_image_by_itself():
+    # Each of these images fills more than a block.
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(5, 3, 480, 480, generator=generator)
+    tokens = torch.randn(5, 225, 24, generator=generator)
+    index = torch.rand(5, 225, generator=generator).topk(11, dim=1).indices
+    whole = mixed_similarity(PatchInputs(pixels, 32, tokens=tokens, progress=0.5), index, name="x")
+    for i in range(5):
+        alone = PatchInputs(pixels[i : i + 1], 32, tokens=tokens[i : i + 1], progress=0.5)
+        assert torch.equal(mixed_similarity(alone, index[i : i + 1], name="x")[0], whole[i])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from clip_pgs import sinkhorn_plan
+from clip_pgs.masking.sinkhorn import plan_average
 from masking.oracle import transport_plan
 
 
@@ -80,6 +81,46 @@ def test_sharp_temperatures_do_not_overflow():
     assert torch.isfinite(plan).all()
 
 
+def similarities(num_candidates=10, num_patches=196):
+    """Return cosines that fill [-1, 1], the worst case for a kernel without logarithms."""
+    generator = torch.Generator().manual_seed(0)
+    scores = 2 * torch.rand(3, num_candidates, num_patches, generator=generator) - 1
+    scores[:, :, 0], scores[:, 0], scores[0] = -1.0, 1.0, scores[0].sign()
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("temperature", "num_iters"),
+    [(0.01, 12), (0.05, 1), (0.05, 12), (0.05, 500), (0.1, 1), (0.1, 12), (0.1, 500), (1.0, 12)],
+)
+def test_averages_equal_those_of_a_float64_plan(temperature, num_iters):
+    scores = similarities()
+    averages = plan_average(scores, temperature=temperature, num_iters=num_iters)
+    plan = ot.batch.solve_batch(
+        (1 - scores).double(), temperature, max_iter=num_iters, tol=0.0, method="log_sinkhorn"
+    ).plan
+    expected = (plan * scores).sum(dim=1) / plan.sum(dim=1)
+    assert averages.dtype == torch.float32
+    assert (averages - expected).abs().max() <= 1e-5
+
+
+def test_averages_keep_float32_where_matrix_products_may_not():
+    scores = similarities()
+    expected = plan_average(scores)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(plan_average(scores), expected)
+
+
+def test_equal_scores_have_themselves_as_average():
+    torch.testing.assert_close(plan_average(torch.full((1, 4, 9), 0.25)), torch.full((1, 9), 0.25))
+
+
+def test_averages_of_the_pot_solver_are_the_same():
+    scores = similarities()
+    difference = plan_average(scores, solver="pot") - plan_average(scores)
+    assert difference.abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -94,3 +135,12 @@ def test_wrong_options_are_refused(changes, sentence):
     arguments = {"scores": random_scores(), **changes}
     with pytest.raises(ValueError, match=sentence):
         sinkhorn_plan(arguments.pop("scores"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({"num_iters": 0}, "num_iters must be >= 1"), ({"solver": "x"}, "solver must be one of")],
+)
+def test_averages_refuse_the_same_options(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        plan_average(random_scores(), **options)

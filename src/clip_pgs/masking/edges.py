@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clip_pgs.masking.blocks import in_blocks
 from clip_pgs.masking.grid import patch_grid, patch_sides
 
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -28,8 +29,13 @@ def sobel_edges(pixels: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
     Raises:
         ValueError: If `pixels` is not (B, 3, H, W) or the patch does not divide the image.
     """
+    return in_blocks(lambda images: _sobel_strength(images, patch_size), pixels)
+
+
+def _sobel_strength(pixels: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
     gradient_x, gradient_y = sobel_gradients(luminance(pixels))
-    return patch_strength(torch.hypot(gradient_x, gradient_y), patch_size)
+    magnitude = gradient_x.square_().addcmul_(gradient_y, gradient_y).sqrt_()
+    return patch_strength(magnitude, patch_size)
 
 
 def luminance(pixels: Tensor) -> Tensor:
@@ -41,15 +47,17 @@ def luminance(pixels: Tensor) -> Tensor:
     if pixels.ndim != 4 or pixels.shape[1] != len(_LUMINANCE):
         raise ValueError(f"pixels must have shape (B, 3, H, W), got {tuple(pixels.shape)}")
     red, green, blue = pixels.detach().float().unbind(1)
-    return _LUMINANCE[0] * red + _LUMINANCE[1] * green + _LUMINANCE[2] * blue
+    brightness = (_LUMINANCE[0] * red).add_(green, alpha=_LUMINANCE[1])
+    return brightness.add_(blue, alpha=_LUMINANCE[2])
 
 
 def sobel_gradients(brightness: Tensor) -> tuple[Tensor, Tensor]:
     """Return the 3x3 Sobel pair (towards the right, downwards) of images (B, H, W)."""
     padded = functional.pad(brightness[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     # The kernel is separable, and slices stay float32 where autocast would lower a convolution.
-    smooth_rows = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
-    smooth_columns = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
+    smooth_rows = torch.add(padded[:, :-2], padded[:, 1:-1], alpha=2).add_(padded[:, 2:])
+    smooth_columns = torch.add(padded[:, :, :-2], padded[:, :, 1:-1], alpha=2)
+    smooth_columns = smooth_columns.add_(padded[:, :, 2:])
     gradient_x = smooth_rows[:, :, 2:] - smooth_rows[:, :, :-2]
     gradient_y = smooth_columns[:, 2:] - smooth_columns[:, :-2]
     return gradient_x, gradient_y

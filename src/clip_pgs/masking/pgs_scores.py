@@ -5,6 +5,8 @@ Source: https://arxiv.org/abs/2503.17080 (similarity, optimal-transport normalis
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from clip_pgs.masking.canny import canny_edges
 from clip_pgs.masking.edges import sobel_edges
 from clip_pgs.masking.grid import grid_coordinates, log_center_weight
 from clip_pgs.masking.similarity import mixed_similarity
-from clip_pgs.masking.sinkhorn import sinkhorn_plan
+from clip_pgs.masking.sinkhorn import plan_average, sinkhorn_plan
 from clip_pgs.masking.types import PatchInputs
 
 EDGE_DETECTORS = {"sobel": sobel_edges, "canny": canny_edges}
@@ -149,20 +151,22 @@ def patch_redundancy(
         Redundancy in [-1, 1] up to rounding where a candidate reaches, shape (B, N), float32.
     """
     similarity_BCN = mixed_similarity(inputs, candidate_index, name="pgs")
+    sinkhorn: dict[str, Any] = {
+        "temperature": temperature,
+        "num_iters": num_iters,
+        "solver": solver,
+    }
     if neighbourhood is None:
-        affinity_BCN = similarity_BCN
-    else:
-        is_near_BCN = _is_near(inputs.grid_size, candidate_index, neighbourhood)
-        affinity_BCN = similarity_BCN.masked_fill(~is_near_BCN, -torch.inf)
+        if transport:
+            return plan_average(similarity_BCN, **sinkhorn)
+        return similarity_BCN.amax(dim=1)
+    is_near_BCN = _is_near(inputs.grid_size, candidate_index, neighbourhood)
+    affinity_BCN = similarity_BCN.masked_fill(~is_near_BCN, -torch.inf)
     if transport:
-        plan_BCN = sinkhorn_plan(
-            affinity_BCN, temperature=temperature, num_iters=num_iters, solver=solver
-        )
+        plan_BCN = sinkhorn_plan(affinity_BCN, **sinkhorn)
         redundancy_BN = inputs.num_patches * (plan_BCN * similarity_BCN).sum(dim=1)
     else:
         redundancy_BN = affinity_BCN.amax(dim=1)
-    if neighbourhood is None:
-        return redundancy_BN
     return torch.where(is_near_BCN.any(dim=1), redundancy_BN, unreached)
 
 

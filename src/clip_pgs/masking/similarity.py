@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clip_pgs.masking.blocks import in_blocks
 from clip_pgs.masking.patches import patchify
 from clip_pgs.masking.types import PatchInputs
 
@@ -29,16 +30,19 @@ def mixed_similarity(inputs: PatchInputs, candidate_index: Tensor, *, name: str)
     Raises:
         ValueError: If `progress` > 0 without tokens.
     """
-    assert isinstance(inputs.patch_size, tuple)
-    patches_BNF = patchify(inputs.pixels, inputs.patch_size)
-    pixel_similarity = candidate_similarity(patches_BNF, candidate_index)
     progress = inputs.progress
-    if progress == 0:
-        return pixel_similarity
-    if inputs.tokens is None:
+    if progress > 0 and inputs.tokens is None:
         raise ValueError(f"{name} needs tokens once progress > 0, got none at progress {progress}")
-    token_similarity = candidate_similarity(inputs.tokens, candidate_index)
-    return (1 - progress) * pixel_similarity + progress * token_similarity
+
+    def similarity(pixels: Tensor, index_BC: Tensor, tokens: Tensor | None) -> Tensor:
+        assert isinstance(inputs.patch_size, tuple)
+        by_pixels = candidate_similarity(patchify(pixels, inputs.patch_size), index_BC)
+        if tokens is None:
+            return by_pixels
+        return (1 - progress) * by_pixels + progress * candidate_similarity(tokens, index_BC)
+
+    tokens = inputs.tokens if progress > 0 else None
+    return in_blocks(similarity, inputs.pixels.detach(), candidate_index, tokens)
 
 
 def candidate_similarity(features: Tensor, candidate_index: Tensor) -> Tensor:
@@ -55,16 +59,21 @@ def candidate_similarity(features: Tensor, candidate_index: Tensor) -> Tensor:
         Similarity in [-1, 1] up to rounding, shape (B, C, N), float32; 1 between a candidate and
         itself.
     """
-    unit_BNF = _centred_directions(features.detach().float())
-    index_BCF = candidate_index[:, :, None].expand(-1, -1, unit_BNF.shape[2])
+    features = features.detach().float()
+    mean_BN1 = features.mean(dim=-1, keepdim=True)
+    centred_BNF = features - mean_BN1
+    scale_BN = _inverse_norm(centred_BNF.norm(dim=-1), mean_BN1[..., 0], features.shape[-1])
+    index_BCF = candidate_index[:, :, None].expand(-1, -1, features.shape[-1])
+    # Scaling the C x N products is less work than scaling the features.
     with torch.autocast(device_type=features.device.type, enabled=False):
-        similarity_BCN = torch.bmm(unit_BNF.gather(1, index_BCF), unit_BNF.transpose(1, 2))
+        product_BCN = torch.bmm(centred_BNF.gather(1, index_BCF), centred_BNF.transpose(1, 2))
+    similarity_BCN = product_BCN * scale_BN.gather(1, candidate_index)[:, :, None]
+    similarity_BCN = similarity_BCN * scale_BN[:, None]
     return similarity_BCN.scatter(2, candidate_index[:, :, None], 1.0)
 
 
-def _centred_directions(features: Tensor) -> Tensor:
-    norm = features.norm(dim=-1, keepdim=True)
-    centred = features - features.mean(dim=-1, keepdim=True)
-    centred_norm = centred.norm(dim=-1, keepdim=True)
+def _inverse_norm(centred_norm: Tensor, mean: Tensor, num_features: int) -> Tensor:
+    """Return what brings centred vectors to length 1, and 0 for those that are rounding noise."""
+    norm = (centred_norm.square() + num_features * mean.square()).sqrt()
     is_flat = centred_norm <= _NOISE_RATIO * norm + _TINY_NORM
-    return torch.where(is_flat, 0.0, centred / torch.where(is_flat, 1.0, centred_norm))
+    return torch.where(is_flat, 0.0, 1.0 / torch.where(is_flat, 1.0, centred_norm))

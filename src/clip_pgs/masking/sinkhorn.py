@@ -10,6 +10,10 @@ from torch import Tensor
 
 SOLVERS = ("log", "pot")
 
+# From here on, float32 needs no logarithms for scores in [-1, 1]: kernel times scaling stays
+# within exp(-3 / temperature) and exp(3 / temperature).
+_MIN_PLAIN_TEMPERATURE = 0.05
+
 
 def sinkhorn_plan(
     scores: Tensor,
@@ -54,6 +58,43 @@ def sinkhorn_plan(
     if solver == "pot":
         return _pot_plan(scores.float(), temperature, num_iters, pot_options or {})
     return _log_plan(scores.float() / temperature, num_iters)
+
+
+def plan_average(
+    scores: Tensor, *, temperature: float = 0.1, num_iters: int = 12, solver: str = "log"
+) -> Tensor:
+    """Average the scores of each column by the weights that the plan gives them.
+
+    It is `N * (sinkhorn_plan(scores) * scores).sum(dim=1)` up to rounding, in a fraction of the
+    time: the plan is never made, and its kernel is scaled without logarithms where the
+    temperature lets float32 hold it.
+
+    Args:
+        scores: Affinities in [-1, 1]. Shape (B, C, N), any float dtype.
+        temperature: See `sinkhorn_plan`.
+        num_iters: See `sinkhorn_plan`.
+        solver: See `sinkhorn_plan`.
+
+    Returns:
+        Averages of shape (B, N), float32.
+
+    Raises:
+        ValueError: See `sinkhorn_plan`.
+    """
+    if solver != "log" or temperature < _MIN_PLAIN_TEMPERATURE or scores.ndim != 3:
+        plan_BCN = sinkhorn_plan(
+            scores, temperature=temperature, num_iters=num_iters, solver=solver
+        )
+        return scores.shape[2] * (plan_BCN * scores).sum(dim=1)
+    check_sinkhorn_options(temperature=temperature, num_iters=num_iters, solver=solver)
+    scores = scores.float()
+    # Not a matrix product: those may run in TF32, which keeps three digits.
+    kernel_BCN = (scores / temperature).exp()
+    scaled_BCN = kernel_BCN / kernel_BCN.mean(dim=2, keepdim=True)
+    for _ in range(num_iters - 1):
+        column_scale = scaled_BCN.mean(dim=1, keepdim=True).reciprocal()
+        scaled_BCN = kernel_BCN / (kernel_BCN * column_scale).mean(dim=2, keepdim=True)
+    return (scaled_BCN * scores).sum(dim=1) / scaled_BCN.sum(dim=1)
 
 
 def check_sinkhorn_options(*, temperature: float, num_iters: int, solver: str) -> None:
