@@ -1,6 +1,7 @@
 """Masking inside OpenCLIP models (https://github.com/mlfoundations/open_clip)."""
 
 from clip_pgs.integrations.open_clip.apply import apply_masking, remove_masking
+from clip_pgs.integrations.open_clip.captions import CaptionGroups, CaptionTrimmer
 from clip_pgs.integrations.open_clip.controls import (
     force_selection,
     last_selection,
@@ -17,12 +18,19 @@ from clip_pgs.integrations.open_clip.learned import (
     masking_state,
     update_masking,
 )
-from clip_pgs.integrations.open_clip.text import allow_short_text, is_text_trimming_lossless
+from clip_pgs.integrations.open_clip.text import (
+    allow_short_text,
+    caption_trimmer,
+    is_text_trimming_lossless,
+)
 
 __all__ = [
+    "CaptionGroups",
+    "CaptionTrimmer",
     "allow_short_text",
     "apply_masking",
     "calibrate_masking",
+    "caption_trimmer",
     "force_selection",
     "is_text_trimming_lossless",
     "last_selection",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from open_clip.model import CLIP
+from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import TextTransformer, Transformer, text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clip_pgs.integrations.open_clip.captions import GROUP_SHARES, CaptionGroups, CaptionTrimmer
 from clip_pgs.integrations.open_clip.towers import unwrap
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -22,7 +24,8 @@ def allow_short_text(model: Model) -> Model:
 
     OpenCLIP's `CLIP` adds all positions and masks the whole context; after this it takes the first
     T of both. A tower that is causal and pools at the end-of-text token then gives the features
-    of the padded caption (`is_text_trimming_lossless`). Weights, state dict and the features of
+    of the padded caption (`is_text_trimming_lossless`), and `CaptionGroups` in place of token ids
+    are encoded group by group. Weights, state dict and the features of
     full-length captions stay as they are. Hugging Face towers and CoCa's, which appends a class
     token to whatever it is given, take short captions by themselves.
 
@@ -38,7 +41,29 @@ def allow_short_text(model: Model) -> Model:
     text: Any = getattr(plain, "text", None)
     if type(text) is TextTransformer and type(text.transformer) is Transformer:
         text.transformer.__class__ = ShortTextTransformer
+        if type(plain) is CustomTextCLIP:
+            plain.__class__ = ShortTextCustomTextCLIP
     return model
+
+
+def caption_trimmer(
+    model: nn.Module, *, shares: Sequence[float] = GROUP_SHARES
+) -> CaptionTrimmer | None:
+    """Return what cuts captions to the tokens that reach a model's features.
+
+    Args:
+        model: An OpenCLIP model, also wrapped; `allow_short_text` lets it take what comes out.
+        shares: See `CaptionTrimmer`.
+
+    Returns:
+        None where trimming would change features (`is_text_trimming_lossless`).
+    """
+    if not is_text_trimming_lossless(model):
+        return None
+    plain: Any = unwrap(model)
+    if isinstance(plain, CLIP):
+        return CaptionTrimmer(plain.text_pool_type, plain.text_eos_id, shares=shares)
+    return CaptionTrimmer(plain.text.pool_type, plain.text.eos_id, shares=shares)
 
 
 def is_text_trimming_lossless(model: nn.Module) -> bool:
@@ -66,16 +91,18 @@ def is_text_trimming_lossless(model: nn.Module) -> bool:
 class ShortTextCLIP(CLIP):
     """A `CLIP` whose captions may be shorter than its context; never constructed."""
 
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+    def encode_text(self, text: Tensor | CaptionGroups, normalize: bool = False) -> Tensor:
         """Encode captions.
 
         Args:
-            text: Token ids of shape (B, T), T up to the context length.
+            text: Token ids of shape (B, T), T up to the context length; or groups of them.
             normalize: Return features of length 1.
 
         Returns:
             Features of shape (B, D).
         """
+        if isinstance(text, CaptionGroups):
+            return text.encode(lambda tokens: self.encode_text(tokens, normalize))
         num_tokens = text.shape[1]
         dtype = self.transformer.get_cast_dtype()
         x = self.token_embedding(text).to(dtype)
@@ -89,6 +116,16 @@ class ShortTextCLIP(CLIP):
         elif self.text_projection is not None:
             x = x @ self.text_projection
         return functional.normalize(x, dim=-1) if normalize else x
+
+
+class ShortTextCustomTextCLIP(CustomTextCLIP):
+    """A `CustomTextCLIP` that also takes captions in groups; never constructed."""
+
+    def encode_text(self, text: Tensor | CaptionGroups, normalize: bool = False) -> Tensor:
+        """Encode captions; see `ShortTextCLIP`."""
+        if isinstance(text, CaptionGroups):
+            return text.encode(lambda tokens: self.encode_text(tokens, normalize))
+        return super().encode_text(text, normalize)
 
 
 class ShortTextTransformer(Transformer):
