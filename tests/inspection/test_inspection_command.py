@@ -39,14 +39,15 @@ def test_sizes_given_as_flags_win_over_those_of_the_model(photo, tmp_path):
     [
         (["--masking", "pgx"], "error: unknown masking 'pgx'; choose from "),
         (["--masking", "pgs:edges"], "error: options are written as pgs:KEY=VALUE,KEY=VALUE, got"),
-        (["--masking", "pgs:edge_weight=a"], "error: masking pgs:edge_weight=a: a value is of the"),
+        (["--masking", "pgs:edges=abc"], "error: masking 'pgs': edges takes true or false, got 'a"),
+        (["--masking", "cluster:mask_ratio=a"], "error: masking 'cluster': mask_ratio takes a num"),
         (["--masking", "pgs", "pgs"], "error: masking pgs is given twice"),
         (["--masking", "random", "--stages"], "error: stages are those of pgs, which is not among"),
         (["--progress", "2"], "error: progress must be in [0, 1], got 2.0"),
         (["--mask-ratio", "1.0"], "error: mask_ratio must be in [0, 1), got 1.0"),
         (["--mask-ratio", "0.3", "--mask-ratio-min", "0.4"], "error: mask_ratio_min must not"),
         (["--patch-size", "17"], "error: patch_size must divide the image: 224 x 224 pixels in "),
-        (["--image-size", "0"], "error: image_size must be at least 1, got "),
+        (["--image-size", "0"], "error: image_size must be in [1, 16384], got "),
         (["-o", "masks.xyz"], "error: the output must end in .png, .jpg or the like, got "),
     ],
 )

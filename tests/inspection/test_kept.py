@@ -177,7 +177,7 @@ def test_a_missing_mask_one_of_another_size_and_no_foreground_are_one_sentence(t
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--seeds", "0"], "error: --seeds must be at least 1, got 0"),
+        (["--seeds", "0"], "error: --seeds must be in [1, 10000], got 0"),
         (["--mask-ratios", "0.5", "1"], "error: mask_ratio must be in [0, 1), got 1.0"),
         (["--maskings", "pgs", "pxs"], "error: unknown masking 'pxs'; choose from "),
         (["--maskings", "attentive"], "error: AttentiveMasking reads the attention of an image"),

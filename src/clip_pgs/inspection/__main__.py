@@ -1,4 +1,4 @@
-"""Command line: `python -m clip_pgs.inspection masks` and `python -m clip_pgs.inspection kept`."""
+"""Command line: `python -m clip_pgs.inspection COMMAND`, such as `masks`, `kept` or `cost`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from clip_pgs.inspection.cost_command import add_cost_command
+from clip_pgs.inspection.data_command import add_data_command
 from clip_pgs.inspection.kept_command import add_kept_command
 from clip_pgs.inspection.masks_command import add_masks_command
+from clip_pgs.inspection.scaling_command import add_scaling_command
+from clip_pgs.sentences import SentenceParser, one_sentence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,19 +23,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 on bad input, after one sentence on stderr.
     """
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = SentenceParser(
         prog="python -m clip_pgs.inspection",
-        description="Look at what masking strategies do.",
+        description="Look at what masking strategies do, and measure what they cost.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_masks_command(commands)
     add_kept_command(commands)
+    add_cost_command(commands)
+    add_scaling_command(commands)
+    add_data_command(commands)
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+    # OSError: a path that cannot be looked up.
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {one_sentence(error)}\n")
         return 2
     return 0
 

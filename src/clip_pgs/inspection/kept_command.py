@@ -18,6 +18,8 @@ from clip_pgs.inspection.view import View
 from clip_pgs.inspection.view_options import MASKING_HELP, add_view_options, read_view
 from clip_pgs.masking.ratios import check_mask_ratio
 
+MAX_SEEDS = 10_000
+
 
 def add_kept_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to a parser's."""
@@ -79,8 +81,8 @@ def run_kept(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If an option, an image or a mask is wrong, or a file cannot be written.
     """
-    if args.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+    if not 1 <= args.seeds <= MAX_SEEDS:
+        raise ValueError(f"--seeds must be in [1, {MAX_SEEDS}], got {args.seeds}")
     for mask_ratio in args.mask_ratios:
         check_mask_ratio(mask_ratio)
     mask_ratios = list(dict.fromkeys(args.mask_ratios))

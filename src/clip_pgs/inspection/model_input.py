@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_SIDE = 2**14
+# Some strategies compare every patch with every other.
+MAX_PATCHES = 2**14
 CONFIG_FILE = "open_clip_config.json"
-
-# The image tower alone is of interest.
-_TINY_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,11 @@ class ModelInput:
                 f"patch_size must divide the image: {height} x {width} pixels "
                 f"in patches of {patch_height} x {patch_width}"
             )
-        if min(height, width) < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+        if not 1 <= min(height, width) <= max(height, width) <= MAX_SIDE:
+            raise ValueError(f"image_size must be in [1, {MAX_SIDE}], got {self.image_size}")
+        num_patches = height // patch_height * (width // patch_width)
+        if num_patches > MAX_PATCHES:
+            raise ValueError(f"an image can have {MAX_PATCHES} patches, got {num_patches}")
 
     def crop(self, image: Image.Image) -> Image.Image:
         """Resize an image until it covers the input, bilinear, and cut out the centre."""
@@ -72,23 +74,30 @@ def read_model_input(source: str) -> ModelInput:
     Raises:
         ValueError: If `source` is none of these, or its image tower has no patches.
     """
+    # They import open_clip, which takes seconds.
+    from clip_pgs.integrations.open_clip.model_config import check_preprocessing, check_vision_config
+
     config = _read_config(source)
     model_config = config.get("model_cfg", config)
-    vision = model_config.get("vision_cfg")
-    # open_clip builds a ResNet from a list of layers.
-    if not isinstance(vision, dict) or isinstance(vision.get("layers"), list):
-        raise ValueError(f"the image tower of {source} is not open_clip's VisionTransformer")
     preprocess = config.get("preprocess_cfg", {})
+    vision = model_config.get("vision_cfg") if isinstance(model_config, dict) else None
+    if not isinstance(vision, dict):
+        raise ValueError(f"{source} is no model config: it has no vision_cfg")
+    check_vision_config(vision, what=source)
+    check_preprocessing(preprocess, what=source)
+    # open_clip builds a ResNet from a list of layers.
+    if isinstance(vision.get("layers"), list):
+        raise ValueError(f"the image tower of {source} is not open_clip's VisionTransformer")
     if "timm_model_name" in vision:
-        image_size, patch_size = _timm_sizes(source, model_config)
+        image_size, patch_size = _timm_sizes(source, vision)
     else:
         image_size = _pair(vision.get("image_size", 224))
         patch_size = _pair(vision.get("patch_size", 16))
     return ModelInput(
         image_size=image_size,
         patch_size=patch_size,
-        mean=tuple(preprocess.get("mean", OPENAI_MEAN)),
-        std=tuple(preprocess.get("std", OPENAI_STD)),
+        mean=tuple(preprocess.get("mean") or OPENAI_MEAN),
+        std=tuple(preprocess.get("std") or OPENAI_STD),
     )
 
 
@@ -122,20 +131,13 @@ def export_folder(source: Path) -> Path | None:
     return next((place for place in places if (place / CONFIG_FILE).is_file()), None)
 
 
-def _timm_sizes(source: str, config: dict[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
+def _timm_sizes(source: str, vision: dict[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return image and patch size of a timm tower, whose config names it and no more."""
-    import open_clip
-
     from clip_pgs.integrations.open_clip import patch_size
+    from clip_pgs.integrations.open_clip.weightless import build_weightless
 
-    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
-    try:
-        # Sizes need neither memory nor time on this device.
-        with torch.device("meta"):
-            model = open_clip.CLIP(config["embed_dim"], vision, _TINY_TEXT)
-    except (TypeError, RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"cannot build the image tower of {source}: {reason}") from None
+    config = {"embed_dim": 1, "vision_cfg": vision, "text_cfg": {}}
+    model = build_weightless(config, name=f"the image tower of {source}", with_text=False)
     return _pair(model.visual.image_size), patch_size(model)
 
 
@@ -148,15 +150,9 @@ def _read_config(source: str) -> dict[str, Any]:
         path = folder / CONFIG_FILE
     elif path.suffix != ".json":
         return _known_config(source)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a model config: it holds no JSON object")
-    return config
+    from clip_pgs.integrations.open_clip.model_config import read_json_object
+
+    return read_json_object(path, what=f"the model config {path}")
 
 
 def _known_config(name: str) -> dict[str, Any]:

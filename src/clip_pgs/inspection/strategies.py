@@ -42,21 +42,16 @@ class StrategySpec:
         A default lower bound gives way to a ratio below it.
 
         Raises:
-            ValueError: If the name or an option is unknown or out of its range.
+            ValueError: If the name or an option is unknown, of the wrong type or out of its range.
         """
         options = dict(self.options)
         for option, ratio in (("mask_ratio", mask_ratio), ("mask_ratio_min", mask_ratio_min)):
             if ratio is not None and self.takes(option):
                 options.setdefault(option, ratio)
-        default = masking_options(self.name).get("mask_ratio_min")
-        if default is not None and "mask_ratio" in options:
-            options.setdefault("mask_ratio_min", min(default, options["mask_ratio"]))
-        try:
-            return create_masking(self.name, **options)
-        except TypeError as error:
-            raise ValueError(
-                f"masking {self.title}: a value is of the wrong kind: {error}"
-            ) from None
+        default, ratio = masking_options(self.name).get("mask_ratio_min"), options.get("mask_ratio")
+        if default is not None and isinstance(ratio, int | float):
+            options.setdefault("mask_ratio_min", min(default, ratio))
+        return create_masking(self.name, **options)
 
 
 def parse_spec(text: str) -> StrategySpec:

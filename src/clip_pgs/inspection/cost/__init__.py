@@ -1,0 +1,1 @@
+"""Measuring what masking costs and saves."""

@@ -1,0 +1,64 @@
+import io
+import json
+import tarfile
+
+import pytest
+from PIL import Image
+
+from clip_pgs.inspection.__main__ import main
+from clip_pgs.inspection.cost.data_speed import read_jpegs
+
+
+def jpeg(size=(96, 64)):
+    stream = io.BytesIO()
+    Image.linear_gradient("L").resize(size).convert("RGB").save(stream, "JPEG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def shard(tmp_path):
+    path = tmp_path / "00000.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in (("a.jpg", jpeg()), ("a.txt", b"text"), ("b.JPEG", jpeg((40, 30)))):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_shards_and_folders_give_their_jpeg_files(shard, tmp_path):
+    (tmp_path / "c.jpg").write_bytes(jpeg((20, 20)))
+    (tmp_path / "notes.txt").write_text("none")
+    assert len(read_jpegs([shard])) == 2
+    assert len(read_jpegs([shard, tmp_path])) == 3
+    assert len(read_jpegs([shard, tmp_path], min_side=40)) == 2
+    assert len(read_jpegs([shard, tmp_path], limit=1)) == 1
+
+
+def test_the_command_compares_both_paths(shard, tmp_path, capsys):
+    flags = ["--image-size", "32", "--steps", "1", "-o", str(tmp_path)]
+    assert main(["data", str(shard), *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2 JPEG files to crops of 32 x 32 pixels, one core"
+    assert [line.split()[0] for line in lines[3:5]] == ["OpenCLIP", "clip-pgs"]
+    content = json.loads((tmp_path / "data.json").read_text())
+    assert content["num_images"] == 2
+    assert content["ours"] > 0
+    assert content["ratio"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--min-side", "5000"], "there is no JPEG file with a side of 5000 pixels or more"),
+    ],
+)
+def test_bad_options_end_with_code_2_and_one_sentence(shard, capsys, flags, sentence):
+    assert main(["data", str(shard), *flags]) == 2
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+def test_a_missing_path_is_named(tmp_path, capsys):
+    assert main(["data", str(tmp_path / "none.tar")]) == 2
+    assert "none.tar" in capsys.readouterr().err
