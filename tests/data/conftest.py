@@ -81,10 +81,13 @@ def make_args():
             "csv_caption_key": "title",
             "workers": 0,
             "batch_size": 5,
+            "accum_freq": 1,
             "seed": 0,
             "text_masking": "none",
             "text_tokens": None,
             "text_masking_options": {},
+            "data_timeout": 60.0,
+            "max_bad_share": None,
         }
         unknown = set(options) - set(defaults)
         assert not unknown, unknown

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import random
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,39 +10,10 @@ from open_clip import SimpleTokenizer
 from PIL import Image
 from torchvision import transforms
 
+from clip_pgs.data.samples import NoUsableSampleError
 from clip_pgs.data.stream import build_train_stream, build_val_stream
 from clip_pgs.data.word_frequencies import WordFrequencies, write_word_frequencies
-
-AUGMENT = transforms.Compose(
-    [transforms.RandomResizedCrop(8), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
-)
-
-
-def tokenize(captions: list[str]) -> torch.Tensor:
-    """Token 0 is the caption's number, so that a test can tell the samples."""
-    return torch.tensor([[int(caption), 0, 0] for caption in captions])
-
-
-def open_stream(args, *, rank=0, world_size=1):
-    return build_train_stream(
-        args, transform=AUGMENT, tokenize=tokenize, rank=rank, world_size=world_size
-    )
-
-
-def read_epoch(stream, epoch=0):
-    stream.set_epoch(epoch)
-    return list(stream)
-
-
-def numbers(batches) -> list[int]:
-    return [number for _, texts in batches for number in texts[:, 0].tolist()]
-
-
-def same(left, right) -> bool:
-    return len(left) == len(right) and all(
-        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-        for a, b in zip(left, right, strict=True)
-    )
+from support.streams import AUGMENT, numbers, open_stream, read_from, same, tokenize, with_options
 
 
 @pytest.fixture
@@ -56,15 +26,10 @@ def args(folder, make_args):
     return make_args(train_data=f"{folder}/{{0..3}}.tar", val_data=f"{folder}/{{0..3}}.tar")
 
 
-def with_workers(args, workers):
-    args.workers = workers
-    return args
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_epoch_gives_every_sample_once_in_full_batches(args, workers):
-    stream = open_stream(with_workers(args, workers))
-    batches = read_epoch(stream)
+    stream = open_stream(with_options(args, workers=workers))
+    batches = read_from(stream)
     assert (stream.num_samples, stream.num_batches) == (40, 8)
     assert sorted(numbers(batches)) == list(range(40))
     assert [images.shape for images, _ in batches] == [(5, 3, 8, 8)] * 8
@@ -82,58 +47,33 @@ def test_image_and_caption_belong_together(args, make_image):
         assert torch.equal(image, transforms.functional.to_tensor(stored))
 
 
-def test_ranks_share_an_epoch_without_overlap(args):
-    streams = [open_stream(args, rank=rank, world_size=2) for rank in range(2)]
-    first, second = (numbers(read_epoch(stream)) for stream in streams)
-    assert [stream.num_batches for stream in streams] == [4, 4]
-    assert sorted(first + second) == list(range(40))
-
-
-def test_uneven_shards_still_give_each_rank_the_same_number_of_full_batches(make_shards, make_args):
-    args = make_args(train_data=f"{make_shards([10, 1, 2])}/{{0..2}}.tar")
-    for rank in range(2):
-        stream = open_stream(args, rank=rank, world_size=2)
-        assert (
-            [len(images) for images, _ in read_epoch(stream)] == [5] * stream.num_batches == [5, 5]
-        )
-
-
-def test_samples_round_up_to_full_batches_as_openclip_rounds(make_shards, make_args):
-    args = make_args(train_data=f"{make_shards([11, 11])}/{{0..1}}.tar")
-    stream = open_stream(args)
-    counts = Counter(numbers(read_epoch(stream)))
-    assert (stream.num_samples, stream.num_batches) == (25, 5)
-    assert set(counts) == set(range(22))
-    assert max(counts.values()) == 2
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_same_seed_gives_the_same_batches_bit_by_bit(args, workers):
-    with_workers(args, workers)
-    assert same(read_epoch(open_stream(args)), read_epoch(open_stream(args)))
+    with_options(args, workers=workers)
+    assert same(read_from(open_stream(args)), read_from(open_stream(args)))
 
 
 def test_other_seed_gives_another_order(args):
-    first = numbers(read_epoch(open_stream(args)))
+    first = numbers(read_from(open_stream(args)))
     args.seed = 1
-    assert numbers(read_epoch(open_stream(args))) != first
+    assert numbers(read_from(open_stream(args))) != first
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_epoch_does_not_depend_on_the_epochs_before_it(args, workers):
-    with_workers(args, workers)
+    with_options(args, workers=workers)
     whole_run = open_stream(args)
-    epochs = [read_epoch(whole_run, epoch) for epoch in range(3)]
+    epochs = [read_from(whole_run, epoch) for epoch in range(3)]
     assert numbers(epochs[0]) != numbers(epochs[1])
-    assert same(read_epoch(open_stream(args), 2), epochs[2])
+    assert same(read_from(open_stream(args), 2), epochs[2])
 
 
 def test_iteration_left_early_does_not_change_the_next(args):
-    stream = open_stream(with_workers(args, 2))
-    expected = read_epoch(stream, 1)
-    stream.set_epoch(0)
+    stream = open_stream(with_options(args, workers=2))
+    expected = read_from(stream, 1)
+    stream.start_at(0, 0)
     next(iter(stream))
-    assert same(read_epoch(stream, 1), expected)
+    assert same(read_from(stream, 1), expected)
 
 
 def test_loading_leaves_the_generators_of_the_process_alone(args):
@@ -154,38 +94,34 @@ def test_loading_leaves_the_generators_of_the_process_alone(args):
     assert [between, draw()] == expected
 
 
-def test_workers_are_capped_at_what_the_shards_feed(args, caplog):
-    stream = open_stream(with_workers(args, 3), rank=0, world_size=2)
-    assert stream.num_workers == 2
-    assert "2 workers per process instead of --workers 3: 4 shards" in caplog.text
+def test_samples_are_counted_where_nothing_states_them(make_shards, make_args):
+    folder = make_shards([10, 7], with_sizes=False)
+    args = make_args(train_data=f"{folder}/{{0..1}}.tar", batch_size=17)
+    assert sorted(numbers(open_stream(args))) == list(range(17))
 
 
-def test_fewer_shards_than_processes_is_refused_with_both_numbers(args):
-    with pytest.raises(ValueError, match="4 shards cannot feed 5 processes"):
-        open_stream(args, rank=0, world_size=5)
+def test_train_num_samples_shortens_or_repeats_an_epoch(args):
+    short = numbers(open_stream(with_options(args, train_num_samples=10)))
+    assert len(set(short)) == len(short) == 10
+    long = numbers(open_stream(with_options(args, train_num_samples=60)))
+    assert sorted(long[:40]) == list(range(40))
+    assert len(set(long[40:])) == 20
 
 
-def test_unknown_number_of_samples_asks_for_it(make_shards, make_args):
-    folder = make_shards([10], with_sizes=False)
-    with pytest.raises(ValueError, match="--train-num-samples"):
-        open_stream(make_args(train_data=f"{folder}/0.tar"))
-    stream = open_stream(make_args(train_data=f"{folder}/0.tar", train_num_samples=5))
-    assert len(numbers(read_epoch(stream))) == 5
+def test_too_few_samples_for_a_step_are_refused_with_all_numbers(args):
+    with_options(args, batch_size=7, accum_freq=2)
+    message = "40 training samples do not fill one step of 42: --batch-size 7 x --accum-freq 2 x 3"
+    with pytest.raises(ValueError, match=message):
+        open_stream(args, world_size=3)
 
 
 def test_resampled_shards_are_drawn_again_each_epoch(args):
     args.dataset_resampled = True
     stream = open_stream(args)
-    first, second = (numbers(read_epoch(stream, epoch)) for epoch in (0, 1))
+    first, second = (numbers(read_from(stream, epoch)) for epoch in (0, 1))
     assert len(first) == len(second) == 40
     assert first != second
-    assert numbers(read_epoch(open_stream(args), 1)) == second
-
-
-def test_resampling_needs_no_shard_per_process(args):
-    args.dataset_resampled = True
-    ranks = [numbers(read_epoch(open_stream(args, rank=rank, world_size=8))) for rank in (0, 7)]
-    assert ranks[0] != ranks[1]
+    assert numbers(read_from(open_stream(args), 1)) == second
 
 
 def test_upsampling_factors_weigh_the_sources(make_shards, make_args):
@@ -197,47 +133,16 @@ def test_upsampling_factors_weigh_the_sources(make_shards, make_args):
         train_data_upsampling_factors="9::1",
         train_num_samples=400,
     )
-    share = sum(number < 100 for number in numbers(read_epoch(open_stream(args)))) / 400
+    share = sum(number < 100 for number in numbers(read_from(open_stream(args)))) / 400
     assert 0.8 < share < 1.0
     args.train_data_upsampling_factors = "0::1"
-    assert min(numbers(read_epoch(open_stream(args)))) >= 100
+    assert min(numbers(read_from(open_stream(args)))) >= 100
 
 
 def test_upsampling_factors_need_resampling(args):
     args.train_data_upsampling_factors = "1"
     with pytest.raises(ValueError, match="--dataset-resampled"):
         open_stream(args)
-
-
-@pytest.fixture
-def spoiled_args(tmp_path, make_image, make_tar, make_args):
-    """Two shards of ten pairs, of which four in the second are bad."""
-    for shard in range(2):
-        members = {}
-        for number in range(shard * 10, shard * 10 + 10):
-            members[f"{number:02d}.jpg"] = make_image(number)
-            members[f"{number:02d}.txt"] = str(number).encode()
-        if shard == 1:
-            members["12.jpg"] = members["12.jpg"][:300]
-            members["14.jpg"] = b"nonsense"
-            members["16.txt"] = b"\xff\xfe\xff"
-            del members["18.txt"]
-        make_tar(tmp_path / f"{shard}.tar", list(members.items()))
-    return make_args(train_data=f"{tmp_path}/{{0..1}}.tar", train_num_samples=20, batch_size=4)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bad_samples_are_skipped_counted_and_named(spoiled_args, workers, caplog):
-    stream = open_stream(with_workers(spoiled_args, workers))
-    seen = numbers(read_epoch(stream))
-    assert set(seen).isdisjoint({12, 14, 16, 18})
-    assert len(seen) == stream.num_samples
-    # A worker that fills its last batch from a second pass may come to a bad sample again.
-    assert set(stream.skipped) == {"unreadable image", "caption is not UTF-8", "no caption"}
-    assert stream.skipped["unreadable image"] >= 2
-    for key in ("12", "14", "16", "18"):
-        assert f"1.tar: {key}: " in caplog.text
-    assert f"in this epoch {stream.skipped.total()} skipped" in caplog.text
 
 
 def test_many_bad_samples_are_logged_as_a_few_and_a_total(
@@ -254,42 +159,11 @@ def test_many_bad_samples_are_logged_as_a_few_and_a_total(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("resampled", [False, True])
-def test_data_without_a_usable_sample_is_an_error_that_says_why(
-    tmp_path, make_tar, make_image, make_args, workers, resampled
-):
-    for shard in range(2):
-        make_tar(tmp_path / f"{shard}.tar", [(f"{n}.jpg", make_image(n)) for n in range(3)])
-    args = make_args(
-        train_data=f"{tmp_path}/{{0..1}}.tar",
-        train_num_samples=20,
-        dataset_resampled=resampled,
-        workers=workers,
-    )
-    with pytest.raises(ValueError, match=r"no usable sample in .*\.tar.*no caption") as error:
-        read_epoch(open_stream(args))
-    assert "no .txt member" in str(error.value)
-
-
-def test_bad_shard_among_the_drawn_ones_does_not_end_the_run(make_shards, make_args):
-    folder = make_shards([5, 5])
-    (folder / "1.tar").write_bytes(b"no tar")
-    for seed in range(5):
-        args = make_args(train_data=f"{folder}/{{0..1}}.tar", dataset_resampled=True, seed=seed)
-        assert set(numbers(read_epoch(open_stream(args)))) == set(range(5))
-
-
-def test_empty_shards_are_an_error_and_no_endless_loop(tmp_path, make_tar, make_args):
-    make_tar(tmp_path / "0.tar", [])
-    args = make_args(train_data=f"{tmp_path}/0.tar", train_num_samples=20)
-    with pytest.raises(ValueError, match="empty shard"):
-        read_epoch(open_stream(args))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
 def test_validation_gives_every_sample_once_in_order_whatever_the_workers(args, workers):
     args.batch_size = 12
-    stream = build_val_stream(with_workers(args, workers), transform=AUGMENT, tokenize=tokenize)
+    stream = build_val_stream(
+        with_options(args, workers=workers), transform=AUGMENT, tokenize=tokenize
+    )
     batches = list(stream)
     assert [len(images) for images, _ in batches] == [12, 12, 12, 4]
     assert numbers(batches) == list(range(40))
@@ -302,8 +176,7 @@ def test_validation_without_a_usable_sample_is_an_error(tmp_path, make_tar, make
     stream = build_val_stream(
         make_args(val_data=f"{tmp_path}/0.tar"), transform=AUGMENT, tokenize=tokenize
     )
-    assert stream.num_samples is None
-    with pytest.raises(ValueError, match="no usable sample: 1 skipped"):
+    with pytest.raises(NoUsableSampleError, match="no usable sample: 1 skipped"):
         list(stream)
 
 
@@ -321,31 +194,19 @@ def table(tmp_path, make_image):
 
 def test_table_gives_full_batches_that_do_not_depend_on_workers(table, make_args):
     args = make_args(train_data=str(table), batch_size=3)
-    batches = read_epoch(open_stream(args))
+    batches = read_from(open_stream(args))
     assert len(batches) == 4
     assert len(set(numbers(batches))) == 12
-    assert same(read_epoch(open_stream(with_workers(args, 2))), batches)
-    assert numbers(read_epoch(open_stream(args), 1)) != numbers(batches)
-
-
-def test_table_is_shared_by_ranks(table, make_args):
-    args = make_args(train_data=str(table), batch_size=3)
-    ranks = [numbers(read_epoch(open_stream(args, rank=rank, world_size=2))) for rank in range(2)]
-    assert [len(rank) for rank in ranks] == [6, 6]
-    assert set(ranks[0]).isdisjoint(ranks[1])
+    assert same(read_from(open_stream(with_options(args, workers=2))), batches)
+    assert numbers(read_from(open_stream(args), 1)) != numbers(batches)
 
 
 def test_missing_image_of_a_table_is_skipped_by_name(table, make_args, caplog):
     (table.parent / "4.jpg").unlink()
     stream = open_stream(make_args(train_data=str(table), batch_size=13))
-    assert 4 not in numbers(read_epoch(stream))
+    assert 4 not in numbers(read_from(stream))
     assert f"{table}: row 5: unreadable image file" in caplog.text
     assert "4.jpg" in caplog.text
-
-
-def test_table_too_small_for_one_batch_is_refused(table, make_args):
-    with pytest.raises(ValueError, match="13 training samples do not fill a batch of 16"):
-        open_stream(make_args(train_data=str(table), batch_size=8), rank=0, world_size=2)
 
 
 def test_table_serves_for_validation(table, make_args):
@@ -409,16 +270,17 @@ def test_masked_texts_depend_on_the_sample_and_not_on_the_workers(sentence_args,
         write_word_frequencies(WordFrequencies({"a": 3, "dog": 3}, 9, 3, 1), words)
         sentence_args.text_masking_options = {"frequencies": str(words), "threshold": 0.01}
     alone, shared = (
-        read_epoch(open_sentences(with_workers(sentence_args, workers))) for workers in (0, 2)
+        read_from(open_sentences(with_options(sentence_args, workers=workers)))
+        for workers in (0, 2)
     )
     assert same(alone, shared)
     assert [texts.shape for _, texts in alone] == [(4, 7)] * 3
 
 
 def test_masking_the_text_leaves_the_images_as_they_are(sentence_args):
-    plain = read_epoch(open_sentences(sentence_args))
+    plain = read_from(open_sentences(sentence_args))
     sentence_args.text_masking, sentence_args.text_tokens = "random", 7
-    masked = read_epoch(open_sentences(sentence_args))
+    masked = read_from(open_sentences(sentence_args))
     for (images, texts), (same_images, few) in zip(plain, masked, strict=True):
         assert torch.equal(images, same_images)
         assert (texts.shape, few.shape) == ((4, 77), (4, 7))
@@ -428,7 +290,7 @@ def test_text_is_masked_in_another_way_each_epoch(sentence_args):
     sentence_args.text_masking, sentence_args.text_tokens = "random", 7
     stream = open_sentences(sentence_args)
     first, second = (
-        {tuple(text) for _, texts in read_epoch(stream, epoch) for text in texts.tolist()}
+        {tuple(text) for _, texts in read_from(stream, epoch) for text in texts.tolist()}
         for epoch in (0, 1)
     )
     assert len(first | second) > 20

@@ -39,6 +39,14 @@ def test_file_that_is_no_table_is_refused_by_name(tmp_path, content):
         read_pairs(path, **KEYS)
 
 
+@pytest.mark.parametrize("ending", ["tar", "gz", "zip", "bz2", "xz"])
+def test_an_archive_that_is_none_is_refused_by_name(tmp_path, ending):
+    path = tmp_path / f"pairs.{ending}"
+    path.write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=rf"pairs\.{ending}' cannot be read"):
+        read_pairs(path, **KEYS)
+
+
 @pytest.mark.parametrize(("name", "separator"), [("a.tsv", "\t"), ("a.csv", ","), ("a", ",")])
 def test_separator_goes_by_the_name(name, separator):
     assert default_separator(Path(name)) == separator

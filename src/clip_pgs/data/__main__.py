@@ -15,6 +15,7 @@ from clip_pgs.data.pack import pack_pairs
 from clip_pgs.data.shards import expand_shards
 from clip_pgs.data.word_counting import count_shards, count_table, describe_skipped
 from clip_pgs.data.word_frequencies import write_word_frequencies
+from clip_pgs.sentences import SentenceParser, one_sentence
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,12 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_sentence(error)}\n")
         return 2
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = SentenceParser(
         prog="python -m clip_pgs.data",
         description="Make, pack, check and count image-caption data.",
     )

@@ -1,134 +1,211 @@
-"""What one worker of a loader does: read, decode, skip what is bad, and batch."""
+"""Batches of an epoch whose samples can be read in any order."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from itertools import count
-from multiprocessing import Value
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 
-from clip_pgs.data.order import Share
+from clip_pgs.data.epoch_plan import EpochPlan, SampleRef
+from clip_pgs.data.order import stable_seed
 from clip_pgs.data.samples import BadSampleError, RawSample, SampleDecoder, Skip
 from clip_pgs.data.sources import Source
+from clip_pgs.data.whereabouts import Whereabouts
 
-# Skips are reported with the next batch, or without one when this many wait.
-_MAX_PENDING_SKIPS = 256
+# Where so many in a row are bad, it is not worth looking for a good one.
+_MAX_ATTEMPTS = 1000
 
 
 class Batch(NamedTuple):
     """What a worker hands over.
 
     Args:
-        images: Shape (B, 3, H, W), or None if only skips are reported.
+        images: Shape (B, 3, H, W), or None if there is none or only skips are reported.
         texts: Token ids of shape (B, T), or None.
-        skips: What was skipped since the batch before.
-        barren: The shards of a share without one usable sample; the worker has given up.
+        num_tried: Samples whose turn it was.
+        skips: Those of them that could not be used, and shards that could not be read.
+        barren: Shards without one usable sample; the worker has given up.
     """
 
     images: Tensor | None
     texts: Tensor | None
+    num_tried: int
     skips: list[Skip]
     barren: list[str]
 
 
-class BatchDataset(IterableDataset[Batch]):
-    """The batches of an epoch, each worker its own.
+class BatchRequest(NamedTuple):
+    """Which positions of which epoch a batch takes: those from `start`, before `stop`."""
+
+    epoch: int
+    start: int
+    stop: int
+
+
+class BatchPositions:
+    """The positions of one rank's batches, from wherever an epoch is entered.
+
+    The order of the samples of a step is micro-batch, rank, sample, so that neither accumulation
+    nor the number of processes changes what a step sees.
 
     Args:
-        source: Where samples come from.
-        decode: Makes tensors of them.
-        batch_size: Samples per batch.
-        num_batches: Batches of an epoch on this rank, made by its workers in turn; they go
-            through their shares again as need be. None for one pass, with a partial last batch.
+        num_samples: Samples of an epoch.
+        batch_size: Samples of a batch.
+        num_per_step: Batches that make a step; an epoch gives whole steps. None gives every
+            sample, for one process, the last ones in a partial batch.
         rank: The process.
         world_size: Number of processes.
     """
 
     def __init__(
         self,
-        source: Source,
-        decode: SampleDecoder,
+        num_samples: int,
         *,
         batch_size: int,
-        num_batches: int | None,
-        rank: int,
-        world_size: int,
+        num_per_step: int | None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self.source = source
-        self.decode = decode
+        self.num_samples = num_samples
         self.batch_size = batch_size
-        self.num_batches = num_batches
+        self.num_per_step = num_per_step
         self.rank = rank
         self.world_size = world_size
-        # Persistent workers hold copies of the data set; this reaches them.
-        self._epoch = Value("q", 0)
+        self.epoch = 0
+        self.position = 0
+
+    def __len__(self) -> int:
+        """Return the number of batches left in the epoch."""
+        num_left = max(0, self.num_samples - self.position)
+        if self.num_per_step is None:
+            return math.ceil(num_left / self.batch_size)
+        samples_per_step = self.batch_size * self.num_per_step * self.world_size
+        return num_left // samples_per_step * self.num_per_step
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        for index in range(len(self)):
+            start = (index * self.world_size + self.rank) * self.batch_size + self.position
+            stop = start + self.batch_size
+            if self.num_per_step is None:
+                stop = min(stop, self.num_samples)
+            yield BatchRequest(self.epoch, start, stop)
+
+
+class PlannedBatches(Dataset[Batch]):
+    """The batches of an epoch by their positions.
+
+    Args:
+        source: Where samples come from.
+        plan: Which sample has which position; it must have some.
+        decode: Makes tensors of them.
+        positions: The batches to be asked for.
+        whereabouts: Where workers note what they are reading.
+        refill: Whether another sample of the epoch takes the place of a bad one, chosen from
+            (seed, epoch, position, attempt) alone, so that no other sample moves. Else a batch
+            is smaller where samples are bad.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        plan: EpochPlan,
+        decode: SampleDecoder,
+        positions: BatchPositions,
+        whereabouts: Whereabouts,
+        *,
+        refill: bool,
+    ) -> None:
+        self.source = source
+        self.plan = plan
+        self.decode = decode
+        self.positions = positions
+        self.whereabouts = whereabouts
+        self.refill = refill
 
     @property
-    def epoch(self) -> int:
-        """The epoch that the next iterator goes through."""
-        return self._epoch.value
+    def sampler(self) -> BatchPositions:
+        """What torch's loader draws its requests from."""
+        return self.positions
 
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        self._epoch.value = epoch
+    @property
+    def num_batches(self) -> int:
+        """Batches left in the epoch on this rank."""
+        return len(self.positions)
 
-    def __iter__(self) -> Iterator[Batch]:
-        info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        share = Share(self.rank, self.world_size, worker, num_workers)
-        quota = None
-        if self.num_batches is not None:
-            quota = len(range(worker, self.num_batches, num_workers))
-        if quota != 0:
-            yield from self._batch(share, self.epoch, max_batches=quota)
+    def start_at(self, epoch: int, position: int) -> None:
+        """Enter an epoch after so many samples over all ranks."""
+        self.positions.epoch = epoch
+        self.positions.position = position
 
-    def _batch(self, share: Share, epoch: int, *, max_batches: int | None) -> Iterator[Batch]:
+    def describe(self, part: int, number: int) -> str:
+        """Return a place that a worker noted, in words."""
+        return self.source.describe(part, number)
+
+    def __getitem__(self, request: BatchRequest) -> Batch:
         images: list[Tensor] = []
         texts: list[Tensor] = []
         skips: list[Skip] = []
-        num_batches = 0
-        tried: set[str] = set()
-        for pass_index in count():
-            num_usable = 0
-            for item in self.source.read(share, epoch=epoch, pass_index=pass_index):
-                example = self._decode(item, epoch)
-                if isinstance(example, Skip):
-                    skips.append(example)
-                    tried.add(example.shard)
-                    if len(skips) >= _MAX_PENDING_SKIPS:
-                        yield Batch(None, None, skips, [])
-                        skips = []
+        barren: list[str] = []
+        num_tried = 0
+        for position in range(request.start, request.stop):
+            num_tried += 1
+            example = self._example(self.plan.sample_at(request.epoch, position), request.epoch)
+            if isinstance(example, Skip):
+                skips.append(example)
+                if not self.refill:
                     continue
-                num_usable += 1
-                images.append(example[0])
-                texts.append(example[1])
-                if len(images) == self.batch_size:
-                    yield Batch(torch.stack(images), torch.stack(texts), skips, [])
-                    images, texts, skips = [], [], []
-                    num_batches += 1
-                    if num_batches == max_batches:
-                        return
-            if max_batches is None:
-                break
-            # Shards drawn with replacement: a pass may have missed those that are good.
-            if num_usable:
-                tried.clear()
-            elif self.source.has_tried_all(tried):
-                yield Batch(None, None, skips, sorted(tried))
-                return
-        if images:
-            yield Batch(torch.stack(images), torch.stack(texts), skips, [])
-        elif skips:
-            yield Batch(None, None, skips, [])
+                found = self._find_other(request.epoch, position)
+                if isinstance(found, list):
+                    barren = sorted({example.shard, *found})
+                    break
+                example = found
+            images.append(example[0])
+            texts.append(example[1])
+        self.whereabouts.leave()
+        if barren or not images:
+            return Batch(None, None, num_tried, skips, barren)
+        return Batch(torch.stack(images), torch.stack(texts), num_tried, skips, [])
 
-    def _decode(self, item: RawSample | Skip, epoch: int) -> tuple[Tensor, Tensor] | Skip:
-        if isinstance(item, Skip):
-            return item
-        try:
-            return self.decode(item, epoch=epoch)
-        except BadSampleError as error:
-            return Skip(item.shard, item.key, error.reason, error.detail)
+    def _find_other(self, epoch: int, position: int) -> tuple[Tensor, Tensor] | list[str]:
+        """Return a good sample for a bad one's place, or the shards where there was none.
+
+        The bad ones among those tried are not reported: each is at its own position.
+        """
+        shards = set()
+        for ref in self._candidates(epoch, position):
+            example = self._example(ref, epoch)
+            if not isinstance(example, Skip):
+                return example
+            shards.add(example.shard)
+        return sorted(shards)
+
+    def _candidates(self, epoch: int, position: int) -> Iterator[SampleRef]:
+        num_samples = self.plan.num_samples
+        seed = stable_seed("instead", self.decode.seed, epoch, position)
+        start, stride = seed % num_samples, seed // num_samples % num_samples
+        while math.gcd(stride, num_samples) != 1:
+            stride += 1
+        for attempt in range(min(num_samples, _MAX_ATTEMPTS)):
+            ref = self.plan.sample_at(epoch, (start + attempt * stride) % num_samples)
+            # It comes in its own place too: augmented in another way, it is no copy.
+            yield ref._replace(visit=-1 - position)
+
+    def _example(self, ref: SampleRef, epoch: int) -> tuple[Tensor, Tensor] | Skip:
+        self.whereabouts.note(ref.part, ref.number)
+        return decode_item(self.source.read(ref), self.decode, epoch)
+
+
+def decode_item(
+    item: RawSample | Skip, decode: SampleDecoder, epoch: int
+) -> tuple[Tensor, Tensor] | Skip:
+    """Decode what was read, or say why it cannot be used."""
+    if isinstance(item, Skip):
+        return item
+    try:
+        return decode(item, epoch=epoch)
+    except BadSampleError as error:
+        return Skip(item.shard, item.key, error.reason, error.detail)

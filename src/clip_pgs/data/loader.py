@@ -1,9 +1,10 @@
-"""Loading processes around the batches, and the account of what they skip."""
+"""Loading processes around the batches."""
 
 from __future__ import annotations
 
-import logging
+import os
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,124 +14,146 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clip_pgs.data.batches import Batch, BatchDataset
-from clip_pgs.data.samples import NoUsableSampleError, Skip
+from clip_pgs.data.bad_samples import SkipAccount
+from clip_pgs.data.batches import Batch, PlannedBatches
+from clip_pgs.data.sequential_batches import SequentialBatches
+from clip_pgs.data.whereabouts import StalledDataError, time_limit
 
-logger = logging.getLogger(__name__)
-
-_MAX_LOGGED_SKIPS = 10
+_LOADER_ERROR = re.compile(r"DataLoader (timed out|worker \(pid)")
 
 
 class SampleStream:
     """Batches of images and texts, epoch by epoch.
 
     Iterating yields (images, texts): float (B, 3, H, W) and long (B, T), on the CPU, pinned where
-    CUDA is available. It raises NoUsableSampleError where a worker's share has no usable sample.
-    Skipped samples are logged as warnings: the first few by name, all of them as a total.
+    CUDA is available. Skipped samples are logged as warnings: the first few by name, all of them
+    as a total. It raises UnusableDataError where no sample, or too few, can be used, and
+    StalledDataError where no batch comes in time or a worker dies.
 
     Args:
-        dataset: The batches of each worker.
+        batches: The batches of an epoch.
+        account: Counts what is skipped.
         num_workers: Loading processes; 0 loads in this one.
         num_samples: Samples of an epoch over all ranks; None if not known.
         num_batches: Batches of an epoch on each rank; None if not known.
+        timeout: Seconds to wait for a batch; 0 waits for ever.
 
     Attributes:
         num_samples: As above.
         num_batches: As above.
-        num_workers: As above, after what the shards allow.
-        skipped: Samples skipped by reason in the epoch that is being read or was read last.
+        num_workers: As above, after what the data allows.
     """
 
     def __init__(
         self,
-        dataset: BatchDataset,
+        batches: PlannedBatches | SequentialBatches,
+        account: SkipAccount,
         *,
         num_workers: int,
         num_samples: int | None,
         num_batches: int | None,
+        timeout: float = 0.0,
     ) -> None:
         self.num_workers = num_workers
         self.num_samples = num_samples
         self.num_batches = num_batches
-        self.skipped: Counter[str] = Counter()
-        self._first_skip: Skip | None = None
-        self._dataset = dataset
+        self._batches = batches
+        self._account = account
+        self._timeout = timeout
         self._loader = self._make_loader()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iterator goes through, 0 at first.
+    @property
+    def skipped(self) -> Counter[str]:
+        """Samples skipped by reason in the epoch that is being read or was read last."""
+        return self._account.counts
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether the order is the same for any number of processes, workers and batch size."""
+        return isinstance(self._batches, PlannedBatches)
+
+    @property
+    def num_batches_left(self) -> int | None:
+        """Batches that the next iterator gives; None if not known."""
+        return self._batches.num_batches
+
+    def start_at(self, epoch: int, position: int) -> None:
+        """Choose where the next iterator begins: at first, epoch 0 and position 0.
 
         Args:
             epoch: Any epoch; it gives the same batches whatever was read before.
+            position: Samples of the epoch, over all ranks, that are left out, unread.
         """
-        self._dataset.epoch = epoch
+        self._batches.start_at(epoch, position)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.skipped.clear()
-        self._first_skip = None
-        num_batches = 0
-        barren: list[str] = []
-        for batch in self._read_loader():
-            self._record(batch.skips)
-            barren = batch.barren
-            if barren:
-                break
-            if batch.images is not None and batch.texts is not None:
-                num_batches += 1
-                yield batch.images, batch.texts
-        if barren or num_batches == 0:
+        self._account.start_epoch()
+        num_given = 0
+        try:
+            for batch in self._read_loader():
+                self._account.add(batch.skips, num_tried=batch.num_tried)
+                if batch.barren:
+                    raise self._account.no_usable_sample(batch.barren)
+                if batch.images is not None and batch.texts is not None:
+                    num_given += 1
+                    yield batch.images, batch.texts
+            if num_given == 0 and self._batches.num_batches != 0:
+                raise self._account.no_usable_sample([])
+        except (ValueError, RuntimeError):
             # Ends the workers now. Those that die with a traceback, in the garbage collector,
             # are no longer reached by their queues: torch waits five seconds for each.
             self._loader = self._make_loader()
-            raise NoUsableSampleError(self._describe_barren(barren))
-        if self.skipped:
-            logger.warning("in this epoch %s", self._describe_skipped())
+            raise
+        self._account.finish_epoch()
 
     def _read_loader(self) -> Iterator[Batch]:
-        if self.num_workers > 0:
-            yield from self._loader
-            return
-        # Samples seed the generators of the process that decodes them, which is this one.
         batches = iter(self._loader)
         while True:
-            with _preserved_generators():
-                batch = next(batches, None)
+            try:
+                if self.num_workers > 0:
+                    batch = next(batches, None)
+                else:
+                    # Samples seed the generators of the process that decodes them: this one.
+                    with time_limit(self._timeout), _preserved_generators():
+                        batch = next(batches, None)
+            except StalledDataError as error:
+                raise self._stalled(str(error)) from None
+            except RuntimeError as error:
+                found = _LOADER_ERROR.match(str(error))
+                if found is None:
+                    raise
+                if found[1] == "timed out":
+                    raise self._stalled(f"no batch for {self._timeout:g} seconds") from None
+                raise self._stalled("a data worker died") from error
             if batch is None:
                 return
             yield batch
 
+    def _stalled(self, what: str) -> StalledDataError:
+        busy = [
+            f"worker {worker} (process {process}) is at {self._batches.describe(part, number)}"
+            for worker, process, part, number in self._batches.whereabouts.busy()
+        ]
+        return StalledDataError(f"{what}: {'; '.join(busy) or 'no worker is reading'}")
+
     def _make_loader(self) -> DataLoader[Batch]:
         return DataLoader(
-            self._dataset,
+            self._batches,
             batch_size=None,
+            sampler=self._batches.sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            timeout=self._timeout if self.num_workers > 0 else 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_process_group,
             # The loader draws a number at each start; not from the stream of the run.
             generator=torch.Generator().manual_seed(0),
         )
 
-    def _record(self, skips: list[Skip]) -> None:
-        for skip in skips:
-            if self._first_skip is None:
-                self._first_skip = skip
-            if self.skipped.total() < _MAX_LOGGED_SKIPS:
-                logger.warning("skipped %s", skip)
-            elif self.skipped.total() == _MAX_LOGGED_SKIPS:
-                logger.warning("skipped more; the epoch's total follows at its end")
-            self.skipped[skip.reason] += 1
 
-    def _describe_barren(self, shards: list[str]) -> str:
-        places = f" in {', '.join(shards[:3])}" if shards else ""
-        more = f" and {len(shards) - 3} more" if len(shards) > 3 else ""
-        return (
-            f"no usable sample{places}{more}: {self._describe_skipped()}; "
-            f"the first is {self._first_skip}"
-        )
-
-    def _describe_skipped(self) -> str:
-        reasons = ", ".join(f"{reason}: {number}" for reason, number in self.skipped.most_common())
-        return f"{self.skipped.total()} skipped ({reasons})"
+def _leave_process_group(worker: int) -> None:
+    # torchrun signals whole groups; what the run still needs to save must not lose its workers.
+    os.setpgid(0, 0)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+
 T = TypeVar("T")
 
 
@@ -47,6 +49,17 @@ def shuffled(items: Iterable[T], *parts: int | str) -> list[T]:
     order = list(items)
     random.Random(stable_seed(*parts)).shuffle(order)
     return order
+
+
+def permutation(size: int, *parts: int | str) -> np.ndarray:
+    """Return the numbers below `size` in an order that depends on the parts alone.
+
+    Returns:
+        Shape (size,), the smallest unsigned integers that hold them.
+    """
+    # Numpy promises the numbers of RandomState, and of no other generator, for all time.
+    generator = np.random.RandomState(stable_seed(*parts) % 2**32)
+    return generator.permutation(size).astype(np.min_scalar_type(max(size - 1, 0)))
 
 
 def shuffled_stream(

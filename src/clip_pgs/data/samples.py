@@ -7,14 +7,16 @@ import random
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from clip_pgs.data.decoding import RandomCrop, rgb_pixels, to_rgb
 from clip_pgs.data.order import stable_seed
 
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")
@@ -29,13 +31,17 @@ _DECODING_ERRORS = (
     ValueError,
     SyntaxError,
     EOFError,
-    IndexError,
+    LookupError,
     TypeError,
-    OverflowError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
+# Many times what a text tower takes. A tokenizer's time grows with the square of a word's length.
+_MAX_CHARACTERS = 2000
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,8 @@ class SampleDecoder:
     """Turn bytes into tensors, with augmentation drawn from the sample alone.
 
     Args:
-        transform: RGB image to a float tensor of shape (3, H, W).
+        transform: RGB image to a float tensor of shape (3, H, W). Of a `RandomCrop`, only what it
+            needs is decoded.
         tokenize: List of B captions to a long tensor of shape (B, T); may draw words at random.
         seed: Seed of the run.
     """
@@ -125,13 +132,15 @@ class SampleDecoder:
         Raises:
             BadSampleError: If image or caption is missing or cannot be read.
         """
-        caption = decode_caption(raw.caption)
-        image = decode_image(raw.image)
+        caption = decode_caption(raw.caption)[:_MAX_CHARACTERS]
         # The folder is left out, so that a data set may move.
         shard_name = raw.shard.rpartition("/")[2]
         place = (self.seed, epoch, shard_name, raw.key, raw.visit)
         _seed_generators(stable_seed(*place))
-        pixels = self.transform(image)
+        if isinstance(self.transform, RandomCrop):
+            pixels = decode_crop(raw.image, self.transform)
+        else:
+            pixels = self.transform(decode_image(raw.image))
         _seed_generators(stable_seed("text", *place))
         return pixels, self.tokenize([caption])[0]
 
@@ -161,28 +170,42 @@ def decode_image(data: bytes | None) -> Image.Image:
     Raises:
         BadSampleError: If it is missing, damaged or cut short.
     """
+    with _reading(data) as image:
+        image.load()
+        return to_rgb(image)
+
+
+def decode_crop(data: bytes | None, crop: RandomCrop) -> Tensor:
+    """Decode what a random crop of an image needs, and cut it out.
+
+    Returns:
+        Pixels of shape (3, H, W), float32.
+
+    Raises:
+        BadSampleError: If the image is missing, damaged or cut short.
+    """
+    with _reading(data) as image:
+        assert data is not None
+        full_size, box = image.size, crop.draw(image)
+        pixels = rgb_pixels(image, data, reduction=crop.reduction(box))
+    return crop.cut(pixels, box, full_size=full_size)
+
+
+@contextmanager
+def _reading(data: bytes | None) -> Iterator[Image.Image]:
+    """Open an image whose pixels are to be decoded inside the `with` block."""
     if data is None:
         raise BadSampleError("no image", "no ." + ", .".join(IMAGE_SUFFIXES) + " member")
     try:
         with warnings.catch_warnings():
             # Oddities of a file's metadata; what matters raises.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-            image.load()
-            return _to_rgb(image)
+            yield Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise BadSampleError("unreadable image", "no known format") from error
     except _DECODING_ERRORS as error:
         detail = str(error).replace("\n", " ") or type(error).__name__
         raise BadSampleError("unreadable image", detail) from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's own conversion clips at 255, which makes nearly every 16-bit image white.
-        pixels = (np.asarray(image) >> 8).clip(0, 255)
-        return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
 
 
 def _seed_generators(seed: int) -> None:

@@ -7,18 +7,29 @@ import json
 import logging
 import math
 import re
+from itertools import islice
 from pathlib import Path
 
 from braceexpand import braceexpand
 
 logger = logging.getLogger(__name__)
 
+MAX_SHARDS = 2**18
+_MAX_BRACES = 20
+_MAX_DIGITS = 15
+_NUMBER_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+_COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
 _REMOTE = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 def is_remote(shard: str) -> bool:
     """Return whether a shard is a URL or a command rather than a local file."""
     return _REMOTE.match(shard) is not None
+
+
+def is_seekable(shard: str) -> bool:
+    """Return whether the samples of a shard can be read in any order."""
+    return not is_remote(shard) and not shard.lower().endswith(_COMPRESSED_SUFFIXES)
 
 
 def expand_shards(pattern: str) -> list[str]:
@@ -132,13 +143,31 @@ def _count(value: object) -> int:
     raise ValueError(f"{value!r} is no count")
 
 
+def _expand_braces(source: str) -> list[str]:
+    # A range is a list before the first of its numbers comes out.
+    is_too_long = any(
+        max(len(first), len(last)) > _MAX_DIGITS or abs(int(last) - int(first)) >= MAX_SHARDS
+        for first, last in _NUMBER_RANGE.findall(source)
+    )
+    try:
+        if is_too_long or source.count("{") > _MAX_BRACES:
+            candidates = None
+        else:
+            candidates = list(islice(braceexpand(source), MAX_SHARDS + 1))
+    except ValueError as error:
+        raise ValueError(f"shard pattern {source!r} has unbalanced braces") from error
+    if candidates is None or len(candidates) > MAX_SHARDS:
+        raise ValueError(
+            f"shard pattern {source!r} names more than {MAX_SHARDS} files, or has more than "
+            f"{_MAX_BRACES} braces"
+        )
+    return candidates
+
+
 def _expand_source(source: str) -> list[str]:
     if not source.strip():
         raise ValueError("a shard pattern is empty; name .tar files, for example 'data/{0..7}.tar'")
-    try:
-        candidates = list(braceexpand(source))
-    except ValueError as error:
-        raise ValueError(f"shard pattern {source!r} has unbalanced braces") from error
+    candidates = _expand_braces(source)
 
     shards: list[str] = []
     missing: list[str] = []
@@ -159,7 +188,7 @@ def _expand_source(source: str) -> list[str]:
         raise ValueError(f"shard pattern {source!r} matches no file")
     if missing:
         raise ValueError(
-            f"shard pattern {source!r} names {missing[0]!r}, which does not exist "
+            f"shard pattern {source!r} names {missing[0]!r}, which does not exist or is no file "
             f"({len(missing)} of {len(candidates)} are missing)"
         )
     return shards

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import lzma
+import tarfile
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+
+# pandas unpacks a table that is named like an archive.
+_READING_ERRORS = (
+    ValueError,
+    OSError,
+    EOFError,
+    pd.errors.ParserError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ def _read_columns(path: Path, keys: tuple[str, ...], separator: str) -> pd.DataF
         frame = pd.read_csv(
             path, sep=separator, dtype=str, keep_default_na=False, na_filter=False, engine="c"
         )
-    except (ValueError, pd.errors.ParserError) as error:
+    except _READING_ERRORS as error:
         raise ValueError(f"table {str(path)!r} cannot be read: {str(error).strip()}") from error
     for key in keys:
         if key not in frame.columns:

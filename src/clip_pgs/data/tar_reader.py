@@ -7,12 +7,12 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import BinaryIO, Literal, TypeVar
 
 from webdataset.gopen import gopen
 
 from clip_pgs.data.samples import CAPTION_SUFFIX, IMAGE_SUFFIXES, RawSample, Skip
-from clip_pgs.data.shards import is_remote
+from clip_pgs.data.shards import is_remote, is_seekable
 
 T = TypeVar("T")
 
@@ -27,6 +27,7 @@ _READING_ERRORS = (
     MemoryError,
     OverflowError,
 )
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 _METADATA = re.compile(r"__[^/]*__($|/)")
 
 
@@ -121,6 +122,20 @@ def image_of(members: dict[str, T]) -> T | None:
     return next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
 
 
+def open_plain_tar(file: BinaryIO) -> tarfile.TarFile:
+    """Open an archive that is not compressed.
+
+    Raises:
+        tarfile.ReadError: If it is, or is no archive.
+    """
+    start = file.read(8)
+    file.seek(0)
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise tarfile.ReadError(f"compressed with {name}; unpack it, or let its name say so")
+    return tarfile.open(fileobj=file, mode="r:", tarinfo=StrictTarInfo)
+
+
 def regular_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Yield key, suffix and header of each file that belongs to a pair."""
     while (member := tar.next()) is not None:
@@ -147,13 +162,19 @@ def _check_size(member: tarfile.TarInfo) -> None:
         raise tarfile.ReadError(f"a member of {member.size} bytes")
 
 
+def _open_tar(file: BinaryIO, shard: str) -> tarfile.TarFile:
+    if is_seekable(shard):
+        return open_plain_tar(file)
+    # Members that are not used are seeked over in a file, but a pipe must read them.
+    mode: Literal["r|*", "r:*"] = "r|*" if is_remote(shard) else "r:*"
+    return tarfile.open(fileobj=file, mode=mode, tarinfo=StrictTarInfo)
+
+
 def _read_members(shard: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str, bytes | None]]:
     """Yield key, suffix and, if the suffix is one of these, the bytes of each file."""
-    # Members that are not used are seeked over in a file, but a pipe must read them.
-    remote = is_remote(shard)
     with (
-        gopen(shard) if remote else open(shard, "rb") as file,
-        tarfile.open(fileobj=file, mode="r|*" if remote else "r:*", tarinfo=StrictTarInfo) as tar,
+        gopen(shard) if is_remote(shard) else open(shard, "rb") as file,
+        _open_tar(file, shard) as tar,
     ):
         for key, suffix, member in regular_members(tar):
             extracted = tar.extractfile(member) if suffix in suffixes else None

@@ -1,0 +1,114 @@
+"""The account of the samples that cannot be used."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+from clip_pgs.data.samples import NoUsableSampleError, Skip, TooManyBadSamplesError
+
+logger = logging.getLogger(__name__)
+
+OnSkip = Callable[[Skip], object]
+
+_MAX_LOGGED = 10
+# Below this a share says little. Shorter epochs are judged as a whole.
+_MIN_TRIED = 1000
+
+
+class SkipAccount:
+    """Counts and reports what is skipped, and stops where it is too much.
+
+    Args:
+        on_skip: Is told each of them.
+        max_bad_share: Largest share, in [0, 1], of samples that may be bad; None allows all.
+        epoch_size: Samples of an epoch; None if not known.
+
+    Attributes:
+        counts: Skips by reason in the epoch that is being read or was read last.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_skip: OnSkip | None = None,
+        max_bad_share: float | None = None,
+        epoch_size: int | None = None,
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self._on_skip = on_skip
+        self._max_bad_share = max_bad_share
+        self._judge_every = _MIN_TRIED if epoch_size is None else min(epoch_size, _MIN_TRIED)
+        self._judge_at = self._judge_every
+        self._first: Skip | None = None
+        # Over all epochs, so that one entered near its end is not judged by the rest alone.
+        self._num_tried = 0
+        self._num_bad = 0
+
+    def start_epoch(self) -> None:
+        """Forget what was counted in the epoch before."""
+        self.counts.clear()
+        self._first = None
+
+    def add(self, skips: list[Skip], *, num_tried: int) -> None:
+        """Count, log and pass on what a batch skipped, or shards found bad before any batch.
+
+        Args:
+            skips: What was skipped.
+            num_tried: Samples whose turn it was; 0 for shards.
+
+        Raises:
+            TooManyBadSamplesError: If more than the allowed share of all samples was bad.
+        """
+        for skip in skips:
+            self._add(skip)
+        if num_tried == 0:
+            return
+        self._num_tried += num_tried
+        self._num_bad += len(skips)
+        if self._num_tried < self._judge_at:
+            return
+        self._judge_at += self._judge_every
+        allowed = self._max_bad_share
+        if allowed is not None and self._num_bad > allowed * self._num_tried:
+            raise TooManyBadSamplesError(
+                f"{self._num_bad} of {self._num_tried} samples are bad, more than "
+                f"--max-bad-share {allowed:g} allows: {self.describe()}"
+            )
+
+    def finish_epoch(self) -> None:
+        """Log the total of an epoch, if there is one."""
+        if self.counts:
+            logger.warning("in this epoch %s", self._describe_counts())
+
+    def no_usable_sample(self, shards: list[str]) -> NoUsableSampleError:
+        """Return the error of data without a usable sample.
+
+        Args:
+            shards: Where none was found; may be empty.
+        """
+        places = f" in {', '.join(shards[:3])}" if shards else ""
+        more = f" and {len(shards) - 3} more" if len(shards) > 3 else ""
+        return NoUsableSampleError(f"no usable sample{places}{more}: {self.describe()}")
+
+    def describe(self) -> str:
+        """Return the counts of the epoch, and its first skip, in words."""
+        if self._first is None:
+            return "there is none at all"
+        return f"{self._describe_counts()}; the first is {self._first}"
+
+    def _add(self, skip: Skip) -> None:
+        if self._first is None:
+            self._first = skip
+        if self.counts.total() < _MAX_LOGGED:
+            logger.warning("skipped %s", skip)
+        elif self.counts.total() == _MAX_LOGGED:
+            logger.warning("skipped more; the epoch's total follows at its end")
+        self.counts[skip.reason] += 1
+        if self._on_skip is not None:
+            self._on_skip(skip)
+
+    def _describe_counts(self) -> str:
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in self.counts.most_common())
+        return f"{self.counts.total()} skipped ({reasons})"

@@ -1,0 +1,402 @@
+"""Faults in training data: what is kept, what is skipped, and how it is counted."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from open_clip import SimpleTokenizer
+from PIL import Image
+from torchvision import transforms
+
+from clip_pgs.data.samples import NoUsableSampleError, Skip
+from clip_pgs.data.stream import build_train_stream, build_val_stream
+from support.streams import AUGMENT, numbers, open_stream, read_from, tokenize, with_options
+
+PLAIN = transforms.Compose([transforms.Resize((4, 4)), transforms.ToTensor()])
+COLOUR = (200, 30, 60)
+
+
+def encode(image, image_format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=image_format, **options)
+    return buffer.getvalue()
+
+
+def solid(mode="RGB", size=(24, 20)):
+    return Image.new("RGB", size, COLOUR).convert(mode)
+
+
+def png_that_claims(width, height):
+    data = bytearray(encode(solid()))
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+def broken_huffman_table():
+    data = bytearray(encode(solid(), "JPEG"))
+    start = data.index(b"\xff\xc4")
+    data[start + 4 : start + 40] = b"\xff" * 36
+    return bytes(data)
+
+
+def grey_ramp_16_bit():
+    return Image.fromarray(np.full((20, 24), 0x4000, dtype=np.uint16))
+
+
+JPEG = encode(solid(), "JPEG", quality=100)
+FAULTS = {
+    "corrupt JPEG": ({"jpg": broken_huffman_table(), "txt": b"1"}, "unreadable image"),
+    "truncated JPEG": ({"jpg": JPEG[: len(JPEG) // 2], "txt": b"1"}, "unreadable image"),
+    "empty JPEG": ({"jpg": b"", "txt": b"1"}, "unreadable image"),
+    "text as JPEG": ({"jpg": b"<html>404</html>", "txt": b"1"}, "unreadable image"),
+    "bomb": ({"png": png_that_claims(30_000, 30_000), "txt": b"1"}, "unreadable image"),
+    "unknown extension": ({"bmp": encode(solid(), "BMP"), "txt": b"1"}, "no image"),
+    "missing caption": ({"jpg": JPEG}, "no caption"),
+    "empty caption": ({"jpg": JPEG, "txt": b""}, "empty caption"),
+    "blank caption": ({"jpg": JPEG, "txt": b" \n\t"}, "empty caption"),
+    "non-UTF-8 caption": ({"jpg": JPEG, "txt": b"caf\xe9"}, "caption is not UTF-8"),
+}
+KEPT = {
+    "broken side-car JSON": {"jpg": JPEG, "txt": b"1", "json": b'{"caption": '},
+    "other members": {"jpg": JPEG, "txt": b"1", "cls": b"\xff", "npy": b"", "mask.png": b"?"},
+    "upper-case suffix": {"JPG": JPEG, "txt": b"1"},
+    "CMYK": {"jpg": encode(solid("CMYK"), "JPEG", quality=100), "txt": b"1"},
+    "palette": {"png": encode(solid("RGB").quantize(4)), "txt": b"1"},
+    "transparent palette": {
+        "png": encode(solid("RGB").quantize(4), transparency=0),
+        "txt": b"1",
+    },
+    "transparent": {"png": encode(solid("RGBA")), "txt": b"1"},
+    "1 x 1": {"png": encode(solid(size=(1, 1))), "txt": b"1"},
+    "3000 x 1": {"png": encode(solid(size=(3000, 1))), "txt": b"1"},
+    "1 x 3000": {"png": encode(solid(size=(1, 3000))), "txt": b"1"},
+    "animated WebP": {
+        "webp": encode(
+            solid(),
+            "WEBP",
+            lossless=True,
+            save_all=True,
+            append_images=[Image.new("RGB", (24, 20))],
+        ),
+        "txt": b"1",
+    },
+    "animated PNG": {
+        "png": encode(solid(), save_all=True, append_images=[Image.new("RGB", (24, 20))]),
+        "txt": b"1",
+    },
+}
+GREY = {
+    "LA": (encode(Image.new("LA", (24, 20), (64, 100))), 64),
+    "16-bit": (encode(grey_ramp_16_bit()), 64),
+    "1-bit": (encode(Image.new("1", (24, 20), 1)), 255),
+}
+
+
+@pytest.fixture
+def args(make_shards, make_args):
+    """Two good shards of six pairs, and a third one beside them without any yet."""
+    folder = make_shards([6, 6], with_sizes=False)
+    return make_args(train_data=f"{folder}/{{0..2}}.tar", batch_size=4, workers=2)
+
+
+def folder_of(args):
+    return Path(args.train_data).parent
+
+
+@pytest.fixture
+def third(args, make_tar):
+    """Write the members of the third shard and return its path."""
+
+    def write(samples):
+        path = folder_of(args) / "2.tar"
+        members = [
+            (f"{key}.{suffix}", data)
+            for key, sample in samples.items()
+            for suffix, data in sample.items()
+        ]
+        make_tar(path, members)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_sample_is_skipped_counted_and_named(args, third, fault, workers):
+    members, reason = FAULTS[fault]
+    good = {"good": {"jpg": JPEG, "txt": b"100"}}
+    path = third({**good, "bad 1": members, "bad 2": members, "bad 3": members})
+    skips = []
+    stream = open_stream(with_options(args, workers=workers), on_skip=skips.append)
+    seen = numbers(read_from(stream))
+    assert len(seen) == stream.num_samples == 16
+    assert {*range(12), 100} == set(seen)
+    assert stream.skipped == {reason: 3}
+    assert sorted((skip.shard, skip.key, skip.reason) for skip in skips) == [
+        (path, f"bad {number}", reason) for number in (1, 2, 3)
+    ]
+
+
+def colours_of_number_100(args):
+    stream = build_train_stream(args, transform=PLAIN, tokenize=tokenize, rank=0, world_size=1)
+    batches = read_from(stream)
+    images, texts = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert not stream.skipped
+    return images[texts[:, 0] == 100].mul(255).round().unique(dim=0)
+
+
+@pytest.mark.parametrize("oddity", KEPT)
+def test_odd_sample_is_kept_with_its_colours(args, third, oddity):
+    sample = {**KEPT[oddity], "txt": b"100"}
+    third({f"odd {number}": sample for number in range(4)})
+    (image,) = colours_of_number_100(args)
+    expected = torch.tensor(COLOUR, dtype=torch.float32).view(3, 1, 1).expand(3, 4, 4)
+    assert (image - expected).abs().max() <= 3
+
+
+@pytest.mark.parametrize("mode", GREY)
+def test_grey_image_is_kept_and_scaled(args, third, mode):
+    data, grey = GREY[mode]
+    third({f"grey {number}": {"png": data, "txt": b"100"} for number in range(4)})
+    (image,) = colours_of_number_100(args)
+    assert image.unique().tolist() == [grey]
+
+
+def test_very_long_caption_is_kept_and_takes_no_hours(args, third):
+    words = "a dog " * 200_000
+    samples = {"word": "ab" * 500_000, "letters": words, "foreign": "\u732b" * 300_000}
+    third({key: {"jpg": JPEG, "txt": text.encode()} for key, text in samples.items()})
+    with_options(args, train_data=args.train_data.replace("{0..2}", "2"), batch_size=3)
+    stream = build_train_stream(
+        args, transform=AUGMENT, tokenize=SimpleTokenizer(), rank=0, world_size=1
+    )
+    ((_, texts),) = read_from(stream)
+    assert texts.shape == (3, 77)
+    assert texts[:, -1].tolist() == [49407] * 3
+    assert SimpleTokenizer()([words])[0].tolist() in texts.tolist()
+
+
+def test_names_that_climb_are_keys_and_nothing_is_written(args, third, tmp_path):
+    names = ["../../climbs", "/rooted", "a/../../b", "C:\\x", ".", "..jpg"]
+    third({name: {"jpg": JPEG, "txt": b"100"} for name in names})
+    before = sorted(tmp_path.parent.rglob("*"))
+    stream = open_stream(args)
+    assert numbers(read_from(stream)).count(100) == 4
+    assert not stream.skipped
+    assert sorted(tmp_path.parent.rglob("*")) == before
+
+
+def truncated(path):
+    """Cut a shard within its seventh pair."""
+    with tarfile.open(path) as tar:
+        place = tar.getmembers()[18].offset_data + 10
+    path.write_bytes(path.read_bytes()[:place])
+
+
+def no_tar(path):
+    path.write_bytes(b"<html>no such file</html>" * 1000)
+
+
+def no_bytes(path):
+    path.write_bytes(b"")
+
+
+def no_members(path):
+    path.unlink()
+    tarfile.open(path, "w").close()
+
+
+def no_permission(path):
+    # Root may read what has no permission: a file that gives an input/output error to all.
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
+def gone(path):
+    path.unlink()
+
+
+def folder_instead(path):
+    path.unlink()
+    path.mkdir()
+
+
+def link_to_itself(path):
+    path.unlink()
+    path.symlink_to(path)
+
+
+SHARD_FAULTS = {
+    truncated: ("unreadable shard", 4),
+    no_tar: ("unreadable shard", 10),
+    no_bytes: ("unreadable shard", 10),
+    no_members: ("empty shard", 10),
+    no_permission: ("unreadable shard", 10),
+}
+LATE_FAULTS = {
+    **SHARD_FAULTS,
+    gone: ("unreadable shard", 10),
+    folder_instead: ("unreadable shard", 10),
+    link_to_itself: ("unreadable shard", 10),
+}
+
+
+@pytest.fixture
+def stated_args(make_shards, make_args):
+    """Three shards of ten pairs, with sizes.json."""
+    folder = make_shards([10, 10, 10])
+    return make_args(train_data=f"{folder}/{{0..2}}.tar", batch_size=6, workers=2)
+
+
+@pytest.mark.parametrize("damage", LATE_FAULTS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_of_a_bad_shard_are_counted_and_replaced(stated_args, damage, workers):
+    reason, number = LATE_FAULTS[damage]
+    shard = folder_of(stated_args) / "1.tar"
+    skips = []
+    stream = open_stream(with_options(stated_args, workers=workers), on_skip=skips.append)
+    damage(shard)
+    seen = numbers(read_from(stream))
+    assert len(seen) == 30
+    assert set(seen) == {*range(20 - number), *range(20, 30)}
+    assert stream.skipped == {reason: number}
+    assert sorted(skip.key for skip in skips) == sorted(
+        f"sample {index}" for index in range(11 - number, 11)
+    )
+    assert {skip.shard for skip in skips} == {str(shard)}
+
+
+@pytest.mark.parametrize("damage", SHARD_FAULTS)
+def test_a_bad_shard_that_is_counted_is_named_once_and_left_out(stated_args, damage):
+    reason, number = SHARD_FAULTS[damage]
+    folder = folder_of(stated_args)
+    (folder / "sizes.json").unlink()
+    damage(folder / "1.tar")
+    with_options(stated_args, batch_size=1)
+    skips: list[Skip] = []
+    streams = [
+        open_stream(stated_args, rank=rank, world_size=2, on_skip=skips.append) for rank in (0, 1)
+    ]
+    assert [(skip.shard, skip.key, skip.reason) for skip in skips] == [
+        (str(folder / "1.tar"), "", reason)
+    ]
+    seen = [number for stream in streams for number in numbers(read_from(stream))]
+    assert sorted(seen) == [*range(20 - number), *range(20, 30)]
+
+
+def test_shard_that_disappears_while_it_is_open_is_read_to_its_end(stated_args):
+    stream = open_stream(stated_args)
+    batches = iter(stream)
+    # One of each worker, which by then has the shard open.
+    first = [next(batches), next(batches)]
+    (folder_of(stated_args) / "1.tar").unlink()
+    assert sorted(numbers([*first, *batches])) == list(range(30))
+    assert not stream.skipped
+    with pytest.raises(ValueError, match=r"1\.tar', which does not exist"):
+        open_stream(stated_args)
+
+
+def test_shard_that_is_cut_short_while_it_is_open_loses_what_was_cut(stated_args):
+    expected = numbers(read_from(open_stream(stated_args)))
+    stream = open_stream(with_options(stated_args, workers=0))
+    batches = iter(stream)
+    first = next(batches)
+    os.truncate(folder_of(stated_args) / "1.tar", 100)
+    rest = numbers(list(batches))
+    assert numbers([first]) == expected[:6]
+    lost = [number for number in expected[6:] if 10 <= number < 20]
+    assert stream.skipped == {"unreadable shard": len(lost)}
+    assert [new for old, new in zip(expected[6:], rest, strict=True) if old not in lost] == [
+        old for old in expected[6:] if old not in lost
+    ]
+    assert not {*rest} & {*range(10, 20)}
+
+
+def test_more_samples_stated_than_there_are_is_counted(stated_args):
+    folder = folder_of(stated_args)
+    (folder / "sizes.json").write_text('{"0.tar": 10, "1.tar": 12, "2.tar": 10}')
+    skips = []
+    stream = open_stream(with_options(stated_args, batch_size=8), on_skip=skips.append)
+    assert len(numbers(read_from(stream))) == 32
+    assert stream.skipped == {"no such sample": 2}
+    assert "fewer than its sizes.json says" in skips[0].detail
+
+
+def test_bad_row_of_a_table_is_counted(tmp_path, make_image, make_args):
+    (tmp_path / "good.jpg").write_bytes(make_image(1))
+    (tmp_path / "bad.jpg").write_bytes(b"?")
+    (tmp_path / "folder.jpg").mkdir()
+    rows = [
+        "good.jpg\t1",
+        "bad.jpg\t2",
+        "none.jpg\t3",
+        "folder.jpg\t4",
+        "good.jpg\t",
+        "good.jpg\t6",
+    ]
+    table = tmp_path / "pairs.csv"
+    table.write_text("\n".join(["filepath\ttitle", *(f"{tmp_path}/{row}" for row in rows)]))
+    stream = open_stream(make_args(train_data=str(table), batch_size=3, workers=2))
+    seen = numbers(read_from(stream))
+    assert len(seen) == 6
+    assert set(seen) == {1, 6}
+    assert stream.skipped == {
+        "unreadable image": 1,
+        "unreadable image file": 2,
+        "empty caption": 1,
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("resampled", [False, True])
+def test_data_without_a_usable_sample_is_an_error_that_names_the_missing_member(
+    tmp_path, make_tar, make_image, make_args, workers, resampled
+):
+    for shard in range(2):
+        make_tar(tmp_path / f"{shard}.tar", [(f"{n}.jpg", make_image(n)) for n in range(9)])
+    args = make_args(
+        train_data=f"{tmp_path}/{{0..1}}.tar", dataset_resampled=resampled, workers=workers
+    )
+    with pytest.raises(
+        NoUsableSampleError, match=r"no usable sample in .*\.tar.*no caption"
+    ) as error:
+        read_from(open_stream(args))
+    assert "no .txt member" in str(error.value)
+
+
+@pytest.mark.parametrize("damage", [no_tar, no_bytes, no_members, no_permission])
+def test_shards_without_any_sample_are_an_error_before_the_first_batch(stated_args, damage):
+    folder = folder_of(stated_args)
+    (folder / "sizes.json").unlink()
+    for number in range(3):
+        damage(folder / f"{number}.tar")
+    with pytest.raises(NoUsableSampleError, match=f"3 skipped .{SHARD_FAULTS[damage][0]}: 3"):
+        open_stream(with_options(stated_args, train_num_samples=30))
+
+
+def test_validation_leaves_bad_samples_out_and_moves_no_batch(args, third):
+    third({"bad": FAULTS["missing caption"][0], "good": {"jpg": JPEG, "txt": b"100"}})
+    with_options(args, val_data=args.train_data)
+    stream = build_val_stream(args, transform=AUGMENT, tokenize=tokenize)
+    batches = list(stream)
+    assert [numbers([batch]) for batch in batches] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 10, 11],
+        [100],
+    ]
+    assert stream.skipped == {"no caption": 1}
+
+
+def test_skip_reads_as_a_sentence():
+    skip = Skip("data/0.tar", "a", "no caption", "no .txt member")
+    assert str(skip) == "data/0.tar: a: no caption (no .txt member)"

@@ -1,0 +1,151 @@
+import io
+import pickle
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import Compose, Grayscale
+from torchvision.transforms.functional import pil_to_tensor
+
+from clip_pgs.data.decoding import RandomCrop, faster_transform, rgb_pixels
+from support.images import smooth_images
+
+SIZE = 32
+STD = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None] * 255
+
+
+def transform(**options):
+    return open_clip.image_transform(SIZE, is_train=True, **options)
+
+
+def photo(width=96, height=72, *, mode="RGB", seed=0):
+    """Return an image with smooth parts and sharp edges."""
+    smooth = smooth_images(1, height=height, width=width, seed=seed)[0]
+    pixels = (smooth.permute(1, 2, 0) * 50 + 128).clamp(0, 255).to(torch.uint8).numpy().copy()
+    pixels[height // 3 : height // 2, width // 4 : width // 2] = (250, 20, 60)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def encoded(image, kind="JPEG", **options):
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def crop(data, fast, *, seed, reduces=True):
+    torch.manual_seed(seed)
+    image = Image.open(io.BytesIO(data))
+    full_size, box = image.size, fast.draw(image)
+    reduction = fast.reduction(box) if reduces else 1
+    return fast.cut(rgb_pixels(image, data, reduction=reduction), box, full_size=full_size)
+
+
+def levels_apart(one, other):
+    """Return how far two results lie apart, in steps of 8-bit images."""
+    return ((one - other) * STD).abs()
+
+
+@pytest.mark.parametrize("aug_cfg", [{}, {"scale": (0.08, 1.0)}])
+def test_crops_are_those_of_openclip_up_to_one_level_of_rounding(aug_cfg):
+    plain = transform(aug_cfg=open_clip.AugmentationCfg(**aug_cfg))
+    fast = faster_transform(plain)
+    assert isinstance(fast, RandomCrop)
+    for seed in range(12):
+        data = encoded(photo(90 + 7 * seed, 150 - 5 * seed, seed=seed), quality=90)
+        torch.manual_seed(seed)
+        expected = plain(Image.open(io.BytesIO(data)).convert("RGB"))
+        state = torch.get_rng_state()
+        got = crop(data, fast, seed=seed)
+        assert got.shape == expected.shape
+        assert got.dtype == torch.float32
+        assert levels_apart(got, expected).max() <= 1.01
+        assert levels_apart(got, expected).mean() <= 0.1
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_image_given_whole_is_cropped_the_same():
+    plain = transform()
+    fast, image = faster_transform(plain), photo()
+    torch.manual_seed(3)
+    expected = plain(image)
+    torch.manual_seed(3)
+    assert levels_apart(fast(image), expected).max() <= 1.01
+
+
+@pytest.mark.parametrize(("width", "height", "factor"), [(320, 240, 2), (640, 480, 4)])
+def test_large_files_shrink_while_they_are_decoded(width, height, factor):
+    fast = faster_transform(transform(aug_cfg=open_clip.AugmentationCfg(scale=(0.9, 1.0))))
+    data = encoded(photo(width, height), quality=95)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        box = fast.draw(Image.open(io.BytesIO(data)))
+        assert fast.reduction(box) == factor
+        # What remains is the shift of an edge to the nearest pixel of the smaller image.
+        apart = levels_apart(
+            crop(data, fast, seed=seed), crop(data, fast, seed=seed, reduces=False)
+        )
+        assert apart.mean() <= 2
+
+
+@pytest.mark.parametrize(
+    ("box", "factor"),
+    [
+        ((0, 0, 127, 500), 1),
+        ((0, 0, 128, 128), 2),
+        ((0, 0, 500, 255), 2),
+        ((0, 0, 256, 256), 4),
+        ((9, 9, 512, 600), 8),
+        ((9, 9, 20, 20), 1),
+    ],
+)
+def test_a_reduced_crop_stays_twice_as_large_as_needed(box, factor):
+    assert faster_transform(transform()).reduction(box) == factor
+
+
+def test_a_box_of_a_reduced_image_moves_by_half_a_pixel_at_most():
+    fast = faster_transform(transform())
+    column = torch.arange(100, dtype=torch.uint8).expand(3, 50, 100)
+    # Columns 37 to 141 of 200 are columns 18.5 to 70.5 of 100.
+    cut = fast.cut(column, (0, 37, 100, 104), full_size=(200, 100))
+    mean = torch.tensor(fast.mean)[:, None, None] * 255
+    middle = (cut * STD + mean).mean().item()
+    assert middle == pytest.approx((18.5 + 70.5 - 1) / 2, abs=0.6)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        open_clip.image_transform(SIZE, is_train=False),
+        Compose([*transform().transforms[:-1], Grayscale(3), transform().transforms[-1]]),
+        pil_to_tensor,
+    ],
+    ids=["validation", "grey", "a function"],
+)
+def test_other_transforms_stay_as_they_are(other):
+    assert faster_transform(other) is other
+
+
+def test_a_crop_goes_to_worker_processes():
+    fast, data = faster_transform(transform()), encoded(photo())
+    there = pickle.loads(pickle.dumps(fast))
+    assert torch.equal(crop(data, there, seed=1), crop(data, fast, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG")],
+)
+def test_pixels_are_pillows(mode, kind):
+    data = encoded(photo(mode=mode), kind)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    pixels = rgb_pixels(Image.open(io.BytesIO(data)), data)
+    assert pixels.dtype == torch.uint8
+    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), expected)
+
+
+def test_a_file_cut_short_is_refused_as_pillow_refuses_it():
+    data = encoded(photo(300, 300))[:-900]
+    with pytest.raises(OSError, match="truncated"):
+        rgb_pixels(Image.open(io.BytesIO(data)), data)

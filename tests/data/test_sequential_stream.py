@@ -1,0 +1,130 @@
+"""Shards that can only be read from the beginning."""
+
+from __future__ import annotations
+
+import gzip
+
+import pytest
+
+from clip_pgs.data.samples import NoUsableSampleError
+from clip_pgs.data.stream import build_val_stream
+from support.streams import AUGMENT, numbers, open_stream, read_from, same, tokenize, with_options
+
+
+@pytest.fixture
+def folder(make_shards):
+    return make_shards([10, 10, 10, 10])
+
+
+@pytest.fixture
+def args(folder, make_args):
+    pattern = f"pipe:cat {folder}/{{0..3}}.tar"
+    return make_args(train_data=pattern, val_data=pattern, train_num_samples=40)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epoch_gives_every_sample_once(args, workers):
+    stream = open_stream(with_options(args, workers=workers))
+    assert sorted(numbers(read_from(stream))) == list(range(40))
+    assert not stream.is_ordered
+
+
+def test_ranks_share_an_epoch_without_overlap(args):
+    streams = [open_stream(args, rank=rank, world_size=2) for rank in range(2)]
+    first, second = (numbers(read_from(stream)) for stream in streams)
+    assert [stream.num_batches for stream in streams] == [4, 4]
+    assert sorted(first + second) == list(range(40))
+
+
+@pytest.mark.parametrize("resampled", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_start_at_gives_exactly_the_tail_without_decoding(args, workers, num_steps, resampled):
+    with_options(args, dataset_resampled=resampled, batch_size=4)
+    whole = read_from(open_stream(with_options(args, workers=workers)), 2)
+    decoded = []
+
+    def transform(image):
+        decoded.append(image.size)
+        return AUGMENT(image)
+
+    stream = open_stream(args, transform=transform)
+    stream.start_at(2, num_steps * 4)
+    assert stream.num_batches_left == len(whole) - num_steps
+    assert same(list(stream), whole[num_steps:])
+    assert workers or len(decoded) == 40 - num_steps * 4
+
+
+def test_start_at_is_exact_with_bad_samples(args, folder, make_tar, make_image):
+    members = [(f"{number}.txt", b"100") for number in range(10)]
+    members += [("good.jpg", make_image(0)), ("good.txt", b"101")]
+    make_tar(folder / "2.tar", members)
+    stream = open_stream(args)
+    whole = read_from(stream)
+    assert 100 not in numbers(whole)
+    assert len(numbers(whole)) == 40
+    assert stream.skipped["no image"] >= 9
+    assert same(read_from(open_stream(args), 0, 10), whole[2:])
+
+
+def test_epoch_differs_from_the_one_before_and_is_the_same_again(args):
+    first, second = (read_from(open_stream(args), epoch) for epoch in (0, 1))
+    assert numbers(first) != numbers(second)
+    assert same(read_from(open_stream(args), 1), second)
+
+
+def test_workers_are_capped_at_what_the_shards_feed(args, caplog):
+    stream = open_stream(with_options(args, workers=3), rank=0, world_size=2)
+    assert stream.num_workers == 2
+    assert "2 workers per process instead of --workers 3: 4 shards" in caplog.text
+
+
+def test_fewer_shards_than_processes_is_refused_with_both_numbers(args):
+    with pytest.raises(ValueError, match="4 shards cannot feed 5 processes"):
+        open_stream(args, rank=0, world_size=5)
+
+
+def test_unknown_number_of_samples_asks_for_it(args):
+    with pytest.raises(ValueError, match="--train-num-samples"):
+        open_stream(with_options(args, train_num_samples=None))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("resampled", [False, True])
+def test_data_without_a_usable_sample_is_an_error_that_says_why(
+    args, folder, make_tar, make_image, workers, resampled
+):
+    for shard in range(4):
+        make_tar(folder / f"{shard}.tar", [(f"{n}.jpg", make_image(n)) for n in range(3)])
+    with_options(args, dataset_resampled=resampled, workers=workers)
+    with pytest.raises(NoUsableSampleError, match=r"no usable sample in pipe:cat .*no caption"):
+        read_from(open_stream(args))
+
+
+def test_shards_that_fail_are_an_error_and_no_endless_loop(args):
+    with_options(args, train_data="pipe:exit 3", dataset_type="webdataset")
+    with pytest.raises(NoUsableSampleError, match="unreadable shard"):
+        read_from(open_stream(args))
+
+
+def test_bad_shard_among_the_drawn_ones_does_not_end_the_run(args, folder):
+    (folder / "1.tar").write_bytes(b"no tar")
+    with_options(args, dataset_resampled=True, train_data=f"pipe:cat {folder}/{{0..1}}.tar")
+    for seed in range(5):
+        assert set(numbers(read_from(open_stream(with_options(args, seed=seed))))) <= set(range(10))
+
+
+def test_compressed_shards_are_read_too(args, folder):
+    for number in range(4):
+        packed = gzip.compress((folder / f"{number}.tar").read_bytes())
+        (folder / f"{number}.tar.gz").write_bytes(packed)
+    with_options(args, train_data=f"{folder}/{{0..3}}.tar.gz")
+    assert sorted(numbers(read_from(open_stream(args)))) == list(range(40))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_validation_gives_every_sample_once_in_order_whatever_the_workers(args, workers):
+    with_options(args, batch_size=12, workers=workers)
+    stream = build_val_stream(args, transform=AUGMENT, tokenize=tokenize)
+    assert numbers(list(stream)) == list(range(40))
+    assert (stream.num_samples, stream.num_batches) == (None, None)

@@ -1,0 +1,126 @@
+"""Data that stops coming, and data of which too much is bad."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+
+import pytest
+
+from clip_pgs.data.samples import NoUsableSampleError, TooManyBadSamplesError
+from clip_pgs.data.whereabouts import StalledDataError
+from support.streams import AUGMENT, numbers, open_stream, read_from, with_options
+
+
+@pytest.fixture
+def args(make_shards, make_args):
+    folder = make_shards([10, 10, 10])
+    return make_args(train_data=f"{folder}/{{0..2}}.tar", batch_size=6, data_timeout=1.5)
+
+
+@pytest.fixture(autouse=True)
+def ended_workers():
+    """Wait for workers that hang here, and not in the next test."""
+    yield
+    gc.collect()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shard_that_gives_nothing_ends_the_stream_by_its_name(args, workers):
+    path = args.train_data.replace("{0..2}", "1")
+    stream = open_stream(with_options(args, workers=workers))
+    os.unlink(path)
+    os.mkfifo(path)
+    with pytest.raises(StalledDataError) as error:
+        read_from(stream)
+    assert str(error.value).startswith("no batch for 1.5 seconds: worker ")
+    assert f"is at {path}: sample " in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_command_that_gives_nothing_ends_the_stream_by_its_name(args, workers):
+    shard = args.train_data.replace("{0..2}", "0")
+    # The end of an archive is not the end of the command.
+    command = f"pipe:head -c 40000 '{shard}'; sleep 20"
+    with_options(args, train_data=command, train_num_samples=30, workers=workers)
+    with pytest.raises(StalledDataError, match=r"is at pipe:head .*; sleep 20 after \d+ samples"):
+        read_from(open_stream(args))
+
+
+def test_worker_that_dies_is_named_with_what_it_was_reading(args):
+    def transform(image):
+        if transform.num_done == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        transform.num_done += 1
+        return AUGMENT(image)
+
+    transform.num_done = 0
+    stream = open_stream(with_options(args, workers=1), transform=transform)
+    with pytest.raises(StalledDataError, match=r"a data worker died: worker 0 .* is at .*: sample"):
+        read_from(stream)
+
+
+def test_no_limit_is_set_by_a_timeout_of_0(args):
+    stream = open_stream(with_options(args, data_timeout=0.0))
+    assert len(numbers(read_from(stream))) == 30
+
+
+def test_time_spent_outside_the_stream_does_not_count(args):
+    batches = iter(open_stream(with_options(args, data_timeout=0.3)))
+    first = next(batches)
+    # Longer than the limit, and no wait for data.
+    signal.sigtimedwait([signal.SIGUSR2], 0.5)
+    assert len(numbers([first, *batches])) == 30
+
+
+def spoil(make_tar, make_image, folder, *, num_bad, size=100):
+    members = []
+    for number in range(size):
+        image = make_image(number) if number >= num_bad else b"?"
+        members += [(f"{number:04d}.jpg", image), (f"{number:04d}.txt", str(number).encode())]
+    make_tar(folder / "0.tar", members)
+    return f"{folder}/0.tar"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_share_above_the_limit_stops_the_run_in_one_sentence(
+    args, make_tar, make_image, tmp_path, workers
+):
+    path = spoil(make_tar, make_image, tmp_path, num_bad=21)
+    with_options(args, train_data=path, max_bad_share=0.2, batch_size=10, workers=workers)
+    with pytest.raises(TooManyBadSamplesError) as error:
+        read_from(open_stream(args))
+    assert str(error.value).startswith(
+        "21 of 100 samples are bad, more than --max-bad-share 0.2 allows: "
+        "21 skipped (unreadable image: 21); the first is "
+    )
+    assert "\n" not in str(error.value)
+
+
+def test_share_at_the_limit_goes_on(args, make_tar, make_image, tmp_path):
+    path = spoil(make_tar, make_image, tmp_path, num_bad=20)
+    stream = open_stream(with_options(args, train_data=path, max_bad_share=0.2, batch_size=10))
+    for epoch in range(3):
+        assert len(numbers(read_from(stream, epoch))) == 100
+
+
+def test_share_is_judged_over_a_thousand_samples_of_a_long_epoch(
+    args, make_tar, make_image, tmp_path
+):
+    path = spoil(make_tar, make_image, tmp_path, num_bad=1200, size=2400)
+    with_options(args, train_data=path, max_bad_share=0.1, batch_size=100)
+    batches = iter(open_stream(args))
+    for _ in range(9):
+        next(batches)
+    with pytest.raises(TooManyBadSamplesError, match="of 1000 samples are bad"):
+        next(batches)
+
+
+def test_without_a_limit_anything_but_nothing_goes(args, make_tar, make_image, tmp_path):
+    path = spoil(make_tar, make_image, tmp_path, num_bad=99)
+    with_options(args, train_data=path, batch_size=10)
+    assert set(numbers(read_from(open_stream(args)))) == {99}
+    spoil(make_tar, make_image, tmp_path, num_bad=100)
+    with pytest.raises(NoUsableSampleError):
+        read_from(open_stream(args))
