@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import open_clip
@@ -127,13 +128,13 @@ def test_checkpoint_that_would_run_code_is_refused(tmp_path, model_config):
             return (print, ("harm",))
 
     torch.save({"state_dict": Harmful()}, tmp_path / "harmful.pt")
-    with pytest.raises(ValueError, match="cannot read the weights"):
+    with pytest.raises(ValueError, match="cannot be read"):
         load_model(tmp_path / "harmful.pt", model_config=model_config)
 
 
 def test_damaged_checkpoint_is_told_in_a_sentence(lone_checkpoint, model_config):
     lone_checkpoint.write_bytes(lone_checkpoint.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cannot read the weights"):
+    with pytest.raises(ValueError, match="cannot be read"):
         load_model(lone_checkpoint, model_config=model_config)
 
 
@@ -159,3 +160,14 @@ def test_names_of_models_are_short(finished_run):
     assert model_name(str(finished_run / "checkpoints/epoch_1.pt")) == "tiny_run_epoch_1"
     assert model_name("hf-hub:someone/some-model") == "some-model"
     assert model_name("ViT-B-32", pretrained="openai") == "ViT-B-32_openai"
+
+
+def test_weights_that_changed_on_the_disk_are_not_scored(lone_checkpoint, model_config):
+    raw = bytearray(lone_checkpoint.read_bytes())
+    digest = hashlib.sha256(raw).hexdigest()
+    lone_checkpoint.with_name("SHA256SUMS").write_text(f"{digest}  {lone_checkpoint.name}\n")
+    load_model(lone_checkpoint, model_config=model_config)
+    raw[len(raw) // 2] ^= 1
+    lone_checkpoint.write_bytes(raw)
+    with pytest.raises(ValueError, match="is damaged: its checksum is not the one in SHA256SUMS"):
+        load_model(lone_checkpoint, model_config=model_config)

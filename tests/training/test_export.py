@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import huggingface_hub
 import open_clip
@@ -10,6 +11,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from clip_pgs.training import export
+from support.disk import files_limited_to
 from support.models import image_batch
 from support.runs import MODEL, pairs, run, write_model
 
@@ -126,6 +128,37 @@ def test_a_checkpoint_without_a_record_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no record"):
         export.write_export({"state_dict": {}, "name": "x"}, tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_exported(tmp_path, value):
+    weights = {"visual.proj": torch.tensor([0.0, value])}
+    with pytest.raises(ValueError, match=r"not exported: state_dict/visual\.proj holds 1 NaN"):
+        export.write_export({"state_dict": weights, "clip_pgs": {}}, tmp_path / "export")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_cannot_be_written_leaves_the_one_before(tmp_path, finished_run, capsys):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (folder / "export").iterdir()}
+    with files_limited_to(1_000_000):
+        assert export.main([str(folder)]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: the export cannot be written: open_clip_model.safetensors")
+    assert {path.name: path.read_bytes() for path in (folder / "export").iterdir()} == before
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        path.name for path in finished_run.iterdir()
+    )
+
+
+def test_what_a_killed_export_left_counts_as_none_and_is_replaced(tmp_path, finished_run):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    (folder / "export").rename(folder / ".export.unfinished")
+    (folder / ".export.unfinished" / "open_clip_model.safetensors").write_bytes(b"half")
+    assert export.main([str(folder)]) == 0
+    assert not (folder / ".export.unfinished").exists()
+    name = "open_clip_model.safetensors"
+    assert (folder / "export" / name).read_bytes() == (finished_run / "export" / name).read_bytes()
 
 
 def test_the_config_is_plain_json(finished_run):

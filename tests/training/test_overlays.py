@@ -30,6 +30,12 @@ def test_drawing_leaves_model_and_random_stream_alone():
     assert not any(module.training for module in model.modules())
 
 
+def test_a_run_killed_while_it_kept_its_images_keeps_others_when_it_goes_on(tmp_path):
+    (tmp_path / ".images.pt.unfinished").write_bytes(b"half")
+    assert len(fixed_images(tmp_path, smooth_images(12, seed=0))) == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["images.pt"]
+
+
 def test_a_resumed_run_draws_on_the_images_of_its_start(tmp_path):
     first = fixed_images(tmp_path, smooth_images(12, seed=0))
     again = fixed_images(tmp_path, smooth_images(12, seed=1))

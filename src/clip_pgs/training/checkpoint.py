@@ -1,25 +1,24 @@
-"""Checkpoints in OpenCLIP's layout: `checkpoints/epoch_N.pt` and `epoch_latest.pt`.
+"""What a checkpoint holds, in OpenCLIP's layout, and how a run takes it up again.
 
-They hold tensors and plain types only, so that `torch.load(weights_only=True)` opens them, and
-weights under the plain model's names, whatever wrapped it while training. Under "clip_pgs" lies
-the run's record, from which `clip_pgs.training.export` makes an export without the run, under
-"masking_state" what a masking learned beside the weights.
+It holds tensors and plain types only, so that `torch.load(weights_only=True)` opens it, and
+weights under the plain model's names, whatever wrapped it while training. "epoch" counts completed
+epochs, "step" the run's optimiser steps, "position" the samples of the epoch under way that all
+ranks together have seen. Under "clip_pgs" lies the run's record, from which
+`clip_pgs.training.export` makes an export without the run, under "masking_state" what a masking
+learned beside the weights.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
-import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-LATEST_NAME = "epoch_latest.pt"
-_EPOCH_NAME = re.compile(r"epoch_(\d+)\.pt")
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+from clip_pgs.integrations.open_clip.checkpoint_sums import check_sum
+from clip_pgs.integrations.open_clip.checkpoints import first_misfit, read_checkpoint
 
 
 def pack_checkpoint(
@@ -28,6 +27,8 @@ def pack_checkpoint(
     name: str,
     model: nn.Module,
     record: dict[str, Any],
+    step: int = 0,
+    position: int = 0,
     optimizer: torch.optim.Optimizer | None = None,
     scaler: torch.amp.GradScaler | None = None,
     masking_state: dict[str, Any] | None = None,
@@ -39,12 +40,16 @@ def pack_checkpoint(
         name: The run's name.
         model: The plain model.
         record: Plain types that describe the run; stored under "clip_pgs".
+        step: Optimiser steps of the run.
+        position: Samples of the epoch under way that all ranks together have seen.
         optimizer: Its optimiser.
         scaler: The loss scaler.
         masking_state: What the masking learned and no weight holds, such as a teacher.
     """
     checkpoint = {
         "epoch": epoch,
+        "step": step,
+        "position": position,
         "name": name,
         "state_dict": model.state_dict(),
         "clip_pgs": record,
@@ -58,35 +63,6 @@ def pack_checkpoint(
     return checkpoint
 
 
-def save_checkpoint(
-    checkpoint: dict[str, Any],
-    folder: Path,
-    *,
-    is_numbered: bool = True,
-    is_latest: bool = False,
-    delete_previous: bool = False,
-) -> None:
-    """Write a checkpoint, each file under another name first, so that none is ever half there.
-
-    Args:
-        checkpoint: From `pack_checkpoint`.
-        folder: The run's checkpoint folder.
-        is_numbered: Write `epoch_N.pt`.
-        is_latest: Write `epoch_latest.pt`.
-        delete_previous: Remove the numbered file before this one, once the new ones are there.
-    """
-    epoch = checkpoint["epoch"]
-    names = [f"epoch_{epoch}.pt"] * is_numbered + [LATEST_NAME] * is_latest
-    for name in names:
-        unfinished = folder / f".{name}.unfinished"
-        torch.save(checkpoint, unfinished)
-        os.replace(unfinished, folder / name)
-    if delete_previous and names:
-        older = {n: path for path, n in _numbered(folder).items() if n < epoch}
-        if older:
-            older[max(older)].unlink()
-
-
 def load_checkpoint(path: Path | str) -> dict[str, Any]:
     """Read a checkpoint of this trainer or of OpenCLIP's, onto the CPU.
 
@@ -95,41 +71,11 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
         weights are the plain model's.
 
     Raises:
-        ValueError: If the file is missing or holds anything but tensors and plain types.
+        ValueError: If the file is missing, damaged, or holds anything but tensors and plain types.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"checkpoint {str(path)!r} does not exist")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {reason}") from error
-    if "state_dict" not in checkpoint:
-        checkpoint = {"state_dict": checkpoint}
-    checkpoint["state_dict"] = _plain_names(checkpoint["state_dict"])
+    checkpoint = read_checkpoint(path)
+    check_sum(Path(path))
     return checkpoint
-
-
-def _plain_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _WRAPPER_PREFIXES * 2:
-        if all(name.startswith(prefix) for name in state_dict):
-            state_dict = {name.removeprefix(prefix): t for name, t in state_dict.items()}
-    return state_dict
-
-
-def find_latest(folder: Path) -> Path | None:
-    """Return the checkpoint with the most epochs in a folder, or None where there is none."""
-    epochs = _numbered(folder)
-    latest = folder / LATEST_NAME
-    if latest.is_file():
-        content = torch.load(latest, map_location="cpu", weights_only=True, mmap=True)
-        epochs[latest] = content["epoch"]
-    return max(epochs, key=lambda path: epochs[path], default=None)
-
-
-def _numbered(folder: Path) -> dict[Path, int]:
-    matches = {path: _EPOCH_NAME.fullmatch(path.name) for path in folder.glob("epoch_*.pt")}
-    return {path: int(match[1]) for path, match in matches.items() if match}
 
 
 def restore(
@@ -147,10 +93,38 @@ def restore(
 
     Returns:
         Completed epochs; 0 for weights alone.
+
+    Raises:
+        ValueError: If the weights are not those of the model.
     """
+    misfit = first_misfit(model.state_dict(), checkpoint["state_dict"])
+    if misfit is not None:
+        raise ValueError(f"the checkpoint does not fit the model: {misfit}")
     model.load_state_dict(checkpoint["state_dict"])
     if "epoch" not in checkpoint:
         return 0
     if scaler is not None and "scaler" in checkpoint:
         scaler.load_state_dict(checkpoint["scaler"])
     return checkpoint["epoch"]
+
+
+def find_non_finite(checkpoint: Mapping[str, Any]) -> str | None:
+    """Say which weight, or number of the optimiser, is NaN or infinite; None if none is."""
+    for part in ("state_dict", "optimizer"):
+        for name, tensor in named_tensors(checkpoint.get(part), part):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                num_bad = int((~torch.isfinite(tensor)).sum())
+                return f"{name} holds {num_bad} NaN or infinite values of {tensor.numel()}"
+    return None
+
+
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in nested dicts, lists and tuples, each with the path to it."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from named_tensors(item, f"{name}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            yield from named_tensors(item, f"{name}/{number}")

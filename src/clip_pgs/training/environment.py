@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import clip_pgs
+from clip_pgs.training.durable import write_text
 
 FILE_NAME = "env.json"
 _PACKAGES = ("open_clip_torch", "timm", "torchvision", "webdataset", "numpy")
@@ -59,7 +60,8 @@ def save_environment(environment: dict[str, Any], run_folder: Path) -> None:
     if path.is_file():
         before = json.loads(path.read_text())
         earlier = [*before.pop("earlier_launches"), before]
-    path.write_text(json.dumps({**environment, "earlier_launches": earlier}, indent=2) + "\n")
+    text = json.dumps({**environment, "earlier_launches": earlier}, indent=2) + "\n"
+    write_text(path, text)
 
 
 def _version(package: str) -> str | None:

@@ -23,7 +23,9 @@ import safetensors.torch
 from open_clip.tokenizer import HFTokenizer
 
 from clip_pgs.training.build import logit_options
-from clip_pgs.training.checkpoint import find_latest, load_checkpoint
+from clip_pgs.training.checkpoint import find_non_finite, load_checkpoint
+from clip_pgs.training.checkpoint_files import find_latest
+from clip_pgs.training.durable import sync, unfinished_path
 from clip_pgs.training.model_card import write_model_card
 
 FOLDER_NAME = "export"
@@ -72,28 +74,48 @@ def write_export(checkpoint: dict[str, Any], folder: Path) -> Path:
         The folder.
 
     Raises:
-        ValueError: If the checkpoint has no record.
+        ValueError: If the checkpoint has no record, or a weight is NaN or infinite.
+        OSError: If it cannot be written; an export that is there is still there.
     """
     record = checkpoint.get("clip_pgs")
     if record is None:
         raise ValueError("the checkpoint was not written by clip_pgs.training; it has no record")
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    trouble = find_non_finite({"state_dict": checkpoint["state_dict"]})
+    if trouble is not None:
+        raise ValueError(f"the model is not exported: {trouble}")
+    unfinished, replaced = unfinished_path(folder), folder.with_name(f".{folder.name}.replaced")
+    for leftover in (unfinished, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    config = record["open_clip_config"]
-    config_path = unfinished / CONFIG_NAME
-    config_path.write_text(json.dumps(config, indent=2) + "\n")
+    try:
+        _write_files(checkpoint, record, unfinished)
+        # A folder cannot take another's place: between the two there is no export, but never half.
+        if folder.exists():
+            os.replace(folder, replaced)
+        os.replace(unfinished, folder)
+        sync(folder.parent)
+    finally:
+        for leftover in (unfinished, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return folder
+
+
+def _write_files(checkpoint: dict[str, Any], record: dict[str, Any], folder: Path) -> None:
+    config_path = folder / CONFIG_NAME
+    config_path.write_text(json.dumps(record["open_clip_config"], indent=2) + "\n")
     # A copy of its own for each name: safetensors refuses tied weights.
     weights = {name: t.detach().cpu().clone() for name, t in checkpoint["state_dict"].items()}
-    safetensors.torch.save_file(weights, unfinished / WEIGHTS_NAME)
+    try:
+        safetensors.torch.save_file(weights, folder / WEIGHTS_NAME)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{WEIGHTS_NAME}: {error}") from error
     # safetensors makes its file readable for its owner alone.
-    (unfinished / WEIGHTS_NAME).chmod(config_path.stat().st_mode)
+    (folder / WEIGHTS_NAME).chmod(config_path.stat().st_mode)
     if record["tokenizer"] is not None:
-        HFTokenizer(record["tokenizer"]).save_pretrained(unfinished)
-    (unfinished / CARD_NAME).write_text(write_model_card(checkpoint["name"], record))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
-    return folder
+        HFTokenizer(record["tokenizer"]).save_pretrained(folder)
+    (folder / CARD_NAME).write_text(write_model_card(checkpoint["name"], record))
+    for path in (*folder.iterdir(), folder):
+        sync(path)
 
 
 def tokenizer_source(args: argparse.Namespace) -> str | None:
@@ -110,7 +132,7 @@ def export_run(run_folder: Path) -> Path:
     Raises:
         ValueError: If the run has no checkpoint of this trainer.
     """
-    path = find_latest(run_folder / "checkpoints")
+    path = find_latest(run_folder / "checkpoints", is_owner=False)
     if path is None:
         raise ValueError(f"{str(run_folder)!r} has no checkpoint to export")
     return write_export(load_checkpoint(path), run_folder / FOLDER_NAME)
@@ -158,6 +180,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except OSError as error:
+        sys.stderr.write(f"error: the export cannot be written: {error}\n")
+        return 1
     _logger.info("export: %s", folder)
     if args.push_to_hub:
         _logger.info("uploaded: %s", push_to_hub(folder, args.push_to_hub, private=args.private))

@@ -17,6 +17,7 @@ from clip_pgs.integrations.open_clip import (
     set_masking_noise,
 )
 from clip_pgs.masking.patches import paint_kept
+from clip_pgs.training.durable import durable_file
 from clip_pgs.training.seeding import step_noise
 
 NUM_IMAGES = 8
@@ -36,7 +37,8 @@ def fixed_images(folder: Path, candidates: Tensor) -> Tensor:
     path = folder / _IMAGES_NAME
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(candidates[:NUM_IMAGES].float().cpu(), path)
+        with durable_file(path) as file:
+            torch.save(candidates[:NUM_IMAGES].float().cpu(), file)
     return torch.load(path, weights_only=True).to(candidates.device)
 
 

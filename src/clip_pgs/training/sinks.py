@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from clip_pgs.training.durable import write_text
+
 
 class Sink(Protocol):
     """Takes measurements of rank 0."""
@@ -47,7 +49,7 @@ class JsonLines:
         self._path = path
         if path.is_file():
             lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if _is_before(line, first_step)))
+            write_text(path, "".join(line for line in lines if _is_before(line, first_step)))
 
     def train(self, values: Mapping[str, float], *, epoch: int, step: int) -> None:
         """Append a line of kind "train"."""

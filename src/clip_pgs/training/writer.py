@@ -11,7 +11,8 @@ import open_clip
 import torch
 from torch import Tensor
 
-from clip_pgs.training.checkpoint import pack_checkpoint, save_checkpoint
+from clip_pgs.training.checkpoint import pack_checkpoint
+from clip_pgs.training.checkpoint_store import CheckpointStore
 from clip_pgs.training.export import FOLDER_NAME, write_export
 from clip_pgs.training.overlays import draw_masks, fixed_images, save_picture
 from clip_pgs.training.phases import total_epochs
@@ -28,6 +29,7 @@ class RunWriter:
         model: The plain model.
         scaler: The loss scaler, if there is one.
         record: From `describe_run`.
+        keep_last: How many checkpoints of steps to keep; None keeps all.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class RunWriter:
         model: open_clip.CLIP,
         scaler: torch.amp.GradScaler | None,
         record: Mapping[str, Any],
+        keep_last: int | None = None,
     ) -> None:
         self._folder = folder
         self._args = args
@@ -45,6 +48,11 @@ class RunWriter:
         self._scaler = scaler
         self._record = record
         self._images: Tensor | None = None
+        self._store = CheckpointStore(
+            folder / "checkpoints",
+            keep_last=keep_last,
+            delete_previous=args.delete_previous_checkpoint,
+        )
 
     def choose_images(self, candidates: Tensor) -> None:
         """Draw masks on these training images, of shape (B, 3, H, W), from now on."""
@@ -58,37 +66,91 @@ class RunWriter:
         save_picture(picture, self._folder / "masks" / f"epoch_{epoch}.png")
         return picture
 
-    def save(
+    def save_epoch(
         self,
         epoch: int,
         *,
+        step: int,
         optimizer: torch.optim.Optimizer,
         masking_state: dict[str, Any],
         is_phase_end: bool,
         cost: Cost,
         metrics: Mapping[str, float],
-    ) -> None:
-        """Write the checkpoints that are due after `epoch` epochs; a phase's last always is."""
+    ) -> float:
+        """Save what is due after `epoch` epochs; a phase's last always is.
+
+        Returns:
+            The seconds that it held the run; the disk is waited for by `wait`.
+        """
         frequency = self._args.save_frequency
-        checkpoint = pack_checkpoint(
-            epoch=epoch,
-            name=self._args.name,
-            model=self._model,
+        content = self._pack(
+            epoch,
+            step=step,
+            position=0,
             optimizer=optimizer,
-            scaler=self._scaler,
             masking_state=masking_state,
             record=with_results(self._record, cost=cost, metrics=metrics),
         )
-        save_checkpoint(
-            checkpoint,
-            self._folder / "checkpoints",
-            is_numbered=is_phase_end or (frequency > 0 and epoch % frequency == 0),
-            is_latest=self._args.save_most_recent,
-            delete_previous=self._args.delete_previous_checkpoint,
+        return self._store.save(
+            content,
+            as_epoch=is_phase_end or (frequency > 0 and epoch % frequency == 0),
+            as_most_recent=self._args.save_most_recent,
         )
 
+    def save_step(
+        self,
+        epoch: int,
+        *,
+        step: int,
+        position: int,
+        optimizer: torch.optim.Optimizer,
+        masking_state: dict[str, Any],
+        cost: Cost,
+        metrics: Mapping[str, float],
+    ) -> float:
+        """Save after `step` optimiser steps, `position` samples into the epoch after `epoch`.
+
+        Returns:
+            The seconds that it held the run; the disk is waited for by `wait`.
+        """
+        content = self._pack(
+            epoch,
+            step=step,
+            position=position,
+            optimizer=optimizer,
+            masking_state=masking_state,
+            record=with_results(self._record, cost=cost, metrics=metrics),
+        )
+        return self._store.save(content, as_step=True)
+
+    def _pack(self, epoch: int, **state: Any) -> dict[str, Any]:
+        return pack_checkpoint(
+            epoch=epoch, name=self._args.name, model=self._model, scaler=self._scaler, **state
+        )
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written, so that the next one would wait for it."""
+        return self._store.is_busy
+
+    def wait(self) -> bool:
+        """Wait until the last checkpoint is on the disk; return whether it could be written."""
+        return self._store.wait()
+
+    def close(self) -> bool:
+        """Wait as `wait` does; nothing is saved after it."""
+        return self._store.close()
+
     def export(self, *, cost: Cost, metrics: Mapping[str, float]) -> Path:
-        """Write the finished model as OpenCLIP's files and return their folder."""
+        """Write the finished model as OpenCLIP's files and return their folder.
+
+        Checkpoints are on the disk when the export is there.
+
+        Raises:
+            ValueError: If a weight is NaN or infinite.
+            OSError: If it cannot be written.
+        """
+        self._store.wait()
         checkpoint = pack_checkpoint(
             epoch=total_epochs(self._args),
             name=self._args.name,

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
-
 from clip_pgs.evaluation.checkpoints import newest_checkpoint
+from clip_pgs.integrations.open_clip.checkpoints import read_checkpoint
 
 OPTIONS_NAME, METRICS_NAME = "options.json", "metrics.jsonl"
 
@@ -79,13 +76,10 @@ def read_training_facts(run: Path | None, weights: str) -> TrainingFacts:
 
 def _read_record(checkpoint: Path) -> dict[str, Any] | None:
     """Return the record of a checkpoint of this trainer; weights are left on the disk."""
-    if not zipfile.is_zipfile(checkpoint):
-        return None
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, OSError, EOFError):
+        record = read_checkpoint(checkpoint, use_mmap=True).get("clip_pgs")
+    except ValueError:
         return None
-    record = content.get("clip_pgs") if isinstance(content, dict) else None
     return record if isinstance(record, dict) and "recipe" in record else None
 
 
