@@ -38,3 +38,11 @@ def test_painting_leaves_kept_pixels_and_greys_the_rest():
     assert torch.equal(painted[0, :, 2:, 4:], pixels[0, :, 2:, 4:])
     assert (painted[0, :, :2, 2:] == 0.5).all()
     assert (painted[1, :, 2:] == 0.5).all()
+
+
+def test_painting_greys_what_lies_beyond_the_last_whole_patch():
+    pixels = torch.rand(1, 3, 5, 7)
+    painted = paint_kept(pixels, PatchSelection(torch.arange(6)[None]), (2, 2))
+    assert torch.equal(painted[:, :, :4, :6], pixels[:, :, :4, :6])
+    assert (painted[:, :, 4:] == 0.5).all()
+    assert (painted[..., 6:] == 0.5).all()

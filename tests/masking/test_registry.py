@@ -1,3 +1,6 @@
+import re
+
+import numpy as np
 import pytest
 
 from clip_pgs import create_masking, list_maskings
@@ -37,6 +40,35 @@ def test_only_adaptive_strategies_take_a_lower_bound():
 def test_a_strategy_without_options_says_so():
     with pytest.raises(ValueError, match="it takes none at all"):
         create_masking("none", mask_ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "problem"),
+    [
+        ("random", {"mask_ratio": True}, "mask_ratio takes a number, got True"),
+        ("random", {"mask_ratio": None}, "mask_ratio takes a number, got None"),
+        ("gaussian", {"sigma": "wide"}, "sigma takes a number, got 'wide'"),
+        ("gaussian", {"sigma": float("inf")}, "sigma takes a finite number, got inf"),
+        ("gaussian", {"sigma": 10**400}, "sigma takes a finite number, got 1000"),
+        ("pgs", {"edge_weight": float("nan")}, "edge_weight takes a finite number, got nan"),
+        ("pgs", {"threshold": "low"}, "threshold takes a number, got 'low'"),
+        ("pgs", {"edges": "abc"}, "edges takes true or false, got 'abc'"),
+        ("pgs", {"edges": 1}, "edges takes true or false, got 1"),
+        ("pgs", {"num_iters": 1.5}, "num_iters takes a whole number, got 1.5"),
+        ("pgs", {"num_iters": None}, "num_iters takes a whole number, got None"),
+        ("pgs", {"neighbourhood": [1]}, "neighbourhood takes a whole number, got [1]"),
+        ("pgs", {"solver": 1}, "solver takes a name, got 1"),
+        ("pgs-released", {"num_epochs": {}}, "num_epochs takes a number, got {}"),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_refused_by_its_name(name, options, problem):
+    with pytest.raises(ValueError, match=re.escape(f"masking '{name}': {problem}")):
+        create_masking(name, **options)
+
+
+def test_numbers_of_numpy_and_whole_numbers_are_numbers():
+    assert create_masking("gaussian", sigma=np.float32(0.5), mask_ratio=0).mask_ratio == 0
+    assert create_masking("pgs", num_iters=np.int64(3), threshold=None).num_iters == 3
 
 
 def test_a_taken_name_is_refused():

@@ -125,7 +125,7 @@ def test_unknown_keys_are_refused_with_near_names(tmp_path, line, near):
         ("text-masking: half", "'text-masking' takes one of none, truncate,"),
         ("text-masking-option: [threshold]", "'text-masking-option' takes a mapping"),
         ("image-mean: [a, b]", "'image-mean' takes a list of numbers"),
-        ("aug-cfg: strong", "'aug-cfg' takes a mapping, got 'strong'"),
+        ("aug-cfg: strong", "'aug-cfg' takes a mapping of names to values, got 'strong'"),
         ("masking-option: [edges]", "'masking-option' takes a mapping"),
         ("config: other.yaml", "'config' can only be given on the command line"),
         ("check-only: true", "'check-only' can only be given on the command line"),
@@ -148,7 +148,7 @@ def test_a_config_that_is_no_mapping_is_refused(tmp_path, text):
 
 @pytest.mark.parametrize("text", ["lr: [1", "lr: !!python/object/apply:os.getcwd []", "a: b: c"])
 def test_a_config_that_is_not_plain_yaml_is_refused(tmp_path, text):
-    assert "run.yaml is not a YAML file" in refusal(tmp_path, text)
+    assert "run.yaml is not a plain YAML file" in refusal(tmp_path, text)
 
 
 def test_an_empty_config_sets_nothing(tmp_path):

@@ -13,6 +13,8 @@ from typing import Any
 import open_clip
 
 from clip_pgs.evaluation.checkpoints import Checkpoint
+from clip_pgs.integrations.open_clip.model_config import check_preprocessing, read_json_object
+from clip_pgs.integrations.open_clip.weightless import check_buildable
 
 CONFIG_NAME = "open_clip_config.json"
 
@@ -68,11 +70,12 @@ def find_architecture(
             raise ValueError(f"open_clip knows no model {model!r}; give a model config instead")
         return Architecture(model)
     if checkpoint.config is not None:
-        return _from_config(checkpoint.config)
+        return _from_config(checkpoint.config, what=f"the model config in {checkpoint.path}")
 
     folder = checkpoint.path.resolve().parent
     for config_folder in (folder, folder.parent / "export"):
         if (config_folder / CONFIG_NAME).is_file():
+            read_export_config(config_folder)
             return Architecture(f"local-dir:{config_folder}")
     params_path = folder.parent / "params.txt"
     if params_path.is_file():
@@ -92,12 +95,8 @@ def register_model_config(path: Path) -> str:
     Raises:
         ValueError: If it is no such file, or open_clip has another model of that name.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the model config {path}: {error}") from error
-    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
-        raise ValueError(f"{path} is no model config: embed_dim, vision_cfg and text_cfg are due")
+    config = read_json_object(path, what=f"the model config {path}")
+    check_buildable(config, name=f"the model config {path}")
     known = open_clip.get_model_config(path.stem)
     if known is None:
         open_clip.add_model_config(path)
@@ -106,11 +105,40 @@ def register_model_config(path: Path) -> str:
     return path.stem
 
 
-def _from_config(config: dict[str, Any]) -> Architecture:
+def read_export_config(folder: Path) -> dict[str, Any]:
+    """Read and check the `open_clip_config.json` of a folder.
+
+    Raises:
+        ValueError: If it is damaged, or `check_export_config` refuses it.
+    """
+    path = folder / CONFIG_NAME
+    config = read_json_object(path, what=str(path))
+    check_export_config(config, what=str(path))
+    return config
+
+
+def check_export_config(config: Any, *, what: str) -> None:
+    """Refuse the content of an `open_clip_config.json` that open_clip should not be given.
+
+    Args:
+        config: What the JSON holds.
+        what: What to call it in messages.
+
+    Raises:
+        ValueError: If its model cannot be built, or its preprocessing is none.
+    """
+    if not isinstance(config, dict) or "model_cfg" not in config:
+        raise ValueError(f"{what} has no model_cfg")
+    check_preprocessing(config.get("preprocess_cfg", {}), what=what)
+    check_buildable(config["model_cfg"], name=what)
+
+
+def _from_config(config: Any, *, what: str) -> Architecture:
     """Register the content of an `open_clip_config.json` under a name of its own.
 
     By name, not by folder: open_clip would look for a Hugging Face tokenizer in the folder.
     """
+    check_export_config(config, what=what)
     text = json.dumps(config["model_cfg"], sort_keys=True)
     stem = f"recorded-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,7 @@ from clip_pgs.evaluation.runner import evaluate
 from clip_pgs.evaluation.score_sheet import ERRORS_NAME
 from clip_pgs.evaluation.suites import load_suite
 from clip_pgs.evaluation.table import format_table
+from clip_pgs.sentences import one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
         device = _device(args.device, ranks)
         _check_numbers(args.batch_size, args.workers)
         outputs = output_folders(args)
-    except ValueError as error:
+    # OSError: a path that cannot be looked up.
+    except (ValueError, OSError) as error:
         return _complain(error, ranks)
 
     exit_code = EXIT_DONE
@@ -168,7 +170,7 @@ def _check_numbers(batch_size: int, workers: int | None) -> None:
         raise ValueError(f"--workers must be >= 0, got {workers}")
 
 
-def _complain(error: ValueError, ranks: Ranks) -> int:
+def _complain(error: Exception, ranks: Ranks) -> int:
     if ranks.is_main:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_sentence(error)}\n")
     return EXIT_BAD_INPUT

@@ -8,6 +8,7 @@ from pathlib import Path
 from clip_pgs.evaluation.datasets import clean_name
 from clip_pgs.evaluation.models import check_source, model_name
 from clip_pgs.evaluation.suites import SUITES
+from clip_pgs.sentences import SentenceParser
 
 _EPILOG = """\
 clip-test.sh sets --help     which data sets are there, and how to get the others
@@ -26,7 +27,7 @@ what is done is kept and not redone: the same command continues after an interru
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = argparse.ArgumentParser(
+    parser = SentenceParser(
         prog="clip-test.sh",
         description="Evaluate CLIP models in five suites.",
         epilog=_EPILOG,

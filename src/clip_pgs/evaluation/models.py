@@ -14,7 +14,11 @@ import open_clip
 import torch
 from torch import nn
 
-from clip_pgs.evaluation.architectures import CONFIG_NAME, find_architecture
+from clip_pgs.evaluation.architectures import (
+    CONFIG_NAME,
+    find_architecture,
+    read_export_config,
+)
 from clip_pgs.evaluation.checkpoints import (
     WEIGHT_ENDINGS,
     load_weights,
@@ -147,6 +151,7 @@ def model_name(source: str, *, pretrained: str | None = None) -> str:
 def _export_folder(path: Path) -> Path:
     for folder in (path, path / "export"):
         if (folder / CONFIG_NAME).is_file():
+            read_export_config(folder)
             if not any(folder.glob(f"*{ending}") for ending in WEIGHT_ENDINGS):
                 raise ValueError(f"{folder} holds {CONFIG_NAME} but no weights")
             return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from clip_pgs.evaluation.command_options import add_data_flags
 from clip_pgs.evaluation.datasets import EvalSet
 from clip_pgs.evaluation.presence import PRESENT, Presence, check_presence
 from clip_pgs.evaluation.suites import load_suite
+from clip_pgs.sentences import SentenceParser, one_sentence
 
 EXIT_ALL_PRESENT, EXIT_INCOMPLETE, EXIT_BAD_INPUT = 0, 1, 2
 _PAIRS_URL = "https://raw.githubusercontent.com/RAIVNLab/sugar-crepe/main/data"
@@ -27,7 +27,7 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         0 if all are present, 1 if some are incomplete or missing, 2 on bad input.
     """
-    parser = argparse.ArgumentParser(
+    parser = SentenceParser(
         prog="clip-test.sh sets",
         description="Tell which data sets are present, incomplete or missing.",
         epilog="exit codes: 0 all present, 1 some incomplete or missing, 2 bad input",
@@ -37,8 +37,8 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     try:
         eval_sets = load_suite(args.suite, datasets=args.datasets, data_root=args.data_root)
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {one_sentence(error)}\n")
         return EXIT_BAD_INPUT
     found = [(eval_set, check_presence(eval_set)) for eval_set in eval_sets]
     sys.stdout.write(_table(found))

@@ -97,6 +97,8 @@ def load_suite(
     suites = list(SUITES.values()) if name == "all" else [SUITES[name]]
     if data_root is None:
         data_root = DEFAULT_ROOTS.get(datasets, ".")
+    elif not data_root:
+        raise ValueError("the data root is empty; name a folder, or . for the working directory")
     elif not (data_root == "hub" or is_template(data_root) or Path(data_root).is_dir()):
         raise ValueError(f"data root {data_root} is not a folder")
 

@@ -75,7 +75,10 @@ def read_model_input(source: str) -> ModelInput:
         ValueError: If `source` is none of these, or its image tower has no patches.
     """
     # They import open_clip, which takes seconds.
-    from clip_pgs.integrations.open_clip.model_config import check_preprocessing, check_vision_config
+    from clip_pgs.integrations.open_clip.model_config import (
+        check_preprocessing,
+        check_vision_config,
+    )
 
     config = _read_config(source)
     model_config = config.get("model_cfg", config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from clip_pgs.masking.types import PatchSelection
 
@@ -60,9 +61,12 @@ def paint_kept(
         fill: Value of a masked pixel; 0.5 is mid-grey for images in [0, 1].
 
     Returns:
-        Images of the same shape and dtype.
+        Images of the same shape and dtype. What lies beyond the last whole patch, which no model
+        sees, is painted too.
     """
-    rows, columns = pixels.shape[-2] // patch_size[0], pixels.shape[-1] // patch_size[1]
+    height, width = pixels.shape[-2:]
+    rows, columns = height // patch_size[0], width // patch_size[1]
     keep_mask = kept_patches(selection, rows * columns).reshape(-1, 1, rows, columns)
     keep_mask = keep_mask.repeat_interleave(patch_size[0], 2).repeat_interleave(patch_size[1], 3)
+    keep_mask = pad(keep_mask, (0, width - keep_mask.shape[3], 0, height - keep_mask.shape[2]))
     return torch.where(keep_mask, pixels, pixels.new_tensor(fill))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from clip_pgs.masking.types import MaskingStrategy
 
@@ -58,16 +61,50 @@ def create_masking(name: str, **options: Any) -> MaskingStrategy:
         **options: The strategy's own options; see `masking_options`.
 
     Raises:
-        ValueError: If the name is unknown, or an option is unknown or out of its range.
+        ValueError: If the name is unknown, or an option is unknown, of the wrong type or out of
+            its range.
     """
     known = masking_options(name)
-    for option in options:
+    hints = get_type_hints(_strategy_class(name).__init__)
+    for option, value in options.items():
         if option not in known:
             choices = ", ".join(known) or "none at all"
             takers = [other for other in list_maskings() if option in masking_options(other)]
             hint = f"; {', '.join(takers)} would take {option!r}" if takers else ""
             raise ValueError(f"masking {name!r} has no option {option!r}; it takes {choices}{hint}")
+        problem = _type_problem(hints.get(option), value)
+        if problem:
+            raise ValueError(f"masking {name!r}: {option} takes {problem}, got {value!r}")
     return _strategy_class(name)(**options)
+
+
+def _type_problem(hint: Any, value: Any) -> str:
+    """Say what an option takes instead of a value; "" if it takes that, or anything.
+
+    Options come from command lines and configs, and `0.0 <= "a"` is an error that names nothing.
+    """
+    allowed = get_args(hint) or (hint,)
+    if value is None and NoneType in allowed:
+        return ""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if bool in allowed:
+        return "" if isinstance(value, bool) else "true or false"
+    if str in allowed:
+        return "" if isinstance(value, str) else "a name"
+    if int in allowed:
+        return "" if is_number and isinstance(value, Integral) else "a whole number"
+    if float in allowed and not is_number:
+        return "a number"
+    if float in allowed:
+        return "" if _is_finite(value) else "a finite number"
+    return ""
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _strategy_class(name: str) -> type[MaskingStrategy]:

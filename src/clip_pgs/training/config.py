@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from clip_pgs.training.plain_yaml import read_mapping
 
 # These say what to do with a config or with one call; none of them describes a run.
 COMMAND_LINE_ONLY = frozenset({"--config", "--check-only", "--help"})
 PAIR_FLAGS = frozenset({"--aug-cfg", "--masking-option", "--text-masking-option"})
 # Either names the model; a config's own word replaces its base's, whichever it uses.
 _MODEL_FLAGS = frozenset({"--model", "--model-config"})
+_DATA_FLAGS = frozenset({"--train-data", "--val-data"})
+_OPTION_NAME = re.compile(r"[A-Za-z][\w-]*")
 
 
 def load_config(path: str, actions: Mapping[str, argparse.Action]) -> dict[str, Any]:
@@ -51,11 +55,11 @@ def _with_bases(path: str) -> list[tuple[str, dict[Any, Any]]]:
         path, next_path = next_path, None
         if Path(path).resolve() in files:
             raise ValueError(f"{path} is its own base")
-        content = _read_mapping(path)
+        content = read_mapping(path)
         files[Path(path).resolve()] = (path, content)
         if "base" in content:
             base = content.pop("base")
-            if not isinstance(base, str):
+            if not isinstance(base, str) or not _is_encodable(base):
                 raise ValueError(f"{path}: 'base' takes the name of a config, got {base!r}")
             next_path = str(Path(path).parent / base)
     return list(files.values())
@@ -107,42 +111,13 @@ def nearest_names(flag: str, known: Iterable[str]) -> str:
     return f"nearest: {', '.join(near)}" if near else "--help lists all of them"
 
 
-def _read_mapping(path: str) -> dict[Any, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except OSError as error:
-        raise ValueError(f"cannot read the config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not a YAML file: {reason}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} must hold one mapping of options to values, got {type(content).__name__}"
-        )
-    _refuse_repeated_keys(root, path)
-    return content
-
-
-def _refuse_repeated_keys(root: yaml.Node | None, path: str) -> None:
-    """PyYAML keeps the last of two equal keys and says nothing."""
-    assert isinstance(root, yaml.MappingNode)
-    inner = [value for _, value in root.value if isinstance(value, yaml.MappingNode)]
-    for mapping in (root, *inner):
-        seen = set()
-        for key, _ in mapping.value:
-            if key.value in seen:
-                raise ValueError(f"{path}: {key.value!r} is given twice")
-            seen.add(key.value)
-
-
 def _problem(flag: str, action: argparse.Action, value: Any) -> str:
     """Say what is wrong with a value, as the rest of a sentence; "" if nothing is."""
     if flag in PAIR_FLAGS:
-        return "" if isinstance(value, dict) else "takes a mapping"
+        is_mapping = isinstance(value, dict) and all(map(_is_option_name, value))
+        return "" if is_mapping else "takes a mapping of names to values"
+    if flag in _DATA_FLAGS and isinstance(value, str) and _may_run_command(value):
+        return "runs no command from a config; give it on the command line"
     if action.nargs == 0:
         return "" if isinstance(value, bool) else "takes true or false"
     if action.nargs in ("+", "*"):
@@ -151,7 +126,27 @@ def _problem(flag: str, action: argparse.Action, value: Any) -> str:
     return _item_problem(action, value)
 
 
+def _is_option_name(key: Any) -> bool:
+    return isinstance(key, str) and _OPTION_NAME.fullmatch(key) is not None
+
+
+def _is_encodable(text: str) -> bool:
+    """Return whether a text could stand on a command line."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def _may_run_command(pattern: str) -> bool:
+    """Return whether a source of a pattern is a `pipe:` command, or braces could make it one."""
+    schemes = (source.partition(":")[0] for source in pattern.split("::") if ":" in source)
+    return any(scheme.lower() == "pipe" or set(scheme) & set("{\\") for scheme in schemes)
+
+
 def _item_problem(action: argparse.Action, value: Any) -> str:
+    if isinstance(value, str) and not _is_encodable(value):
+        return "takes a text without null bytes and lone surrogates"
     if action.choices is not None:
         choices = ", ".join(map(str, action.choices))
         return "" if value in action.choices else f"takes one of {choices}"

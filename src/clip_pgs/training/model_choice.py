@@ -5,12 +5,12 @@ OpenCLIP's trainer takes RN50 where nothing is named, and passes over a broken c
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import open_clip
 
 from clip_pgs.integrations.open_clip.compat import is_bundled_model
+from clip_pgs.integrations.open_clip.model_config import check_model_config, read_json_object
 from clip_pgs.training.config import nearest_names
 
 # Models that bring their own weights, from a folder or from the Hugging Face Hub.
@@ -52,15 +52,8 @@ def _register_model(path: str) -> None:
     """Add a model config to open_clip, which passes over a broken file without a word."""
     if Path(path).suffix != ".json":
         raise ValueError(f"--model-config must end in .json, got {path}")
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read --model-config {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"--model-config {path} is not JSON: {error}") from None
-    required = ("embed_dim", "vision_cfg", "text_cfg")
-    if not isinstance(config, dict) or any(key not in config for key in required):
-        raise ValueError(f"--model-config {path} must hold {', '.join(required)}")
+    what = f"--model-config {path}"
+    check_model_config(read_json_object(Path(path), what=what), what=what)
     if is_bundled_model(Path(path).stem):
         raise ValueError(
             f"--model-config {path} has the name of a model of open_clip; rename the file"

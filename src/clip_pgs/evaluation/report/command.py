@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from clip_pgs.sentences import SentenceParser, one_sentence
+
 _DESCRIPTION = """\
 Report where models stand: report.html (one file that opens without a network), report.md,
 results.csv and figures/. Published figures of the CLIP-PGS paper stand beside results on its data
@@ -29,8 +31,8 @@ def run(argv: Sequence[str]) -> int:
         from clip_pgs.evaluation.report.write import HTML_NAME, write_report
 
         folder = write_report(args.results, args.output)
-    except (ValueError, ModuleNotFoundError) as error:
-        sys.stderr.write(f"error: {_reason(error)}\n")
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        sys.stderr.write(f"error: {one_sentence(_reason(error))}\n")
         return EXIT_BAD_INPUT
     sys.stdout.write(f"{folder / HTML_NAME}\n")
     return EXIT_DONE
@@ -43,7 +45,7 @@ def _reason(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = SentenceParser(
         prog="python -m clip_pgs.evaluation report",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

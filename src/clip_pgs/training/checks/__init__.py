@@ -26,6 +26,14 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         ValueError: With one sentence, for the first thing that is wrong.
     """
+    try:
+        _check_all(args)
+    except OSError as error:
+        # A path that cannot be looked up: too long, not permitted, a loop of links.
+        raise ValueError(f"cannot look up {error.filename!r}: {error.strerror or error}") from None
+
+
+def _check_all(args: argparse.Namespace) -> None:
     check_versions()
     check_ranges(args)
     check_recipe(args)

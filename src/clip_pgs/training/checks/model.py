@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import open_clip
+from PIL import Image
 
+from clip_pgs.integrations.open_clip.checkpoints import read_checkpoint
+from clip_pgs.integrations.open_clip.model_config import (
+    check_model_config,
+    check_preprocessing,
+    read_json_object,
+)
+from clip_pgs.integrations.open_clip.weightless import (
+    MISFITS,
+    build_weightless,
+    check_model_runs,
+    largest_memory,
+)
 from clip_pgs.training.model_choice import MODEL_SCHEMAS
+
+# OpenCLIP's byte-pair vocabulary, of which the last token ends every caption.
+_NUM_TOKENS = 49408
+_TRIED_SIZE = 32
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -22,18 +38,88 @@ def check_model(args: argparse.Namespace) -> None:
             f"--lock-text needs --lock-text-freeze-layer-norm: the text tower of {args.model} "
             "locks its LayerNorm with the rest"
         )
+    _check_vocabulary(args, config)
+    is_own = args.model_config is not None or args.model.startswith(MODEL_SCHEMAS)
+    if is_own or args.force_image_size is not None or args.force_context_length is not None:
+        model = build_weightless(
+            config,
+            name=args.model,
+            image_size=image_size(args),
+            context_length=args.force_context_length,
+        )
+        has_own_text = not config["text_cfg"].get("hf_model_name")
+        if has_own_text:
+            check_model_runs(model, name=args.model, context_length=context_length(args))
     if args.pretrained and not args.model.startswith(MODEL_SCHEMAS):
-        is_tag = bool(open_clip.get_pretrained_cfg(args.model, args.pretrained))
-        if not is_tag and not Path(args.pretrained).is_file():
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(args.model)) or "none"
-            raise ValueError(
-                f"--pretrained {args.pretrained!r} is neither a file nor a tag of {args.model} "
-                f"(tags: {tags})"
-            )
+        _check_weights(args)
+    _check_batch(args, config)
+    _check_augmentation(args)
+
+
+def _check_vocabulary(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Refuse a text tower with fewer tokens than OpenCLIP's own tokenizer makes."""
+    text = config["text_cfg"]
+    has_other_tokenizer = text.get("hf_tokenizer_name") or text.get("hf_model_name")
+    if has_other_tokenizer or "siglip" in args.model.lower():
+        return
+    size = text.get("vocab_size", _NUM_TOKENS)
+    if size < _NUM_TOKENS:
+        raise ValueError(
+            f"the config of --model {args.model} has a vocab_size of {size}, less than the "
+            f"{_NUM_TOKENS} tokens of OpenCLIP's tokenizer"
+        )
+
+
+def _check_batch(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Refuse batches of which not even the pixels fit into this machine."""
+    size = image_size(args) or config["vision_cfg"].get("image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    batch_size = max(args.batch_size, args.unmasked_batch_size or 0)
+    num_bytes = 4 * 3 * height * width * batch_size
+    if num_bytes > largest_memory():
+        raise ValueError(
+            f"the pixels of a batch of {batch_size} images of {height} x {width} take "
+            f"{num_bytes / 2**30:.0f} GiB, more than this machine has"
+        )
+
+
+def _check_augmentation(args: argparse.Namespace) -> None:
+    """Refuse `--aug-cfg` with options, or values, that OpenCLIP cannot augment with."""
     fields = [field.name for field in dataclasses.fields(open_clip.AugmentationCfg)]
     for key in args.aug_cfg:
         if key not in fields:
             raise ValueError(f"--aug-cfg has no {key!r}; it takes {', '.join(fields)}")
+    if not args.aug_cfg:
+        return
+    try:
+        transform = open_clip.image_transform(
+            _TRIED_SIZE, is_train=True, aug_cfg=dict(args.aug_cfg)
+        )
+        transform(Image.new("RGB", (_TRIED_SIZE, _TRIED_SIZE)))
+    except MISFITS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"OpenCLIP cannot augment with --aug-cfg {args.aug_cfg}: {reason}"
+        ) from None
+
+
+def _check_weights(args: argparse.Namespace) -> None:
+    """Refuse `--pretrained` that is no tag and no file of weights."""
+    if open_clip.get_pretrained_cfg(args.model, args.pretrained):
+        return
+    path = Path(args.pretrained)
+    if not path.is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(args.model)) or "none"
+        raise ValueError(
+            f"--pretrained {args.pretrained!r} is neither a file nor a tag of {args.model} "
+            f"(tags: {tags})"
+        )
+    # OpenCLIP reads other projects' numpy files too.
+    if path.suffix not in (".npz", ".npy"):
+        try:
+            read_checkpoint(path, use_mmap=True)
+        except ValueError as error:
+            raise ValueError(f"--pretrained: {error}") from None
 
 
 def read_model_config(name: str) -> dict[str, Any]:
@@ -42,17 +128,33 @@ def read_model_config(name: str) -> dict[str, Any]:
     Raises:
         ValueError: If there is none, or it cannot be read.
     """
-    try:
-        config = open_clip.get_model_config(name)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the config of --model {name} is not JSON: {error}") from None
-    except OSError as error:
-        # Hugging Face's errors are OSErrors, of several lines.
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the config of --model {name} cannot be read: {reason}") from None
+    what = f"the config of --model {name}"
+    if name.startswith("local-dir:"):
+        path = Path(name.removeprefix("local-dir:"), "open_clip_config.json")
+        content = read_json_object(path, what=f"{what}, {path},")
+        config = content.get("model_cfg", content)
+        check_preprocessing(content.get("preprocess_cfg", {}), what=what)
+    else:
+        config = _known_config(name, what=what)
     if not config or "vision_cfg" not in config:
-        raise ValueError(f"the config of --model {name} has no vision_cfg")
+        raise ValueError(f"{what} has no vision_cfg")
+    check_model_config(config, what=what)
     return config
+
+
+def _known_config(name: str, *, what: str) -> Any:
+    try:
+        return open_clip.get_model_config(name)
+    # Hugging Face's errors are OSErrors, or a ValueError for a name that cannot be.
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{what} cannot be read: {reason}") from None
+
+
+def image_size(args: argparse.Namespace) -> int | list[int] | None:
+    """Return `--force-image-size` as OpenCLIP takes it."""
+    size = args.force_image_size
+    return size[0] if size is not None and len(size) == 1 else size
 
 
 def context_length(args: argparse.Namespace) -> int:

@@ -1,0 +1,207 @@
+"""Whether the model config of a stranger is one that open_clip may be given.
+
+open_clip hands what it finds on to constructors and tokenizers: a name from the Hub is fetched, an
+option can let a tokenizer run code of its folder, and any number of layers is built.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import timm
+from open_clip.coca_model import MultimodalCfg
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+_TOWERS = {"text_cfg": CLIPTextCfg, "multimodal_cfg": MultimodalCfg}
+_REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
+_SWITCHES = ("custom_text", "quick_gelu", "nonscalar_logit_scale")
+_NUMBERS = ("init_logit_scale", "init_logit_bias")
+# Everything else of transformers' tokenizers stays shut, "trust_remote_code" above all.
+_TOKENIZER_OPTIONS = ("clean", "strip_sep_token", "language")
+
+_MAX_LAYERS = 1000
+_MAX_SIZE = 2**24
+_CAN_BE_ZERO = ("pad_id", "eos_id")
+# Sizes that open_clip takes as a list too, and how long it is.
+_LISTS = {"image_size": 2, "patch_size": 2, "layers": 4}
+_MAX_JSON_BYTES = 2**20
+
+
+def read_json_object(path: Path, *, what: str) -> dict[str, Any]:
+    """Read a small JSON file that holds an object.
+
+    Args:
+        path: The file.
+        what: What to call it in messages, such as "--model-config tiny.json".
+
+    Raises:
+        ValueError: If it cannot be read, is large, or holds anything else.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{what} is no file")
+        with path.open("rb") as file:
+            data = file.read(_MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"cannot read {what}: {error.strerror}") from None
+    if len(data) > _MAX_JSON_BYTES:
+        raise ValueError(f"{what} is larger than {_MAX_JSON_BYTES} bytes")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} must hold one JSON object, got {type(content).__name__}")
+    return content
+
+
+def check_model_config(config: Any, *, what: str) -> None:
+    """Refuse a model config that open_clip could not build, or should not.
+
+    Args:
+        config: What the JSON of an OpenCLIP model config holds.
+        what: What to call it in messages.
+
+    Raises:
+        ValueError: If a key is missing or unknown, a value is of the wrong type or out of any
+            sensible range, or an option would let a tokenizer run code.
+    """
+    if not isinstance(config, dict) or any(key not in config for key in _REQUIRED):
+        raise ValueError(f"{what} must hold {', '.join(_REQUIRED)}")
+    for key, value in config.items():
+        if key == "vision_cfg":
+            check_vision_config(value, what=what)
+            continue
+        if key in _TOWERS:
+            _check_tower(value, _TOWERS[key], what=f"{what}: {key}")
+            continue
+        if key == "embed_dim":
+            problem = _size_problem(key, value)
+        elif key in _SWITCHES:
+            problem = "" if isinstance(value, bool) else "takes true or false"
+        elif key in _NUMBERS:
+            problem = "" if value is None or _is_number(value) else "takes a finite number"
+        else:
+            raise ValueError(f"{what} has no option {key!r}")
+        if problem:
+            raise ValueError(f"{what}: {key} {problem}, got {value!r}")
+    if "multimodal_cfg" in config and not config.get("custom_text"):
+        raise ValueError(f"{what}: multimodal_cfg needs custom_text to be true")
+
+
+def check_vision_config(vision: Any, *, what: str) -> None:
+    """Refuse the `vision_cfg` of a model config as `check_model_config` does."""
+    _check_tower(vision, CLIPVisionCfg, what=f"{what}: vision_cfg")
+    _check_patches(vision, what=f"{what}: vision_cfg")
+
+
+def check_preprocessing(preprocess: Any, *, what: str) -> None:
+    """Refuse a `preprocess_cfg` with which open_clip could not read an image.
+
+    Args:
+        preprocess: What an `open_clip_config.json` holds under that name.
+        what: What to call the file in messages.
+
+    Raises:
+        ValueError: If it is no JSON object, or a value is of the wrong type.
+    """
+    if not isinstance(preprocess, dict):
+        raise ValueError(f"{what}: preprocess_cfg must be a JSON object")
+    rules = {
+        "size": (_is_size, "a size or two"),
+        "mode": (lambda value: value == "RGB", "RGB"),
+        "mean": (_is_colour, "3 finite numbers"),
+        "std": (lambda value: _is_colour(value) and min(value) > 0, "3 finite numbers > 0"),
+        "interpolation": (("bicubic", "bilinear", "random").__contains__, "bicubic or bilinear"),
+        "resize_mode": (("shortest", "longest", "squash").__contains__, "shortest or the like"),
+        "fill_color": (lambda value: type(value) is int and 0 <= value < 256, "a value below 256"),
+    }
+    for key, (is_good, kind) in rules.items():
+        value = preprocess.get(key)
+        if value is not None and not is_good(value):
+            raise ValueError(f"{what}: preprocess_cfg: {key} takes {kind}, got {value!r}")
+
+
+def _is_size(value: Any) -> bool:
+    sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    return not any(_size_problem("size", side) for side in sides)
+
+
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
+
+
+def _check_tower(tower: Any, tower_class: Any, *, what: str) -> None:
+    if not isinstance(tower, dict):
+        raise ValueError(f"{what} must be a JSON object, got {type(tower).__name__}")
+    hints = get_type_hints(tower_class)
+    known = {field.name: field.default for field in fields(tower_class)}
+    for key, value in tower.items():
+        if key not in known:
+            raise ValueError(f"{what} has no option {key!r}")
+        problem = "" if value is None else _problem(key, value, hints[key])
+        if value is None and known[key] is not None and not _may_be_null(key, hints[key], tower):
+            problem = "cannot be null"
+        if problem:
+            raise ValueError(f"{what}: {key} {problem}, got {value!r}")
+    for option in tower.get("tokenizer_kwargs") or ():
+        if option not in _TOKENIZER_OPTIONS:
+            choices = ", ".join(_TOKENIZER_OPTIONS)
+            raise ValueError(f"{what}: tokenizer_kwargs takes {choices}, got {option!r}")
+    name = tower.get("timm_model_name")
+    if name is not None and not timm.is_model(name):
+        raise ValueError(f"{what}: timm has no model {name!r}")
+
+
+def _problem(key: str, value: Any, hint: Any) -> str:
+    """Say what is wrong with a value, as the rest of a sentence; "" if nothing is."""
+    allowed = get_args(hint) or (hint,)
+    if key == "attentional_pool" and isinstance(value, str):
+        return ""
+    if bool in allowed:
+        return "" if isinstance(value, bool) else "takes true or false"
+    if str in allowed:
+        return "" if isinstance(value, str) else "takes a text"
+    if float in allowed:
+        is_good = _is_number(value) and 0 <= value <= _MAX_SIZE
+        return "" if is_good else f"takes a number from 0 to {_MAX_SIZE}"
+    if dict in allowed:
+        return "" if isinstance(value, dict) else "takes a JSON object"
+    if isinstance(value, list) and len(value) == _LISTS.get(key):
+        return next((p for p in (_size_problem(key, item) for item in value) if p), "")
+    return _size_problem(key, value)
+
+
+def _size_problem(key: str, value: Any) -> str:
+    least = 0 if key in _CAN_BE_ZERO else 1
+    most = _MAX_LAYERS if key == "layers" else _MAX_SIZE
+    if type(value) is int and least <= value <= most:
+        return ""
+    return f"takes a whole number from {least} to {most}"
+
+
+def _may_be_null(key: str, hint: Any, tower: Mapping[str, Any]) -> bool:
+    # open_clip's own configs have these: no patches in a ResNet, no projection in timm's towers.
+    has_no_patches = isinstance(tower.get("layers"), list) or "timm_model_name" in tower
+    return NoneType in get_args(hint) or hint is str or (key == "patch_size" and has_no_patches)
+
+
+def _is_number(value: Any) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return isinstance(value, int) or math.isfinite(value)
+
+
+def _check_patches(vision: Mapping[str, Any], *, what: str) -> None:
+    if vision.get("timm_model_name") or isinstance(vision.get("layers"), list):
+        return
+    sides = [vision.get("image_size", 224), vision.get("patch_size", 16)]
+    image, patch = (side if isinstance(side, list) else [side, side] for side in sides)
+    if any(image_side < patch_side for image_side, patch_side in zip(image, patch, strict=True)):
+        raise ValueError(f"{what}: image_size {image} is smaller than patch_size {patch}")
