@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from clip_pgs.training.checks import check_options, option_warnings
 from clip_pgs.training.options import parse_options
@@ -54,7 +55,7 @@ def test_a_valid_run_passes_without_a_warning_and_creates_nothing(tmp_path):
         ("--mask-schedule-steps", "1", ">= 2"),
         ("--mask-ratio-end", "1", "in [0, 1)"),
         ("--accum-freq", "0", ">= 1"),
-        ("--workers", "-1", ">= 0"),
+        ("--workers", "-1", "in [0, 1024]"),
         ("--warmup", "-1", ">= 0"),
         ("--lr", "0", "> 0"),
         ("--lr", "nan", "> 0"),
@@ -94,6 +95,14 @@ def test_numbers_out_of_their_range_are_refused(flag, value, rule):
         (["--pretrained", "laion9b"], "'laion9b' is neither a file nor a tag of ViT-B-16"),
         (["--report-to", "tensorbord"], "got 'tensorbord'"),
         (["--device", "warp"], "--device 'warp'"),
+        (["--device", "meta"], "--device meta is not available"),
+        (["--epochs", "9" * 30], "--epochs must be at most 2**53"),
+        (["--workers", "2000"], "--workers must be in [0, 1024], got 2000"),
+        (["--aug-cfg", "scale=wide"], "OpenCLIP cannot augment with --aug-cfg {'scale': 'wide'}"),
+        (["--batch-size", "9" * 12], "the pixels of a batch of 999999999999 images of 224 x 224"),
+        (["--force-image-size", "1000000"], "the weights of ViT-B-16 take"),
+        (["--logs", f"{__file__}/logs", "--name", "a"], "is a file where a folder on the way to"),
+        (["--imagenet-val", "x" * 300], "File name too long"),
         (["--device", "cuda:99"], "--device cuda:99 is not available"),
         (["--resume", "nowhere.pt"], "--resume: checkpoint 'nowhere.pt' does not exist"),
         (["--resume", __file__], "cannot be read"),
@@ -219,11 +228,17 @@ def test_shards_with_their_sizes_need_no_number_of_samples(tmp_path):
     accept("--model", "ViT-B-16", "--train-data", write_shards(tmp_path / "train"))
 
 
-def test_shards_without_sizes_need_the_number_of_samples(tmp_path):
+def test_shards_without_sizes_are_counted(tmp_path):
     pattern = write_shards(tmp_path / "train")
     (tmp_path / "train" / "sizes.json").unlink()
-    assert "--train-num-samples" in refusal("--model", "ViT-B-16", "--train-data", pattern)
-    accept("--model", "ViT-B-16", "--train-data", pattern, "--train-num-samples", "1000")
+    argv = ["--model", "ViT-B-16", "--train-data", pattern]
+    assert "0 training samples are less than one optimiser step" in refusal(*argv)
+
+
+def test_commands_need_the_number_of_samples():
+    argv = ["--model", "ViT-B-16", "--train-data", "pipe:cat {0..1}.tar"]
+    assert "--train-num-samples" in refusal(*argv)
+    accept(*argv, "--train-num-samples", "1000")
 
 
 @pytest.mark.parametrize("flag", ["--train-data", "--val-data"])
@@ -237,11 +252,12 @@ def test_data_that_is_not_there_is_refused(tmp_path, flag, pattern):
     assert pattern in message
 
 
-def test_fewer_shards_than_processes_are_refused(tmp_path, monkeypatch):
+def test_fewer_commands_than_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    argv = ["--model", "ViT-B-16", "--train-data", write_shards(tmp_path / "train")]
-    assert "2 shards cannot feed 3 processes" in refusal(*argv)
-    accept(*argv, "--dataset-resampled")
+    options = ["--model", "ViT-B-16", "--train-num-samples", "1000", "--train-data"]
+    assert "2 shards cannot feed 3 processes" in refusal(*options, "pipe:cat {0..1}.tar")
+    accept(*options, "pipe:cat {0..1}.tar", "--dataset-resampled")
+    accept(*options, write_shards(tmp_path / "train"))
 
 
 def test_processes_count_towards_one_step(monkeypatch):
@@ -276,7 +292,7 @@ def test_imagenet_needs_a_folder_per_class(tmp_path):
 
 
 def test_weights_are_a_file_or_a_tag_of_the_model(tmp_path):
-    (tmp_path / "weights.pt").touch()
+    torch.save({"logit_scale": torch.zeros(1)}, tmp_path / "weights.pt")
     accept(*VALID, "--pretrained", "weights.pt")
     accept(*VALID, "--pretrained", "laion2b_s34b_b88k")
 

@@ -73,7 +73,7 @@ def test_models_outside_open_clip_keep_their_schema(name):
 
 @pytest.mark.parametrize(
     ("content", "part"),
-    [("{", "not JSON"), ("[1]", "embed_dim"), ('{"embed_dim": 8}', "vision_cfg")],
+    [("{", "not JSON"), ("[1]", "one JSON object"), ('{"embed_dim": 8}', "vision_cfg")],
 )
 def test_a_broken_model_config_is_refused(tmp_path, content, part):
     path = tmp_path / "vit_broken.json"
@@ -125,6 +125,7 @@ def test_values_that_look_like_flags_are_left_alone():
         (["--masking-option", "edges"], "KEY=VALUE"),
         (["--aug-cfg", "scale"], "KEY=VALUE"),
         (["--local-loss=true"], "--local-loss"),
+        (["--lr=--"], "'--' is no value, got '--lr=--'"),
         (["--lr"], "--lr: expected one argument"),
         (["config.yaml"], "unrecognized arguments: config.yaml"),
     ],

@@ -1,6 +1,7 @@
 import torch
 
-from clip_pgs.training.seeding import derive_seed, micro_batch_rows, step_noise
+from clip_pgs.data.order import stable_seed
+from clip_pgs.training.seeding import micro_batch_rows, step_noise
 
 CPU = torch.device("cpu")
 
@@ -43,4 +44,4 @@ def test_micro_batches_of_all_ranks_cover_the_global_batch_once():
 
 def test_keys_are_not_sums():
     # Seed 0 on rank 1 and seed 1 on rank 0 share a stream in OpenCLIP.
-    assert derive_seed(0, "step", 0, 1) != derive_seed(1, "step", 0, 0)
+    assert stable_seed(0, "step", 0, 1) != stable_seed(1, "step", 0, 0)

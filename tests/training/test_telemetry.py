@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from clip_pgs.training.bad_steps import BadSteps
 from clip_pgs.training.meter import WindowMeter
 from clip_pgs.training.sinks import JsonLines
 from clip_pgs.training.step import StepResult
@@ -39,6 +40,9 @@ OWN_TAGS = {
     "train/tokens_kept",
     "train/samples",
     "train/flops",
+    "train/grad_norm",
+    "train/skipped_samples",
+    "train/skipped_steps",
     "val_by_samples/clip_val_loss",
     "val_by_gflops/clip_val_loss",
 }
@@ -143,7 +147,7 @@ def test_a_progress_bar_is_for_terminals_alone(monkeypatch, stream, is_shown):
         sinks=[],
         cost=Cost(),
         world_size=1,
-        first_step=0,
+        bad_steps=BadSteps(torch.device("cpu"), max_in_row=1),
         total_steps=7,
         log_every=1,
         is_active=True,

@@ -9,8 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from clip_pgs.sentences import one_sentence
+
 BAD_INPUT = 2
-INTERRUPTED = 130
 
 # Where training fits, this fits; a larger one would make no evaluation faster.
 _EVAL_BATCH_SIZE = 256
@@ -25,35 +28,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; `sys.argv` by default.
 
     Returns:
-        Exit code: 0, 2 for bad input (one sentence on stderr, nothing created), 130 for Ctrl-C.
+        Exit code: 0, 2 for bad input (one sentence on stderr, and nothing created if it is found
+        before the start), 85 for a signal that asked to leave, 130 for Ctrl-C, 1 for what else
+        ends a run in one sentence.
     """
     try:
+        from clip_pgs.data.preflight import preflight
         from clip_pgs.training.checks import check_options, option_warnings
         from clip_pgs.training.options import parse_options
+        from clip_pgs.training.restarts import follow_restart
     except ModuleNotFoundError as error:
         return _refuse(f"training needs {error.name}: pip install 'clip-pgs[training]'")
 
     try:
         args = parse_options(sys.argv[1:] if argv is None else argv)
+        follow_restart(args)
         check_options(args)
+        odd = preflight(args, world_size=_num_processes()) if _is_first_process() else []
         hooks = _hooks(args)
     except ValueError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), is_before_start=True)
+    for sentence in odd:
+        logger.warning("%s", sentence)
     if args.check_only:
         for sentence in option_warnings(args):
             logger.warning("%s", sentence)
         sys.stdout.write(_summary(args))
         return 0
 
-    from clip_pgs.data.samples import NoUsableSampleError
+    from clip_pgs.training import exits
     from clip_pgs.training.loop import train
 
     try:
         train(args, **hooks)
-    except NoUsableSampleError as error:
-        return _refuse(str(error))
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except exits.EXPECTED as error:
+        code = exits.expected_code(error)
+        assert code is not None
+        if code in (exits.FAILED, exits.BAD_INPUT):
+            sys.stderr.write(f"error: {_speaker()}{exits.sentence_of(error)}\n")
+        elif _is_first_process():
+            sys.stderr.write(f"{exits.sentence_of(error)}\n")
+        return code
     return 0
 
 
@@ -82,10 +97,25 @@ def _hooks(args: argparse.Namespace) -> dict[str, Any]:
     return {"evaluate": evaluation}
 
 
-def _refuse(sentence: str) -> int:
+def _refuse(sentence: str, *, is_before_start: bool = False) -> int:
     if _is_first_process():
-        sys.stderr.write(f"error: {sentence}\n")
+        sys.stderr.write(f"error: {one_sentence(sentence)}\n")
+    if is_before_start:
+        from clip_pgs.training.exits import ExitReport
+        from clip_pgs.training.interrupts import Interrupts
+
+        rank = int(os.environ.get("RANK", "0"))
+        ExitReport(Interrupts(), rank=rank).write(BAD_INPUT, sentence)
     return BAD_INPUT
+
+
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _speaker() -> str:
+    """Return who speaks, where several processes could."""
+    return f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
 
 
 def _is_first_process() -> bool:
@@ -108,4 +138,5 @@ def _summary(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Tells torchrun what went wrong, which shows it for the process that failed first.
+    sys.exit(record(main)())

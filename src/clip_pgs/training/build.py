@@ -15,8 +15,10 @@ from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 from torch import nn
 
 from clip_pgs.integrations.open_clip import (
+    CaptionTrimmer,
     allow_short_text,
     apply_masking,
+    caption_trimmer,
     is_text_trimming_lossless,
 )
 from clip_pgs.training.seeding import seed_everything
@@ -93,14 +95,13 @@ def build_model(args: argparse.Namespace, device: torch.device) -> ModelParts:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.masking != "none":
         apply_masking(model, args.masking, **args.masking_options)
-    if args.text_tokens is not None:
-        allow_short_text(model)
-        if not is_text_trimming_lossless(model):
-            _logger.warning(
-                "The text tower of %s looks at padding too: --text-tokens changes what it makes of "
-                "a caption that is short anyway",
-                args.model,
-            )
+    allow_short_text(model)
+    if args.text_tokens is not None and not is_text_trimming_lossless(model):
+        _logger.warning(
+            "The text tower of %s looks at padding too: --text-tokens changes what it makes of "
+            "a caption that is short anyway",
+            args.model,
+        )
     tokenize = open_clip.get_tokenizer(
         args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
     )
@@ -115,6 +116,12 @@ def is_coca(model: nn.Module) -> bool:
 def logit_options(args: argparse.Namespace) -> dict[str, float]:
     """Return the model options that set how logits start: SigLIP's with `--siglip`."""
     return {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if args.siglip else {}
+
+
+def build_trimmer(args: argparse.Namespace, model: nn.Module) -> CaptionTrimmer | None:
+    """Return what cuts captions to what reaches their features, None where padding does, too."""
+    # Groups of several lengths are compiled anew for each combination.
+    return caption_trimmer(model, shares=(1.0,)) if args.torchcompile else caption_trimmer(model)
 
 
 def build_loss(args: argparse.Namespace, model: nn.Module) -> nn.Module:
@@ -153,7 +160,10 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
         {"params": [p for name, p in trained if not _decays(name, p)], "weight_decay": 0.0},
         {"params": [p for name, p in trained if _decays(name, p)], "weight_decay": args.wd},
     ]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps)
+    # Fused: fastest, and it can skip a step without the host (see `update_weights`).
+    return torch.optim.AdamW(
+        groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True
+    )
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:

@@ -33,11 +33,10 @@ def process_group(args: argparse.Namespace) -> Iterator[torch.device]:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    try:
-        yield device
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    # Not after an error: taking leave of processes that are gone can take for ever.
+    yield device
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Meeting:
@@ -56,6 +55,14 @@ class Meeting:
         """Return when every process has arrived."""
         if self._group is not None:
             dist.barrier(group=self._group)
+
+    def add_up(self, values: list[int]) -> list[int]:
+        """Return the sum over all processes of each number; every process gives as many."""
+        if self._group is None:
+            return values
+        total = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(total, group=self._group)
+        return total.tolist()
 
     def share(self, value: Any) -> Any:
         """Return rank 0's value on every rank; plain Python objects only."""

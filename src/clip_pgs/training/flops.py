@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_pgs.integrations.open_clip import force_selection, last_selection
+from clip_pgs.training.step import Texts
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,20 @@ def count_sample_flops(
     with force_selection(model, selection):
         without = count_flops(model, images, texts, **options)
     return SampleFlops(total, total - without)
+
+
+def few_texts(texts: Texts, num: int) -> Tensor:
+    """Return as many captions as `num`, of the length that the text tower reads on average.
+
+    What they say is of no account here: an end may be cut off.
+
+    Args:
+        texts: A batch's captions, trimmed or not.
+        num: At most the size of the batch's last group.
+    """
+    if isinstance(texts, Tensor):
+        return texts[:num]
+    return texts.tokens[-1][:num, : round(texts.mean_length())]
 
 
 def count_flops(

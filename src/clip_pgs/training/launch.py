@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
-from clip_pgs.training.checkpoint import find_latest, load_checkpoint
+from clip_pgs.training.checkpoint import load_checkpoint
+from clip_pgs.training.checkpoint_files import find_latest
 from clip_pgs.training.distributed import Meeting
 from clip_pgs.training.environment import describe_environment, save_environment
+from clip_pgs.training.restarts import launch_names, remember_name
 from clip_pgs.training.run_folder import run_folder, save_options
 from clip_pgs.training.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
 
@@ -49,7 +51,8 @@ def log_file(args: argparse.Namespace) -> Path | None:
 def write_run_files(args: argparse.Namespace, folder: Path, device: torch.device) -> None:
     """Write what a run was started with: options, `params.txt`, `env.json`."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    save_options(args, folder)
+    save_options(args, folder, launch=launch_names())
+    remember_name(args.name)
     lines = [f"{name}: {value}\n" for name, value in sorted(vars(args).items())]
     (folder / PARAMS_NAME).write_text("".join(lines))
     save_environment(describe_environment(device=device, world_size=args.world_size), folder)
@@ -66,14 +69,47 @@ def load_start(
     if path == "latest":
         assert folder is not None
         latest = find_latest(folder / "checkpoints") if args.rank == 0 else None
-        path = meeting.share(None if latest is None else str(latest))
+        path = meeting.share(None if latest is None else str(latest)) or args.resume_instead
         if path is None:
             _logger.info("No checkpoint in %s yet: starting fresh", folder)
     if path is None:
         return None
     checkpoint = load_checkpoint(path)
-    _logger.info("Resuming from %s (epoch %d)", path, checkpoint.get("epoch", 0))
+    _logger.info(
+        "Resuming from %s (epoch %d, sample %d of it)",
+        path,
+        checkpoint.get("epoch", 0),
+        checkpoint.get("position", 0),
+    )
     return checkpoint
+
+
+def say_what_changed(
+    args: argparse.Namespace, checkpoint: dict[str, Any], *, is_ordered: bool
+) -> None:
+    """Log what another number of processes or batch size changes for a run that goes on.
+
+    Args:
+        args: Options, with `world_size`.
+        checkpoint: Where it goes on from.
+        is_ordered: Whether the order of the samples is the same for any of them.
+    """
+    record = checkpoint.get("clip_pgs", {})
+    now = {name: getattr(args, name) for name in ("batch_size", "accum_freq", "world_size")}
+    earlier = {**record.get("recipe", {}), "world_size": record.get("world_size")}
+    changes = [
+        f"{name} {earlier[name]} -> {value}"
+        for name, value in now.items()
+        if earlier.get(name) not in (None, value)
+    ]
+    if not changes:
+        return
+    order = "in the order that they had" if is_ordered else "in another order"
+    _logger.warning(
+        "The run goes on with %s: from the same number of samples, %s, in other steps",
+        ", ".join(changes),
+        order,
+    )
 
 
 def open_sinks(args: argparse.Namespace, folder: Path | None, *, first_step: int) -> list[Sink]:

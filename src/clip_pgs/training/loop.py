@@ -13,6 +13,8 @@ from clip_pgs.training.build import build_model
 from clip_pgs.training.checkpoint import restore
 from clip_pgs.training.checks import option_warnings
 from clip_pgs.training.distributed import Meeting, process_group
+from clip_pgs.training.exits import FAILED, BadInputError, ExitReport
+from clip_pgs.training.interrupts import Interrupts
 from clip_pgs.training.launch import (
     default_name,
     load_start,
@@ -26,6 +28,7 @@ from clip_pgs.training.run_log import logging_to
 from clip_pgs.training.telemetry import Cost
 from clip_pgs.training.trainer import Trainer
 from clip_pgs.training.validation import Evaluate, Validation, save_results
+from clip_pgs.training.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
 
@@ -42,30 +45,72 @@ def train(args: argparse.Namespace, *, evaluate: Evaluate | None = None) -> Path
 
     Raises:
         ValueError: If the data does not fill one step, or `--resume` names no checkpoint.
+        StoppedError: If a signal asked the run to leave; it has saved where it is.
+        UnusableDataError, StalledDataError, BadNumbersError, OtherProcessError: See `Trainer.run`.
     """
     asked_device = args.device
     args = argparse.Namespace(**vars(args))
-    with process_group(args) as device:
+    interrupts = Interrupts()
+    report = ExitReport(interrupts)
+    with interrupts.caught(), report, process_group(args) as device:
+        report.rank = args.rank
         meeting = Meeting(args)
         args.name = meeting.share(args.name or default_name(args))
+        folder = run_folder(args)
+        sentences = option_warnings(args) if args.rank == 0 else []
+        report.folder = folder
+        if folder is not None and args.rank == 0:
+            report.forget()
+            write_run_files(args, folder, device)
+        # From here on each process may fail on its own.
+        meeting.wait()
         path = log_file(args)
         with logging_to(path, level=_log_level(args, has_file=path is not None)):
             _logger.info("Process %d of %d on %s", args.rank, args.world_size, device)
-            if args.rank == 0:
-                for sentence in option_warnings(args):
-                    _logger.warning("%s", sentence)
+            for sentence in sentences:
+                _logger.warning("%s", sentence)
             if torch.device(asked_device).type != device.type:
                 _logger.warning("%s is not available: running on %s", asked_device, device)
-            folder = run_folder(args)
-            if folder is not None and args.rank == 0:
-                write_run_files(args, folder, device)
             args.precision = supported_precision(args.precision, device)
             if args.train_data or args.dataset_type == "synthetic":
-                Trainer(args, device, folder, meeting, evaluate=evaluate).run()
+                _train(args, device, folder, meeting, interrupts, report, evaluate=evaluate)
             else:
                 _evaluate_only(args, device, folder, meeting, evaluate=evaluate)
             meeting.wait()
     return folder
+
+
+def _train(
+    args: argparse.Namespace,
+    device: torch.device,
+    folder: Path | None,
+    meeting: Meeting,
+    interrupts: Interrupts,
+    report: ExitReport,
+    *,
+    evaluate: Evaluate | None,
+) -> None:
+    def report_hang(sentence: str) -> None:
+        if report.write(FAILED, sentence):
+            _logger.error("%s", sentence)
+
+    watchdog = Watchdog(args, on_hang=report_hang)
+    try:
+        try:
+            trainer = Trainer(
+                args,
+                device,
+                folder,
+                meeting,
+                interrupts=interrupts,
+                watchdog=watchdog,
+                evaluate=evaluate,
+            )
+        except ValueError as error:
+            raise BadInputError(str(error)) from error
+        trainer.run()
+    finally:
+        watchdog.close()
 
 
 def _log_level(args: argparse.Namespace, *, has_file: bool) -> int:

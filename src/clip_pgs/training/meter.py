@@ -28,6 +28,7 @@ class WindowMeter:
         self._sums: dict[str, Tensor] = {}
         self._kept_bounds: tuple[Tensor, Tensor] | None = None
         self._num_steps = 0
+        self._num_good: Tensor | float = 0.0
         self._data_seconds = 0.0
         self._started = time.perf_counter()
 
@@ -51,16 +52,22 @@ class WindowMeter:
                 low = torch.minimum(low, self._kept_bounds[0])
                 high = torch.maximum(high, self._kept_bounds[1])
             self._kept_bounds = (low, high)
+        # What a skipped step measured would be all that a mean shows.
+        if result.is_bad is not None:
+            is_bad = result.is_bad > 0
+            values = {name: value.masked_fill(is_bad, 0.0) for name, value in values.items()}
+        self._num_good += 1.0 if result.is_bad is None else 1.0 - result.is_bad
         for name, value in values.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def read(self, *, world_size: int) -> dict[str, float]:
         """Return the window's values by name and begin the next; waits for the device once.
 
-        Losses, gradient norm and patches kept are means over the window's steps on this rank;
+        Losses, gradient norm and patches kept are means over the window's steps on this rank, less
+        those that were skipped, NaN where all were;
         `mask_ratio_min` and `mask_ratio_max` are over its images.
         """
-        tensors = [total.float() / self._num_steps for total in self._sums.values()]
+        tensors = [total.float() / self._num_good for total in self._sums.values()]
         if self._kept_bounds is not None:
             tensors += [bound.float() for bound in self._kept_bounds]
         numbers = torch.stack(tensors).tolist()

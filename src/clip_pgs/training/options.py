@@ -38,10 +38,13 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         gets), `mask_schedule`, `mask_ratio_end`, `mask_schedule_steps`, `text_masking`,
         `text_tokens`, `text_masking_option` and its copy `text_masking_options`,
         `unmasked_epochs`, `unmasked_lr`, `unmasked_warmup`, `unmasked_batch_size`,
-        `unmasked_accum_freq`, `eval_suite`, `eval_datasets`, `eval_data_root`, `eval_every`, the
-        released code's flags, `config`, `model_config`, `check_only`, and `given`, the names of
-        the options that the user or the config set. With `model_config`, that model is registered
-        in open_clip and `model` is its name.
+        `unmasked_accum_freq`, `eval_suite`, `eval_datasets`, `eval_data_root`, `eval_every`,
+        `save_every_steps`, `save_every_minutes`, `keep_checkpoints`, `accept_changes`,
+        `max_bad_steps`, `max_bad_share`, `data_timeout`, `hang_timeout`, `resume_instead` (what
+        a restarted run falls back on; None here), the released code's flags, `config`,
+        `model_config`, `check_only`, and `given`, the names of the options that the user or the
+        config set. With `model_config`, that model is registered in open_clip and `model` is its
+        name.
 
     Raises:
         ValueError: If an option is unknown, abbreviated, refused or malformed, or if the model
@@ -53,11 +56,14 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         sys.stdout.write(_help_text(parser))
         raise SystemExit(0)
 
+    _refuse_bare_dashes(argv)
     own, trainer_argv = parser.parse_known_args(argv)
     if own.config is not None:
         defaults = load_config(own.config, {**own_actions(parser), **trainer_actions()})
         _drop_replaced_model(defaults, own)
-        own, trainer_argv = parser.parse_known_args([*render_arguments(defaults), *argv])
+        configured = render_arguments(defaults)
+        _refuse_bare_dashes(configured)
+        own, trainer_argv = parser.parse_known_args([*configured, *argv])
 
     trainer_argv, trainer_flags = _settle_switches(trainer_argv)
     _refuse_unsupported(trainer_flags)
@@ -79,6 +85,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     for name, value in vars(own).items():
         setattr(args, name, value)
     args.model = model
+    args.resume_instead = None
     args.masking_options = {} if args.masking == "none" else _constructor_options(args, released)
     args.text_masking_options = dict(args.text_masking_option)
     args.given = sorted(given - {"check_only", "config"})
@@ -95,6 +102,14 @@ def _help_text(parser: OwnParser) -> str:
         if flag in IMPLEMENTED_FLAGS and flag != "--model":
             group._add_action(action)
     return f"{parser.format_help()}\n{upstream.format_help()}"
+
+
+def _refuse_bare_dashes(argv: Sequence[str]) -> None:
+    """Refuse what argparse would take for the end of the options, and then lose."""
+    for token in argv:
+        flag, _, value = token.partition("=")
+        if flag == "--" or value == "--":
+            raise ValueError(f"'--' is no value, got {token!r}")
 
 
 def _drop_replaced_model(defaults: dict[str, Any], own: argparse.Namespace) -> None:
@@ -148,8 +163,8 @@ def _parse_trainer_options(argv: Sequence[str]) -> argparse.Namespace:
         with contextlib.redirect_stderr(stderr):
             return parse_trainer_args(argv)
     except SystemExit:
-        message = stderr.getvalue().strip().splitlines()[-1]
-        raise ValueError(message.partition("error: ")[2] or message) from None
+        message = stderr.getvalue().strip()
+        raise ValueError(message.partition(": error: ")[2] or message) from None
     except (ValueError, SyntaxError):
         # The only flag whose values OpenCLIP takes apart without a message of its own.
         raise ValueError("--aug-cfg takes KEY=VALUE pairs, such as 'scale=(0.5, 1.0)'") from None

@@ -8,6 +8,7 @@ from typing import Any
 from clip_pgs.training.flag_types import OwnParser, count
 from clip_pgs.training.masking_flags import add_image_flags, add_text_flags
 from clip_pgs.training.papers import UNMASKED_TUNING_PAPERS
+from clip_pgs.training.run_flags import RUN_DEFAULTS, add_run_flags
 
 # The parser itself leaves what was not given at None, so that it is told from what was.
 _DEFAULTS: dict[str, Any] = {
@@ -19,6 +20,7 @@ _DEFAULTS: dict[str, Any] = {
     "unmasked_lr": 1e-5,
     "eval_datasets": "demo",
     "eval_every": 1,
+    **RUN_DEFAULTS,
 }
 
 
@@ -78,6 +80,7 @@ def own_parser() -> OwnParser:
     add_text_flags(parser)
     _add_unmasked_flags(parser)
     _add_evaluation_flags(parser)
+    add_run_flags(parser)
     _add_released_flags(parser)
     return parser
 

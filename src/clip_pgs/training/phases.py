@@ -14,6 +14,7 @@ import argparse
 import math
 from dataclasses import dataclass
 
+from clip_pgs.data.bad_samples import OnSkip
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.stream import build_train_stream
 from clip_pgs.training.build import ModelParts, count_steps
@@ -58,9 +59,19 @@ class Phase:
         """Samples of a step over all ranks and micro-batches."""
         return self.args.batch_size * self.args.accum_freq * self.args.world_size
 
-    def steps_before(self, epoch: int) -> int:
-        """Return the run's optimiser steps before one of this phase's epochs, or after its last."""
-        return self.first_step + (epoch - self.first_epoch) * self.steps_per_epoch
+    def steps_before(self, epoch: int, position: int = 0) -> int:
+        """Return the run's optimiser steps before a place in this phase.
+
+        Args:
+            epoch: One of its epochs, or its end.
+            position: Samples of that epoch, over all ranks.
+        """
+        whole = (epoch - self.first_epoch) * self.steps_per_epoch
+        return self.first_step + whole + position // self.samples_per_step
+
+    def begins_before(self, epoch: int, position: int) -> bool:
+        """Return whether a place in the run has something of this phase behind it."""
+        return (self.first_epoch, 0) < (epoch, position)
 
 
 def total_epochs(args: argparse.Namespace) -> int:
@@ -73,21 +84,24 @@ def phase_options(args: argparse.Namespace) -> list[argparse.Namespace]:
     return [args, unmasked_options(args)] if args.unmasked_epochs > 0 else [args]
 
 
-def plan_phases(args: argparse.Namespace, parts: ModelParts) -> list[Phase]:
+def plan_phases(
+    args: argparse.Namespace, parts: ModelParts, *, on_skip: OnSkip | None = None
+) -> list[Phase]:
     """Return the phases of a run in their order, with the samples of each.
 
     Args:
         args: Options, with `rank` and `world_size`.
         parts: The model's transforms and tokenizer.
+        on_skip: Is told what of the data cannot be used.
 
     Raises:
         ValueError: If the data does not fill one step of a phase.
     """
-    masked = Phase("masked", args, *_samples(args, parts))
+    masked = Phase("masked", args, *_samples(args, parts, on_skip))
     if args.unmasked_epochs == 0:
         return [masked]
     options = unmasked_options(args)
-    stream, steps_per_epoch = _samples(options, parts)
+    stream, steps_per_epoch = _samples(options, parts, on_skip)
     if args.unmasked_warmup is None:
         options.warmup = math.ceil(_WARMUP_EPOCHS * steps_per_epoch)
     unmasked = Phase(
@@ -121,7 +135,9 @@ def unmasked_options(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **changes})
 
 
-def _samples(args: argparse.Namespace, parts: ModelParts) -> tuple[SampleStream, int]:
+def _samples(
+    args: argparse.Namespace, parts: ModelParts, on_skip: OnSkip | None
+) -> tuple[SampleStream, int]:
     """Return the training samples and the optimiser steps of an epoch."""
     stream = build_train_stream(
         args,
@@ -129,5 +145,6 @@ def _samples(args: argparse.Namespace, parts: ModelParts) -> tuple[SampleStream,
         tokenize=parts.tokenize,
         rank=args.rank,
         world_size=args.world_size,
+        on_skip=on_skip,
     )
     return stream, count_steps(args, num_batches=stream.num_batches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,31 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (OPTIONS_FILE, "out.log", "checkpoints"))
 
 
-def save_options(args: argparse.Namespace, folder: Path) -> None:
-    """Write the options that a resumed run is compared with to `folder/options.json`."""
+def save_options(
+    args: argparse.Namespace, folder: Path, *, launch: Mapping[str, str] | None = None
+) -> None:
+    """Write the options that a resumed run is compared with to `folder/options.json`.
+
+    Args:
+        args: Options.
+        folder: The run's folder.
+        launch: Who started it, as `made_by` returns it.
+    """
     options = {name: getattr(args, name) for name in (*IDENTITY, *RECIPE)}
+    options["launch"] = dict(launch or {})
     # A crash between two writes must not leave half a file.
     unfinished = folder / f"{OPTIONS_FILE}.tmp"
     unfinished.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
     os.replace(unfinished, folder / OPTIONS_FILE)
+
+
+def made_by(folder: Path) -> dict[str, str]:
+    """Return what the launchers called the launch that last wrote into a folder, by launcher.
+
+    Raises:
+        ValueError: If `options.json` is damaged.
+    """
+    return _saved_options(folder).get("launch", {})
 
 
 def changed_options(args: argparse.Namespace, folder: Path) -> list[str]:
@@ -114,19 +133,26 @@ def changed_recipe(args: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def _changes(args: argparse.Namespace, folder: Path, names: tuple[str, ...]) -> list[str]:
-    path = folder / OPTIONS_FILE
-    if not path.exists():
-        return []
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    saved = _saved_options(folder)
     changes = []
     for name in names:
         now = _plain(getattr(args, name))
         if name in saved and saved[name] != now:
             changes.append(f"{name} {saved[name]!r} -> {now!r}")
     return changes
+
+
+def _saved_options(folder: Path) -> dict[str, Any]:
+    path = folder / OPTIONS_FILE
+    if not path.exists():
+        return {}
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} holds no options")
+    return saved
 
 
 def _plain(value: Any) -> Any:

@@ -7,18 +7,13 @@ the global batch. Accumulation, world size and resuming thus change no mask.
 
 from __future__ import annotations
 
-import hashlib
 import random
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-def derive_seed(*key: int | str) -> int:
-    """Hash a key into a seed in [0, 2**63)."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+from clip_pgs.data.order import stable_seed
 
 
 def seed_everything(seed: int) -> None:
@@ -44,7 +39,7 @@ def step_noise(
         Uniform numbers in [0, 1), the same on every rank. Shape (num_samples, num_patches),
         float32.
     """
-    generator = torch.Generator(device).manual_seed(derive_seed(seed, "masks", step))
+    generator = torch.Generator(device).manual_seed(stable_seed(seed, "masks", step))
     return torch.rand((num_samples, num_patches), generator=generator, device=device)
 
 

@@ -19,7 +19,10 @@ from open_clip import CLIP
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-Batch = tuple[Tensor, Tensor]
+from clip_pgs.integrations.open_clip import CaptionGroups
+
+Texts = Tensor | CaptionGroups
+Batch = tuple[Tensor, Texts]
 # Parameters that a model hands to the loss unchanged by the batch: they have no batch dimension.
 _SHARED_OUTPUTS = ("logit_scale", "logit_bias")
 _MAX_LOG_SCALE = math.log(100)
@@ -31,13 +34,15 @@ class StepResult:
 
     Args:
         losses: Each term and their sum under "loss", of this rank. Scalars.
-        grad_norm: Norm of all gradients before clipping; None without clipping. Scalar.
+        grad_norm: Norm of all gradients before clipping. Scalar.
         kept_counts: Patches kept of each image; empty without masking. One (B,) per micro-batch.
+        is_bad: 1.0 where the step was skipped as its numbers are not finite, else 0.0. Scalar.
     """
 
     losses: dict[str, Tensor]
     grad_norm: Tensor | None = None
     kept_counts: list[Tensor] = field(default_factory=list)
+    is_bad: Tensor | None = None
 
 
 def compute_gradients(
@@ -73,7 +78,7 @@ def compute_gradients(
     before_forward(0)
     with autocast():
         losses = _total_loss(loss, model(*batches[0]))
-    _scaled(losses["loss"], scaler).backward()
+    _backward(losses["loss"], scaler)
     return {name: value.detach() for name, value in losses.items()}
 
 
@@ -101,7 +106,7 @@ def _compute_cached_gradients(
 
     with autocast():
         losses = _total_loss(loss, leaves)
-    _scaled(losses["loss"], scaler).backward()
+    _backward(losses["loss"], scaler)
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     shared = {name: gradients.pop(name) for name in _SHARED_OUTPUTS if name in gradients}
     chunks = {name: gradient.chunk(len(batches)) for name, gradient in gradients.items()}
@@ -137,8 +142,11 @@ def _total_loss(loss: nn.Module, output: dict[str, Tensor]) -> dict[str, Tensor]
     return losses
 
 
-def _scaled(value: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
-    return value if scaler is None else scaler.scale(value)
+def _backward(loss: Tensor, scaler: torch.amp.GradScaler | None) -> None:
+    # One rank's bad loss thus reaches the gradients of all, which skip the step together.
+    seed = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+    scaled = loss if scaler is None else scaler.scale(loss)
+    scaled.backward(gradient=seed)
 
 
 def _do_nothing(micro_batch: int) -> None:
@@ -163,8 +171,10 @@ def update_weights(
     *,
     scaler: torch.amp.GradScaler | None = None,
     grad_clip_norm: float | None = None,
-) -> Tensor | None:
+) -> tuple[Tensor, Tensor]:
     """Clip the gradients, update the weights, and keep the logit scale within [1, 100].
+
+    Weights and optimiser stay as they are where the gradients are not finite.
 
     Args:
         model: The plain model, with gradients.
@@ -173,19 +183,37 @@ def update_weights(
         grad_clip_norm: Largest norm of all gradients together; None does not clip.
 
     Returns:
-        The norm before clipping, or None without clipping.
+        The norm before clipping, and whether the step was skipped, as 1.0 or 0.0; scalars on the
+        device that nothing has waited for.
     """
-    grad_norm = None
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    grad_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if grad_clip_norm is not None:
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip_norm)
+        nn.utils.clip_grads_with_norm_(trained, grad_clip_norm, grad_norm)
+    is_bad = (~grad_norm.isfinite()).float()
     if scaler is None:
-        optimizer.step()
+        _step_unless(is_bad, optimizer)
     else:
         scaler.step(optimizer)
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         model.logit_scale.clamp_(0, _MAX_LOG_SCALE)
-    return grad_norm
+    return grad_norm, is_bad
+
+
+def _step_unless(is_bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take a step where `is_bad` is 0; fused optimisers decide on the device.
+
+    They do what a GradScaler asks them to by these attributes. For any other the host waits.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale, optimizer.found_inf = None, is_bad  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    elif not bool(is_bad):
+        optimizer.step()

@@ -9,17 +9,24 @@ from pathlib import Path
 
 import torch
 
+from clip_pgs.training.bad_steps import BadSteps
 from clip_pgs.training.build import build_model
 from clip_pgs.training.checkpoint import restore
 from clip_pgs.training.distributed import Meeting
-from clip_pgs.training.launch import load_start, open_sinks
+from clip_pgs.training.gate import Gate
+from clip_pgs.training.interrupts import AskedToLeave, Interrupts
+from clip_pgs.training.launch import load_start, open_sinks, say_what_changed
 from clip_pgs.training.phase_trainer import PhaseTrainer
 from clip_pgs.training.phases import Phase, plan_phases, total_epochs
 from clip_pgs.training.precision import create_scaler
 from clip_pgs.training.record import describe_run
+from clip_pgs.training.saving import RunSaver
+from clip_pgs.training.skip_log import SkipLog
 from clip_pgs.training.step import Batch
+from clip_pgs.training.steps import Steps
 from clip_pgs.training.telemetry import Cost, Telemetry
 from clip_pgs.training.validation import Evaluate, Validation, save_results
+from clip_pgs.training.watchdog import Watchdog
 from clip_pgs.training.writer import RunWriter
 
 _logger = logging.getLogger(__name__)
@@ -31,12 +38,15 @@ class Trainer:
     Args:
         args: Options, with `rank`, `world_size` and `distributed`.
         device: This process's device.
-        folder: The run's folder; rank 0 alone writes there. None keeps nothing.
+        folder: The run's folder; rank 0 alone writes there, but for what is skipped. None keeps
+            nothing.
         meeting: Where processes wait for each other.
+        interrupts: Signals to this process.
+        watchdog: Is told where this process is.
         evaluate: Measures more than OpenCLIP does.
 
     Raises:
-        ValueError: If the data does not fill one step.
+        ValueError: If the data does not fill one step, or the checkpoint does not fit.
     """
 
     def __init__(
@@ -46,40 +56,64 @@ class Trainer:
         folder: Path | None,
         meeting: Meeting,
         *,
+        interrupts: Interrupts,
+        watchdog: Watchdog,
         evaluate: Evaluate | None,
     ) -> None:
         self._args = args
         self._device = device
-        self._meeting = meeting
+        self._interrupts = interrupts
+        self._watchdog = watchdog
         self._is_main = args.rank == 0
         self._folder = folder if self._is_main else None
 
         self._parts = build_model(args, device)
         self._scaler = create_scaler(args.precision, device)
         self._checkpoint = load_start(args, folder, meeting)
-        self._first_epoch = 0
+        self._first_epoch = self._first_position = 0
         if self._checkpoint is not None:
             self._first_epoch = restore(
                 self._checkpoint, model=self._parts.model, scaler=self._scaler
             )
-        earlier = (self._checkpoint or {}).get("clip_pgs", {}) if self._first_epoch > 0 else {}
+            self._first_position = self._checkpoint.get("position", 0)
+        has_begun = (self._first_epoch, self._first_position) > (0, 0)
+        earlier = (self._checkpoint or {}).get("clip_pgs", {}) if has_begun else {}
         self._metrics: dict[str, float] = dict(earlier.get("metrics", {}))
 
-        self._phases = plan_phases(args, self._parts)
+        self._skips = SkipLog(folder, rank=args.rank)
+        self._phases = plan_phases(args, self._parts, on_skip=self._skips)
+        if self._checkpoint is not None and has_begun:
+            is_ordered = self._phases[0].stream.is_ordered
+            say_what_changed(args, self._checkpoint, is_ordered=is_ordered)
         self._validation = (
             Validation(args, self._parts, evaluate=evaluate) if self._is_main else None
         )
         self._telemetry = self._open_telemetry(Cost(**earlier.get("cost", {})))
         self._writer = None if self._folder is None else self._open_writer(self._folder)
+        self._saver = RunSaver(self._writer, args, telemetry=self._telemetry, metrics=self._metrics)
+        self._saver.start_from(self._first_epoch, self._first_position)
+        self._gate = Gate(meeting, interrupts, self._saver)
+        self._steps = Steps(
+            self._gate,
+            interrupts,
+            watchdog,
+            telemetry=self._telemetry,
+            saver=self._saver,
+            skips=self._skips,
+            on_first_batch=self._draw_first_masks,
+        )
 
     def _open_telemetry(self, cost: Cost) -> Telemetry:
-        begun = [phase for phase in self._phases if phase.first_epoch <= self._first_epoch]
-        first_step = begun[-1].steps_before(self._first_epoch)
+        if cost.steps == 0 and self._first_epoch > 0:
+            # OpenCLIP's checkpoints do not say how many steps they took.
+            begun = [phase for phase in self._phases if phase.first_epoch < self._first_epoch]
+            cost.steps = begun[-1].steps_before(self._first_epoch)
+        self._skips.open(step=cost.steps)
         return Telemetry(
-            sinks=open_sinks(self._args, self._folder, first_step=first_step),
+            sinks=open_sinks(self._args, self._folder, first_step=cost.steps),
             cost=cost,
             world_size=self._args.world_size,
-            first_step=first_step,
+            bad_steps=BadSteps(self._device, max_in_row=self._args.max_bad_steps),
             total_steps=sum(phase.num_steps for phase in self._phases),
             log_every=self._args.log_every_n_steps,
             is_active=self._is_main,
@@ -97,10 +131,18 @@ class Trainer:
                 self._device,
                 num_samples=self._phases[0].stream.num_samples,
             ),
+            keep_last=self._args.keep_checkpoints,
         )
 
     def run(self) -> None:
-        """Train the epochs that are left, then export the model."""
+        """Train the epochs that are left, then export the model.
+
+        Raises:
+            StoppedError: If a signal asked the run to leave; it has saved where it is.
+            UnusableDataError, StalledDataError: If the data lets it down.
+            BadNumbersError: If no step changes the weights any more.
+            OtherProcessError: If another process raised one of these.
+        """
         _logger.debug("Model:\n%s", self._parts.model)
         try:
             for phase in self._phases:
@@ -108,6 +150,11 @@ class Trainer:
                     self._train_phase(phase)
             if self._writer is not None:
                 self._finish(self._writer)
+        except BaseException:
+            # What is being saved is finished, whatever ended the run.
+            if self._writer is not None:
+                self._writer.close()
+            raise
         finally:
             self._telemetry.close()
 
@@ -121,7 +168,7 @@ class Trainer:
             phase.steps_per_epoch,
         )
         # A checkpoint at a phase's beginning holds the optimiser of the phase before.
-        has_begun = phase.first_epoch < self._first_epoch
+        has_begun = phase.begins_before(self._first_epoch, self._first_position)
         trainer = PhaseTrainer(
             phase,
             self._parts,
@@ -135,32 +182,11 @@ class Trainer:
             samples_per_step=phase.samples_per_step,
             steps_per_epoch=phase.steps_per_epoch,
         )
+        self._steps.start_phase()
         for epoch in range(first_epoch, phase.end_epoch):
-            self._train_epoch(trainer, epoch, is_first=epoch == first_epoch)
-            self._finish_epoch(trainer, epoch + 1)
-            # Nobody starts an epoch, or leaves, while rank 0 measures and saves.
-            self._meeting.wait()
-
-    def _train_epoch(self, trainer: PhaseTrainer, epoch: int, *, is_first: bool) -> None:
-        trainer.start_epoch(epoch)
-        self._telemetry.start_epoch()
-        for step_in_epoch in range(trainer.phase.steps_per_epoch):
-            batches, data_seconds = trainer.next_batches()
-            is_new = is_first and step_in_epoch == 0
-            if (trainer.follow_schedule() or is_new) and self._is_main:
-                self._telemetry.flops = trainer.count_flops(*batches[0])
-                self._telemetry.report_flops()
-            if is_new:
-                self._draw_first_masks(trainer, batches[0], epoch)
-            result, lr = trainer.train_step(batches)
-            self._telemetry.step(
-                result,
-                model=self._parts.model,
-                epoch=epoch,
-                step_in_epoch=step_in_epoch,
-                lr=lr,
-                data_seconds=data_seconds,
-            )
+            position = self._first_position if epoch == self._first_epoch else 0
+            self._steps.train_epoch(trainer, epoch, position)
+            self._finish_epoch(trainer, epoch)
 
     def _draw_first_masks(self, trainer: PhaseTrainer, batch: Batch, epoch: int) -> None:
         if self._writer is not None and trainer.masks is not None:
@@ -173,30 +199,37 @@ class Trainer:
             self._telemetry.picture("masks", picture)
 
     def _finish_epoch(self, trainer: PhaseTrainer, epoch: int) -> None:
-        """Draw, measure and save after `epoch` epochs; rank 0 alone has anything to do."""
-        if self._validation is None:
-            return
+        """Draw, measure and save after an epoch; nobody goes on, or leaves, before rank 0 has."""
+        self._watchdog.pause()
+        place = (epoch, trainer.position)
+        self._gate.go_through(trainer, place)
+        is_done = True
+        if self._validation is not None:
+            try:
+                with self._interrupts.breakable():
+                    self._measure(self._validation, trainer, epoch + 1)
+                self._saver.save_epoch(trainer, epoch + 1)
+            except AskedToLeave:
+                is_done = False
+        place = (epoch + 1, 0) if is_done else place
+        is_last = epoch + 1 == total_epochs(self._args)
+        self._gate.go_through(trainer, place, is_done=is_done and is_last)
+
+    def _measure(self, validation: Validation, trainer: PhaseTrainer, epoch: int) -> None:
         if trainer.masks is not None:
             self._draw_masks(epoch)
-        metrics = self._validation.run(epoch=epoch, epochs=total_epochs(self._args))
+        metrics = validation.run(epoch=epoch, epochs=total_epochs(self._args))
         if metrics:
-            self._metrics = metrics
+            self._metrics.clear()
+            self._metrics.update(metrics)
             self._telemetry.validation(metrics, epoch=epoch)
             if self._folder is not None:
                 save_results(metrics, self._folder / "checkpoints")
-        if self._writer is not None:
-            self._writer.save(
-                epoch,
-                optimizer=trainer.optimizer,
-                masking_state=trainer.masks.state() if trainer.masks else {},
-                is_phase_end=epoch == trainer.phase.end_epoch,
-                cost=self._telemetry.cost,
-                metrics=self._metrics,
-            )
 
     def _finish(self, writer: RunWriter) -> None:
         cost = self._telemetry.cost
         export = writer.export(cost=cost, metrics=self._metrics)
+        writer.close()
         _logger.info(
             "Done: %d steps, %d samples, %.3g FLOPs in %s",
             cost.steps,

@@ -8,10 +8,15 @@ from pathlib import Path
 
 from open_clip_train.distributed import world_info_from_env
 
-from clip_pgs.data.shards import count_samples, expand_shards, upsampling_weights
+from clip_pgs.data.sequential_data import check_enough_shards
+from clip_pgs.data.shard_sizes import size_shards
+from clip_pgs.data.shards import count_samples, expand_shards, is_seekable, upsampling_weights
 from clip_pgs.data.stream import DatasetKind, dataset_kind
 from clip_pgs.data.tables import PairTable, read_pairs
 from clip_pgs.training.phases import phase_options
+
+# Their order is drawn in memory, 8 bytes each.
+_MAX_SYNTHETIC = 2**28
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -41,7 +46,10 @@ def num_training_samples(args: argparse.Namespace) -> int | None:
         return len(_read_table(args, args.train_data))
     if args.train_num_samples is not None or training_kind(args) == "synthetic":
         return args.train_num_samples
-    return count_samples(expand_shards(args.train_data))
+    shards = expand_shards(args.train_data)
+    if all(map(is_seekable, shards)):
+        return sum(size_shards(shards).sizes)
+    return count_samples(shards)
 
 
 def samples_per_step(args: argparse.Namespace) -> int:
@@ -63,14 +71,16 @@ def _check_training_data(args: argparse.Namespace) -> None:
             raise ValueError("--train-data-upsampling-factors needs --dataset-resampled")
         upsampling_weights(args.train_data, args.train_data_upsampling_factors)
     if kind == "webdataset" and not args.dataset_resampled:
-        num_shards = len(expand_shards(args.train_data))
-        if num_shards < _num_processes():
-            raise ValueError(
-                f"{num_shards} shards cannot feed {_num_processes()} processes; each needs one "
-                "of its own (or --dataset-resampled)"
-            )
+        shards = expand_shards(args.train_data)
+        if not all(map(is_seekable, shards)):
+            check_enough_shards(len(shards), _num_processes())
 
     num_samples = num_training_samples(args)
+    if kind == "synthetic" and (num_samples or 0) > _MAX_SYNTHETIC:
+        raise ValueError(
+            f"--train-num-samples of synthetic data must be at most {_MAX_SYNTHETIC}, "
+            f"got {num_samples}"
+        )
     if num_samples is None:
         reason = (
             "synthetic data has no size of its own"

@@ -29,7 +29,16 @@ _UNMASKED = (
     "unmasked_batch_size",
     "unmasked_accum_freq",
 )
-_KEPT = ("name", "save_frequency", "save_most_recent", "delete_previous_checkpoint", "report_to")
+_KEPT = (
+    "name",
+    "save_frequency",
+    "save_most_recent",
+    "delete_previous_checkpoint",
+    "save_every_steps",
+    "save_every_minutes",
+    "keep_checkpoints",
+    "report_to",
+)
 
 
 def options_without_effect(args: argparse.Namespace) -> list[str]:
@@ -103,6 +112,7 @@ def _idle_groups(args: argparse.Namespace) -> list[tuple[bool, tuple[str, ...], 
             ("pretrained",),
             f"on {args.model}, which brings its own weights",
         ),
+        (args.resume != "latest", ("accept_changes",), "without --resume latest"),
         (not keeps_logs(args), _KEPT, "with --logs none"),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from clip_pgs.training.checkpoint import load_checkpoint
@@ -30,6 +31,8 @@ def check_folder(args: argparse.Namespace) -> None:
     for path in (Path(args.logs) if keeps_logs(args) else None, folder):
         if path is not None and path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file where the folder of the run should go")
+    if folder is not None:
+        _check_place(folder)
     if folder is None or not holds_run(folder):
         return
     if args.resume != "latest":
@@ -37,8 +40,17 @@ def check_folder(args: argparse.Namespace) -> None:
             f"run {folder} exists; use --resume latest to continue it or another --name"
         )
     changes = changed_options(args, folder)
-    if changes:
+    if changes and not args.accept_changes:
         raise ValueError(
             f"run {folder} cannot continue with other options ({', '.join(changes)}); "
-            "use another --name"
+            "use another --name, or --accept-changes"
         )
+
+
+def _check_place(folder: Path) -> None:
+    """Refuse a folder that could not be made, or not be written into."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"{place} is a file where a folder on the way to {folder} should go")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"the run's folder {folder} needs leave to write in {place}")

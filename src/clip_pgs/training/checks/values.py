@@ -26,9 +26,11 @@ _AT_LEAST_ONE = (
     "unmasked_batch_size",
     "unmasked_accum_freq",
     "eval_every",
+    "save_every_steps",
+    "keep_checkpoints",
+    "max_bad_steps",
 )
 _AT_LEAST_ZERO = (
-    "workers",
     "warmup",
     "wd",
     "save_frequency",
@@ -41,16 +43,30 @@ _AT_LEAST_ZERO = (
     "coca_contrastive_loss_weight",
     "unmasked_epochs",
     "unmasked_warmup",
+    "data_timeout",
+    "hang_timeout",
 )
-_ABOVE_ZERO = ("lr", "eps", "grad_clip_norm", "lr_cooldown_power", "unmasked_lr")
+_ABOVE_ZERO = (
+    "save_every_minutes",
+    "lr",
+    "eps",
+    "grad_clip_norm",
+    "lr_cooldown_power",
+    "unmasked_lr",
+)
 _BELOW_ONE = ("beta1", "beta2", "momentum", "force_patch_dropout", "mask_ratio_end")
+
+# Beyond it floats pass over whole numbers.
+_LARGEST = 2**53
 
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
     (_AT_LEAST_ONE, ">= 1", lambda value: value >= 1),
     (_AT_LEAST_ZERO, ">= 0", lambda value: value >= 0),
     (_ABOVE_ZERO, "> 0", lambda value: value > 0),
     (_BELOW_ONE, "in [0, 1)", lambda value: 0 <= value < 1),
+    (("max_bad_share",), "in [0, 1]", lambda value: 0 <= value <= 1),
     (("mask_schedule_steps",), ">= 2", lambda value: value >= 2),
+    (("workers",), "in [0, 1024]", lambda value: 0 <= value <= 1024),
     # numpy takes no other seed.
     (("seed",), "in [0, 2**32)", lambda value: 0 <= value < 2**32),
 )
@@ -61,8 +77,12 @@ def check_ranges(args: argparse.Namespace) -> None:
     for names, rule, holds in _RANGES:
         for name in names:
             value = getattr(args, name)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                raise ValueError(f"--{name.replace('_', '-')} must be {rule}, got {value}")
+            if value is None or (abs(value) <= _LARGEST and holds(value)):
+                continue
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, int) and value > _LARGEST:
+                raise ValueError(f"{flag} must be at most 2**53, got {value}")
+            raise ValueError(f"{flag} must be {rule}, got {value}")
     for flag, values in (("--image-mean", args.image_mean), ("--image-std", args.image_std)):
         if values is not None and not (len(values) == 3 and all(map(math.isfinite, values))):
             raise ValueError(f"{flag} takes 3 finite numbers, got {values}")
@@ -119,8 +139,19 @@ def check_device(args: argparse.Namespace) -> None:
         "mps": int(torch.backends.mps.is_available()),
     }
     count = counts.get(device.type)
-    if count is not None and (device.index or 0) >= count:
+    if count is None:
+        # Not "meta", which computes nothing, nor one that this torch was built without.
+        count = int(device.type != "meta" and _has_memory(device))
+    if (device.index or 0) >= count:
         raise ValueError(f"--device {args.device} is not available on this machine")
+
+
+def _has_memory(device: torch.device) -> bool:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError):
+        return False
+    return True
 
 
 def check_reports(args: argparse.Namespace) -> None:

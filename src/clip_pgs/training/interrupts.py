@@ -1,0 +1,90 @@
+"""Signals that ask a run to save and leave.
+
+SIGTERM and SIGUSR1 are Slurm's and the spot market's; SIGHUP comes when a terminal closes; SIGINT
+is Ctrl-C, and a second one, later than a launcher's echo of the first, ends the run at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# Exit codes.
+PREEMPTED, INTERRUPTED = 85, 130
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+_ECHO_SECONDS = 2.0
+
+
+class AskedToLeave(Exception):  # noqa: N818 - it is no error
+    """Raised out of a block that may be broken off."""
+
+
+class Interrupts:
+    """Remembers the first signal that asked this process to leave.
+
+    Attributes:
+        code: The exit code that it asks for, 0 while none came.
+        name: The signal's name, "" while none came.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+        self.name = ""
+        self._since = 0.0
+        self._process = os.getpid()
+        self._is_breakable = False
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catch signals within the block; a thread other than the main one catches none."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        for number, handler in before.items():
+            # A signal that whoever started the run wants ignored (nohup) stays ignored.
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self._note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def breakable(self) -> Iterator[None]:
+        """Let a signal, one that came before included, end the block with AskedToLeave."""
+        self._is_breakable = True
+        try:
+            if self.code:
+                raise AskedToLeave(self.name)
+            yield
+        finally:
+            self._is_breakable = False
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a signal that may be on its way."""
+        end = time.monotonic() + seconds
+        while not self.code and time.monotonic() < end:
+            time.sleep(0.02)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # Processes that load data inherit this; they leave when the one they work for does.
+        if os.getpid() != self._process:
+            return
+        now = time.monotonic()
+        if self.code:
+            if number == signal.SIGINT and now - self._since > _ECHO_SECONDS:
+                raise KeyboardInterrupt
+            return
+        self.code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+        self.name = signal.Signals(number).name
+        self._since = now
+        if self._is_breakable:
+            raise AskedToLeave(self.name)

@@ -1,0 +1,90 @@
+"""`skipped.jsonl`: every sample and shard that a run could not use, a JSON object each."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from clip_pgs.data.samples import Skip
+
+SKIPPED_NAME = "skipped.jsonl"
+
+
+class SkipLog:
+    """Writes down and counts what one process of a run skips.
+
+    Args:
+        folder: The run's folder, in which all processes share the file; None counts only.
+        rank: This process.
+
+    Attributes:
+        step: The optimiser step that samples are being fetched for.
+    """
+
+    def __init__(self, folder: Path | None, *, rank: int) -> None:
+        self.step = 0
+        self._path = None if folder is None else folder / SKIPPED_NAME
+        self._rank = rank
+        self._is_open = False
+        self._waiting: list[Skip] = []
+        self._shards: set[tuple[str, str]] = set()
+        self._num_new = 0
+
+    def open(self, *, step: int) -> None:
+        """Begin at a step, from which on an earlier launch's lines are dropped by rank 0."""
+        self.step = step
+        self._is_open = True
+        if self._path is not None and self._rank == 0 and self._path.is_file():
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if _is_before(line, step)]
+            self._path.write_text("".join(kept), encoding="utf-8")
+            entries = map(json.loads, kept)
+            self._shards = {(e["shard"], e["reason"]) for e in entries if not e["key"]}
+        for skip in self._waiting:
+            self(skip)
+        self._waiting.clear()
+
+    def __call__(self, skip: Skip) -> None:
+        """Take in one; those that come before `open` wait for it."""
+        if not self._is_open:
+            self._waiting.append(skip)
+            return
+        if not skip.key:
+            # A bad shard is found anew by each launch and each phase.
+            if (skip.shard, skip.reason) in self._shards:
+                return
+            self._shards.add((skip.shard, skip.reason))
+        self._num_new += 1
+        if self._path is not None:
+            entry = {"step": self.step, "rank": self._rank, **vars(skip)}
+            _append(self._path, entry)
+
+    def take_count(self) -> int:
+        """Return how many came since the last call."""
+        count, self._num_new = self._num_new, 0
+        return count
+
+
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    line = (json.dumps(entry) + "\n").encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        # Over NFS two machines' appends can meet at one place; not every file system has locks.
+        with suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        os.write(file, line)
+    finally:
+        os.close(file)
+
+
+def _is_before(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] < step
+    except (json.JSONDecodeError, KeyError):
+        # A killed run can leave half a line.
+        return False

@@ -1,0 +1,74 @@
+"""A run that is stopped at any step ends as the one that nothing stopped, bit for bit."""
+
+import json
+
+import pytest
+
+from support.resuming import differences, last_checkpoint, run_with_stops
+from support.runs import run
+
+# Four steps an epoch, on 32 samples.
+VARIANTS = {
+    "unmasked": {"masking": "none"},
+    "random, a schedule of ratios": {
+        "masking": "random",
+        "mask_schedule": "linear",
+        "mask_ratio_end": 0.25,
+        "mask_schedule_steps": 3,
+    },
+    "pgs, adaptive, accumulation, workers": {
+        "masking": "pgs",
+        "mask_ratio": 0.5,
+        "mask_ratio_min": 0.2,
+        "accum_freq": 2,
+        "batch_size": 4,
+        "workers": 2,
+    },
+    "cluster, calibrated": {"masking": "cluster", "mask_ratio": 0.5},
+    "attentive, a teacher, random captions": {
+        "masking": "attentive",
+        "text_masking": "random",
+        "text_tokens": 6,
+    },
+}
+
+
+def steps_and_samples(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [(entry["step"], entry["samples"]) for entry in map(json.loads, lines)]
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def whole(request, tmp_path_factory, world):
+    """The options of a run of two epochs, and where it left its last checkpoint."""
+    options = {"train_data": world.train_data, **VARIANTS[request.param]}
+    return options, run(tmp_path_factory.mktemp("whole"), **options)
+
+
+def test_signals_at_any_step_change_nothing(tmp_path, whole):
+    options, expected = whole
+    folder = run_with_stops(tmp_path, [1, 4, 6], **options)
+    assert differences(last_checkpoint(folder), last_checkpoint(expected)) == []
+    assert steps_and_samples(folder) == steps_and_samples(expected)
+
+
+def test_deaths_repeat_steps_and_change_nothing(tmp_path, whole):
+    options, expected = whole
+    folder = run_with_stops(tmp_path, [1, 5], by="death", save_every_steps=3, **options)
+    assert differences(last_checkpoint(folder), last_checkpoint(expected)) == []
+    assert steps_and_samples(folder) == steps_and_samples(expected)
+
+
+@pytest.mark.parametrize("step", [7, 8, 9, 13])
+def test_unmasked_tuning_goes_on_at_any_step(tmp_path, world, tuned, step):
+    options, expected = tuned
+    folder = run_with_stops(tmp_path, [step], **options)
+    assert differences(last_checkpoint(folder), last_checkpoint(expected)) == []
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, world):
+    """Two masked epochs of four steps, then one of eight without masks."""
+    options = {"train_data": world.train_data, "masking": "attentive", "unmasked_epochs": 1}
+    options["unmasked_batch_size"] = 4
+    return options, run(tmp_path_factory.mktemp("tuned"), **options)
