@@ -62,7 +62,9 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
         read_model_input(str(tmp_path))
 
 
-@pytest.mark.parametrize(("text", "reason"), [("{", "is not JSON"), ("[]", "one JSON object, got list")])
+@pytest.mark.parametrize(
+    ("text", "reason"), [("{", "is not JSON"), ("[]", "one JSON object, got list")]
+)
 def test_a_broken_config_is_refused(tmp_path, text, reason):
     (tmp_path / "broken.json").write_text(text)
     with pytest.raises(ValueError, match=reason):

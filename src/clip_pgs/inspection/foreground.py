@@ -66,7 +66,7 @@ def read_foreground(
     pairs: Sequence[tuple[Path, Path]],
     model_input: ModelInput,
     *,
-    progress: Callable[[], None] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> ForegroundImages:
     """Read images and their masks, and crop both alike.
 

@@ -45,7 +45,7 @@ def measure_kept(
     *,
     view: View,
     num_seeds: int = NUM_SEEDS,
-    progress: Callable[[], None] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> list[Kept]:
     """Measure the share of foreground patches that strategies keep.
 

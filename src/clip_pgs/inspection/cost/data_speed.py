@@ -70,7 +70,7 @@ def measure_data_speed(
     *,
     image_size: int = 224,
     num_rounds: int,
-    tick: Callable[[], None] | None = None,
+    tick: Callable[[], object] | None = None,
 ) -> DataSpeed:
     """Time both paths on the same images, in turns, with one thread.
 

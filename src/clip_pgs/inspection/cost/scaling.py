@@ -89,7 +89,7 @@ def measure_scaling(
     num_rounds: int,
     progress: float = 0.0,
     width: int = 768,
-    tick: Callable[[], None] | None = None,
+    tick: Callable[[], object] | None = None,
 ) -> list[ScalingRow]:
     """Time selections by `pgs`, of every size once in each round.
 

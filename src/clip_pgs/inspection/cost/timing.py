@@ -30,7 +30,7 @@ def time_steps(
     optimizer: torch.optim.Optimizer,
     *,
     num_rounds: int,
-    progress: Callable[[], None] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> list[Timings]:
     """Time training steps: in every round, one of each setup.
 
