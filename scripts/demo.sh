@@ -49,7 +49,7 @@ fi
 step "4 of 4: what PGS keeps of six scenes"
 if [[ ! "$picture" -nt "$run/export" ]]; then
     "$PYTHON" -m clip_pgs.inspection masks "$world"/scenes/*.png --model "$run" \
-        --masking random pgs --mask-ratio 0.5 --output "$picture" >/dev/null
+        --masking random cluster pgs --mask-ratio 0.5 --output "$picture" >/dev/null
 fi
 echo "$picture"
 
