@@ -41,6 +41,10 @@ def logging_to(path: Path | None, *, level: int) -> Iterator[None]:
     root.setLevel(level)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # A library that logs through the root logger before the run makes it print each line twice.
+    others = [handler for handler in root.handlers if type(handler) is logging.StreamHandler]
+    for other in others:
+        root.removeHandler(other)
     for handler in handlers:
         handler.setFormatter(logging.Formatter(_FORMAT, datefmt=_DATE_FORMAT))
         root.addHandler(handler)
@@ -51,3 +55,5 @@ def logging_to(path: Path | None, *, level: int) -> Iterator[None]:
         for handler in handlers:
             root.removeHandler(handler)
             handler.close()
+        for other in others:
+            root.addHandler(other)
