@@ -6,8 +6,8 @@ import logging
 import pytest
 
 from clip_pgs.data.pack import pack_pairs
-from clip_pgs.data.shards import count_samples, expand_shards
-from clip_pgs.data.tar_reader import read_shard
+from clip_pgs.data.tar.shards import count_samples, expand_shards
+from clip_pgs.data.tar.tar_reader import read_shard
 
 
 @pytest.fixture

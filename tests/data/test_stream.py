@@ -10,9 +10,9 @@ from open_clip import SimpleTokenizer
 from PIL import Image
 from torchvision import transforms
 
+from clip_pgs.data.captions.word_frequencies import WordFrequencies, write_word_frequencies
 from clip_pgs.data.samples import NoUsableSampleError
 from clip_pgs.data.stream import build_train_stream, build_val_stream
-from clip_pgs.data.word_frequencies import WordFrequencies, write_word_frequencies
 from support.streams import AUGMENT, numbers, open_stream, read_from, same, tokenize, with_options
 
 

@@ -3,8 +3,8 @@
 from hypothesis import strategies as st
 
 from clip_pgs.integrations.open_clip.compat import trainer_actions
-from clip_pgs.training.flags import IMPLEMENTED_FLAGS
-from clip_pgs.training.own_flags import own_actions, own_parser
+from clip_pgs.training.flags.own_flags import own_actions, own_parser
+from clip_pgs.training.flags.upstream_flags import IMPLEMENTED_FLAGS
 
 TRAINER_FLAGS = {flag: trainer_actions()[flag] for flag in sorted(IMPLEMENTED_FLAGS)}
 OWN_FLAGS = own_actions(own_parser())

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clip_pgs.training.checkpoint_files import find_latest
+from clip_pgs.training.checkpoints.checkpoint_files import find_latest
 from support.resuming import differences, last_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_pgs.training.exits import StoppedError
-from clip_pgs.training.saving import RunSaver
+from clip_pgs.training.checkpoints.saving import RunSaver
+from clip_pgs.training.survival.exits import StoppedError
 from support.runs import run
 
 _save_due = RunSaver.save_due

@@ -1,12 +1,12 @@
 import pytest
 from open_clip_train.params import parse_args as parse_trainer_args
 
-from clip_pgs.data.text_masking import TEXT_MASKINGS
+from clip_pgs.data.captions.text_masking import TEXT_MASKINGS
 from clip_pgs.integrations.open_clip.compat import check_versions, trainer_actions, trainer_parser
 from clip_pgs.masking import list_maskings, masking_options
-from clip_pgs.training.flags import IMPLEMENTED_FLAGS, REFUSED_FLAGS
+from clip_pgs.training.flags.papers import IMAGE_MASKING_PAPERS
+from clip_pgs.training.flags.upstream_flags import IMPLEMENTED_FLAGS, REFUSED_FLAGS
 from clip_pgs.training.options import parse_options
-from clip_pgs.training.papers import IMAGE_MASKING_PAPERS
 from support.options import VALID, write_model_config
 
 

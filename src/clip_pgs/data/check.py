@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import median
 
 from clip_pgs.data.samples import BadSampleError, RawSample, Skip, decode_caption, decode_image
-from clip_pgs.data.shards import is_remote, read_sizes
-from clip_pgs.data.tar_reader import read_shard
+from clip_pgs.data.tar.shards import is_remote, read_sizes
+from clip_pgs.data.tar.tar_reader import read_shard
 
 _HEADER = ("shard", "samples", "usable", "images", "captions", "bad", "characters", "pixels")
 _MAX_NAMED = 100

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from clip_pgs.data.bad_samples import SkipAccount
 from clip_pgs.data.batches import Batch, PlannedBatches
-from clip_pgs.data.sequential_batches import SequentialBatches
+from clip_pgs.data.sequential.sequential_batches import SequentialBatches
 from clip_pgs.data.whereabouts import StalledDataError, time_limit
 
 _LOADER_ERROR = re.compile(r"DataLoader (timed out|worker \(pid)")

@@ -10,11 +10,11 @@ from typing import Literal
 
 from clip_pgs.data.epoch_plan import EpochPlan, OrderedPlan, ResampledPlan, RowPlan, ShardPlan
 from clip_pgs.data.samples import Skip
-from clip_pgs.data.shard_sizes import size_shards
-from clip_pgs.data.shard_source import ShardSource
-from clip_pgs.data.shards import expand_shards, upsampling_weights
 from clip_pgs.data.sources import BlankSource, Source, TableSource
 from clip_pgs.data.tables import PairTable, read_pairs
+from clip_pgs.data.tar.shard_sizes import size_shards
+from clip_pgs.data.tar.shard_source import ShardSource
+from clip_pgs.data.tar.shards import expand_shards, upsampling_weights
 
 DatasetKind = Literal["webdataset", "csv", "synthetic"]
 

@@ -21,13 +21,13 @@ from clip_pgs.data.samples import (
     decode_caption,
     decode_image,
 )
-from clip_pgs.data.sequential_data import check_enough_shards
-from clip_pgs.data.shard_sizes import size_shards
-from clip_pgs.data.shards import expand_shards, is_remote, is_seekable
+from clip_pgs.data.sequential.sequential_data import check_enough_shards
 from clip_pgs.data.sources import TableSource
 from clip_pgs.data.stream import dataset_kind
-from clip_pgs.data.tar_index import index_shard
-from clip_pgs.data.tar_reader import read_shard, unreadable_shard
+from clip_pgs.data.tar.shard_sizes import size_shards
+from clip_pgs.data.tar.shards import expand_shards, is_remote, is_seekable
+from clip_pgs.data.tar.tar_index import index_shard
+from clip_pgs.data.tar.tar_reader import read_shard, unreadable_shard
 from clip_pgs.data.whereabouts import StalledDataError, time_limit
 
 _NUM_READERS = 8

@@ -14,19 +14,19 @@ import math
 
 from clip_pgs.data.bad_samples import OnSkip, SkipAccount
 from clip_pgs.data.batches import BatchPositions, PlannedBatches
+from clip_pgs.data.captions.text_masking import create_text_masking
 from clip_pgs.data.decoding import faster_transform
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.planned_data import DatasetKind, PlannedData, plan_training, plan_validation
 from clip_pgs.data.samples import SampleDecoder, Tokenize, Transform
-from clip_pgs.data.sequential_batches import SequentialBatches
-from clip_pgs.data.sequential_data import (
+from clip_pgs.data.sequential.sequential_batches import SequentialBatches
+from clip_pgs.data.sequential.sequential_data import (
     count_sequential,
     num_sequential_workers,
     sequential_source,
 )
-from clip_pgs.data.sequential_sources import OrderedShards
-from clip_pgs.data.shards import count_samples, expand_shards, is_seekable
-from clip_pgs.data.text_masking import create_text_masking
+from clip_pgs.data.sequential.sequential_sources import OrderedShards
+from clip_pgs.data.tar.shards import count_samples, expand_shards, is_seekable
 from clip_pgs.data.whereabouts import Whereabouts
 
 

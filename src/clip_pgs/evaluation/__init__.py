@@ -7,13 +7,13 @@ print(format_table(results))
 """
 
 from clip_pgs.evaluation.averages import Average, averages
-from clip_pgs.evaluation.datasets import EvalSet
-from clip_pgs.evaluation.models import LoadedModel, load_model
+from clip_pgs.evaluation.datasets.datasets import EvalSet
+from clip_pgs.evaluation.datasets.suites import SUITES, Suite, load_suite
+from clip_pgs.evaluation.models.models import LoadedModel, load_model
+from clip_pgs.evaluation.models.weights import check_finite, weights_digest
 from clip_pgs.evaluation.results import Result, read_results
 from clip_pgs.evaluation.runner import evaluate
-from clip_pgs.evaluation.suites import SUITES, Suite, load_suite
 from clip_pgs.evaluation.table import format_table
-from clip_pgs.evaluation.weights import check_finite, weights_digest
 
 __all__ = [
     "SUITES",

@@ -12,13 +12,13 @@ import torch
 
 from clip_pgs.evaluation.benchmark import check_installation
 from clip_pgs.evaluation.command_options import make_parser, output_folders
-from clip_pgs.evaluation.datasets import EvalSet
-from clip_pgs.evaluation.models import load_model
+from clip_pgs.evaluation.datasets.datasets import EvalSet
+from clip_pgs.evaluation.datasets.suites import load_suite
+from clip_pgs.evaluation.models.models import load_model
 from clip_pgs.evaluation.ranks import Ranks, join_ranks
 from clip_pgs.evaluation.results import CSV_NAME, DONE, MISSING, Result, result_files
 from clip_pgs.evaluation.runner import evaluate
 from clip_pgs.evaluation.score_sheet import ERRORS_NAME
-from clip_pgs.evaluation.suites import load_suite
 from clip_pgs.evaluation.table import format_table
 from clip_pgs.sentences import one_sentence
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from clip_pgs.evaluation.datasets import clean_name
-from clip_pgs.evaluation.models import check_source, model_name
-from clip_pgs.evaluation.suites import SUITES
+from clip_pgs.evaluation.datasets.datasets import clean_name
+from clip_pgs.evaluation.datasets.suites import SUITES
+from clip_pgs.evaluation.models.models import check_source, model_name
 from clip_pgs.sentences import SentenceParser
 
 _EPILOG = """\

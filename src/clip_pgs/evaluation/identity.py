@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.evaluation.datasets import EvalSet, read_metadata
-from clip_pgs.evaluation.fingerprints import (
+from clip_pgs.evaluation.datasets.datasets import EvalSet, read_metadata
+from clip_pgs.evaluation.datasets.presence import local_files
+from clip_pgs.evaluation.features.fingerprints import (
     files_fingerprint,
     model_fingerprint,
     transform_description,
 )
-from clip_pgs.evaluation.models import LoadedModel
-from clip_pgs.evaluation.presence import local_files
+from clip_pgs.evaluation.models.models import LoadedModel
 
 # Raise it when a suite's rules change, so that results of the old rules are redone.
 _RULES = 1

@@ -13,12 +13,12 @@ from torch import nn
 
 from clip_pgs.evaluation.averages import averages
 from clip_pgs.evaluation.benchmark import check_installation
-from clip_pgs.evaluation.datasets import clean_name
-from clip_pgs.evaluation.models import LoadedModel
-from clip_pgs.evaluation.presence import PRESENT, check_presence
+from clip_pgs.evaluation.datasets.datasets import clean_name
+from clip_pgs.evaluation.datasets.presence import PRESENT, check_presence
+from clip_pgs.evaluation.datasets.suites import load_suite
+from clip_pgs.evaluation.models.models import LoadedModel
 from clip_pgs.evaluation.results import DONE, Result
 from clip_pgs.evaluation.runner import evaluate
-from clip_pgs.evaluation.suites import load_suite
 
 logger = logging.getLogger(__name__)
 

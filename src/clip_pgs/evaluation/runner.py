@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip_pgs.evaluation.benchmark import check_installation, default_workers
-from clip_pgs.evaluation.datasets import EvalSet
-from clip_pgs.evaluation.feature_cache import FeatureCache
-from clip_pgs.evaluation.features import NonFiniteFeaturesError
-from clip_pgs.evaluation.models import LoadedModel
+from clip_pgs.evaluation.datasets.datasets import EvalSet
+from clip_pgs.evaluation.features.feature_cache import FeatureCache
+from clip_pgs.evaluation.features.features import NonFiniteFeaturesError
+from clip_pgs.evaluation.models.models import LoadedModel
+from clip_pgs.evaluation.models.weights import check_finite
 from clip_pgs.evaluation.pace import Pace, format_seconds
 from clip_pgs.evaluation.ranks import Ranks
 from clip_pgs.evaluation.results import DONE, Result
 from clip_pgs.evaluation.score_sheet import ScoreSheet
 from clip_pgs.evaluation.scoring import Scorer
-from clip_pgs.evaluation.weights import check_finite
 from clip_pgs.evaluation.work import divide
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import clip_pgs
-from clip_pgs.evaluation.datasets import EvalSet
-from clip_pgs.evaluation.features import NonFiniteFeaturesError
+from clip_pgs.evaluation.datasets.datasets import EvalSet
+from clip_pgs.evaluation.datasets.presence import require
+from clip_pgs.evaluation.features.features import NonFiniteFeaturesError
 from clip_pgs.evaluation.identity import Identity
-from clip_pgs.evaluation.presence import require
+from clip_pgs.evaluation.models.weights import weights_digest
 from clip_pgs.evaluation.results import (
     CSV_NAME,
     DONE,
@@ -28,7 +29,6 @@ from clip_pgs.evaluation.results import (
     write_result,
 )
 from clip_pgs.evaluation.scoring import Scorer, Scores
-from clip_pgs.evaluation.weights import weights_digest
 
 logger = logging.getLogger(__name__)
 

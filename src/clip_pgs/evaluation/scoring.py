@@ -8,17 +8,22 @@ from typing import Any
 
 import torch
 
-from clip_pgs.evaluation.compositionality import compositionality
-from clip_pgs.evaluation.datasets import EvalSet
-from clip_pgs.evaluation.feature_cache import FeatureCache
-from clip_pgs.evaluation.features import Features, class_features, image_features, text_features
-from clip_pgs.evaluation.metrics import (
+from clip_pgs.evaluation.datasets.datasets import EvalSet
+from clip_pgs.evaluation.features.feature_cache import FeatureCache
+from clip_pgs.evaluation.features.features import (
+    Features,
+    class_features,
+    image_features,
+    text_features,
+)
+from clip_pgs.evaluation.metrics.compositionality import compositionality
+from clip_pgs.evaluation.metrics.metrics import (
     classification_metrics,
     retrieval_metrics,
     zeroshot_logits,
 )
-from clip_pgs.evaluation.models import LoadedModel
-from clip_pgs.evaluation.probe import linear_probe
+from clip_pgs.evaluation.metrics.probe import linear_probe
+from clip_pgs.evaluation.models.models import LoadedModel
 
 
 @dataclass(frozen=True)

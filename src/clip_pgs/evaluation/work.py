@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_pgs.evaluation.datasets import EvalSet
-from clip_pgs.evaluation.presence import local_files
+from clip_pgs.evaluation.datasets.datasets import EvalSet
+from clip_pgs.evaluation.datasets.presence import local_files
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from clip_pgs.data.preflight import preflight
         from clip_pgs.training.checks import check_options, option_warnings
         from clip_pgs.training.options import parse_options
-        from clip_pgs.training.restarts import follow_restart
+        from clip_pgs.training.survival.restarts import follow_restart
     except ModuleNotFoundError as error:
         return _refuse(f"training needs {error.name}: pip install 'clip-pgs[training]'")
 
@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(_summary(args))
         return 0
 
-    from clip_pgs.training import exits
     from clip_pgs.training.loop import train
+    from clip_pgs.training.survival import exits
 
     try:
         train(args, **hooks)
@@ -101,8 +101,8 @@ def _refuse(sentence: str, *, is_before_start: bool = False) -> int:
     if _is_first_process():
         sys.stderr.write(f"error: {one_sentence(sentence)}\n")
     if is_before_start:
-        from clip_pgs.training.exits import ExitReport
-        from clip_pgs.training.interrupts import Interrupts
+        from clip_pgs.training.survival.exits import ExitReport
+        from clip_pgs.training.survival.interrupts import Interrupts
 
         rank = int(os.environ.get("RANK", "0"))
         ExitReport(Interrupts(), rank=rank).write(BAD_INPUT, sentence)

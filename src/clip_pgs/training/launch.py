@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from clip_pgs.training.checkpoint import load_checkpoint
-from clip_pgs.training.checkpoint_files import find_latest
+from clip_pgs.training.checkpoints.checkpoint import load_checkpoint
+from clip_pgs.training.checkpoints.checkpoint_files import find_latest
 from clip_pgs.training.distributed import Meeting
 from clip_pgs.training.environment import describe_environment, save_environment
-from clip_pgs.training.restarts import launch_names, remember_name
 from clip_pgs.training.run_folder import run_folder, save_options
-from clip_pgs.training.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
+from clip_pgs.training.survival.restarts import launch_names, remember_name
+from clip_pgs.training.telemetry.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
 
 LOG_NAME = "out.log"
 PARAMS_NAME = "params.txt"

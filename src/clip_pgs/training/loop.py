@@ -10,11 +10,9 @@ from pathlib import Path
 import torch
 
 from clip_pgs.training.build import build_model
-from clip_pgs.training.checkpoint import restore
+from clip_pgs.training.checkpoints.checkpoint import restore
 from clip_pgs.training.checks import option_warnings
 from clip_pgs.training.distributed import Meeting, process_group
-from clip_pgs.training.exits import FAILED, BadInputError, ExitReport
-from clip_pgs.training.interrupts import Interrupts
 from clip_pgs.training.launch import (
     default_name,
     load_start,
@@ -24,11 +22,13 @@ from clip_pgs.training.launch import (
 )
 from clip_pgs.training.precision import supported_precision
 from clip_pgs.training.run_folder import run_folder
-from clip_pgs.training.run_log import logging_to
-from clip_pgs.training.telemetry import Cost
+from clip_pgs.training.survival.exits import FAILED, BadInputError, ExitReport
+from clip_pgs.training.survival.interrupts import Interrupts
+from clip_pgs.training.survival.watchdog import Watchdog
+from clip_pgs.training.telemetry.run_log import logging_to
+from clip_pgs.training.telemetry.telemetry import Cost
 from clip_pgs.training.trainer import Trainer
 from clip_pgs.training.validation import Evaluate, Validation, save_results
-from clip_pgs.training.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
 

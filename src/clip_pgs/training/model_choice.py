@@ -11,7 +11,7 @@ import open_clip
 
 from clip_pgs.integrations.open_clip.compat import is_bundled_model
 from clip_pgs.integrations.open_clip.model_config import check_model_config, read_json_object
-from clip_pgs.training.config import nearest_names
+from clip_pgs.training.flags.config import nearest_names
 
 # Models that bring their own weights, from a folder or from the Hugging Face Hub.
 MODEL_SCHEMAS = ("hf-hub:", "local-dir:")

@@ -13,17 +13,17 @@ from typing import Any
 from open_clip_train.params import parse_args as parse_trainer_args
 
 from clip_pgs.integrations.open_clip.compat import trainer_actions
-from clip_pgs.training.config import load_config, nearest_names, render_arguments
-from clip_pgs.training.flag_types import OwnParser
-from clip_pgs.training.flags import IMPLEMENTED_FLAGS, REFUSED_FLAGS
-from clip_pgs.training.model_choice import choose_model
-from clip_pgs.training.own_flags import (
+from clip_pgs.training.flags.config import load_config, nearest_names, render_arguments
+from clip_pgs.training.flags.flag_types import OwnParser
+from clip_pgs.training.flags.own_flags import (
     fill_defaults,
     given_names,
     own_actions,
     own_parser,
 )
-from clip_pgs.training.released import RELEASED_MASKING, is_released, released_options
+from clip_pgs.training.flags.released import RELEASED_MASKING, is_released, released_options
+from clip_pgs.training.flags.upstream_flags import IMPLEMENTED_FLAGS, REFUSED_FLAGS
+from clip_pgs.training.model_choice import choose_model
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:

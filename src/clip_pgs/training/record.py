@@ -14,7 +14,7 @@ from torch import nn
 import clip_pgs
 from clip_pgs.training.environment import device_name
 from clip_pgs.training.export import open_clip_config, tokenizer_source
-from clip_pgs.training.telemetry import Cost
+from clip_pgs.training.telemetry.telemetry import Cost
 
 _DATA = ("train_data", "dataset_type", "dataset_resampled", "pretrained")
 _RECIPE = (

@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 from clip_pgs.data.samples import UnusableDataError
 from clip_pgs.data.whereabouts import StalledDataError
-from clip_pgs.training.exits import BadNumbersError
-from clip_pgs.training.gate import Gate
-from clip_pgs.training.interrupts import Interrupts
+from clip_pgs.training.checkpoints.saving import RunSaver
 from clip_pgs.training.phase_trainer import PhaseTrainer
-from clip_pgs.training.saving import RunSaver
-from clip_pgs.training.skip_log import SkipLog
 from clip_pgs.training.step import Batch
-from clip_pgs.training.telemetry import Telemetry
-from clip_pgs.training.watchdog import FETCHING, SAVING, TRAINING, VOTING, Watchdog
+from clip_pgs.training.survival.exits import BadNumbersError
+from clip_pgs.training.survival.gate import Gate
+from clip_pgs.training.survival.interrupts import Interrupts
+from clip_pgs.training.survival.watchdog import FETCHING, SAVING, TRAINING, VOTING, Watchdog
+from clip_pgs.training.telemetry.skip_log import SkipLog
+from clip_pgs.training.telemetry.telemetry import Telemetry
 
 # The first step compiles, and finds the fastest convolutions.
 _FIRST_STEP_PATIENCE = 4.0

@@ -9,24 +9,24 @@ from pathlib import Path
 
 import torch
 
-from clip_pgs.training.bad_steps import BadSteps
 from clip_pgs.training.build import build_model
-from clip_pgs.training.checkpoint import restore
+from clip_pgs.training.checkpoints.checkpoint import restore
+from clip_pgs.training.checkpoints.saving import RunSaver
 from clip_pgs.training.distributed import Meeting
-from clip_pgs.training.gate import Gate
-from clip_pgs.training.interrupts import AskedToLeave, Interrupts
 from clip_pgs.training.launch import load_start, open_sinks, say_what_changed
 from clip_pgs.training.phase_trainer import PhaseTrainer
 from clip_pgs.training.phases import Phase, plan_phases, total_epochs
 from clip_pgs.training.precision import create_scaler
 from clip_pgs.training.record import describe_run
-from clip_pgs.training.saving import RunSaver
-from clip_pgs.training.skip_log import SkipLog
 from clip_pgs.training.step import Batch
 from clip_pgs.training.steps import Steps
-from clip_pgs.training.telemetry import Cost, Telemetry
+from clip_pgs.training.survival.bad_steps import BadSteps
+from clip_pgs.training.survival.gate import Gate
+from clip_pgs.training.survival.interrupts import AskedToLeave, Interrupts
+from clip_pgs.training.survival.watchdog import Watchdog
+from clip_pgs.training.telemetry.skip_log import SkipLog
+from clip_pgs.training.telemetry.telemetry import Cost, Telemetry
 from clip_pgs.training.validation import Evaluate, Validation, save_results
-from clip_pgs.training.watchdog import Watchdog
 from clip_pgs.training.writer import RunWriter
 
 _logger = logging.getLogger(__name__)

@@ -11,13 +11,13 @@ import open_clip
 import torch
 from torch import Tensor
 
-from clip_pgs.training.checkpoint import pack_checkpoint
-from clip_pgs.training.checkpoint_store import CheckpointStore
+from clip_pgs.training.checkpoints.checkpoint import pack_checkpoint
+from clip_pgs.training.checkpoints.checkpoint_store import CheckpointStore
 from clip_pgs.training.export import FOLDER_NAME, write_export
-from clip_pgs.training.overlays import draw_masks, fixed_images, save_picture
 from clip_pgs.training.phases import total_epochs
 from clip_pgs.training.record import with_results
-from clip_pgs.training.telemetry import Cost
+from clip_pgs.training.telemetry.overlays import draw_masks, fixed_images, save_picture
+from clip_pgs.training.telemetry.telemetry import Cost
 
 
 class RunWriter:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.data.word_counting import count_shards
-from clip_pgs.data.word_frequencies import write_word_frequencies
+from clip_pgs.data.captions.word_counting import count_shards
+from clip_pgs.data.captions.word_frequencies import write_word_frequencies
 from clip_pgs.data.world.parts import list_parts, write_json
 from clip_pgs.data.world.shard_file import Digest
 from clip_pgs.data.world.vocabulary import WORLD_VERSION

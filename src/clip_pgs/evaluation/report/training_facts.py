@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.evaluation.checkpoints import newest_checkpoint
+from clip_pgs.evaluation.models.checkpoints import newest_checkpoint
 from clip_pgs.integrations.open_clip.checkpoints import read_checkpoint
 
 OPTIONS_NAME, METRICS_NAME = "options.json", "metrics.jsonl"

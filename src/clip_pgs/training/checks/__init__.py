@@ -12,7 +12,7 @@ from clip_pgs.training.checks.masking import check_masking
 from clip_pgs.training.checks.model import check_model
 from clip_pgs.training.checks.text import check_text_masking, text_warnings
 from clip_pgs.training.checks.values import check_device, check_ranges, check_recipe, check_reports
-from clip_pgs.training.released import released_notes
+from clip_pgs.training.flags.released import released_notes
 
 __all__ = ["check_options", "option_warnings"]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from open_clip_train.distributed import world_info_from_env
 
-from clip_pgs.data.sequential_data import check_enough_shards
-from clip_pgs.data.shard_sizes import size_shards
-from clip_pgs.data.shards import count_samples, expand_shards, is_seekable, upsampling_weights
+from clip_pgs.data.sequential.sequential_data import check_enough_shards
 from clip_pgs.data.stream import DatasetKind, dataset_kind
 from clip_pgs.data.tables import PairTable, read_pairs
+from clip_pgs.data.tar.shard_sizes import size_shards
+from clip_pgs.data.tar.shards import count_samples, expand_shards, is_seekable, upsampling_weights
 from clip_pgs.training.phases import phase_options
 
 # Their order is drawn in memory, 8 bytes each.

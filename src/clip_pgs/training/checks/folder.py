@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from clip_pgs.training.checkpoint import load_checkpoint
+from clip_pgs.training.checkpoints.checkpoint import load_checkpoint
 from clip_pgs.training.run_folder import changed_options, holds_run, keeps_logs, run_folder
 
 

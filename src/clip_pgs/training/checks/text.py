@@ -6,7 +6,7 @@ import argparse
 
 import open_clip
 
-from clip_pgs.data.text_masking import create_text_masking
+from clip_pgs.data.captions.text_masking import create_text_masking
 from clip_pgs.training.checks.model import context_length
 
 

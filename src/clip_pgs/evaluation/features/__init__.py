@@ -1,0 +1,1 @@
+"""Features of images and texts: computed once, kept by what they come from."""

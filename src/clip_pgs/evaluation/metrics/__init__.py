@@ -1,0 +1,1 @@
+"""What is measured on the features of a data set."""

@@ -1,0 +1,1 @@
+"""Models to evaluate: opening them, and what can be said of their weights."""

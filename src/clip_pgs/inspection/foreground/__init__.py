@@ -1,0 +1,1 @@
+"""How much of an annotated foreground a masking keeps."""

@@ -1,0 +1,1 @@
+"""Checkpoints: their content, their files, and writing them in the background."""

@@ -1,0 +1,1 @@
+"""What ends a run, what it leaves behind, and who hears of it."""

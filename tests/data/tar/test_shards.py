@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import pytest
+
+from clip_pgs.data.tar.shards import count_samples, expand_shards, upsampling_weights
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("00.tar", "01.tar", "02.tar", "other.tar"):
+        (tmp_path / name).write_bytes(b"")
+    return tmp_path
+
+
+def test_braces_and_joined_sources_expand_in_order(folder):
+    shards = expand_shards(f"{folder}/other.tar::{folder}/{{00..02}}.tar")
+    assert shards == [f"{folder}/{name}.tar" for name in ("other", "00", "01", "02")]
+
+
+def test_star_expands_sorted(folder):
+    assert expand_shards(f"{folder}/0*.tar") == [f"{folder}/0{i}.tar" for i in range(3)]
+
+
+def test_file_url_is_a_local_file(folder):
+    assert expand_shards(f"file:{folder}/00.tar") == [f"{folder}/00.tar"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("pipe:cat {0..1}.tar", ["pipe:cat 0.tar", "pipe:cat 1.tar"]),
+        ("s3://bucket/{0..1}.tar", ["s3://bucket/0.tar", "s3://bucket/1.tar"]),
+        ("https://host/a.tar?key=1*", ["https://host/a.tar?key=1*"]),
+    ],
+)
+def test_commands_and_urls_are_not_looked_up(pattern, expected):
+    assert expand_shards(pattern) == expected
+
+
+def test_missing_file_is_named_with_its_pattern(folder):
+    pattern = f"{folder}/{{00..04}}.tar"
+    with pytest.raises(ValueError, match=r"03\.tar', which does not exist .* \(2 of 5") as error:
+        expand_shards(pattern)
+    assert pattern in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", ["{8..9}.tar", "9*.tar", "nothing.tar"])
+def test_pattern_without_a_file_says_so(folder, pattern):
+    with pytest.raises(ValueError, match="matches no file") as error:
+        expand_shards(f"{folder}/{pattern}")
+    assert pattern in str(error.value)
+
+
+def test_folder_is_refused_with_advice(folder):
+    with pytest.raises(ValueError, match=r"is a folder; name the shards"):
+        expand_shards(str(folder))
+
+
+@pytest.mark.parametrize("pattern", ["", "a.tar::", "a{0.tar"])
+def test_malformed_pattern_is_refused(pattern):
+    with pytest.raises(ValueError, match="pattern"):
+        expand_shards(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{0..99999999999999}.tar",
+        "{0.." + "9" * 5000 + "}.tar",
+        "{a,b}" * 20,
+        "{" * 3000,
+        "{0..999}{0..999}.tar",
+    ],
+)
+def test_a_pattern_of_countless_names_is_refused_at_once(pattern):
+    with pytest.raises(ValueError, match="names more than 262144 files, or has more than 20 brac"):
+        expand_shards(pattern)
+
+
+def test_sizes_are_summed_over_the_chosen_shards_and_folders(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    (folder / "sizes.json").write_text('{"00.tar": 3, "01.tar": 4, "02.tar": 50}')
+    (other / "__len__").write_text("1000\n")
+    shards = [f"{folder}/00.tar", f"{folder}/01.tar", f"{other}/x.tar", f"{other}/y.tar"]
+    assert count_samples(shards) == 1007
+
+
+def test_count_is_unknown_where_a_folder_or_url_states_none(folder):
+    assert count_samples([f"{folder}/00.tar"]) is None
+    assert count_samples(["https://host/0.tar"]) is None
+    (folder / "sizes.json").write_text('{"00.tar": 3}')
+    assert count_samples([f"{folder}/00.tar", f"{folder}/01.tar"]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sizes.json", "{"),
+        ("sizes.json", "[3]"),
+        ("sizes.json", '{"00.tar": -1}'),
+        ("sizes.json", '{"00.tar": 1.5}'),
+        ("__len__", "__import__('os').getpid()"),
+        ("__len__", "-4"),
+    ],
+)
+def test_malformed_count_is_refused_by_name(folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=name):
+        count_samples([f"{folder}/00.tar"])
+
+
+def test_each_shard_weighs_what_its_source_does(folder):
+    pattern = f"{folder}/{{00..02}}.tar::{folder}/other.tar"
+    assert upsampling_weights(pattern, "1::2.5") == [1.0, 1.0, 1.0, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ("1", "1 factors for 2 data sources"),
+        ("1::x", "finite numbers"),
+        ("1::-1", "finite numbers"),
+        ("1::nan", "finite numbers"),
+        ("0::0", "finite numbers"),
+    ],
+)
+def test_unfit_upsampling_factors_are_refused(folder, factors, message):
+    with pytest.raises(ValueError, match=message):
+        upsampling_weights(f"{folder}/00.tar::{folder}/01.tar", factors)

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clip_pgs import PatchInputs, create_masking
+from clip_pgs.data.world import draw_scene, make_scene
+from clip_pgs.inspection import ModelInput, View, pair_masks, parse_spec, read_foreground
+from clip_pgs.inspection.__main__ import main
+from clip_pgs.inspection.foreground import kept
+from clip_pgs.inspection.foreground.kept import measure_kept
+
+SMALL = ModelInput(image_size=(64, 64), patch_size=(8, 8))
+SIZES = ["--image-size", "64", "--patch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Twelve scenes of the demo world in `images`, their masks in `masks`."""
+    folder = tmp_path_factory.mktemp("world")
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    for number in range(12):
+        drawing = draw_scene(make_scene(f"kept {number}"))
+        Image.fromarray(drawing.pixels).save(folder / "images" / f"{number}.png")
+        Image.fromarray(drawing.foreground).save(folder / "masks" / f"{number}.png")
+    return folder
+
+
+def read(world):
+    return read_foreground(pair_masks([world / "images"], world / "masks"), SMALL)
+
+
+def command(world, *flags):
+    paths = [str(world / "images"), "--foreground", str(world / "masks")]
+    return main(["kept", *paths, *SIZES, *map(str, flags)])
+
+
+def by_hand(images, name, mask_ratio, seed):
+    """Return the mean share of foreground patches kept, image by image and patch by patch."""
+    pixels = SMALL.normalise(images.crops)
+    generator = torch.Generator().manual_seed(seed)
+    selection = create_masking(name, mask_ratio=mask_ratio)(
+        PatchInputs(pixels, 8), generator=generator
+    )
+    shares = []
+    for index, foreground in zip(selection.index.tolist(), images.foreground, strict=True):
+        inside = [position for position in range(64) if foreground[position]]
+        shares.append(sum(position in index for position in inside) / len(inside))
+    return sum(shares) / len(shares)
+
+
+@pytest.mark.parametrize("name", ["random", "pgs"])
+def test_mean_and_spread_are_those_of_seeds_measured_by_hand(world, name):
+    images = read(world)
+    (row,) = measure_kept(images, [parse_spec(name)], [0.5], view=View(SMALL), num_seeds=3)
+    expected = [by_hand(images, name, 0.5, seed) for seed in range(3)]
+    assert row.kept == pytest.approx(np.mean(expected), abs=1e-6)
+    assert row.spread == pytest.approx(np.std(expected, ddof=1), abs=1e-6)
+    assert row.measured_ratio == 0.5
+
+
+def test_the_result_does_not_depend_on_how_many_images_are_looked_at_together(world, monkeypatch):
+    specs = [parse_spec("gaussian"), parse_spec("pgs")]
+    options = {"view": View(SMALL), "num_seeds": 2}
+    whole = measure_kept(read(world), specs, [0.3, 0.5], **options)
+    monkeypatch.setattr(kept, "_CHUNK", 5)
+    assert measure_kept(read(world), specs, [0.3, 0.5], **options) == whole
+
+
+@pytest.mark.parametrize("mask_ratio", [0.2, 0.5, 0.75])
+def test_cluster_drops_the_asked_share_in_the_mean(world, mask_ratio):
+    (row,) = measure_kept(
+        read(world), [parse_spec("cluster")], [mask_ratio], view=View(SMALL), num_seeds=5
+    )
+    assert row.measured_ratio == pytest.approx(mask_ratio, abs=0.02)
+
+
+def test_pgs_keeps_more_of_the_objects_than_any_other_strategy(world):
+    specs = [parse_spec(name) for name in ("random", "gaussian", "cluster", "pgs")]
+    rows = measure_kept(read(world), specs, [0.5], view=View(SMALL), num_seeds=3)
+    shares = {row.masking: row.kept for row in rows}
+    assert max(shares, key=shares.__getitem__) == "pgs"
+    assert shares["random"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_patch_is_foreground_above_half_of_its_area(tmp_path):
+    mask = np.zeros((16, 32), dtype=np.uint8)
+    mask[:8, :5] = 1  # 5 of 8 columns of the first patch
+    mask[:8, 8:12] = 1  # exactly half of the second
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    Image.new("RGB", (32, 16)).save(tmp_path / "a.jpg")
+    images = read_foreground(
+        [(tmp_path / "a.jpg", tmp_path / "a.png")], ModelInput((16, 32), (8, 8))
+    )
+    assert images.foreground.tolist() == [[True] + 7 * [False]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA"])
+def test_masks_of_any_mode_mean_the_same(tmp_path, mode):
+    mask = Image.new("L", (16, 16))
+    mask.paste(1 if mode == "P" else 255, (0, 0, 8, 16))
+    if mode == "P":
+        mask.putpalette([0, 0, 0, 0, 0, 0])
+    else:
+        mask = mask.convert(mode)
+    mask.save(tmp_path / "a.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.jpg")
+    images = read_foreground(
+        [(tmp_path / "a.jpg", tmp_path / "a.png")], ModelInput((16, 16), (8, 8))
+    )
+    assert images.foreground.tolist() == [[True, False, True, False]]
+
+
+def test_images_and_masks_may_share_a_folder(tmp_path):
+    for name in ("b", "a"):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.jpg")
+        Image.new("1", (16, 16), 1).save(tmp_path / f"{name}.png")
+    pairs = pair_masks([tmp_path], tmp_path)
+    assert [(image.name, mask.name) for image, mask in pairs] == [
+        ("a.jpg", "a.png"),
+        ("b.jpg", "b.png"),
+    ]
+
+
+def test_the_command_prints_a_table_and_writes_the_same_numbers(world, tmp_path, capsys):
+    flags = ["--maskings", "random", "pgs:edges=false", "--mask-ratios", "0.25", "0.5"]
+    assert command(world, *flags, "--seeds", 2, "-o", tmp_path / "new" / "kept") == 0
+    stdout = capsys.readouterr().out
+    folder = tmp_path / "new" / "kept"
+    content = json.loads((folder / "kept.json").read_text())
+    with (folder / "kept.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert (content["num_images"], content["num_seeds"]) == (12, 2)
+    assert [row["masking"] for row in rows] == 2 * ["random"] + 2 * ["pgs:edges=false"]
+    for row, result in zip(rows, content["results"], strict=True):
+        assert float(row["kept"]) == result["kept"]
+        assert f"{result['kept']:.3f} +- {result['spread']:.3f}" in stdout
+    with Image.open(folder / "kept.png") as plot:
+        assert plot.width > 600
+
+
+def test_images_without_foreground_are_left_out_and_counted(world, tmp_path, capsys):
+    for name, value in (("empty", 0), ("full", 1)):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.jpg")
+        Image.new("1", (64, 64), value).save(tmp_path / f"{name}.png")
+    flags = [str(tmp_path), "--foreground", str(tmp_path), *SIZES, "--maskings", "random"]
+    assert main(["kept", *flags, "--seeds", "1"]) == 0
+    stdout = capsys.readouterr().out
+    assert "1 images of 64 x 64 pixels" in stdout
+    assert "1 without a foreground patch left out" in stdout
+    assert "0.703 +- 0.000" in stdout
+
+
+def test_a_missing_mask_one_of_another_size_and_no_foreground_are_one_sentence(tmp_path, capsys):
+    image, mask = tmp_path / "photo.jpg", tmp_path / "masks" / "photo.png"
+    Image.new("RGB", (20, 30)).save(image)
+    flags = ["kept", str(image), "--foreground", str(mask.parent)]
+    sentences = []
+    for size in (None, (10, 30), (20, 30)):
+        mask.parent.mkdir(exist_ok=True)
+        if size is not None:
+            Image.new("1", size).save(mask)
+        assert main(flags) == 2
+        sentences.append(capsys.readouterr().err)
+    assert sentences == [
+        f"error: the image {image} has no mask {mask}\n",
+        f"error: the mask {mask} is 10 x 30 pixels, its image 20 x 30\n",
+        "error: none of the 1 masks covers more than half of a patch; "
+        "in a mask, any value but 0 is foreground\n",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--seeds", "0"], "error: --seeds must be in [1, 10000], got 0"),
+        (["--mask-ratios", "0.5", "1"], "error: mask_ratio must be in [0, 1), got 1.0"),
+        (["--maskings", "pgs", "pxs"], "error: unknown masking 'pxs'; choose from "),
+        (["--maskings", "attentive"], "error: AttentiveMasking reads the attention of an image"),
+        (["--maskings", "pgs:mask_ratio_min=0.4"], "error: mask_ratio_min must not exceed"),
+        (["--foreground", "nowhere"], "error: there is no folder of masks nowhere"),
+        (["-o", __file__], f"error: cannot make the folder {__file__}: "),
+    ],
+)
+def test_bad_options_end_with_code_2_and_one_sentence(world, capsys, flags, sentence):
+    assert command(world, *flags) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(sentence)
+    assert stderr.count("\n") == 1

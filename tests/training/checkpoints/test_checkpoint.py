@@ -1,0 +1,165 @@
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from clip_pgs.training.checkpoints.checkpoint import load_checkpoint, pack_checkpoint, restore
+from clip_pgs.training.checkpoints.checkpoint_files import write_checkpoint
+from support.runs import run, write_csv, write_model
+
+
+def test_a_checkpoint_has_the_layout_of_open_clip(finished_run):
+    loaded = torch.load(finished_run / "checkpoints" / "epoch_2.pt", weights_only=True)
+    assert {"epoch", "name", "state_dict", "optimizer"} <= loaded.keys()
+    assert (loaded["epoch"], loaded["name"]) == (2, "run")
+    assert loaded["state_dict"]["visual.conv1.weight"].shape == (32, 3, 8, 8)
+
+
+def test_a_record_says_what_the_run_did(finished_run):
+    record = load_checkpoint(finished_run / "checkpoints" / "epoch_2.pt")["clip_pgs"]
+    assert record["masking"] == "pgs"
+    assert record["masking_options"] == {"mask_ratio": 0.5, "mask_ratio_min": 0.3}
+    assert record["cost"]["steps"] == 8
+    assert record["cost"]["samples"] == 64
+    assert record["cost"]["flops"] > 0
+    assert record["metrics"]["epoch"] == 2
+
+
+def test_a_checkpoint_counts_epochs_steps_and_samples_of_the_epoch_under_way():
+    content = pack_checkpoint(
+        epoch=1, step=7, position=24, name="run", model=torch.nn.Linear(2, 1), record={}
+    )
+    assert (content["epoch"], content["step"], content["position"]) == (1, 7, 24)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_names_that_wrappers_left_are_made_plain(tmp_path, prefix):
+    torch.save({"epoch": 1, "state_dict": {f"{prefix}weight": torch.ones(2)}}, tmp_path / "a.pt")
+    assert list(load_checkpoint(tmp_path / "a.pt")["state_dict"]) == ["weight"]
+
+
+class MakesFile:
+    def __init__(self, path):
+        self._command = f"touch {path}"
+
+    def __reduce__(self):
+        return (os.system, (self._command,))
+
+
+@pytest.mark.parametrize("place", ["state_dict", "optimizer", "clip_pgs"])
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_file_with_code_in_it_is_refused_in_a_sentence_and_not_run(tmp_path, place, is_zip):
+    harm = MakesFile(tmp_path / "harmed")
+    content = {"epoch": 1, "state_dict": {"weight": torch.ones(2)}, place: {"weight": harm}}
+    path = tmp_path / "code.pt"
+    torch.save(content, path, pickle_module=pickle, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(ValueError, match=r"code\.pt' cannot be read: .*") as refused:
+        load_checkpoint(path)
+    assert str(refused.value).endswith(
+        "it holds posix.system, which is no tensor or plain type; nothing in it was run"
+    )
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, {"state_dict": {}}, {"state_dict": {"a": 1}}])
+def test_a_file_without_weights_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt' cannot be read: it holds no state dict"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, "1", None])
+def test_a_count_that_is_none_is_refused(tmp_path, count):
+    torch.save({"epoch": count, "state_dict": {"a": torch.ones(1)}}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=f"its epoch is {count!r}"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04" + bytes(100), b"\x80\x02]"])
+def test_a_file_that_is_no_checkpoint_is_refused_in_a_sentence(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^checkpoint '.*a\.pt' cannot be read: [^\n]*$"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_any_damaged_byte_is_noticed(tmp_path):
+    path = tmp_path / "epoch_1.pt"
+    write_checkpoint({"epoch": 1, "state_dict": {"weight": torch.arange(50.0)}}, path)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 23):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"epoch_1\.pt'"):
+            load_checkpoint(path)
+
+
+def test_damage_to_a_file_of_open_clip_is_noticed_without_a_list_of_checksums(tmp_path):
+    path = tmp_path / "epoch_1.pt"
+    torch.save({"epoch": 1, "state_dict": {"weight": torch.full((50,), 3.0)}}, path)
+    whole = path.read_bytes()
+    place = whole.index(torch.full((4,), 3.0).numpy().tobytes())
+    path.write_bytes(whole[:place] + b"\1" + whole[place + 1 :])
+    with pytest.raises(ValueError, match=r"epoch_1\.pt' is damaged"):
+        load_checkpoint(path)
+
+
+def test_weights_of_another_model_are_refused_by_name():
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(ValueError, match=r"weight has shape \(1, 3\) in the file, \(1, 2\)"):
+        restore({"state_dict": torch.nn.Linear(3, 1).state_dict()}, model=model)
+    with pytest.raises(ValueError, match="only the model has bias"):
+        restore({"state_dict": torch.nn.Linear(2, 1, bias=False).state_dict()}, model=model)
+
+
+def test_a_checkpoint_of_open_clip_under_ddp_continues_here(tmp_path, world, finished_run):
+    ours = torch.load(finished_run / "checkpoints" / "epoch_1.pt", weights_only=True)
+    theirs = {name: ours[name] for name in ("epoch", "name", "optimizer")}
+    theirs["state_dict"] = {f"module.{name}": t for name, t in ours["state_dict"].items()}
+    torch.save(theirs, tmp_path / "theirs.pt")
+    folder = run(tmp_path, train_data=world.train_data, resume=tmp_path / "theirs.pt")
+    assert sorted(path.name for path in (folder / "checkpoints").glob("*.pt")) == ["epoch_2.pt"]
+
+
+def test_the_trainer_of_open_clip_continues_our_run_and_we_read_what_it_saves(
+    tmp_path, finished_run
+):
+    path = finished_run / "checkpoints" / "epoch_1.pt"
+    table = write_csv(tmp_path / "csv", num_samples=8)
+    options = (
+        f"--model tiny --train-data {table} --dataset-type csv --epochs 2 --batch-size 8 "
+        f"--workers 0 --logs {tmp_path} --name theirs --device cpu --resume {path}"
+    )
+    program = (
+        "import open_clip, open_clip_train.main as trainer; "
+        f"open_clip.add_model_config({str(write_model(tmp_path))!r}); "
+        f"trainer.main({options.split()!r})"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    saved = load_checkpoint(tmp_path / "theirs" / "checkpoints" / "epoch_2.pt")
+    ours = load_checkpoint(path)
+    assert saved["epoch"] == 2
+    assert saved["state_dict"].keys() == ours["state_dict"].keys()
+    # One step more than the four of our epoch: the moments went on, too.
+    steps = {float(state["step"]) for state in saved["optimizer"]["state"].values()}
+    assert steps == {5.0}
+
+
+def test_a_resumed_run_ends_bit_equal_to_an_unbroken_one(tmp_path, finished_run, finished_options):
+    copied = tmp_path / "logs" / "run"
+    shutil.copytree(finished_run, copied)
+    (copied / "checkpoints" / "epoch_2.pt").unlink()
+    run(tmp_path, resume="latest", **finished_options)
+    expected, again = (
+        torch.load(folder / "checkpoints" / "epoch_2.pt", weights_only=True)
+        for folder in (finished_run, copied)
+    )
+    for name, value in expected["state_dict"].items():
+        assert torch.equal(again["state_dict"][name], value), name
+    for number, state in expected["optimizer"]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(again["optimizer"]["state"][number][key], value), (number, key)

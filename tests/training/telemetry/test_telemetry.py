@@ -1,0 +1,156 @@
+import io
+import json
+import re
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from clip_pgs.training.step import StepResult
+from clip_pgs.training.survival.bad_steps import BadSteps
+from clip_pgs.training.telemetry.meter import WindowMeter
+from clip_pgs.training.telemetry.sinks import JsonLines
+from clip_pgs.training.telemetry.telemetry import Cost, Telemetry
+
+OPEN_CLIP_TAGS = {
+    "train/loss",
+    "train/contrastive_loss",
+    "train/lr",
+    "train/scale",
+    "train/data_time",
+    "train/batch_time",
+    "train/samples_per_second",
+    "train/samples_per_second_per_gpu",
+    "val/clip_val_loss",
+    "val/image_to_text_R@1",
+    "val/image_to_text_R@5",
+    "val/image_to_text_R@10",
+    "val/image_to_text_mean_rank",
+    "val/text_to_image_median_rank",
+    "val/num_samples",
+    "val/epoch",
+}
+OWN_TAGS = {
+    "train/data_wait_share",
+    "train/mask_ratio_mean",
+    "train/mask_ratio_min",
+    "train/mask_ratio_max",
+    "train/tokens_kept",
+    "train/samples",
+    "train/flops",
+    "train/grad_norm",
+    "train/skipped_samples",
+    "train/skipped_steps",
+    "val_by_samples/clip_val_loss",
+    "val_by_gflops/clip_val_loss",
+}
+
+
+@pytest.fixture(scope="module")
+def events(finished_run):
+    accumulator = EventAccumulator(str(finished_run / "tensorboard"))
+    accumulator.Reload()
+    return accumulator
+
+
+def entries(finished_run, kind):
+    lines = (finished_run / "metrics.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
+
+
+def test_tensorboard_has_the_tags_of_open_clip_and_ours(events):
+    assert set(events.Tags()["scalars"]) >= OPEN_CLIP_TAGS | OWN_TAGS
+    assert events.Tags()["images"] == ["masks"]
+
+
+def test_validation_is_drawn_against_epochs_and_samples(events):
+    by_epoch = [point.step for point in events.Scalars("val/clip_val_loss")]
+    by_samples = [point.step for point in events.Scalars("val_by_samples/clip_val_loss")]
+    assert (by_epoch, by_samples) == ([1, 2], [32, 64])
+
+
+def test_metrics_file_counts_samples_and_flops(finished_run):
+    train = entries(finished_run, "train")
+    assert [entry["samples"] for entry in train] == [8, 16, 24, 32, 40, 48, 56, 64]
+    per_sample = {round(entry["flops"] / entry["samples"]) for entry in train}
+    assert len(per_sample) == 1
+    assert per_sample.pop() > 1e6
+
+
+def test_mask_ratios_are_within_the_bounds_of_the_options(finished_run):
+    for entry in entries(finished_run, "train"):
+        # 16 patches: floor(0.3 * 16) = 4 and 8 masked at least and at most.
+        assert 0.25 <= entry["mask_ratio_min"] <= entry["mask_ratio_mean"]
+        assert entry["mask_ratio_mean"] <= entry["mask_ratio_max"] <= 0.5
+        assert entry["tokens_kept"] == pytest.approx(16 * (1 - entry["mask_ratio_mean"]))
+
+
+def test_results_are_appended_as_open_clip_does(finished_run):
+    lines = (finished_run / "checkpoints" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+
+
+def test_log_has_plain_lines_and_says_where_everything_lies(finished_run):
+    text = (finished_run / "out.log").read_text()
+    assert "\r" not in text
+    assert re.search(r"Train Epoch: 1 \[32/32 \(100%\)\] .* Masked: 0\.\d+ .* Loss: \d", text)
+    assert f"local-dir:{finished_run / 'export'}" in text.splitlines()[-1]
+    assert "8 steps, 64 samples" in text
+
+
+def test_environment_names_versions_device_and_command(finished_run):
+    environment = json.loads((finished_run / "env.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert environment["world_size"] == 1
+    assert {"clip_pgs", "open_clip_torch", "command", "device", "date", "git_commit"} <= set(
+        environment
+    )
+
+
+def test_mask_pictures_show_images_above_what_is_kept(finished_run):
+    picture = Image.open(finished_run / "masks" / "epoch_2.png")
+    # Four images of a micro-batch, 32 pixels each with a border of 2.
+    assert picture.size == (4 * 34 + 2, 2 * 34 + 2)
+
+
+def test_meter_averages_losses_and_takes_the_extremes_of_masks():
+    meter = WindowMeter(num_patches=10, samples_per_step=4)
+    for loss, kept in ((1.0, [5, 7]), (3.0, [6, 9])):
+        result = StepResult({"loss": torch.tensor(loss)}, None, [torch.tensor(kept)])
+        meter.add(result, data_seconds=0.0)
+    values = meter.read(world_size=2)
+    assert values["loss"] == 2.0
+    assert values["tokens_kept"] == 6.75
+    assert values["mask_ratio_mean"] == pytest.approx(0.325)
+    assert (values["mask_ratio_min"], values["mask_ratio_max"]) == pytest.approx((0.1, 0.5))
+    assert values["samples_per_second_per_gpu"] == values["samples_per_second"] / 2
+
+
+def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 3}\n{"kind": "train", "step": 4}\n{"kind": "tr')
+    JsonLines(path, first_step=4)
+    assert path.read_text() == '{"kind": "train", "step": 3}\n'
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("stream", "is_shown"), [(Terminal(), True), (io.StringIO(), False)])
+def test_a_progress_bar_is_for_terminals_alone(monkeypatch, stream, is_shown):
+    monkeypatch.setattr(sys, "stderr", stream)
+    telemetry = Telemetry(
+        sinks=[],
+        cost=Cost(),
+        world_size=1,
+        bad_steps=BadSteps(torch.device("cpu"), max_in_row=1),
+        total_steps=7,
+        log_every=1,
+        is_active=True,
+    )
+    telemetry.close()
+    assert ("0/7" in stream.getvalue()) == is_shown
