@@ -71,9 +71,15 @@ def test_a_broken_config_is_refused(tmp_path, text, reason):
         read_model_input(str(tmp_path / "broken.json"))
 
 
-@pytest.mark.parametrize("patch_size", [(15, 16), (16, 0)])
-def test_patches_that_do_not_divide_the_image_are_refused(patch_size):
-    with pytest.raises(ValueError, match="patch_size must divide the image: 224 x 224 pixels"):
+@pytest.mark.parametrize(
+    ("patch_size", "sentence"),
+    [
+        ((15, 16), "patch_size must divide the image: 224 x 224 pixels"),
+        ((16, 0), r"patch_size must be at least 1, got \(16, 0\)"),
+    ],
+)
+def test_patches_that_do_not_divide_the_image_are_refused(patch_size, sentence):
+    with pytest.raises(ValueError, match=sentence):
         ModelInput(patch_size=patch_size)
 
 

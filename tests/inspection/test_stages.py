@@ -25,7 +25,17 @@ def cosine(inputs, candidates):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"edges": False}, {"center_weight": 0.4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"edges": False},
+        {"center_weight": 0.4},
+        {"edge_detector": "canny", "edge_protection": 9.0},
+        {"candidate_region": "border"},
+        {"neighbourhood": 2, "transport": False},
+    ],
+)
 def test_the_stages_lead_to_the_selection(options):
     strategy = create_masking("pgs", mask_ratio=0.5, candidate_ratio=0.1, **options)
     inputs = inputs_with_noise()

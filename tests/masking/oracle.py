@@ -137,6 +137,19 @@ def within_reach(similarity, candidates, penalty, *, reach, columns, transport):
     return result - penalty
 
 
+def candidates(noise, edges, *, protection, count, places=None):
+    """Return the first `count` patches of an image by random key less protection.
+
+    With `places`, no other patch comes before these.
+    """
+    keys = [
+        -math.log(-math.log(number)) - protection * edge
+        for number, edge in zip(noise.tolist(), edges, strict=True)
+    ]
+    first = range(len(keys)) if places is None else places
+    return sorted(range(len(keys)), key=lambda j: (j not in first, -keys[j]))[:count]
+
+
 def kept(patch_scores, candidates, *, ratio_max, ratio_min, threshold):
     """Return the positions that stay: candidates go first, then the highest scores."""
     num_patches = len(patch_scores)

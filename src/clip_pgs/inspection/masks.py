@@ -15,7 +15,7 @@ from clip_pgs.inspection.figure import Column, Legend, Panel, draw_figure
 from clip_pgs.inspection.model_input import ModelInput
 from clip_pgs.inspection.stage_pictures import stage_columns
 from clip_pgs.inspection.stages import pgs_stages
-from clip_pgs.inspection.view import View, draw_noise, fit_strategy
+from clip_pgs.inspection.view import View, fit_strategy, seeded_noise
 from clip_pgs.masking import MaskingStrategy
 from clip_pgs.masking.grid import patch_grid
 from clip_pgs.masking.patches import paint_kept
@@ -73,7 +73,7 @@ def draw_masks(
     enlarged, patch_size = _enlarge(crops, model_input)
     pixels = model_input.normalise(crops)
     grid_size = patch_grid(model_input.image_size, model_input.patch_size)
-    noise_BN = draw_noise(len(crops), grid_size[0] * grid_size[1], seed=seed)
+    noise_BN = seeded_noise(len(crops), grid_size[0] * grid_size[1], seed=seed)
 
     columns = [Column("original", _panels(enlarged, names))]
     for title, strategy in strategies.items():

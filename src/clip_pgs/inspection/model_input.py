@@ -12,6 +12,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
+from clip_pgs.masking.grid import patch_grid, patch_sides
+
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_SIDE = 2**14
@@ -40,18 +42,11 @@ class ModelInput:
     std: tuple[float, float, float] = OPENAI_STD
 
     def __post_init__(self) -> None:
-        height, width = self.image_size
-        patch_height, patch_width = self.patch_size
-        if min(patch_height, patch_width) < 1 or height % patch_height or width % patch_width:
-            raise ValueError(
-                f"patch_size must divide the image: {height} x {width} pixels "
-                f"in patches of {patch_height} x {patch_width}"
-            )
-        if not 1 <= min(height, width) <= max(height, width) <= MAX_SIDE:
+        rows, columns = patch_grid(self.image_size, patch_sides(self.patch_size))
+        if not 1 <= min(self.image_size) <= max(self.image_size) <= MAX_SIDE:
             raise ValueError(f"image_size must be in [1, {MAX_SIDE}], got {self.image_size}")
-        num_patches = height // patch_height * (width // patch_width)
-        if num_patches > MAX_PATCHES:
-            raise ValueError(f"an image can have {MAX_PATCHES} patches, got {num_patches}")
+        if rows * columns > MAX_PATCHES:
+            raise ValueError(f"an image can have {MAX_PATCHES} patches, got {rows * columns}")
 
     def crop(self, image: Image.Image) -> Image.Image:
         """Resize an image until it covers the input, bilinear, and cut out the centre."""

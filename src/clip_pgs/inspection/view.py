@@ -68,7 +68,7 @@ class View:
         return tower_inputs(self.model, pixels, strategy, progress=self.progress)
 
 
-def draw_noise(num_images: int, num_patches: int, *, seed: int) -> Tensor:
+def seeded_noise(num_images: int, num_patches: int, *, seed: int) -> Tensor:
     """Return the random numbers of a seed, shape (B, N), float32."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand((num_images, num_patches), generator=generator)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import torch
 
-from clip_pgs.masking.ratios import check_mask_ratio, keep_count
+from clip_pgs.masking.fixed_ratio import FixedRatioMasking
+from clip_pgs.masking.ratios import check_share, keep_count
 from clip_pgs.masking.registry import register_masking
 from clip_pgs.masking.sampling import draw_noise
-from clip_pgs.masking.types import MaskingStrategy, PatchInputs, PatchSelection
+from clip_pgs.masking.types import PatchInputs, PatchSelection
 
 
 @register_masking("attentive")
-class AttentiveMasking(MaskingStrategy):
+class AttentiveMasking(FixedRatioMasking):
     """Keep the patches with the highest attention; random numbers decide between equal ones.
 
     Args:
@@ -36,21 +37,16 @@ class AttentiveMasking(MaskingStrategy):
     def __init__(
         self, *, mask_ratio: float = 0.5, resolution: float = 1.0, momentum: float = 0.996
     ) -> None:
-        super().__init__()
-        check_mask_ratio(mask_ratio)
-        if not 0.0 < resolution <= 1.0:
-            raise ValueError(f"resolution must be in (0, 1], got {resolution}")
+        super().__init__(mask_ratio=mask_ratio)
+        check_share(resolution, name="resolution")
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum must be in [0, 1], got {momentum}")
-        self.mask_ratio = mask_ratio
         self.resolution = resolution
         self.momentum = momentum
 
     def extra_repr(self) -> str:
         """Show the options in the module's printed form."""
-        return (
-            f"mask_ratio={self.mask_ratio}, resolution={self.resolution}, momentum={self.momentum}"
-        )
+        return f"{super().extra_repr()}, resolution={self.resolution}, momentum={self.momentum}"
 
     def forward(
         self, inputs: PatchInputs, *, generator: torch.Generator | None = None

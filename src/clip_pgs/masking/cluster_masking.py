@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from clip_pgs.masking.ratios import check_mask_ratios, mask_count
+from clip_pgs.masking.ratios import check_share, drawn_count, lower_bound, mask_count
 from clip_pgs.masking.registry import register_masking
 from clip_pgs.masking.sampling import draw_noise, mask_top_counts
 from clip_pgs.masking.similarity import mixed_similarity
@@ -75,11 +75,9 @@ class ClusterMasking(MaskingStrategy):
         threshold: float | None = None,
     ) -> None:
         super().__init__()
-        check_mask_ratios(mask_ratio, mask_ratio_min)
-        if not 0.0 < anchor_ratio <= 1.0:
-            raise ValueError(f"anchor_ratio must be in (0, 1], got {anchor_ratio}")
         self.mask_ratio = mask_ratio
-        self.mask_ratio_min = mask_ratio_min
+        self.mask_ratio_min = lower_bound(mask_ratio, mask_ratio_min)
+        check_share(anchor_ratio, name="anchor_ratio")
         self.anchor_ratio = anchor_ratio
         self.is_calibrated_in_training = threshold is None
         self.threshold = default_threshold(mask_ratio) if threshold is None else threshold
@@ -146,7 +144,7 @@ class ClusterMasking(MaskingStrategy):
         )
 
     def _score(self, inputs: PatchInputs, noise_BN: Tensor) -> Tensor:
-        num_anchors = max(1, round(self.anchor_ratio * inputs.num_patches))
+        num_anchors = drawn_count(inputs.num_patches, self.anchor_ratio)
         anchor_index = noise_BN.topk(num_anchors, dim=1).indices
         scores_BN = mixed_similarity(inputs, anchor_index, name="cluster").amax(dim=1)
         # Above any threshold, and above every other patch.

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import torch
 
+from clip_pgs.masking.fixed_ratio import FixedRatioMasking
 from clip_pgs.masking.grid import log_center_weight
-from clip_pgs.masking.ratios import check_mask_ratio, keep_count
+from clip_pgs.masking.ratios import keep_count
 from clip_pgs.masking.registry import register_masking
 from clip_pgs.masking.sampling import draw_noise, gumbel, select_top
-from clip_pgs.masking.types import MaskingStrategy, PatchInputs, PatchSelection
+from clip_pgs.masking.types import PatchInputs, PatchSelection
 
 
 @register_masking("gaussian")
-class GaussianMasking(MaskingStrategy):
+class GaussianMasking(FixedRatioMasking):
     """Keep patches drawn without replacement, with odds of a centred Gaussian.
 
     Args:
@@ -28,16 +29,14 @@ class GaussianMasking(MaskingStrategy):
     """
 
     def __init__(self, *, mask_ratio: float = 0.5, sigma: float = 0.2) -> None:
-        super().__init__()
-        check_mask_ratio(mask_ratio)
+        super().__init__(mask_ratio=mask_ratio)
         if not sigma > 0:
             raise ValueError(f"sigma must be > 0, got {sigma}")
-        self.mask_ratio = mask_ratio
         self.sigma = sigma
 
     def extra_repr(self) -> str:
         """Show the options in the module's printed form."""
-        return f"mask_ratio={self.mask_ratio}, sigma={self.sigma}"
+        return f"{super().extra_repr()}, sigma={self.sigma}"
 
     def forward(
         self, inputs: PatchInputs, *, generator: torch.Generator | None = None

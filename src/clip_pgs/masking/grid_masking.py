@@ -9,32 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clip_pgs.masking.fixed_ratio import FixedRatioMasking
 from clip_pgs.masking.grid import grid_coordinates, nearest_rectangle
-from clip_pgs.masking.ratios import check_mask_ratio, keep_count
+from clip_pgs.masking.ratios import keep_count
 from clip_pgs.masking.registry import register_masking
 from clip_pgs.masking.sampling import draw_noise, second_draw, select_top
-from clip_pgs.masking.types import MaskingStrategy, PatchInputs, PatchSelection
+from clip_pgs.masking.types import PatchInputs, PatchSelection
 
 
 @register_masking("grid")
-class GridMasking(MaskingStrategy):
-    """Keep evenly spaced rows and columns of patches, trimmed or filled at random to the count.
-
-    Args:
-        mask_ratio: Share of patches dropped, in [0, 1).
-
-    Raises:
-        ValueError: If `mask_ratio` is out of its range.
-    """
-
-    def __init__(self, *, mask_ratio: float = 0.5) -> None:
-        super().__init__()
-        check_mask_ratio(mask_ratio)
-        self.mask_ratio = mask_ratio
-
-    def extra_repr(self) -> str:
-        """Show the options in the module's printed form."""
-        return f"mask_ratio={self.mask_ratio}"
+class GridMasking(FixedRatioMasking):
+    """Keep evenly spaced rows and columns of patches, trimmed or filled at random to the count."""
 
     def forward(
         self, inputs: PatchInputs, *, generator: torch.Generator | None = None

@@ -7,17 +7,18 @@ paper's text; the authors' released code computes something else.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from clip_pgs.masking.grid import log_center_weight
 from clip_pgs.masking.pgs_scores import (
     EDGE_DETECTORS,
+    center_strength,
     check_pgs_options,
-    lowest_score,
-    patch_redundancy,
+    pgs_scores,
 )
-from clip_pgs.masking.ratios import check_mask_ratios, mask_count
+from clip_pgs.masking.ratios import check_share, drawn_count, lower_bound, mask_count
 from clip_pgs.masking.registry import register_masking
 from clip_pgs.masking.sampling import draw_noise, gumbel, mask_top, mask_top_counts
 from clip_pgs.masking.sinkhorn import check_sinkhorn_options
@@ -42,6 +43,20 @@ def calibrated_threshold(progress: float, *, center_weight: float = 0.0) -> floa
     """
     shift = interpolate(CENTER_SHIFTS, center_weight)
     return interpolate(CALIBRATED_THRESHOLDS, progress) - shift
+
+
+class PGSSteps(NamedTuple):
+    """What PGS finds on its way to a selection.
+
+    Attributes:
+        edges: Edge strength in [0, 1], shape (B, N). None where edges are left out.
+        candidate_index: Positions of the candidates, in no order, shape (B, C), int64.
+        scores: How redundant each patch is; candidates are not lifted. Shape (B, N).
+    """
+
+    edges: Tensor | None
+    candidate_index: Tensor
+    scores: Tensor
 
 
 @register_masking("pgs")
@@ -96,9 +111,9 @@ class PGSMasking(MaskingStrategy):
         transport: bool = True,
     ) -> None:
         super().__init__()
-        check_mask_ratios(mask_ratio, mask_ratio_min)
-        if not 0.0 < candidate_ratio <= 1.0:
-            raise ValueError(f"candidate_ratio must be in (0, 1], got {candidate_ratio}")
+        self.mask_ratio = mask_ratio
+        self.mask_ratio_min = lower_bound(mask_ratio, mask_ratio_min)
+        check_share(candidate_ratio, name="candidate_ratio")
         if edge_protection < 0:
             raise ValueError(f"edge_protection must be >= 0, got {edge_protection}")
         check_pgs_options(
@@ -110,8 +125,6 @@ class PGSMasking(MaskingStrategy):
             neighbourhood=neighbourhood,
         )
         check_sinkhorn_options(temperature=temperature, num_iters=num_iters, solver=solver)
-        self.mask_ratio = mask_ratio
-        self.mask_ratio_min = mask_ratio if mask_ratio_min is None else mask_ratio_min
         self.candidate_ratio = candidate_ratio
         self.edge_protection = edge_protection
         self.edge_weight = edge_weight
@@ -133,45 +146,47 @@ class PGSMasking(MaskingStrategy):
         self, inputs: PatchInputs, *, generator: torch.Generator | None = None
     ) -> PatchSelection:
         """Draw candidates, score every patch against them and mask the highest scores."""
-        noise_BN = draw_noise(inputs, generator)
-        edges_BN, center_N = self._edges(inputs), self._center(inputs)
-        candidate_index = self._draw_candidates(noise_BN, edges_BN, center_N)
-        scores_BN = patch_redundancy(
+        _, candidate_index, scores_BN = self.steps(inputs, draw_noise(inputs, generator))
+        return self._select(scores_BN, candidate_index, inputs.progress)
+
+    def steps(self, inputs: PatchInputs, noise: Tensor) -> PGSSteps:
+        """Draw candidates and score every patch against them; all but the selection.
+
+        Args:
+            inputs: What there is to look at.
+            noise: Uniform numbers in [0, 1), shape (B, N), float32.
+        """
+        edges_BN = None
+        if self.edges:
+            edges_BN = EDGE_DETECTORS[self.edge_detector](inputs.pixels, inputs.patch_size)
+        candidate_index = self._draw_candidates(noise, edges_BN, inputs)
+        scores_BN = pgs_scores(
             inputs,
             candidate_index,
+            edge_weight=self.edge_weight,
+            center_weight=self.center_weight,
             temperature=self.temperature,
             num_iters=self.num_iters,
             solver=self.solver,
+            edges=self.edges,
+            edge_detector=self.edge_detector,
+            edge_strength=edges_BN,
             transport=self.transport,
             neighbourhood=self.neighbourhood,
-            unreached=lowest_score(self.edge_weight, self.center_weight),
         )
-        if edges_BN is not None:
-            scores_BN = scores_BN - self.edge_weight * edges_BN
-        if center_N is not None:
-            scores_BN = scores_BN - self.center_weight * center_N
-        return self._select(scores_BN, candidate_index, inputs.progress)
-
-    def _edges(self, inputs: PatchInputs) -> Tensor | None:
-        if not self.edges:
-            return None
-        return EDGE_DETECTORS[self.edge_detector](inputs.pixels, inputs.patch_size)
-
-    def _center(self, inputs: PatchInputs) -> Tensor | None:
-        if not self.center_weight:
-            return None
-        return log_center_weight(inputs.grid_size, inputs.device).exp()
+        return PGSSteps(edges_BN, candidate_index, scores_BN)
 
     def _draw_candidates(
-        self, noise_BN: Tensor, edges_BN: Tensor | None, center_N: Tensor | None
+        self, noise_BN: Tensor, edges_BN: Tensor | None, inputs: PatchInputs
     ) -> Tensor:
         # Gumbel top-k draws without replacement, with odds exp(-protection).
         keys_BN = gumbel(noise_BN)
         if edges_BN is not None:
             keys_BN = keys_BN - self.edge_protection * edges_BN
-        if center_N is not None:
-            keys_BN = keys_BN - _CENTER_PROTECTION * self.center_weight * center_N
-        num_candidates = max(1, round(self.candidate_ratio * noise_BN.shape[1]))
+        center_protection = _CENTER_PROTECTION * self.center_weight
+        if center_protection:
+            keys_BN = keys_BN - center_protection * center_strength(inputs)
+        num_candidates = drawn_count(inputs.num_patches, self.candidate_ratio)
         return keys_BN.topk(num_candidates, dim=1).indices
 
     def _select(

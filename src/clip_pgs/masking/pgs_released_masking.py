@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clip_pgs.masking.patches import patchify
-from clip_pgs.masking.ratios import check_mask_ratios
+from clip_pgs.masking.ratios import lower_bound
 from clip_pgs.masking.registry import register_masking
 from clip_pgs.masking.sampling import draw_noise, second_draw
 from clip_pgs.masking.types import MaskingStrategy, PatchInputs, PatchSelection
@@ -74,13 +74,12 @@ class PGSReleasedMasking(MaskingStrategy):
         attention_bias: bool = False,
     ) -> None:
         super().__init__()
-        check_mask_ratios(mask_ratio, mask_ratio_min)
+        self.mask_ratio = mask_ratio
+        self.mask_ratio_min = lower_bound(mask_ratio, mask_ratio_min)
         if not 0.0 <= candidate_ratio < 1.0:
             raise ValueError(f"candidate_ratio must be in [0, 1), got {candidate_ratio}")
         if not num_epochs > 0:
             raise ValueError(f"num_epochs must be > 0, got {num_epochs}")
-        self.mask_ratio = mask_ratio
-        self.mask_ratio_min = mask_ratio if mask_ratio_min is None else mask_ratio_min
         self.threshold = mask_ratio if threshold is None else threshold
         self.candidate_ratio = candidate_ratio
         self.edges = edges

@@ -31,6 +31,7 @@ def pgs_scores(
     solver: str = "log",
     edges: bool = True,
     edge_detector: str = "sobel",
+    edge_strength: Tensor | None = None,
     transport: bool = True,
     neighbourhood: int | None = None,
 ) -> Tensor:
@@ -47,6 +48,8 @@ def pgs_scores(
         solver: "log" or "pot"; see `sinkhorn_plan`.
         edges: False leaves the edge term out (the paper's ablation).
         edge_detector: "sobel" or "canny".
+        edge_strength: What the detector finds, from a caller who has it, shape (B, N); None has
+            it computed.
         transport: False takes each patch's highest similarity instead of its balanced one.
         neighbourhood: How many patches away a candidate reaches; see `patch_redundancy`. A patch
             that no candidate reaches scores below all others.
@@ -73,15 +76,21 @@ def pgs_scores(
         solver=solver,
         transport=transport,
         neighbourhood=neighbourhood,
-        unreached=lowest_score(edge_weight, center_weight),
+        # Below the score of any patch that a candidate reaches.
+        unreached=-2.0 - edge_weight - center_weight,
     )
     if edges:
-        edges_BN = EDGE_DETECTORS[edge_detector](inputs.pixels, inputs.patch_size)
-        scores_BN = scores_BN - edge_weight * edges_BN
+        if edge_strength is None:
+            edge_strength = EDGE_DETECTORS[edge_detector](inputs.pixels, inputs.patch_size)
+        scores_BN = scores_BN - edge_weight * edge_strength
     if center_weight:
-        center_N = log_center_weight(inputs.grid_size, inputs.device).exp()
-        scores_BN = scores_BN - center_weight * center_N
+        scores_BN = scores_BN - center_weight * center_strength(inputs)
     return scores_BN
+
+
+def center_strength(inputs: PatchInputs) -> Tensor:
+    """Return how near each patch is to the middle of the image, in (0, 1], shape (N,)."""
+    return log_center_weight(inputs.grid_size, inputs.device).exp()
 
 
 def check_pgs_options(
@@ -111,11 +120,6 @@ def check_pgs_options(
         raise ValueError(f"neighbourhood must be a whole number >= 0, got {neighbourhood}")
     if transport and solver != "log":
         raise ValueError(f"neighbourhood goes with solver='log', got solver={solver!r}")
-
-
-def lowest_score(edge_weight: float, center_weight: float) -> float:
-    """Return a number below the score of any patch that a candidate reaches."""
-    return -2.0 - edge_weight - center_weight
 
 
 def patch_redundancy(
@@ -150,7 +154,7 @@ def patch_redundancy(
     Returns:
         Redundancy in [-1, 1] up to rounding where a candidate reaches, shape (B, N), float32.
     """
-    similarity_BCN = mixed_similarity(inputs, candidate_index, name="pgs")
+    affinity_BCN = candidate_affinity(inputs, candidate_index, neighbourhood=neighbourhood)
     sinkhorn: dict[str, Any] = {
         "temperature": temperature,
         "num_iters": num_iters,
@@ -158,16 +162,37 @@ def patch_redundancy(
     }
     if neighbourhood is None:
         if transport:
-            return plan_average(similarity_BCN, **sinkhorn)
-        return similarity_BCN.amax(dim=1)
-    is_near_BCN = _is_near(inputs.grid_size, candidate_index, neighbourhood)
-    affinity_BCN = similarity_BCN.masked_fill(~is_near_BCN, -torch.inf)
+            return plan_average(affinity_BCN, **sinkhorn)
+        return affinity_BCN.amax(dim=1)
+    is_near_BCN = affinity_BCN > -torch.inf
     if transport:
         plan_BCN = sinkhorn_plan(affinity_BCN, **sinkhorn)
+        # Where the plan is 0, -inf must not meet it.
+        similarity_BCN = affinity_BCN.masked_fill(~is_near_BCN, 0.0)
         redundancy_BN = inputs.num_patches * (plan_BCN * similarity_BCN).sum(dim=1)
     else:
         redundancy_BN = affinity_BCN.amax(dim=1)
     return torch.where(is_near_BCN.any(dim=1), redundancy_BN, unreached)
+
+
+def candidate_affinity(
+    inputs: PatchInputs, candidate_index: Tensor, *, neighbourhood: int | None = None
+) -> Tensor:
+    """Compare candidates with the patches in their reach.
+
+    Args:
+        inputs: Pixels and, where `progress` > 0, tokens.
+        candidate_index: Positions of the candidates. Shape (B, C), int64.
+        neighbourhood: See `patch_redundancy`.
+
+    Returns:
+        Similarity, and -inf beyond the reach, shape (B, C, N), float32.
+    """
+    similarity_BCN = mixed_similarity(inputs, candidate_index, name="pgs")
+    if neighbourhood is None:
+        return similarity_BCN
+    is_near_BCN = _is_near(inputs.grid_size, candidate_index, neighbourhood)
+    return similarity_BCN.masked_fill(~is_near_BCN, -torch.inf)
 
 
 def _is_near(grid_size: tuple[int, int], candidate_index: Tensor, reach: int) -> Tensor:

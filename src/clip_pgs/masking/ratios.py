@@ -1,4 +1,4 @@
-"""Mask ratios: their range, and the counts that follow from them."""
+"""Ratios of patches: their range, and the counts that follow from them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def keep_count(num_patches: int, mask_ratio: float) -> int:
     return num_patches - mask_count(num_patches, mask_ratio)
 
 
+def drawn_count(num_patches: int, ratio: float) -> int:
+    """Return how many of `num_patches` patches a share draws as candidates: at least one."""
+    return max(1, round(ratio * num_patches))
+
+
 def check_mask_ratio(mask_ratio: float, *, name: str = "mask_ratio") -> None:
     """Refuse a mask ratio outside [0, 1).
 
@@ -28,17 +33,28 @@ def check_mask_ratio(mask_ratio: float, *, name: str = "mask_ratio") -> None:
         raise ValueError(f"{name} must be in [0, 1), got {mask_ratio}")
 
 
-def check_mask_ratios(mask_ratio: float, mask_ratio_min: float | None) -> None:
-    """Refuse a mask ratio, or a lower bound of one, that is out of its range.
+def check_share(share: float, *, name: str) -> None:
+    """Refuse a share outside (0, 1].
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1], got {share}")
+
+
+def lower_bound(mask_ratio: float, mask_ratio_min: float | None) -> float:
+    """Return the lower bound of a mask ratio: the ratio itself where None is given.
 
     Raises:
         ValueError: If one is outside [0, 1), or the bound exceeds the ratio.
     """
     check_mask_ratio(mask_ratio)
     if mask_ratio_min is None:
-        return
+        return mask_ratio
     check_mask_ratio(mask_ratio_min, name="mask_ratio_min")
     if mask_ratio_min > mask_ratio:
         raise ValueError(
             f"mask_ratio_min must not exceed mask_ratio = {mask_ratio}, got {mask_ratio_min}"
         )
+    return mask_ratio_min

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clip_pgs.inspection.foreground.annotations import ForegroundImages
 from clip_pgs.inspection.strategies import StrategySpec
-from clip_pgs.inspection.view import View, draw_noise, fit_strategy
+from clip_pgs.inspection.view import View, fit_strategy, seeded_noise
 from clip_pgs.masking import MaskingStrategy, PatchInputs
 from clip_pgs.masking.patches import kept_patches
 
@@ -69,7 +69,7 @@ def measure_kept(
     if num_seeds < 1:
         raise ValueError(f"the number of seeds must be at least 1, got {num_seeds}")
     num_images, num_patches = images.foreground.shape
-    noises = [draw_noise(num_images, num_patches, seed=seed) for seed in range(num_seeds)]
+    noises = [seeded_noise(num_images, num_patches, seed=seed) for seed in range(num_seeds)]
     rows = []
     for spec in specs:
         chunks = _look(images, view, spec.build(mask_ratio=mask_ratios[0]))
