@@ -12,6 +12,11 @@ ADAPTIVE = {
 }
 MORE_OPTIONS = {
     "pgs-adaptive": ("pgs", ADAPTIVE["pgs"]),
+    "pgs-border": ("pgs", {"candidate_region": "border"}),
+    "pgs-border-and-beyond": (
+        "pgs",
+        {"candidate_region": "border", "candidate_ratio": 0.6, **ADAPTIVE["pgs"]},
+    ),
     "pgs-canny": ("pgs", {"edge_detector": "canny"}),
     "pgs-center": ("pgs", {"center_weight": 1.0}),
     "pgs-neighbourhood": ("pgs", {"neighbourhood": 1}),

@@ -1,18 +1,11 @@
-import numpy as np
 import pytest
 import torch
 
 from clip_pgs import PatchInputs, create_masking
 from clip_pgs.masking.patches import kept_patches, patchify
 from clip_pgs.masking.pgs_masking import CALIBRATED_THRESHOLDS, calibrated_threshold
-from clip_pgs.masking.sampling import gumbel
 from masking import oracle
-from support.images import make_inputs, smooth_images, square_on_gradient
-
-
-def candidates_by_hand(noise, edges, *, protection, count):
-    keys = gumbel(noise.double()).numpy() - protection * edges
-    return sorted(range(len(keys)), key=lambda j: -keys[j])[:count]
+from support.images import make_inputs, square_on_gradient
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
@@ -24,9 +17,7 @@ def test_the_selection_equals_a_slow_float64_loop(progress, ratio_min):
     kept = kept_patches(selection, 70)
     for i in range(2):
         image = inputs.pixels[i].double().numpy()
-        candidates = candidates_by_hand(
-            noise[i], oracle.edge_map(image, 8), protection=4.0, count=4
-        )
+        candidates = oracle.candidates(noise[i], oracle.edge_map(image, 8), protection=4.0, count=4)
         scores = oracle.scores(
             image, inputs.tokens[i].double().numpy(), candidates, patch_size=8, progress=progress
         )
@@ -38,44 +29,6 @@ def test_the_selection_equals_a_slow_float64_loop(progress, ratio_min):
             threshold=calibrated_threshold(progress),
         )
         assert kept[i].nonzero().flatten().tolist() == expected
-
-
-@pytest.mark.parametrize(("num_patches", "expected"), [(196, 10), (64, 3), (8, 1), (4, 1)])
-def test_candidates_are_five_percent_and_at_least_one(num_patches, expected):
-    # With transport and edges off and a threshold above every score, candidates alone are masked.
-    strategy = create_masking(
-        "pgs", mask_ratio=0.9, mask_ratio_min=0.0, edges=False, transport=False, threshold=2.0
-    )
-    inputs = PatchInputs(torch.randn(3, 3, 4, 4 * num_patches), 4)
-    assert (num_patches - strategy(inputs).kept_counts()).tolist() == [expected] * 3
-
-
-def candidate_frequency(**options):
-    strategy = create_masking(
-        "pgs", mask_ratio=0.9, mask_ratio_min=0.0, threshold=9.0, candidate_ratio=0.1, **options
-    )
-    image = smooth_images(1, height=32, width=40)
-    noise = torch.rand(3000, 20, generator=torch.Generator().manual_seed(0))
-    selection = strategy(PatchInputs(image.expand(3000, -1, -1, -1), 8, noise=noise))
-    drawn = ~kept_patches(selection, 20)
-    return drawn.float().mean(dim=0).numpy(), oracle.edge_map(image[0].double().numpy(), 8)
-
-
-def test_without_protection_candidates_are_uniform():
-    frequency, _ = candidate_frequency(edge_protection=0.0)
-    # Binomial standard deviation 0.0055; four of them.
-    np.testing.assert_allclose(frequency, 0.1, atol=0.022)
-
-
-def test_strong_edges_are_rarely_candidates():
-    frequency, edges = candidate_frequency()
-    assert frequency[edges.argmax()] < 0.02
-    assert frequency[edges.argmin()] > 0.1
-
-
-def test_without_edges_candidates_are_uniform_whatever_the_protection():
-    frequency, _ = candidate_frequency(edges=False, edge_protection=50.0)
-    np.testing.assert_allclose(frequency, 0.1, atol=0.022)
 
 
 def test_equal_bounds_mean_a_fixed_count():

@@ -84,7 +84,8 @@ def _candidate_column(strategy: PGSMasking, stages: Stages, canvas: _Canvas) -> 
         for candidate, position in enumerate(stages.candidates[number].tolist()):
             canvas.outline(picture, position, _hex(candidate_colors(num_candidates)[candidate]))
         panels.append((picture, f"{num_candidates} candidates"))
-    text = "Patches drawn at random, to stand for what may go"
+    where = "" if strategy.candidate_region == "image" else " of the border"
+    text = f"Patches{where} drawn at random, to stand for what may go"
     text += ", rarely where edges are." if strategy.edges else "."
     return Column("2  candidates", panels, Legend(text))
 

@@ -58,6 +58,13 @@ def grid_coordinates(grid_size: tuple[int, int], device: torch.device) -> tuple[
     return position_N // grid_size[1], position_N % grid_size[1]
 
 
+def is_on_border(grid_size: tuple[int, int], device: torch.device) -> Tensor:
+    """Return which patches lie in the outermost rows and columns, shape (N,), bool."""
+    row_N, column_N = grid_coordinates(grid_size, device)
+    is_outer_row_N = (row_N == 0) | (row_N == grid_size[0] - 1)
+    return is_outer_row_N | (column_N == 0) | (column_N == grid_size[1] - 1)
+
+
 def log_center_weight(
     grid_size: tuple[int, int], device: torch.device, *, sigma: float = 0.2
 ) -> Tensor:

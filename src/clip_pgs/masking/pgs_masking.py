@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from clip_pgs.masking.grid import is_on_border
 from clip_pgs.masking.pgs_scores import (
     EDGE_DETECTORS,
     center_strength,
@@ -25,6 +26,8 @@ from clip_pgs.masking.sinkhorn import check_sinkhorn_options
 from clip_pgs.masking.thresholds import interpolate
 from clip_pgs.masking.types import MaskingStrategy, PatchInputs, PatchSelection
 
+CANDIDATE_REGIONS = ("image", "border")
+
 # (progress, threshold); docs/threshold.md says how they were found.
 CALIBRATED_THRESHOLDS = ((0.0, 0.42), (0.5, 0.52), (1.0, 0.73))
 
@@ -34,6 +37,8 @@ CENTER_SHIFTS = ((0.0, 0.0), (0.5, 0.11), (1.0, 0.205), (2.0, 0.345))
 
 # Edges protect candidates by 4 where they take 0.5 off a score; the middle does likewise.
 _CENTER_PROTECTION = 8.0
+# More than the largest Gumbel number of a float32 draw lies above the smallest.
+_GUMBEL_SPAN = 32.0
 
 
 def calibrated_threshold(progress: float, *, center_weight: float = 0.0) -> float:
@@ -68,6 +73,9 @@ class PGSMasking(MaskingStrategy):
         mask_ratio_min: Lower bound of an adaptive count, in [0, mask_ratio]. None, or the same
             value as `mask_ratio`, drops the same count in every image.
         candidate_ratio: Share of patches drawn as candidates, in (0, 1]; at least one patch.
+        candidate_region: Where candidates come from: "image", or "border" for the outermost rows
+            and columns of patches, where objects seldom are; only if those are fewer than the
+            candidates, others follow.
         edge_protection: How strongly edges keep a patch from becoming a candidate, >= 0.
         edge_weight: What an edge strength of 1 takes off a patch's score, >= 0.
         edge_detector: "sobel", or "canny" for the share of Canny's edge pixels (the paper's
@@ -78,8 +86,9 @@ class PGSMasking(MaskingStrategy):
         neighbourhood: How many rows and columns of patches away a candidate reaches, >= 0. None
             reaches the whole image (the paper's ablation is a window).
         threshold: Score above which an adaptive count masks a patch. None follows
-            `calibrated_threshold`, which fits the other defaults and any `center_weight` up to 2;
-            a small `neighbourhood` lowers the scores and wants a lower one.
+            `calibrated_threshold`, which fits the other defaults, both regions of candidates and
+            any `center_weight` up to 2; a small `neighbourhood` lowers the scores and wants a
+            lower one.
         temperature: Entropy weight of the transport plan, > 0.
         num_iters: Sinkhorn sweeps, >= 1.
         solver: "log" or "pot"; see `sinkhorn_plan`.
@@ -98,6 +107,7 @@ class PGSMasking(MaskingStrategy):
         mask_ratio: float = 0.5,
         mask_ratio_min: float | None = None,
         candidate_ratio: float = 0.05,
+        candidate_region: str = "image",
         edge_protection: float = 4.0,
         edge_weight: float = 0.5,
         edge_detector: str = "sobel",
@@ -114,6 +124,9 @@ class PGSMasking(MaskingStrategy):
         self.mask_ratio = mask_ratio
         self.mask_ratio_min = lower_bound(mask_ratio, mask_ratio_min)
         check_share(candidate_ratio, name="candidate_ratio")
+        if candidate_region not in CANDIDATE_REGIONS:
+            choices = ", ".join(CANDIDATE_REGIONS)
+            raise ValueError(f"candidate_region must be one of {choices}, got {candidate_region!r}")
         if edge_protection < 0:
             raise ValueError(f"edge_protection must be >= 0, got {edge_protection}")
         check_pgs_options(
@@ -126,6 +139,7 @@ class PGSMasking(MaskingStrategy):
         )
         check_sinkhorn_options(temperature=temperature, num_iters=num_iters, solver=solver)
         self.candidate_ratio = candidate_ratio
+        self.candidate_region = candidate_region
         self.edge_protection = edge_protection
         self.edge_weight = edge_weight
         self.edge_detector = edge_detector
@@ -186,6 +200,10 @@ class PGSMasking(MaskingStrategy):
         center_protection = _CENTER_PROTECTION * self.center_weight
         if center_protection:
             keys_BN = keys_BN - center_protection * center_strength(inputs)
+        if self.candidate_region == "border":
+            below_all = _GUMBEL_SPAN + self.edge_protection + center_protection
+            is_inside_N = ~is_on_border(inputs.grid_size, inputs.device)
+            keys_BN = keys_BN - below_all * is_inside_N
         num_candidates = drawn_count(inputs.num_patches, self.candidate_ratio)
         return keys_BN.topk(num_candidates, dim=1).indices
 

@@ -10,6 +10,7 @@ from clip_pgs.inspection.foreground.kept import Kept
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
+_LINES = ("-", "--", "-.")
 _SHIFT = 0.006
 _INK, _FAINT = "#1a1a1a", "#d9d9d9"
 
@@ -33,7 +34,10 @@ def plot_kept(rows: Sequence[Kept], path: Path, *, title: str) -> None:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"font.size": 9, "text.color": _INK, "axes.edgecolor": _INK})
-        drawing = Figure(figsize=(6.4, 4.0), layout="constrained")
+        maskings = list(dict.fromkeys(row.masking for row in rows))
+        # The legend stands beside the lines and must not squeeze them.
+        width = max(6.4, 4.4 + 0.08 * max(map(len, maskings)))
+        drawing = Figure(figsize=(width, 4.0), layout="constrained")
         axes = drawing.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color=_FAINT, linewidth=0.6)
@@ -46,7 +50,6 @@ def plot_kept(rows: Sequence[Kept], path: Path, *, title: str) -> None:
             linestyle=":",
             label="no preference",
         )
-        maskings = list(dict.fromkeys(row.masking for row in rows))
         for number, masking in enumerate(maskings):
             points = sorted((r.mask_ratio, r.kept, r.spread) for r in rows if r.masking == masking)
             x, y, spread = zip(*points, strict=True)
@@ -58,6 +61,7 @@ def plot_kept(rows: Sequence[Kept], path: Path, *, title: str) -> None:
                 yerr=spread,
                 color=_COLORS[number % len(_COLORS)],
                 marker=_MARKERS[number % len(_MARKERS)],
+                linestyle=_LINES[number // len(_COLORS) % len(_LINES)],
                 markersize=5,
                 linewidth=1.4,
                 elinewidth=0.9,
