@@ -137,6 +137,18 @@ def data_root(tmp_path_factory):
 
 
 @pytest.fixture
+def damaged_folder(tmp_path):
+    """A data set of two classes whose only shard is no tar file."""
+    folder = tmp_path / "damaged"
+    (folder / "test").mkdir(parents=True)
+    (folder / "test/nshards.txt").write_text("1")
+    (folder / "test/0.tar").write_bytes(b"no tar at all" * 100)
+    (folder / "classnames.txt").write_text("number 0\nnumber 1\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("a {c}\n")
+    return folder
+
+
+@pytest.fixture
 def dataset_list(tmp_path):
     path = tmp_path / "sets.txt"
     path.write_text("six\nwds/pairs  # captions\n")

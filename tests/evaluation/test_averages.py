@@ -1,7 +1,7 @@
 import pytest
 
 from clip_pgs.evaluation.averages import averages
-from clip_pgs.evaluation.results import Result
+from support import reports
 
 ROBUSTNESS = ("imagenet1k", "imagenetv2", "imagenet-a", "imagenet-r", "imagenet-o")
 ROBUSTNESS += ("imagenet_sketch",)
@@ -22,20 +22,8 @@ PAPER_COMPOSITIONALITY = {
 
 
 def make_result(suite, dataset, metrics, *, status="done", digest="d", **details):
-    return Result(
-        suite=suite,
-        dataset=dataset,
-        status=status,
-        metrics=metrics,
-        samples=10,
-        error=None,
-        seconds=1.0,
-        task="",
-        location="",
-        model="m",
-        pretrained="",
-        weights_digest=digest,
-        details=details,
+    return reports.make_result(
+        dataset, suite, metrics, status=status, weights_digest=digest, details=details
     )
 
 

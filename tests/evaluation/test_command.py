@@ -68,6 +68,24 @@ def test_report_is_written_and_named_in_the_last_line(run, options, capsys):
     assert "six" in page
 
 
+@pytest.mark.parametrize(
+    ("suite", "metric"), [("zeroshot-classification", "acc1"), ("linear-probe", "lp_acc1")]
+)
+def test_report_has_chance_for_classes_also_where_the_data_are_gone(
+    run, options, data_root, tmp_path, suite, metric
+):
+    place = shutil.copytree(data_root, tmp_path / "copy")
+    sets = [place if option == str(data_root) else option for option in options[:-1]]
+    assert place in sets
+    assert main([str(run), *map(str, sets), "--suite", suite]) == 0
+    shutil.rmtree(place)
+    assert main(["report", str(run), "-o", "again"]) == 0
+    with Path("again/results.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "chance"]
+    chance = {(row["name"], row["metric"]): float(row["value"]) for row in rows}
+    assert chance["six", metric] == pytest.approx(1 / 6)
+
+
 def test_report_is_on_the_present_weights_alone(run, options, save_run):
     assert main([str(run), *options]) == 0
     model = load_model(run).model

@@ -7,15 +7,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_two_processes_share_the_sets_and_one_tells_the_result(finished_run, data_root, tmp_path):
-    damaged = tmp_path / "damaged"
-    (damaged / "test").mkdir(parents=True)
-    (damaged / "test/nshards.txt").write_text("1")
-    (damaged / "test/0.tar").write_bytes(b"no tar at all" * 100)
-    (damaged / "classnames.txt").write_text("number 0\nnumber 1\n")
-    (damaged / "zeroshot_classification_templates.txt").write_text("a {c}\n")
+def test_two_processes_share_the_sets_and_one_tells_the_result(
+    finished_run, data_root, damaged_folder, tmp_path
+):
     sets = tmp_path / "sets.txt"
-    sets.write_text(f"six\npairs\n{damaged}\nlinear-probe: six\nsugar_crepe/add_att\n")
+    sets.write_text(f"six\npairs\n{damaged_folder}\nlinear-probe: six\nsugar_crepe/add_att\n")
     arguments = [finished_run, "--datasets", sets, "--data-root", data_root]
     arguments += ["--output", tmp_path / "out", "--workers", "0", "--no-report"]
     environment = os.environ | {"NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}

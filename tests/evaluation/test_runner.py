@@ -71,14 +71,10 @@ def test_csv_gathers_the_results_of_earlier_calls_with_the_same_weights(
         assert [row["dataset"] for row in csv.DictReader(file)] == ["pairs"]
 
 
-def test_missing_and_damaged_sets_do_not_stop_the_rest(color_model, eval_sets, tmp_path):
+def test_missing_and_damaged_sets_do_not_stop_the_rest(
+    color_model, eval_sets, damaged_folder, tmp_path
+):
     absent = EvalSet("absent", str(tmp_path / "absent"), eval_sets[0].suite, eval_sets[0].task)
-    damaged_folder = tmp_path / "damaged"
-    (damaged_folder / "test").mkdir(parents=True)
-    (damaged_folder / "test/nshards.txt").write_text("1")
-    (damaged_folder / "test/0.tar").write_bytes(b"no tar at all" * 100)
-    (damaged_folder / "classnames.txt").write_text("number 0\nnumber 1\n")
-    (damaged_folder / "zeroshot_classification_templates.txt").write_text("a {c}\n")
     damaged = EvalSet("damaged", str(damaged_folder), eval_sets[0].suite, eval_sets[0].task)
 
     output = tmp_path / "out"

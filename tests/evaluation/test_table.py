@@ -1,29 +1,10 @@
-from clip_pgs.evaluation import Result, format_table
+from clip_pgs.evaluation import format_table
+from support.reports import make_result
 
 
-def result(
-    dataset,
-    suite="zeroshot-classification",
-    status="done",
-    metrics=None,
-    error=None,
-    details=None,
-):
-    return Result(
-        suite=suite,
-        dataset=dataset,
-        status=status,
-        metrics=metrics or {},
-        samples=100 if status == "done" else 0,
-        error=error,
-        seconds=1.0,
-        task="",
-        location="",
-        model="m",
-        pretrained="",
-        weights_digest="",
-        details=details or {},
-    )
+def result(dataset, suite="zeroshot-classification", status="done", **fields):
+    samples = 100 if status == "done" else 0
+    return make_result(dataset, suite, status=status, samples=samples, **fields)
 
 
 def test_table_shows_percent_average_and_reasons():

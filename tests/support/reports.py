@@ -7,6 +7,8 @@ import torch
 from clip_pgs.evaluation import Result
 from clip_pgs.evaluation.results import write_result
 
+# A model whose name is markup in HTML and in Markdown.
+EVIL_NAME = '<b>"R&D"</b> | `x`'
 DEMO_SHAPE_ACC = (0.50, 0.53, 0.62)
 DEMO_PAIRS = {"replace_obj": 0.8, "swap_obj": 0.6, "add_att": 0.7}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from clip_pgs.evaluation.datasets.datasets import clean_name
 from clip_pgs.evaluation.datasets.suites import SUITES
 from clip_pgs.evaluation.models.models import check_source, model_name
+from clip_pgs.evaluation.run_places import EVAL_NAME
 from clip_pgs.sentences import SentenceParser
 
 _EPILOG = """\
@@ -101,7 +102,7 @@ def output_folders(args: argparse.Namespace) -> dict[str, Path]:
         if args.output is not None:
             folder = Path(args.output, name) if len(args.sources) > 1 else Path(args.output)
         elif Path(source, "export").is_dir():
-            folder = Path(source, "eval")
+            folder = Path(source, EVAL_NAME)
         else:
             folder = Path("eval_results", name)
         if folder.exists() and not folder.is_dir():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +9,15 @@ from typing import Any
 from clip_pgs.evaluation.datasets.datasets import EvalSet, read_metadata
 from clip_pgs.evaluation.datasets.presence import local_files
 from clip_pgs.evaluation.features.fingerprints import (
+    content_digest,
     files_fingerprint,
     model_fingerprint,
     transform_description,
 )
 from clip_pgs.evaluation.models.models import LoadedModel
 
-# Raise it when a suite's rules change, so that results of the old rules are redone.
-_RULES = 1
+# Raise it when a suite's rules change, or what a result tells, so that older ones are redone.
+_RULES = 2
 _REMOTE_FILES = ("classnames.txt", "zeroshot_classification_templates.txt")
 
 
@@ -56,7 +55,7 @@ class Identity:
         if not self._is_known:
             return ""
         parts = [*self._model, eval_set.task, eval_set.splits, _describe_data(eval_set)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return content_digest(parts)
 
 
 def _describe_data(eval_set: EvalSet) -> list[str | None]:

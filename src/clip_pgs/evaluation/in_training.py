@@ -18,6 +18,7 @@ from clip_pgs.evaluation.datasets.presence import PRESENT, check_presence
 from clip_pgs.evaluation.datasets.suites import load_suite
 from clip_pgs.evaluation.models.models import LoadedModel
 from clip_pgs.evaluation.results import DONE, Result
+from clip_pgs.evaluation.run_places import epoch_folder
 from clip_pgs.evaluation.runner import evaluate
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class EvaluationInTraining:
             Metrics and averages by `SUITE/DATASET/METRIC` and `SUITE/AVERAGE/METRIC`; none where
             the weights are not finite, which is logged.
         """
+        output = None if self._run is None else epoch_folder(self._run, epoch)
         name = f"epoch_{epoch}"
         source = name if self._run is None else f"{self._run} after {epoch} epochs"
         loaded = LoadedModel(_in_float32(model), transform, tokenize, name, source)
@@ -82,7 +84,7 @@ class EvaluationInTraining:
                 results = evaluate(
                     loaded,
                     self._eval_sets,
-                    output=None if self._run is None else self._run / "eval" / name,
+                    output=output,
                     batch_size=self._batch_size,
                     workers=self._workers,
                     keep_features=False,

@@ -12,6 +12,10 @@ from typing import Any
 DONE, MISSING, FAILED = "done", "missing", "failed"
 CSV_NAME = "results.csv"
 
+_TEXT_COLUMNS = {"suite", "dataset", "status", "error", "model", "pretrained", "weights_digest"}
+_OTHER_COLUMNS = {"samples", "seconds", "date", "task", "location", "language"}
+_REQUIRED = {"suite", "dataset", "status", "samples", "model", "weights_digest"}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -105,6 +109,43 @@ def write_csv(results: Iterable[Result], path: Path) -> None:
             metrics = [result.metrics.get(name) for name in metric_names]
             start = [getattr(result, name) for name in before]
             writer.writerow([*start, *metrics, *(getattr(result, name) for name in after)])
+
+
+def read_csv(path: Path) -> list[Result]:
+    """Read what `write_csv` wrote; what only the JSON files tell stays blank.
+
+    Raises:
+        ValueError: If the file is no such table, or has no row.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not rows[0].keys() >= _REQUIRED:
+        raise ValueError(
+            f"{path} is no table of an evaluation; it needs a row, and the columns "
+            f"{', '.join(sorted(_REQUIRED))}"
+        )
+    metric_names = rows[0].keys() - _TEXT_COLUMNS - _OTHER_COLUMNS
+    try:
+        return [
+            Result(
+                suite=row["suite"],
+                dataset=row["dataset"],
+                status=row["status"],
+                metrics={name: float(row[name]) for name in sorted(metric_names) if row[name]},
+                samples=int(row["samples"]),
+                error=row.get("error") or None,
+                seconds=float(row.get("seconds") or 0),
+                task=row["suite"].replace("-", "_"),
+                location="",
+                model=row["model"],
+                pretrained=row.get("pretrained") or "",
+                weights_digest=row["weights_digest"],
+                date=row.get("date") or "",
+            )
+            for row in rows
+        ]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no table of an evaluation: {error}") from error
 
 
 def ordered_metrics(results: Iterable[Result]) -> list[str]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from clip_pgs.evaluation.datasets.datasets import EvalSet
+from clip_pgs.evaluation.features.class_features import class_features
 from clip_pgs.evaluation.features.feature_cache import FeatureCache
 from clip_pgs.evaluation.features.features import (
     Features,
-    class_features,
     image_features,
     text_features,
 )
@@ -101,7 +101,8 @@ def _score_classification(scorer: Scorer, eval_set: EvalSet) -> Scores:
         cache=scorer.cache,
     )
     logits_NC = zeroshot_logits(features.images, classes_CD)
-    return Scores(classification_metrics(logits_NC, features.labels), len(features.images))
+    metrics = classification_metrics(logits_NC, features.labels)
+    return Scores(metrics, len(features.images), {"classes": len(classes_CD)})
 
 
 def _score_retrieval(scorer: Scorer, eval_set: EvalSet) -> Scores:

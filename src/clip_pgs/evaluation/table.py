@@ -6,23 +6,10 @@ from collections.abc import Sequence
 
 from clip_pgs.evaluation.averages import Average, averages
 from clip_pgs.evaluation.results import DONE, Result, ordered_metrics
+from clip_pgs.evaluation.wording import average_label, metric_label, percent
 
-_LABELS = {
-    "mean_per_class_recall": "recall",
-    "mean_average_precision": "mAP",
-    "lp_acc1": "acc1",
-    "lp_acc5": "acc5",
-    "lp_mean_per_class_recall": "recall",
-    **{f"text_retrieval_recall@{k}": f"text R@{k}" for k in (1, 5, 10)},
-    **{f"image_retrieval_recall@{k}": f"image R@{k}" for k in (1, 5, 10)},
-}
-_AVERAGE_LABELS = {
-    "id_average": "ID average",
-    "ood_average": "OOD average",
-    "object": "object average",
-    "attribute": "attribute average",
-    "relation": "relation average",
-}
+# Shorter than in the report, as a terminal has 80 columns.
+_LABELS = {"acc": "acc", "acc1": "acc1", "acc5": "acc5", "mean_per_class_recall": "recall"}
 # Facts about a number that stand beside it, by their place in `details`.
 _FACTS = {"linear-probe": "regularisation", "compositionality": "ties"}
 
@@ -52,7 +39,7 @@ def _suite_table(suite: str, results: Sequence[Result]) -> str:
     fact = _FACTS.get(suite)
     header = [suite]
     if done:
-        header += [*(_LABELS.get(name, name) for name in metrics), *([fact] if fact else [])]
+        header += [*map(_label, metrics), *([fact] if fact else [])]
         header.append("samples")
     rows = [_row(result, metrics, fact) for result in results]
     if len(results) > 1:
@@ -83,7 +70,9 @@ def _average_rows(
     for name, by_metric in by_name.items():
         # A metric may be undefined on some sets, such as acc5 on fewer than 5 classes.
         widest = max(by_metric.values(), key=lambda average: len(average.sets))
-        label = f"{_AVERAGE_LABELS.get(name, name)} ({_share(widest)})"
+        label = average_label(name)
+        # The parts of a suite are named by what they are about.
+        label += f"{'' if label.endswith('average') else ' average'} ({_share(widest)})"
         values = [by_metric[metric].value if metric in by_metric else None for metric in metrics]
         row = [label, *(_percent(value) for value in values)]
         rows.append(row + [""] * (num_columns - len(row)))
@@ -110,5 +99,9 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "".join(lines)
 
 
+def _label(metric: str) -> str:
+    return _LABELS.get(metric.removeprefix("lp_"), metric_label(metric))
+
+
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+    return percent(value) or "-"

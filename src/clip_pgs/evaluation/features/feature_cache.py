@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -15,7 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clip_pgs.evaluation.features.fingerprints import model_fingerprint, transform_description
+from clip_pgs.evaluation.features.fingerprints import (
+    content_digest,
+    model_fingerprint,
+    transform_description,
+)
 from clip_pgs.evaluation.models.models import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -65,7 +68,7 @@ class FeatureCache:
         """
         parts = [kind, data, self._model, self._transform, device.type, amp]
         parts += [version(package) for package in _PACKAGES]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return content_digest(parts)
 
     def get(self, key: str) -> Entry | None:
         """Return what is kept under a key, or None; a damaged file counts as none."""

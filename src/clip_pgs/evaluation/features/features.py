@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from clip_pgs.evaluation.datasets.datasets import EvalSet
 from clip_pgs.evaluation.features.feature_cache import Entry, FeatureCache
@@ -155,51 +152,6 @@ def text_features(
     features_UD = torch.cat(features)
     check_features(features_UD, model=loaded.name, data="texts")
     return features_UD[inverse]
-
-
-def class_features(
-    loaded: LoadedModel,
-    classnames: Sequence[str],
-    templates: Sequence[str],
-    *,
-    device: torch.device,
-    amp: bool,
-    cache: FeatureCache,
-) -> Tensor:
-    """Encode classes as clip_benchmark does: the mean of a class's normalised prompts.
-
-    Args:
-        loaded: The model, on `device`.
-        classnames: The C classes.
-        templates: Prompts with a `{c}` for the name.
-        device: Where the model is.
-        amp: Whether to use half precision.
-        cache: Of this model; a list of classes is encoded once.
-
-    Returns:
-        Features of length 1, shape (C, D), float32, on the CPU.
-
-    Raises:
-        ValueError: If there is no class or no template.
-        NonFiniteFeaturesError: If a feature is not finite.
-    """
-    if not classnames or not templates:
-        raise ValueError(
-            f"zero-shot classification needs class names and templates, got {len(classnames or ())}"
-            f" and {len(templates or ())}"
-        )
-    listing = json.dumps([list(classnames), list(templates)])
-    digest = hashlib.sha256(listing.encode()).hexdigest()
-    # The tokenizer has no printed form to key a file with: texts are kept in memory alone.
-    key = cache.key("classes", digest, device=device, amp=amp)
-    entry = cache.get(key)
-    if entry is None:
-        prompts = [template.format(c=name) for name in classnames for template in templates]
-        prompts_PD = normalize(text_features(loaded, prompts, device=device, amp=amp), dim=-1)
-        mean_CD = prompts_PD.unflatten(0, (len(classnames), len(templates))).mean(dim=1)
-        entry = Entry({"classes": normalize(mean_CD, dim=-1)})
-        cache.put(key, entry, is_known=False)
-    return entry.tensors["classes"]
 
 
 def check_features(features_ND: Tensor, *, model: str, data: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +19,11 @@ from clip_pgs.evaluation.models.weights import weights_digest
 # Files above this size are sampled: reading all of ImageNet would take as long as encoding it.
 _WHOLE_FILE_BYTES = 256 * 2**20
 _BLOCK_BYTES, _NUM_BLOCKS = 2**20, 64
+
+
+def content_digest(content: Any) -> str:
+    """Return the SHA-256 of lists, dicts and plain values, as 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -53,7 +53,7 @@ def linear_probe(
         [0, 1], and what explains them: `regularisation` (C, the inverse strength of the penalty
         as in scikit-learn), `held_back_acc1` with it, `tried` (pairs of a C and its held-back
         accuracy), `is_at_edge` (whether the best C is the last within reach), the counts
-        `train_images` and `held_back_images`, `solver`, `is_converged` and `seed`.
+        `classes`, `train_images` and `held_back_images`, `solver`, `is_converged` and `seed`.
 
     Raises:
         ValueError: If the data have no class per image, train has but one class or lacks one
@@ -91,6 +91,7 @@ def linear_probe(
     details = {
         "regularisation": 10**exponent,
         "held_back_acc1": tried[exponent],
+        "classes": len(class_ids),
         "held_back_images": int(held_back.sum()),
         "train_images": len(train_classes),
         "tried": [[10**power, accuracy] for power, accuracy in sorted(tried.items())],

@@ -7,13 +7,13 @@ from typing import Any
 
 from clip_pgs.evaluation.report.gather import Run
 from clip_pgs.evaluation.report.tables import Cell, Column, Row, Table
-from clip_pgs.evaluation.report.wording import (
+from clip_pgs.evaluation.results import DONE, Result, ordered_metrics
+from clip_pgs.evaluation.wording import (
     SUITE_TITLES,
     metric_label,
     percent,
     suite_title,
 )
-from clip_pgs.evaluation.results import DONE, Result, ordered_metrics
 
 
 def trouble_table(runs: Sequence[Run]) -> Table | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 from clip_pgs.evaluation.results import DONE, Result
 
@@ -23,20 +22,22 @@ def chance_results(results: Iterable[Result]) -> list[Result]:
         results: Of any models; what is not done is left out.
 
     Returns:
-        One result per suite and data set, with those metrics whose chance level is known; none
-        where the number of classes is not.
+        One result per suite and data set, with those metrics whose chance level is known. The
+        number of classes is what a result's `details` tell.
     """
-    by_set = {(r.suite, r.dataset): r for r in results if r.status == DONE}
-    guesses = [
-        replace(result, metrics=_chance_metrics(result), weights_digest="")
-        for result in by_set.values()
-    ]
-    return [guess for guess in guesses if guess.metrics]
+    guesses: dict[tuple[str, str], Result] = {}
+    for result in results:
+        if result.status == DONE:
+            guess = replace(result, metrics={}, weights_digest="")
+            guess = guesses.setdefault((result.suite, result.dataset), guess)
+            # A table of results does not tell the classes, and the next model's files may.
+            guess.metrics.update(_chance_metrics(result))
+    return [guess for guess in guesses.values() if guess.metrics]
 
 
 def _chance_metrics(result: Result) -> dict[str, float | None]:
     metrics: dict[str, float | None] = {}
-    num_classes = _num_classes(result)
+    num_classes = result.details.get("classes")
     for name, value in result.metrics.items():
         if value is None:
             continue
@@ -47,13 +48,3 @@ def _chance_metrics(result: Result) -> dict[str, float | None]:
         elif name in _CLASS_METRICS and num_classes:
             metrics[name] = min(1.0, _CLASS_METRICS[name] / num_classes)
     return metrics
-
-
-def _num_classes(result: Result) -> int | None:
-    """Return the number of classes as the result states it, or as the data set lists them."""
-    if "classes" in result.details:
-        return int(result.details["classes"])
-    names = Path(result.location, "classnames.txt")
-    if not result.location or not names.is_file():
-        return None
-    return len([line for line in names.read_text("utf-8").splitlines() if line.strip()])

@@ -9,21 +9,27 @@ from datetime import datetime, timezone
 from clip_pgs.evaluation.published import Paper, read_paper
 from clip_pgs.evaluation.report.appendix import details_tables, provenance_table, trouble_table
 from clip_pgs.evaluation.report.entries import Family, make_families
-from clip_pgs.evaluation.report.figures import Figure, cost_figure, radar_figure, suite_figure
+from clip_pgs.evaluation.report.figures import (
+    Figure,
+    cost_figure,
+    epochs_figure,
+    radar_figure,
+    suite_figure,
+)
 from clip_pgs.evaluation.report.gather import Run
 from clip_pgs.evaluation.report.headlines import Card, make_cards
 from clip_pgs.evaluation.report.models import Model, group_by_seed
 from clip_pgs.evaluation.report.reference import reference_tables, source
 from clip_pgs.evaluation.report.suite_table import suite_table
 from clip_pgs.evaluation.report.tables import Cell, Column, Row, Table
-from clip_pgs.evaluation.report.wording import (
+from clip_pgs.evaluation.results import DONE
+from clip_pgs.evaluation.wording import (
     SUITE_UNITS,
     counted,
     duration,
     scaled,
     suite_title,
 )
-from clip_pgs.evaluation.results import DONE
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,11 @@ def make_report(runs: Sequence[Run]) -> Report:
     order = list(SUITE_UNITS)
     sections.sort(key=lambda section: order.index(section.anchor.split("/")[0]))
     beside = {suite for family in families if family.is_paper for suite in family.suites}
-    overview = [radar_figure(families, paper), cost_figure(models, families)]
+    overview = [
+        radar_figure(families, paper),
+        cost_figure(models, families),
+        epochs_figure(models, families),
+    ]
     return Report(
         summary=_summary(models, families, paper),
         date=datetime.now(timezone.utc).date().isoformat(),

@@ -11,8 +11,8 @@ from clip_pgs.evaluation.report.families import OTHER_SETS, PAPER_SETS, split_fa
 from clip_pgs.evaluation.report.models import Model
 from clip_pgs.evaluation.report.scores import score_runs
 from clip_pgs.evaluation.report.tables import CHANCE, PUBLISHED, RUN, Entry
-from clip_pgs.evaluation.report.wording import SUITE_TITLES, counted, duration, scaled
 from clip_pgs.evaluation.results import DONE, Result
+from clip_pgs.evaluation.wording import SUITE_TITLES, counted, duration, scaled
 
 
 @dataclass(frozen=True)

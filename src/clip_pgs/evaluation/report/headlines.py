@@ -15,7 +15,7 @@ from clip_pgs.evaluation.report.entries import Family, key_facts, more_facts
 from clip_pgs.evaluation.report.models import Model
 from clip_pgs.evaluation.report.scores import Place, Score
 from clip_pgs.evaluation.report.tables import RUN, Entry
-from clip_pgs.evaluation.report.wording import counted, percent, spread_text
+from clip_pgs.evaluation.wording import counted, percent, spread_text
 
 
 @dataclass(frozen=True)

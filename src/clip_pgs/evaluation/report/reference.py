@@ -8,7 +8,7 @@ from clip_pgs.evaluation.published import Paper
 from clip_pgs.evaluation.report.entries import published_entries
 from clip_pgs.evaluation.report.suite_table import suite_table
 from clip_pgs.evaluation.report.tables import PUBLISHED, Cell, Column, Row, Table
-from clip_pgs.evaluation.report.wording import (
+from clip_pgs.evaluation.wording import (
     SUITE_TITLES,
     SUITE_UNITS,
     metric_label,

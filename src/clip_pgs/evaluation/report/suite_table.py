@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from clip_pgs.evaluation.report.scores import Place, Score
 from clip_pgs.evaluation.report.tables import PUBLISHED, RUN, Cell, Column, Entry, Row, Table
-from clip_pgs.evaluation.report.wording import (
+from clip_pgs.evaluation.wording import (
     BLANK,
     MAIN_METRICS,
     PLUS_MINUS,

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from clip_pgs.evaluation.models.checkpoints import newest_checkpoint
+from clip_pgs.evaluation.run_places import OPTIONS_NAME
 from clip_pgs.integrations.open_clip.checkpoints import read_checkpoint
 
-OPTIONS_NAME, METRICS_NAME = "options.json", "metrics.jsonl"
+METRICS_NAME = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -85,43 +86,40 @@ def _read_record(checkpoint: Path) -> dict[str, Any] | None:
 
 def _from_record(record: dict[str, Any]) -> TrainingFacts:
     cost = record.get("cost", {})
-    recipe = {name: value for name, value in record["recipe"].items() if name != "seed"}
     # A run stopped half way is another experiment than one that went to its end.
     parts = ("model", "masking", "masking_options", "data")
-    same = [{name: record.get(name) for name in parts}, recipe, cost.get("steps")]
-    data = record.get("data", {})
-    return TrainingFacts(
-        architecture=str(record.get("model") or ""),
-        data=_data_name(data),
-        masking=_masking_name(record),
-        samples=cost.get("samples"),
-        flops=cost.get("flops"),
-        seconds=cost.get("seconds"),
-        hardware=f"{record.get('world_size', 1)} x {record['device']}"
-        if "device" in record
-        else "",
-        seed=record["recipe"].get("seed"),
-        recipe=json.dumps(same, sort_keys=True, default=str),
-    )
+    recipe = record["recipe"]
+    same = [{name: record.get(name) for name in parts}, _without_seed(recipe), cost.get("steps")]
+    facts = _facts(record, data=record.get("data", {}), spent=cost, seed=recipe.get("seed"))
+    hardware = f"{record.get('world_size', 1)} x {record['device']}" if "device" in record else ""
+    recipe_text = json.dumps(same, sort_keys=True, default=str)
+    return replace(facts, hardware=hardware, recipe=recipe_text)
 
 
 def _from_logs(run: Path) -> TrainingFacts:
     options = json.loads((run / OPTIONS_NAME).read_text("utf-8"))
     spent = _last_measurement(run / METRICS_NAME)
-    same = [
-        {name: value for name, value in options.items() if name != "seed"},
-        spent.get("samples"),
-    ]
+    same = [_without_seed(options), spent.get("samples")]
+    facts = _facts(options, data=options, spent=spent, seed=options.get("seed"))
+    return replace(facts, recipe=json.dumps(same, sort_keys=True))
+
+
+def _facts(
+    choices: dict[str, Any], *, data: dict[str, Any], spent: dict[str, Any], seed: int | None
+) -> TrainingFacts:
     return TrainingFacts(
-        architecture=str(options.get("model") or ""),
-        data=_data_name(options),
-        masking=_masking_name(options),
+        architecture=str(choices.get("model") or ""),
+        data=_data_name(data),
+        masking=_masking_name(choices),
         samples=spent.get("samples"),
         flops=spent.get("flops"),
         seconds=spent.get("seconds"),
-        seed=options.get("seed"),
-        recipe=json.dumps(same, sort_keys=True),
+        seed=seed,
     )
+
+
+def _without_seed(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in recipe.items() if name != "seed"}
 
 
 def _last_measurement(path: Path) -> dict[str, Any]:

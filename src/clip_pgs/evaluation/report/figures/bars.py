@@ -26,7 +26,7 @@ from clip_pgs.evaluation.report.figures.canvas import (
 from clip_pgs.evaluation.report.scores import Place
 from clip_pgs.evaluation.report.suite_table import is_partial, num_members, suite_places
 from clip_pgs.evaluation.report.tables import CHANCE, Entry
-from clip_pgs.evaluation.report.wording import (
+from clip_pgs.evaluation.wording import (
     MAIN_METRICS,
     SUITE_UNITS,
     average_label,

@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -19,6 +20,10 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from clip_pgs.evaluation.report.tables import CHANCE, PUBLISHED, RUN, Entry
 
 INK, FAINT = "#1a1a1a", "#d9d9d9"
+# Stands in every figure file, so that a later report knows it from the files of others and from
+# a copy under another name.
+_MARK = "clip-pgs evaluation report ({name})"
+_MARK_PLACE = 4096  # bytes from the beginning that hold it
 _RUN_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _RUN_HATCHES = ("", "//", "..", "xx", "\\\\", "oo")
 _RUN_MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -89,6 +94,19 @@ class Look:
         """Colour of lines: never too light for white paper."""
         return "#707070" if self.fill in _GREYS else self.fill
 
+    @property
+    def line_options(self) -> dict[str, Any]:
+        """What matplotlib's `plot` takes for a line with markers."""
+        return {
+            "color": self.stroke,
+            "linestyle": self.line,
+            "linewidth": self.width,
+            "marker": self.marker,
+            "markersize": 5,
+            "markeredgecolor": INK,
+            "markeredgewidth": 0.5,
+        }
+
 
 @contextmanager
 def look_of_the_report() -> Iterator[None]:
@@ -140,10 +158,19 @@ def quiet_axis(axes: Axes) -> None:
 
 
 def finish(drawing: MatplotlibFigure, *, name: str, alt: str, caption: str) -> Figure:
-    """Save a drawing in both forms, with a white ground and without a date."""
+    """Save a drawing in both forms, with a white ground, our mark and no date."""
     svg, png = io.BytesIO(), io.BytesIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    mark = _MARK.format(name=name)
+    maker: dict[str, Any] = {"Creator": mark, **dict.fromkeys(("Date", "Format", "Type"))}
     common: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.08, "facecolor": "white"}
-    drawing.savefig(svg, format="svg", metadata=nothing, **common)
-    drawing.savefig(png, format="png", dpi=200, metadata={"Software": None}, **common)
+    drawing.savefig(svg, format="svg", metadata=maker, **common)
+    drawing.savefig(png, format="png", dpi=200, metadata={"Software": mark}, **common)
     return Figure(name, alt, caption, svg.getvalue(), png.getvalue())
+
+
+def is_own_figure(path: Path) -> bool:
+    """Say whether a file is a figure that a report drew, now or earlier."""
+    if path.suffix not in (".svg", ".png") or not path.is_file() or path.is_symlink():
+        return False
+    with path.open("rb") as file:
+        return _MARK.format(name=path.stem).encode() in file.read(_MARK_PLACE)

@@ -28,7 +28,7 @@ from clip_pgs.evaluation.report.headlines import (
 )
 from clip_pgs.evaluation.report.models import Model
 from clip_pgs.evaluation.report.tables import CHANCE, RUN, Entry
-from clip_pgs.evaluation.report.wording import set_label
+from clip_pgs.evaluation.wording import set_label
 
 _MAX_NAMES = 5
 _COSTS: tuple[tuple[str, Callable[[Model], float | None], dict[str, float]], ...] = (

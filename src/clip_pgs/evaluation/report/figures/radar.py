@@ -12,7 +12,6 @@ from clip_pgs.evaluation.published import Paper
 from clip_pgs.evaluation.report.entries import Family, published_entries
 from clip_pgs.evaluation.report.figures.canvas import (
     FAINT,
-    INK,
     Figure,
     finish,
     label_of,
@@ -22,7 +21,7 @@ from clip_pgs.evaluation.report.figures.canvas import (
 )
 from clip_pgs.evaluation.report.headlines import AXES, axis_score, group_by_sets, mean_over
 from clip_pgs.evaluation.report.tables import RUN, Entry
-from clip_pgs.evaluation.report.wording import percent
+from clip_pgs.evaluation.wording import percent
 
 _ANGLES = [math.pi / 2 - 2 * math.pi * number / len(AXES) for number in range(len(AXES))]
 # The lowest value of an axis stands off the centre, where all directions meet.
@@ -119,20 +118,13 @@ def _draw(axes: Axes, family: Family, sets: _Sets, entries: Sequence[Entry]) -> 
         )
     chosen = looks(family.entries)
     for entry, row in zip(entries, values, strict=True):
-        look = look_of(entry, chosen)
         radii = [
             _INNER + (1 - _INNER) * (value - low) / (high - low)
             for value, (low, high) in zip(row, limits, strict=True)
         ]
         axes.plot(
             *_triangle(radii),
-            color=look.stroke,
-            linestyle=look.line,
-            linewidth=look.width,
-            marker=look.marker,
-            markersize=5,
-            markeredgecolor=INK,
-            markeredgewidth=0.5,
+            **look_of(entry, chosen).line_options,
             label=f"{label_of(entry)}: {', '.join(f'{value:.1f}' for value in row)}",
             zorder=4 if entry.kind == RUN else 3,
         )

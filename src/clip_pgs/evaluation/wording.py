@@ -1,4 +1,4 @@
-"""Numbers and names as the report writes them."""
+"""Numbers and names as people read them, in the report and on the terminal."""
 
 from __future__ import annotations
 

@@ -1,0 +1,89 @@
+"""What a report makes of the evaluations that runs made of themselves in training."""
+
+import pytest
+
+from clip_pgs.evaluation.report import write_report
+from clip_pgs.evaluation.report.figures.epochs import make_panel
+from clip_pgs.evaluation.report.gather import gather_runs
+from clip_pgs.evaluation.report.models import group_by_seed
+from support.reports import Page, make_result, save_checkpoint, save_results, save_run
+
+
+def save_epochs(run, *, scores, **changes):
+    """Write what a run scored on `shape` and `color` after each epoch, as training does."""
+    for epoch, values in scores.items():
+        place = f"epoch_{epoch}"
+        common = {"model": place, "pretrained": f"{run} after {epoch} epochs", **changes}
+        digest = f"{run.name} {epoch}"
+        results = [
+            make_result(name, metrics={"acc1": value}, weights_digest=digest, **common)
+            for name, value in zip(("shape", "color"), values, strict=False)
+        ]
+        save_results(run / "eval" / place, results)
+
+
+@pytest.mark.parametrize("inside", ["", "eval", ".."])
+def test_epochs_of_an_evaluated_run_are_no_models_of_their_own(tmp_path, inside):
+    run = save_run(tmp_path / "logs")
+    save_epochs(run, scores={1: (0.1, 0.2), 10: (0.5, 0.6), 9: (0.4, 0.5)})
+    (found,) = gather_runs([run / inside])
+    assert found.name == "demo_0"
+    assert {result.weights_digest for result in found.results} == {"d0"}
+    assert list(found.epochs) == [1, 9, 10]
+
+
+@pytest.mark.parametrize("inside", ["", "eval", ".."])
+def test_the_last_epoch_stands_for_a_run_that_was_not_evaluated_since(tmp_path, inside):
+    run = tmp_path / "logs" / "mine"
+    save_checkpoint(run, seed=3)
+    save_epochs(run, scores={1: (0.1, 0.2), 10: (0.5, 0.6), 9: (0.4, 0.5)})
+    (found,) = gather_runs([run / inside])
+    assert (found.name, found.training.seed) == ("mine", 3)
+    scores = {result.dataset: result.metrics["acc1"] for result in found.results}
+    assert scores == {"shape": 0.5, "color": 0.6}
+
+
+def test_an_epoch_that_is_asked_for_by_its_folder_is_shown(tmp_path):
+    run = save_run(tmp_path / "logs")
+    save_epochs(run, scores={1: (0.1, 0.2), 2: (0.5, 0.6)})
+    (found,) = gather_runs([run / "eval" / "epoch_1"])
+    assert (found.name, found.weights_digest) == ("epoch_1", "demo_0 1")
+
+
+def test_a_checkpoint_called_by_its_epoch_is_a_model(tmp_path):
+    for name in ("epoch_1", "epoch_2"):
+        save_results(tmp_path / name, [make_result("shape", model=name, weights_digest=name)])
+    assert [run.name for run in gather_runs([tmp_path])] == ["epoch_1", "epoch_2"]
+
+
+def test_a_folder_without_results_in_any_epoch_is_told(tmp_path):
+    run = tmp_path / "run"
+    save_checkpoint(run)
+    (run / "eval" / "epoch_1").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds no results"):
+        gather_runs([run])
+
+
+def test_a_curve_is_the_mean_over_shared_sets_and_seeds(tmp_path):
+    # After two epochs the first seed lacks `color`: what all have is `shape` alone.
+    for number, scores in enumerate(
+        [{1: (0.1, 0.9), 2: (0.2,), 3: (0.5, 0.9)}, {1: (0.3, 0.9), 3: (0.6, 0.9), 4: (0.7, 0.9)}]
+    ):
+        save_epochs(save_run(tmp_path, number), scores=scores)
+    models = group_by_seed(gather_runs([tmp_path]))
+    panel = make_panel("zeroshot-classification", models)
+    assert panel.sets == ("shape",)
+    assert panel.curves == {"demo": {1: pytest.approx(0.2), 3: pytest.approx(0.55)}}
+    assert make_panel("linear-probe", models) is None
+
+
+@pytest.mark.parametrize(("epochs", "is_shown"), [((1, 2), True), ((2,), False)])
+def test_a_curve_of_two_points_or_more_is_drawn(tmp_path, epochs, is_shown):
+    run = save_run(tmp_path / "logs")
+    save_epochs(run, scores={epoch: (0.1 * epoch,) for epoch in epochs})
+    report = write_report([run], tmp_path / "report")
+    assert (report / "figures/epochs.svg").is_file() == is_shown
+    assert ("figures/epochs.png" in (report / "report.md").read_text()) == is_shown
+    page = Page((report / "report.html").read_text())
+    assert ("evaluations in training" in page.text) == is_shown
+    assert "epoch_" not in (report / "results.csv").read_text()

@@ -1,0 +1,74 @@
+"""Which files a report's folder holds after a second report."""
+
+import pytest
+
+from clip_pgs.evaluation.report import write_report
+from support.reports import demo_results, make_result, save_results, save_run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A report with figures on several suites."""
+    return write_report([save_run(tmp_path / "logs")], tmp_path / "report")
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture
+def fewer(tmp_path):
+    """Results of which a report has one figure."""
+    save_results(tmp_path / "few", [make_result("shape", metrics={"acc1": 0.5})])
+    return tmp_path / "few"
+
+
+def test_figures_that_a_second_report_does_not_show_are_removed(folder, fewer):
+    assert len(names(folder / "figures")) > 8
+    write_report([fewer], folder)
+    stem = "zeroshot-classification_other"
+    assert names(folder / "figures") == {f"{stem}.png", f"{stem}.svg"}
+    assert names(folder) == {"report.html", "report.md", "results.csv", "figures"}
+
+
+def test_files_of_others_stay(folder, fewer):
+    figures = folder / "figures"
+    # A copy of a figure, one's own picture under a name of ours, notes, a link and a folder.
+    (figures / "radar_before.png").write_bytes((figures / "radar.png").read_bytes())
+    (figures / "rada.svg").write_bytes((figures / "radar.svg").read_bytes())
+    (figures / "cost.png").write_bytes(b"my own")
+    (figures / "notes.txt").write_text("clip-pgs evaluation report (notes)")
+    (figures / "robustness_other.svg").unlink()
+    (figures / "robustness_other.svg").symlink_to(figures / "radar_before.png")
+    (figures / "compositionality_other.png").unlink()
+    (figures / "compositionality_other.png").mkdir()
+    (folder / "mine.md").write_text("mine")
+    write_report([fewer], folder)
+    assert names(figures) == {
+        "radar_before.png",
+        "rada.svg",
+        "cost.png",
+        "notes.txt",
+        "robustness_other.svg",
+        "compositionality_other.png",
+        "zeroshot-classification_other.png",
+        "zeroshot-classification_other.svg",
+    }
+    assert (figures / "cost.png").read_bytes() == b"my own"
+    assert (folder / "mine.md").read_text() == "mine"
+
+
+def test_the_same_report_twice_is_the_same_folder(folder, tmp_path):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    write_report([tmp_path / "logs"], folder)
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_no_earlier_figure_goes_where_the_new_report_cannot_be_made(folder, tmp_path):
+    before = names(folder / "figures")
+    save_results(tmp_path / "bad", demo_results())
+    (tmp_path / "bad" / "broken.json").write_text('{"weights_digest": "x"}')
+    with pytest.raises(ValueError, match="damaged result file"):
+        write_report([tmp_path / "bad"], folder)
+    assert names(folder / "figures") == before
