@@ -94,7 +94,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> ModelParts:
     if args.use_bn_sync and args.distributed:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.masking != "none":
-        apply_masking(model, args.masking, **args.masking_options)
+        apply_masking(model, args.masking, pack_tokens=args.pack_tokens, **args.masking_options)
     allow_short_text(model)
     if args.text_tokens is not None and not is_text_trimming_lossless(model):
         _logger.warning(

@@ -157,8 +157,9 @@ def test_pixels_outside_the_selection_change_no_output_bit(build, selection):
 
 @every_tower
 @both_selections
-def test_pixels_outside_the_selection_get_no_gradient(build, selection):
-    model = apply_masking(build(), "random").train()
+@pytest.mark.parametrize("pack_tokens", [False, True], ids=["padded", "packed"])
+def test_pixels_outside_the_selection_get_no_gradient(build, selection, pack_tokens):
+    model = apply_masking(build(), "random", pack_tokens=pack_tokens).train()
     images = image_batch().requires_grad_()
     sum(output.square().sum() for output in encode(model, images, selection)).backward()
     outside = repaint_masked(torch.zeros(3, 3, 64, 64), selection) != 0
@@ -167,8 +168,9 @@ def test_pixels_outside_the_selection_get_no_gradient(build, selection):
 
 
 @every_tower
-def test_padding_equals_encoding_each_image_by_itself(build):
-    model = apply_masking(build(), "random").train()
+@pytest.mark.parametrize("pack_tokens", [False, True], ids=["padded", "packed"])
+def test_adaptive_rows_equal_encoding_each_image_by_itself(build, pack_tokens):
+    model = apply_masking(build(), "random", pack_tokens=pack_tokens).train()
     images = image_batch()
     together = encode(model, images, ADAPTIVE)[0]
     for i, count in enumerate(ADAPTIVE.kept_counts().tolist()):
@@ -189,7 +191,7 @@ def test_output_tokens_are_zero_in_padding_slots():
 
 @both_selections
 def test_no_mask_per_head_and_query_is_built(selection):
-    model = apply_masking(small_clip(), "random").train()
+    model = apply_masking(small_clip(), "random", pack_tokens=False).train()
     with LargestMask() as seen:
         encode(model, image_batch(), selection)
     # 3 images, 2 heads, 5 tokens: a (B * heads, L, L) or (B, heads, L, L) tensor may only be the

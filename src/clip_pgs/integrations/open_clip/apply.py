@@ -18,7 +18,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def apply_masking(
-    model: Model, masking: str | MaskingStrategy, *, when: str = "train", **options: Any
+    model: Model,
+    masking: str | MaskingStrategy,
+    *,
+    when: str = "train",
+    pack_tokens: bool | None = None,
+    **options: Any,
 ) -> Model:
     """Mask the patches of a model's image tower.
 
@@ -32,6 +37,13 @@ def apply_masking(
             `model.visual`, is OpenCLIP's own `VisionTransformer` or timm's.
         masking: A name out of `clip_pgs.list_maskings()`, or a strategy.
         when: "train" masks in train mode, "always" in eval mode as well.
+        pack_tokens: Where images keep different counts, put the kept tokens of all into one
+            sequence, in place of padding each image to the longest; features stay the same. None
+            does so on a CPU, where it is measured to be faster, unless the model is tiny. It
+            needs the usual blocks, without dropout or drop path; on a CPU a model that is not
+            compiled; on CUDA float16 or bfloat16, where it costs one synchronisation per step,
+            since the host has to know how many tokens there are, and is not yet measured. Where
+            one of these is missing, images are padded.
         **options: The strategy's options, with a name alone.
 
     Returns:
@@ -61,7 +73,9 @@ def apply_masking(
             resolution=getattr(strategy, "resolution", 1.0),
             momentum=getattr(strategy, "momentum", START_MOMENTUM),
         )
-    tower.masking = TowerMasking(strategy, kind.patch_grid(tower), when=when, teacher=teacher)
+    tower.masking = TowerMasking(
+        strategy, kind.patch_grid(tower), when=when, teacher=teacher, pack_tokens=pack_tokens
+    )
     if teacher is not None:
         tower.masking.load_hook = tower.register_load_state_dict_post_hook(_load_into_teacher)
     return model

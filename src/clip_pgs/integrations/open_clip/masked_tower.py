@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from clip_pgs.integrations.open_clip.attention_bias import released_attention_bias
+from clip_pgs.integrations.open_clip.block_parts import BlockParts
+from clip_pgs.integrations.open_clip.packing import PackedTokens, can_pack, packs_by_default
+from clip_pgs.integrations.open_clip.padding import PaddedTokens
 from clip_pgs.integrations.open_clip.state import PatchGrid, TowerMasking
 from clip_pgs.masking.patches import gather_tokens
 from clip_pgs.masking.types import PatchSelection
@@ -52,17 +55,7 @@ class MaskedTower:
         x = self.add_prefix(kept_BKD)
         # Class token and registers stand first and are always valid.
         key_mask = _key_mask(selection, num_prefix=x.shape[1] - kept_BKD.shape[1])
-        attn_mask = key_mask
-        if selection.similar is not None:
-            attn_mask = released_attention_bias(
-                selection.similar, num_heads=self.num_heads(), dtype=x.dtype
-            )
-        for block in self.blocks():
-            if self.uses_checkpointing():
-                x = checkpoint(self.run_block, block, x, attn_mask, use_reentrant=False)
-            else:
-                x = self.run_block(block, x, attn_mask)
-        return self.read_out(x, key_mask)
+        return self.read_out(*self._run_blocks(x, selection, key_mask))
 
     @staticmethod
     def refusal(tower: Any) -> str | None:
@@ -136,6 +129,14 @@ class MaskedTower:
         """
         raise NotImplementedError
 
+    def block_parts(self, block: Any) -> BlockParts | None:
+        """Return a block's parts, None where it is of another kind or draws random numbers."""
+        raise NotImplementedError
+
+    def reads_first_token(self) -> bool:
+        """Return whether the tower's output depends on the first token of each image alone."""
+        raise NotImplementedError
+
     def read_out(self, x: Tensor, key_mask: Tensor | None) -> Any:
         """Pool the valid tokens (B, T, D) and project them, as the plain tower does."""
         raise NotImplementedError
@@ -174,6 +175,68 @@ class MaskedTower:
     def first_row(self, block: Any, x: Tensor) -> Tensor:
         """Return a block's attention of the first token to all, mean over heads, (B, T)."""
         raise NotImplementedError
+
+    def _run_blocks(
+        self, x: Tensor, selection: PatchSelection, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the blocks over padded tokens (B, T, D).
+
+        Returns:
+            Tokens of the same shape and their key mask; or, where the tower reads nothing else,
+            the first token of each image, (B, 1, D), and None.
+        """
+        batch_size = len(x)
+        scope: Tensor | PackedTokens | None = key_mask
+        is_first_enough = self.reads_first_token()
+        if selection.similar is not None:
+            num_heads = self.num_heads()
+            scope = released_attention_bias(selection.similar, num_heads=num_heads, dtype=x.dtype)
+            is_first_enough = False
+        elif key_mask is not None and self._packs_tokens(x):
+            scope = PackedTokens.of(key_mask[:, 0, 0])
+            x = scope.pack(x)
+        *others, last = self.blocks()
+        for block in others:
+            x = self._run(self._run_whole, block, x, scope)
+        if is_first_enough and self.block_parts(last) is not None:
+            x = self._run(self._run_for_first_tokens, last, x, scope)
+            return x.reshape(batch_size, 1, -1), None
+        x = self._run(self._run_whole, last, x, scope)
+        return scope.unpack(x) if isinstance(scope, PackedTokens) else x, key_mask
+
+    def _packs_tokens(self, x: Tensor) -> bool:
+        wanted = self.masking.pack_tokens
+        if wanted is None:
+            wanted = packs_by_default(x)
+        if not wanted:
+            return False
+        every = [self.block_parts(block) for block in self.blocks()]
+        return all(
+            parts is not None and can_pack(x, head_width=parts.head_width) for parts in every
+        )
+
+    def _run(self, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        if self.uses_checkpointing():
+            return checkpoint(run, *inputs, use_reentrant=False)
+        return run(*inputs)
+
+    def _run_whole(
+        self, block: nn.Module, x: Tensor, scope: Tensor | PackedTokens | None
+    ) -> Tensor:
+        if isinstance(scope, PackedTokens):
+            return _known(self.block_parts(block)).run(x, scope)
+        return self.run_block(block, x, scope)
+
+    def _run_for_first_tokens(
+        self, block: nn.Module, x: Tensor, scope: Tensor | PackedTokens | None
+    ) -> Tensor:
+        layout = scope if isinstance(scope, PackedTokens) else PaddedTokens(scope)
+        return _known(self.block_parts(block)).run_for_first_tokens(x, layout)
+
+
+def _known(parts: BlockParts | None) -> BlockParts:
+    assert parts is not None
+    return parts
 
 
 def _key_mask(selection: PatchSelection, *, num_prefix: int) -> Tensor | None:

@@ -7,10 +7,35 @@ goes to scaled-dot-product attention itself, with the block's own weights.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from open_clip.transformer import AttentionalPooler, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class PaddedTokens:
+    """Tokens (B, T, D) of which some may be padding; a layout for `BlockParts`.
+
+    Attributes:
+        key_mask: True where a token may be attended to, shape (B, 1, 1, T); None for all.
+    """
+
+    key_mask: Tensor | None
+
+    def first_tokens(self, x: Tensor) -> Tensor:
+        """Return the first token of each image, (B, 1, D)."""
+        return x[:, :1]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend to the valid keys; queries (B, Q, H, W / H), the others (B, T, H, W / H)."""
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=self.key_mask
+        )
+        return attended.transpose(1, 2)
 
 
 def masked_block(block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tensor:

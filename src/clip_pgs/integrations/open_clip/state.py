@@ -52,6 +52,7 @@ class TowerMasking(nn.Module):
         grid: How the tower cuts its images.
         when: "train" masks in train mode, "always" in eval mode as well.
         teacher: Scores the patches of a strategy that requires attention.
+        pack_tokens: Whether tokens of adaptive selections are packed; see `apply_masking`.
 
     Attributes:
         progress: Completed share of the masked training steps, in [0, 1].
@@ -72,6 +73,7 @@ class TowerMasking(nn.Module):
         *,
         when: str = "train",
         teacher: Teacher | None = None,
+        pack_tokens: bool | None = None,
     ) -> None:
         super().__init__()
         check_when(when)
@@ -79,6 +81,7 @@ class TowerMasking(nn.Module):
         self.grid = grid
         self.when = when
         self.teacher = teacher
+        self.pack_tokens = pack_tokens
         self.progress = 0.0
         self.noise: Tensor | None = None
         self.forced_selection: PatchSelection | None = None

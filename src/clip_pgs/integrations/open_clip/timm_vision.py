@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from clip_pgs.integrations.open_clip.attention_rows import first_token_attention, query_attention
+from clip_pgs.integrations.open_clip.block_parts import BlockParts
 from clip_pgs.integrations.open_clip.masked_tower import MaskedTower
 from clip_pgs.integrations.open_clip.state import PatchGrid
 
@@ -109,6 +110,25 @@ class MaskedTimmModel(MaskedTower, TimmModel):
         """Run a block over tokens (B, T, D), leaving out keys that are padding."""
         return block(x) if attn_mask is None else block(x, attn_mask=_logit_mask(attn_mask, x))
 
+    def block_parts(self, block: Any) -> BlockParts | None:
+        """Return the parts of timm's usual block with its usual attention."""
+        if not _is_plain(block):
+            return None
+        attention = block.attn
+        return BlockParts(
+            norm=block.norm1,
+            qkv_weight=attention.qkv.weight,
+            qkv_bias=attention.qkv.bias,
+            num_heads=attention.num_heads,
+            head_norms=(attention.q_norm, attention.k_norm),
+            after_attention=lambda x: block.ls1(attention.proj(attention.norm(x))),
+            mlp=lambda x: block.ls2(block.mlp(block.norm2(x))),
+        )
+
+    def reads_first_token(self) -> bool:
+        """Return whether the class token is all that is pooled."""
+        return self.trunk.attn_pool is None and self.trunk.global_pool == "token"
+
     def read_out(self, x: Tensor, key_mask: Tensor | None) -> Any:
         """Pool the valid tokens (B, T, D) and project them."""
         trunk = self.trunk
@@ -147,6 +167,20 @@ class MaskedTimmModel(MaskedTower, TimmModel):
     def _num_placed_prefix(self) -> int:
         """Return how many prefix tokens have positions of their own."""
         return 0 if self.trunk.no_embed_class else self.trunk.num_prefix_tokens
+
+
+def _is_plain(block: Any) -> bool:
+    """Return whether a block has nothing but what `BlockParts` knows; not dropout, not a gate."""
+    if type(block) is not Block or type(block.attn) is not Attention:
+        return False
+    attention = block.attn
+    # `Block` hands the rate of `proj_drop` on to its MLP.
+    return (
+        getattr(attention, "gate", None) is None  # not in every version
+        and attention.attn_drop.p == attention.proj_drop.p == 0
+        and isinstance(block.drop_path1, nn.Identity)
+        and isinstance(block.drop_path2, nn.Identity)
+    )
 
 
 def _logit_mask(key_mask: Tensor, x: Tensor) -> Tensor:

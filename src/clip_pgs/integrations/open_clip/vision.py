@@ -10,6 +10,7 @@ from open_clip.transformer import AttentionalPooler, ResidualAttentionBlock, Vis
 from torch import Tensor, nn
 
 from clip_pgs.integrations.open_clip.attention_rows import first_token_attention
+from clip_pgs.integrations.open_clip.block_parts import BlockParts
 from clip_pgs.integrations.open_clip.compat import pool_tower
 from clip_pgs.integrations.open_clip.masked_tower import MaskedTower
 from clip_pgs.integrations.open_clip.padding import masked_block, pool_with_key_mask
@@ -78,6 +79,25 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
     def run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         """Run a block; `masked_block` says how."""
         return masked_block(block, x, attn_mask)
+
+    def block_parts(self, block: Any) -> BlockParts | None:
+        """Return the parts of OpenCLIP's usual block."""
+        if type(block) is not ResidualAttentionBlock or block.attn.dropout > 0:
+            return None
+        attention = block.attn
+        return BlockParts(
+            norm=block.ln_1,
+            qkv_weight=attention.in_proj_weight,
+            qkv_bias=attention.in_proj_bias,
+            num_heads=attention.num_heads,
+            head_norms=None,
+            after_attention=lambda x: block.ls_1(attention.out_proj(x)),
+            mlp=lambda x: block.ls_2(block.mlp(block.ln_2(x))),
+        )
+
+    def reads_first_token(self) -> bool:
+        """Return whether the class token is all that comes out."""
+        return self.pool_type == "tok" and self.attn_pool is None and not self.output_tokens
 
     def read_out(self, x: Tensor, key_mask: Tensor | None) -> Any:
         """Pool the valid tokens (B, T, D) and project them."""

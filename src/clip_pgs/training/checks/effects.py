@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+
 from clip_pgs.data.stream import dataset_kind
+from clip_pgs.masking import create_masking
 from clip_pgs.training.checks.data import (
     has_training_data,
     num_training_samples,
@@ -22,7 +25,8 @@ _SCHEDULE = ("warmup", "lr_scheduler", "epochs_cooldown", "lr_cooldown_end", "lr
 _COOLDOWN = ("epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")
 _COCA = ("coca_caption_loss_weight", "coca_contrastive_loss_weight")
 _EVALUATION = ("eval_datasets", "eval_data_root", "eval_every")
-_MASKING = ("mask_ratio", "mask_ratio_min", "masking_option")
+_MASKING = ("mask_ratio", "mask_ratio_min", "masking_option", "pack_tokens")
+_PACKING = ("pack_tokens",)
 _UNMASKED = (
     "unmasked_lr",
     "unmasked_warmup",
@@ -70,9 +74,21 @@ def _idle_groups(args: argparse.Namespace) -> list[tuple[bool, tuple[str, ...], 
     }
     is_timm_opt = args.opt.lower().startswith("timm/")
     is_coca = "multimodal_cfg" in config or "coca" in args.model.lower()
+    is_on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     has_imagenet = args.imagenet_val is not None or args.imagenet_v2 is not None
     return [
         (args.masking == "none", _MASKING, "with --masking none"),
+        (
+            not _keeps_different_counts(args),
+            _PACKING if args.masking != "none" else (),
+            f"with --masking {args.masking} that keeps as many patches of every image",
+        ),
+        (is_on_cpu and args.torchcompile, _PACKING, "with --torchcompile on a CPU"),
+        (
+            not is_on_cpu and args.precision == "fp32",
+            _PACKING,
+            "with --precision fp32 on a GPU, whose kernel needs 16 bits",
+        ),
         (
             args.mask_schedule == "constant",
             ("mask_schedule_steps",),
@@ -115,6 +131,12 @@ def _idle_groups(args: argparse.Namespace) -> list[tuple[bool, tuple[str, ...], 
         (args.resume != "latest", ("accept_changes",), "without --resume latest"),
         (not keeps_logs(args), _KEPT, "with --logs none"),
     ]
+
+
+def _keeps_different_counts(args: argparse.Namespace) -> bool:
+    strategy = create_masking(args.masking, **args.masking_options)
+    lowest = getattr(strategy, "mask_ratio_min", None)
+    return lowest is not None and lowest != strategy.mask_ratio
 
 
 def _warmup_warnings(args: argparse.Namespace) -> list[str]:

@@ -61,6 +61,23 @@ def add_image_flags(parser: OwnParser) -> None:
         help="different ratios a schedule takes; each is one compiled graph with --torchcompile "
         "(default: 5)",
     )
+    # Two flags, since argparse's own pair goes by the name of its negation here (`own_actions`).
+    group.add_argument(
+        "--pack-tokens",
+        action="store_true",
+        default=None,
+        help="where images keep different numbers of patches, run all their patches as one "
+        "sequence instead of padding images to the longest: on CUDA in half precision, at the "
+        "price of one synchronisation per step; on a CPU without --torchcompile (default: on a "
+        "CPU, unless the model is tiny)",
+    )
+    group.add_argument(
+        "--no-pack-tokens",
+        dest="pack_tokens",
+        action="store_false",
+        default=None,
+        help="pad them to the longest",
+    )
 
 
 def _strategy_options() -> str:
