@@ -35,6 +35,13 @@ def test_the_command_line_wins_over_a_config(tmp_path):
     assert parse_options(["--config", str(config), "--no-pack-tokens"]).pack_tokens is False
 
 
+def test_false_in_a_config_is_the_negation(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("model: ViT-B-16\npack_tokens: false\n")
+    assert parse_options(["--config", str(config)]).pack_tokens is False
+    assert parse_options(["--config", str(config), "--pack-tokens"]).pack_tokens is True
+
+
 def test_a_resumed_run_may_change_it():
     assert "pack_tokens" not in (*IDENTITY, *RECIPE)
 

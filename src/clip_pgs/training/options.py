@@ -59,9 +59,10 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     _refuse_bare_dashes(argv)
     own, trainer_argv = parser.parse_known_args(argv)
     if own.config is not None:
-        defaults = load_config(own.config, {**own_actions(parser), **trainer_actions()})
+        actions = {**own_actions(parser), **trainer_actions()}
+        defaults = load_config(own.config, actions)
         _drop_replaced_model(defaults, own)
-        configured = render_arguments(defaults)
+        configured = render_arguments(defaults, actions)
         _refuse_bare_dashes(configured)
         own, trainer_argv = parser.parse_known_args([*configured, *argv])
 

@@ -86,12 +86,21 @@ def _checked(
     return options
 
 
-def render_arguments(options: Mapping[str, Any]) -> list[str]:
-    """Turn what `load_config` returned into command-line arguments."""
+def render_arguments(
+    options: Mapping[str, Any], actions: Mapping[str, argparse.Action]
+) -> list[str]:
+    """Turn what `load_config` returned into command-line arguments.
+
+    Args:
+        options: Values by flag. False gives a flag's `--no-` form where there is one, and nothing
+            where false is what a switch is without it.
+        actions: Every flag there is.
+    """
     arguments: list[str] = []
     for flag, value in options.items():
         if isinstance(value, bool):
-            arguments += [flag] if value else []
+            negation = f"--no-{flag[2:]}"
+            arguments += [flag] if value else [negation] if negation in actions else []
         elif isinstance(value, Mapping):
             arguments += [flag, *(f"{key}={item}" for key, item in value.items())]
         elif isinstance(value, list):
