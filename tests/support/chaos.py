@@ -30,7 +30,8 @@ class Tally:
         codes: How often each exit code came back.
         seconds_to_end: From each signal to the end of all processes.
         unreadable: How often the folder held no checkpoint that loads, after one had been saved.
-        lost: Samples that its curves miss, or count twice.
+        bad_samples: Samples that could not be used, as the curves count them at the end.
+        lost: Samples that its curves miss or count twice, and bad ones that it does not tell.
         differences: What differs from a run that nothing disturbed.
     """
 
@@ -38,6 +39,7 @@ class Tally:
     codes: Counter[int] = field(default_factory=Counter)
     seconds_to_end: list[float] = field(default_factory=list)
     unreadable: int = 0
+    bad_samples: int = 0
     lost: int = 0
     differences: list[str] = field(default_factory=list)
 
@@ -75,7 +77,11 @@ class Launch:
 
     def wait(self):
         """Return the exit code."""
-        return self.process.wait(timeout=_LAUNCH_SECONDS)
+        try:
+            return self.process.wait(timeout=_LAUNCH_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill_everything()
+            raise
 
     def output(self):
         """Return what was printed up to now."""
@@ -134,7 +140,9 @@ def num_steps(folder):
     return path.read_text().count("\n") if path.is_file() else 0
 
 
-def run_through_chaos(folder, argv, *, name, seed, num_stops, max_steps=12, num_processes=1):
+def run_through_chaos(
+    folder, argv, *, name, seed, num_stops, max_steps=12, num_processes=1, report=None
+):
     """Train to the end through random stops and faults.
 
     Args:
@@ -145,6 +153,7 @@ def run_through_chaos(folder, argv, *, name, seed, num_stops, max_steps=12, num_
         num_stops: Launches that are stopped.
         max_steps: Steps that a launch may take at most before it is stopped.
         num_processes: Processes of the run.
+        report: Called with a line on each stop.
 
     Returns:
         The tally, without the comparison.
@@ -154,7 +163,7 @@ def run_through_chaos(folder, argv, *, name, seed, num_stops, max_steps=12, num_
     path = folder / "logs" / name
     argv = [*argv, "--name", name, "--resume", "latest"]
     was_saved = False
-    for _ in range(num_stops):
+    for number in range(num_stops):
         launch = Launch(folder, argv, num_processes=num_processes)
         goal = num_steps(path) + rng.randint(1, max_steps)
         if rng.random() < 0.15:
@@ -167,15 +176,23 @@ def run_through_chaos(folder, argv, *, name, seed, num_stops, max_steps=12, num_
         if is_running:
             tally.actions[kind] += 1
             _stop(launch, kind, rng)
-        tally.codes[launch.wait()] += 1
-        tally.seconds_to_end.append(time.monotonic() - started)
+        code = launch.wait()
+        seconds = time.monotonic() - started
         if not is_running:
+            # It got to its end, or failed, which the last launch will show.
             break
+        tally.codes[code] += 1
+        tally.seconds_to_end.append(seconds)
         checkpoints = path / "checkpoints"
         was_saved = was_saved or (checkpoints / "latest").is_file()
+        faults = []
         if was_saved:
             tally.unreadable += find_latest(checkpoints, is_owner=False) is None
-            tally.actions.update(_damage(checkpoints, rng))
+            faults = _damage(checkpoints, rng)
+            tally.actions.update(faults)
+        if report is not None:
+            words = [kind, f"at step {num_steps(path)}", f"exit code {code} after {seconds:.1f} s"]
+            report(f"stop {number + 1} of {num_stops}: {', '.join([*words, *faults])}")
     launch = Launch(folder, argv, num_processes=num_processes)
     code = launch.wait()
     tally.codes[code] += 1
@@ -215,10 +232,23 @@ def _damage(checkpoints, rng):
 
 def compare(tally, path, expected, *, num_steps, samples_per_step):
     """Complete a tally by what a finished run lost, against one that nothing disturbed."""
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = _json_lines(path / "metrics.jsonl")
     seen = {line["step"]: line["samples"] for line in lines}
     right = {step: (step + 1) * samples_per_step for step in range(num_steps)}
     wrong = sum(seen.get(step) != samples for step, samples in right.items())
     tally.lost = samples_per_step * (wrong + abs(len(lines) - num_steps))
+    tally.bad_samples = lines[-1]["skipped_samples"]
+    told, expected_told = (_skipped(each) for each in (path, expected))
+    tally.lost += (told - expected_told).total() + (expected_told - told).total()
+    tally.lost += abs(tally.bad_samples - expected_told.total())
     tally.differences = differences(last_checkpoint(path), last_checkpoint(expected))
     return tally
+
+
+def _skipped(folder):
+    path = folder / "skipped.jsonl"
+    return Counter((e["step"], e["rank"], e["shard"], e["key"]) for e in _json_lines(path))
+
+
+def _json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

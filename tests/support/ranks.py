@@ -1,0 +1,163 @@
+"""The processes of a run without a launcher: a fork each, not an import."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+_PRELOADED = ["clip_pgs.training.__main__", "clip_pgs.training.loop", "clip_pgs.training.checks"]
+_LAUNCH_SECONDS = 90
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A signal that one rank gets when it has taken a step of the run."""
+
+    rank: int
+    step: int
+    number: signal.Signals
+
+
+@dataclass(frozen=True)
+class Hang:
+    """What one rank does for ever, or for some seconds of a processor's time.
+
+    Args:
+        rank: The process.
+        activity: "trains" or "evaluates"; "stopped" stops the whole process while it trains.
+        busy_seconds: None does nothing, for ever.
+    """
+
+    rank: int
+    activity: str
+    busy_seconds: float | None = None
+
+
+def train_together(
+    folder: Path, argv: list[str], *, num_processes: int = 2, trouble: Stop | Hang | None = None
+) -> list[int]:
+    """Train in several processes and return their exit codes, negative for a signal.
+
+    When one is killed the others are, too, as on a machine that loses its power.
+
+    Args:
+        folder: Where what they print is appended to `rank_N.txt`.
+        argv: Flags of training.
+        num_processes: How many.
+        trouble: What happens on the way.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    port = _free_port()
+    places = [(rank, num_processes, port) for rank in range(num_processes)]
+    processes = [
+        context.Process(target=_train, args=(folder, argv, place, trouble)) for place in places
+    ]
+    for process in processes:
+        process.start()
+    if isinstance(trouble, Stop) and trouble.number == signal.SIGKILL:
+        processes[trouble.rank].join(_LAUNCH_SECONDS)
+        for process in processes:
+            process.kill()
+    elif isinstance(trouble, Hang) and trouble.busy_seconds is None:
+        # One ends by the watchdog, and torchrun would then end the others.
+        multiprocessing.connection.wait([each.sentinel for each in processes], _LAUNCH_SECONDS)
+        for process in processes:
+            process.terminate()
+        if trouble.activity == "stopped":
+            processes[trouble.rank].kill()
+    for process in processes:
+        process.join(_LAUNCH_SECONDS)
+    return [process.exitcode for process in processes]
+
+
+def output(folder: Path) -> str:
+    """Return what the ranks printed up to now."""
+    return "\n".join(path.read_text() for path in sorted(folder.glob("rank_*.txt")))
+
+
+def _train(
+    folder: Path, argv: list[str], place: tuple[int, int, int], trouble: Stop | Hang | None
+) -> None:
+    rank, num_processes, port = place
+    with (folder / f"rank_{rank}.txt").open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if num_processes > 1:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(num_processes),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    from clip_pgs.training.__main__ import main
+    from clip_pgs.training.survival.leaving import leave
+
+    if trouble is not None and trouble.rank == rank:
+        _prepare(trouble)
+    # Data workers as they are of a process that no process forked.
+    multiprocessing.set_start_method("fork", force=True)
+    torch.set_num_threads(1)
+    leave(main(argv))
+
+
+def _prepare(trouble: Stop | Hang) -> None:
+    from clip_pgs.training.checkpoints.saving import RunSaver
+    from clip_pgs.training.phase_trainer import PhaseTrainer
+    from clip_pgs.training.validation import Validation
+
+    if isinstance(trouble, Stop):
+        _replace(RunSaver, "save_due", after=lambda *_, step: _signal_at(trouble, step))
+    elif trouble.activity in ("trains", "stopped"):
+        # The first step has more patience.
+        _replace(PhaseTrainer, "train_step", after=lambda trainer, _: _hang_after(trainer, trouble))
+    else:
+        _replace(Validation, "run", after=lambda *_, **__: _hang(trouble))
+
+
+def _replace(owner: type, name: str, *, after: Callable[..., object]) -> None:
+    before = getattr(owner, name)
+
+    def method(*args, **options):
+        result = before(*args, **options)
+        after(*args, **options)
+        return result
+
+    setattr(owner, name, method)
+
+
+def _signal_at(stop: Stop, step: int) -> None:
+    if step == stop.step:
+        os.kill(os.getpid(), stop.number)
+
+
+def _hang_after(trainer, hang: Hang) -> None:
+    if trainer.position > trainer.phase.samples_per_step:
+        _hang(hang)
+
+
+def _hang(hang: Hang) -> None:
+    if hang.activity == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if hang.busy_seconds is None:
+        signal.pause()
+    end = time.process_time() + (hang.busy_seconds or 0)
+    while time.process_time() < end:
+        continue
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

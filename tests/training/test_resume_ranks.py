@@ -1,0 +1,57 @@
+"""Two processes that are killed and told to leave end as two that nothing stopped."""
+
+import json
+import signal
+
+import pytest
+
+from support.ranks import Stop, output, train_together
+from support.resuming import differences, last_checkpoint
+from support.runs import flags
+
+# Of 32 samples, two at a time in each process: four steps an epoch with accumulation.
+VARIANTS = {
+    "pgs, adaptive, accumulation, workers": {
+        "masking": "pgs",
+        "mask_ratio": 0.5,
+        "mask_ratio_min": 0.2,
+        "accum_freq": 2,
+        "workers": 1,
+        "epochs": 3,
+    },
+    "attentive, a teacher, accumulation, then eight steps of unmasked tuning": {
+        "masking": "attentive",
+        "text_masking": "random",
+        "text_tokens": 6,
+        "accum_freq": 2,
+        "epochs": 1,
+        "unmasked_epochs": 1,
+        "unmasked_accum_freq": 1,
+    },
+}
+
+
+def steps_and_samples(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [(entry["step"], entry["samples"]) for entry in map(json.loads, lines)]
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_kills_and_signals_change_no_bit(tmp_path, world, variant):
+    options = {"train_data": world.train_data, "batch_size": 2, **VARIANTS[variant]}
+    whole = flags(tmp_path, name="whole", **options)
+    assert train_together(tmp_path, whole) == [0, 0], output(tmp_path)
+
+    argv = flags(tmp_path, resume="latest", save_every_steps=2, **options)
+    killed = Stop(rank=1, step=3, number=signal.SIGKILL)
+    assert train_together(tmp_path, argv, trouble=killed) == 2 * [-signal.SIGKILL]
+    # All leave, whichever of them was asked to.
+    asked = Stop(rank=1, step=5, number=signal.SIGUSR1)
+    assert train_together(tmp_path, argv, trouble=asked) == [85, 85], output(tmp_path)
+    killed = Stop(rank=0, step=9, number=signal.SIGKILL)
+    assert train_together(tmp_path, argv, trouble=killed) == 2 * [-signal.SIGKILL]
+    assert train_together(tmp_path, argv) == [0, 0], output(tmp_path)
+
+    folders = [tmp_path / "logs" / name for name in ("run", "whole")]
+    assert differences(*map(last_checkpoint, folders)) == []
+    assert steps_and_samples(folders[0]) == steps_and_samples(folders[1])
