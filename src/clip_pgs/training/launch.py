@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from clip_pgs.training.distributed import Meeting
 from clip_pgs.training.environment import describe_environment, save_environment
 from clip_pgs.training.run_folder import run_folder, save_options
 from clip_pgs.training.survival.restarts import launch_names, remember_name
+from clip_pgs.training.telemetry.lenient import Lenient, LenientSink
 from clip_pgs.training.telemetry.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
 
 LOG_NAME = "out.log"
@@ -115,6 +117,8 @@ def say_what_changed(
 def open_sinks(args: argparse.Namespace, folder: Path | None, *, first_step: int) -> list[Sink]:
     """Return where this process's measurements go; nowhere without a run folder.
 
+    One that cannot be written says so once, and the run goes on.
+
     Args:
         args: Options.
         folder: The run's folder on rank 0, None elsewhere.
@@ -123,9 +127,15 @@ def open_sinks(args: argparse.Namespace, folder: Path | None, *, first_step: int
     if folder is None:
         return []
     targets = {target.strip() for target in args.report_to.split(",")}
-    sinks: list[Sink] = [JsonLines(folder / METRICS_NAME, first_step=first_step)]
+    makers: dict[str, Callable[[], Sink]] = {
+        METRICS_NAME: lambda: JsonLines(folder / METRICS_NAME, first_step=first_step)
+    }
     if targets & {"tensorboard", "all"}:
-        sinks.append(TensorBoard(folder / "tensorboard", first_step=first_step))
+        makers["tensorboard"] = lambda: TensorBoard(folder / "tensorboard", first_step=first_step)
     if targets & {"wandb", "all"}:
-        sinks.append(WeightsAndBiases(args, folder / PARAMS_NAME))
+        makers["wandb"] = lambda: WeightsAndBiases(args, folder / PARAMS_NAME)
+    sinks: list[Sink] = []
+    for name, make in makers.items():
+        with Lenient(name):
+            sinks.append(LenientSink(make(), name))
     return sinks

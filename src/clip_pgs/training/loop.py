@@ -22,9 +22,15 @@ from clip_pgs.training.launch import (
 )
 from clip_pgs.training.precision import supported_precision
 from clip_pgs.training.run_folder import run_folder
-from clip_pgs.training.survival.exits import FAILED, BadInputError, ExitReport
+from clip_pgs.training.survival.exits import (
+    FAILED,
+    BadInputError,
+    ExitReport,
+    UnwrittenError,
+)
 from clip_pgs.training.survival.interrupts import Interrupts
 from clip_pgs.training.survival.watchdog import Watchdog
+from clip_pgs.training.telemetry.lenient import lenient_threads
 from clip_pgs.training.telemetry.run_log import logging_to
 from clip_pgs.training.telemetry.telemetry import Cost
 from clip_pgs.training.trainer import Trainer
@@ -46,6 +52,7 @@ def train(args: argparse.Namespace, *, evaluate: Evaluate | None = None) -> Path
     Raises:
         ValueError: If the data does not fill one step, or `--resume` names no checkpoint.
         StoppedError: If a signal asked the run to leave; it has saved where it is.
+        UnwrittenError: If its folder cannot be written.
         UnusableDataError, StalledDataError, BadNumbersError, OtherProcessError: See `Trainer.run`.
     """
     asked_device = args.device
@@ -61,11 +68,15 @@ def train(args: argparse.Namespace, *, evaluate: Evaluate | None = None) -> Path
         report.folder = folder
         if folder is not None and args.rank == 0:
             report.forget()
-            write_run_files(args, folder, device)
+            try:
+                write_run_files(args, folder, device)
+            except OSError as error:
+                raise UnwrittenError(f"the run's folder cannot be written: {error}") from error
         # From here on each process may fail on its own.
         meeting.wait()
         path = log_file(args)
-        with logging_to(path, level=_log_level(args, has_file=path is not None)):
+        level = _log_level(args, has_file=path is not None)
+        with lenient_threads(), logging_to(path, level=level):
             _logger.info("Process %d of %d on %s", args.rank, args.world_size, device)
             for sentence in sentences:
                 _logger.warning("%s", sentence)

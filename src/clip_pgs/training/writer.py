@@ -16,6 +16,7 @@ from clip_pgs.training.checkpoints.checkpoint_store import CheckpointStore
 from clip_pgs.training.export import FOLDER_NAME, write_export
 from clip_pgs.training.phases import total_epochs
 from clip_pgs.training.record import with_results
+from clip_pgs.training.telemetry.lenient import Lenient
 from clip_pgs.training.telemetry.overlays import draw_masks, fixed_images, save_picture
 from clip_pgs.training.telemetry.telemetry import Cost
 
@@ -48,6 +49,7 @@ class RunWriter:
         self._scaler = scaler
         self._record = record
         self._images: Tensor | None = None
+        self._lenient = Lenient("masks")
         self._store = CheckpointStore(
             folder / "checkpoints",
             keep_last=keep_last,
@@ -56,14 +58,16 @@ class RunWriter:
 
     def choose_images(self, candidates: Tensor) -> None:
         """Draw masks on these training images, of shape (B, 3, H, W), from now on."""
-        self._images = fixed_images(self._folder / "masks", candidates)
+        with self._lenient:
+            self._images = fixed_images(self._folder / "masks", candidates)
 
     def draw_masks(self, epoch: int) -> Tensor | None:
         """Save and return a picture of what is kept; None where no images were chosen."""
         if self._images is None:
             return None
         picture = draw_masks(self._model, self._images, seed=self._args.seed)
-        save_picture(picture, self._folder / "masks" / f"epoch_{epoch}.png")
+        with self._lenient:
+            save_picture(picture, self._folder / "masks" / f"epoch_{epoch}.png")
         return picture
 
     def save_epoch(
@@ -82,7 +86,6 @@ class RunWriter:
         Returns:
             The seconds that it held the run; the disk is waited for by `wait`.
         """
-        frequency = self._args.save_frequency
         content = self._pack(
             epoch,
             step=step,
@@ -93,9 +96,17 @@ class RunWriter:
         )
         return self._store.save(
             content,
-            as_epoch=is_phase_end or (frequency > 0 and epoch % frequency == 0),
+            as_epoch=self._keeps_epoch(epoch, is_phase_end=is_phase_end),
             as_most_recent=self._args.save_most_recent,
         )
+
+    def saves_epoch(self, epoch: int, *, is_phase_end: bool) -> bool:
+        """Return whether `save_epoch` would write anything."""
+        return self._args.save_most_recent or self._keeps_epoch(epoch, is_phase_end=is_phase_end)
+
+    def _keeps_epoch(self, epoch: int, *, is_phase_end: bool) -> bool:
+        frequency = self._args.save_frequency
+        return is_phase_end or (frequency > 0 and epoch % frequency == 0)
 
     def save_step(
         self,

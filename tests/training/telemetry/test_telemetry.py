@@ -79,6 +79,14 @@ def test_metrics_file_counts_samples_and_flops(finished_run):
     assert per_sample.pop() > 1e6
 
 
+def test_metrics_file_tells_the_seconds_since_the_run_began(finished_run):
+    everything = [*entries(finished_run, "train"), *entries(finished_run, "val")]
+    everything.sort(key=lambda entry: (entry["step"], entry["kind"]))
+    seconds = [entry["seconds"] for entry in everything]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+
+
 def test_mask_ratios_are_within_the_bounds_of_the_options(finished_run):
     for entry in entries(finished_run, "train"):
         # 16 patches: floor(0.3 * 16) = 4 and 8 masked at least and at most.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,6 +43,27 @@ def write_text(path: Path, text: str) -> None:
     """
     with durable_file(path) as file:
         file.write(text.encode())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a text file that several processes may share, whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written; the file is as it was.
+    """
+    data = f"{line}\n".encode()
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        # Over NFS two machines' appends can meet at one place; not every file system has locks.
+        with suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        size = os.fstat(file).st_size
+        # A disk that fills up takes a part without an error.
+        if os.write(file, data) < len(data):
+            os.ftruncate(file, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(file)
 
 
 def unfinished_path(path: Path) -> Path:

@@ -51,6 +51,10 @@ class StoppedError(Exception):
         self.code = code
 
 
+class UnwrittenError(RuntimeError):
+    """Something that a run cannot do without, and that cannot be written."""
+
+
 class BadNumbersError(RuntimeError):
     """Weights, losses or gradients that no step makes finite again."""
 
@@ -65,6 +69,7 @@ _EXPECTED: tuple[tuple[type[BaseException], int], ...] = (
     (UnusableDataError, BAD_INPUT),
     (StalledDataError, FAILED),
     (BadNumbersError, FAILED),
+    (UnwrittenError, FAILED),
     (OtherProcessError, FAILED),
     (KeyboardInterrupt, INTERRUPTED),
 )

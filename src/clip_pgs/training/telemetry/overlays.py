@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -33,12 +34,18 @@ def fixed_images(folder: Path, candidates: Tensor) -> Tensor:
 
     Returns:
         Up to 8 images on the device of the candidates, float32.
+
+    Raises:
+        OSError: If they cannot be kept.
     """
     path = folder / _IMAGES_NAME
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
+        torch.save(candidates[:NUM_IMAGES].float().cpu(), content)
+        # Not by torch, which tells of a full disk as of a wrong position in the file.
         with durable_file(path) as file:
-            torch.save(candidates[:NUM_IMAGES].float().cpu(), file)
+            file.write(content.getbuffer())
     return torch.load(path, weights_only=True).to(candidates.device)
 
 

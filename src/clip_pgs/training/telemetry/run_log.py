@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
 _FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
 _DATE_FORMAT = "%Y-%m-%d,%H:%M:%S"
+_logger = logging.getLogger(__name__)
 _CHATTY = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "PIL", "fsspec")
 
 
@@ -22,7 +23,29 @@ class _AboveProgressBar(logging.Handler):
         # OpenCLIP's model factory tells its steps through the root logger: a matter for the file.
         if record.name == "root" and record.levelno < logging.WARNING:
             return
-        tqdm.write(self.format(record), file=sys.stderr)
+        # Where nobody listens any more, there is nobody to tell.
+        with suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _RunFile(logging.FileHandler):
+    """Writes lines to the run's file; where it cannot, it says so once, elsewhere."""
+
+    _is_told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._is_told:
+            self._is_told = True
+            name = Path(self.baseFilename).name
+            _logger.warning("%s cannot be written: %s; the run goes on", name, error.strerror)
+
+    def close(self) -> None:
+        # What could not be written is tried again.
+        with suppress(OSError):
+            super().close()
 
 
 @contextmanager
@@ -35,7 +58,7 @@ def logging_to(path: Path | None, *, level: int) -> Iterator[None]:
     """
     handlers: list[logging.Handler] = [_AboveProgressBar()]
     if path is not None:
-        handlers.append(logging.FileHandler(path))
+        handlers.append(_RunFile(path))
     root = logging.getLogger()
     level_before = root.level
     root.setLevel(level)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from clip_pgs.training.checkpoints.durable import write_text
+from clip_pgs.training.checkpoints.durable import append_line, write_text
 
 
 class Sink(Protocol):
@@ -60,7 +60,8 @@ class JsonLines:
     ) -> None:
         """Append a line of kind "val"; its step is the last one taken."""
         entry = {"kind": "val", "epoch": epoch, "step": int(cost["steps"]) - 1}
-        self._append({**entry, "samples": cost["samples"], "flops": cost["flops"], **values})
+        spent = {name: cost[name] for name in ("samples", "flops", "seconds")}
+        self._append({**entry, **spent, **values})
 
     def picture(self, name: str, pixels: Tensor, *, step: int) -> None:
         """Leave pictures to the others."""
@@ -69,8 +70,7 @@ class JsonLines:
         """Nothing is left: every line was written at once."""
 
     def _append(self, entry: dict[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_line(self._path, json.dumps(entry))
 
 
 def _is_before(line: str, step: int) -> bool:

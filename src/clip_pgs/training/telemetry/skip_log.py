@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from clip_pgs.data.samples import Skip
+from clip_pgs.training.checkpoints.durable import append_line, write_text
+from clip_pgs.training.telemetry.lenient import Lenient
 
 SKIPPED_NAME = "skipped.jsonl"
 
@@ -33,6 +31,7 @@ class SkipLog:
         self._waiting: list[Skip] = []
         self._shards: set[tuple[str, str]] = set()
         self._num_new = 0
+        self._lenient = Lenient(SKIPPED_NAME)
 
     def open(self, *, step: int) -> None:
         """Begin at a step, from which on an earlier launch's lines are dropped by rank 0."""
@@ -41,7 +40,8 @@ class SkipLog:
         if self._path is not None and self._rank == 0 and self._path.is_file():
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if _is_before(line, step)]
-            self._path.write_text("".join(kept), encoding="utf-8")
+            with self._lenient:
+                write_text(self._path, "".join(kept))
             entries = map(json.loads, kept)
             self._shards = {(e["shard"], e["reason"]) for e in entries if not e["key"]}
         for skip in self._waiting:
@@ -61,25 +61,14 @@ class SkipLog:
         self._num_new += 1
         if self._path is not None:
             entry = {"step": self.step, "rank": self._rank, **vars(skip)}
-            _append(self._path, entry)
+            with self._lenient:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                append_line(self._path, json.dumps(entry))
 
     def take_count(self) -> int:
         """Return how many came since the last call."""
         count, self._num_new = self._num_new, 0
         return count
-
-
-def _append(path: Path, entry: dict[str, Any]) -> None:
-    line = (json.dumps(entry) + "\n").encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        # Over NFS two machines' appends can meet at one place; not every file system has locks.
-        with suppress(OSError):
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        os.write(file, line)
-    finally:
-        os.close(file)
 
 
 def _is_before(line: str, step: int) -> bool:

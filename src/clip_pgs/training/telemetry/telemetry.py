@@ -176,6 +176,7 @@ class Telemetry:
             values["bias"] = model.logit_bias.mean().item()
         values["samples"] = self._cost.samples
         values["flops"] = self._cost.flops
+        values["seconds"] = self.cost.seconds
         masks = ""
         skipped = self._read_skipped(values)
         if "mask_ratio_mean" in values:
