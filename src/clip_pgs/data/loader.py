@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -20,6 +22,9 @@ from clip_pgs.data.sequential.sequential_batches import SequentialBatches
 from clip_pgs.data.whereabouts import StalledDataError, time_limit
 
 _LOADER_ERROR = re.compile(r"DataLoader (timed out|worker \(pid)")
+# A worker that is told to leave while it stays at one sample for so long is not waited for.
+_LEAVE_SECONDS = 0.5
+_KILL_SECONDS = 2.0
 
 
 class SampleStream:
@@ -61,6 +66,8 @@ class SampleStream:
         self._account = account
         self._timeout = timeout
         self._loader = self._make_loader()
+        # The one that is being read; frames of an error would keep it, and with it the workers.
+        self._reader: Iterator[Batch] = iter(())
 
     @property
     def skipped(self) -> Counter[str]:
@@ -100,31 +107,57 @@ class SampleStream:
             if num_given == 0 and self._batches.num_batches != 0:
                 raise self._account.no_usable_sample([])
         except (ValueError, RuntimeError):
-            # Ends the workers now. Those that die with a traceback, in the garbage collector,
-            # are no longer reached by their queues: torch waits five seconds for each.
-            self._loader = self._make_loader()
+            self.close()
             raise
         self._account.finish_epoch()
 
+    def close(self) -> None:
+        """End the workers, also those that hang; a new iterator starts others.
+
+        Those that die in the garbage collector are no longer reached by their queues: torch waits
+        five seconds for each.
+        """
+        self._kill_hanging()
+        self._reader = iter(())
+        self._loader = self._make_loader()
+
+    def _kill_hanging(self) -> None:
+        busy = self._batches.whereabouts.busy()
+        if self.num_workers == 0 or not busy:
+            return
+        time.sleep(_LEAVE_SECONDS)
+        hanging = {process for _, process, *_ in {*busy} & {*self._batches.whereabouts.busy()}}
+        for child in multiprocessing.active_children():
+            if child.pid in hanging:
+                # torch raises an error where one of its workers is killed.
+                with suppress(RuntimeError):
+                    child.kill()
+                    child.join(_KILL_SECONDS)
+
     def _read_loader(self) -> Iterator[Batch]:
-        batches = iter(self._loader)
+        self._reader = iter(self._loader)
         while True:
+            what = ""
             try:
                 if self.num_workers > 0:
-                    batch = next(batches, None)
+                    batch = next(self._reader, None)
                 else:
                     # Samples seed the generators of the process that decodes them: this one.
                     with time_limit(self._timeout), _preserved_generators():
-                        batch = next(batches, None)
+                        batch = next(self._reader, None)
             except StalledDataError as error:
-                raise self._stalled(str(error)) from None
+                what = str(error)
             except RuntimeError as error:
                 found = _LOADER_ERROR.match(str(error))
                 if found is None:
                     raise
                 if found[1] == "timed out":
-                    raise self._stalled(f"no batch for {self._timeout:g} seconds") from None
-                raise self._stalled("a data worker died") from error
+                    what = f"no batch for {self._timeout:g} seconds"
+                else:
+                    what = "a data worker died"
+            # Out here, without the error, whose frames hold the workers.
+            if what:
+                raise self._stalled(what)
             if batch is None:
                 return
             yield batch

@@ -12,6 +12,7 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from clip_pgs.sentences import one_sentence
+from clip_pgs.training.survival.leaving import leave
 
 BAD_INPUT = 2
 
@@ -139,4 +140,4 @@ def _summary(args: argparse.Namespace) -> str:
 
 if __name__ == "__main__":
     # Tells torchrun what went wrong, which shows it for the process that failed first.
-    sys.exit(record(main)())
+    leave(record(main)() or 0)

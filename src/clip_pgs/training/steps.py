@@ -11,8 +11,9 @@ from clip_pgs.training.phase_trainer import PhaseTrainer
 from clip_pgs.training.step import Batch
 from clip_pgs.training.survival.exits import BadNumbersError
 from clip_pgs.training.survival.gate import Gate
-from clip_pgs.training.survival.interrupts import Interrupts
-from clip_pgs.training.survival.watchdog import FETCHING, SAVING, TRAINING, VOTING, Watchdog
+from clip_pgs.training.survival.interrupts import AskedToLeave, Interrupts
+from clip_pgs.training.survival.signs import FETCHING, SAVING, TRAINING, VOTING
+from clip_pgs.training.survival.watchdog import Watchdog
 from clip_pgs.training.telemetry.skip_log import SkipLog
 from clip_pgs.training.telemetry.telemetry import Telemetry
 
@@ -20,6 +21,8 @@ from clip_pgs.training.telemetry.telemetry import Telemetry
 _FIRST_STEP_PATIENCE = 4.0
 # A signal to all processes may reach those that load data first.
 _SIGNAL_SECONDS = 1.0
+# Samples that are longer in coming are not waited for by who is asked to leave.
+_BATCH_SECONDS = 5.0
 
 
 class Steps:
@@ -107,7 +110,10 @@ class Steps:
         batches: list[Batch] = []
         seconds = 0.0
         try:
-            batches, seconds = trainer.next_batches()
+            with self._interrupts.breakable(patience=_BATCH_SECONDS):
+                batches, seconds = trainer.next_batches()
+        except AskedToLeave:
+            pass
         except (UnusableDataError, StalledDataError) as error:
             self._interrupts.wait(_SIGNAL_SECONDS)
             if not self._interrupts.code:

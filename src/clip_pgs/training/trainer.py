@@ -21,12 +21,15 @@ from clip_pgs.training.record import describe_run
 from clip_pgs.training.step import Batch
 from clip_pgs.training.steps import Steps
 from clip_pgs.training.survival.bad_steps import BadSteps
+from clip_pgs.training.survival.exits import UnwrittenError
 from clip_pgs.training.survival.gate import Gate
 from clip_pgs.training.survival.interrupts import AskedToLeave, Interrupts
+from clip_pgs.training.survival.signs import EVALUATING, EXPORTING
 from clip_pgs.training.survival.watchdog import Watchdog
+from clip_pgs.training.telemetry.lenient import Lenient
 from clip_pgs.training.telemetry.skip_log import SkipLog
 from clip_pgs.training.telemetry.telemetry import Cost, Telemetry
-from clip_pgs.training.validation import Evaluate, Validation, save_results
+from clip_pgs.training.validation import RESULTS_NAME, Evaluate, Validation, save_results
 from clip_pgs.training.writer import RunWriter
 
 _logger = logging.getLogger(__name__)
@@ -80,6 +83,7 @@ class Trainer:
         earlier = (self._checkpoint or {}).get("clip_pgs", {}) if has_begun else {}
         self._metrics: dict[str, float] = dict(earlier.get("metrics", {}))
 
+        self._lenient = Lenient(RESULTS_NAME)
         self._skips = SkipLog(folder, rank=args.rank)
         self._phases = plan_phases(args, self._parts, on_skip=self._skips)
         if self._checkpoint is not None and has_begun:
@@ -90,7 +94,13 @@ class Trainer:
         )
         self._telemetry = self._open_telemetry(Cost(**earlier.get("cost", {})))
         self._writer = None if self._folder is None else self._open_writer(self._folder)
-        self._saver = RunSaver(self._writer, args, telemetry=self._telemetry, metrics=self._metrics)
+        self._saver = RunSaver(
+            self._writer,
+            args,
+            telemetry=self._telemetry,
+            metrics=self._metrics,
+            is_measured=any((args.val_data, args.imagenet_val, args.imagenet_v2, evaluate)),
+        )
         self._saver.start_from(self._first_epoch, self._first_position)
         self._gate = Gate(meeting, interrupts, self._saver)
         self._steps = Steps(
@@ -156,6 +166,8 @@ class Trainer:
                 self._writer.close()
             raise
         finally:
+            for phase in self._phases:
+                phase.stream.close()
             self._telemetry.close()
 
     def _train_phase(self, phase: Phase) -> None:
@@ -200,7 +212,7 @@ class Trainer:
 
     def _finish_epoch(self, trainer: PhaseTrainer, epoch: int) -> None:
         """Draw, measure and save after an epoch; nobody goes on, or leaves, before rank 0 has."""
-        self._watchdog.pause()
+        self._watchdog.let(self._telemetry.next_step, EVALUATING)
         place = (epoch, trainer.position)
         self._gate.go_through(trainer, place)
         is_done = True
@@ -224,11 +236,19 @@ class Trainer:
             self._metrics.update(metrics)
             self._telemetry.validation(metrics, epoch=epoch)
             if self._folder is not None:
-                save_results(metrics, self._folder / "checkpoints")
+                with self._lenient:
+                    save_results(metrics, self._folder / "checkpoints")
 
     def _finish(self, writer: RunWriter) -> None:
         cost = self._telemetry.cost
-        export = writer.export(cost=cost, metrics=self._metrics)
+        self._watchdog.let(cost.steps, EXPORTING)
+        try:
+            export = writer.export(cost=cost, metrics=self._metrics)
+        except OSError as error:
+            cure = f"python -m clip_pgs.training.export {self._folder} makes it from the checkpoint"
+            if not writer.wait():
+                cure = "nor could the last checkpoint be; --resume latest makes both"
+            raise UnwrittenError(f"the export cannot be written: {error}; {cure}") from error
         writer.close()
         _logger.info(
             "Done: %d steps, %d samples, %.3g FLOPs in %s",

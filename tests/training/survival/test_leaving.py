@@ -1,4 +1,4 @@
-"""What a run says when it ends, who may use its name again, and who is said to hang."""
+"""What a run says when it ends and who may use its name again."""
 
 import io
 import json
@@ -12,27 +12,9 @@ from clip_pgs.data.samples import Skip, UnusableDataError
 from clip_pgs.training.__main__ import main
 from clip_pgs.training.checkpoints.saving import RunSaver
 from clip_pgs.training.survival.exits import StoppedError
-from clip_pgs.training.survival.watchdog import FETCHING, TRAINING, VOTING, Sign, name_hanging
 from clip_pgs.training.telemetry.skip_log import SkipLog
+from support.disk import files_limited_to
 from support.runs import flags, run, write_shards
-
-
-def sign(*, step=5, activity=VOTING):
-    return Sign(beat=1, step=step, activity=activity, seconds=9.0, host="node-a", process=77)
-
-
-@pytest.mark.parametrize(
-    ("signs", "silent", "beginning"),
-    [
-        ({0: sign(), 1: sign(activity=FETCHING)}, {}, "rank 1 hangs: for 9 s where it waits for"),
-        ({0: sign(), 1: sign(step=4, activity=TRAINING)}, {}, "rank 1 hangs: for 9 s where it t"),
-        ({0: sign(), 1: sign()}, {1: 30.0}, "rank 1 hangs: no sign of life for 30 s, last seen"),
-        ({0: sign()}, {1: 30.0}, "rank 1 hangs: no sign of life for 30 s, and none before"),
-        ({0: sign(), 1: sign()}, {}, "no rank gets on: each waits for the others at step 5"),
-    ],
-)
-def test_the_rank_that_others_wait_for_is_named(signs, silent, beginning):
-    assert name_hanging(signs, silent=silent).startswith(beginning)
 
 
 def spoil_shard(path, *, num_good):
@@ -87,6 +69,18 @@ def test_lines_that_a_resumed_run_repeats_are_dropped(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == ["", "1", "2"]
     assert (log.take_count(), again.take_count()) == (4, 0)
+
+
+def test_lines_that_cannot_be_dropped_on_a_full_disk_stay_as_they_are(tmp_path, caplog):
+    log = SkipLog(tmp_path, rank=0)
+    log.open(step=0)
+    for log.step in (1, 2, 3):
+        log(Skip("b.tar", str(log.step), "no caption"))
+    before = (tmp_path / "skipped.jsonl").read_text()
+    with files_limited_to(10):
+        SkipLog(tmp_path, rank=0).open(step=3)
+    assert (tmp_path / "skipped.jsonl").read_text() == before
+    assert "skipped.jsonl cannot be written: File too large; the run goes on" in caplog.text
 
 
 @pytest.fixture

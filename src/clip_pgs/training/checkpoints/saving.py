@@ -19,6 +19,7 @@ class RunSaver:
         args: Options.
         telemetry: Says what the run has spent.
         metrics: The last measurements; changed by others.
+        is_measured: Whether something is measured between an epoch's last step and its save.
     """
 
     def __init__(
@@ -28,8 +29,10 @@ class RunSaver:
         *,
         telemetry: Telemetry,
         metrics: Mapping[str, float],
+        is_measured: bool = True,
     ) -> None:
         self._writer = writer
+        self._is_measured = is_measured
         self._every_steps = args.save_every_steps
         self._every_seconds = 60 * (args.save_every_minutes or 0)
         self._telemetry = telemetry
@@ -54,9 +57,18 @@ class RunSaver:
         if self._every_seconds and monotonic() - self._saved_at >= self._every_seconds:
             # One that is late by the disk's fault does not hold the run up.
             is_due = is_due or not self._writer.is_saving
-        if is_due:
+        if is_due and not self._is_saved_next(trainer):
             self._telemetry.check_numbers()
             self.save(trainer, trainer.epoch, trainer.position)
+
+    def _is_saved_next(self, trainer: PhaseTrainer) -> bool:
+        """Return whether the epoch is over, and its own save follows at once."""
+        phase, writer = trainer.phase, self._writer
+        if self._is_measured or writer is None:
+            return False
+        is_over = trainer.position == phase.steps_per_epoch * phase.samples_per_step
+        epoch = trainer.epoch + 1
+        return is_over and writer.saves_epoch(epoch, is_phase_end=epoch == phase.end_epoch)
 
     def save(self, trainer: PhaseTrainer, epoch: int, position: int) -> None:
         """Save a place in the run: `position` samples of the epoch after `epoch` completed ones."""

@@ -73,6 +73,7 @@ def add_run_flags(parser: OwnParser) -> None:
         "--hang-timeout",
         type=float,
         metavar="S",
-        help="seconds in one place after which a process of several hangs, is named and ends the "
-        "run (default: 480; 0 waits for ever)",
+        help="seconds after which a run in which nothing happens is ended by name of the process "
+        "that hangs (default: 480; 0 waits for ever): in one place of a step, or without processor "
+        "time in an evaluation or a save, which may otherwise take as long as they take",
     )

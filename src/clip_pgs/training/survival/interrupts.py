@@ -39,6 +39,7 @@ class Interrupts:
         self._since = 0.0
         self._process = os.getpid()
         self._is_breakable = False
+        self._patience = 0.0
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -58,9 +59,13 @@ class Interrupts:
                 signal.signal(number, handler)
 
     @contextmanager
-    def breakable(self) -> Iterator[None]:
-        """Let a signal, one that came before included, end the block with AskedToLeave."""
-        self._is_breakable = True
+    def breakable(self, *, patience: float = 0.0) -> Iterator[None]:
+        """Let a signal, one that came before included, end the block with AskedToLeave.
+
+        Args:
+            patience: Seconds that the block has to end by itself after a signal.
+        """
+        self._is_breakable, self._patience = True, patience
         try:
             if self.code:
                 raise AskedToLeave(self.name)
@@ -79,12 +84,18 @@ class Interrupts:
         if os.getpid() != self._process:
             return
         now = time.monotonic()
-        if self.code:
-            if number == signal.SIGINT and now - self._since > _ECHO_SECONDS:
-                raise KeyboardInterrupt
+        if not self.code:
+            self.code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+            self.name = signal.Signals(number).name
+            self._since = now
+        elif number == signal.SIGINT and now - self._since > _ECHO_SECONDS:
+            raise KeyboardInterrupt
+        if not self._is_breakable:
             return
-        self.code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
-        self.name = signal.Signals(number).name
-        self._since = now
-        if self._is_breakable:
+        left = self._since + self._patience - now
+        if left <= 0:
             raise AskedToLeave(self.name)
+        # The same signal again, in time.
+        timer = threading.Timer(left, signal.pthread_kill, (threading.get_ident(), number))
+        timer.daemon = True
+        timer.start()
