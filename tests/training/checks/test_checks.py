@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from support.options import VALID
+from support.refusals import PGS, accept, refusal, warnings_of
+
+
+def test_a_valid_run_passes_without_a_warning_and_creates_nothing(tmp_path):
+    argv = [*VALID, *PGS, "--mask-ratio", "0.5", "--name", "demo", "--accum-freq", "2", "--siglip"]
+    assert warnings_of(*argv) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "rule"),
+    [
+        ("--batch-size", "0", ">= 1"),
+        ("--epochs", "0", ">= 1"),
+        ("--unmasked-epochs", "-1", ">= 0"),
+        ("--unmasked-lr", "0", "> 0"),
+        ("--unmasked-warmup", "-1", ">= 0"),
+        ("--unmasked-batch-size", "0", ">= 1"),
+        ("--unmasked-accum-freq", "0", ">= 1"),
+        ("--mask-schedule-steps", "1", ">= 2"),
+        ("--mask-ratio-end", "1", "in [0, 1)"),
+        ("--accum-freq", "0", ">= 1"),
+        ("--workers", "-1", "in [0, 1024]"),
+        ("--warmup", "-1", ">= 0"),
+        ("--lr", "0", "> 0"),
+        ("--lr", "nan", "> 0"),
+        ("--lr", "inf", "> 0"),
+        ("--wd", "-0.1", ">= 0"),
+        ("--beta1", "1", "in [0, 1)"),
+        ("--eps", "0", "> 0"),
+        ("--grad-clip-norm", "0", "> 0"),
+        ("--log-every-n-steps", "0", ">= 1"),
+        ("--seed", "-1", "in [0, 2**32)"),
+        ("--train-num-samples", "0", ">= 1"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(flag, value, rule):
+    message = refusal(*VALID, f"{flag}={value}")
+    assert message.startswith(f"{flag} must be {rule}, got ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--image-mean", "0", "1"], "--image-mean takes 3 finite numbers"),
+        (["--image-std", "0", "1", "1"], "--image-std must be > 0"),
+        (["--force-image-size", "1", "2", "3"], "--force-image-size takes 1 or 2"),
+        (["--opt", "sgd"], "--opt must be adamw or timm/NAME, got 'sgd'"),
+        (["--opt", "timm/adamm", "--lr", "1"], "'timm/adamm'"),
+        (["--opt", "timm/lamb"], "set --lr"),
+        (["--opt", "timm/lamb", "--lr", "1", "--beta1", "0.9"], "both --beta1 and --beta2"),
+        (["--lr-scheduler", "linear"], "cosine, const, const-cooldown, got 'linear'"),
+        (["--lr-scheduler", "const-cooldown"], "needs --epochs-cooldown"),
+        (
+            ["--lr-scheduler", "const-cooldown", "--epochs-cooldown", "9", "--epochs", "8"],
+            "at most --epochs = 8, got 9",
+        ),
+        (["--siglip", "--loss-dist-impl", "ring"], "bidir, shift, reduce, gather, got 'ring'"),
+        (["--aug-cfg", "zoom=2"], "--aug-cfg has no 'zoom'"),
+        (["--pretrained", "laion9b"], "'laion9b' is neither a file nor a tag of ViT-B-16"),
+        (["--report-to", "tensorbord"], "got 'tensorbord'"),
+        (["--device", "warp"], "--device 'warp'"),
+        (["--device", "meta"], "--device meta is not available"),
+        (["--epochs", "9" * 30], "--epochs must be at most 2**53"),
+        (["--workers", "2000"], "--workers must be in [0, 1024], got 2000"),
+        (["--aug-cfg", "scale=wide"], "OpenCLIP cannot augment with --aug-cfg {'scale': 'wide'}"),
+        (["--batch-size", "9" * 12], "the pixels of a batch of 999999999999 images of 224 x 224"),
+        (["--force-image-size", "1000000"], "the weights of ViT-B-16 take"),
+        (["--logs", f"{__file__}/logs", "--name", "a"], "is a file where a folder on the way to"),
+        (["--imagenet-val", "x" * 300], "File name too long"),
+        (["--device", "cuda:99"], "--device cuda:99 is not available"),
+        (["--resume", "nowhere.pt"], "--resume: checkpoint 'nowhere.pt' does not exist"),
+        (["--resume", __file__], "cannot be read"),
+        (["--lock-text"], "--lock-text needs --lock-text-freeze-layer-norm"),
+        (["--resume", "latest"], "needs the --name"),
+        (["--resume", "latest", "--name", "a", "--logs", "none"], "needs the run's --logs"),
+        (["--name", "../a"], "--name must be one folder name"),
+        (["--name", ".."], "--name must be one folder name"),
+        (["--imagenet-val", "nowhere"], "--imagenet-val 'nowhere' is not a folder"),
+        (["--batch-size", "1001"], "1000 training samples are less than one optimiser step"),
+        (["--batch-size", "500", "--accum-freq", "3"], "takes 1500"),
+    ],
+)
+def test_what_cannot_work_is_refused(argv, part):
+    assert part in refusal(*VALID, *argv)
+
+
+def test_weights_are_a_file_or_a_tag_of_the_model(tmp_path):
+    torch.save({"logit_scale": torch.zeros(1)}, tmp_path / "weights.pt")
+    accept(*VALID, "--pretrained", "weights.pt")
+    accept(*VALID, "--pretrained", "laion2b_s34b_b88k")
+
+
+def test_the_default_device_may_be_absent():
+    assert accept(*VALID).device == "cuda"
+    accept(*VALID, "--device", "cpu")
+
+
+def test_a_logger_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "needs the package wandb" in refusal(*VALID, "--report-to", "wandb,tensorboard")

@@ -1,0 +1,83 @@
+import pytest
+
+from support.options import SYNTHETIC, VALID, write_shards
+from support.refusals import accept, refusal
+
+
+def test_a_local_model_without_a_config_is_refused():
+    assert "local-dir:nowhere" in refusal("--model", "local-dir:nowhere", *SYNTHETIC)
+
+
+def test_no_data_at_all_is_refused():
+    assert "there is no data" in refusal("--model", "ViT-B-16")
+
+
+def test_evaluation_without_training_data_is_accepted(tmp_path):
+    accept("--model", "ViT-B-16", "--val-data", write_shards(tmp_path / "val"))
+
+
+def test_shards_with_their_sizes_need_no_number_of_samples(tmp_path):
+    accept("--model", "ViT-B-16", "--train-data", write_shards(tmp_path / "train"))
+
+
+def test_shards_without_sizes_are_counted(tmp_path):
+    pattern = write_shards(tmp_path / "train")
+    (tmp_path / "train" / "sizes.json").unlink()
+    argv = ["--model", "ViT-B-16", "--train-data", pattern]
+    assert "0 training samples are less than one optimiser step" in refusal(*argv)
+
+
+def test_commands_need_the_number_of_samples():
+    argv = ["--model", "ViT-B-16", "--train-data", "pipe:cat {0..1}.tar"]
+    assert "--train-num-samples" in refusal(*argv)
+    accept(*argv, "--train-num-samples", "1000")
+
+
+@pytest.mark.parametrize("flag", ["--train-data", "--val-data"])
+@pytest.mark.parametrize(
+    "pattern", ["nowhere/{0..3}.tar", "nowhere/*.tar", "nowhere.csv", "nowhere", "train/{0..9}.tar"]
+)
+def test_data_that_is_not_there_is_refused(tmp_path, flag, pattern):
+    argv = ["--model", "ViT-B-16", "--train-data", write_shards(tmp_path / "train"), flag, pattern]
+    message = refusal(*argv)
+    assert flag in message
+    assert pattern in message
+
+
+def test_fewer_commands_than_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    options = ["--model", "ViT-B-16", "--train-num-samples", "1000", "--train-data"]
+    assert "2 shards cannot feed 3 processes" in refusal(*options, "pipe:cat {0..1}.tar")
+    accept(*options, "pipe:cat {0..1}.tar", "--dataset-resampled")
+    accept(*options, write_shards(tmp_path / "train"))
+
+
+def test_processes_count_towards_one_step(monkeypatch):
+    argv = [*VALID, "--batch-size", "400"]
+    accept(*argv)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "takes 1200" in refusal(*argv)
+
+
+def test_upsampling_factors_need_resampling_and_one_factor_per_source(tmp_path):
+    pattern = "::".join(write_shards(tmp_path / name) for name in ("a", "b"))
+    argv = ["--model", "ViT-B-16", "--train-data", pattern, "--train-data-upsampling-factors"]
+    assert "needs --dataset-resampled" in refusal(*argv, "1::2")
+    assert "3 factors for 2" in refusal(*argv, "1::2::3", "--dataset-resampled")
+    accept(*argv, "1::2", "--dataset-resampled")
+
+
+def test_a_table_needs_its_columns_and_rows_for_one_step(tmp_path):
+    (tmp_path / "pairs.csv").write_text("filepath\ttitle\n" + "a.png\ta cat\n" * 8)
+    argv = ["--model", "ViT-B-16", "--train-data", "pairs.csv", "--batch-size"]
+    accept(*argv, "8")
+    assert "8 training samples" in refusal(*argv, "9")
+    assert "no column 'caption'" in refusal(*argv, "8", "--csv-caption-key", "caption")
+
+
+def test_imagenet_needs_a_folder_per_class(tmp_path):
+    (tmp_path / "val").mkdir()
+    argv = [*VALID, "--imagenet-val", "val"]
+    assert "no folder per class" in refusal(*argv)
+    (tmp_path / "val" / "n01440764").mkdir()
+    accept(*argv)

@@ -1,0 +1,66 @@
+import json
+
+import pytest
+
+from support.options import SYNTHETIC, VALID, write_model_config
+from support.refusals import warnings_of
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--momentum", "0.9"], "--momentum has no effect with --opt adamw"),
+        (["--lr-cooldown-end", "0.1"], "--lr-cooldown-end has no effect on --lr-scheduler cosine"),
+        (["--epochs-cooldown", "1"], "--epochs-cooldown has no effect on --lr-scheduler cosine"),
+        (["--skip-scheduler"], "--warmup has no effect with --skip-scheduler"),
+        (["--csv-img-key", "a"], "--csv-img-key has no effect without csv data"),
+        (["--val-frequency", "2"], "--val-frequency has no effect without --val-data"),
+        (["--zeroshot-frequency", "2"], "--zeroshot-frequency has no effect without"),
+        (["--lock-image-unlocked-groups", "1"], "--lock-image-unlocked-groups has no effect"),
+        (["--lock-text-freeze-layer-norm"], "--lock-text-freeze-layer-norm has no effect"),
+        (["--coca-caption-loss-weight", "1"], "on ViT-B-16, which is no CoCa model"),
+        (["--loss-dist-impl", "reduce"], "--loss-dist-impl has no effect without --siglip"),
+        (["--local-loss", "--siglip"], "--local-loss has no effect with --siglip"),
+        (["--wandb-notes", "x"], "--wandb-notes has no effect without --report-to wandb"),
+        (["--pretrained-image"], "--pretrained-image has no effect on ViT-B-16"),
+        (["--save-frequency", "2", "--logs", "none"], "--save-frequency has no effect with --logs"),
+        (["--warmup", "10000"], "--warmup 10000 is as long as the run of 480 steps"),
+        (
+            ["--unmasked-epochs", "1", "--unmasked-warmup", "15"],
+            "--unmasked-warmup 15 is as long as unmasked tuning of 15 steps",
+        ),
+        (["--unmasked-lr", "1e-4"], "--unmasked-lr has no effect without --unmasked-epochs"),
+        (["--mask-schedule-steps", "3"], "--mask-schedule-steps has no effect with --mask-sched"),
+    ],
+)
+def test_a_setting_with_no_effect_warns(argv, sentence):
+    (warning,) = warnings_of(*VALID, *argv)
+    assert warning.startswith(sentence) or warning.endswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--local-loss", "--gather-with-grad", "--ddp-static-graph", "--dist-backend", "gloo"],
+        ["--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1", "--lr-cooldown-power", "2"],
+        ["--opt", "timm/sgd", "--lr", "0.1", "--momentum", "0.9"],
+        ["--lock-image", "--lock-image-unlocked-groups", "1"],
+    ],
+)
+def test_settings_with_an_effect_do_not_warn(argv):
+    assert warnings_of(*VALID, *argv) == []
+
+
+def test_a_warning_names_settings_of_a_config_too(tmp_path):
+    (tmp_path / "run.yaml").write_text("momentum: 0.9\n")
+    assert "--momentum" in warnings_of(*VALID, "--config", "run.yaml")[0]
+
+
+def test_schemas_that_bring_weights_make_pretrained_idle(tmp_path):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    config = json.loads((tmp_path / write_model_config(tmp_path / "vit_any.json")).read_text())
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    model = f"local-dir:{folder}"
+    (warning,) = warnings_of("--model", model, *SYNTHETIC, "--pretrained", "openai")
+    assert warning.startswith("--pretrained has no effect")

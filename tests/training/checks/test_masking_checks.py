@@ -1,0 +1,96 @@
+import pytest
+
+from support.options import SYNTHETIC, VALID, write_model_config
+from support.refusals import PGS, accept, refusal, warnings_of
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--mask-ratio", "1"], "mask_ratio must be in [0, 1), got 1.0"),
+        (["--mask-ratio", "-0.1"], "mask_ratio must be in [0, 1), got -0.1"),
+        (["--mask-ratio", "0.3", "--mask-ratio-min", "0.5"], "mask_ratio_min must not exceed"),
+        (["--masking-option", "colour=1"], "has no option 'colour'"),
+        (["--masking-option", "edges=maybe"], "edges takes true or false, got 'maybe'"),
+        (["--masking-option", "temperature=hot"], "temperature takes a number, got 'hot'"),
+        (["--masking-option", "num_iters=1.5"], "num_iters takes a whole number, got 1.5"),
+        (["--masking-option", "threshold=low"], "threshold takes a number, got 'low'"),
+        (["--force-patch-dropout", "0.5"], "patch dropout of 0.5"),
+        (["--mask-ratio-end", "0.5"], "--mask-ratio-end needs --mask-schedule linear or cosine"),
+        (["--mask-schedule", "linear"], "--mask-schedule linear needs --mask-ratio-end"),
+    ],
+)
+def test_what_the_masking_cannot_do_is_refused(argv, part):
+    assert part in refusal(*VALID, *PGS, *argv)
+
+
+@pytest.mark.parametrize(("model", "tower"), [("RN50", "ResNet"), ("convnext_base", "ConvNeXt")])
+def test_towers_that_cannot_be_masked_are_named_with_what_is_supported(model, tower):
+    message = refusal("--model", model, *SYNTHETIC, *PGS)
+    assert message.startswith(f"--masking pgs on {model}: ")
+    assert tower in message
+    assert "VisionTransformer" in message
+    accept("--model", model, *SYNTHETIC)
+
+
+def test_a_timm_tower_can_be_masked():
+    accept("--model", "ViT-B-16-SigLIP", *SYNTHETIC, *PGS)
+
+
+def test_an_option_of_another_strategy_names_the_valid_ones():
+    message = refusal(*VALID, "--masking", "random", "--masking-option", "edges=false")
+    assert "masking 'random' has no option 'edges'; it takes mask_ratio" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--mask-schedule", "linear"], "--mask-schedule needs --masking"),
+        (
+            ["--masking", "none", "--mask-schedule", "linear", "--mask-ratio-end", "0.5"],
+            "--mask-schedule linear on --masking none: NoMasking has no mask ratio",
+        ),
+        (["--text-masking-option", "threshold=1"], "needs --text-masking NAME"),
+        (["--text-masking", "none", "--text-tokens", "8"], "needs --text-masking NAME"),
+        (["--text-tokens", "78"], "--text-tokens must be at most the model's context length, 77"),
+        (["--text-tokens", "2"], "--text-tokens must be >= 3"),
+        (["--text-tokens", "40", "--force-context-length", "32"], "context length, 32, got 40"),
+        (["--text-masking", "block"], "--text-masking block needs a budget"),
+        (["--text-masking", "frequency"], "frequencies=FILE"),
+        (
+            ["--text-tokens", "8", "--text-masking-option", "threshold=1"],
+            "text masking 'truncate' has no option 'threshold'; it takes none at all",
+        ),
+        (
+            ["--unmasked-epochs", "1", "--unmasked-batch-size", "1001"],
+            "takes 1001 (--unmasked-batch-size 1001 x --unmasked-accum-freq 1",
+        ),
+    ],
+)
+def test_what_the_new_phases_and_maskings_cannot_do_is_refused(argv, part):
+    assert part in refusal(*VALID, *argv)
+
+
+def test_short_captions_without_unmasked_tuning_warn_of_untrained_positions():
+    argv = [*VALID, "--text-tokens", "8"]
+    (sentence,) = warnings_of(*argv)
+    assert "leaves the text positions from 8 to 76 untrained" in sentence
+    assert warnings_of(*argv, "--unmasked-epochs", "1") == []
+    assert warnings_of(*VALID, "--text-tokens", "77") == []
+
+
+def test_patch_dropout_in_a_model_config_is_refused_beside_masking(tmp_path):
+    path = write_model_config(tmp_path / "vit_dropping.json", patch_dropout=0.4)
+    argv = ["--model-config", path, *SYNTHETIC, *PGS]
+    assert "patch dropout of 0.4" in refusal(*argv)
+    accept(*argv, "--force-patch-dropout", "0")
+
+
+@pytest.mark.parametrize("flag", ["--mask-ratio=0.5", "--mask-ratio=0", "--mask-ratio-min=0.3"])
+def test_a_ratio_without_a_masking_is_refused(flag):
+    assert "needs --masking" in refusal(*VALID, flag)
+
+
+def test_a_ratio_beside_masking_none_warns():
+    (sentence,) = warnings_of(*VALID, "--masking", "none", "--mask-ratio", "0.5")
+    assert sentence == "--mask-ratio has no effect with --masking none"
