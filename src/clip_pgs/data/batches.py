@@ -24,7 +24,8 @@ class Batch(NamedTuple):
     """What a worker hands over.
 
     Args:
-        images: Shape (B, 3, H, W), or None if there is none or only skips are reported.
+        images: Shape (B, 3, H, W), floats or bytes, or None if there is none or only skips are
+            reported.
         texts: Token ids of shape (B, T), or None.
         num_tried: Samples whose turn it was.
         skips: Those of them that could not be used, and shards that could not be read.

@@ -3,7 +3,8 @@
 Decoding a JPEG file takes half of the time, and resizing the crop most of the rest. So torch
 resizes, several times as fast as Pillow and by the same filter; and a file several times larger
 than needed is decoded at a half, a quarter or an eighth of its size, which decoders do on the way.
-Boxes are torchvision's own, drawn from the same numbers.
+Boxes are torchvision's own, drawn from the same numbers. What comes out are bytes, which
+`PixelNormalizer` turns into floats on the device that trains.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ _RGB = ImageReadMode.RGB
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A random crop, resized and normalised: OpenCLIP's training transform.
+    """A random crop, resized: OpenCLIP's training transform up to its normalisation.
 
     Args:
         crop: Where boxes come from, and the size they are resized to.
-        mean: Of each channel, for images in [0, 1].
+        mean: Of each channel, for images in [0, 1]; what is left to normalise by.
         std: Of each channel.
     """
 
@@ -46,7 +47,7 @@ class RandomCrop:
     std: tuple[float, ...]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Return a random crop of an RGB image, shape (3, H, W), float32."""
+        """Return a random crop of an RGB image, shape (3, H, W), uint8."""
         return self.cut(pil_to_tensor(image), self.draw(image), full_size=image.size)
 
     def draw(self, image: Image.Image) -> Box:
@@ -60,7 +61,7 @@ class RandomCrop:
         return next((factor for factor in _REDUCTIONS if factor <= room), 1)
 
     def cut(self, pixels: Tensor, box: Box, *, full_size: tuple[int, int]) -> Tensor:
-        """Cut a box out of an image and make of it what the model receives.
+        """Cut a box out of an image and resize it.
 
         Args:
             pixels: The image at full size or reduced, shape (3, h, w), uint8.
@@ -68,7 +69,7 @@ class RandomCrop:
             full_size: (width, height) that the box refers to.
 
         Returns:
-            Pixels of shape (3, H, W), float32.
+            Pixels of shape (3, H, W), uint8.
         """
         top, left, height, width = box
         down, right = pixels.shape[1] / full_size[1], pixels.shape[2] / full_size[0]
@@ -80,8 +81,7 @@ class RandomCrop:
             mode="bicubic",
             antialias=True,
         )
-        mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (self.mean, self.std))
-        return resized[0].contiguous().float().mul_(1 / (255 * std)).sub_(mean / std)
+        return resized[0].contiguous()
 
 
 def faster_transform(transform: Callable[[Image.Image], Tensor]) -> Callable[..., Tensor]:

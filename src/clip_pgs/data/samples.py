@@ -110,8 +110,8 @@ class SampleDecoder:
     """Turn bytes into tensors, with augmentation drawn from the sample alone.
 
     Args:
-        transform: RGB image to a float tensor of shape (3, H, W). Of a `RandomCrop`, only what it
-            needs is decoded.
+        transform: RGB image to a tensor of shape (3, H, W): floats, or bytes from a `RandomCrop`,
+            for which only what it needs is decoded.
         tokenize: List of B captions to a long tensor of shape (B, T); may draw words at random.
         seed: Seed of the run.
     """
@@ -179,7 +179,7 @@ def decode_crop(data: bytes | None, crop: RandomCrop) -> Tensor:
     """Decode what a random crop of an image needs, and cut it out.
 
     Returns:
-        Pixels of shape (3, H, W), float32.
+        Pixels of shape (3, H, W), uint8.
 
     Raises:
         BadSampleError: If the image is missing, damaged or cut short.

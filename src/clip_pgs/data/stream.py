@@ -85,7 +85,8 @@ def build_train_stream(
     Returns:
         A stream with the same number of full batches on each rank, in whole steps. Its
         `num_samples` counts what an epoch really gives. Its texts have `text_tokens` tokens, if
-        that is set.
+        that is set. Its images are bytes where `pixel_normalizer` says so, which is what to put
+        behind it; else floats, as `transform` makes them.
 
     Raises:
         ValueError: If the options name no data, or data that does not fill a step or cannot feed

@@ -52,13 +52,13 @@ def count_sample_flops(
 
 
 def few_texts(texts: Texts, num: int) -> Tensor:
-    """Return as many captions as `num`, of the length that the text tower reads on average.
+    """Return a few captions of the length that the text tower reads on average.
 
     What they say is of no account here: an end may be cut off.
 
     Args:
         texts: A batch's captions, trimmed or not.
-        num: At most the size of the batch's last group.
+        num: How many at most; of grouped captions, no more than the last group has.
     """
     if isinstance(texts, Tensor):
         return texts[:num]

@@ -13,8 +13,9 @@ from open_clip_train.precision import get_autocast
 from torch import Tensor
 
 from clip_pgs.data.order import stable_seed
+from clip_pgs.data.pixels import pixel_normalizer
 from clip_pgs.data.whereabouts import StalledDataError
-from clip_pgs.integrations.open_clip import remove_masking
+from clip_pgs.integrations.open_clip import CaptionGroups, remove_masking
 from clip_pgs.training.build import (
     ModelParts,
     build_loss,
@@ -29,7 +30,8 @@ from clip_pgs.training.phases import Phase
 from clip_pgs.training.seeding import seed_everything
 from clip_pgs.training.step import Batch, StepResult, Texts, compute_gradients, update_weights
 
-_FLOP_SAMPLES = 2
+# Images may keep different counts, whose mean a few tell well enough.
+_FLOP_SAMPLES = 16
 
 
 class PhaseTrainer:
@@ -72,6 +74,7 @@ class PhaseTrainer:
         self._parallel = parallelize(self.model, args, device)
         self._autocast = get_autocast(args.precision, device_type=device.type)
         self._input_dtype = get_input_dtype(args.precision)
+        self._normalize = pixel_normalizer(parts.train_transform, device=device)
         self._samples: Iterator[Batch] = iter(())
         self._next_step = 0
         self.epoch = 0
@@ -155,10 +158,11 @@ class PhaseTrainer:
 
     def count_flops(self, images: Tensor, texts: Texts) -> SampleFlops:
         """Count what one sample of such a batch costs, at the mask ratio of the coming step."""
+        some_texts = few_texts(texts, _FLOP_SAMPLES)
         return count_sample_flops(
             self.model,
-            images[:_FLOP_SAMPLES],
-            few_texts(texts, _FLOP_SAMPLES),
+            images[: len(some_texts)],
+            some_texts,
             is_masked=self.masks is not None,
             autocast=self._autocast,
             extra_forward=self._args.accum_freq > 1,
@@ -172,10 +176,25 @@ class PhaseTrainer:
         for images, texts in samples:
             # It reads lengths, which on a device would wait for it.
             trimmed = texts if self._trim is None else self._trim(texts)
+            pixels = images.to(self._device, non_blocking=True)
+            if self._normalize is not None:
+                pixels = self._normalize(pixels)
             yield (
-                images.to(self._device, dtype=self._input_dtype, non_blocking=True),
-                trimmed.to(self._device, non_blocking=True),
+                pixels.to(dtype=self._input_dtype),
+                self._copy_texts(trimmed),
             )
+
+    def _copy_texts(self, texts: Texts) -> Texts:
+        # What was trimmed is no longer in pinned memory, and the copy would wait for the device.
+        if self._device.type == "cuda":
+            texts = _pinned(texts)
+        return texts.to(self._device, non_blocking=True)
+
+
+def _pinned(texts: Texts) -> Texts:
+    if isinstance(texts, Tensor):
+        return texts.pin_memory()
+    return CaptionGroups(tuple(t.pin_memory() for t in texts.tokens), texts.order.pin_memory())
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
