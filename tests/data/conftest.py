@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_pgs.data.world import write_world
+from support.worlds import COUNTS
+
 
 def encode_image(number: int, *, image_format: str = "JPEG", mode: str = "RGB") -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
@@ -61,6 +64,14 @@ def make_shards(tmp_path):
         return root
 
     return make
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The folder of a small demo world."""
+    root = tmp_path_factory.mktemp("worlds") / "demo"
+    write_world(root, **COUNTS)
+    return root
 
 
 @pytest.fixture

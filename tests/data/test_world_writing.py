@@ -6,24 +6,21 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 from collections import Counter
 
 import numpy as np
 import open_clip
-import pytest
 import webdataset
-from clip_benchmark.datasets.builder import build_dataset
 from PIL import Image
 
-from clip_pgs.data.world import WORLD_VERSION, draw_scene, write_world
+from clip_pgs.data.world import WORLD_VERSION, draw_scene
 from clip_pgs.data.world.hard_negatives import TASKS, hard_negatives
 from clip_pgs.data.world.parts import list_parts
 from clip_pgs.data.world.shard_file import Digest
 from clip_pgs.data.world.splits import EVAL_SETS, captioned, held_out, shown
-from clip_pgs.data.world.vocabulary import COLORS, SHAPES
+from clip_pgs.data.world.vocabulary import SHAPES
+from support.worlds import COUNTS, VARIANTS, members
 
-COUNTS = {"num_train": 24, "num_val": 8, "num_per_class": 3}
 # Of the world with these counts and seed 0, the first 16 digits. They change with WORLD_VERSION and
 # with nothing else.
 DIGESTS = {
@@ -45,14 +42,6 @@ DIGESTS = {
 # that it changes with SCENE_VERSION and with nothing else.
 FIRST_PARTS = ("train", "val", "eval/shape", "eval/color", "eval/retrieval", "scenes")
 FIRST_DIGEST = "8d398c569b773d8dc7a6390716ce64fdbdca2c3641e369d8af6f26df911d0931"
-VARIANTS = ("shape_noise", "shape_blur", "shape_grey", "shape_outline", "shape_background")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("worlds") / "demo"
-    write_world(root, **COUNTS)
-    return root
 
 
 def contents(root):
@@ -61,11 +50,6 @@ def contents(root):
         for path in root.rglob("*")
         if path.is_file()
     }
-
-
-def members(path):
-    with tarfile.open(path) as tar:
-        return {member.name: tar.extractfile(member).read() for member in tar}
 
 
 def test_digests_of_pixels_masks_and_captions_are_the_published_ones(world):
@@ -163,72 +147,6 @@ def test_stored_picture_and_mask_are_those_of_the_drawn_scene(world):
         assert np.abs(picture - drawing.pixels).mean() < 4
         assert np.array_equal(mask, drawing.foreground)
         assert stored[f"{sample.key}.txt"].decode() == sample.caption
-
-
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [
-        *((name, split) for name in ("shape", "color") for split in ("train", "test")),
-        *((name, "test") for name in VARIANTS),
-    ],
-)
-def test_clip_benchmark_reads_balanced_classes(world, name, split):
-    root = str(world / "eval" / name)
-    dataset = build_dataset(f"wds/{name}", root=root, split=split, transform=np.asarray)
-    counts = Counter(label for _, label in dataset)
-    assert dataset.classes == list(COLORS if name == "color" else SHAPES)
-    assert all("{c}" in template for template in dataset.templates)
-    assert set(counts) == set(range(len(dataset.classes)))
-    assert len(set(counts.values())) == 1
-
-
-def test_labels_name_what_is_drawn(world):
-    for name, attribute in (("shape", "shape"), ("color", "color")):
-        classes = (world / "eval" / name / "classnames.txt").read_text().split()
-        stored = members(world / "eval" / name / "test" / "0.tar")
-        labels = [key for key in stored if key.endswith(".cls")]
-        for key in labels:
-            scene = json.loads(stored[key.replace(".cls", ".json")])
-            assert classes[int(stored[key])] == scene["things"][0][attribute]
-
-
-def test_clip_benchmark_reads_retrieval_captions_that_are_all_different(world):
-    root = str(world / "eval" / "retrieval")
-    dataset = build_dataset(
-        "wds/retrieval", root=root, task="zeroshot_retrieval", transform=np.asarray
-    )
-    captions = [lines for _, lines in dataset]
-    assert all(len(lines) == 1 for lines in captions)
-    assert len({lines[0] for lines in captions}) == len(captions) == 18
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_has_the_keys_labels_and_masks_of_shape_in_its_order(world, name):
-    plain = members(world / "eval" / "shape" / "test" / "0.tar")
-    variant = members(world / "eval" / name / "test" / "0.tar")
-    assert list(variant) == list(plain)
-    for member, data in plain.items():
-        if member.endswith((".cls", ".mask.png")):
-            assert variant[member] == data
-    for file in ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"):
-        assert (world / "eval" / name / file).read_bytes() == (
-            world / "eval" / "shape" / file
-        ).read_bytes()
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_clip_benchmark_reads_hard_negatives(world, task):
-    dataset = build_dataset(
-        f"sugar_crepe/{task}",
-        root=str(world / "eval" / "sugar_crepe"),
-        task="image_caption_selection",
-        transform=np.asarray,
-    )
-    assert len(dataset) == 9
-    for item, (picture, captions) in zip(hard_negatives(task, 0, 9), dataset, strict=False):
-        assert captions == [item.sample.caption, item.negative]
-        difference = picture.astype(int) - draw_scene(item.sample.scene).pixels
-        assert np.abs(difference).mean() < 6
 
 
 def test_no_image_is_in_two_splits(world):
