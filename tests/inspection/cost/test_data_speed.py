@@ -45,12 +45,41 @@ def test_the_command_compares_both_paths(shard, tmp_path, capsys):
     assert content["num_images"] == 2
     assert content["ours"] > 0
     assert content["ratio"] > 0
+    assert content["loader"] is None
+
+
+def test_the_command_runs_the_loader_beside_steps(shard, tmp_path, capsys):
+    flags = ["--image-size", "32", "--steps", "1", "--workers", "2", "--batch-size", "4"]
+    flags += ["--batches", "3", "--step-seconds", "0.02", "-o", str(tmp_path)]
+    assert main(["data", str(shard), *flags]) == 0
+    heading, row = capsys.readouterr().out.splitlines()[-4:-2]
+    assert heading.split()[:2] == ["workers", "images/s"]
+    assert row.endswith("%")
+    loader = json.loads((tmp_path / "data.json").read_text())["loader"]
+    assert (loader["num_workers"], loader["batch_size"]) == (2, 4)
+    assert loader["images_per_second"] == 2 * loader["images_per_second_per_worker"]
+    assert loader["step_seconds"] == 0.02
+    assert 0 <= loader["waiting_share"] < 1
+
+
+def test_without_a_step_nothing_is_said_of_waiting(shard, tmp_path, capsys):
+    flags = ["--image-size", "32", "--steps", "1", "--workers", "1", "--batch-size", "2"]
+    assert main(["data", str(shard), *flags, "--batches", "2", "-o", str(tmp_path)]) == 0
+    assert "waiting" not in capsys.readouterr().out
+    loader = json.loads((tmp_path / "data.json").read_text())["loader"]
+    assert loader["waiting_share"] is None
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--workers", "0"], "--workers must be at least 1, got 0"),
+        (["--workers", "1", "--step-seconds", "0"], "--step-seconds must be above 0, got 0.0"),
+        (
+            ["--step-seconds", "1"],
+            "--step-seconds needs --workers, whose batches the steps wait for",
+        ),
         (["--min-side", "5000"], "there is no JPEG file with a side of 5000 pixels or more"),
     ],
 )

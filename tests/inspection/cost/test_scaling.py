@@ -25,8 +25,9 @@ def test_the_command_writes_its_rows(tmp_path, capsys):
     flags = ["--batch-size", "1", "--steps", "1", "--device", "cpu", "-o", str(tmp_path)]
     assert main(["scaling", *flags]) == 0
     assert "exponent" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "scaling.json").read_text())["results"]
-    assert [row["num_patches"] for row in rows[:3]] == [196, 400, 784]
+    content = json.loads((tmp_path / "scaling.json").read_text())
+    assert [row["num_patches"] for row in content["results"][:3]] == [196, 400, 784]
+    assert "processes" not in content
 
 
 def test_bad_input_ends_with_code_2_and_one_sentence(capsys):

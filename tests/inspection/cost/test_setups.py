@@ -49,6 +49,16 @@ def test_trimming_can_be_left_out():
     assert setups("random", trims=False)[1].text_tokens() == 16
 
 
+def test_packing_is_what_was_asked_for_and_runs_fewer_operations():
+    adaptive = "pgs:mask_ratio_min=0.2,threshold=-0.1"
+    packed, padded = (setups(adaptive, pack_tokens=is_on)[1] for is_on in (True, False))
+    torch.manual_seed(0)
+    expected = padded.forward()
+    torch.manual_seed(0)
+    torch.testing.assert_close(packed.forward(), expected, atol=1e-6, rtol=0)
+    assert count_step_flops(packed) < count_step_flops(padded)
+
+
 def test_setups_share_their_weights_and_nothing_else():
     plain, masked = setups("random")
     for one, other in zip(plain.model.parameters(), masked.model.parameters(), strict=True):
@@ -61,10 +71,14 @@ def test_what_selects_gives_a_selection():
     assert selection.index.shape == (BATCH, 8)
 
 
-def tower_flops(num_tokens, width, layers, *, embed_dim=64):
-    """Count a tower by hand, a multiply-add as two: blocks, attention and projection."""
-    blocks = layers * (24 * num_tokens * width**2 + 4 * num_tokens**2 * width)
-    return 3 * (blocks + 2 * width * embed_dim)
+def tower_flops(num_tokens, width, layers, *, last_for_one=False, embed_dim=64):
+    """Count a tower by hand, a multiply-add as two: blocks, attention and projection.
+
+    A last block for one token still needs keys and values of all.
+    """
+    block = 24 * num_tokens * width**2 + 4 * num_tokens**2 * width
+    last = (4 * num_tokens + 20) * width**2 + 4 * num_tokens * width if last_for_one else block
+    return 3 * ((layers - 1) * block + last + 2 * width * embed_dim)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +91,8 @@ def test_operations_are_those_of_a_count_by_hand(number, image_tokens, text_toke
     width, text_width = VISION["width"], TEXT["width"]
     # The patch embedding sees all 16 patches, and no gradient goes on to the pixels.
     per_sample = 2 * (2 * 16 * 3 * 16 * 16 * width) + selection
-    per_sample += tower_flops(image_tokens, width, VISION["layers"])
+    is_masked = number > 0
+    per_sample += tower_flops(image_tokens, width, VISION["layers"], last_for_one=is_masked)
     per_sample += tower_flops(text_tokens, text_width, TEXT["layers"])
     setup = setups("random", "pgs")[number]
     assert count_step_flops(setup) == BATCH * per_sample

@@ -51,6 +51,12 @@ def add_cost_command(commands: argparse._SubParsersAction[argparse.ArgumentParse
         help="whose lengths captions have (default: flickr8k)",
     )
     add("--no-trimming", action="store_true", help="give every model the whole context of tokens")
+    add(
+        "--pack-tokens",
+        action=argparse.BooleanOptionalAction,
+        help="whether maskings that keep different counts run as one sequence, as "
+        "`apply_masking` has it (default: where training does)",
+    )
     add("--compile", action="store_true", help="run the models through torch.compile")
     add(
         "-o",

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from clip_pgs.inspection.cost.setups import Setup
 from clip_pgs.integrations.open_clip import CaptionGroups
 
-_FEW = 2  # samples that stand for a batch, since every sample of one shape costs the same
+_FEW = 2  # captions that stand for a group, since each of one length costs the same
+_SOME = 64  # images that stand for a batch, of which each may keep another number of patches
 
 
 def count_step_flops(setup: Setup) -> float:
@@ -26,16 +27,16 @@ def count_step_flops(setup: Setup) -> float:
     """
     images, texts = setup.conditions.images, setup.texts
     groups = texts.tokens if isinstance(texts, CaptionGroups) else (texts,)
-    total = len(images) * _per_sample(setup, setup.model.encode_image, images)
-    return total + sum(len(g) * _per_sample(setup, setup.model.encode_text, g) for g in groups)
+    model = setup.model
+    total = len(images) * _per_sample(setup, model.encode_image, images[:_SOME])
+    return total + sum(len(g) * _per_sample(setup, model.encode_text, g[:_FEW]) for g in groups)
 
 
 def _per_sample(setup: Setup, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
-    few = inputs[:_FEW]
     # The counter knows no CPU flash kernel; plain attention counts alike everywhere.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         with setup.conditions.autocast():
-            features = encode(few)
+            features = encode(inputs)
         trained = [p for p in setup.model.parameters() if p.requires_grad]
         torch.autograd.grad(features.sum(), trained, allow_unused=True)
-    return counter.get_total_flops() / len(few)
+    return counter.get_total_flops() / len(inputs)

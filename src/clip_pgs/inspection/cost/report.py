@@ -27,6 +27,8 @@ _HEADINGS = (
     "peak",
 )
 
+_COMPILED_HEADINGS = ("breaks", "recompiled")
+
 LEGEND = (
     "tokens: read by the text tower per caption; share: of the step that selection takes; times in "
     "ms; GFLOPs: per sample;\n"
@@ -34,9 +36,21 @@ LEGEND = (
 )
 
 
+COMPILED_LEGEND = (
+    "breaks: of the graph; recompiled: graphs added by captions of other lengths, after three"
+)
+
+
 def cost_table(rows: Sequence[Row], *, batch_size: int) -> str:
-    """Return a table with a line per setup."""
-    return format_table([_HEADINGS, *(_cells(row, batch_size) for row in rows)])
+    """Return a table with a line per setup; compiled models have two more columns."""
+    is_compiled = any(row.graph_breaks is not None for row in rows)
+    headings = (*_HEADINGS, *_COMPILED_HEADINGS) if is_compiled else _HEADINGS
+    lines = [
+        _cells(row, batch_size)
+        + ([str(row.graph_breaks), str(row.recompilations)] if is_compiled else [])
+        for row in rows
+    ]
+    return format_table([headings, *lines])
 
 
 def cost_content(rows: Sequence[Row], facts: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from clip_pgs.inspection.cost.compilation import Compilation
 from clip_pgs.inspection.cost.peaks import Peak
 from clip_pgs.inspection.cost.timing import Timings
 
@@ -31,6 +32,8 @@ class Row:
         time_over_ideal: `time_over_first` over `flops_over_first`: 1 turns every saved operation
             into saved time.
         utilisation: Operations per second as a share of the peak; None where that is not known.
+        graph_breaks: See `Compilation`; None for a model that is not compiled.
+        recompilations: See `Compilation`.
     """
 
     title: str
@@ -48,6 +51,8 @@ class Row:
     flops_over_first: float
     time_over_ideal: float
     utilisation: float | None
+    graph_breaks: int | None = None
+    recompilations: int | None = None
 
 
 def make_rows(
@@ -58,10 +63,14 @@ def make_rows(
     text_tokens: Sequence[float],
     batch_size: int,
     peak: Peak | None,
+    compilations: Sequence[Compilation] | None = None,
 ) -> list[Row]:
     """Summarise setups, the first of which is what the others are compared with."""
     rows = []
-    for title, timing, count, tokens in zip(titles, timings, flops, text_tokens, strict=True):
+    watched = [None] * len(titles) if compilations is None else compilations
+    for title, timing, count, tokens, compilation in zip(
+        titles, timings, flops, text_tokens, watched, strict=True
+    ):
         parts = {part: median(seconds) for part, seconds in timing.seconds.items()}
         step = median(timing.steps)
         ratio = median(a / b for a, b in zip(timing.steps, timings[0].steps, strict=True))
@@ -83,6 +92,8 @@ def make_rows(
                 flops_over_first=count / flops[0],
                 time_over_ideal=ratio * flops[0] / count,
                 utilisation=None if peak is None else count / step / peak.flops,
+                graph_breaks=None if compilation is None else compilation.graph_breaks,
+                recompilations=None if compilation is None else compilation.recompilations,
             )
         )
     return rows

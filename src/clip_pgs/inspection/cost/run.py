@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Any
 
 import open_clip
@@ -12,17 +12,14 @@ import torch
 from tqdm import tqdm
 
 from clip_pgs.inspection.cost.benchmark_model import autocast_of, build_benchmark_model
+from clip_pgs.inspection.cost.compilation import allow_graphs_of, watch_compilation
 from clip_pgs.inspection.cost.flop_count import count_step_flops
 from clip_pgs.inspection.cost.model_options import describe_device, fill_in_defaults
 from clip_pgs.inspection.cost.output import make_folder, write_json
 from clip_pgs.inspection.cost.peaks import Peak, known_peak, measured_peak
 from clip_pgs.inspection.cost.plot import plot_cost
 from clip_pgs.inspection.cost.random_data import draw_captions, draw_images
-from clip_pgs.inspection.cost.report import (
-    LEGEND,
-    cost_content,
-    cost_table,
-)
+from clip_pgs.inspection.cost.report import COMPILED_LEGEND, LEGEND, cost_content, cost_table
 from clip_pgs.inspection.cost.rows import make_rows
 from clip_pgs.inspection.cost.setups import PLAIN_TITLE, Conditions, build_setups
 from clip_pgs.inspection.cost.timing import time_steps
@@ -57,11 +54,16 @@ def run_cost(args: argparse.Namespace) -> None:
         autocast=autocast_of(args),
         progress=args.progress,
         trims=not args.no_trimming,
+        pack_tokens=args.pack_tokens,
         compiles=args.compile,
     )
     setups = build_setups(model, specs, conditions, mask_ratio=args.mask_ratio)
     flops = [count_step_flops(setup) for setup in setups]
     peak = _peak(args)
+    compilations = None
+    if args.compile:
+        compilations = [watch_compilation(s, vocab_size=model.vocab_size) for s in setups]
+        allow_graphs_of(len(setups))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     total = (args.steps + 1) * len(setups)
     with tqdm(total=total, leave=False, disable=not sys.stderr.isatty()) as bar:
@@ -73,10 +75,13 @@ def run_cost(args: argparse.Namespace) -> None:
         text_tokens=[setup.text_tokens() for setup in setups],
         batch_size=args.batch_size,
         peak=peak,
+        compilations=compilations,
     )
     facts = _facts(args, (height, width), peak)
     title = _describe(facts)
     legend = LEGEND + ("peak" if peak is None else f"{peak.flops / 1e9:.0f} GFLOP/s, {peak.source}")
+    if compilations is not None:
+        legend += f"\n{COMPILED_LEGEND}"
     table = cost_table(rows, batch_size=args.batch_size)
     sys.stdout.write(f"{title}\n\n{table}\n{legend}\n")
     if args.output is not None:
@@ -106,6 +111,7 @@ def _facts(
         "is_compiled": args.compile,
         "captions": args.captions,
         "is_trimmed": not args.no_trimming,
+        "is_packed": args.pack_tokens,
         "mask_ratio": args.mask_ratio,
         "progress": args.progress,
         "rounds": args.steps,
@@ -114,7 +120,7 @@ def _facts(
         "peak_source": None if peak is None else peak.source,
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
     }
 
 

@@ -6,13 +6,15 @@ import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from clip_pgs.inspection.cost.model_options import describe_device
+from clip_pgs.inspection.cost.model_options import PRECISIONS, describe_device, fill_in_defaults
 from clip_pgs.inspection.cost.output import format_table, make_folder, write_json
 from clip_pgs.inspection.cost.scaling import ScalingRow, default_sizes, measure_scaling
+from clip_pgs.inspection.strategies import parse_specs
 
 FILE_NAME = "scaling.json"
 
@@ -21,14 +23,22 @@ def add_scaling_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
     """Add the command to a parser's."""
     parser = commands.add_parser(
         "scaling",
-        help="measure how the time of a PGS selection grows",
+        help="measure how the time of a PGS selection, and of a step of many processes, grows",
         description="Time selections by pgs at 16 x 16 pixels per patch while patches, candidates "
-        "or images grow. An exponent of 1 is linear growth.",
+        "or images grow. An exponent of 1 is linear growth. With --processes, also time "
+        "data-parallel training steps of 1, 2, 4 and so on processes on this machine, each with "
+        "a batch of its own and, on GPUs, a GPU of its own.",
         allow_abbrev=False,
     )
     parser.set_defaults(run=run_scaling)
     add = parser.add_argument
-    add("--batch-size", type=int, default=16, metavar="B", help="images (default: 16)")
+    add(
+        "--batch-size",
+        type=int,
+        default=16,
+        metavar="B",
+        help="images of a selection, and samples per process of a step (default: 16)",
+    )
     add("--steps", type=int, default=9, metavar="N", help="rounds that count (default: 9)")
     add(
         "--progress",
@@ -43,19 +53,34 @@ def add_scaling_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
         default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         help="default: cuda where there is one, else cpu",
     )
+    add("--processes", type=int, metavar="P", help="time steps of up to so many processes")
+    add(
+        "--model",
+        metavar="NAME",
+        help="of a step: a model that open_clip knows, or a model config (JSON) "
+        "(default: ViT-S-16 on a CPU, ViT-B-16 on a GPU)",
+    )
+    add("--image-size", type=int, metavar="PIXELS", help="of a step (default: the model's)")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="of a step (default: fp32 on a CPU, amp_bf16 on a GPU)",
+    )
+    add("--masking", default="pgs", metavar="NAME", help="of a step (default: pgs)")
     add("-o", "--output", type=Path, metavar="FOLDER", help=f"folder for {FILE_NAME}")
 
 
 def run_scaling(args: argparse.Namespace) -> None:
-    """Measure, print the table and write the file.
+    """Measure, print the tables and write the file.
 
     Raises:
-        ValueError: If an option is out of its range, or the file cannot be written.
+        ValueError: If an option is out of its range, a process fails, or the file cannot be
+            written.
     """
-    for name in ("batch_size", "steps"):
-        if getattr(args, name) < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must be at least 1, got {getattr(args, name)}")
+    fill_in_defaults(args)
+    if args.processes is not None and args.processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {args.processes}")
+    parse_specs([args.masking])
     if args.output is not None:
         make_folder(args.output)
     sizes = default_sizes(args.batch_size)
@@ -70,11 +95,51 @@ def run_scaling(args: argparse.Namespace) -> None:
         )
     device = describe_device(args.device)
     sys.stdout.write(f"PGS selection, {device}, progress {args.progress}\n\n{_table(rows)}")
+    facts = {"device": device, "progress": args.progress, "rounds": args.steps}
+    content: dict[str, Any] = {**facts, "results": [asdict(row) for row in rows]}
+    if args.processes is not None:
+        content["processes"] = _run_processes(args)
     if args.output is not None:
-        facts = {"device": device, "progress": args.progress, "rounds": args.steps}
-        content = {**facts, "results": [asdict(row) for row in rows]}
         write_json(content, args.output / FILE_NAME)
         sys.stdout.write(f"\n{args.output / FILE_NAME}\n")
+
+
+def _run_processes(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print steps of several processes; return what the file says of them."""
+    # It takes seconds to import, which nothing else here needs.
+    from clip_pgs.inspection.cost.world_scaling import SharedStep, measure_world, world_sizes
+
+    step = SharedStep(
+        model=args.model,
+        image_size=args.image_size,
+        masking=args.masking,
+        batch_size=args.batch_size,
+        precision=args.precision,
+        device_type=args.device.type,
+        # As many for one process as for all, so that they differ in nothing else.
+        num_threads=max(1, torch.get_num_threads() // args.processes),
+        num_steps=args.steps,
+    )
+    sizes = world_sizes(args.processes)
+    with tqdm(total=len(sizes), leave=False, disable=not sys.stderr.isatty()) as bar:
+        rows = measure_world(step, sizes, tick=bar.update)
+    lines = [["processes", "ms per step", "samples/s", "per process", "efficiency"]]
+    for row in rows:
+        lines.append(
+            [
+                str(row.num_processes),
+                f"{1e3 * row.seconds:.1f}",
+                f"{row.samples_per_second:.1f}",
+                f"{row.samples_per_second_per_process:.1f}",
+                f"{row.efficiency:.2f}",
+            ]
+        )
+    threads = f", {step.num_threads} threads each" if step.device_type == "cpu" else ""
+    sys.stdout.write(
+        f"\nTraining steps, {step.model}, {step.masking}, {step.batch_size} samples per process, "
+        f"{step.precision}, {step.device_type}{threads}\n\n{format_table(lines)}"
+    )
+    return {**asdict(step), "results": [asdict(row) for row in rows]}
 
 
 def _table(rows: list[ScalingRow]) -> str:

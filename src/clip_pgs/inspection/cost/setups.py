@@ -11,15 +11,18 @@ import torch
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from clip_pgs.inspection.strategies import StrategySpec
 from clip_pgs.integrations.open_clip import (
     CaptionGroups,
+    CaptionTrimmer,
     allow_short_text,
     apply_masking,
     caption_trimmer,
     set_masking_progress,
 )
+from clip_pgs.integrations.open_clip.captions import GROUP_SHARES
 from clip_pgs.integrations.open_clip.towers import masking_or_none
 
 PLAIN_TITLE = "plain CLIP"
@@ -35,6 +38,7 @@ class Conditions:
         autocast: Context of a forward pass.
         progress: Share of training that strategies are told.
         trims: Whether masked models get trimmed captions.
+        pack_tokens: As `apply_masking` takes it.
         compiles: Whether models go through `torch.compile`.
     """
 
@@ -43,6 +47,7 @@ class Conditions:
     autocast: Callable[[], AbstractContextManager]
     progress: float = 0.0
     trims: bool = True
+    pack_tokens: bool | None = None
     compiles: bool = False
 
 
@@ -69,17 +74,46 @@ class Setup:
         self.title = title
         self.conditions = conditions
         self.model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).train()
-        self.texts: Tensor | CaptionGroups = conditions.captions
+        self._trim: CaptionTrimmer | None = None
         if spec is not None:
-            apply_masking(allow_short_text(self.model), spec.build(mask_ratio=mask_ratio))
+            strategy = spec.build(mask_ratio=mask_ratio)
+            apply_masking(
+                allow_short_text(self.model), strategy, pack_tokens=conditions.pack_tokens
+            )
             set_masking_progress(self.model, conditions.progress)
-            trim = caption_trimmer(self.model) if conditions.trims else None
-            self.texts = conditions.captions if trim is None else trim(conditions.captions)
-        self.texts = self.texts.to(conditions.images.device)
+            if conditions.trims:
+                # As training does: groups of several lengths are compiled for each combination.
+                shares = (1.0,) if conditions.compiles else GROUP_SHARES
+                self._trim = caption_trimmer(self.model, shares=shares)
+        self.texts: Tensor | CaptionGroups
+        self.read(conditions.captions)
         self.runnable: nn.Module = self.model
         if conditions.compiles:
             self.runnable = torch.compile(self.model)  # type: ignore[assignment]
         self._loss = ClipLoss()
+
+    def read(self, captions: Tensor) -> None:
+        """Go on with other captions, trimmed as the setup trims them.
+
+        Args:
+            captions: Padded token ids (B, T), on the CPU.
+        """
+        texts = captions if self._trim is None else self._trim(captions)
+        self.texts = texts.to(self.conditions.images.device)
+
+    def share_steps(self, *, rank: int, world_size: int) -> None:
+        """Take steps together with the other processes of the default group.
+
+        Features of all processes are compared, each process's own with all others, which is how
+        OpenCLIP's trainer runs on many (`--local-loss --gather-with-grad`).
+        """
+        device = self.conditions.images.device
+        # DDP raises when it is given the CPU.
+        device_ids = [device] if device.type == "cuda" else None
+        self.runnable = DistributedDataParallel(self.runnable, device_ids=device_ids)
+        self._loss = ClipLoss(
+            local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size
+        )
 
     def forward(self) -> Tensor:
         """Run the model and the loss."""
