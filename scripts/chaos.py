@@ -27,8 +27,9 @@ from support.runs import flags, write_shards  # noqa: E402
 
 SAMPLES_PER_STEP = 32
 STEPS_PER_EPOCH = 50
-# One process ends by itself or is killed; of several, the launcher says 1 when one was killed.
-RIGHT_CODES = {1: {0, 85, -9}, 2: {0, 1, 85, -9}}
+# One process ends by itself or is killed; of several, the launcher says 1 when one was killed, and
+# 137 when torchrun was. A signal can come before clip-train.sh has begun.
+RIGHT_CODES = {1: {0, 85, -9}, 2: {0, 1, 85, 137, -9, -10, -15}}
 
 
 def break_images(folder: Path, *, every: int) -> int:

@@ -40,6 +40,8 @@ def arguments(folder, *, batch_size=8, **options):
 def undisturbed(folder, argv, *, num_processes):
     """Return the folder of a run that is left alone, and needs no launcher."""
     name = f"undisturbed-{num_processes}"
+    if (folder / "logs" / name).is_dir():
+        return folder / "logs" / name
     codes = train_together(folder, [*argv, "--name", name], num_processes=num_processes)
     assert set(codes) == {0}, output(folder)
     return folder / "logs" / name
@@ -73,3 +75,20 @@ def test_two_processes_restart_by_themselves_leave_when_told_and_end_alike(folde
     assert launch.wait() == 0, launch.output()
     expected = undisturbed(folder, argv, num_processes=2)
     assert differences(last_checkpoint(path), last_checkpoint(expected)) == []
+
+
+def test_ranks_leave_when_their_launcher_dies_and_the_next_launch_waits_for_them(folder):
+    argv = arguments(folder, batch_size=4)
+    path = folder / "logs" / "orphans"
+    again = [*argv, "--name", "orphans", "--resume", "latest"]
+    launch = Launch(folder, again, num_processes=2)
+    assert launch.wait_until(lambda: num_steps(path) >= 4), launch.output()
+    os.kill(launch.launcher(), signal.SIGKILL)
+    launch.wait()
+
+    launch = Launch(folder, again, num_processes=2)
+    assert launch.wait() == 0, launch.output()
+    assert "Resuming" in launch.output()
+    expected = undisturbed(folder, argv, num_processes=2)
+    assert differences(last_checkpoint(path), last_checkpoint(expected)) == []
+    assert num_steps(path) == NUM_STEPS

@@ -19,6 +19,7 @@ from support.resuming import differences, last_checkpoint
 ROOT = Path(__file__).parents[2]
 SOFT = (signal.SIGTERM, signal.SIGUSR1)
 _LAUNCH_SECONDS = 300
+_LAUNCHER = -1
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Launch:
     """
 
     def __init__(self, folder, argv, *, num_processes=1, **environment):
+        self._num_processes = num_processes
         command = [sys.executable, "-m", "clip_pgs.training", *argv]
         if num_processes > 1:
             command = ["bash", str(ROOT / "clip-train.sh"), *argv]
@@ -98,7 +100,17 @@ class Launch:
 
     def trainers(self):
         """Return the process ids of the ranks, in their order."""
+        found = self._find_training()
+        return [found[rank] for rank in sorted(found) if rank != _LAUNCHER]
+
+    def launcher(self):
+        """Return the process id of torchrun, None where there is none."""
+        return self._find_training().get(_LAUNCHER)
+
+    def _find_training(self):
+        """Return the process ids of the ranks, and of what launched them, by rank."""
         found = {}
+        alone = 0 if self._num_processes == 1 else _LAUNCHER
         for child in [self.process.pid, *_descendants(self.process.pid)]:
             try:
                 command = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
@@ -108,8 +120,8 @@ class Launch:
             ranks = [int(entry[5:]) for entry in entries if entry.startswith(b"RANK=")]
             if b"clip_pgs.training" in command and b"--check-only" not in command:
                 # Workers look like the rank that they load data for, and are younger.
-                found.setdefault(ranks[0] if ranks else 0, child)
-        return [found[rank] for rank in sorted(found)]
+                found.setdefault(ranks[0] if ranks else alone, child)
+        return found
 
     def kill_everything(self):
         """End all processes of the launch at once, as a machine that loses its power."""
@@ -171,7 +183,8 @@ def run_through_chaos(
             time.sleep(rng.uniform(0, 8))
         else:
             is_running = launch.wait_until(lambda goal=goal: num_steps(path) >= goal)
-            kind = rng.choice(["kill", "kill all", "SIGTERM", "SIGUSR1"])
+            kinds = ["kill", "kill all", "SIGTERM", "SIGUSR1"]
+            kind = rng.choice(kinds if num_processes == 1 else [*kinds, "kill launcher"])
         started = time.monotonic()
         if is_running:
             tally.actions[kind] += 1
@@ -207,6 +220,10 @@ def _stop(launch, kind, rng):
         trainers = launch.trainers()
         if trainers:
             _kill(rng.choice(trainers), signal.SIGKILL)
+    elif kind == "kill launcher":
+        launcher = launch.launcher()
+        if launcher is not None:
+            _kill(launcher, signal.SIGKILL)
     else:
         _kill(launch.process.pid, getattr(signal, kind))
 

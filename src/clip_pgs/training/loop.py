@@ -26,9 +26,10 @@ from clip_pgs.training.survival.exits import (
     FAILED,
     BadInputError,
     ExitReport,
-    UnwrittenError,
+    unwritten_folder,
 )
 from clip_pgs.training.survival.interrupts import Interrupts
+from clip_pgs.training.survival.lock import run_lock
 from clip_pgs.training.survival.watchdog import Watchdog
 from clip_pgs.training.telemetry.lenient import lenient_threads
 from clip_pgs.training.telemetry.run_log import logging_to
@@ -51,6 +52,7 @@ def train(args: argparse.Namespace, *, evaluate: Evaluate | None = None) -> Path
 
     Raises:
         ValueError: If the data does not fill one step, or `--resume` names no checkpoint.
+        BadInputError: If another process trains this run.
         StoppedError: If a signal asked the run to leave; it has saved where it is.
         UnwrittenError: If its folder cannot be written.
         UnusableDataError, StalledDataError, BadNumbersError, OtherProcessError: See `Trainer.run`.
@@ -65,29 +67,31 @@ def train(args: argparse.Namespace, *, evaluate: Evaluate | None = None) -> Path
         args.name = meeting.share(args.name or default_name(args))
         folder = run_folder(args)
         sentences = option_warnings(args) if args.rank == 0 else []
-        report.folder = folder
-        if folder is not None and args.rank == 0:
-            report.forget()
-            try:
-                write_run_files(args, folder, device)
-            except OSError as error:
-                raise UnwrittenError(f"the run's folder cannot be written: {error}") from error
-        # From here on each process may fail on its own.
-        meeting.wait()
-        path = log_file(args)
-        level = _log_level(args, has_file=path is not None)
-        with lenient_threads(), logging_to(path, level=level):
-            _logger.info("Process %d of %d on %s", args.rank, args.world_size, device)
-            for sentence in sentences:
-                _logger.warning("%s", sentence)
-            if torch.device(asked_device).type != device.type:
-                _logger.warning("%s is not available: running on %s", asked_device, device)
-            args.precision = supported_precision(args.precision, device)
-            if args.train_data or args.dataset_type == "synthetic":
-                _train(args, device, folder, meeting, interrupts, report, evaluate=evaluate)
-            else:
-                _evaluate_only(args, device, folder, meeting, evaluate=evaluate)
+        with run_lock(folder if args.rank == 0 else None):
+            if folder is not None and args.rank == 0:
+                report.folder = folder
+                report.forget()
+                try:
+                    write_run_files(args, folder, device)
+                except OSError as error:
+                    raise unwritten_folder(error) from error
+            # From here on each process may fail on its own.
             meeting.wait()
+            report.folder = folder
+            path = log_file(args)
+            level = _log_level(args, has_file=path is not None)
+            with lenient_threads(), logging_to(path, level=level):
+                _logger.info("Process %d of %d on %s", args.rank, args.world_size, device)
+                for sentence in sentences:
+                    _logger.warning("%s", sentence)
+                if torch.device(asked_device).type != device.type:
+                    _logger.warning("%s is not available: running on %s", asked_device, device)
+                args.precision = supported_precision(args.precision, device)
+                if args.train_data or args.dataset_type == "synthetic":
+                    _train(args, device, folder, meeting, interrupts, report, evaluate=evaluate)
+                else:
+                    _evaluate_only(args, device, folder, meeting, evaluate=evaluate)
+                meeting.wait()
     return folder
 
 

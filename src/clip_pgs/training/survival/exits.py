@@ -55,6 +55,11 @@ class UnwrittenError(RuntimeError):
     """Something that a run cannot do without, and that cannot be written."""
 
 
+def unwritten_folder(error: OSError) -> UnwrittenError:
+    """Return what to raise where a run's folder cannot be written."""
+    return UnwrittenError(f"the run's folder cannot be written: {error}")
+
+
 class BadNumbersError(RuntimeError):
     """Weights, losses or gradients that no step makes finite again."""
 

@@ -60,6 +60,7 @@ class Gate:
             StoppedError: If a signal asked one of them to leave.
             OtherProcessError: If another one cannot go on; `error`, if it is this one.
         """
+        self._interrupts.look_for_launcher()
         code = self._interrupts.code
         preempted, interrupted, failed, undone, skipped = self._meeting.add_up(
             [

@@ -38,6 +38,7 @@ class Interrupts:
         self.name = ""
         self._since = 0.0
         self._process = os.getpid()
+        self._parent = os.getppid()
         self._is_breakable = False
         self._patience = 0.0
 
@@ -72,6 +73,14 @@ class Interrupts:
             yield
         finally:
             self._is_breakable = False
+
+    def look_for_launcher(self) -> None:
+        """Ask this process to leave where torchrun started it and is gone.
+
+        Nothing else would ever end it, and the next launch of the run would meet it.
+        """
+        if not self.code and "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._parent:
+            self.code, self.name = PREEMPTED, "the end of its launcher"
 
     def wait(self, seconds: float) -> None:
         """Wait for a signal that may be on its way."""
