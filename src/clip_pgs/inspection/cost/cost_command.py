@@ -27,6 +27,9 @@ def add_cost_command(commands: argparse._SubParsersAction[argparse.ArgumentParse
     parser.set_defaults(run=_run)
     add_model_options(parser)
     add = parser.add_argument
+    add("--batch-size", type=int, metavar="B", help="default: 16 on a CPU, 256 on a GPU")
+    add("--steps", type=int, metavar="N", help="rounds that count (default: 5 on a CPU, else 20)")
+    add("--seed", type=int, default=0, metavar="N", help="of weights and data (default: 0)")
     add(
         "--maskings",
         "--masking",

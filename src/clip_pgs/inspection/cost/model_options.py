@@ -26,7 +26,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "(default: ViT-S-16 on a CPU, ViT-B-16 on a GPU)",
     )
     add("--image-size", type=int, metavar="PIXELS", help="default: the model's")
-    add("--batch-size", type=int, metavar="B", help="default: 16 on a CPU, 256 on a GPU")
     add(
         "--device",
         type=torch.device,
@@ -34,8 +33,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="default: cuda where there is one, else cpu",
     )
     add("--precision", choices=PRECISIONS, help="default: fp32 on a CPU, amp_bf16 on a GPU")
-    add("--steps", type=int, metavar="N", help="rounds that count (default: 5 on a CPU, else 20)")
-    add("--seed", type=int, default=0, metavar="N", help="of weights and data (default: 0)")
 
 
 def fill_in_defaults(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import open_clip
 import torch
+from timm.layers import to_2tuple
 from tqdm import tqdm
 
 from clip_pgs.inspection.cost.benchmark_model import autocast_of, build_benchmark_model
@@ -39,7 +40,7 @@ def run_cost(args: argparse.Namespace) -> None:
     if args.output is not None:
         make_folder(args.output)
     model = build_benchmark_model(args)
-    height, width = _pair(model.visual.image_size)
+    height, width = to_2tuple(model.visual.image_size)
     conditions = Conditions(
         images=draw_images((height, width), batch_size=args.batch_size, seed=args.seed).to(
             args.device
@@ -131,7 +132,3 @@ def _describe(facts: dict[str, Any]) -> str:
         f"{facts['precision']}, {facts['device']}"
     )
     return f"{text}, compiled" if facts["is_compiled"] else text
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

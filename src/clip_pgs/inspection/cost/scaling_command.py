@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from clip_pgs.inspection.cost.model_options import PRECISIONS, describe_device, fill_in_defaults
+from clip_pgs.inspection.cost.model_options import (
+    add_model_options,
+    describe_device,
+    fill_in_defaults,
+)
 from clip_pgs.inspection.cost.output import format_table, make_folder, write_json
 from clip_pgs.inspection.cost.scaling import ScalingRow, default_sizes, measure_scaling
 from clip_pgs.inspection.strategies import parse_specs
@@ -31,6 +35,7 @@ def add_scaling_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
         allow_abbrev=False,
     )
     parser.set_defaults(run=run_scaling)
+    add_model_options(parser)
     add = parser.add_argument
     add(
         "--batch-size",
@@ -48,23 +53,11 @@ def add_scaling_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
         help="share of training; above 0 embeddings are compared too (default: 0)",
     )
     add(
-        "--device",
-        type=torch.device,
-        default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        help="default: cuda where there is one, else cpu",
-    )
-    add("--processes", type=int, metavar="P", help="time steps of up to so many processes")
-    add(
-        "--model",
-        metavar="NAME",
-        help="of a step: a model that open_clip knows, or a model config (JSON) "
-        "(default: ViT-S-16 on a CPU, ViT-B-16 on a GPU)",
-    )
-    add("--image-size", type=int, metavar="PIXELS", help="of a step (default: the model's)")
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        help="of a step (default: fp32 on a CPU, amp_bf16 on a GPU)",
+        "--processes",
+        type=int,
+        metavar="P",
+        help="time steps of up to so many processes; of the options above, model, image size and "
+        "precision are theirs",
     )
     add("--masking", default="pgs", metavar="NAME", help="of a step (default: pgs)")
     add("-o", "--output", type=Path, metavar="FOLDER", help=f"folder for {FILE_NAME}")
