@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure as MatplotlibFigure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from clip_pgs.evaluation.report.entries import Family
@@ -64,6 +65,7 @@ def epochs_figure(models: Sequence[Model], families: Sequence[Family]) -> Figure
     chosen = looks(entries)
     num_columns = min(_MAX_COLUMNS, len(panels))
     num_rows = -(-len(panels) // num_columns)
+    lines: dict[str, Line2D] = {}
     with look_of_the_report():
         drawing = MatplotlibFigure(figsize=(9.2, 2.9 * num_rows), layout="constrained")
         for number, panel in enumerate(panels, start=1):
@@ -72,18 +74,20 @@ def epochs_figure(models: Sequence[Model], families: Sequence[Family]) -> Figure
             for entry in entries:
                 curve = panel.curves.get(entry.name)
                 if curve and entry.kind == RUN:
-                    axes.plot(
+                    (lines[entry.name],) = axes.plot(
                         list(curve),
                         [100 * score for score in curve.values()],
                         **look_of(entry, chosen).line_options,
-                        label=entry.name,
+                        clip_on=False,
                     )
             axes.set_title(f"{SUITE_TITLES[panel.suite]}, {counted(len(panel.sets), 'set')}")
             axes.set_xlabel("epochs")
             axes.set_ylabel(f"{metric_label(MAIN_METRICS[panel.suite][0])}, percent")
             axes.set_ylim(bottom=0)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.legend(loc="best", fontsize=8)
+        drawing.legend(
+            list(lines.values()), list(lines), loc="outside upper left", ncols=4, columnspacing=1.4
+        )
         return finish(
             drawing,
             name="epochs",
