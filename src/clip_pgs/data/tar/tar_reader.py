@@ -138,6 +138,9 @@ def open_plain_tar(file: BinaryIO) -> tarfile.TarFile:
 
 def regular_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Yield key, suffix and header of each file that belongs to a pair."""
+    # In an archive without members, Python 3.10 would look in front of the file for the next one.
+    if tar.offset == 0:
+        return
     while (member := tar.next()) is not None:
         # TarFile remembers every member it has seen.
         tar.members.clear()  # type: ignore[attr-defined]
