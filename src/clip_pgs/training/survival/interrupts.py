@@ -41,6 +41,8 @@ class Interrupts:
         self._parent = os.getppid()
         self._is_breakable = False
         self._patience = 0.0
+        self._reminder: threading.Timer | None = None
+        self._is_reminded = False
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -73,6 +75,10 @@ class Interrupts:
             yield
         finally:
             self._is_breakable = False
+            if self._reminder is not None:
+                # Later, it could meet a process that no longer catches signals.
+                self._reminder.cancel()
+                self._reminder = None
 
     def look_for_launcher(self) -> None:
         """Ask this process to leave where torchrun started it and is gone.
@@ -93,7 +99,10 @@ class Interrupts:
         if os.getpid() != self._process:
             return
         now = time.monotonic()
-        if not self.code:
+        if self._is_reminded:
+            # Not a second Ctrl-C.
+            self._is_reminded = False
+        elif not self.code:
             self.code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
             self.name = signal.Signals(number).name
             self._since = now
@@ -104,7 +113,12 @@ class Interrupts:
         left = self._since + self._patience - now
         if left <= 0:
             raise AskedToLeave(self.name)
-        # The same signal again, in time.
-        timer = threading.Timer(left, signal.pthread_kill, (threading.get_ident(), number))
-        timer.daemon = True
-        timer.start()
+        if self._reminder is None:
+            self._reminder = threading.Timer(left, self._remind, (threading.get_ident(), number))
+            self._reminder.daemon = True
+            self._reminder.start()
+
+    def _remind(self, thread: int, number: int) -> None:
+        """Send a thread the signal that it had, when its time is up."""
+        self._is_reminded = True
+        signal.pthread_kill(thread, number)
