@@ -47,6 +47,12 @@ def test_a_single_process_that_hangs_is_ended_in_a_sentence(tmp_path, world, act
     assert end["reason"] in output(tmp_path)
 
 
+def test_a_step_on_a_cpu_that_works_takes_as_long_as_it_takes(tmp_path, world):
+    trouble = Hang(rank=0, activity="trains", busy_seconds=2.5 * TIMEOUT)
+    codes, end = train(tmp_path, world, num_processes=1, trouble=trouble)
+    assert (codes, end["code"]) == ([0], 0), output(tmp_path)
+
+
 def test_an_evaluation_that_works_takes_as_long_as_it_takes(tmp_path, world):
     trouble = Hang(rank=0, activity="evaluates", busy_seconds=2.5 * TIMEOUT)
     codes, end = train(tmp_path, world, num_processes=2, trouble=trouble)

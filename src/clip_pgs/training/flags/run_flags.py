@@ -75,5 +75,6 @@ def add_run_flags(parser: OwnParser) -> None:
         metavar="S",
         help="seconds after which a run in which nothing happens is ended by name of the process "
         "that hangs (default: 480; 0 waits for ever): in one place of a step, or without processor "
-        "time in an evaluation or a save, which may otherwise take as long as they take",
+        "time in an evaluation, a save, or a step of one process on a CPU, which may otherwise "
+        "take as long as they take",
     )

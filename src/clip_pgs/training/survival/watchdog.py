@@ -1,10 +1,10 @@
 """Ends a run in which nothing happens any more, and says who hangs and where.
 
-A step of training has a time limit. What takes as long as it takes, such as an evaluation, has
-none: there the process hangs when it uses no processor time either. Of several processes each
-tells the others where it is, so that they can name the one that keeps them waiting: the one that
-is silent (stopped, or its machine gone), or else furthest behind. Who waits for rank 0 to evaluate
-waits for ever, as long as rank 0 gives signs of life: it watches itself.
+A step of training has a time limit. What takes as long as it takes has none, such as an evaluation,
+or a step of one process on a CPU: there the process hangs when it uses no processor time either. Of
+several processes each tells the others where it is, so that they can name the one that keeps them
+waiting: the one that is silent (stopped, or its machine gone), or else furthest behind. Who waits
+for rank 0 to evaluate waits for ever, as long as rank 0 gives signs of life: it watches itself.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch.distributed import DistError
 
 from clip_pgs.training.survival.signs import (
@@ -61,6 +62,8 @@ class Watchdog:
         self._rank = args.rank
         self._world_size = args.world_size
         self._timeout = args.hang_timeout
+        # A CPU may work at a step for an hour; a GPU that hangs keeps a processor busy.
+        self._has_deadlines = self._world_size > 1 or torch.device(args.device).type != "cpu"
         self._on_hang = on_hang
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -107,7 +110,7 @@ class Watchdog:
 
     def _is_late(self) -> bool:
         place, now = self._place, time.monotonic()
-        if place.limit is not None:
+        if place.limit is not None and self._has_deadlines:
             return now > place.since + place.limit
         if self._rank != 0:
             return bool(self._silent(longer_than=self._timeout))
