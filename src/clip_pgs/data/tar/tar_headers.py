@@ -54,11 +54,10 @@ def list_plain_files(file: int) -> list[tuple[str, int, int]]:
         if start + size > reader.size:
             raise UnusualArchiveError("cut short")
         if kind in (b"x", b"L"):
-            data = reader.read(start, size)
             if kind == b"x":
-                changes |= _pax_records(data)
+                changes |= _pax_records(reader.read(start, _padded(size)))
             else:
-                changes[b"path"] = data.split(b"\0", 1)[0]
+                changes[b"path"] = reader.read(start, size).split(b"\0", 1)[0]
         else:
             if b"size" in changes:
                 size = _number(changes[b"size"], base=10)
@@ -69,7 +68,7 @@ def list_plain_files(file: int) -> list[tuple[str, int, int]]:
             else:
                 raise UnusualArchiveError(f"member of type {kind!r}")
             changes = {}
-        offset = start + -(-size // _BLOCK) * _BLOCK
+        offset = start + _padded(size)
         # tarfile, too, wants the padding of a member to be there.
         if offset > reader.size:
             raise UnusualArchiveError("cut short")
@@ -95,6 +94,11 @@ class _BlockReader:
             self._data = os.pread(self._file, max(size, _READ_SIZE), offset)
             self._start, begin = offset, 0
         return self._data[begin : begin + size]
+
+
+def _padded(size: int) -> int:
+    """Return how many bytes a member takes."""
+    return -(-size // _BLOCK) * _BLOCK
 
 
 def _number(field: bytes, *, base: int = 8) -> int:
@@ -132,6 +136,9 @@ def _pax_records(data: bytes) -> dict[bytes, bytes]:
         if keyword in (b"path", b"size"):
             records[keyword] = data[match.end() : end - 1]
         position = end
+    if data[position : position + 1] not in (b"", b"\0"):
+        # To some versions of Python a damage, to others the end.
+        raise UnusualArchiveError("something behind an extension")
     return records
 
 
