@@ -15,9 +15,12 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 @pytest.fixture
 def caught(monkeypatch):
     monkeypatch.setattr(interrupts, "_ECHO_SECONDS", 0.05)
+    # Who runs the tests in the background may have Ctrl-C ignored, which would stay so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     found = Interrupts()
     with found.caught():
         yield found
+    signal.signal(signal.SIGINT, before)
 
 
 def send_and_sleep(caught, number):
