@@ -1,9 +1,19 @@
-"""What an image tower gives in training: its output and the gradient of every parameter."""
+"""What an image tower gives in training for a selection, and selections of different counts."""
 
 import torch
 
+from clip_pgs import PatchSelection
 from clip_pgs.integrations.open_clip import force_selection
 from support.models import image_batch
+
+
+def adaptive(counts, *, slots=12, seed=0):
+    """Return a selection whose rows keep so many of 16 patches."""
+    order = torch.rand(len(counts), 16, generator=torch.Generator().manual_seed(seed)).argsort(1)
+    valid = torch.arange(slots) < torch.tensor(counts)[:, None]
+    kept = torch.where(valid, order[:, :slots], 16).sort(dim=1).values
+    last = kept.gather(1, valid.sum(dim=1, keepdim=True) - 1)
+    return PatchSelection(torch.where(valid, kept, last), valid)
 
 
 def features_and_gradients(model, selection, *, checkpointing=False):

@@ -1,10 +1,8 @@
 import math
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
-from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clip_pgs import PatchSelection
 from clip_pgs.integrations.open_clip import apply_masking, force_selection, masked_tower, packing
-from clip_pgs.integrations.open_clip.packing import PackedTokens, can_pack, packs_by_default
+from clip_pgs.integrations.open_clip.packing import PackedTokens
 from support.models import image_batch, small_clip, small_timm_clip
-from support.tower_gradients import features_and_gradients
+from support.tower_gradients import adaptive, features_and_gradients
 
 POOLER = {"attn_pooler_queries": 4, "attn_pooler_heads": 2}
 MODELS = {
@@ -33,15 +31,6 @@ MODELS = {
     "timm: map": partial(small_timm_clip, global_pool="map", class_token=False),
     "timm: all tokens": partial(small_timm_clip, global_pool=""),
 }
-
-
-def adaptive(counts, *, slots=12, seed=0):
-    """Return a selection whose rows keep so many of 16 patches."""
-    order = torch.rand(len(counts), 16, generator=torch.Generator().manual_seed(seed)).argsort(1)
-    valid = torch.arange(slots) < torch.tensor(counts)[:, None]
-    kept = torch.where(valid, order[:, :slots], 16).sort(dim=1).values
-    last = kept.gather(1, valid.sum(dim=1, keepdim=True) - 1)
-    return PatchSelection(torch.where(valid, kept, last), valid)
 
 
 COUNTS = {
@@ -180,27 +169,6 @@ def test_the_kernel_of_torch_takes_what_it_is_given():
     assert back.shape == (3, 5, 64)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "head_width", "generation", "fits"),
-    [
-        (torch.bfloat16, 64, 9, True),
-        (torch.float16, 256, 8, True),
-        (torch.float32, 64, 9, False),
-        (torch.bfloat16, 264, 9, False),
-        (torch.bfloat16, 12, 9, False),
-        (torch.float16, 64, 7, False),
-    ],
-)
-def test_on_cuda_tokens_are_packed_where_there_is_a_kernel(
-    monkeypatch, dtype, head_width, generation, fits
-):
-    properties = SimpleNamespace(major=generation)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    with FakeTensorMode():
-        tokens = torch.empty(2, 5, 64, device="cuda", dtype=dtype)
-        assert can_pack(tokens, head_width=head_width) == fits
-
-
 def test_rows_are_packed_and_filled_up_again():
     valid = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
     packed, tokens = PackedTokens.of(valid), torch.arange(1.0, 10.0).reshape(3, 3, 1)
@@ -208,69 +176,6 @@ def test_rows_are_packed_and_filled_up_again():
     assert packed.pack(tokens)[:, 0].tolist() == [1, 2, 4, 7, 8, 9]
     assert packed.first_tokens(packed.pack(tokens))[:, 0].tolist() == [1, 4, 7]
     assert packed.unpack(packed.pack(tokens))[..., 0].tolist() == [[1, 2, 0], [4, 0, 0], [7, 8, 9]]
-
-
-def packs(model, selection, *, masking="random", **options):
-    """Return whether a forward pass packs, by the number of rows that the MLPs see."""
-    masked, rows = apply_masking(model, masking, **options).train(), []
-    mlp = next(m for name, m in masked.visual.named_modules() if name.endswith(".0.mlp"))
-    mlp.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[:-1]))
-    with force_selection(masked, selection):
-        masked.visual(image_batch(len(selection.index)))
-    return len(rows[0]) == 1
-
-
-def test_adaptive_rows_alone_are_packed_and_only_where_it_is_asked_for():
-    selection = adaptive(COUNTS["mixed"])
-    assert packs(small_clip(), selection, pack_tokens=True)
-    assert not packs(small_clip(), selection, pack_tokens=False)
-    assert not packs(small_clip(), PatchSelection(selection.index), pack_tokens=True)
-
-
-@pytest.mark.parametrize(
-    ("device", "shape", "expected"),
-    [
-        ("cpu", (8, 139, 768), True),
-        ("cpu", (8, 35, 768), True),
-        ("cpu", (64, 35, 128), False),
-        ("meta", (8, 139, 768), False),
-    ],
-)
-def test_by_default_it_is_done_where_it_is_measured_to_be_faster(device, shape, expected):
-    assert packs_by_default(torch.empty(shape, device=device)) == expected
-
-
-def test_a_model_goes_by_that_default():
-    selection = adaptive(COUNTS["mixed"])
-    assert packs(small_clip(width=640, head_width=320, layers=1), selection)
-    assert not packs(small_clip(), selection)
-
-
-def clip_with_attention_dropout():
-    model = small_clip()
-    model.visual.transformer.resblocks[1].attn.dropout = 0.5
-    return model
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        small_clip(qk_norm=True),
-        clip_with_attention_dropout(),
-        small_timm_clip(drop_path_rate=0.5),
-        small_timm_clip(attn_drop_rate=0.5),
-        small_timm_clip(block_fn=ResPostBlock),
-    ],
-    ids=["qk norm", "attention dropout", "drop path", "timm attention dropout", "post norm"],
-)
-def test_other_blocks_and_dropout_keep_their_padding(model):
-    assert not packs(model, adaptive(COUNTS["mixed"]), pack_tokens=True)
-
-
-def test_the_released_attention_bias_keeps_its_padding():
-    selection = adaptive(COUNTS["mixed"])
-    selection.similar = torch.zeros_like(selection.valid)
-    assert not packs(small_clip(), selection, pack_tokens=True)
 
 
 def test_packing_is_no_part_of_the_state():
