@@ -1,4 +1,4 @@
-"""The model that a benchmark runs, without weights of anyone's training."""
+"""The model that a benchmark runs, without weights of anyone's training, and data for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import open_clip
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip_train.precision import get_autocast
-from torch import nn
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from clip_pgs.inspection.cost.random_data import draw_captions, draw_images
 
 
 def build_benchmark_model(args: argparse.Namespace) -> CLIP | CustomTextCLIP:
@@ -39,3 +42,25 @@ def build_benchmark_model(args: argparse.Namespace) -> CLIP | CustomTextCLIP:
 def autocast_of(args: argparse.Namespace) -> Any:
     """Return the context of a forward pass, as OpenCLIP's trainer chooses it."""
     return get_autocast(args.precision, device_type=args.device.type)
+
+
+def draw_batch(
+    model: CLIP | CustomTextCLIP, captions: str, *, batch_size: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Draw images (B, 3, H, W) and captions (B, T) that a model takes, on the CPU.
+
+    Args:
+        model: Its image size, context length and vocabulary count.
+        captions: Whose lengths they have; see `draw_captions`.
+        batch_size: Pairs, B.
+        seed: Same seed, same batch.
+    """
+    images = draw_images(to_2tuple(model.visual.image_size), batch_size=batch_size, seed=seed)
+    texts = draw_captions(
+        captions,
+        batch_size=batch_size,
+        context_length=model.context_length,
+        vocab_size=model.vocab_size,
+        seed=seed,
+    )
+    return images, texts

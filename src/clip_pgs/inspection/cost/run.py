@@ -9,17 +9,15 @@ from typing import Any
 
 import open_clip
 import torch
-from timm.layers import to_2tuple
 from tqdm import tqdm
 
-from clip_pgs.inspection.cost.benchmark_model import autocast_of, build_benchmark_model
+from clip_pgs.inspection.cost.benchmark_model import autocast_of, build_benchmark_model, draw_batch
 from clip_pgs.inspection.cost.compilation import allow_graphs_of, watch_compilation
 from clip_pgs.inspection.cost.flop_count import count_step_flops
 from clip_pgs.inspection.cost.model_options import describe_device, fill_in_defaults
 from clip_pgs.inspection.cost.output import make_folder, write_json
 from clip_pgs.inspection.cost.peaks import Peak, known_peak, measured_peak
 from clip_pgs.inspection.cost.plot import plot_cost
-from clip_pgs.inspection.cost.random_data import draw_captions, draw_images
 from clip_pgs.inspection.cost.report import COMPILED_LEGEND, LEGEND, cost_content, cost_table
 from clip_pgs.inspection.cost.rows import make_rows
 from clip_pgs.inspection.cost.setups import PLAIN_TITLE, Conditions, build_setups
@@ -40,18 +38,10 @@ def run_cost(args: argparse.Namespace) -> None:
     if args.output is not None:
         make_folder(args.output)
     model = build_benchmark_model(args)
-    height, width = to_2tuple(model.visual.image_size)
+    images, captions = draw_batch(model, args.captions, batch_size=args.batch_size, seed=args.seed)
     conditions = Conditions(
-        images=draw_images((height, width), batch_size=args.batch_size, seed=args.seed).to(
-            args.device
-        ),
-        captions=draw_captions(
-            args.captions,
-            batch_size=args.batch_size,
-            context_length=model.context_length,
-            vocab_size=model.vocab_size,
-            seed=args.seed,
-        ),
+        images=images.to(args.device),
+        captions=captions,
         autocast=autocast_of(args),
         progress=args.progress,
         trims=not args.no_trimming,
@@ -78,7 +68,7 @@ def run_cost(args: argparse.Namespace) -> None:
         peak=peak,
         compilations=compilations,
     )
-    facts = _facts(args, (height, width), peak)
+    facts = _facts(args, tuple(images.shape[2:]), peak)
     title = _describe(facts)
     legend = LEGEND + ("peak" if peak is None else f"{peak.flops / 1e9:.0f} GFLOP/s, {peak.source}")
     if compilations is not None:
@@ -101,7 +91,7 @@ def _peak(args: argparse.Namespace) -> Peak | None:
 
 
 def _facts(
-    args: argparse.Namespace, image_size: tuple[int, int], peak: Peak | None
+    args: argparse.Namespace, image_size: tuple[int, ...], peak: Peak | None
 ) -> dict[str, Any]:
     return {
         "model": args.model,

@@ -17,8 +17,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from clip_pgs.inspection.cost.benchmark_model import autocast_of, build_benchmark_model
-from clip_pgs.inspection.cost.random_data import draw_captions, draw_images
+from clip_pgs.inspection.cost.benchmark_model import autocast_of, build_benchmark_model, draw_batch
 from clip_pgs.inspection.cost.setups import Conditions, Setup
 from clip_pgs.inspection.strategies import parse_specs
 
@@ -173,20 +172,10 @@ def _build_setup(step: SharedStep, device: torch.device, *, rank: int) -> Setup:
         device=device,
     )
     model = build_benchmark_model(args)
-    size = model.visual.image_size
-    height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
-    seed = step.seed + rank
-    conditions = Conditions(
-        images=draw_images((height, width), batch_size=step.batch_size, seed=seed).to(device),
-        captions=draw_captions(
-            "flickr8k",
-            batch_size=step.batch_size,
-            context_length=model.context_length,
-            vocab_size=model.vocab_size,
-            seed=seed,
-        ),
-        autocast=autocast_of(args),
+    images, captions = draw_batch(
+        model, "flickr8k", batch_size=step.batch_size, seed=step.seed + rank
     )
+    conditions = Conditions(images.to(device), captions, autocast_of(args))
     (spec,) = parse_specs([step.masking])
     return Setup(spec.title, model, conditions, spec=spec)
 

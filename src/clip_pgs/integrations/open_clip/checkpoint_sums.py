@@ -45,6 +45,7 @@ def check_sum(path: Path) -> None:
         return
     try:
         damaged = _damaged_record(path)
+    # The last where a damaged header asks for a compression that zipfile does not know.
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError) as error:
         raise ValueError(f"checkpoint {str(path)!r} is damaged: {error}") from error
     if damaged is not None:
