@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, settings
 
 import clip_pgs
-from clip_pgs.sentences import one_sentence
+from clip_pgs.common import one_sentence
 
 EXAMPLES = int(os.environ.get("BAD_INPUT_EXAMPLES", "0"))
 OWN_CODE = str(Path(clip_pgs.__file__).parent)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from clip_pgs.common import SentenceParser, one_sentence
 from clip_pgs.data.captions.word_counting import count_shards, count_table, describe_skipped
 from clip_pgs.data.captions.word_frequencies import write_word_frequencies
 from clip_pgs.data.check import check_shards
 from clip_pgs.data.pack import pack_pairs
 from clip_pgs.data.tar.shards import expand_shards
-from clip_pgs.sentences import SentenceParser, one_sentence
 
 
 def main(argv: list[str] | None = None) -> int:

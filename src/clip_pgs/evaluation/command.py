@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from clip_pgs.common import one_sentence
 from clip_pgs.evaluation.benchmark import check_installation
 from clip_pgs.evaluation.command_options import make_parser, output_folders
 from clip_pgs.evaluation.datasets.datasets import EvalSet
@@ -20,7 +21,6 @@ from clip_pgs.evaluation.results import CSV_NAME, DONE, MISSING, Result, result_
 from clip_pgs.evaluation.runner import evaluate
 from clip_pgs.evaluation.score_sheet import ERRORS_NAME
 from clip_pgs.evaluation.table import format_table
-from clip_pgs.sentences import one_sentence
 
 logger = logging.getLogger(__name__)
 

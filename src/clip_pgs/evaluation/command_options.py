@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from clip_pgs.common import SentenceParser
 from clip_pgs.evaluation.datasets.datasets import clean_name
 from clip_pgs.evaluation.datasets.suites import SUITES
 from clip_pgs.evaluation.models.models import check_source, model_name
 from clip_pgs.evaluation.run_places import EVAL_NAME
-from clip_pgs.sentences import SentenceParser
 
 _EPILOG = """\
 clip-test.sh sets --help     which data sets are there, and how to get the others

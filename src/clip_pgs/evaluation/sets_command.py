@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from clip_pgs.common import SentenceParser, one_sentence
 from clip_pgs.evaluation.command_options import add_data_flags
 from clip_pgs.evaluation.datasets.datasets import EvalSet
 from clip_pgs.evaluation.datasets.presence import PRESENT, Presence, check_presence
 from clip_pgs.evaluation.datasets.suites import load_suite
-from clip_pgs.sentences import SentenceParser, one_sentence
 
 EXIT_ALL_PRESENT, EXIT_INCOMPLETE, EXIT_BAD_INPUT = 0, 1, 2
 _PAIRS_URL = "https://raw.githubusercontent.com/RAIVNLab/sugar-crepe/main/data"

@@ -6,12 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from clip_pgs.common import SentenceParser, one_sentence
 from clip_pgs.inspection.cost.cost_command import add_cost_command
 from clip_pgs.inspection.cost.data_command import add_data_command
 from clip_pgs.inspection.cost.scaling_command import add_scaling_command
 from clip_pgs.inspection.foreground.kept_command import add_kept_command
 from clip_pgs.inspection.masks_command import add_masks_command
-from clip_pgs.sentences import SentenceParser, one_sentence
 
 
 def main(argv: Sequence[str] | None = None) -> int:

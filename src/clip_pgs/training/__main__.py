@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from clip_pgs.sentences import one_sentence
+from clip_pgs.common import one_sentence
 from clip_pgs.training.survival.leaving import leave
 
 BAD_INPUT = 2

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import clip_pgs
-from clip_pgs.training.checkpoints.durable import write_text
+from clip_pgs.common import write_text
 
 FILE_NAME = "env.json"
 _PACKAGES = ("open_clip_torch", "timm", "torchvision", "webdataset", "numpy")

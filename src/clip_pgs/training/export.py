@@ -22,10 +22,10 @@ import open_clip
 import safetensors.torch
 from open_clip.tokenizer import HFTokenizer
 
+from clip_pgs.common import sync, unfinished_path
 from clip_pgs.training.build import logit_options
 from clip_pgs.training.checkpoints.checkpoint import find_non_finite, load_checkpoint
 from clip_pgs.training.checkpoints.checkpoint_files import find_latest
-from clip_pgs.training.checkpoints.durable import sync, unfinished_path
 from clip_pgs.training.model_card import write_model_card
 
 FOLDER_NAME = "export"

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from clip_pgs.sentences import SentenceParser, one_sentence
+from clip_pgs.common import SentenceParser, one_sentence
 
 _DESCRIPTION = """\
 Report where models stand: report.html (one file that opens without a network), report.md,

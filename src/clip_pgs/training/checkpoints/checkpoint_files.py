@@ -24,10 +24,10 @@ from typing import IO, Any, BinaryIO, cast
 
 import torch
 
+from clip_pgs.common import UNFINISHED_ENDING, atomic_file, write_text
 from clip_pgs.integrations.open_clip.checkpoint_sums import SUMS_NAME, check_sum, read_sums
 from clip_pgs.integrations.open_clip.checkpoints import LATEST_NAME, read_checkpoint
 from clip_pgs.training.checkpoints.checkpoint import named_tensors
-from clip_pgs.training.checkpoints.durable import UNFINISHED_ENDING, durable_file, write_text
 
 MOST_RECENT_NAME = "epoch_latest.pt"
 DAMAGED_ENDING = ".damaged"
@@ -66,7 +66,7 @@ def write_checkpoint(content: Mapping[str, Any], path: Path) -> None:
         OSError: If it cannot be written.
     """
     _check_space(content, path.parent)
-    with durable_file(path) as file:
+    with atomic_file(path) as file:
         writer = _HashingWriter(file)
         try:
             torch.save(content, cast("IO[bytes]", writer))

@@ -10,6 +10,7 @@ from open_clip import CLIP
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from clip_pgs.common import atomic_file
 from clip_pgs.integrations.open_clip import (
     last_selection,
     num_patches,
@@ -18,7 +19,6 @@ from clip_pgs.integrations.open_clip import (
     set_masking_noise,
 )
 from clip_pgs.masking.patches import paint_kept
-from clip_pgs.training.checkpoints.durable import durable_file
 from clip_pgs.training.seeding import step_noise
 
 NUM_IMAGES = 8
@@ -44,7 +44,7 @@ def fixed_images(folder: Path, candidates: Tensor) -> Tensor:
         content = io.BytesIO()
         torch.save(candidates[:NUM_IMAGES].float().cpu(), content)
         # Not by torch, which tells of a full disk as of a wrong position in the file.
-        with durable_file(path) as file:
+        with atomic_file(path) as file:
             file.write(content.getbuffer())
     return torch.load(path, weights_only=True).to(candidates.device)
 

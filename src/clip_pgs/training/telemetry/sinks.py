@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from clip_pgs.training.checkpoints.durable import append_line, write_text
+from clip_pgs.common import append_line, write_text
 
 
 class Sink(Protocol):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from clip_pgs.common import append_line, write_text
 from clip_pgs.data.samples import Skip
-from clip_pgs.training.checkpoints.durable import append_line, write_text
 from clip_pgs.training.telemetry.lenient import Lenient
 
 SKIPPED_NAME = "skipped.jsonl"

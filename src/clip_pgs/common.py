@@ -1,20 +1,68 @@
-"""Files that are there whole or not at all, whenever the process, or the machine, dies."""
+"""What every part shares: one-sentence errors, atomic writes, the names of a run's files.
+
+Errors reach a terminal as one line on stderr, with exit code 2 for bad input. Files that others
+read are there whole or not at all, whenever the process, or the machine, dies.
+"""
 
 from __future__ import annotations
 
+import argparse
 import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
+
+# What a run's folder holds.
+OPTIONS_NAME = "options.json"
+PARAMS_NAME = "params.txt"
+ENVIRONMENT_NAME = "env.json"
+LOG_NAME = "out.log"
+METRICS_NAME = "metrics.jsonl"
+SKIPPED_NAME = "skipped.jsonl"
+EXIT_NAME = "exit.json"
+LOCK_NAME = ".lock"
+CHECKPOINTS_NAME = "checkpoints"
+MASKS_NAME = "masks"
+EXPORT_NAME = "export"
+EVAL_NAME = "eval"
+# What an export holds, as OpenCLIP names it.
+MODEL_CONFIG_NAME = "open_clip_config.json"
+WEIGHTS_NAME = "open_clip_model.safetensors"
 
 UNFINISHED_ENDING = ".unfinished"
 
+_HEAD, _TAIL = 1500, 300
+
+
+def one_sentence(error: BaseException | str) -> str:
+    """Return a message on one line that a terminal can show.
+
+    Messages quote what they complain of, whatever that is: line breaks become spaces, other
+    characters that cannot be printed are escaped, and the middle of a long text is left out.
+
+    Args:
+        error: The message, or an error that has one.
+    """
+    text = " ".join(line.strip() for line in str(error).splitlines()).strip()
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(text) > _HEAD + _TAIL:
+        return f"{text[:_HEAD]} ... {text[-_TAIL:]}"
+    return text or type(error).__name__
+
+
+class SentenceParser(argparse.ArgumentParser):
+    """Refuses arguments in one sentence, without the usage text; so do its subcommands."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2."""
+        self.exit(2, f"error: {one_sentence(message)}\n")
+
 
 @contextmanager
-def durable_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file beside `path` to be written, which takes its place when all went well.
 
     Args:
@@ -41,7 +89,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: If it cannot be written; what was there is still there.
     """
-    with durable_file(path) as file:
+    with atomic_file(path) as file:
         file.write(text.encode())
 
 
