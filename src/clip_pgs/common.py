@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -103,7 +102,9 @@ def append_line(path: Path, line: str) -> None:
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         # Over NFS two machines' appends can meet at one place; not every file system has locks.
-        with suppress(OSError):
+        with suppress(OSError, ImportError):
+            import fcntl
+
             fcntl.lockf(file, fcntl.LOCK_EX)
         size = os.fstat(file).st_size
         # A disk that fills up takes a part without an error.
