@@ -1,4 +1,4 @@
-"""What every part shares: one-sentence errors, atomic writes, the names of a run's files.
+"""What every part shares: one-sentence errors, atomic writes, registries, names of a run's files.
 
 Errors reach a terminal as one line on stderr, with exit code 2 for bad input. Files that others
 read are there whole or not at all, whenever the process, or the machine, dies.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from types import MappingProxyType
+from typing import Any, BinaryIO, Generic, NoReturn, TypeVar
 
 # What a run's folder holds.
 OPTIONS_NAME = "options.json"
@@ -34,6 +36,9 @@ WEIGHTS_NAME = "open_clip_model.safetensors"
 UNFINISHED_ENDING = ".unfinished"
 
 _HEAD, _TAIL = 1500, 300
+
+Entry = TypeVar("Entry")
+SameEntry = TypeVar("SameEntry")
 
 
 def one_sentence(error: BaseException | str) -> str:
@@ -127,3 +132,97 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Registry(Generic[Entry]):
+    """Classes or functions by name, each with a declaration of what others need to know of it.
+
+    Help texts, checks, tests and tables read the declarations, so that a new entry is registered
+    in one place. An entry outside this package is named "package.module:Class"; its module is
+    imported and must have registered it.
+
+    Args:
+        kind: What the entries are, in one or two words for messages: "masking".
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Entry] = {}
+        self._declarations: dict[str, Mapping[str, Any]] = {}
+
+    def register(self, name: str, **declaration: Any) -> Callable[[SameEntry], SameEntry]:
+        """Register what is decorated.
+
+        Args:
+            name: What users type; it holds no colon.
+            **declaration: What there is to know of it.
+
+        Raises:
+            ValueError: If the name is empty or holds a colon, or something else has it. A class
+                or function that is defined anew, as in a notebook, replaces itself.
+        """
+        if not name or ":" in name:
+            raise ValueError(f"the name of a {self.kind} must hold no colon, got {name!r}")
+
+        def decorate(entry: SameEntry) -> SameEntry:
+            if name in self._entries and _origin(self._entries[name]) != _origin(entry):
+                raise ValueError(
+                    f"{self.kind} {name!r} is registered already; taken: {', '.join(self.names())}"
+                )
+            self._entries[name] = entry  # type: ignore[assignment]
+            self._declarations[name] = MappingProxyType(declaration)
+            return entry
+
+        return decorate
+
+    def names(self) -> list[str]:
+        """Return the registered names, sorted."""
+        return sorted(self._entries)
+
+    def name(self, name: str) -> str:
+        """Return the registered name of what a user names, importing "package.module:Class".
+
+        Raises:
+            ValueError: If nothing is registered under it, or the import fails.
+        """
+        if ":" not in name:
+            if name not in self._entries:
+                choices = ", ".join(self.names())
+                raise ValueError(f"unknown {self.kind} {name!r}; choose from {choices}")
+            return name
+        module_name, _, attribute = name.partition(":")
+        try:
+            entry = getattr(importlib.import_module(module_name), attribute)
+        # A stranger's module can raise anything.
+        except (Exception, SystemExit) as error:
+            reason = f"{type(error).__name__}: {one_sentence(error)}"
+            raise ValueError(f"cannot import {self.kind} {name!r}: {reason}") from error
+        for registered, other in self._entries.items():
+            if other is entry:
+                return registered
+        raise ValueError(
+            f"{name!r} is not registered as a {self.kind}; its module has to register it"
+        )
+
+    def get(self, name: str) -> Entry:
+        """Return an entry by its name or "package.module:Class".
+
+        Raises:
+            ValueError: See `name`.
+        """
+        return self._entries[self.name(name)]
+
+    def declaration(self, name: str) -> Mapping[str, Any]:
+        """Return what an entry declared when it was registered.
+
+        Raises:
+            ValueError: See `name`.
+        """
+        return self._declarations[self.name(name)]
+
+
+def _origin(entry: Any) -> Any:
+    """Return where a class or function is defined; anything else stands for itself."""
+    if hasattr(entry, "__qualname__"):
+        return entry.__module__, entry.__qualname__
+    return id(entry)
