@@ -1,5 +1,9 @@
-"""Random crops of photographs, as OpenCLIP trains on them, in a fraction of the time.
+"""Images out of files: which formats are opened, at what cost, and random crops of them.
 
+A file may come from anybody. Only the decoders of `IMAGE_FORMATS` ever see it, what would take
+unusual effort is refused, and whatever a decoder raises is an `UnreadableImageError`.
+
+Random crops are those that OpenCLIP trains on, in a fraction of the time.
 Decoding a JPEG file takes half of the time, and resizing the crop most of the rest. So torch
 resizes, several times as fast as Pillow and by the same filter; and a file several times larger
 than needed is decoded at a half, a quarter or an eighth of its size, which decoders do on the way.
@@ -9,12 +13,20 @@ Boxes are torchvision's own, drawn from the same numbers. What comes out are byt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import re
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -23,6 +35,22 @@ from torchvision.transforms.functional import pil_to_tensor
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
+# What data sets of photographs hold. Others (EPS, PDF, WMF, FITS, ...) start programs, or are
+# decoded by code that few have looked at.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+# What an image may take. A file's size bounds the rest of what its header declares.
+MAX_IMAGE_BYTES = 2**28
+# Encoders make about ten; libtiff allows as many. Each costs a pass over all pixels.
+MAX_JPEG_SCANS = 100
+MAX_SCANNED_PIXELS = 2**31
+# Of processor time, where a decoder gets lost between its blocks.
+MAX_DECODING_SECONDS = 20.0
+_SECONDS_BETWEEN_SIGNALS = 1.0
+# A marker of a JPEG file that is followed by the length of its segment.
+_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")
+_START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
+
 _REDUCTIONS = (8, 4, 2)  # what JPEG decoders offer
 
 # A reduced crop stays this much larger than what it is resized to: the last halving is left to the
@@ -30,6 +58,97 @@ _REDUCTIONS = (8, 4, 2)  # what JPEG decoders offer
 _ROOM = 2
 
 _RGB = ImageReadMode.RGB
+
+
+class UnreadableImageError(ValueError):
+    """An image that cannot be decoded, or not at a usual cost; says why, in one line."""
+
+
+def open_image(source: bytes | str | Path) -> Image.Image:
+    """Decode an image of one of `IMAGE_FORMATS`; of an animation, its first picture.
+
+    Args:
+        source: A file's content, or its path.
+
+    Returns:
+        The decoded image, in whatever mode the file has; see `to_rgb`.
+
+    Raises:
+        UnreadableImageError: If it cannot be read, is of another format, damaged, cut short, has
+            more pixels than Pillow takes (twice `Image.MAX_IMAGE_PIXELS`), more than
+            `MAX_IMAGE_BYTES`, `MAX_JPEG_SCANS` or `MAX_SCANNED_PIXELS` over all scans, or takes
+            more than `MAX_DECODING_SECONDS` of processor time.
+    """
+    with opened_image(source) as image:
+        image.load()
+    return image
+
+
+@contextmanager
+def opened_image(source: bytes | str | Path) -> Iterator[Image.Image]:
+    """Open an image whose pixels are decoded inside the `with` block; see `open_image`.
+
+    Raises:
+        UnreadableImageError: Also for whatever is raised inside the block.
+    """
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if len(data) > MAX_IMAGE_BYTES:
+            raise UnreadableImageError(f"{len(data)} bytes, more than {MAX_IMAGE_BYTES}")
+        with _processor_time_limit(), warnings.catch_warnings():
+            # Oddities of a file's metadata; what matters raises.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+            _check_scans(data, image.width * image.height)
+            yield image
+    except UnreadableImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(f"no {', '.join(IMAGE_FORMATS)} file") from error
+    except _OutOfTimeError as error:
+        limit = f"{MAX_DECODING_SECONDS:g} seconds of processor time"
+        raise UnreadableImageError(f"it takes more than {limit}") from error
+    # Decoders raise anything on bytes that are no image, or not all of one.
+    except Exception as error:
+        raise UnreadableImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _check_scans(data: bytes, num_pixels: int) -> None:
+    """Refuse a JPEG file that is decoded over and over."""
+    most = min(MAX_JPEG_SCANS, MAX_SCANNED_PIXELS // max(num_pixels, 1))
+    # Far more files have such bytes somewhere than have as many scans.
+    if data[:2] != b"\xff\xd8" or data.count(b"\xff" + _START_OF_SCAN) <= most:
+        return
+    num_scans, position = 0, 2
+    while (marker := _MARKER.search(data, position)) and marker[1] != _END_OF_IMAGE:
+        num_scans += marker[1] == _START_OF_SCAN
+        if num_scans > most:
+            raise UnreadableImageError(f"a JPEG file of more than {most} scans")
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+
+
+class _OutOfTimeError(BaseException):
+    """Passes by decoders that catch every Exception."""
+
+
+@contextmanager
+def _processor_time_limit() -> Iterator[None]:
+    """Raise _OutOfTimeError where the body computes for too long; in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        raise _OutOfTimeError
+
+    before = signal.signal(signal.SIGPROF, stop)
+    # Again and again: what is raised in a destructor is lost.
+    signal.setitimer(signal.ITIMER_PROF, MAX_DECODING_SECONDS, _SECONDS_BETWEEN_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 @dataclass(frozen=True)

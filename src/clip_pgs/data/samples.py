@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import random
-import struct
-import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from clip_pgs.data.decoding import RandomCrop, rgb_pixels, to_rgb
+from clip_pgs.data.decoding import (
+    RandomCrop,
+    UnreadableImageError,
+    opened_image,
+    rgb_pixels,
+    to_rgb,
+)
 from clip_pgs.data.order import stable_seed
 
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")
@@ -25,21 +27,6 @@ CAPTION_SUFFIX = "txt"
 Transform = Callable[[Image.Image], Tensor]
 Tokenize = Callable[[list[str]], Tensor]
 
-# What Pillow's decoders raise on bytes that are no image, or not all of one.
-_DECODING_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 # Many times what a text tower takes. A tokenizer's time grows with the square of a word's length.
 _MAX_CHARACTERS = 2000
 
@@ -197,15 +184,10 @@ def _reading(data: bytes | None) -> Iterator[Image.Image]:
     if data is None:
         raise BadSampleError("no image", "no ." + ", .".join(IMAGE_SUFFIXES) + " member")
     try:
-        with warnings.catch_warnings():
-            # Oddities of a file's metadata; what matters raises.
-            warnings.simplefilter("ignore")
-            yield Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        raise BadSampleError("unreadable image", "no known format") from error
-    except _DECODING_ERRORS as error:
-        detail = str(error).replace("\n", " ") or type(error).__name__
-        raise BadSampleError("unreadable image", detail) from error
+        with opened_image(data) as image:
+            yield image
+    except UnreadableImageError as error:
+        raise BadSampleError("unreadable image", str(error)) from error
 
 
 def _seed_generators(seed: int) -> None:
