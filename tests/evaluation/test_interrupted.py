@@ -43,7 +43,55 @@ def score(color_model, six, tmp_path):
         del loaded.model.encode_image
         return results, len(seen)
 
+    run.eval_sets = six
     return run
+
+
+class AskedToLeave(BaseException):
+    """What a signal raises in a training run."""
+
+
+def test_a_signal_ends_the_evaluation_and_a_later_call_measures_the_set(
+    score, color_model, tmp_path, monkeypatch
+):
+    def leave(pixels):
+        raise AskedToLeave
+
+    with monkeypatch.context() as patch:
+        patch.setitem(vars(color_model.model), "encode_image", leave)
+        with pytest.raises(AskedToLeave):
+            evaluate(color_model, score.eval_sets, workers=0, output=tmp_path / "out")
+    assert not list(tmp_path.glob("out/*.json"))
+    (result,), num_seen = score()
+    assert (result.status, num_seen) == ("done", 12)
+
+
+def test_a_set_that_failed_is_measured_by_a_later_call(score, color_model, tmp_path, monkeypatch):
+    def fail(pixels):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(vars(color_model.model), "encode_image", fail)
+        (result,) = evaluate(color_model, score.eval_sets, workers=0, output=tmp_path / "out")
+    assert (result.status, result.error) == ("failed", "RuntimeError: out of memory")
+    (result,), num_seen = score()
+    assert (result.status, num_seen) == ("done", 12)
+
+
+@pytest.mark.parametrize("name", ["zeroshot_classification_six.json", "results.csv", "errors.log"])
+def test_a_file_that_cannot_be_read_or_written_does_not_end_the_evaluation(score, tmp_path, name):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    (result,), num_seen = score()
+    assert num_seen == 12
+    assert result.metrics["acc1"] == 0.75
+
+
+def test_a_kept_result_of_another_shape_is_measured_anew(score, tmp_path):
+    score()
+    path = tmp_path / "out/zeroshot_classification_six.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": []}))
+    (result,), num_seen = score()
+    assert (result.status, num_seen) == ("done", 12)
 
 
 def test_a_finished_result_is_kept(score):

@@ -27,7 +27,7 @@ def test_two_processes_share_the_sets_and_one_tells_the_result(
     assert done.returncode == 1, done.stderr
     assert done.stdout.count("In percent") == 1
     rows = {line.split()[0]: line for line in done.stdout.splitlines() if line[:1].islower()}
-    assert "failed: ReadError" in rows["damaged"]
+    assert "test/0.tar cannot be read" in rows["damaged"]
     for name in ("pairs", "sugar_crepe/add_att", "average"):
         assert "failed" not in rows[name]
     # Two of five pieces of work at least went to either process.

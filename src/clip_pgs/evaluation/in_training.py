@@ -20,6 +20,7 @@ from clip_pgs.evaluation.models.models import LoadedModel
 from clip_pgs.evaluation.results import DONE, Result
 from clip_pgs.evaluation.run_places import epoch_folder
 from clip_pgs.evaluation.runner import evaluate
+from clip_pgs.evaluation.table import format_table
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,9 @@ class EvaluationInTraining:
             epoch: Completed epochs.
 
         Returns:
-            Metrics and averages by `SUITE/DATASET/METRIC` and `SUITE/AVERAGE/METRIC`; none where
-            the weights are not finite, which is logged.
+            Metrics and averages by `SUITE/DATASET/METRIC` and `SUITE/AVERAGE/METRIC`; an average
+            that lacks sets is `average_of_3_of_5`. None where the weights are not finite, which
+            is logged.
         """
         output = None if self._run is None else epoch_folder(self._run, epoch)
         name = f"epoch_{epoch}"
@@ -89,10 +91,11 @@ class EvaluationInTraining:
                     workers=self._workers,
                     keep_features=False,
                 )
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             # Whether to go on with such a model is for the training loop to say.
             logger.warning("not evaluated after epoch %d: %s", epoch, error)
             return {}
+        logger.info("after epoch %d, in percent:\n\n%s", epoch, format_table(results))
         return _by_name(results)
 
 
@@ -109,5 +112,10 @@ def _by_name(results: Sequence[Result]) -> dict[str, float]:
         if result.status == DONE
         for metric, value in result.metrics.items()
     }
-    values |= {f"{mean.suite}/{mean.name}/{mean.metric}": mean.value for mean in averages(results)}
+    not_done = {(result.suite, result.dataset) for result in results if result.status != DONE}
+    for mean in averages(results):
+        num_lacking = sum((mean.suite, dataset) in not_done for dataset in mean.missing)
+        num_all = len(mean.sets) + len(mean.missing)
+        lack = f"_of_{num_all - num_lacking}_of_{num_all}" if num_lacking else ""
+        values[f"{mean.suite}/{mean.name}{lack}/{mean.metric}"] = mean.value
     return {name: value for name, value in values.items() if value is not None}

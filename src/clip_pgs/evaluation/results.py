@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
+
+from clip_pgs.common import one_sentence, write_text
+
+logger = logging.getLogger(__name__)
 
 DONE, MISSING, FAILED = "done", "missing", "failed"
 CSV_NAME = "results.csv"
 
 _TEXT_COLUMNS = {"suite", "dataset", "status", "error", "model", "pretrained", "weights_digest"}
 _OTHER_COLUMNS = {"samples", "seconds", "date", "task", "location", "language"}
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t")
 _REQUIRED = {"suite", "dataset", "status", "samples", "model", "weights_digest"}
 
 
@@ -65,12 +74,14 @@ class Result:
     language: str = "en"
 
 
+# What a result file holds of each type; all others are dicts.
+_KINDS = {"str": str, "int": int, "float": (int, float), "str | None": (str, NoneType)}
+
+
 def write_result(result: Result, path: Path) -> None:
     """Write one result as JSON; an interrupted write leaves no half file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_text(path, json.dumps(asdict(result), indent=2) + "\n")
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -85,15 +96,37 @@ def result_files(folder: Path) -> list[tuple[Path, Result]]:
 
 
 def read_result(path: Path) -> Result | None:
-    """Read one result; None if the file is not there or is no result."""
+    """Read one result.
+
+    Returns:
+        None if the file is not there or is no result; of one that looks like a result and has
+        another shape, a warning tells.
+    """
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
+        return None
+    # The last where it nests too deep.
+    except (OSError, ValueError, RecursionError) as error:
+        logger.warning("left out %s: it cannot be read (%s)", path, one_sentence(error))
         return None
     if not isinstance(content, dict) or "weights_digest" not in content:
         return None
-    names = {column.name for column in fields(Result)}
-    return Result(**{name: content[name] for name in names & content.keys()})
+    names = [column.name for column in fields(Result) if not _holds(content, column)]
+    if names:
+        logger.warning("left out %s: its %s is not that of a result", path, " and ".join(names))
+        return None
+    return Result(**{c.name: content[c.name] for c in fields(Result) if c.name in content})
+
+
+def _holds(content: dict[str, Any], column: Field) -> bool:
+    if column.name not in content:
+        return column.default is not NO_DEFAULT or column.default_factory is not NO_DEFAULT
+    value = content[column.name]
+    is_fit = isinstance(value, _KINDS.get(str(column.type), dict))
+    if column.name == "metrics":
+        return is_fit and all(isinstance(share, int | float | None) for share in value.values())
+    return is_fit
 
 
 def write_csv(results: Iterable[Result], path: Path) -> None:
@@ -102,13 +135,15 @@ def write_csv(results: Iterable[Result], path: Path) -> None:
     metric_names = ordered_metrics(results)
     before = ("suite", "dataset", "status", "samples")
     after = ("error", "model", "pretrained", "weights_digest", "seconds", "date")
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*before, *metric_names, *after])
-        for result in results:
-            metrics = [result.metrics.get(name) for name in metric_names]
-            start = [getattr(result, name) for name in before]
-            writer.writerow([*start, *metrics, *(getattr(result, name) for name in after)])
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(map(_harmless, [*before, *metric_names, *after]))
+    for result in results:
+        metrics = [result.metrics.get(name) for name in metric_names]
+        start = [getattr(result, name) for name in before]
+        row = [*start, *metrics, *(getattr(result, name) for name in after)]
+        writer.writerow(map(_harmless, row))
+    write_text(path, table.getvalue())
 
 
 def read_csv(path: Path) -> list[Result]:
@@ -118,7 +153,10 @@ def read_csv(path: Path) -> list[Result]:
         ValueError: If the file is no such table, or has no row.
     """
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        rows = [
+            {_unquoted(name): _unquoted(cell) for name, cell in row.items()}
+            for row in csv.DictReader(file)
+        ]
     if not rows or not rows[0].keys() >= _REQUIRED:
         raise ValueError(
             f"{path} is no table of an evaluation; it needs a row, and the columns "
@@ -148,11 +186,24 @@ def read_csv(path: Path) -> list[Result]:
         raise ValueError(f"{path} is no table of an evaluation: {error}") from error
 
 
+def _harmless(cell: Any) -> Any:
+    """Quote a text that a spreadsheet would take for a formula, as spreadsheets do."""
+    if not isinstance(cell, str):
+        return cell
+    cell = cell.replace("\r", " ")
+    return f"'{cell}" if cell.startswith(_FORMULA_STARTS) else cell
+
+
+def _unquoted(cell: Any) -> Any:
+    is_quoted = isinstance(cell, str) and cell[:1] == "'" and cell[1:].startswith(_FORMULA_STARTS)
+    return cell[1:] if is_quoted else cell
+
+
 def ordered_metrics(results: Iterable[Result]) -> list[str]:
     """Return the metrics of some results: text before image retrieval, R@5 before R@10."""
 
     def rank(metric: str) -> tuple[bool, str, int]:
         stem, _, k = metric.partition("@")
-        return not stem.startswith("text"), stem, int(k or 0)
+        return not stem.startswith("text"), stem, int(k) if k.isdecimal() else 0
 
     return sorted({name for result in results for name in result.metrics}, key=rank)

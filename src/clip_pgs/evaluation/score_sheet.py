@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import clip_pgs
-from clip_pgs.evaluation.datasets.datasets import EvalSet
+from clip_pgs.common import one_sentence
+from clip_pgs.evaluation.datasets.datasets import DamagedDataError, EvalSet
 from clip_pgs.evaluation.datasets.presence import require
 from clip_pgs.evaluation.features.features import NonFiniteFeaturesError
 from clip_pgs.evaluation.identity import Identity
@@ -96,9 +97,11 @@ class ScoreSheet:
         except FileNotFoundError as error:
             status, reason = MISSING, str(error)
         # Data sets are other people's files: anything may be wrong with one, and the rest must run.
+        # What asks the process to leave is no Exception, and ends the evaluation.
         except Exception as error:
-            first_line = next(iter(str(error).strip().splitlines()), "")
-            status, reason = FAILED, f"{type(error).__name__}: {first_line}".rstrip(": ")
+            is_told = isinstance(error, DamagedDataError)
+            kind = "" if is_told else f"{type(error).__name__}: "
+            status, reason = FAILED, f"{kind}{one_sentence(error)}"
             self._keep_traceback(eval_set)
         result = Result(
             **self._place(eval_set),
@@ -124,7 +127,10 @@ class ScoreSheet:
             return
         digest = self._record["weights_digest"]
         results = [r for r in read_results(self._folder) if r.weights_digest == digest]
-        write_csv(results, self._folder / CSV_NAME)
+        try:
+            write_csv(results, self._folder / CSV_NAME)
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self._folder / CSV_NAME, one_sentence(error))
 
     def _kept(self, eval_set: EvalSet, identity: str) -> Result | None:
         """Return the result of an earlier call under its present name, if its content is equal."""
@@ -171,9 +177,12 @@ class ScoreSheet:
         if self._folder is None:
             logger.exception("%s failed", eval_set.name)
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / ERRORS_NAME).open("a", encoding="utf-8") as file:
-            file.write(f"{eval_set.suite} {eval_set.name}\n{traceback.format_exc()}\n")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / ERRORS_NAME).open("a", encoding="utf-8") as file:
+                file.write(f"{eval_set.suite} {eval_set.name}\n{traceback.format_exc()}\n")
+        except OSError:
+            logger.exception("%s failed", eval_set.name)
 
     @staticmethod
     def _place(eval_set: EvalSet) -> dict[str, Any]:

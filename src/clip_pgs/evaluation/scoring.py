@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from clip_pgs.evaluation.datasets.datasets import EvalSet
+from clip_pgs.evaluation.datasets.datasets import DamagedDataError, EvalSet, read_templates
 from clip_pgs.evaluation.features.class_features import class_features
 from clip_pgs.evaluation.features.feature_cache import FeatureCache
 from clip_pgs.evaluation.features.features import (
@@ -24,6 +26,8 @@ from clip_pgs.evaluation.metrics.metrics import (
 )
 from clip_pgs.evaluation.metrics.probe import linear_probe
 from clip_pgs.evaluation.models.models import LoadedModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Scorer:
         Raises:
             FileNotFoundError: If the data set is not there.
             NonFiniteFeaturesError: If a feature is not finite.
-            Exception: Whatever a damaged data set makes the packages below raise.
+            DamagedDataError: If the data set cannot be scored as it is.
         """
         return _BY_TASK[eval_set.task](self, eval_set)
 
@@ -91,15 +95,25 @@ class Scorer:
 def _score_classification(scorer: Scorer, eval_set: EvalSet) -> Scores:
     features = scorer.images(eval_set)
     if features.labels is None:
-        raise ValueError(f"{eval_set.name} has captions, no classes")
+        raise DamagedDataError(f"{eval_set.name} has captions, no classes")
     classes_CD = class_features(
         scorer.loaded,
         features.classes or [],
-        features.templates or [],
+        read_templates(eval_set.location),
         device=scorer.device,
         amp=scorer.amp,
         cache=scorer.cache,
     )
+    twice = [name for name, count in Counter(features.classes or []).items() if count > 1]
+    if twice:
+        logger.warning("classes of %s share a name: %s", eval_set.name, ", ".join(twice[:5]))
+    if features.labels.ndim == 1 and (largest := int(features.labels.max())) < len(classes_CD) - 1:
+        logger.warning(
+            "%s has the labels 0 to %d and names %d classes",
+            eval_set.name,
+            largest,
+            len(classes_CD),
+        )
     logits_NC = zeroshot_logits(features.images, classes_CD)
     metrics = classification_metrics(logits_NC, features.labels)
     return Scores(metrics, len(features.images), {"classes": len(classes_CD)})
@@ -108,7 +122,7 @@ def _score_classification(scorer: Scorer, eval_set: EvalSet) -> Scores:
 def _score_retrieval(scorer: Scorer, eval_set: EvalSet) -> Scores:
     features = scorer.images(eval_set)
     if features.captions is None:
-        raise ValueError(f"{eval_set.name} has classes, no captions")
+        raise DamagedDataError(f"{eval_set.name} has classes, no captions")
     image_of_text = [number for number, captions in enumerate(features.captions) for _ in captions]
     texts_TD = text_features(
         scorer.loaded,

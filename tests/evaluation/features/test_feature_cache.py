@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from clip_pgs.evaluation import EvalSet, load_model
 from clip_pgs.evaluation.features.class_features import class_features
@@ -80,7 +81,7 @@ def test_same_weights_in_another_architecture_give_other_features(finished_run, 
     assert not torch.equal(first.images, second.images)
 
 
-@pytest.mark.parametrize("content", [b"", b"half", None])
+@pytest.mark.parametrize("content", [b"", b"half", None, b"\xff" * 100])
 def test_damaged_file_is_not_used(color_model, six, tmp_path, content):
     good = encode(color_model, six, cache=FeatureCache(color_model, folder=tmp_path))
     (path,) = tmp_path.iterdir()
@@ -88,6 +89,35 @@ def test_damaged_file_is_not_used(color_model, six, tmp_path, content):
     cache, counts = FeatureCache(color_model, folder=tmp_path), count_images(color_model)
     assert torch.equal(encode(color_model, six, cache=cache).images, good.images)
     assert sum(counts) == 12
+
+
+@pytest.mark.parametrize(
+    ("tensors", "notes"),
+    [
+        ({"images": torch.zeros(12, 3)}, {}),
+        ({"images": torch.zeros(12, 3)}, {"texts": "["}),
+        ({"other": torch.zeros(12, 3)}, {"texts": "{}"}),
+        ({"images": torch.zeros(12)}, {"texts": "{}"}),
+        ({"images": torch.zeros(12, 3), "labels": torch.zeros(11)}, {"texts": "{}"}),
+        ({"images": torch.zeros(12, 3)}, {"texts": '{"captions": [["a"]]}'}),
+    ],
+)
+def test_file_of_another_shape_is_not_used_and_named(
+    color_model, six, tmp_path, caplog, tensors, notes
+):
+    good = encode(color_model, six, cache=FeatureCache(color_model, folder=tmp_path))
+    (path,) = tmp_path.iterdir()
+    save_file(tensors, path, metadata={"key": path.stem, **notes})
+    again = encode(color_model, six, cache=FeatureCache(color_model, folder=tmp_path))
+    assert torch.equal(again.images, good.images)
+    assert path.name in caplog.text
+
+
+def test_features_that_cannot_be_kept_are_told_and_used(color_model, six, tmp_path, caplog):
+    (tmp_path / "features").touch()
+    cache = FeatureCache(color_model, folder=tmp_path / "features")
+    assert len(encode(color_model, six, cache=cache).images) == 12
+    assert "cannot be kept" in caplog.text
 
 
 def test_file_of_other_features_is_not_used(color_model, six, tmp_path):

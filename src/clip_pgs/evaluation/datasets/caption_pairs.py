@@ -9,9 +9,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_pgs.evaluation.datasets.datasets import CAPTION_PAIR_SPLITS
+from clip_pgs.evaluation.datasets.datasets import CAPTION_PAIR_SPLITS, DamagedDataError
 
 IMAGE_FOLDER = "val2017"
+_MAX_BYTES = 2**26
 _KEYS = ("filename", "caption", "negative_caption")
 
 
@@ -47,14 +48,23 @@ def read_pairs(folder: Path, split: str) -> list[CaptionPair]:
     path = folder / f"{split}.json"
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
+    if path.stat().st_size > _MAX_BYTES:
+        raise DamagedDataError(f"{path} is larger than {_MAX_BYTES} bytes")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    # The last where it nests too deep.
+    except (ValueError, RecursionError) as error:
+        raise DamagedDataError(f"{path} is not JSON: {error}") from error
     items = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(items, list) or not items or not all(_is_item(item) for item in items):
-        raise ValueError(f"{path} must hold items with {', '.join(_KEYS)}")
-    return [CaptionPair(*(item[key] for key in _KEYS)) for item in items]
+        raise DamagedDataError(f"{path} must hold items with {', '.join(_KEYS)}")
+    pairs = [CaptionPair(*(item[key] for key in _KEYS)) for item in items]
+    for pair in pairs:
+        if Path(pair.file_name).name != pair.file_name or "\0" in pair.file_name:
+            raise DamagedDataError(
+                f"{path} must name images in {IMAGE_FOLDER}, got {pair.file_name[:80]!r}"
+            )
+    return pairs
 
 
 def image_paths(folder: Path, split: str) -> list[Path]:

@@ -16,10 +16,15 @@ One rule leads from a name and a data root to the folder:
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+DATA_TYPES = ("classification", "multilabel", "retrieval")
+CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 PAIRS_TYPE = "caption pairs"
 CAPTION_PAIR_SPLITS = (
     "add_att",
@@ -32,7 +37,12 @@ CAPTION_PAIR_SPLITS = (
 )
 HUB_ROOT = "https://huggingface.co/datasets/clip-benchmark/wds_{dataset_cleaned}/tree/main"
 _LOCAL_ROOT = "data/eval"
-_HUB_TIMEOUT_S = 20
+_HUB_TIMEOUT_S, _NUM_RETRIES = 20, 5
+_MAX_TEXT_BYTES = 2**24
+
+
+class DamagedDataError(ValueError):
+    """A data set that is there and cannot be scored, told in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,11 @@ def is_template(data_root: str) -> bool:
     return "{dataset}" in data_root or "{dataset_cleaned}" in data_root
 
 
+def is_remote(location: str) -> bool:
+    """Say whether a data set is on a server, rather than in a folder."""
+    return "://" in location
+
+
 def read_metadata(location: str, file_name: str) -> str | None:
     """Read one of a data set's small text files.
 
@@ -135,41 +150,130 @@ def read_metadata(location: str, file_name: str) -> str | None:
 
     Raises:
         OSError: If the file cannot be read, or the server cannot be reached.
+        DamagedDataError: If it is no text, or larger than 16 MiB.
     """
-    if "://" not in location:
-        path = Path(location, file_name)
-        return path.read_text(encoding="utf-8").strip() if path.is_file() else None
-
-    import requests
-
-    # The hub serves plain files under `raw`, and links to the large ones under `resolve`.
-    url = location.replace("/tree/", "/raw/", 1) if "huggingface.co" in location else location
-    response = requests.get(f"{url}/{file_name}", timeout=_HUB_TIMEOUT_S)
-    # The hub answers 401, not 404, where there is no such data set.
-    if response.status_code in (401, 403, 404):
+    try:
+        if is_remote(location):
+            with open_remote(location, file_name, is_text=True) as stream:
+                content = stream.read(_MAX_TEXT_BYTES + 1)
+        elif Path(location, file_name).is_file():
+            with Path(location, file_name).open("rb") as file:
+                content = file.read(_MAX_TEXT_BYTES + 1)
+        else:
+            return None
+    except FileNotFoundError:
         return None
-    response.raise_for_status()
-    return response.text.strip()
+    if len(content) > _MAX_TEXT_BYTES:
+        raise DamagedDataError(f"{location}/{file_name} is larger than {_MAX_TEXT_BYTES} bytes")
+    try:
+        return content.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DamagedDataError(f"{location}/{file_name} is no UTF-8 text: {error}") from error
 
 
-def dataset_type(location: str) -> str | None:
-    """Return the type a data set declares: "classification", "multilabel" or "retrieval".
+@contextlib.contextmanager
+def open_remote(location: str, file_name: str, *, is_text: bool = False) -> Iterator[BinaryIO]:
+    """Open a file of a data set on a server.
+
+    Args:
+        location: URL of the data set.
+        file_name: Such as "test/0.tar".
+        is_text: Whether it is a small text file; the hub has them in another place.
+
+    Yields:
+        The content as it comes.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: If the server cannot be reached.
+    """
+    import requests
+    from requests.adapters import HTTPAdapter, Retry
+
+    if "huggingface.co" in location:
+        # The hub serves plain files under `raw`, and what is large under `resolve`.
+        location = location.replace("/tree/", "/raw/" if is_text else "/resolve/", 1)
+    url = f"{location}/{file_name}"
+    with requests.Session() as session:
+        retries = Retry(_NUM_RETRIES, backoff_factor=0.5, status_forcelist=(429, 502, 503, 504))
+        session.mount("https://", HTTPAdapter(max_retries=0 if is_text else retries))
+        with session.get(url, timeout=_HUB_TIMEOUT_S, stream=True) as response:
+            # The hub answers 401, not 404, where there is no such data set.
+            if response.status_code in (401, 403, 404):
+                raise FileNotFoundError(f"there is no {url}")
+            response.raise_for_status()
+            response.raw.decode_content = True
+            yield response.raw
+
+
+def declared_type(location: str) -> str | None:
+    """Return the type a data set declares, one of `DATA_TYPES`.
 
     Args:
         location: Folder or URL of the data set.
 
     Returns:
         The type, or None if the data set is not there or declares none, as many on the hub do.
+
+    Raises:
+        DamagedDataError: If it declares something else.
     """
     try:
         declared = read_metadata(location, "dataset_type.txt")
     except OSError:
         return None
-    return declared.lower() if declared else None
+    if not declared:
+        return None
+    if declared.lower() not in DATA_TYPES:
+        choices = ", ".join(DATA_TYPES)
+        raise DamagedDataError(
+            f"{location}/dataset_type.txt must hold one of {choices}, got {declared[:80]!r}"
+        )
+    return declared.lower()
+
+
+def read_class_names(location: str) -> list[str] | None:
+    """Return the names of a data set's classes, or None if it has no `classnames.txt`.
+
+    Args:
+        location: Folder or URL of the data set.
+
+    Raises:
+        OSError: If they cannot be read.
+        DamagedDataError: If there is none, or a line is empty.
+    """
+    text = read_metadata(location, CLASS_NAMES)
+    if text is None:
+        return None
+    names = [line.strip() for line in text.splitlines()]
+    if not names or not all(names):
+        line = names.index("") + 1 if names else 1
+        raise DamagedDataError(f"line {line} of {location}/{CLASS_NAMES} must name a class")
+    return names
+
+
+def read_templates(location: str) -> list[str]:
+    """Return a data set's prompts, each with a `{c}` for the name of a class.
+
+    Args:
+        location: Folder or URL of the data set.
+
+    Raises:
+        OSError: If they cannot be read.
+        DamagedDataError: If there is none, or a line has no `{c}` or other braces.
+    """
+    lines = (read_metadata(location, TEMPLATES) or "").splitlines()
+    for number, line in enumerate(lines or [""], start=1):
+        if "{c}" not in line or set("{}") & set(line.replace("{c}", "")):
+            raise DamagedDataError(
+                f"line {number} of {location}/{TEMPLATES} must hold {{c}} for the name of a class, "
+                f"and no other braces, got {line[:80]!r}"
+            )
+    return [line.strip() for line in lines]
 
 
 def count_shards(location: str, split: str = "test") -> int:
-    """Return how many shards a split of a data set has.
+    """Return how many shards a split of a data set has: `0.tar`, `1.tar`, ...
 
     Args:
         location: Folder or URL of the data set.
@@ -178,10 +282,10 @@ def count_shards(location: str, split: str = "test") -> int:
     Raises:
         FileNotFoundError: If there is no such split, or it lacks a shard, with the reason as its
             message.
-        ValueError: If `SPLIT/nshards.txt` holds no positive number.
+        DamagedDataError: If `SPLIT/nshards.txt` holds no positive number, or fewer than there are
+            shards in the folder.
     """
-    is_url = "://" in location
-    if not is_url and not Path(location).is_dir():
+    if not is_remote(location) and not Path(location).is_dir():
         raise FileNotFoundError(f"no folder {location}")
     try:
         text = read_metadata(location, f"{split}/nshards.txt")
@@ -189,13 +293,30 @@ def count_shards(location: str, split: str = "test") -> int:
         raise FileNotFoundError(f"cannot reach {location} ({type(error).__name__})") from error
     if text is None:
         raise FileNotFoundError(f"{location} has no {split}/nshards.txt")
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{location}/{split}/nshards.txt must hold a number >= 1, got {text!r}")
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
+        raise DamagedDataError(
+            f"{location}/{split}/nshards.txt must hold a number >= 1, got {text[:80]!r}"
+        )
+    count = int(text)
+    if not is_remote(location):
+        _compare_shards(location, split, count)
+    return count
 
-    if not is_url:
-        absent = [i for i in range(int(text)) if not Path(location, split, f"{i}.tar").is_file()]
-        if absent:
-            raise FileNotFoundError(
-                f"{location} lacks {split}/{absent[0]}.tar ({len(absent)} of {text} shards)"
+
+def _compare_shards(location: str, split: str, count: int) -> None:
+    """Refuse a number that is not the number of shards in the folder."""
+    there: set[int] = set()
+    for path in sorted(Path(location, split).glob("*.tar")):
+        number = int(path.stem) if re.fullmatch("0|[1-9][0-9]{0,8}", path.stem) else None
+        if number is None or number >= count:
+            raise DamagedDataError(
+                f"{location}/{split}/nshards.txt says {count}, which are 0.tar to {count - 1}.tar, "
+                f"but there is {path.name}"
             )
-    return int(text)
+        there.add(number)
+    if len(there) < count:
+        first = next(number for number in range(count) if number not in there)
+        num_absent = count - len(there)
+        raise FileNotFoundError(
+            f"{location} lacks {split}/{first}.tar ({num_absent} of {count} shards)"
+        )

@@ -6,10 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clip_pgs.evaluation.datasets.caption_pairs import image_paths
-from clip_pgs.evaluation.datasets.datasets import EvalSet, count_shards, read_metadata
+from clip_pgs.evaluation.datasets.datasets import (
+    CLASS_NAMES,
+    TEMPLATES,
+    EvalSet,
+    count_shards,
+    is_remote,
+    read_class_names,
+    read_metadata,
+    read_templates,
+)
 
 PRESENT, INCOMPLETE, MISSING = "present", "incomplete", "missing"
-_CLASS_FILES = ("classnames.txt", "zeroshot_classification_templates.txt")
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ def check_presence(eval_set: EvalSet) -> Presence:
         require(eval_set)
     except (FileNotFoundError, ValueError) as error:
         location = eval_set.location
-        is_known = "://" in location or not Path(location).is_dir()
+        is_known = is_remote(location) or not Path(location).is_dir()
         return Presence(MISSING if is_known else INCOMPLETE, str(error))
     return Presence(PRESENT)
 
@@ -58,9 +66,11 @@ def require(eval_set: EvalSet) -> None:
     for split in eval_set.splits:
         count_shards(eval_set.location, split)
     if eval_set.task == "zeroshot_classification":
-        for file_name in _CLASS_FILES:
+        for file_name in (CLASS_NAMES, TEMPLATES):
             if read_metadata(eval_set.location, file_name) is None:
                 raise FileNotFoundError(f"{eval_set.location} has no {file_name}")
+        read_class_names(eval_set.location)
+        read_templates(eval_set.location)
 
 
 def local_files(eval_set: EvalSet) -> list[Path]:
@@ -69,7 +79,7 @@ def local_files(eval_set: EvalSet) -> list[Path]:
     Args:
         eval_set: A data set that passes `require`.
     """
-    if "://" in eval_set.location:
+    if is_remote(eval_set.location):
         return []
     folder = Path(eval_set.location)
     if eval_set.task == "image_caption_selection":
@@ -77,5 +87,5 @@ def local_files(eval_set: EvalSet) -> list[Path]:
         return [folder / f"{split}.json", *image_paths(folder, split)]
     paths = [path for split in eval_set.splits for path in folder.joinpath(split).glob("*.tar")]
     paths += [folder / split / "nshards.txt" for split in eval_set.splits]
-    small_files = (folder / name for name in (*_CLASS_FILES, "dataset_type.txt"))
+    small_files = (folder / name for name in (CLASS_NAMES, TEMPLATES, "dataset_type.txt"))
     return [*paths, *(path for path in small_files if path.is_file())]

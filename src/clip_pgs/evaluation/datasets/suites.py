@@ -8,8 +8,9 @@ from pathlib import Path
 
 from clip_pgs.evaluation.datasets.datasets import (
     PAIRS_TYPE,
+    DamagedDataError,
     EvalSet,
-    dataset_type,
+    declared_type,
     is_caption_pairs,
     is_template,
     locate,
@@ -192,7 +193,11 @@ def _type_of(name: str, data_root: str) -> str:
     shown, location = locate(name, data_root)
     # A set that is not there is reported under the suite that its name suggests.
     by_name = "retrieval" if shown in _RETRIEVAL_NAMES else "classification"
-    return dataset_type(location) or by_name
+    try:
+        return declared_type(location) or by_name
+    except DamagedDataError:
+        # Told when its turn comes.
+        return by_name
 
 
 def _lists_folder() -> Path:

@@ -37,20 +37,14 @@ def class_features(
         Features of length 1, shape (C, D), float32, on the CPU.
 
     Raises:
-        ValueError: If there is no class or no template.
         NonFiniteFeaturesError: If a feature is not finite.
     """
-    if not classnames or not templates:
-        raise ValueError(
-            f"zero-shot classification needs class names and templates, got {len(classnames or ())}"
-            f" and {len(templates or ())}"
-        )
     digest = content_digest([list(classnames), list(templates)])
     # The tokenizer has no printed form to key a file with: texts are kept in memory alone.
     key = cache.key("classes", digest, device=device, amp=amp)
     entry = cache.get(key)
     if entry is None:
-        prompts = [template.format(c=name) for name in classnames for template in templates]
+        prompts = [template.replace("{c}", name) for name in classnames for template in templates]
         prompts_PD = normalize(text_features(loaded, prompts, device=device, amp=amp), dim=-1)
         mean_CD = prompts_PD.unflatten(0, (len(classnames), len(templates))).mean(dim=1)
         entry = Entry({"classes": normalize(mean_CD, dim=-1)})

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clip_pgs.common import one_sentence
 from clip_pgs.evaluation.features.fingerprints import (
     content_digest,
     model_fingerprint,
@@ -77,8 +78,11 @@ class FeatureCache:
             if path.is_file():
                 try:
                     self._entries[key] = _read(path, key)
-                except (SafetensorError, OSError, ValueError) as error:
-                    logger.warning("ignored the damaged features in %s: %s", path, error)
+                # Whatever is in the file, they can be computed again.
+                except Exception as error:
+                    logger.warning(
+                        "ignored the damaged features in %s: %s", path, one_sentence(error)
+                    )
         return self._entries.get(key)
 
     def put(self, key: str, entry: Entry, *, is_known: bool = True) -> None:
@@ -92,20 +96,30 @@ class FeatureCache:
         """
         self._entries[key] = entry
         if self.folder is not None and is_known and self._transform is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = self._path(key)
-            # Another process may write the same features at this moment.
-            unfinished = path.with_suffix(f".{os.getpid()}.part")
-            notes = {"key": key, "texts": json.dumps(entry.texts)}
-            tensors = {name: tensor.contiguous() for name, tensor in entry.tensors.items()}
-            save_file(tensors, unfinished, metadata=notes)
-            unfinished.replace(path)
+            try:
+                self._write(self._path(key), key, entry)
+            except (OSError, SafetensorError) as error:
+                logger.warning(
+                    "the features cannot be kept in %s: %s", self.folder, one_sentence(error)
+                )
 
     def forget(self) -> None:
         """Let go of the image features in memory; files and class features stay."""
         self._entries = {
             key: entry for key, entry in self._entries.items() if "images" not in entry.tensors
         }
+
+    def _write(self, path: Path, key: str, entry: Entry) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Another process may write the same features at this moment.
+        unfinished = path.with_suffix(f".{os.getpid()}.part")
+        notes = {"key": key, "texts": json.dumps(entry.texts)}
+        tensors = {name: tensor.contiguous() for name, tensor in entry.tensors.items()}
+        try:
+            save_file(tensors, unfinished, metadata=notes)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None
@@ -118,4 +132,8 @@ def _read(path: Path, key: str) -> Entry:
         if notes.get("key") != key:
             raise ValueError("it was written for other features")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return Entry(tensors, json.loads(notes["texts"]))
+    entry = Entry(tensors, json.loads(notes["texts"]))
+    rows = [*tensors.values(), *entry.texts.values()]
+    if tensors["images"].ndim != 2 or any(len(row) != len(tensors["images"]) for row in rows):
+        raise ValueError("its rows are not those of images")
+    return entry

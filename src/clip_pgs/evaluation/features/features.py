@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_pgs.evaluation.datasets.datasets import EvalSet
+from clip_pgs.evaluation.datasets.datasets import EvalSet, count_shards, read_class_names
 from clip_pgs.evaluation.features.feature_cache import Entry, FeatureCache
 from clip_pgs.evaluation.features.fingerprints import data_fingerprint
-from clip_pgs.evaluation.features.loading import open_batches
 from clip_pgs.evaluation.models.models import LoadedModel
+from clip_pgs.evaluation.samples import open_samples
 
 
 class NonFiniteFeaturesError(ValueError):
@@ -31,14 +31,12 @@ class Features:
             None for images with captions.
         captions: The captions of each image, or None.
         classes: Names of the classes, or None.
-        templates: Prompts with a `{c}` for the name, or None.
     """
 
     images: Tensor
     labels: Tensor | None
     captions: list[list[str]] | None = None
     classes: list[str] | None = None
-    templates: list[str] | None = None
 
 
 def image_features(
@@ -66,32 +64,34 @@ def image_features(
 
     Raises:
         FileNotFoundError: If the data set or the split is not there.
+        DamagedDataError: If a file of it is not as it should be.
         NonFiniteFeaturesError: If a feature is not finite.
-        Exception: Whatever a damaged data set makes clip_benchmark raise.
     """
-    batches = open_batches(
-        loaded,
-        eval_set.location,
-        name=eval_set.name,
-        task=eval_set.task,
-        split=split,
-        batch_size=batch_size,
-        workers=workers,
-    )
+    num_shards = count_shards(eval_set.location, split)
+    classes = read_class_names(eval_set.location)
     data = data_fingerprint(eval_set.location, split)
     key = cache.key("images", data or f"{eval_set.location} {split}", device=device, amp=amp)
     entry = cache.get(key)
     if entry is None:
-        entry = _encode_split(loaded, batches, device, amp)
         place = eval_set.name if split == "test" else f"{eval_set.name} ({split})"
+        samples = open_samples(
+            eval_set.location,
+            split=split,
+            num_shards=num_shards,
+            num_classes=None if classes is None else len(classes),
+            transform=loaded.transform,
+            batch_size=batch_size,
+            workers=workers,
+            title=place,
+        )
+        entry = _encode_split(loaded, samples, device, amp)
         check_features(entry.tensors["images"], model=loaded.name, data=place)
         cache.put(key, entry, is_known=data is not None)
     return Features(
         entry.tensors["images"],
         entry.tensors.get("labels"),
         entry.texts.get("captions"),
-        batches.dataset.classes,
-        batches.dataset.templates,
+        classes,
     )
 
 

@@ -9,15 +9,12 @@ such a model scores 0 %; without ties both agree.
 from __future__ import annotations
 
 import contextlib
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader, Dataset
 
 from clip_pgs.evaluation.datasets.caption_pairs import IMAGE_FOLDER, image_paths, read_pairs
 from clip_pgs.evaluation.datasets.datasets import CAPTION_PAIR_SPLITS
@@ -25,6 +22,7 @@ from clip_pgs.evaluation.features.feature_cache import Entry, FeatureCache
 from clip_pgs.evaluation.features.features import check_features, encode_images, text_features
 from clip_pgs.evaluation.features.fingerprints import files_fingerprint
 from clip_pgs.evaluation.models.models import LoadedModel
+from clip_pgs.evaluation.samples import open_pictures
 
 # Two cosines of float32 features this close differ by rounding alone: a collapsed model must not
 # win half of its items by noise.
@@ -70,14 +68,14 @@ def compositionality(
     key = cache.key("caption pairs", digest, device=device, amp=amp)
     entry = cache.get(key)
     if entry is None:
-        workers = workers if sys.platform == "linux" else 0
-        loader = DataLoader(
-            _Pictures(loaded, all_paths),
+        pictures = open_pictures(
+            all_paths,
+            transform=loaded.transform,
             batch_size=batch_size,
-            num_workers=workers,
-            multiprocessing_context="fork" if workers else None,
+            workers=workers,
+            title=folder.name,
         )
-        features_ND = encode_images(loaded, loader, device=device, amp=amp)
+        features_ND = encode_images(loaded, pictures, device=device, amp=amp)
         check_features(features_ND, model=loaded.name, data=f"the images in {folder.name}")
         entry = Entry({"images": features_ND})
         cache.put(key, entry)
@@ -120,18 +118,3 @@ def _paths_of_all_splits(folder: Path) -> list[Path]:
             names |= {pair.file_name for pair in read_pairs(folder, split)}
     paths = (folder / IMAGE_FOLDER / name for name in sorted(names))
     return [path for path in paths if path.is_file()]
-
-
-class _Pictures(Dataset):
-    """Image files, as the model takes them."""
-
-    def __init__(self, loaded: LoadedModel, paths: list[Path]) -> None:
-        self._transform = loaded.transform
-        self._paths = paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        with Image.open(self._paths[index]) as image:
-            return self._transform(image)

@@ -1,0 +1,326 @@
+"""Samples of an evaluation set: pictures with their labels or captions, read as data alone.
+
+A set is made of strangers' files. Of a shard's members, pictures are decoded, a label is a number
+(or a plain array of 0 and 1) and captions are lines of text; all others are passed over, and
+nothing is unpickled or run. What does not fit is refused with the sample and the shard.
+
+Order and batches are those of clip_benchmark's loading with webdataset: worker W of N reads the
+shards W, W + N, ..., one after the other, in batches of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import re
+import sys
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from clip_pgs.common import one_sentence
+from clip_pgs.data.decoding import open_image
+from clip_pgs.evaluation.datasets.datasets import (
+    DamagedDataError,
+    declared_type,
+    is_remote,
+    open_remote,
+)
+
+PICTURE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
+_TARGET_SUFFIXES = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
+# A sample is all files with the same path up to the first dot of the name.
+_NAME = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)")
+_META_NAME = re.compile(r"__[^/]*__(?:/|$)")
+_LABEL = re.compile(rb"\s*([0-9]{1,9})\s*")
+_MAX_PICTURE_BYTES, _MAX_TARGET_BYTES = 2**28, 2**20
+
+Transform = Callable[[Any], Tensor]
+
+
+def open_samples(
+    location: str,
+    *,
+    split: str,
+    num_shards: int,
+    num_classes: int | None,
+    transform: Transform,
+    batch_size: int,
+    workers: int,
+    title: str,
+) -> Iterator[tuple[Tensor, Any]]:
+    """Yield batches of a split in clip_benchmark's webdataset layout.
+
+    Args:
+        location: Folder or URL of the set.
+        split: "test" or "train".
+        num_shards: From `count_shards`.
+        num_classes: What labels must be below, or None where nothing tells.
+        transform: From an RGB picture to the model's input, shape (C, H, W).
+        batch_size: Pictures per batch, >= 1.
+        workers: Processes that read; no more than there are shards are used, and none where
+            processes cannot be forked.
+        title: What the progress bar is called.
+
+    Yields:
+        Pictures, shape (B, C, H, W), and their classes, shape (B,), int64; which classes they
+        show, shape (B, num_classes); or a list of captions for each.
+
+    Raises:
+        DamagedDataError: If a shard or a sample is not as it should be.
+    """
+    shards = _Shards(location, split, num_shards, num_classes, transform, batch_size)
+    total = _estimate_samples(location, split) if sys.stderr.isatty() else None
+    loader = DataLoader(shards, batch_size=None, **_worker_options(min(workers, num_shards)))
+    num_samples = 0
+    for pictures, targets in _with_bar(_checked(loader), title=title, total=total):
+        num_samples += len(pictures)
+        yield pictures, targets
+    if num_samples == 0:
+        raise DamagedDataError(
+            f"{location}/{split} has no sample with a picture ({', '.join(PICTURE_SUFFIXES)}) and "
+            f"a .{shards.target_suffix} file"
+        )
+
+
+def open_pictures(
+    paths: Sequence[Path], *, transform: Transform, batch_size: int, workers: int, title: str
+) -> Iterator[Tensor]:
+    """Yield batches of picture files in their order, shape (B, C, H, W).
+
+    Args:
+        paths: The files.
+        transform: As for `open_samples`.
+        batch_size: The same.
+        workers: The same; none where processes cannot be forked.
+        title: The same.
+
+    Raises:
+        DamagedDataError: If a picture cannot be decoded.
+    """
+    loader = DataLoader(
+        _Pictures(paths, transform),
+        batch_size=batch_size,
+        collate_fn=_collate_pictures,
+        **_worker_options(workers),
+    )
+    return _with_bar(_checked(loader), title=title, total=len(paths))
+
+
+class _Shards(IterableDataset):
+    """Batches of a split, or the error that ended them.
+
+    A worker yields its error: torch would put a traceback in front of the sentence.
+    """
+
+    def __init__(
+        self,
+        location: str,
+        split: str,
+        num_shards: int,
+        num_classes: int | None,
+        transform: Transform,
+        batch_size: int,
+    ) -> None:
+        self.location = location
+        self.split = split
+        self.num_shards = num_shards
+        self.num_classes = num_classes
+        self.transform = transform
+        self.batch_size = batch_size
+        self.target_suffix = _TARGET_SUFFIXES[declared_type(location) or "classification"]
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        numbers = range(first, self.num_shards, step)
+        samples = itertools.chain.from_iterable(map(self._read_shard, numbers))
+        try:
+            while batch := list(itertools.islice(samples, self.batch_size)):
+                pictures, targets = zip(*batch, strict=True)
+                is_text = self.target_suffix == "txt"
+                yield torch.stack(pictures), list(targets) if is_text else torch.stack(targets)
+        except DamagedDataError as error:
+            yield error
+
+    def _read_shard(self, number: int) -> Iterator[tuple[Tensor, Any]]:
+        shard = f"{self.split}/{number}.tar"
+        wanted = {*PICTURE_SUFFIXES, self.target_suffix}
+        members = _read_members(self.location, shard, wanted)
+        for key, group in itertools.groupby(members, key=lambda member: member[0]):
+            files: dict[str, bytes] = {}
+            for _, suffix, content in group:
+                if suffix in files:
+                    _refuse(key, shard, f"has two .{suffix} files")
+                files[suffix] = content
+            picture = next((files[s] for s in PICTURE_SUFFIXES if s in files), None)
+            if picture is None:
+                _refuse(key, shard, f"has a .{self.target_suffix} file but no picture beside it")
+            if self.target_suffix not in files:
+                _refuse(key, shard, f"has a picture but no .{self.target_suffix} file beside it")
+            try:
+                target = self._read_target(files[self.target_suffix])
+            # What is in the file can be anything.
+            except Exception as error:
+                _refuse(key, shard, f"has no usable .{self.target_suffix}: {one_sentence(error)}")
+            yield _decode(picture, self.transform, f"{key!r} of {shard}"), target
+
+    def _read_target(self, content: bytes) -> Any:
+        if self.target_suffix == "txt":
+            captions = [line for line in content.decode("utf-8").splitlines() if line.strip()]
+            if not captions:
+                raise ValueError("there is no caption")
+            return captions
+        if self.target_suffix == "npy":
+            shown = torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
+            length = self.num_classes or shown.numel()
+            if shown.shape != (length,) or not ((shown == 0) | (shown == 1)).all():
+                raise ValueError(f"it must hold a 0 or 1 for each of {length} classes")
+            return shown
+        match = _LABEL.fullmatch(content)
+        if match is None:
+            raise ValueError(f"a label is the number of a class, got {content[:40]!r}")
+        label = int(match[1])
+        if self.num_classes is not None and label >= self.num_classes:
+            raise ValueError(f"labels must be in [0, {self.num_classes}), the classes, got {label}")
+        return torch.tensor(label)
+
+
+class _Pictures(Dataset):
+    def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
+        self.paths = paths
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor | DamagedDataError:
+        path = self.paths[index]
+        try:
+            return _decode(path, self.transform, str(path))
+        except DamagedDataError as error:
+            return error
+
+
+def _collate_pictures(pictures: list[Any]) -> Tensor | DamagedDataError:
+    errors = (picture for picture in pictures if isinstance(picture, DamagedDataError))
+    return next(errors, None) or torch.stack(pictures)
+
+
+def _decode(content: bytes | Path, transform: Transform, what: str) -> Tensor:
+    try:
+        return transform(open_image(content).convert("RGB"))
+    # Pictures of odd sizes make a transform raise anything.
+    except Exception as error:
+        raise DamagedDataError(
+            f"the picture {what} cannot be decoded: {one_sentence(error)}"
+        ) from error
+
+
+def _refuse(key: str, shard: str, reason: str) -> NoReturn:
+    raise DamagedDataError(f"sample {key!r} of {shard} {reason}")
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """A header that is damaged or cut off ends the reading, not the archive in silence."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            # Two blocks of zeros are the end.
+            if len(buf) == tarfile.BLOCKSIZE and not buf.strip(b"\0"):
+                raise
+            raise tarfile.ReadError(str(error)) from error
+
+
+def _read_members(
+    location: str, shard: str, suffixes: set[str]
+) -> Iterator[tuple[str, str, bytes]]:
+    """Yield (sample, suffix, content) of the files with such suffixes, in their order."""
+    try:
+        with (
+            _open_shard(location, shard) as file,
+            tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictHeader) as tar,
+        ):
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]
+                name = _NAME.fullmatch(member.name)
+                if name is None or not member.isreg() or _META_NAME.match(member.name):
+                    continue
+                key, suffix = name[1], name[2].lower()
+                if suffix not in suffixes:
+                    continue
+                limit = _MAX_PICTURE_BYTES if suffix in PICTURE_SUFFIXES else _MAX_TARGET_BYTES
+                if member.size > limit or member.issparse():
+                    _refuse(key, shard, f"has a .{suffix} file of {member.size} bytes")
+                content = tar.extractfile(member)
+                assert content is not None
+                yield key, suffix, content.read()
+    except DamagedDataError:
+        raise
+    # A damaged archive makes tarfile and the decompressors raise anything.
+    except Exception as error:
+        raise DamagedDataError(
+            f"{location}/{shard} cannot be read: it is damaged or no tar archive "
+            f"({type(error).__name__}: {one_sentence(error)})"
+        ) from error
+
+
+def _open_shard(location: str, shard: str) -> contextlib.AbstractContextManager[BinaryIO]:
+    if is_remote(location):
+        return open_remote(location, shard)
+    return Path(location, shard).open("rb")
+
+
+def _worker_options(workers: int) -> dict[str, Any]:
+    workers = workers if sys.platform == "linux" else 0
+    return {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+
+
+def _checked(batches: Iterable[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, DamagedDataError):
+            raise batch
+        yield batch
+
+
+def _with_bar(batches: Iterable[Any], *, title: str, total: int | None) -> Iterator[Any]:
+    """Show how far the reading is, on the terminal of rank 0."""
+    with tqdm(
+        desc=title,
+        total=total,
+        unit=" images",
+        file=sys.stderr,
+        leave=False,
+        # The bars of several processes would write over each other.
+        disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0",
+    ) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch[0]) if isinstance(batch, tuple | list) else len(batch))
+
+
+def _estimate_samples(location: str, split: str) -> int | None:
+    """Say about how many samples a split has, from the first shard's and the sizes of all."""
+    if is_remote(location):
+        return None
+    shards = sorted(Path(location, split).glob("*.tar"))
+    try:
+        with tarfile.open(shards[0]) as tar:
+            names = {member.name.partition(".")[0] for member in tar}
+        total_bytes = sum(shard.stat().st_size for shard in shards)
+        return round(len(names) * total_bytes / shards[0].stat().st_size)
+    # What is wrong with a shard is said when it is read.
+    except Exception:
+        return None

@@ -1,0 +1,368 @@
+"""What is read of a set, and what becomes of files that are not as they should be."""
+
+import gzip
+import io
+import json
+import pickle
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clip_benchmark.datasets.builder import build_dataset
+from PIL import Image
+
+from clip_pgs.evaluation import EvalSet, evaluate, load_suite
+from clip_pgs.evaluation.datasets.datasets import (
+    DamagedDataError,
+    count_shards,
+    read_class_names,
+    read_templates,
+)
+from clip_pgs.evaluation.samples import open_samples
+from support.eval_sets import add_member, color_png, write_dataset, write_pairs
+
+SUITES = {"classification": "zeroshot-classification", "retrieval": "zeroshot-retrieval"}
+
+
+def score(loaded, folder, *, suite="zeroshot-classification", workers=0, output=None):
+    task = "image_caption_selection" if suite == "compositionality" else suite.replace("-", "_")
+    name = f"{folder.name}/add_att" if suite == "compositionality" else folder.name
+    eval_set = EvalSet(name, str(folder), suite, task)
+    return evaluate(loaded, [eval_set], workers=workers, output=output)[0]
+
+
+def make_set(folder, *, kind="classification", extra=(), replaced=(), num_samples=4):
+    """Write a set of four samples whose members are added to or replaced, by name."""
+    target = [str, lambda n: f"it is {n}"][kind == "retrieval"]
+    suffix = {"classification": "cls", "retrieval": "txt", "multilabel": "npy"}[kind]
+    write_dataset(folder, [], kind=kind, num_classes=4)
+    members = {}
+    for number in range(num_samples):
+        members[f"{number}.png"] = color_png(number)
+        members[f"{number}.{suffix}"] = target(number).encode()
+    members |= dict(replaced)
+    with tarfile.open(folder / "test/0.tar", "w") as tar:
+        for name, content in members.items():
+            if content is not None:
+                add_member(tar, name, content)
+            for other, evil in extra if name == "0.png" else ():
+                add_member(tar, other, evil)
+    return folder
+
+
+class Harmful:
+    def __reduce__(self):
+        return Path.write_text, (Path("pwned"), "code was run")
+
+
+def saved(save, content):
+    stream = io.BytesIO()
+    save(stream, content)
+    return stream.getvalue()
+
+
+def save_array(stream, content):
+    np.save(stream, np.array([content], dtype=object), allow_pickle=True)
+
+
+PICKLED = {
+    **{f"0.{suffix}": pickle.dumps(Harmful()) for suffix in ("pyd", "pkl", "pickle", "PYD")},
+    "0.pth": saved(lambda stream, content: torch.save(content, stream), Harmful()),
+    "0.npy": saved(save_array, Harmful()),
+    "0.npz": saved(lambda stream, content: np.savez(stream, a=[content]), Harmful()),
+    "0.yaml": b"!!python/object/apply:os.system ['touch pwned']",
+    "0.json": b"{",
+    "0.cbor": b"\xff",
+    "0.left.pyd": pickle.dumps(Harmful()),
+    "readme.pyd": pickle.dumps(Harmful()),
+}
+
+
+@pytest.mark.parametrize("kind", ["classification", "retrieval"])
+@pytest.mark.parametrize("place", ["folder", "in another process"])
+def test_a_file_that_is_no_picture_label_or_caption_is_passed_over(
+    color_model, tmp_path, monkeypatch, kind, place
+):
+    monkeypatch.chdir(tmp_path)
+    folder = make_set(tmp_path / "evil", kind=kind, extra=PICKLED.items())
+    clean = make_set(tmp_path / "clean", kind=kind)
+    workers = 0 if place == "folder" else 1
+    result = score(color_model, folder, suite=SUITES[kind], workers=workers)
+    assert (result.status, result.error) == ("done", None)
+    assert result.metrics == score(color_model, clean, suite=SUITES[kind]).metrics
+    assert not Path("pwned").exists()
+
+
+def test_labels_of_several_classes_are_arrays_and_are_not_unpickled(
+    color_model, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    rows = torch.eye(4).numpy().astype(np.int64)
+    arrays = {f"{n}.npy": saved(np.save, row) for n, row in enumerate(rows)}
+    good = make_set(tmp_path / "good", kind="multilabel", replaced=arrays.items())
+    for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        text = "".join(f"number {n}\n" for n in range(4)) if name == "classnames.txt" else "a {c}"
+        (good / name).write_text(text)
+    assert score(color_model, good).metrics == {"mean_average_precision": 1.0}
+    odd = {
+        "pickled": saved(save_array, Harmful()),
+        "of another length": saved(np.save, rows[0, :3]),
+        "of other values": saved(np.save, rows[0] * 7),
+        "huge": saved(np.save, rows[0]).replace(b"(4,)", b"(4000000000000,)"),
+    }
+    for content in odd.values():
+        with tarfile.open(good / "test/0.tar", "w") as tar:
+            add_member(tar, "0.png", color_png(0))
+            add_member(tar, "0.npy", content)
+        result = score(color_model, good)
+        assert result.status == "failed"
+        assert result.error.startswith("sample '0' of test/0.tar has no usable .npy")
+    assert not Path("pwned").exists()
+
+
+def test_a_location_is_no_shell_command(color_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = "http://127.0.0.1:9/'; touch pwned; '"
+    eval_set = EvalSet("six", url, "zeroshot-classification", "zeroshot_classification")
+    assert evaluate(color_model, [eval_set], workers=0)[0].status == "missing"
+    assert not Path("pwned").exists()
+
+
+def eps(**_):
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(stream, "eps")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("2.png", b"\x89PNG no picture", ["'2' of test/0.tar", "decoded"]),
+        ("2.png", color_png(2)[:60], ["'2' of test/0.tar", "decoded"]),
+        ("2.png", eps(), ["'2' of test/0.tar", "no JPEG, PNG"]),
+        ("2.png", None, ["sample '2' of test/0.tar", "no picture"]),
+        ("2.cls", None, ["sample '2' of test/0.tar", "no .cls"]),
+        ("2.cls", b"4", ["sample '2' of test/0.tar", "[0, 4)", "got 4"]),
+        ("2.cls", b"-1", ["sample '2' of test/0.tar", "b'-1'"]),
+        ("2.cls", b"9" * 5000, ["sample '2' of test/0.tar", "b'999"]),
+        ("2.cls", b"two", ["sample '2' of test/0.tar", "b'two'"]),
+        ("2.cls", b"", ["sample '2' of test/0.tar", "b''"]),
+    ],
+)
+def test_a_sample_that_is_not_as_it_should_be_is_named_with_its_shard(
+    color_model, tmp_path, workers, name, content, parts
+):
+    folder = make_set(tmp_path / "set", replaced={name: content}.items())
+    result = score(color_model, folder, workers=workers)
+    assert result.status == "failed"
+    assert all(part in result.error for part in parts), result.error
+    assert "\n" not in result.error
+
+
+@pytest.mark.parametrize("captions", [b"", b" \n\n", b"\xff\xfe"])
+def test_a_picture_without_a_caption_is_named(color_model, tmp_path, captions):
+    folder = make_set(tmp_path / "set", kind="retrieval", replaced=[("1.txt", captions)])
+    result = score(color_model, folder, suite="zeroshot-retrieval")
+    assert result.status == "failed"
+    assert "sample '1' of test/0.tar has no usable .txt" in result.error
+
+
+def test_a_caption_pair_whose_picture_is_damaged_is_named(color_model, tmp_path):
+    folder = tmp_path / "sugar_crepe"
+    write_pairs(folder, {"add_att": [(0, 0, 1), (1, 1, 2), (2, 2, 3)]})
+    (folder / "val2017/1.png").write_bytes(eps())
+    for workers in (0, 1):
+        result = score(color_model, folder, suite="compositionality", workers=workers)
+        assert result.status == "failed"
+        assert str(folder / "val2017/1.png") in result.error
+
+
+@pytest.mark.parametrize("name", ["../1.png", "/etc/passwd", "a\0b"])
+def test_a_caption_pair_names_no_picture_elsewhere(color_model, tmp_path, name):
+    folder = tmp_path / "sugar_crepe"
+    write_pairs(folder, {"add_att": [(0, 0, 1)]})
+    item = {"filename": name, "caption": "it is 0", "negative_caption": "it is 1"}
+    (folder / "add_att.json").write_text(json.dumps([item]))
+    result = score(color_model, folder, suite="compositionality")
+    assert result.status == "failed"
+    assert repr(name) in result.error
+
+
+def damage(shard, how):
+    content = shard.read_bytes()
+    if how == "cut in a picture":
+        shard.write_bytes(content[:700])
+    elif how == "cut between samples":
+        with tarfile.open(shard) as tar:
+            shard.write_bytes(content[: tar.getmembers()[4].offset])
+    elif how == "a header":
+        with tarfile.open(shard) as tar:
+            place = tar.getmembers()[4].offset
+        shard.write_bytes(content[: place + 100] + b"garbage" + content[place + 107 :])
+    elif how == "of lengths":
+        with tarfile.open(shard, "w") as tar:
+            member = tarfile.TarInfo("0.png")
+            member.size = 10**15
+            tar.addfile(member)
+            tar.fileobj.write(bytes(1024))
+    elif how == "gzip":
+        shard.write_bytes(gzip.compress(content)[:-40])
+    else:
+        shard.write_bytes(b"<html>no tar</html>" * 100)
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["cut in a picture", "cut between samples", "a header", "of lengths", "gzip", "no tar"],
+)
+def test_a_shard_that_is_damaged_or_cut_short_is_not_scored_in_part(color_model, tmp_path, how):
+    folder = make_set(tmp_path / "set")
+    damage(folder / "test/0.tar", how)
+    result = score(color_model, folder)
+    assert result.status == "failed"
+    assert "test/0.tar" in result.error
+
+
+def test_shards_may_be_compressed(color_model, tmp_path):
+    folder = make_set(tmp_path / "set")
+    shard = folder / "test/0.tar"
+    shard.write_bytes(gzip.compress(shard.read_bytes()))
+    assert score(color_model, folder).metrics["acc1"] == 1.0
+
+
+def test_a_set_without_samples_says_what_it_lacks(color_model, tmp_path):
+    folder = make_set(tmp_path / "set", num_samples=0, replaced=[("0.tif", b""), ("0.json", b"")])
+    result = score(color_model, folder)
+    assert result.status == "failed"
+    assert "no sample with a picture (webp, png, jpg, jpeg) and a .cls file" in result.error
+
+
+@pytest.mark.parametrize(
+    ("count", "files", "kind", "part"),
+    [
+        ("1", ["0", "1", "2"], DamagedDataError, "1.tar"),
+        ("2", ["0", "1", "00002"], DamagedDataError, "00002.tar"),
+        ("2", ["0", "1", "copy"], DamagedDataError, "copy.tar"),
+        ("3", ["0", "2"], FileNotFoundError, "lacks test/1.tar (1 of 3 shards)"),
+        ("999999999", ["0", "1"], FileNotFoundError, "lacks test/2.tar (999999997 of 999999999"),
+        ("9" * 5000, ["0"], DamagedDataError, "99999"),
+        ("0", ["0"], DamagedDataError, "'0'"),
+        ("-1", ["0"], DamagedDataError, "'-1'"),
+        ("\N{SUPERSCRIPT TWO}", ["0"], DamagedDataError, "nshards.txt"),
+    ],
+)
+def test_number_of_shards_is_that_of_the_folder(tmp_path, count, files, kind, part):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/nshards.txt").write_text(count, encoding="utf-8")
+    for name in files:
+        (tmp_path / f"test/{name}.tar").touch()
+    with pytest.raises(kind) as caught:
+        count_shards(str(tmp_path))
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["a {c!r:>1000000000}", "{c.__class__}", "a {}", "a {class}", "a {0}", "a photo", "{c} {", ""],
+)
+def test_a_template_takes_the_name_of_a_class_and_nothing_else(color_model, tmp_path, template):
+    folder = make_set(tmp_path / "set")
+    (folder / "zeroshot_classification_templates.txt").write_text(f"a {{c}}\n{template}\nthe {{c}}")
+    result = score(color_model, folder)
+    assert result.status == "failed"
+    assert "line 2 of" in result.error
+    assert "{c}" in result.error
+
+
+@pytest.mark.parametrize("text", ["number 0\n\nnumber 1", "", "\xff"])
+def test_class_names_that_are_none_are_refused(color_model, tmp_path, text):
+    folder = make_set(tmp_path / "set")
+    (folder / "classnames.txt").write_text(text, encoding="latin-1")
+    result = score(color_model, folder)
+    assert result.status == "failed"
+    assert "classnames.txt" in result.error
+
+
+def test_names_are_put_where_the_slot_is_whatever_they_hold(tmp_path):
+    (tmp_path / "classnames.txt").write_text("{c}\n {0!r} \n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c} of {c}\n")
+    assert read_class_names(str(tmp_path)) == ["{c}", "{0!r}"]
+    assert read_templates(str(tmp_path)) == ["a {c} of {c}"]
+
+
+def test_classes_that_cannot_be_told_apart_or_never_occur_are_told(color_model, tmp_path, caplog):
+    folder = make_set(tmp_path / "set")
+    names = ["number 0", "number 1", "number 2", "number 3", "number 3"]
+    (folder / "classnames.txt").write_text("\n".join(names))
+    assert score(color_model, folder).status == "done"
+    assert "share a name: number 3" in caplog.text
+    assert "has the labels 0 to 3 and names 5 classes" in caplog.text
+
+
+def test_a_type_of_data_that_is_none_is_refused(color_model, tmp_path):
+    folder = make_set(tmp_path / "set")
+    (folder / "dataset_type.txt").write_text("segmentation")
+    result = score(color_model, folder)
+    assert result.status == "failed"
+    assert "'segmentation'" in result.error
+
+
+@pytest.mark.parametrize(("workers", "num_shards"), [(0, 3), (2, 3)])
+def test_samples_come_as_from_clip_benchmark(tmp_path, color_model, workers, num_shards):
+    samples = [(n % 12, n % 12) for n in range(23)]
+    write_dataset(
+        tmp_path / "set", samples, kind="classification", num_shards=num_shards, num_classes=12
+    )
+    theirs = build_dataset(
+        "wds/set",
+        root=str(tmp_path / "set"),
+        transform=color_model.transform,
+        split="test",
+        task="zeroshot_classification",
+    )
+    expected = torch.utils.data.DataLoader(theirs.batched(3), batch_size=None, num_workers=workers)
+    ours = open_samples(
+        str(tmp_path / "set"),
+        split="test",
+        num_shards=num_shards,
+        num_classes=12,
+        transform=color_model.transform,
+        batch_size=3,
+        workers=workers,
+        title="set",
+    )
+    for (pictures, labels), (their_pictures, their_labels) in zip(ours, expected, strict=True):
+        assert torch.equal(pictures, their_pictures)
+        assert torch.equal(labels, torch.as_tensor(their_labels))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_bar_on_a_terminal_shows_how_many_are_left(
+    color_model, data_root, dataset_list, monkeypatch
+):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    eval_sets = load_suite(datasets=str(dataset_list), data_root=str(data_root))
+    evaluate(color_model, eval_sets[:1], workers=0)
+    assert "six" in terminal.getvalue()
+    assert "/12 " in terminal.getvalue()
+
+
+def test_a_damaged_shard_has_no_bar_that_hides_its_reason(color_model, damaged_folder, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert "test/0.tar" in score(color_model, damaged_folder).error
+
+
+def test_a_set_in_a_folder_of_any_name_is_read(color_model, tmp_path):
+    folder = make_set(tmp_path / "plain")
+    odd = shutil.move(folder, tmp_path / "it's {0..9} odd")
+    assert score(color_model, Path(odd)).metrics["acc1"] == 1.0
