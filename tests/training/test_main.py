@@ -47,7 +47,7 @@ def test_warnings_are_shown_before_the_run(capsys, monkeypatch, caplog):
 
 
 def test_an_interrupted_run_leaves_with_130(monkeypatch):
-    def interrupt(args):
+    def interrupt(args, **_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("clip_pgs.training.loop.train", interrupt)

@@ -36,6 +36,21 @@ def steps_and_samples(folder):
     return [(entry["step"], entry["samples"]) for entry in map(json.loads, lines)]
 
 
+@pytest.mark.slow
+def test_three_processes_go_on_bit_by_bit_too(tmp_path, world):
+    options = {"train_data": world.train_data, "batch_size": 2, "masking": "random", "epochs": 1}
+    whole = flags(tmp_path, name="whole", **options)
+    assert train_together(tmp_path, whole, num_processes=3) == [0, 0, 0], output(tmp_path)
+    argv = flags(tmp_path, resume="latest", **options)
+    asked = Stop(rank=1, step=2, number=signal.SIGUSR1)
+    codes = train_together(tmp_path, argv, num_processes=3, trouble=asked)
+    assert codes == [85, 85, 85], output(tmp_path)
+    assert train_together(tmp_path, argv, num_processes=3) == [0, 0, 0], output(tmp_path)
+    folders = [tmp_path / "logs" / name for name in ("run", "whole")]
+    assert differences(*map(last_checkpoint, folders)) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_kills_and_signals_change_no_bit(tmp_path, world, variant):
     options = {"train_data": world.train_data, "batch_size": 2, **VARIANTS[variant]}

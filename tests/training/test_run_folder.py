@@ -1,9 +1,15 @@
+import json
+import shutil
+
 import pytest
 
 from clip_pgs.training.checks import check_options, option_warnings
+from clip_pgs.training.checks.data import training_files
 from clip_pgs.training.options import parse_options
 from clip_pgs.training.run_folder import changed_options, save_options
 from support.options import VALID, write_shards
+from support.runs import write_csv
+from support.runs import write_shards as write_samples
 
 RUN = (*VALID, "--name", "demo", "--masking", "pgs", "--mask-ratio", "0.5")
 
@@ -72,8 +78,9 @@ def test_a_resumed_run_stays_the_same_experiment(demo, argv, change):
 def test_other_data_is_named(demo, tmp_path):
     data = ["--train-data", write_shards(tmp_path / "train"), "--dataset-type", "auto"]
     args = parse_options([*RUN, "--resume", "latest", *data])
-    names = [change.split()[0] for change in changed_options(args, demo)]
-    assert names == ["train_data", "dataset_type"]
+    files = training_files(args)
+    names = list(dict.fromkeys(c.split()[0] for c in changed_options(args, demo, files=files)))
+    assert names == ["dataset_type", "train_data"]
 
 
 def test_another_recipe_resumes_with_a_warning(demo):
@@ -90,7 +97,97 @@ def test_resuming_what_never_began_starts_it(tmp_path, monkeypatch):
     check_options(parse_options([*RUN, "--resume", "latest"]))
 
 
-def test_a_damaged_record_is_named(demo):
-    (demo / "options.json").write_text("{")
-    with pytest.raises(ValueError, match=r"options\.json is not JSON"):
-        check_options(parse_options([*RUN, "--resume", "latest"]))
+@pytest.mark.parametrize("content", ["{", "[]", "7"])
+def test_a_damaged_record_is_named_and_stops_nothing(demo, content):
+    (demo / "options.json").write_text(content)
+    args = parse_options([*RUN, "--resume", "latest"])
+    check_options(args)
+    (sentence,) = option_warnings(args)
+    assert "options.json" in sentence
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Return a function that checks a run on shards which resumes, given the pattern of now."""
+    monkeypatch.chdir(tmp_path)
+    samples(tmp_path / "train", num_shards=3)
+    first = parse_options(resumed("train/*.tar")[:-2])
+    (tmp_path / "logs" / "demo").mkdir(parents=True)
+    save_options(first, tmp_path / "logs" / "demo", files=training_files(first))
+    return lambda pattern="train/*.tar": check_options(parse_options(resumed(pattern)))
+
+
+def samples(folder, **options):
+    write_samples(folder, samples_per_shard=2, **options)
+    (folder / "sizes.json").unlink()
+
+
+def resumed(data):
+    argv = ["--model", "ViT-B-16", "--warmup", "2", "--name", "demo", "--batch-size", "2"]
+    return [*argv, "--train-data", str(data), "--resume", "latest"]
+
+
+def remove(folder):
+    (folder / "00001.tar").unlink()
+
+
+def add(folder):
+    shutil.copy(folder / "00001.tar", folder / "00001b.tar")
+
+
+def grow(folder):
+    (folder / "00001.tar").write_bytes((folder / "00001.tar").read_bytes() + bytes(512))
+
+
+def miscount(folder):
+    (folder / "sizes.json").write_text('{"00001.tar": 1}')
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (remove, "00001.tar is gone"),
+        (add, "00001b.tar is new"),
+        (grow, "00001.tar: "),
+        (miscount, "2 samples -> "),
+    ],
+)
+def test_other_shards_below_a_pattern_are_refused_by_name(trained, tmp_path, change, words):
+    trained()
+    change(tmp_path / "train")
+    with pytest.raises(ValueError, match="--accept-changes") as refused:
+        trained()
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("pattern", ["train/{00000..00002}.tar", "{}/train/*.tar", "moved/*.tar"])
+def test_the_same_shards_are_accepted_wherever_they_lie(trained, tmp_path, pattern):
+    shutil.copytree(tmp_path / "train", tmp_path / "moved")
+    trained(pattern.replace("{}", str(tmp_path)))
+
+
+def test_the_same_shards_in_another_order_are_refused(trained):
+    with pytest.raises(ValueError, match="another order"):
+        trained("train/00001.tar::train/00000.tar::train/00002.tar")
+
+
+def test_a_table_with_another_row_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = write_csv(tmp_path / "pairs")
+    first = parse_options(resumed(table)[:-2])
+    (tmp_path / "logs" / "demo").mkdir(parents=True)
+    save_options(first, tmp_path / "logs" / "demo", files=training_files(first))
+    check_options(parse_options(resumed("pairs/pairs.csv")))
+    table.write_text(f"{table.read_text()}{tmp_path}/pairs/0.png\tred\n")
+    with pytest.raises(ValueError, match=r"16 samples -> .* 17 samples"):
+        check_options(parse_options(resumed(table)))
+
+
+def test_a_run_of_before_that_kept_the_pattern_alone_goes_on(trained, tmp_path):
+    path = tmp_path / "logs" / "demo" / "options.json"
+    saved = json.loads(path.read_text())
+    del saved["train_files"]
+    path.write_text(json.dumps(saved))
+    trained()
+    with pytest.raises(ValueError, match="train_data 'train"):
+        trained("train/{00000..00001}.tar")

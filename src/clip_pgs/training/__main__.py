@@ -12,6 +12,7 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from clip_pgs.common import one_sentence
+from clip_pgs.training.survival.interrupts import AskedToLeave, Interrupts
 from clip_pgs.training.survival.leaving import leave
 
 BAD_INPUT = 2
@@ -33,6 +34,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         before the start), 85 for a signal that asked to leave, 130 for Ctrl-C, 1 for what else
         ends a run in one sentence.
     """
+    interrupts = Interrupts()
+    with interrupts.caught():
+        try:
+            with interrupts.breakable():
+                started = _start(sys.argv[1:] if argv is None else argv)
+        except AskedToLeave:
+            return _leave_early(interrupts)
+        if isinstance(started, int):
+            return started
+        return _train(*started, interrupts)
+
+
+def _start(argv: Sequence[str]) -> int | tuple[argparse.Namespace, dict[str, Any]]:
+    """Return checked options and what the loop calls of other packages, or an exit code."""
     try:
         from clip_pgs.data.preflight import preflight
         from clip_pgs.training.checks import check_options, option_warnings
@@ -42,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"training needs {error.name}: pip install 'clip-pgs[training]'")
 
     try:
-        args = parse_options(sys.argv[1:] if argv is None else argv)
+        args = parse_options(argv)
         follow_restart(args)
         check_options(args)
         odd = preflight(args, world_size=_num_processes()) if _is_first_process() else []
@@ -56,12 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             logger.warning("%s", sentence)
         sys.stdout.write(_summary(args))
         return 0
+    return args, hooks
 
+
+def _train(args: argparse.Namespace, hooks: dict[str, Any], interrupts: Interrupts) -> int:
     from clip_pgs.training.loop import train
     from clip_pgs.training.survival import exits
 
     try:
-        train(args, **hooks)
+        train(args, interrupts=interrupts, **hooks)
     except exits.EXPECTED as error:
         code = exits.expected_code(error)
         assert code is not None
@@ -71,6 +89,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"{exits.sentence_of(error)}\n")
         return code
     return 0
+
+
+def _leave_early(interrupts: Interrupts) -> int:
+    from clip_pgs.training.survival.exits import ExitReport
+
+    sentence = f"stopped by {interrupts.name} before the start"
+    ExitReport(interrupts, rank=int(os.environ.get("RANK", "0"))).write(interrupts.code, sentence)
+    if _is_first_process():
+        sys.stderr.write(f"{sentence}\n")
+    return interrupts.code
 
 
 def _hooks(args: argparse.Namespace) -> dict[str, Any]:
@@ -103,7 +131,6 @@ def _refuse(sentence: str, *, is_before_start: bool = False) -> int:
         sys.stderr.write(f"error: {one_sentence(sentence)}\n")
     if is_before_start:
         from clip_pgs.training.survival.exits import ExitReport
-        from clip_pgs.training.survival.interrupts import Interrupts
 
         rank = int(os.environ.get("RANK", "0"))
         ExitReport(Interrupts(), rank=rank).write(BAD_INPUT, sentence)

@@ -107,6 +107,32 @@ def parallelize(model: nn.Module, args: argparse.Namespace, device: torch.device
         # Device ids are for GPUs alone: DDP raises when it is given the CPU.
         device_ids = [device] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(
-            wrapped, device_ids=device_ids, static_graph=args.ddp_static_graph
+            _Trained(wrapped), device_ids=device_ids, static_graph=args.ddp_static_graph
         )
+        if not args.ddp_static_graph:
+            _lay_out_buckets(wrapped)
     return wrapped
+
+
+class _Trained(nn.Module):
+    """A model as DDP wraps it; without inputs it returns a sum that every parameter is in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any) -> Any:
+        if inputs:
+            return self.model(*inputs)
+        return sum(0 * p.flatten()[0] for p in self.parameters() if p.requires_grad)
+
+
+def _lay_out_buckets(parallel: DistributedDataParallel) -> None:
+    """Let DDP choose now in which order it sums which gradients, from the parameters alone.
+
+    After a process's first backward DDP lays out its buckets anew, and with three processes or
+    more the layout decides in which order numbers are added. Were the first backward that of a
+    step, a resumed run would round that step otherwise than the run that nothing stopped.
+    """
+    parallel().backward()
+    parallel.zero_grad(set_to_none=True)

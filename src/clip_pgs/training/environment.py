@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ import clip_pgs
 from clip_pgs.common import write_text
 
 FILE_NAME = "env.json"
+_logger = logging.getLogger(__name__)
 _PACKAGES = ("open_clip_torch", "timm", "torchvision", "webdataset", "numpy")
 
 
@@ -58,8 +60,11 @@ def save_environment(environment: dict[str, Any], run_folder: Path) -> None:
     path = run_folder / FILE_NAME
     earlier: list[dict[str, Any]] = []
     if path.is_file():
-        before = json.loads(path.read_text())
-        earlier = [*before.pop("earlier_launches"), before]
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            earlier = [*before.pop("earlier_launches", []), before]
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            _logger.warning("%s cannot be read: %s; it begins anew", path, error)
     text = json.dumps({**environment, "earlier_launches": earlier}, indent=2) + "\n"
     write_text(path, text)
 

@@ -13,6 +13,7 @@ import torch
 
 from clip_pgs.training.checkpoints.checkpoint import load_checkpoint
 from clip_pgs.training.checkpoints.checkpoint_files import find_latest
+from clip_pgs.training.checks.data import has_training_data, training_files
 from clip_pgs.training.distributed import Meeting
 from clip_pgs.training.environment import describe_environment, save_environment
 from clip_pgs.training.run_folder import run_folder, save_options
@@ -53,7 +54,8 @@ def log_file(args: argparse.Namespace) -> Path | None:
 def write_run_files(args: argparse.Namespace, folder: Path, device: torch.device) -> None:
     """Write what a run was started with: options, `params.txt`, `env.json`."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    save_options(args, folder, launch=launch_names())
+    files = training_files(args) if has_training_data(args) else []
+    save_options(args, folder, files=files, launch=launch_names())
     remember_name(args.name)
     lines = [f"{name}: {value}\n" for name, value in sorted(vars(args).items())]
     (folder / PARAMS_NAME).write_text("".join(lines))
@@ -70,8 +72,7 @@ def load_start(
     path = args.resume
     if path == "latest":
         assert folder is not None
-        latest = find_latest(folder / "checkpoints") if args.rank == 0 else None
-        path = meeting.share(None if latest is None else str(latest)) or args.resume_instead
+        path = _share_latest(args, folder, meeting) or args.resume_instead
         if path is None:
             _logger.info("No checkpoint in %s yet: starting fresh", folder)
     if path is None:
@@ -84,6 +85,20 @@ def load_start(
         checkpoint.get("position", 0),
     )
     return checkpoint
+
+
+def _share_latest(args: argparse.Namespace, folder: Path, meeting: Meeting) -> str | None:
+    """Return on all ranks what rank 0 finds, or raise what it raises."""
+    latest, trouble = None, ""
+    if args.rank == 0:
+        try:
+            latest = find_latest(folder / "checkpoints")
+        except ValueError as error:
+            trouble = str(error)
+    path, trouble = meeting.share((None if latest is None else str(latest), trouble))
+    if trouble:
+        raise ValueError(trouble)
+    return path
 
 
 def say_what_changed(

@@ -26,26 +26,34 @@ from clip_pgs.training.survival.exits import (
     FAILED,
     BadInputError,
     ExitReport,
+    StoppedError,
+    UnwrittenError,
     unwritten_folder,
 )
-from clip_pgs.training.survival.interrupts import Interrupts
+from clip_pgs.training.survival.interrupts import AskedToLeave, Interrupts
 from clip_pgs.training.survival.lock import run_lock
 from clip_pgs.training.survival.watchdog import Watchdog
 from clip_pgs.training.telemetry.lenient import lenient_threads
 from clip_pgs.training.telemetry.run_log import logging_to
 from clip_pgs.training.telemetry.telemetry import Cost
 from clip_pgs.training.trainer import Trainer
-from clip_pgs.training.validation import Evaluate, Validation, save_results
+from clip_pgs.training.validation import Evaluate, Validation, describe_metrics, save_results
 
 _logger = logging.getLogger(__name__)
 
 
-def train(args: argparse.Namespace, *, evaluate: Evaluate | None = None) -> Path | None:
+def train(
+    args: argparse.Namespace,
+    *,
+    evaluate: Evaluate | None = None,
+    interrupts: Interrupts | None = None,
+) -> Path | None:
     """Train a model, or only evaluate one where no training data is given.
 
     Args:
         args: From `parse_options`, checked by `check_options`; it is not changed.
         evaluate: Measures more on rank 0, every `--eval-every` epochs and at the end.
+        interrupts: Signals, where the caller catches them already.
 
     Returns:
         The run's folder, None with `--logs none`.
@@ -59,7 +67,7 @@ def train(args: argparse.Namespace, *, evaluate: Evaluate | None = None) -> Path
     """
     asked_device = args.device
     args = argparse.Namespace(**vars(args))
-    interrupts = Interrupts()
+    interrupts = interrupts or Interrupts()
     report = ExitReport(interrupts)
     with interrupts.caught(), report, process_group(args) as device:
         report.rank = args.rank
@@ -78,7 +86,10 @@ def train(args: argparse.Namespace, *, evaluate: Evaluate | None = None) -> Path
             # From here on each process may fail on its own.
             meeting.wait()
             report.folder = folder
-            path = log_file(args)
+            try:
+                path = log_file(args)
+            except OSError as error:
+                raise unwritten_folder(error) from error
             level = _log_level(args, has_file=path is not None)
             with lenient_threads(), logging_to(path, level=level):
                 _logger.info("Process %d of %d on %s", args.rank, args.world_size, device)
@@ -90,7 +101,7 @@ def train(args: argparse.Namespace, *, evaluate: Evaluate | None = None) -> Path
                 if args.train_data or args.dataset_type == "synthetic":
                     _train(args, device, folder, meeting, interrupts, report, evaluate=evaluate)
                 else:
-                    _evaluate_only(args, device, folder, meeting, evaluate=evaluate)
+                    _evaluate_only(args, device, folder, meeting, interrupts, evaluate=evaluate)
                 meeting.wait()
     return folder
 
@@ -139,19 +150,35 @@ def _evaluate_only(
     device: torch.device,
     folder: Path | None,
     meeting: Meeting,
+    interrupts: Interrupts,
     *,
     evaluate: Evaluate | None,
 ) -> None:
     """Measure the model once, as it comes or with the weights that `--resume` names."""
     parts = build_model(args, device)
-    checkpoint = load_start(args, folder, meeting) or {}
+    try:
+        checkpoint = load_start(args, folder, meeting) or {}
+    except ValueError as error:
+        raise BadInputError(str(error)) from error
     epoch = restore(checkpoint, model=parts.model) if checkpoint else 0
     if args.rank != 0:
         return
-    metrics = Validation(args, parts, evaluate=evaluate).run(epoch=epoch, epochs=epoch)
+    validation = Validation(args, parts, evaluate=evaluate)
+    try:
+        with interrupts.breakable():
+            metrics = validation.run(epoch=epoch, epochs=epoch)
+    except AskedToLeave:
+        raise StoppedError(f"stopped by {interrupts.name}", interrupts.code) from None
+    finally:
+        validation.close()
+    for line in describe_metrics(metrics):
+        _logger.info("After epoch %d: %s", epoch, line)
     if folder is None:
         return
-    save_results(metrics, folder / "checkpoints")
+    try:
+        save_results(metrics, folder / "checkpoints")
+    except OSError as error:
+        raise UnwrittenError(f"the measurements cannot be written: {error}") from error
     cost = {**asdict(Cost()), **checkpoint.get("clip_pgs", {}).get("cost", {})}
     for sink in open_sinks(args, folder, first_step=cost["steps"]):
         sink.validation(metrics, epoch=epoch, cost=cost)

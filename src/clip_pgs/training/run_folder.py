@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 OPTIONS_FILE = "options.json"
+_FILES = "train_files"
+_MAX_NAMED = 4
 
 # A run that goes on with another of these is another experiment under an old name.
 IDENTITY = (
@@ -29,7 +32,6 @@ IDENTITY = (
     "text_masking",
     "text_tokens",
     "text_masking_options",
-    "train_data",
     "train_data_upsampling_factors",
     "train_num_samples",
     "dataset_type",
@@ -96,16 +98,22 @@ def holds_run(folder: Path) -> bool:
 
 
 def save_options(
-    args: argparse.Namespace, folder: Path, *, launch: Mapping[str, str] | None = None
+    args: argparse.Namespace,
+    folder: Path,
+    *,
+    files: Sequence[str] = (),
+    launch: Mapping[str, str] | None = None,
 ) -> None:
     """Write the options that a resumed run is compared with to `folder/options.json`.
 
     Args:
         args: Options.
         folder: The run's folder.
+        files: The training data, file by file.
         launch: Who started it, as `made_by` returns it.
     """
-    options = {name: getattr(args, name) for name in (*IDENTITY, *RECIPE)}
+    options = {name: getattr(args, name) for name in (*IDENTITY, *RECIPE, "train_data")}
+    options[_FILES] = list(files)
     options["launch"] = dict(launch or {})
     # A crash between two writes must not leave half a file.
     unfinished = folder / f"{OPTIONS_FILE}.tmp"
@@ -114,17 +122,59 @@ def save_options(
 
 
 def made_by(folder: Path) -> dict[str, str]:
-    """Return what the launchers called the launch that last wrote into a folder, by launcher.
+    """Return what the launchers called the launch that last wrote into a folder, by launcher."""
+    launch = _saved_options(folder).get("launch")
+    return launch if isinstance(launch, dict) else {}
 
-    Raises:
-        ValueError: If `options.json` is damaged.
+
+def damaged_options(folder: Path) -> str | None:
+    """Say what is wrong with a folder's `options.json`; None where it is whole, or not there."""
+    path = folder / OPTIONS_FILE
+    if not path.exists():
+        return None
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{path} cannot be read: {error}"
+    return None if isinstance(saved, dict) else f"{path} holds no options"
+
+
+def changed_options(
+    args: argparse.Namespace, folder: Path, *, files: Sequence[str] = ()
+) -> list[str]:
+    """Return the changes that make it another experiment, such as "seed 0 -> 1".
+
+    Args:
+        args: Options.
+        folder: The run's folder.
+        files: The training data, file by file: its name, without the folder, comes first.
     """
-    return _saved_options(folder).get("launch", {})
+    saved = _saved_options(folder).get(_FILES)
+    if isinstance(saved, list):
+        return _changes(args, folder, IDENTITY) + _changed_files(
+            [str(file) for file in saved], list(files)
+        )
+    # A run of before, which kept the pattern alone.
+    return _changes(args, folder, (*IDENTITY, "train_data"))
 
 
-def changed_options(args: argparse.Namespace, folder: Path) -> list[str]:
-    """Return the changes that make it another experiment, such as "seed 0 -> 1"."""
-    return _changes(args, folder, IDENTITY)
+def _changed_files(saved: list[str], now: list[str]) -> list[str]:
+    gone, new = list(Counter(saved) - Counter(now)), list(Counter(now) - Counter(saved))
+    changes = []
+    for file in gone:
+        name = file.partition(": ")[0]
+        other = next((f for f in new if f.partition(": ")[0] == name), None)
+        if other is None:
+            changes.append(f"{name} is gone")
+        else:
+            new.remove(other)
+            changes.append(f"{file} -> {other.partition(': ')[2]}")
+    changes += [f"{file.partition(': ')[0]} is new" for file in new]
+    if not changes and saved != now:
+        changes = ["its files in another order"]
+    if len(changes) > _MAX_NAMED:
+        changes = [*changes[:_MAX_NAMED], f"and {len(changes) - _MAX_NAMED} files more"]
+    return [f"train_data {change}" for change in changes]
 
 
 def changed_recipe(args: argparse.Namespace, folder: Path) -> list[str]:
@@ -143,16 +193,11 @@ def _changes(args: argparse.Namespace, folder: Path, names: tuple[str, ...]) -> 
 
 
 def _saved_options(folder: Path) -> dict[str, Any]:
+    """Return what was saved; nothing where the file is damaged, which `damaged_options` tells."""
     path = folder / OPTIONS_FILE
-    if not path.exists():
+    if not path.exists() or damaged_options(folder) is not None:
         return {}
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path} holds no options")
-    return saved
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _plain(value: Any) -> Any:

@@ -29,7 +29,13 @@ from clip_pgs.training.survival.watchdog import Watchdog
 from clip_pgs.training.telemetry.lenient import Lenient
 from clip_pgs.training.telemetry.skip_log import SkipLog
 from clip_pgs.training.telemetry.telemetry import Cost, Telemetry
-from clip_pgs.training.validation import RESULTS_NAME, Evaluate, Validation, save_results
+from clip_pgs.training.validation import (
+    RESULTS_NAME,
+    Evaluate,
+    Validation,
+    describe_metrics,
+    save_results,
+)
 from clip_pgs.training.writer import RunWriter
 
 _logger = logging.getLogger(__name__)
@@ -168,6 +174,8 @@ class Trainer:
         finally:
             for phase in self._phases:
                 phase.stream.close()
+            if self._validation is not None:
+                self._validation.close()
             self._telemetry.close()
 
     def _train_phase(self, phase: Phase) -> None:
@@ -215,6 +223,7 @@ class Trainer:
         self._watchdog.let(self._telemetry.next_step, EVALUATING)
         place = (epoch, trainer.position)
         self._gate.go_through(trainer, place)
+        self._telemetry.finish_epoch(epoch + 1, total_epochs(self._args))
         is_done = True
         if self._validation is not None:
             try:
@@ -234,6 +243,8 @@ class Trainer:
         if metrics:
             self._metrics.clear()
             self._metrics.update(metrics)
+            for line in describe_metrics(metrics):
+                _logger.info("After epoch %d: %s", epoch, line)
             self._telemetry.validation(metrics, epoch=epoch)
             if self._folder is not None:
                 with self._lenient:
@@ -249,7 +260,10 @@ class Trainer:
             if not writer.wait():
                 cure = "nor could the last checkpoint be; --resume latest makes both"
             raise UnwrittenError(f"the export cannot be written: {error}; {cure}") from error
-        writer.close()
+        if not writer.close():
+            raise UnwrittenError(
+                f"the last checkpoint could not be written or is gone; the export is in {export}"
+            )
         _logger.info(
             "Done: %d steps, %d samples, %.3g FLOPs in %s",
             cost.steps,

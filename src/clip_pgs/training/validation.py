@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,15 @@ from open_clip_train.data import get_imagenet
 from open_clip_train.train import evaluate as evaluate_with_open_clip
 from torch import nn
 
+from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.stream import build_val_stream
 from clip_pgs.training.build import ModelParts
 
 RESULTS_NAME = "results.jsonl"
+# What OpenCLIP puts beside its measurements.
+_COUNTS = ("epoch", "num_samples")
+
+_logger = logging.getLogger(__name__)
 
 
 class Evaluate(Protocol):
@@ -51,9 +57,12 @@ class Validation:
         self._parts = parts
         self._evaluate = evaluate
         self._data: dict[str, Any] = {}
+        self._stream: SampleStream | None = None
         if args.val_data:
-            stream = build_val_stream(args, transform=parts.val_transform, tokenize=parts.tokenize)
-            self._data["val"] = SimpleNamespace(dataloader=stream)
+            self._stream = build_val_stream(
+                args, transform=parts.val_transform, tokenize=parts.tokenize
+            )
+            self._data["val"] = SimpleNamespace(dataloader=self._stream)
         transforms = (parts.train_transform, parts.val_transform)
         if args.imagenet_val is not None:
             self._data["imagenet-val"] = get_imagenet(args, transforms, "val")
@@ -79,16 +88,38 @@ class Validation:
             model, self._data, epoch, argparse.Namespace(**options), tokenizer=self._parts.tokenize
         )
         if self._evaluate is not None and _is_due(self._args.eval_every, epoch, epochs):
-            metrics |= self._evaluate(
-                model=model,
-                transform=self._parts.val_transform,
-                tokenize=self._parts.tokenize,
-                epoch=epoch,
-            )
+            try:
+                metrics |= self._evaluate(
+                    model=model,
+                    transform=self._parts.val_transform,
+                    tokenize=self._parts.tokenize,
+                    epoch=epoch,
+                )
+            except OSError as error:
+                _logger.warning(
+                    "The evaluation after epoch %d could not be finished: %s; the run goes on",
+                    epoch,
+                    error,
+                )
         return {
             name: value if isinstance(value, int) else float(value)
             for name, value in metrics.items()
         }
+
+    def close(self) -> None:
+        """End the processes that load the held-out data."""
+        if self._stream is not None:
+            self._stream.close()
+
+
+def describe_metrics(metrics: Mapping[str, float]) -> list[str]:
+    """Return measurements as lines: OpenCLIP's in one, losses first, an evaluation's by its set."""
+    lines: dict[str, list[str]] = {}
+    for name, value in sorted(metrics.items(), key=lambda item: not item[0].endswith("loss")):
+        place, _, metric = name.rpartition("/")
+        if name not in _COUNTS:
+            lines.setdefault(place, []).append(f"{metric} {value:.4g}")
+    return [f"{place} {', '.join(values)}".lstrip() for place, values in lines.items()]
 
 
 def _is_due(every: int, epoch: int, epochs: int) -> bool:
@@ -97,5 +128,6 @@ def _is_due(every: int, epoch: int, epochs: int) -> bool:
 
 def save_results(metrics: Mapping[str, float], checkpoint_folder: Path) -> None:
     """Append measurements to OpenCLIP's `results.jsonl`."""
+    checkpoint_folder.mkdir(parents=True, exist_ok=True)
     with (checkpoint_folder / RESULTS_NAME).open("a") as file:
         file.write(json.dumps(dict(metrics)) + "\n")

@@ -1,5 +1,8 @@
+import shutil
+
 import pytest
 
+from clip_pgs.training.checks import memory
 from support.options import SYNTHETIC, VALID, write_shards
 from support.refusals import accept, refusal
 
@@ -50,6 +53,42 @@ def test_fewer_commands_than_processes_are_refused(tmp_path, monkeypatch):
     assert "2 shards cannot feed 3 processes" in refusal(*options, "pipe:cat {0..1}.tar")
     accept(*options, "pipe:cat {0..1}.tar", "--dataset-resampled")
     accept(*options, write_shards(tmp_path / "train"))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--batch-size", "1"], ["--unmasked-epochs", "1", "--unmasked-batch-size", "1"]]
+)
+def test_a_step_of_one_sample_is_refused(monkeypatch, flags):
+    assert f"{flags[-2]} 1" in refusal(*VALID, *flags)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    accept(*VALID, *flags)
+
+
+@pytest.mark.parametrize(
+    ("argv", "free"),
+    [
+        (["--batch-size", "512", "--workers", "1"], 64e6),
+        (["--batch-size", "64", "--workers", "4"], 64e6),
+        (["--batch-size", "64", "--workers", "1", "--aug-cfg", "use_timm=True"], 64e6),
+        (["--batch-size", "64", "--workers", "1", "--force-image-size", "448"], 64e6),
+    ],
+)
+def test_workers_whose_batches_do_not_fit_into_shared_memory_are_refused(monkeypatch, argv, free):
+    data = ["--model", "ViT-B-16", "--dataset-type", "synthetic", "--train-num-samples", "5000"]
+    usage = shutil.disk_usage("/")._replace(free=int(free))
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: usage)
+    message = refusal(*data, *argv)
+    assert "--shm-size" in message
+    assert "--workers" in message
+    accept(*data, *argv, "--workers", "0")
+    accept(*data, *argv, "--batch-size", "4")
+
+
+def test_held_out_images_count_as_floats(tmp_path, monkeypatch):
+    shards = ["--val-data", write_shards(tmp_path / "val"), "--workers", "1", "--batch-size", "64"]
+    usage = shutil.disk_usage("/")._replace(free=int(64e6))
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: usage)
+    assert "--shm-size" in refusal("--model", "ViT-B-16", *shards)
 
 
 def test_processes_count_towards_one_step(monkeypatch):

@@ -60,11 +60,12 @@ def write_checkpoint(content: Mapping[str, Any], path: Path) -> None:
 
     Args:
         content: Tensors and plain types, as from `pack_checkpoint`.
-        path: Its place, in a folder that exists.
+        path: Its place; its folder is made where somebody removed it.
 
     Raises:
         OSError: If it cannot be written.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     _check_space(content, path.parent)
     with atomic_file(path) as file:
         writer = _HashingWriter(file)
@@ -126,27 +127,49 @@ def find_latest(folder: Path, *, is_owner: bool = True) -> Path | None:
 
     Args:
         folder: A run's checkpoint folder.
-        is_owner: Set damaged files aside, as `*.damaged`. False leaves everything as it is, for
-            those who look into the folder of a run that may be under way.
+        is_owner: Set damaged files aside, as `*.damaged`, where one is whole. False leaves
+            everything as it is, for those who look into the folder of a run that may be under way.
+
+    Raises:
+        ValueError: If there are checkpoints and all are damaged, and `is_owner`.
     """
     progress: dict[Path, tuple[int, int]] = {}
+    damaged: dict[Path, ValueError] = {}
     for path in sorted(path for path in folder.glob("*.pt") if _NAME.fullmatch(path.name)):
         try:
             content = read_checkpoint(path, use_mmap=True)
         except ValueError as error:
-            _report_damage(path, error, is_owner=is_owner)
+            damaged[path] = error
         else:
             progress[path] = (content.get("epoch", 0), content.get("step", 0))
+    found = None
     for path in sorted(progress, key=lambda path: progress[path], reverse=True):
         try:
             check_sum(path)
         except ValueError as error:
-            _report_damage(path, error, is_owner=is_owner)
+            damaged[path] = error
         else:
-            if is_owner:
-                _correct_latest(path)
-            return path
-    return None
+            found = path
+            break
+    if found is None and is_owner:
+        _refuse_damage(folder, damaged)
+    for path, damage in damaged.items():
+        _report_damage(path, damage, is_owner=is_owner)
+    if found is not None and is_owner:
+        _correct_latest(found)
+    return found
+
+
+def _refuse_damage(folder: Path, damaged: Mapping[Path, ValueError]) -> None:
+    """Refuse to begin again where what was trained is there and cannot be read."""
+    aside = [path.name for path in sorted(folder.glob(f"*.pt{DAMAGED_ENDING}"))]
+    if damaged or aside:
+        reason = next(iter(damaged.values()), "they were set aside before")
+        names = ", ".join([path.name for path in damaged] + aside)
+        raise ValueError(
+            f"no checkpoint in {folder} is whole ({names}): {reason}; put back a copy, or remove "
+            "the folder to begin anew"
+        )
 
 
 def _correct_latest(path: Path) -> None:

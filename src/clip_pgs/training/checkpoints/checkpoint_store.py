@@ -58,6 +58,7 @@ class CheckpointStore:
         self._host = HostCopy()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self._under_way: Future[bool] | None = None
+        self._last = folder
         remove_unfinished(folder)
 
     @property
@@ -99,12 +100,15 @@ class CheckpointStore:
         copied = self._host.take(content)
         held = perf_counter() - started
         self.held_seconds += held
+        self._last = self._folder / names[0]
         self._under_way = self._thread.submit(self._write, copied, names, held)
         return held
 
     def wait(self) -> bool:
-        """Wait for the last checkpoint; return whether it was written, True if there was none."""
-        return self._under_way is None or self._under_way.result()
+        """Wait for the last checkpoint; return whether it is there, True if none was saved."""
+        if self._under_way is None:
+            return True
+        return self._under_way.result() and self._last.is_file()
 
     def close(self) -> bool:
         """Wait for the last checkpoint, return as `wait` does, and save nothing more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from pathlib import Path
 
 from open_clip_train.distributed import world_info_from_env
@@ -12,7 +13,13 @@ from clip_pgs.data.sequential.sequential_data import check_enough_shards
 from clip_pgs.data.stream import DatasetKind, dataset_kind
 from clip_pgs.data.tables import PairTable, read_pairs
 from clip_pgs.data.tar.shard_sizes import size_shards
-from clip_pgs.data.tar.shards import count_samples, expand_shards, is_seekable, upsampling_weights
+from clip_pgs.data.tar.shards import (
+    count_samples,
+    expand_shards,
+    is_remote,
+    is_seekable,
+    upsampling_weights,
+)
 from clip_pgs.training.phases import phase_options
 
 # Their order is drawn in memory, 8 bytes each.
@@ -50,6 +57,31 @@ def num_training_samples(args: argparse.Namespace) -> int | None:
     if all(map(is_seekable, shards)):
         return sum(size_shards(shards).sizes)
     return count_samples(shards)
+
+
+def training_files(args: argparse.Namespace) -> list[str]:
+    """Return what identifies the training data: each file's name, bytes and samples, in order.
+
+    A run may find the same files in another folder.
+    """
+    kind = training_kind(args)
+    if kind == "synthetic":
+        return []
+    if kind == "csv":
+        return [_describe_file(args.train_data, len(_read_table(args, args.train_data)))]
+    shards = expand_shards(args.train_data)
+    if args.dataset_resampled or not all(map(is_seekable, shards)):
+        return [_describe_file(shard) for shard in shards]
+    sizes = size_shards(shards).sizes
+    return [_describe_file(shard, size) for shard, size in zip(shards, sizes, strict=True)]
+
+
+def _describe_file(path: str, num_samples: int | None = None) -> str:
+    if path.startswith("pipe:"):
+        return path
+    samples = "" if num_samples is None else f", {num_samples} samples"
+    name = path.rpartition("/")[2]
+    return name if is_remote(path) else f"{name}: {os.path.getsize(path)} bytes{samples}"
 
 
 def samples_per_step(args: argparse.Namespace) -> int:
@@ -90,8 +122,13 @@ def _check_training_data(args: argparse.Namespace) -> None:
         raise ValueError(f"{reason}; give --train-num-samples")
     for phase_args in phase_options(args):
         needed = samples_per_step(phase_args)
+        prefix = "--" if phase_args is args else "--unmasked-"
+        if needed == 1:
+            raise ValueError(
+                f"{prefix}batch-size 1 x {prefix}accum-freq 1 x 1 process is a step of one sample, "
+                "whose contrastive loss is 0: there is nothing to tell it from"
+            )
         if num_samples < needed:
-            prefix = "--" if phase_args is args else "--unmasked-"
             raise ValueError(
                 f"{num_samples} training samples are less than one optimiser step, which takes "
                 f"{needed} ({prefix}batch-size {phase_args.batch_size} x {prefix}accum-freq "

@@ -16,7 +16,12 @@ from clip_pgs.training.checks.data import (
 from clip_pgs.training.checks.model import read_model_config
 from clip_pgs.training.model_choice import MODEL_SCHEMAS
 from clip_pgs.training.phases import phase_options
-from clip_pgs.training.run_folder import changed_recipe, keeps_logs, run_folder
+from clip_pgs.training.run_folder import (
+    changed_recipe,
+    damaged_options,
+    keeps_logs,
+    run_folder,
+)
 
 _CSV = ("csv_separator", "csv_img_key", "csv_caption_key")
 _LOCK_IMAGE = ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats")
@@ -161,4 +166,8 @@ def _resume_warnings(args: argparse.Namespace) -> list[str]:
     folder = run_folder(args)
     if args.resume != "latest" or folder is None:
         return []
-    return [f"run {folder} continues with {change}" for change in changed_recipe(args, folder)]
+    damage = damaged_options(folder)
+    sentences = [] if damage is None else [f"{damage}; no option is compared with the run's"]
+    return sentences + [
+        f"run {folder} continues with {change}" for change in changed_recipe(args, folder)
+    ]

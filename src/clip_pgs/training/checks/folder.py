@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from clip_pgs.training.checkpoints.checkpoint import load_checkpoint
+from clip_pgs.training.checks.data import has_training_data, training_files
 from clip_pgs.training.run_folder import changed_options, holds_run, keeps_logs, run_folder
 
 
@@ -39,10 +40,11 @@ def check_folder(args: argparse.Namespace) -> None:
         raise ValueError(
             f"run {folder} exists; use --resume latest to continue it or another --name"
         )
-    changes = changed_options(args, folder)
+    files = training_files(args) if has_training_data(args) else []
+    changes = changed_options(args, folder, files=files)
     if changes and not args.accept_changes:
         raise ValueError(
-            f"run {folder} cannot continue with other options ({', '.join(changes)}); "
+            f"run {folder} cannot continue with other options or data ({', '.join(changes)}); "
             "use another --name, or --accept-changes"
         )
 

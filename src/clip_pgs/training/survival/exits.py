@@ -152,7 +152,8 @@ class ExitReport:
     def forget(self) -> None:
         """Remove the reason of an earlier launch; rank 0 calls it while the others wait."""
         if self.folder is not None:
-            (self.folder / EXIT_NAME).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.folder / EXIT_NAME).unlink(missing_ok=True)
 
     def write(self, code: int, reason: str) -> bool:
         """Write a reason where there is none yet; return whether this one is it."""

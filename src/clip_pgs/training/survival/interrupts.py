@@ -19,10 +19,12 @@ PREEMPTED, INTERRUPTED = 85, 130
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 _ECHO_SECONDS = 2.0
+# What is raised in a destructor, or in a library's `except:`, is lost.
+_AGAIN_SECONDS = 5.0
 
 
-class AskedToLeave(Exception):  # noqa: N818 - it is no error
-    """Raised out of a block that may be broken off."""
+class AskedToLeave(BaseException):
+    """Raised out of a block that may be broken off; no `except Exception` on its way stops it."""
 
 
 class Interrupts:
@@ -75,10 +77,7 @@ class Interrupts:
             yield
         finally:
             self._is_breakable = False
-            if self._reminder is not None:
-                # Later, it could meet a process that no longer catches signals.
-                self._reminder.cancel()
-                self._reminder = None
+            self._forget_reminder()
 
     def look_for_launcher(self) -> None:
         """Ask this process to leave where torchrun started it and is gone.
@@ -111,12 +110,21 @@ class Interrupts:
         if not self._is_breakable:
             return
         left = self._since + self._patience - now
+        if left > 0 and self._reminder is not None:
+            return
+        self._forget_reminder()
+        wait = left if left > 0 else _AGAIN_SECONDS
+        self._reminder = threading.Timer(wait, self._remind, (threading.get_ident(), number))
+        self._reminder.daemon = True
+        self._reminder.start()
         if left <= 0:
             raise AskedToLeave(self.name)
-        if self._reminder is None:
-            self._reminder = threading.Timer(left, self._remind, (threading.get_ident(), number))
-            self._reminder.daemon = True
-            self._reminder.start()
+
+    def _forget_reminder(self) -> None:
+        # Later, it could meet a process that no longer catches signals.
+        if self._reminder is not None:
+            self._reminder.cancel()
+            self._reminder = None
 
     def _remind(self, thread: int, number: int) -> None:
         """Send a thread the signal that it had, when its time is up."""

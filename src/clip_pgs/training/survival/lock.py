@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 from clip_pgs.training.survival.exits import BadInputError, unwritten_folder
 
@@ -43,7 +43,8 @@ def run_lock(folder: Path | None) -> Iterator[None]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_NAME).open("a+", encoding="utf-8")
+        # Unbuffered: what a full disk refuses is not tried again when the file is closed.
+        file = (folder / LOCK_NAME).open("ab+", buffering=0)
     except OSError as error:
         raise unwritten_folder(error) from error
     with file:
@@ -51,12 +52,12 @@ def run_lock(folder: Path | None) -> Iterator[None]:
         # Where the disk is full, the lock holds without a name.
         with suppress(OSError):
             file.truncate(0)
-            file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
-            file.flush()
+            holder = {"process": os.getpid(), "host": socket.gethostname()}
+            file.write(json.dumps(holder).encode())
         yield
 
 
-def _wait_for(file: TextIO, folder: Path) -> None:
+def _wait_for(file: IO[bytes], folder: Path) -> None:
     end = time.monotonic() + PATIENCE_SECONDS
     is_told = False
     while not _take(file):
@@ -71,7 +72,7 @@ def _wait_for(file: TextIO, folder: Path) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _take(file: TextIO) -> bool:
+def _take(file: IO[bytes]) -> bool:
     try:
         # Not flock, whose locks the data workers of a killed process would go on holding.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,7 +84,7 @@ def _take(file: TextIO) -> bool:
     return True
 
 
-def _holder(file: TextIO) -> str:
+def _holder(file: IO[bytes]) -> str:
     file.seek(0)
     with suppress(ValueError, KeyError, TypeError):
         entry = json.loads(file.read())

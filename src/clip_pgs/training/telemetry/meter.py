@@ -16,6 +16,9 @@ class WindowMeter:
     Args:
         num_patches: Patches per image; 0 without masking.
         samples_per_step: Samples of one step over all ranks.
+
+    Attributes:
+        num_steps: Steps of the window up to now.
     """
 
     def __init__(self, *, num_patches: int, samples_per_step: int) -> None:
@@ -27,7 +30,7 @@ class WindowMeter:
         """Begin an empty window now."""
         self._sums: dict[str, Tensor] = {}
         self._kept_bounds: tuple[Tensor, Tensor] | None = None
-        self._num_steps = 0
+        self.num_steps = 0
         self._num_good: Tensor | float = 0.0
         self._data_seconds = 0.0
         self._started = time.perf_counter()
@@ -39,7 +42,7 @@ class WindowMeter:
             result: What the step returned.
             data_seconds: How long it waited for its samples.
         """
-        self._num_steps += 1
+        self.num_steps += 1
         self._data_seconds += data_seconds
         values = dict(result.losses)
         if result.grad_norm is not None:
@@ -78,10 +81,10 @@ class WindowMeter:
             values["mask_ratio_min"] = 1 - most / self.num_patches
             values["mask_ratio_max"] = 1 - fewest / self.num_patches
         seconds = max(time.perf_counter() - self._started, 1e-9)
-        values["data_time"] = self._data_seconds / self._num_steps
-        values["batch_time"] = seconds / self._num_steps
+        values["data_time"] = self._data_seconds / self.num_steps
+        values["batch_time"] = seconds / self.num_steps
         values["data_wait_share"] = self._data_seconds / seconds
-        values["samples_per_second"] = self._num_steps * self.samples_per_step / seconds
+        values["samples_per_second"] = self.num_steps * self.samples_per_step / seconds
         values["samples_per_second_per_gpu"] = values["samples_per_second"] / world_size
         self.start()
         return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from clip_pgs.integrations.open_clip import (
 from clip_pgs.masking.patches import paint_kept
 from clip_pgs.training.seeding import step_noise
 
+_logger = logging.getLogger(__name__)
 NUM_IMAGES = 8
 _IMAGES_NAME = "images.pt"
 
@@ -39,14 +41,28 @@ def fixed_images(folder: Path, candidates: Tensor) -> Tensor:
         OSError: If they cannot be kept.
     """
     path = folder / _IMAGES_NAME
-    if not path.is_file():
+    images = _read_images(path) if path.is_file() else None
+    if images is None:
+        images = candidates[:NUM_IMAGES].float().cpu()
         folder.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
-        torch.save(candidates[:NUM_IMAGES].float().cpu(), content)
+        torch.save(images, content)
         # Not by torch, which tells of a full disk as of a wrong position in the file.
         with atomic_file(path) as file:
             file.write(content.getbuffer())
-    return torch.load(path, weights_only=True).to(candidates.device)
+    return images.to(candidates.device)
+
+
+def _read_images(path: Path) -> Tensor | None:
+    """Return the images that an earlier launch chose, None where the file is damaged."""
+    try:
+        images = torch.load(path, weights_only=True)
+    # What a damaged file makes torch raise depends on where the damage lies.
+    except Exception as error:
+        _logger.warning("%s cannot be read: %s; it begins anew", path, type(error).__name__)
+        return None
+    is_batch = isinstance(images, Tensor) and images.ndim == 4
+    return images if is_batch else None
 
 
 def draw_masks(model: CLIP, images: Tensor, *, seed: int) -> Tensor:
@@ -84,4 +100,5 @@ def draw_masks(model: CLIP, images: Tensor, *, seed: int) -> Tensor:
 
 def save_picture(picture: Tensor, path: Path) -> None:
     """Write a picture of shape (3, H, W) in [0, 1] as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_image(picture, path)

@@ -57,8 +57,12 @@ def logging_to(path: Path | None, *, level: int) -> Iterator[None]:
         level: Lowest level that is shown.
     """
     handlers: list[logging.Handler] = [_AboveProgressBar()]
+    unwritten: OSError | None = None
     if path is not None:
-        handlers.append(_RunFile(path))
+        try:
+            handlers.append(_RunFile(path))
+        except OSError as error:
+            unwritten = error
     root = logging.getLogger()
     level_before = root.level
     root.setLevel(level)
@@ -71,6 +75,8 @@ def logging_to(path: Path | None, *, level: int) -> Iterator[None]:
     for handler in handlers:
         handler.setFormatter(logging.Formatter(_FORMAT, datefmt=_DATE_FORMAT))
         root.addHandler(handler)
+    if unwritten is not None:
+        _logger.warning("%s cannot be written: %s; the run goes on", path, unwritten.strerror)
     try:
         yield
     finally:

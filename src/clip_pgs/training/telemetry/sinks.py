@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from clip_pgs.common import append_line, write_text
+
+_logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -47,9 +50,7 @@ class JsonLines:
 
     def __init__(self, path: Path, *, first_step: int) -> None:
         self._path = path
-        if path.is_file():
-            lines = path.read_text().splitlines(keepends=True)
-            write_text(path, "".join(line for line in lines if _is_before(line, first_step)))
+        keep_lines_before(path, first_step)
 
     def train(self, values: Mapping[str, float], *, epoch: int, step: int) -> None:
         """Append a line of kind "train"."""
@@ -73,12 +74,39 @@ class JsonLines:
         append_line(self._path, json.dumps(entry))
 
 
-def _is_before(line: str, step: int) -> bool:
+def keep_lines_before(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines of a file that a resumed run is about to repeat, and what is no line.
+
+    Args:
+        path: JSON objects with a "step", one a line; it need not be there.
+        step: The first step that is repeated.
+
+    Returns:
+        The lines that are left.
+
+    Raises:
+        OSError: If the file cannot be read or written; it is as it was.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().splitlines()
+    entries = [_read_line(line) for line in lines]
+    kept = [entry for entry in entries if entry is not None and entry["step"] < step]
+    if entries.count(None):
+        # A killed run can leave half a line, a damaged disk anything.
+        _logger.warning("%s: dropped %d lines that are none", path, entries.count(None))
+    if len(kept) < len(lines):
+        write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+    return kept
+
+
+def _read_line(line: bytes) -> dict[str, Any] | None:
     try:
-        return json.loads(line)["step"] < step
-    except (json.JSONDecodeError, KeyError):
-        # A killed run can leave half a line.
-        return False
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_line = isinstance(entry, dict) and isinstance(entry.get("step"), (int, float))
+    return entry if is_line else None
 
 
 class TensorBoard:

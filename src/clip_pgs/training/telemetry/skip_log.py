@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from clip_pgs.common import append_line, write_text
+from clip_pgs.common import append_line
 from clip_pgs.data.samples import Skip
 from clip_pgs.training.telemetry.lenient import Lenient
+from clip_pgs.training.telemetry.sinks import keep_lines_before
 
 SKIPPED_NAME = "skipped.jsonl"
 
@@ -29,7 +30,7 @@ class SkipLog:
         self._rank = rank
         self._is_open = False
         self._waiting: list[Skip] = []
-        self._shards: set[tuple[str, str]] = set()
+        self._shards: set[tuple[str | None, str | None]] = set()
         self._num_new = 0
         self._lenient = Lenient(SKIPPED_NAME)
 
@@ -37,13 +38,10 @@ class SkipLog:
         """Begin at a step, from which on an earlier launch's lines are dropped by rank 0."""
         self.step = step
         self._is_open = True
-        if self._path is not None and self._rank == 0 and self._path.is_file():
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if _is_before(line, step)]
+        if self._path is not None and self._rank == 0:
             with self._lenient:
-                write_text(self._path, "".join(kept))
-            entries = map(json.loads, kept)
-            self._shards = {(e["shard"], e["reason"]) for e in entries if not e["key"]}
+                kept = keep_lines_before(self._path, step)
+                self._shards = {(e.get("shard"), e.get("reason")) for e in kept if not e.get("key")}
         for skip in self._waiting:
             self(skip)
         self._waiting.clear()
@@ -69,11 +67,3 @@ class SkipLog:
         """Return how many came since the last call."""
         count, self._num_new = self._num_new, 0
         return count
-
-
-def _is_before(line: str, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] < step
-    except (json.JSONDecodeError, KeyError):
-        # A killed run can leave half a line.
-        return False

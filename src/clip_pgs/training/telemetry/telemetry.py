@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 from open_clip import CLIP
 from torch import Tensor
@@ -81,9 +82,11 @@ class Telemetry:
         self._bad_steps = bad_steps
         self._earlier_skipped_steps = cost.skipped_steps
         self._samples_per_epoch = 0
+        self._epoch_losses: list[float] = []
         self._log_every = log_every
         self.is_active = is_active
         self._started = time.perf_counter() - cost.seconds
+        self._epoch_started = time.perf_counter()
         self._bar = tqdm(
             total=total_steps,
             initial=cost.steps,
@@ -125,7 +128,20 @@ class Telemetry:
 
     def start_epoch(self) -> None:
         """Begin a logging window, leaving out what happened between epochs."""
+        self._epoch_losses = []
+        self._epoch_started = time.perf_counter()
         self._meter.start()
+
+    def finish_epoch(self, epoch: int, epochs: int) -> None:
+        """Say what the training of an epoch brought, the `epoch`-th of `epochs`."""
+        if self._epoch_losses:
+            _logger.info(
+                "Epoch %d of %d: mean loss %.4f, trained in %s",
+                epoch,
+                epochs,
+                sum(self._epoch_losses) / len(self._epoch_losses),
+                timedelta(seconds=round(time.perf_counter() - self._epoch_started)),
+            )
 
     def step(
         self,
@@ -168,7 +184,10 @@ class Telemetry:
             self._report_window(model, epoch=epoch, done=done, lr=lr)
 
     def _report_window(self, model: CLIP, *, epoch: int, done: int, lr: float) -> None:
+        num_steps = self._meter.num_steps
         values = self._meter.read(world_size=self._world_size)
+        if math.isfinite(values["loss"]):
+            self._epoch_losses += num_steps * [values["loss"]]
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         values["lr"] = lr
         values["scale"] = model.logit_scale.exp().mean().item()

@@ -1,0 +1,96 @@
+"""Files of a run's folder that are damaged or gone: what a run can do without, and what not."""
+
+import json
+import shutil
+
+import pytest
+
+from clip_pgs.training.__main__ import main
+from clip_pgs.training.checkpoints.saving import RunSaver
+from support.resuming import last_checkpoint
+from support.runs import flags, run
+
+_save_due = RunSaver.save_due
+DAMAGE = {
+    "metrics.jsonl": b'\xff\xfe{"step": 1}\n[1, 2]\n{"step": "x"}\n',
+    "skipped.jsonl": b"\xff\n17\n",
+    "options.json": b"[]",
+    "env.json": b"\xff{",
+    "masks/images.pt": b"no images",
+    "checkpoints/results.jsonl": b"\xff",
+    "exit.json": b"[",
+}
+
+
+def test_damaged_side_files_are_named_and_stop_no_resume(tmp_path, world, caplog):
+    options = {"train_data": world.train_data, "masking": "random"}
+    folder = run(tmp_path, **options, epochs=1)
+    steps = (folder / "metrics.jsonl").read_bytes()
+    for name, content in DAMAGE.items():
+        (folder / name).write_bytes(content)
+    (folder / "metrics.jsonl").write_bytes(steps + DAMAGE["metrics.jsonl"])
+    assert main(flags(tmp_path, **options, epochs=2, resume="latest")) == 0
+    said = "\n".join(r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    for name in ("metrics.jsonl", "skipped.jsonl", "options.json", "env.json", "images.pt"):
+        assert name in said
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(8))
+    assert json.loads((folder / "exit.json").read_text())["code"] == 0
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"launch": 3, "train_files": 7}', "\udcff"])
+def test_options_of_another_shape_are_none(tmp_path, world, content):
+    options = {"train_data": world.train_data, "epochs": 1}
+    folder = run(tmp_path, **options)
+    (folder / "options.json").write_bytes(content.encode(errors="surrogateescape"))
+    # "train_files" of a number compares the pattern, as with a run of before.
+    assert main(flags(tmp_path, **options, resume="latest")) == 0
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_begins_no_more(tmp_path, world, capfd):
+    options = {"train_data": world.train_data, "save_every_steps": 2, "epochs": 1}
+    folder = run(tmp_path, **options)
+    for path in (folder / "checkpoints").glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:-50])
+    before = (folder / "metrics.jsonl").read_bytes()
+    # The second time, too.
+    for _ in range(2):
+        capfd.readouterr()
+        assert main(flags(tmp_path, **options, resume="latest")) == 2
+        assert "no checkpoint in " in capfd.readouterr().err.splitlines()[-1]
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    for path in (folder / "checkpoints").glob("*.pt"):
+        path.rename(f"{path}.damaged")
+    assert main(flags(tmp_path, **options, resume="latest")) == 2
+
+
+def remove_at(monkeypatch, step, remove):
+    def save_due(self, trainer, *, step):
+        _save_due(self, trainer, step=step)
+        if step == at:
+            self.wait()
+            remove()
+
+    at = step
+    monkeypatch.setattr(RunSaver, "save_due", save_due)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "."])
+def test_a_folder_that_was_removed_in_mid_run_is_made_again(tmp_path, world, monkeypatch, name):
+    folder = tmp_path / "logs" / "run"
+    remove_at(monkeypatch, 3, lambda: shutil.rmtree(folder / name))
+    run(tmp_path, train_data=world.train_data, val_data=world.val_data, save_every_steps=2)
+    assert last_checkpoint(folder)["epoch"] == 2
+    assert (folder / "checkpoints" / "results.jsonl").is_file()
+
+
+def test_no_run_ends_with_0_and_without_a_checkpoint(tmp_path, world, monkeypatch, capfd):
+    folder = tmp_path / "logs" / "run"
+
+    def replace_by_a_file():
+        shutil.rmtree(folder / "checkpoints")
+        (folder / "checkpoints").touch()
+
+    remove_at(monkeypatch, 3, replace_by_a_file)
+    assert main(flags(tmp_path, train_data=world.train_data, epochs=1)) == 1
+    assert "the last checkpoint could not be written" in capfd.readouterr().err.splitlines()[-1]
