@@ -1,0 +1,93 @@
+"""One style for all plots: colors, markers, grid and files. Importing it needs matplotlib.
+
+Lines and bars have the colors of Okabe and Ito, which color-blind readers tell apart; markers,
+hatches and line styles say the same without any color.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK, FAINT, MIDDLE = "#1a1a1a", "#d9d9d9", "#808080"
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+GRAYS = ("#f2f2f2", "#dcdcdc", "#c3c3c3", "#a6a6a6", "#858585", "#5e5e5e")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+HATCHES = ("", "//", "..", "xx", "\\\\", "oo")
+LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+
+_SETTINGS: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": INK,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "hatch.linewidth": 0.5,
+    "legend.frameon": False,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "clip-pgs",
+}
+
+
+@contextmanager
+def plot_style() -> Iterator[None]:
+    """Set the style while a figure is drawn and saved, whatever the user's own settings are."""
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # A name may be of a script that the font lacks.
+        warnings.filterwarnings("ignore", message="Glyph ")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
+def quiet_axis(axes: Axes) -> None:
+    """Put faint horizontal lines behind the data and take the ticks' strokes away."""
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.tick_params(length=0)
+
+
+def legend_label(name: str) -> str:
+    """Return a name that a legend shows: matplotlib leaves out what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
+def picture(drawing: Figure, form: Literal["svg", "png"], *, mark: str | None = None) -> bytes:
+    """Return a figure as a file's content, the same for the same figure: without any date.
+
+    Args:
+        drawing: Drawn within `plot_style`, which still holds.
+        form: "svg", or "png" with 200 dots per inch.
+        mark: Who made it, in the file's metadata.
+    """
+    metadata: dict[str, Any] = {"Software": mark}
+    if form == "svg":
+        metadata = {"Creator": mark, **dict.fromkeys(("Date", "Format", "Type"))}
+    stream = io.BytesIO()
+    drawing.savefig(
+        stream,
+        format=form,
+        dpi=200,
+        metadata=metadata,
+        bbox_inches="tight",
+        pad_inches=0.08,
+        facecolor="white",
+    )
+    return stream.getvalue()
