@@ -1,6 +1,13 @@
 import pytest
 
-from clip_pgs.common import Registry, SentenceParser, atomic_file, one_sentence, write_text
+from clip_pgs.common import (
+    Registry,
+    SentenceParser,
+    atomic_file,
+    check_writable,
+    one_sentence,
+    write_text,
+)
 from support.disk import files_limited_to
 
 
@@ -114,3 +121,21 @@ def test_an_entry_of_another_module_is_found_by_its_import_path(registry, tmp_pa
     }.items():
         with pytest.raises(ValueError, match=reason):
             registry.get(name)
+
+
+@pytest.mark.parametrize("place", ["folder", "file/new", "file/new/newer", "n" * 300, "a\0b"])
+def test_a_file_that_cannot_be_written_is_told_beforehand(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write"):
+        check_writable(tmp_path / "good", tmp_path / place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("place", ["new", "file", "folder/new", "no/such/folder/new"])
+def test_asking_whether_a_file_can_be_written_makes_nothing(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old")
+    check_writable(tmp_path / place)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "old"

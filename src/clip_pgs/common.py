@@ -10,6 +10,7 @@ import argparse
 import errno
 import importlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -118,6 +119,28 @@ def append_line(path: Path, line: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(file)
+
+
+def check_writable(*paths: Path) -> None:
+    """Refuse files that cannot be written, before the work whose results they are to hold.
+
+    Nothing is made, not even a folder that is missing.
+
+    Raises:
+        ValueError: If one is a folder, or would lie where no file can be made.
+    """
+    for path in paths:
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
+            unfinished_path(path).is_file()
+            above = path.absolute().parents
+            with tempfile.TemporaryFile(dir=next(folder for folder in above if folder.exists())):
+                pass
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from None
+        if "\0" in str(path):
+            raise ValueError(f"cannot write {path}: its name holds a null byte")
 
 
 def unfinished_path(path: Path) -> Path:

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import os
+import struct
 import subprocess
 import sys
+import zlib
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from clip_pgs.inspection.__main__ import main
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 70\n%%EndComments\nshowpage\n%%EOF\n"
 
 
 @pytest.fixture
@@ -14,6 +21,31 @@ def photo(tmp_path):
     path = tmp_path / "a photo.png"
     Image.linear_gradient("L").save(path)
     return path
+
+
+def refusal(capsys, *argv):
+    """Return the one sentence of a command that leaves with 2 and nothing behind."""
+    before = sorted(Path().rglob("*"))
+    try:
+        code = main([str(word) for word in argv])
+    except SystemExit as leaving:
+        code = leaving.code
+    sentence = capsys.readouterr().err
+    assert code == 2, sentence
+    assert sentence.startswith("error: ")
+    assert sentence.count("\n") == 1
+    assert sorted(Path().rglob("*")) == before
+    return sentence
+
+
+def png_header(width, height):
+    """Return a PNG file of white pixels that are not all there."""
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
 
 
 def test_masks_writes_a_picture_and_says_where(photo, tmp_path):
@@ -112,6 +144,128 @@ def test_photos_of_odd_modes_are_drawn(tmp_path, mode):
     Image.linear_gradient("L").resize((90, 40)).convert(mode).save(path)
     flags = ["--masking", "random", "cluster", "pgs", "--stages"]
     assert main(["masks", str(path), "-o", str(tmp_path / "out.png"), *flags]) == 0
+
+
+def test_16_bit_grey_is_drawn_as_training_sees_it(tmp_path):
+    deep = np.linspace(0, 2**16 - 1, 64, dtype=np.uint16).reshape(8, 8).repeat(8, 0).repeat(8, 1)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray((deep >> 8).astype(np.uint8)).save(tmp_path / "flat.png")
+    pictures = []
+    for name in ("deep", "flat"):
+        output = tmp_path / f"{name}-masks.bmp"
+        # One name below the picture, so that nothing else differs.
+        (tmp_path / f"{name}.png").rename(tmp_path / "photo.png")
+        flags = ["--image-size", "64", "--patch-size", "8", "-o", str(output)]
+        assert main(["masks", str(tmp_path / "photo.png"), *flags]) == 0
+        pictures.append(output.read_bytes())
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize(
+    "content", [EPS, b"%PDF-1.4\n", b"\xd7\xcd\xc6\x9a" + bytes(100)], ids=["eps", "pdf", "wmf"]
+)
+def test_a_disguised_file_starts_no_program(photo, tmp_path, monkeypatch, capsys, ending, content):
+    (tmp_path / "bin").mkdir()
+    for program in ("gs", "gswin64c"):
+        (tmp_path / "bin" / program).write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexit 1\n")
+        (tmp_path / "bin" / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    disguised, masks = Path(f"evil.{ending}"), Path("masks")
+    disguised.write_bytes(content)
+    masks.mkdir()
+    (masks / photo.with_suffix(".png").name).write_bytes(content)
+    assert str(disguised) in refusal(capsys, "masks", disguised, "-o", "out.png")
+    assert str(masks) in refusal(capsys, "kept", photo, "--foreground", masks)
+    assert not Path("started").exists()
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.gif", "a.tif", "a.bmp"])
+def test_an_image_that_is_cut_short_is_named(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(name)
+    Path(name).write_bytes(Path(name).read_bytes()[:700])
+    assert name in refusal(capsys, "masks", name, "-o", "out.png")
+
+
+@pytest.mark.parametrize("sides", [(30_000, 30_000), (9_000, 12_000), (2**31 - 1, 2**31 - 1)])
+def test_an_image_that_declares_more_than_it_holds_is_named(tmp_path, monkeypatch, capsys, sides):
+    monkeypatch.chdir(tmp_path)
+    Path("large.png").write_bytes(png_header(*sides))
+    assert "large.png" in refusal(capsys, "masks", "large.png", "-o", "out.png")
+
+
+def test_a_photo_is_drawn_as_it_lies_in_the_file(tmp_path):
+    """Training does not turn photographs by their EXIF orientation either."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    drawn = []
+    for options in ({}, {"exif": exif}):
+        Image.linear_gradient("L").convert("RGB").save(tmp_path / "photo.jpg", **options)
+        assert main(["masks", str(tmp_path / "photo.jpg"), "-o", str(tmp_path / "o.png")]) == 0
+        drawn.append((tmp_path / "o.png").read_bytes())
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(
+    "output", ["folder.png", "file/out.png", "out.psd", "out.h5", "out", "photo.png", "a\0.png"]
+)
+def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch, capsys, output):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.png").mkdir()
+    Path("file").touch()
+    Image.linear_gradient("L").save("photo.png")
+    content = Path("photo.png").read_bytes()
+    monkeypatch.setattr("clip_pgs.inspection.masks_command.draw_masks", None)
+    refusal(capsys, "masks", "photo.png", "-o", output)
+    assert Path("photo.png").read_bytes() == content
+
+
+def test_a_picture_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.linear_gradient("L").save("photo.png")
+    Path("out.png").write_bytes(b"the old one")
+
+    def fill_the_disk(image, file, *arguments):
+        file.write(b"half of")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fill_the_disk)
+    assert "out.png" in refusal(capsys, "masks", "photo.png", "-o", "out.png")
+    assert Path("out.png").read_bytes() == b"the old one"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--seed", "9" * 30),
+        ("--seed", "-" + "9" * 30),
+        ("--image-size", "-16"),
+        ("--image-size", "1600000"),
+        ("--patch-size", "9" * 30),
+        ("--progress", "nan"),
+        ("--mask-ratio", "nan"),
+        ("--mask-ratio-min", "inf"),
+        ("--masking", "pgs:unknown=1"),
+        ("--masking", "pgs:temperature=nan"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused(photo, tmp_path, monkeypatch, capsys, flag, value):
+    monkeypatch.chdir(tmp_path)
+    sentence = refusal(capsys, "masks", photo, "-o", "out.png", "--masking", "pgs", flag, value)
+    assert flag.strip("-").split("-")[0] in sentence.replace("_", "-")
+
+
+def test_a_figure_that_nothing_could_open_is_refused(photo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("many").mkdir()
+    for number in range(1200):
+        Path(f"many/{number}.png").symlink_to(photo)
+    refusal(capsys, "masks", "many", "-o", "out.png")
+    flags = ["--image-size", "16384", "--patch-size", "16384"]
+    refusal(capsys, "masks", photo, "-o", "out.png", *flags)
 
 
 def test_a_missing_image_and_a_file_that_is_none_are_named(tmp_path, capsys):

@@ -39,9 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
     # OSError: a path that cannot be looked up.
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {one_sentence(error)}\n")
-        return 2
-    return 0
+        reason: object = error
+    # torch's allocators raise either; what else is wrong inside is no bad input.
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        reason = f"not enough memory for images or batches of this size: {error}"
+    else:
+        return 0
+    sys.stderr.write(f"error: {one_sentence(str(reason))}\n")
+    return 2
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from clip_pgs.inspection.figure import Column, Legend, Panel, draw_figure
+from clip_pgs.inspection.images import open_image
 from clip_pgs.inspection.model_input import ModelInput
 from clip_pgs.inspection.stage_pictures import stage_columns
 from clip_pgs.inspection.stages import pgs_stages
@@ -26,7 +28,7 @@ PANEL_SIZE = 224
 
 
 def draw_masks(
-    images: Sequence[Image.Image],
+    images: Sequence[Image.Image | str | Path],
     strategies: Mapping[str, MaskingStrategy],
     *,
     model_input: ModelInput | None = None,
@@ -42,7 +44,9 @@ def draw_masks(
     was passed stays as it is.
 
     Args:
-        images: Of any size and mode; each is cropped as the model would crop it.
+        images: Pictures of any size and mode, or their files; each is cropped as the model would
+            crop it, after training's way of reading it: not turned by its EXIF orientation,
+            and without its transparency.
         strategies: Each by the title of its column.
         model_input: Image size, patch size and normalisation; None means 224 px in patches of 16.
         model: A trained OpenCLIP model for strategies that look at more than pixels: its patch
@@ -57,7 +61,8 @@ def draw_masks(
 
     Raises:
         ValueError: If there is no image, `names` are not as many as `images`, a strategy needs a
-            model and there is none, or `stages` are asked for without a PGS strategy.
+            model and there is none, `stages` are asked for without a PGS strategy, an image
+            cannot be read, or the figure would have more pixels than Pillow opens.
     """
     if not images:
         raise ValueError("there is no image to draw")
@@ -69,7 +74,18 @@ def draw_masks(
     model_input = ModelInput() if model_input is None else model_input
     view = View(model_input, model, progress)
 
-    crops = [model_input.crop(image) for image in images]
+    num_columns = 1 + len(strategies)
+    if stages:
+        num_columns += sum(
+            3 + strategy.edges
+            for strategy in strategies.values()
+            if isinstance(strategy, PGSMasking)
+        )
+    _check_size(model_input, num_columns, len(images))
+    crops = [
+        model_input.crop(image if isinstance(image, Image.Image) else open_image(Path(image)))
+        for image in images
+    ]
     enlarged, patch_size = _enlarge(crops, model_input)
     pixels = model_input.normalise(crops)
     grid_size = patch_grid(model_input.image_size, model_input.patch_size)
@@ -92,12 +108,27 @@ def draw_masks(
     return draw_figure(columns)
 
 
+def _check_size(model_input: ModelInput, num_columns: int, num_rows: int) -> None:
+    scale = _scale(model_input)
+    height, width = (scale * side for side in model_input.image_size)
+    # Pillow refuses to open more than twice its warning limit.
+    if height * width * num_columns * num_rows > 2 * (Image.MAX_IMAGE_PIXELS or 2**27):
+        raise ValueError(
+            f"the figure would be {num_rows} rows of {num_columns} pictures of {height} x {width} "
+            "pixels, more than programs open; draw fewer or smaller images"
+        )
+
+
+def _scale(model_input: ModelInput) -> int:
+    return math.ceil(PANEL_SIZE / min(model_input.image_size))
+
+
 def _enlarge(
     crops: Sequence[Image.Image], model_input: ModelInput
 ) -> tuple[Tensor, tuple[int, int]]:
     """Return crops at a size worth looking at, in [0, 1], and the patch size that goes with it."""
     height, width = model_input.image_size
-    scale = math.ceil(PANEL_SIZE / min(height, width))
+    scale = _scale(model_input)
     size = (width * scale, height * scale)
     pixels = torch.stack([pil_to_tensor(crop.resize(size)) for crop in crops]).float() / 255
     patch_height, patch_width = model_input.patch_size

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from clip_pgs.inspection.images import list_images, open_image
+from clip_pgs.common import atomic_file, check_writable
+from clip_pgs.inspection.images import image_endings, list_images
 from clip_pgs.inspection.masks import draw_masks
 from clip_pgs.inspection.strategies import create_strategies
 from clip_pgs.inspection.view_options import MASKING_HELP, add_view_options, read_view
@@ -53,15 +54,20 @@ def run_masks(args: argparse.Namespace) -> None:
         ValueError: If an option or an image is wrong, or the figure cannot be written.
     """
     output = Path(args.output)
-    if output.suffix.lower() not in Image.registered_extensions():
+    if output.suffix.lower() not in image_endings() | {".pdf"}:
         raise ValueError(f"the output must end in .png, .jpg or the like, got {output.name}")
+    if not -(2**63) <= args.seed < 2**64:
+        raise ValueError(f"--seed must be in [-2**63, 2**64), got {args.seed}")
+    check_writable(output)
     strategies = create_strategies(
         args.masking, mask_ratio=args.mask_ratio, mask_ratio_min=args.mask_ratio_min
     )
     view = read_view(args, strategies.values())
     paths = list_images(args.images)
+    if output.resolve() in (path.resolve() for path in paths):
+        raise ValueError(f"the output {output} is one of the images")
     figure = draw_masks(
-        [open_image(path) for path in paths],
+        paths,
         strategies,
         model_input=view.model_input,
         model=view.model,
@@ -72,7 +78,8 @@ def run_masks(args: argparse.Namespace) -> None:
     )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure.save(output)
+        with atomic_file(output) as file:
+            figure.save(file, Image.registered_extensions()[output.suffix.lower()])
     except OSError as error:
         raise ValueError(f"cannot write {output}: {error}") from error
     sys.stdout.write(f"{output}\n")

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
+from clip_pgs.data.decoding import to_rgb
 from clip_pgs.masking.grid import patch_grid, patch_sides
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -42,16 +43,19 @@ class ModelInput:
     std: tuple[float, float, float] = OPENAI_STD
 
     def __post_init__(self) -> None:
-        rows, columns = patch_grid(self.image_size, patch_sides(self.patch_size))
         if not 1 <= min(self.image_size) <= max(self.image_size) <= MAX_SIDE:
             raise ValueError(f"image_size must be in [1, {MAX_SIDE}], got {self.image_size}")
+        rows, columns = patch_grid(self.image_size, patch_sides(self.patch_size))
         if rows * columns > MAX_PATCHES:
             raise ValueError(f"an image can have {MAX_PATCHES} patches, got {rows * columns}")
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """Resize an image until it covers the input, bilinear, and cut out the centre."""
+        """Resize an image until it covers the input, bilinear, and cut out the centre.
+
+        Colours are those that training sees; see `clip_pgs.data.decoding.to_rgb`.
+        """
         height, width = self.image_size
-        return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BILINEAR)
+        return ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.BILINEAR)
 
     def normalise(self, crops: Sequence[Image.Image]) -> Tensor:
         """Return cropped images as the model receives them, shape (B, 3, H, W), float32."""

@@ -185,7 +185,7 @@ def test_a_missing_mask_one_of_another_size_and_no_foreground_are_one_sentence(t
         (["--maskings", "attentive"], "error: AttentiveMasking reads the attention of an image"),
         (["--maskings", "pgs:mask_ratio_min=0.4"], "error: mask_ratio_min must not exceed"),
         (["--foreground", "nowhere"], "error: there is no folder of masks nowhere"),
-        (["-o", __file__], f"error: cannot make the folder {__file__}: "),
+        (["-o", __file__], f"error: cannot write {__file__}"),
     ],
 )
 def test_bad_options_end_with_code_2_and_one_sentence(world, capsys, flags, sentence):
@@ -193,3 +193,33 @@ def test_bad_options_end_with_code_2_and_one_sentence(world, capsys, flags, sent
     stderr = capsys.readouterr().err
     assert stderr.startswith(sentence)
     assert stderr.count("\n") == 1
+
+
+def test_two_images_with_one_mask_are_refused(world, capsys):
+    image = world / "images" / "0.png"
+    copy = world / "copies" / "0.jpg"
+    copy.parent.mkdir()
+    Image.open(image).save(copy)
+    for images in ([image, copy], [image, image], [copy, copy.parent]):
+        argv = ["kept", *map(str, images), "--foreground", str(world / "masks"), *SIZES]
+        assert main(argv) == 2
+        assert str(world / "masks" / "0.png") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["kept.json", "kept.csv", "kept.png"])
+def test_a_result_that_cannot_be_written_is_said_before_the_work(
+    world, tmp_path, monkeypatch, capsys, name
+):
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr("clip_pgs.inspection.foreground.kept_command.measure_kept", None)
+    assert command(world, "-o", tmp_path) == 2
+    assert str(tmp_path / name) in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_damaged_image_leaves_no_folder(world, tmp_path, capsys):
+    (tmp_path / "0.jpg").write_bytes(b"no image")
+    argv = [str(tmp_path / "0.jpg"), "--foreground", str(world / "masks"), *SIZES]
+    assert main(["kept", *argv, "-o", str(tmp_path / "new")]) == 2
+    assert str(tmp_path / "0.jpg") in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

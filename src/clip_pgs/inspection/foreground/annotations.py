@@ -43,7 +43,8 @@ def pair_masks(images: Sequence[str | Path], masks: str | Path) -> list[tuple[Pa
         masks: Folder of the masks.
 
     Raises:
-        ValueError: If there is no such folder, no image, or an image has no mask.
+        ValueError: If there is no such folder, no image, an image has no mask, or two images
+            have the same one.
     """
     masks = Path(masks)
     if not masks.is_dir():
@@ -56,9 +57,13 @@ def pair_masks(images: Sequence[str | Path], masks: str | Path) -> list[tuple[Pa
     if not paths:
         raise ValueError(f"there is no image beside the masks in {masks}")
     pairs = [(path, masks / f"{path.stem}{MASK_ENDING}") for path in paths]
+    users: dict[Path, Path] = {}
     for image, mask in pairs:
         if not mask.is_file():
             raise ValueError(f"the image {image} has no mask {mask}")
+        if mask in users:
+            raise ValueError(f"the images {users[mask]} and {image} have the same mask {mask}")
+        users[mask] = image
     return pairs
 
 

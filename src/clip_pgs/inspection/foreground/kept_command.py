@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from clip_pgs.common import check_writable
 from clip_pgs.inspection.foreground.annotations import ForegroundImages, pair_masks, read_foreground
 from clip_pgs.inspection.foreground.kept import NUM_SEEDS, measure_kept, num_steps
 from clip_pgs.inspection.foreground.kept_plot import plot_kept
@@ -91,7 +92,7 @@ def run_kept(args: argparse.Namespace) -> None:
     view = read_view(args, strategies)
     pairs = pair_masks(args.images, args.foreground)
     if args.output is not None:
-        _make_folder(args.output)
+        check_writable(*(args.output / name for name in FILE_NAMES))
 
     # Both files of a pair are read for one tick, and every selection of all images is one more.
     total = len(pairs) + num_steps(specs, mask_ratios, args.seeds)
@@ -106,18 +107,12 @@ def run_kept(args: argparse.Namespace) -> None:
     sys.stdout.write(f"{_describe(facts)}\n\n{kept_table(rows)}")
     if args.output is not None:
         try:
+            args.output.mkdir(parents=True, exist_ok=True)
             write_kept(rows, facts, args.output)
             plot_kept(rows, args.output / "kept.png", title=_describe_short(facts))
         except OSError as error:
             raise ValueError(f"cannot write into {args.output}: {error}") from error
         sys.stdout.write(f"\n{args.output}: {', '.join(FILE_NAMES)}\n")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {folder}: {error.strerror}") from None
 
 
 def _facts(images: ForegroundImages, view: View, *, num_seeds: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from clip_pgs.common import atomic_file
 from clip_pgs.inspection.foreground.kept import Kept
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
@@ -74,4 +75,5 @@ def plot_kept(rows: Sequence[Kept], path: Path, *, title: str) -> None:
         axes.set_ylabel("share of foreground patches kept")
         axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        drawing.savefig(path, dpi=150, metadata={"Software": None})
+        with atomic_file(path) as file:
+            drawing.savefig(file, format="png", dpi=150, metadata={"Software": None})

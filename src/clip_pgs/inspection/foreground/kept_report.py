@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from clip_pgs.common import write_text
 from clip_pgs.inspection.foreground.kept import Kept
 
 FILE_NAMES = ("kept.json", "kept.csv", "kept.png")
@@ -41,12 +43,12 @@ def write_kept(rows: Sequence[Kept], facts: dict[str, Any], folder: Path) -> Non
         folder: It exists.
     """
     results = [asdict(row) for row in rows]
-    content = json.dumps({**facts, "results": results}, indent=2)
-    (folder / "kept.json").write_text(content + "\n", encoding="utf-8")
-    with (folder / "kept.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Kept)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(results)
+    write_text(folder / "kept.json", json.dumps({**facts, "results": results}, indent=2) + "\n")
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [field.name for field in fields(Kept)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(results)
+    write_text(folder / "kept.csv", table.getvalue())
 
 
 def _cell(row: Kept) -> str:
