@@ -17,15 +17,29 @@ import json
 import os
 import re
 import sys
-import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, logging
+
+from clip_pgs.common import SentenceParser, one_sentence, write_text
+from clip_pgs.data.tar.shard_sizes import size_shards
+from clip_pgs.data.tar.shards import read_sizes
+
+SIZES_NAME = "sizes.json"
+MAX_WORKERS = 64
+MAX_LISTED = 100_000
+# A shard is a plain file name; what only ends like one could lie anywhere on this machine.
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-train-([0-9]{1,9})\.tar")
+SHARD_ENDING = re.compile(r"-train-\d+\.tar\s*$", re.IGNORECASE)
+# Each member of an archive has a header of this many bytes.
+TAR_BLOCK = 512
 
 # The Hub client raises OSError or the errors of the HTTP library of its version, which is not
 # always the same one.
@@ -56,20 +70,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return download(arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_sentence(error)}", file=sys.stderr)
         return 2
     except NETWORK_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_sentence(error)}", file=sys.stderr)
         return 1
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = SentenceParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="folder for the shards")
-    parser.add_argument("--shards", default="", help="numbers to take, such as 0-9 or 0-9,20")
+    parser.add_argument("--shards", help="numbers to take, such as 0-9 or 0-9,20 (all)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be fetched, only")
     parser.add_argument(
         "--verify", action="store_true", help="compare shards that are there by SHA-256, not size"
@@ -83,71 +97,111 @@ def download(arguments: argparse.Namespace) -> int:
     """Fetch what is missing and count the pairs.
 
     Raises:
-        ValueError: If an argument is out of its range or names no shard.
-        OSError: If the Hub cannot be reached or a shard arrives damaged.
+        ValueError: If an argument is out of its range or names no shard, if the Hub lists what
+            cannot be a shard, or if the `sizes.json` that is there cannot be true.
+        OSError: If the Hub cannot be reached, or a shard arrives damaged or holds no pairs.
     """
-    if arguments.workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {arguments.workers}")
-    wanted = parse_numbers(arguments.shards)
+    if not 1 <= arguments.workers <= MAX_WORKERS:
+        raise ValueError(f"--workers must be from 1 to {MAX_WORKERS}, got {arguments.workers}")
+    wanted = None if arguments.shards is None else parse_numbers(arguments.shards)
+    out = arguments.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is no folder; name one for the shards")
     shards = [
-        shard for shard in list_shards(arguments.repo) if not wanted or shard.number in wanted
+        shard
+        for shard in list_shards(arguments.repo)
+        if wanted is None or any(shard.number in numbers for numbers in wanted)
     ]
     if not shards:
-        raise ValueError(f"{arguments.repo} has no shard {arguments.shards}".rstrip())
+        which = "training shards" if wanted is None else f"shard {arguments.shards}"
+        raise ValueError(f"{arguments.repo} has no {which}")
+    sizes = known_sizes(out / SIZES_NAME, shards)
 
-    missing = [
-        shard
-        for shard in shards
-        if not shard.is_intact(arguments.out / shard.name, checksum=arguments.verify)
-    ]
+    verify = arguments.verify
+    missing = [shard for shard in shards if not shard.is_intact(out / shard.name, checksum=verify)]
     num_present = len(shards) - len(missing)
-    print(f"{describe(shards)}; {num_present:,} of them complete in {arguments.out}")
+    print(f"{describe(shards)}; {num_present:,} of them complete in {out}")
     if arguments.dry_run:
         print(f"would fetch {describe(missing)}")
         return 0
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    # Before the first of them is replaced, as an interruption may come between shard and count.
+    stale = sizes.keys() & {shard.name for shard in missing}
+    if stale:
+        sizes = {name: size for name, size in sizes.items() if name not in stale}
+        write_sizes(out, sizes)
     fetch_all(missing, arguments)
-    num_pairs = write_sizes(arguments.out, shards)
-    print(f"complete: {describe(shards)}, {num_pairs:,} pairs, {arguments.out / 'sizes.json'}")
+    num_pairs = count_pairs(out, shards, sizes)
+    print(f"complete: {describe(shards)}, {num_pairs:,} pairs, {out / SIZES_NAME}")
     return 0
 
 
-def parse_numbers(text: str) -> set[int]:
-    """Expand `0-9,20` into numbers; the empty text means all and gives an empty set.
+def parse_numbers(text: str) -> list[range]:
+    """Expand `0-9,20` into ranges of numbers.
 
     Raises:
         ValueError: If the text is something else.
     """
-    numbers: set[int] = set()
-    for part in filter(None, text.split(",")):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        if match is None:
+    ranges = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip())
+        if match is None or int(match[2] or match[1]) < int(match[1]):
             raise ValueError(f"--shards must look like 0-9 or 0-9,20, got {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        numbers.update(range(first, last + 1))
-    return numbers
+        ranges.append(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return ranges
 
 
 def list_shards(repo: str) -> list[Shard]:
     """Ask the Hub for the training shards of a dataset repository, in order.
 
     Raises:
+        ValueError: If it lists a shard whose name leads elsewhere, one twice, or too many files.
         OSError: If the Hub cannot be reached or has no such repository.
     """
     hub = HfApi()
     print(f"asking {hub.endpoint} for the shards of {repo}", flush=True)
     try:
-        entries = list(hub.list_repo_tree(repo, repo_type="dataset"))
+        entries = list(islice(hub.list_repo_tree(repo, repo_type="dataset"), MAX_LISTED + 1))
     except NETWORK_ERRORS as error:
         raise OSError(f"{hub.endpoint} did not list {repo}: {reason(error)}") from error
-    shards = []
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise OSError(f"{hub.endpoint} gave no list of the files of {repo}") from error
+    if len(entries) > MAX_LISTED:
+        raise ValueError(f"{repo} lists more than {MAX_LISTED:,} files")
+    shards: dict[str, Shard] = {}
     for entry in entries:
-        match = re.fullmatch(r".*-train-(\d+)\.tar", entry.path)
-        if match:
-            sha256 = entry.lfs.sha256 if entry.lfs else None
-            shards.append(Shard(entry.path, int(match[1]), entry.size, sha256))
-    return sorted(shards, key=lambda shard: shard.number)
+        match = SHARD_NAME.fullmatch(str(entry.path))
+        if match is None:
+            if SHARD_ENDING.search(str(entry.path)):
+                raise ValueError(f"{repo} lists the shard {entry.path!r}, which is no file name")
+            continue
+        if not isinstance(entry, RepoFile) or not isinstance(entry.size, int) or entry.size < 0:
+            raise ValueError(f"{repo} lists {entry.path} without a size")
+        # On some file systems X.tar and x.tar are one file.
+        if entry.path.casefold() in shards:
+            raise ValueError(f"{repo} lists {entry.path} twice")
+        sha256 = entry.lfs.sha256 if entry.lfs else None
+        shards[entry.path.casefold()] = Shard(entry.path, int(match[1]), entry.size, sha256)
+    return sorted(shards.values(), key=lambda shard: (shard.number, shard.name))
+
+
+def known_sizes(path: Path, shards: list[Shard]) -> dict[str, int]:
+    """Return what an earlier call counted.
+
+    Raises:
+        ValueError: If the file is something else, or states more than a shard could hold.
+    """
+    if not path.exists():
+        return {}
+    sizes = read_sizes(path)
+    for shard in shards:
+        if sizes.get(shard.name, 0) > shard.size // TAR_BLOCK:
+            raise ValueError(
+                f"{path} states {sizes[shard.name]} pairs for {shard.name}, which has "
+                f"{shard.size:,} bytes; remove it to have the pairs counted"
+            )
+    return sizes
 
 
 def fetch_all(shards: list[Shard], arguments: argparse.Namespace) -> None:
@@ -161,7 +215,7 @@ def fetch_all(shards: list[Shard], arguments: argparse.Namespace) -> None:
             job.result()
             fetched += jobs[job].size
             rate = fetched / (time.monotonic() - start)
-            minutes = (total - fetched) / rate / 60
+            minutes = (total - fetched) / rate / 60 if rate else 0
             print(
                 f"[{done}/{len(shards)}] {jobs[job].name}  {fetched / 1e9:.1f} of "
                 f"{total / 1e9:.1f} GB  {rate / 1e6:.1f} MB/s  {minutes:.0f} min left",
@@ -180,8 +234,11 @@ def fetch(shard: Shard, arguments: argparse.Namespace) -> None:
     path = arguments.out / shard.name
     path.unlink(missing_ok=True)
     try:
-        hf_hub_download(arguments.repo, shard.name, repo_type="dataset", local_dir=arguments.out)
-    except NETWORK_ERRORS as error:
+        HfApi().hf_hub_download(
+            arguments.repo, shard.name, repo_type="dataset", local_dir=arguments.out
+        )
+    except (RuntimeError, *NETWORK_ERRORS) as error:
+        # A RuntimeError says that a fetch beside this one closed the connections, to start over.
         raise OSError(
             f"{shard.name} could not be fetched: {reason(error)}; the same command continues"
         ) from error
@@ -190,24 +247,34 @@ def fetch(shard: Shard, arguments: argparse.Namespace) -> None:
         raise OSError(f"{shard.name} arrived damaged and was removed; the same command continues")
 
 
-def write_sizes(out: Path, shards: list[Shard]) -> int:
-    """Write `sizes.json` for all complete shards, and return the number of pairs in `shards`."""
-    path = out / "sizes.json"
-    sizes = json.loads(path.read_text()) if path.is_file() else {}
-    with ThreadPoolExecutor() as executor:
-        unknown = [shard.name for shard in shards if shard.name not in sizes]
-        counts = executor.map(count_pairs, [out / name for name in unknown])
-        sizes.update(zip(unknown, counts, strict=True))
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(dict(sorted(sizes.items())), indent=2) + "\n")
-    partial.replace(path)
+def count_pairs(out: Path, shards: list[Shard], sizes: dict[str, int]) -> int:
+    """Count the pairs of the shards that `sizes` leaves out, and write it down with the rest.
+
+    Returns:
+        The number of pairs in `shards`.
+
+    Raises:
+        OSError: If one of them is no shard.
+    """
+    unknown = [str(out / shard.name) for shard in shards if shard.name not in sizes]
+    counted = size_shards(unknown, use_stated=False)
+    bad = {failure.shard for failure in counted.failures}
+    sizes = dict(sizes)
+    for path, size in zip(unknown, counted.sizes, strict=True):
+        if path not in bad:
+            sizes[Path(path).name] = size
+    write_sizes(out, sizes)
+    if counted.failures:
+        raise OSError(
+            f"{len(bad)} of the shards arrived as the Hub has them and cannot be used, the first: "
+            f"{counted.failures[0]}"
+        )
     return sum(sizes[shard.name] for shard in shards)
 
 
-def count_pairs(path: Path) -> int:
-    """Count the samples of a shard: the distinct member names up to their first dot."""
-    with tarfile.open(path) as tar:
-        return len({member.name.split(".")[0] for member in tar if member.isfile()})
+def write_sizes(out: Path, sizes: dict[str, int]) -> None:
+    """Write `sizes.json`, from which the trainer takes how many pairs each shard holds."""
+    write_text(out / SIZES_NAME, json.dumps(dict(sorted(sizes.items())), indent=2) + "\n")
 
 
 def sha256_of(path: Path) -> str:
