@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The demo: make the world, train with PGS, evaluate in all suites, draw what PGS keeps.
 # `bash clip-train.sh` runs it. What is there already is kept; --fresh redoes the run, and flags
-# after it go to training.
+# after it go to training. A run that is being trained is never removed, and there is one demo at a
+# time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/environment.sh
@@ -16,9 +17,67 @@ step() {
     printf '\n== %s\n' "$1"
 }
 
+# Keep a second demo out. The lock is on the open folder, so it stays when this Python ends, and goes
+# with this shell and what it has started. Some file systems have no locks.
+exec 9<.
+if ! "$PYTHON" -c '
+import sys
+
+try:
+    import fcntl
+
+    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit(1)
+except (ImportError, OSError):
+    pass
+'; then
+    echo "error: another demo is running in this folder; wait for its end, or stop it" >&2
+    exit 2
+fi
+
+# Take the lock that training holds on its run, and with an argument run it as a command under it.
+with_run_lock() {
+    "$PYTHON" -c '
+import json
+import subprocess
+import sys
+
+run, *command = sys.argv[1:]
+try:
+    import fcntl
+
+    lock = open(f"{run}/.lock", "r+")
+    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except (BlockingIOError, PermissionError):
+    try:
+        holder = json.load(lock)
+        name = "process {process} on {host}".format_map(holder)
+    except (ValueError, KeyError, TypeError, NameError):
+        name = "another process"
+    sys.exit(f"error: {run} is being trained by {name}; wait for its end, or stop it")
+except (ImportError, OSError):
+    pass
+if command:
+    sys.exit(subprocess.run(command).returncode)
+' "$run" "$@" || exit 2
+}
+
 train() {
     "$PYTHON" -m clip_pgs.training --config configs/train/demo.yaml "$@"
 }
+
+if [[ "${1:-}" == --fresh ]]; then
+    for flag in "${@:2}"; do
+        case "$flag" in
+        -h | --help | --check-only)
+            train "${@:2}"
+            exit
+            ;;
+        esac
+    done
+    with_run_lock
+fi
 
 step "1 of 4: the demo world"
 "$PYTHON" -m clip_pgs.data world "$world"
@@ -27,7 +86,7 @@ if [[ "${1:-}" == --fresh ]]; then
     shift
     # Under another name, as the old run must not go before the new one is known to be possible.
     train "$@" --logs logs --name demo.fresh --check-only
-    rm -rf "$run"
+    with_run_lock rm -rf "$run"
 fi
 
 step "2 of 4: training"

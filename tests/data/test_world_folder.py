@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 
 import pytest
 
 from clip_pgs.data.__main__ import main
-from clip_pgs.data.world import write_world
+from clip_pgs.data.world import describe_world, write_world
 
 TINY = {"num_train": 4, "num_val": 2, "num_per_class": 1}
 NUM_VARIANTS = 5
@@ -45,6 +47,52 @@ def test_truncated_shard_is_written_anew(tmp_path):
         file.truncate(1000)
     write_world(root, **TINY)
     assert contents(root) == before
+
+
+SAME = b'"version": 2, "seed": 0, "num_train": 4, "num_val": 2, "num_per_class": 1'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"\xff",
+        b"[" * 100_000,
+        b"{%s}" % SAME,
+        b'{%s, "files": []}' % SAME,
+        b'{%s, "files": {}, "parts": {"train": 4}}' % SAME,
+        b'{%s, "files": {}, "parts": {}}' % SAME,
+        b'{%s, "files": {"../demo": "4"}, "parts": {"train": {"num_samples": 4}}}' % SAME,
+    ],
+)
+def test_a_world_file_that_says_something_else_is_written_anew(tmp_path, content):
+    root = tmp_path / "demo"
+    root.mkdir()
+    (root / "world.json").write_bytes(content)
+    write_world(root, **TINY)
+    assert "captioned scenes" in describe_world(root)
+
+
+def test_a_link_to_a_folder_elsewhere_is_filled(tmp_path):
+    (tmp_path / "demo").symlink_to(tmp_path / "disk" / "worlds")
+    for seed in (0, 1):
+        write_world(tmp_path / "demo", **TINY, seed=seed)
+        assert json.loads((tmp_path / "disk/worlds/world.json").read_text())["seed"] == seed
+    assert (tmp_path / "demo").is_symlink()
+
+
+def test_of_two_that_write_one_world_at_a_time_one_waits(tmp_path):
+    root = tmp_path / "demo"
+    other = threading.Thread(target=write_world, args=(root,), kwargs=TINY)
+
+    def start_the_other(done, total):
+        if done == 3:
+            other.start()
+            time.sleep(0.2)
+
+    write_world(root, **TINY, progress=start_the_other)
+    other.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
 def test_world_of_another_seed_is_replaced(tmp_path):

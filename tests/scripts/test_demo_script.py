@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import shutil
+import sys
 
 import pytest
 
@@ -11,7 +14,7 @@ from support.scripts import ROOT, run, write_executable
 
 # Leaves behind what each part of the demo would, and writes down its arguments.
 STUB_DEMO = """#!/usr/bin/env bash
-if [[ "$1" == -c ]]; then exit 0; fi
+if [[ "$1" == -c ]]; then exec PYTHON "$@"; fi
 echo "$2 ${*:3}" >>calls.log
 case "$2 $*" in
 *--check-only*) ;;
@@ -19,7 +22,7 @@ clip_pgs.training*) mkdir -p logs/demo/export ;;
 clip_pgs.evaluation*) echo "the table" ;;
 clip_pgs.inspection*) touch logs/demo/pgs_keeps.png ;;
 esac
-"""
+""".replace("PYTHON", sys.executable)
 
 
 @pytest.fixture
@@ -30,13 +33,13 @@ def demo(clone):
     stub = clone.parent / "stub"
     write_executable(stub / "python", STUB_DEMO)
 
-    def run_demo(*arguments):
+    def run_demo(*arguments, code=0):
         calls = clone / "calls.log"
         calls.write_text("")
         path = f"{stub}:{os.environ['PATH']}"
         done = run(clone / "clip-train.sh", *arguments, cwd=clone.parent, PATH=path)
-        assert done.returncode == 0, done.stderr
-        return done.stdout, calls.read_text().splitlines()
+        assert done.returncode == code, done.stderr
+        return done.stderr if code else done.stdout, calls.read_text().splitlines()
 
     return run_demo
 
@@ -80,3 +83,52 @@ def test_a_fresh_demo_replaces_its_run_alone_and_passes_flags_on(demo, clone):
     assert "--epochs 1" in calls[2]
     assert not (clone / "logs" / "demo" / "old").exists()
     assert (clone / "logs" / "another").exists()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("holder", [{"process": 7, "host": "here"}, "", [], {"process": 7}])
+def test_a_run_that_is_being_trained_is_not_removed(demo, clone, holder):
+    demo()
+    run_folder = clone / "logs" / "demo"
+    with (run_folder / ".lock").open("w") as lock:
+        json.dump(holder, lock)
+        lock.flush()
+        # Reading the file would let go of the lock, which is the process's.
+        before = contents(run_folder)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        error, calls = demo("--fresh", code=2)
+        assert contents(run_folder) == before
+    assert error.startswith("error: logs/demo is being trained by ")
+    assert error.count("\n") == 1
+    assert calls == []
+    # What a run leaves behind that has ended, or was killed, holds nothing.
+    demo("--fresh")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--fresh"]])
+def test_a_second_demo_in_one_folder_is_refused(demo, clone, arguments):
+    demo()
+    folder = os.open(clone, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        before = contents(clone / "logs")
+        error, calls = demo(*arguments, code=2)
+        assert contents(clone / "logs") == before
+    finally:
+        os.close(folder)
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert calls == []
+    demo()
+
+
+@pytest.mark.parametrize("flag", ["--help", "--check-only"])
+def test_asking_what_a_fresh_demo_would_do_removes_nothing(demo, clone, flag):
+    demo()
+    before = contents(clone / "logs")
+    _, calls = demo("--fresh", "--epochs", "1", flag)
+    assert modules(calls) == ["training"]
+    assert contents(clone / "logs") == before

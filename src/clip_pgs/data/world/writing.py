@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ def write_world(
     number of samples of each part, every file's size).
     A folder that holds that very world already is left alone, and one that holds another or a
     damaged one is written anew. All of it appears at once: an interrupted run leaves the folder
-    as it was.
+    as it was. Of two processes that write beside each other one waits for the other.
 
     Args:
         root: Folder, made if it does not exist.
@@ -59,7 +61,8 @@ def write_world(
     Raises:
         ValueError: If a count is below 1, or the folder holds anything but a world.
     """
-    root = Path(root)
+    # Where the folder is a link, what it leads to is filled.
+    root = Path(root).resolve()
     counts = {"num_train": num_train, "num_val": num_val, "num_per_class": num_per_class}
     for name, count in counts.items():
         if count < 1:
@@ -69,11 +72,42 @@ def write_world(
         return
     if root.exists() and (not root.is_dir() or {path.name for path in root.iterdir()} - _NAMES):
         raise ValueError(f"{root} holds something else than a demo world; name another folder")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with _sole_writer(root.parent):
+        if not _is_complete(root, identity):
+            _write_whole(root, identity, progress)
 
+
+@contextmanager
+def _sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; where it or its system has no locks, go on without."""
+    descriptor = None
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process, which writes a world in %s", folder)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        pass
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _write_whole(
+    root: Path, identity: dict[str, int], progress: Callable[[int, int], None] | None
+) -> None:
+    """Write a world beside its folder, and put it there."""
     partial = root.with_name(root.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     parts = _write_parts(partial, identity, progress)
     captions = count_shards([str(shard) for shard in sorted((partial / "train").glob("*.tar"))])
     write_word_frequencies(captions.frequencies(min_count=1), partial / WORDS_NAME)
@@ -103,12 +137,14 @@ def _is_complete(root: Path, identity: dict[str, int]) -> bool:
     """Return whether a folder holds the world of these numbers with every file in full length."""
     try:
         world = json.loads((root / "world.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        if {name: world[name] for name in identity} != identity:
+            return False
+        sums = [part["num_samples"] + len(part["about"]) for part in world["parts"].values()]
+        is_whole = [(root / name).stat().st_size == size for name, size in world["files"].items()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        # Whatever else may stand there, it is no world of ours.
         return False
-    if {name: world.get(name) for name in identity} != identity:
-        return False
-    paths = {root / name: size for name, size in world["files"].items()}
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+    return bool(sums and is_whole) and all(is_whole)
 
 
 def _write_parts(
