@@ -65,7 +65,8 @@ def test_a_plan_moves_nothing_where_pairs_are_forbidden():
 def test_a_row_without_any_pair_stays_empty():
     scores = torch.zeros(1, 2, 4)
     scores[0, 0] = -torch.inf
-    assert sinkhorn_plan(scores)[0].tolist() == [[0.0] * 4, [0.25] * 4]
+    expected = torch.tensor([[0.0] * 4, [0.25] * 4])
+    torch.testing.assert_close(sinkhorn_plan(scores)[0], expected)
 
 
 def test_the_first_patches_to_go_lie_around_the_candidates():
@@ -155,8 +156,8 @@ def test_canny_protects_candidates_too():
     ("options", "sentence"),
     [
         ({"edge_detector": "prewitt"}, "edge_detector must be one of sobel, canny, got 'prewitt'"),
-        ({"center_weight": -1}, "center_weight must be >= 0, got -1"),
-        ({"neighbourhood": -1}, "neighbourhood must be a whole number >= 0, got -1"),
+        ({"center_weight": -1}, "center_weight must be in .*, got -1"),
+        ({"neighbourhood": -1}, "neighbourhood must be in .*, got -1"),
         ({"neighbourhood": 1.5}, r"neighbourhood (must be|takes) a whole number.*, got 1\.5"),
         (
             {"neighbourhood": 1, "solver": "pot"},

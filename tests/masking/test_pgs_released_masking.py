@@ -1,14 +1,15 @@
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
 
-from clip_pgs import MaskingStrategy, PatchInputs, create_masking
+from clip_pgs import MaskingStrategy, PatchInputs, create_masking, sinkhorn_plan
 from clip_pgs.masking.pgs_released_masking import NUM_BALANCING_PASSES, balance
 from masking import oracle
-from support.images import make_inputs, smooth_images
+from support.images import make_inputs
 
 
 def noise_like(batch_size, num_patches, *, seed=0):
@@ -48,6 +49,8 @@ def kept_by_hand(inputs, i, *, share, threshold, transport, ratio_min, candidate
     is_similar = (similarity[candidates] > threshold).any(axis=0)
     second = (noise * 256) % 1.0
     order = sorted(range(num_patches), key=lambda j: (is_similar[j], second[j]))
+    # Nearer to the threshold, float32 may fall on its other side.
+    assert np.abs(similarity[candidates] - threshold).min() > 1e-4
     return sorted(order[: int(num_patches * (1 - ratio_min))]), is_similar
 
 
@@ -62,7 +65,7 @@ def positive_inputs(*, progress=0.0):
 
 @pytest.mark.parametrize("transport", [True, False])
 @pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("threshold", [0.6, 1.0])
+@pytest.mark.parametrize("threshold", [0.6, 1.01])
 def test_without_edges_the_selection_equals_a_slow_float64_loop(transport, progress, threshold):
     inputs = positive_inputs(progress=progress)
     selection = create_masking(
@@ -97,13 +100,18 @@ def test_both_sums_are_taken_before_either_division():
         np.testing.assert_allclose(found.numpy(), slow_balance(given.numpy()), rtol=1e-5)
 
 
-def test_balancing_is_no_transport_plan():
-    # A doubly stochastic matrix has 1 / 49 on average; negative entries make this one run away.
-    pixels = smooth_images(1)
-    vectors = standardised(oracle.cut(pixels[0].double().numpy(), 8))
-    balanced = balance(torch.from_numpy(cosines(vectors))[None])
-    assert balanced.abs().max() > 1.0
-    assert (balanced.sum(dim=1) - 1).abs().max() > 0.5
+@pytest.mark.parametrize("opposite", [Fraction(-9, 10), Fraction(-999, 1000), Fraction(1, 2)])
+def test_balancing_is_no_transport_plan(opposite):
+    # Rows and columns of this matrix have one sum s, and a pass makes it s / (s + 1e-3)^2: about
+    # 1 / s, and s again in the next pass. Sinkhorn's scaling brings every sum to 1.
+    start = total = 1 + opposite
+    for _ in range(NUM_BALANCING_PASSES):
+        total = (total / (total + Fraction(1, 1000)) ** 2).limit_denominator(10**15)
+    matrix = torch.tensor([[[1.0, opposite], [opposite, 1.0]]], dtype=torch.float64)
+    balanced = balance(matrix)
+    torch.testing.assert_close(balanced, matrix * float(total / start), rtol=1e-9, atol=0)
+    assert abs(balanced[0].sum(dim=0)[0].item() - 1) > 0.25
+    torch.testing.assert_close(2 * sinkhorn_plan(matrix).sum(dim=1), torch.ones(1, 2))
 
 
 def candidates(inputs, **options):
@@ -115,8 +123,9 @@ def candidates(inputs, **options):
     return [sorted(set(range(inputs.num_patches)) - set(row)) for row in index]
 
 
-def test_candidates_have_the_highest_sobel_values_of_rounding_noise():
-    inputs = make_inputs(3, grid_size=(7, 7), noise=noise_like(3, 49))
+@pytest.mark.parametrize("seed", range(5))
+def test_candidates_have_the_highest_sobel_values_of_rounding_noise(seed):
+    inputs = make_inputs(3, grid_size=(7, 7), noise=noise_like(3, 49, seed=seed))
     patches = torch.nn.functional.unfold(inputs.pixels, 8, stride=8).transpose(1, 2).contiguous()
     std, mean = torch.std_mean(patches, dim=2, keepdim=True)
     means = ((patches - mean) / (std + 1e-6)).mean(dim=2).reshape(3, 7, 7).double().numpy()
@@ -124,13 +133,12 @@ def test_candidates_have_the_highest_sobel_values_of_rounding_noise():
     for image, found in zip(means, candidates(inputs), strict=True):
         sobel = [ndimage.sobel(image, axis=axis, mode="constant") for axis in (0, 1)]
         strength = np.hypot(*sobel).ravel()
-        # Multiples of a rounding error are often equal; which of those come first is left open.
-        assert strength[found].min() >= np.delete(strength, found).max() * (1 - 1e-6)
+        # Multiples of a rounding error are often equal; random numbers choose among those alone.
+        assert strength[found].min() >= np.delete(strength, found).max() - 1e-5 * strength.max()
 
 
-def test_random_numbers_hardly_choose_candidates_unless_edges_are_off():
+def test_without_edges_random_numbers_choose_the_candidates():
     inputs = [make_inputs(1, noise=noise_like(1, 49, seed=seed)) for seed in range(20)]
-    assert len({tuple(candidates(one)[0]) for one in inputs}) <= 3
     assert len({tuple(candidates(one, edges=False)[0]) for one in inputs}) == 20
 
 
@@ -185,7 +193,7 @@ def test_tokens_are_needed_once_training_runs():
     [
         ({"mask_ratio_min": 0.6}, r"mask_ratio_min must not exceed mask_ratio = 0\.5, got 0\.6"),
         ({"candidate_ratio": 1.0}, r"candidate_ratio must be in \[0, 1\), got 1\.0"),
-        ({"num_epochs": 0}, "num_epochs must be > 0, got 0"),
+        ({"num_epochs": 0}, "num_epochs must be in .*, got 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options, sentence):

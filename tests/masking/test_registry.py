@@ -1,11 +1,15 @@
 import re
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
+import torch
 
 from clip_pgs import create_masking, list_maskings
 from clip_pgs.masking import MaskingStrategy, masking_options
 from clip_pgs.masking.registry import register_masking
+from masking.contract_cases import rows, select
+from support.images import make_inputs
 
 
 def test_the_names_are_listed_in_order():
@@ -82,3 +86,37 @@ def test_a_taken_name_is_refused():
 def test_options_come_with_their_defaults():
     assert masking_options("random") == {"mask_ratio": 0.5}
     assert masking_options("pgs")["mask_ratio_min"] is None
+
+
+HOSTILE = (1e300, -1e300, 1e-300, 10**30, -(10**30), 10**400, 1 - 1e-12, float("nan"), "1", [], {})
+
+
+def numeric_options():
+    """Return (strategy, option) of every option that takes numbers."""
+    return [
+        (name, option)
+        for name in list_maskings()
+        for option, hint in get_type_hints(type(create_masking(name)).__init__).items()
+        if {float, int} & {hint, *get_args(hint)}
+    ]
+
+
+@pytest.mark.parametrize(("name", "option"), numeric_options())
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: repr(value)[:9])
+def test_a_hostile_number_is_refused_by_its_name_or_does_no_harm(name, option, value):
+    inputs = make_inputs(2, progress=0.5)
+    others = {"mask_ratio_min": 0.3} if "mask_ratio_min" in masking_options(name) else {}
+    error = None
+    try:
+        strategy = create_masking(name, **{**others, option: value})
+    except ValueError as refusal:
+        error = str(refusal)
+    if error is not None:
+        assert option in error
+        assert "\n" not in error
+        return
+    for row in rows(select(strategy, inputs)):
+        assert row == sorted(set(row))
+        assert 1 <= len(row) <= 49
+    if name == "pgs":
+        assert strategy.steps(inputs, torch.rand(2, 49)).scores.isfinite().all()

@@ -125,8 +125,8 @@ def test_averages_of_the_pot_solver_are_the_same():
     ("changes", "sentence"),
     [
         ({"scores": torch.zeros(3, 4)}, r"scores must have shape \(B, C, N\), got \(3, 4\)"),
-        ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
-        ({"num_iters": 0}, "num_iters must be >= 1, got 0"),
+        ({"temperature": 0.0}, r"temperature must be in \[1e-06, 1e\+06\], got 0.0"),
+        ({"num_iters": 0}, r"num_iters must be in \[1, 10000\], got 0"),
         ({"solver": "exact"}, "solver must be one of log, pot, got 'exact'"),
         ({"pot_options": {"tol": 1.0}}, "pot_options go with solver='pot', got solver='log'"),
     ],
@@ -139,7 +139,7 @@ def test_wrong_options_are_refused(changes, sentence):
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
-    [({"num_iters": 0}, "num_iters must be >= 1"), ({"solver": "x"}, "solver must be one of")],
+    [({"num_iters": 0}, "num_iters must be in"), ({"solver": "x"}, "solver must be one of")],
 )
 def test_averages_refuse_the_same_options(options, sentence):
     with pytest.raises(ValueError, match=sentence):

@@ -14,7 +14,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from clip_pgs.masking.ratios import check_share, drawn_count, lower_bound, mask_count
+from clip_pgs.masking.ratios import (
+    check_share,
+    check_threshold,
+    drawn_count,
+    lower_bound,
+    mask_count,
+)
 from clip_pgs.masking.registry import register_masking
 from clip_pgs.masking.sampling import draw_noise, mask_top_counts
 from clip_pgs.masking.similarity import mixed_similarity
@@ -78,6 +84,7 @@ class ClusterMasking(MaskingStrategy):
         self.mask_ratio = mask_ratio
         self.mask_ratio_min = lower_bound(mask_ratio, mask_ratio_min)
         check_share(anchor_ratio, name="anchor_ratio")
+        check_threshold(threshold)
         self.anchor_ratio = anchor_ratio
         self.is_calibrated_in_training = threshold is None
         self.threshold = default_threshold(mask_ratio) if threshold is None else threshold

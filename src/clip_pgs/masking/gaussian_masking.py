@@ -10,7 +10,7 @@ import torch
 
 from clip_pgs.masking.fixed_ratio import FixedRatioMasking
 from clip_pgs.masking.grid import log_center_weight
-from clip_pgs.masking.ratios import keep_count
+from clip_pgs.masking.ratios import check_range, keep_count
 from clip_pgs.masking.registry import register_masking
 from clip_pgs.masking.sampling import draw_noise, gumbel, select_top
 from clip_pgs.masking.types import PatchInputs, PatchSelection
@@ -22,7 +22,8 @@ class GaussianMasking(FixedRatioMasking):
 
     Args:
         mask_ratio: Share of patches dropped, in [0, 1).
-        sigma: Standard deviation of the Gaussian as a share of the image's side, > 0.
+        sigma: Standard deviation of the Gaussian as a share of the image's side, in
+            [0.001, 1e6].
 
     Raises:
         ValueError: If an option is out of its range.
@@ -30,8 +31,7 @@ class GaussianMasking(FixedRatioMasking):
 
     def __init__(self, *, mask_ratio: float = 0.5, sigma: float = 0.2) -> None:
         super().__init__(mask_ratio=mask_ratio)
-        if not sigma > 0:
-            raise ValueError(f"sigma must be > 0, got {sigma}")
+        check_range(sigma, name="sigma", low=1e-3, high=1e6)
         self.sigma = sigma
 
     def extra_repr(self) -> str:

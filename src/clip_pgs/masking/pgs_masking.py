@@ -15,11 +15,19 @@ from torch import Tensor
 from clip_pgs.masking.grid import is_on_border
 from clip_pgs.masking.pgs_scores import (
     EDGE_DETECTORS,
+    MAX_WEIGHT,
     center_strength,
     check_pgs_options,
     pgs_scores,
 )
-from clip_pgs.masking.ratios import check_share, drawn_count, lower_bound, mask_count
+from clip_pgs.masking.ratios import (
+    check_range,
+    check_share,
+    check_threshold,
+    drawn_count,
+    lower_bound,
+    mask_count,
+)
 from clip_pgs.masking.registry import register_masking
 from clip_pgs.masking.sampling import draw_noise, gumbel, mask_top, mask_top_counts
 from clip_pgs.masking.sinkhorn import check_sinkhorn_options
@@ -76,21 +84,21 @@ class PGSMasking(MaskingStrategy):
         candidate_region: Where candidates come from: "image", or "border" for the outermost rows
             and columns of patches, where objects seldom are; only if those are fewer than the
             candidates, others follow.
-        edge_protection: How strongly edges keep a patch from becoming a candidate, >= 0.
-        edge_weight: What an edge strength of 1 takes off a patch's score, >= 0.
+        edge_protection: How strongly edges keep a patch from becoming a candidate, in [0, 1e6].
+        edge_weight: What an edge strength of 1 takes off a patch's score, in [0, 1e6].
         edge_detector: "sobel", or "canny" for the share of Canny's edge pixels (the paper's
             ablation).
-        center_weight: What the middle of the image takes off a patch's score, >= 0: there
-            objects tend to be. It falls off as the Gaussian of `gaussian` does, and keeps patches
-            from becoming candidates in the same proportion as edges do. 0 leaves it out.
-        neighbourhood: How many rows and columns of patches away a candidate reaches, >= 0. None
-            reaches the whole image (the paper's ablation is a window).
+        center_weight: What the middle of the image takes off a patch's score, in [0, 1e6]:
+            there objects tend to be. It falls off as the Gaussian of `gaussian` does, and keeps
+            patches from becoming candidates in the same proportion as edges do. 0 leaves it out.
+        neighbourhood: How many rows and columns of patches away a candidate reaches, in [0, 1e6].
+            None reaches the whole image (the paper's ablation is a window).
         threshold: Score above which an adaptive count masks a patch. None follows
             `calibrated_threshold`, which fits the other defaults, both regions of candidates and
             any `center_weight` up to 2; a small `neighbourhood` lowers the scores and wants a
             lower one.
-        temperature: Entropy weight of the transport plan, > 0.
-        num_iters: Sinkhorn sweeps, >= 1.
+        temperature: Entropy weight of the transport plan, in [1e-6, 1e6].
+        num_iters: Sinkhorn sweeps, in [1, 10000].
         solver: "log" or "pot"; see `sinkhorn_plan`.
         edges: False draws candidates uniformly and drops the edge term (the paper's ablation).
         transport: False takes the highest similarity to any candidate (the paper's ablation).
@@ -127,8 +135,8 @@ class PGSMasking(MaskingStrategy):
         if candidate_region not in CANDIDATE_REGIONS:
             choices = ", ".join(CANDIDATE_REGIONS)
             raise ValueError(f"candidate_region must be one of {choices}, got {candidate_region!r}")
-        if edge_protection < 0:
-            raise ValueError(f"edge_protection must be >= 0, got {edge_protection}")
+        check_range(edge_protection, name="edge_protection", low=0, high=MAX_WEIGHT)
+        check_threshold(threshold)
         check_pgs_options(
             edge_weight=edge_weight,
             center_weight=center_weight,

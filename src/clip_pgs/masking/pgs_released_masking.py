@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clip_pgs.masking.patches import patchify
-from clip_pgs.masking.ratios import lower_bound
+from clip_pgs.masking.ratios import check_range, check_threshold, lower_bound
 from clip_pgs.masking.registry import register_masking
 from clip_pgs.masking.sampling import draw_noise, second_draw
 from clip_pgs.masking.types import MaskingStrategy, PatchInputs, PatchSelection
@@ -51,8 +51,8 @@ class PGSReleasedMasking(MaskingStrategy):
         edges: That code's `use_ed`: candidates are the patches with the highest "edge" values,
             which are rounding noise. False draws them uniformly.
         transport: That code's `use_otn`: add a balanced similarity matrix to the plain one.
-        num_epochs: Length of the training run, > 0: the share of embeddings in the similarity is
-            epoch / 32, that is `progress * num_epochs / 32`.
+        num_epochs: Length of the training run, in [1e-6, 1e6]: the share of embeddings in the
+            similarity is epoch / 32, that is `progress * num_epochs / 32`.
         attention_bias: Ask the tower for that code's attention bias as well.
 
     Raises:
@@ -78,8 +78,8 @@ class PGSReleasedMasking(MaskingStrategy):
         self.mask_ratio_min = lower_bound(mask_ratio, mask_ratio_min)
         if not 0.0 <= candidate_ratio < 1.0:
             raise ValueError(f"candidate_ratio must be in [0, 1), got {candidate_ratio}")
-        if not num_epochs > 0:
-            raise ValueError(f"num_epochs must be > 0, got {num_epochs}")
+        check_threshold(threshold)
+        check_range(num_epochs, name="num_epochs", low=1e-6, high=1e6)
         self.threshold = mask_ratio if threshold is None else threshold
         self.candidate_ratio = candidate_ratio
         self.edges = edges

@@ -13,9 +13,13 @@ from torch import Tensor
 from clip_pgs.masking.canny import canny_edges
 from clip_pgs.masking.edges import sobel_edges
 from clip_pgs.masking.grid import grid_coordinates, log_center_weight
+from clip_pgs.masking.ratios import check_range
 from clip_pgs.masking.similarity import mixed_similarity
 from clip_pgs.masking.sinkhorn import plan_average, sinkhorn_plan
 from clip_pgs.masking.types import PatchInputs
+
+# Far beyond what has an effect, and float32 still tells a candidate's score from another's.
+MAX_WEIGHT = 1e6
 
 EDGE_DETECTORS = {"sobel": sobel_edges, "canny": canny_edges}
 
@@ -107,17 +111,16 @@ def check_pgs_options(
     Raises:
         ValueError: If one is out of its range, or two do not go together.
     """
-    if edge_weight < 0:
-        raise ValueError(f"edge_weight must be >= 0, got {edge_weight}")
-    if center_weight < 0:
-        raise ValueError(f"center_weight must be >= 0, got {center_weight}")
+    check_range(edge_weight, name="edge_weight", low=0, high=MAX_WEIGHT)
+    check_range(center_weight, name="center_weight", low=0, high=MAX_WEIGHT)
     if edge_detector not in EDGE_DETECTORS:
         choices = ", ".join(EDGE_DETECTORS)
         raise ValueError(f"edge_detector must be one of {choices}, got {edge_detector!r}")
     if neighbourhood is None:
         return
-    if not isinstance(neighbourhood, int) or neighbourhood < 0:
-        raise ValueError(f"neighbourhood must be a whole number >= 0, got {neighbourhood}")
+    if not isinstance(neighbourhood, int):
+        raise ValueError(f"neighbourhood must be a whole number, got {neighbourhood}")
+    check_range(neighbourhood, name="neighbourhood", low=0, high=MAX_WEIGHT)
     if transport and solver != "log":
         raise ValueError(f"neighbourhood goes with solver='log', got solver={solver!r}")
 

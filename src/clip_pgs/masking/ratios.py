@@ -8,9 +8,10 @@ import math
 def mask_count(num_patches: int, mask_ratio: float) -> int:
     """Return how many of `num_patches` patches a mask ratio drops.
 
-    The small constant keeps 100 * 0.29 at 29, which floating point would floor to 28.
+    One patch stays, however near to 1 the ratio is. The small constant keeps 100 * 0.29 at 29,
+    which floating point would floor to 28.
     """
-    return math.floor(num_patches * mask_ratio + 1e-9)
+    return min(math.floor(num_patches * mask_ratio + 1e-9), num_patches - 1)
 
 
 def keep_count(num_patches: int, mask_ratio: float) -> int:
@@ -31,6 +32,28 @@ def check_mask_ratio(mask_ratio: float, *, name: str = "mask_ratio") -> None:
     """
     if not 0.0 <= mask_ratio < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {mask_ratio}")
+
+
+def check_range(value: float, *, name: str, low: float, high: float) -> None:
+    """Refuse a number outside [low, high], as a NaN is, too.
+
+    Numbers that float32 cannot hold, or that take for ever, are outside of every option's range.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
+
+
+def check_threshold(threshold: float | None) -> None:
+    """Refuse a threshold that no comparison with float32 numbers takes; None is no threshold.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if threshold is not None:
+        check_range(threshold, name="threshold", low=-1e6, high=1e6)
 
 
 def check_share(share: float, *, name: str) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clip_pgs.masking.ratios import check_range
+
 SOLVERS = ("log", "pot")
 
 # From here on, float32 needs no logarithms for scores in [-1, 1]: kernel times scaling stays
@@ -32,8 +34,9 @@ def sinkhorn_plan(
     Args:
         scores: Affinities, larger means closer. -inf forbids a pair, with the solver "log" alone.
             Shape (B, C, N), any float dtype.
-        temperature: Entropy weight, in the units of `scores`; smaller is sharper.
-        num_iters: Sweeps.
+        temperature: Entropy weight, in the units of `scores`; smaller is sharper; in
+            [1e-6, 1e6].
+        num_iters: Sweeps, in [1, 10000].
         solver: "log" runs a fixed number of sweeps in log space: no host synchronisation, and it
             compiles. "pot" calls `ot.batch.solve_batch` (POT, https://pythonot.github.io), which
             gives the same plan and synchronises with the host.
@@ -46,8 +49,8 @@ def sinkhorn_plan(
         the others need as evenly as the allowed pairs let them.
 
     Raises:
-        ValueError: If `scores` is not 3-D, `temperature` <= 0, `num_iters` < 1, `solver` is
-            unknown, or `pot_options` are given to another solver.
+        ValueError: If `scores` is not 3-D, `temperature` or `num_iters` is out of its range,
+            `solver` is unknown, or `pot_options` are given to another solver.
     """
     if scores.ndim != 3:
         raise ValueError(f"scores must have shape (B, C, N), got {tuple(scores.shape)}")
@@ -103,10 +106,8 @@ def check_sinkhorn_options(*, temperature: float, num_iters: int, solver: str) -
     Raises:
         ValueError: See `sinkhorn_plan`.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
-    if num_iters < 1:
-        raise ValueError(f"num_iters must be >= 1, got {num_iters}")
+    check_range(temperature, name="temperature", low=1e-6, high=1e6)
+    check_range(num_iters, name="num_iters", low=1, high=10_000)
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
 
