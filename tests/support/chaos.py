@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clip_pgs.training.checkpoints.checkpoint_files import find_latest
+from clip_pgs.checkpoint_io import newest_checkpoint
 from support.resuming import differences, last_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -200,7 +200,7 @@ def run_through_chaos(
         was_saved = was_saved or (checkpoints / "latest").is_file()
         faults = []
         if was_saved:
-            tally.unreadable += find_latest(checkpoints, is_owner=False) is None
+            tally.unreadable += newest_checkpoint(checkpoints) is None
             faults = _damage(checkpoints, rng)
             tally.actions.update(faults)
         if report is not None:

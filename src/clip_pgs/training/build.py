@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
-from torch import nn
+from torch import Tensor, nn
 
+from clip_pgs.checkpoint_io import check_sum, find_checkpoint, fit_weights, read_checkpoint
 from clip_pgs.integrations.open_clip import (
     CaptionTrimmer,
     allow_short_text,
@@ -21,6 +24,7 @@ from clip_pgs.integrations.open_clip import (
     caption_trimmer,
     is_text_trimming_lossless,
 )
+from clip_pgs.integrations.open_clip.compat import weights_read_by
 from clip_pgs.training.seeding import seed_everything
 
 _logger = logging.getLogger(__name__)
@@ -50,47 +54,13 @@ def build_model(args: argparse.Namespace, device: torch.device) -> ModelParts:
         args: Options; the weights depend on `args.seed`, on no rank.
         device: Where the model goes.
     """
-    image_size = args.force_image_size
-    if isinstance(image_size, (list, tuple)) and len(image_size) == 1:
-        image_size = image_size[0]
     seed_everything(args.seed)
-    model, train_transform, val_transform = open_clip.create_model_and_transforms(
-        args.model,
-        args.pretrained,
-        precision=args.precision,
-        device=device,
-        force_quick_gelu=args.force_quick_gelu,
-        force_custom_text=args.force_custom_text,
-        force_patch_dropout=args.force_patch_dropout,
-        force_image_size=image_size,
-        force_context_length=args.force_context_length,
-        image_mean=args.image_mean,
-        image_std=args.image_std,
-        image_interpolation=args.image_interpolation,
-        image_resize_mode=args.image_resize_mode,
-        aug_cfg=args.aug_cfg,
-        pretrained_image=args.pretrained_image,
-        output_dict=True,
-        cache_dir=args.cache_dir,
-        **logit_options(args),
-    )
+    model, train_transform, val_transform = create_model(args, device)
     has_weights = args.pretrained or args.model.startswith(("hf-hub:", "local-dir:"))
     if is_coca(model) and not has_weights:
         # OpenCLIP leaves this parameter as the memory it finds, other in each process.
         projection = model.text_decoder.text_projection
         nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
-    if args.lock_image:
-        model.lock_image_tower(
-            unlocked_groups=args.lock_image_unlocked_groups,
-            freeze_bn_stats=args.lock_image_freeze_bn_stats,
-        )
-    if args.lock_text:
-        model.lock_text_tower(
-            unlocked_layers=args.lock_text_unlocked_layers,
-            freeze_layer_norm=args.lock_text_freeze_layer_norm,
-        )
-    if args.grad_checkpointing:
-        model.set_grad_checkpointing()
     if args.use_bn_sync and args.distributed:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.masking != "none":
@@ -108,6 +78,78 @@ def build_model(args: argparse.Namespace, device: torch.device) -> ModelParts:
     return ModelParts(model, train_transform, val_transform, tokenize)
 
 
+def create_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Callable, Callable]:
+    """Create OpenCLIP's model with the weights it starts from, and lock what is to be locked.
+
+    Args:
+        args: Options.
+        device: Where it goes; "meta" tries everything without memory for weights.
+
+    Returns:
+        The model, its transform of training images, and that of others.
+
+    Raises:
+        ValueError: If weights cannot be read or do not fit.
+        RuntimeError, OSError: If something of it cannot be fetched.
+    """
+    size = args.force_image_size
+    pretrained = args.pretrained
+    if pretrained and Path(pretrained).is_dir():
+        pretrained = str(find_checkpoint(pretrained))
+    on_meta = device if device.type == "meta" else contextlib.nullcontext()
+    with weights_read_by(_read_weights, _explain_misfit), on_meta:
+        model, train_transform, val_transform = open_clip.create_model_and_transforms(
+            args.model,
+            pretrained,
+            precision=args.precision,
+            device=device,
+            force_quick_gelu=args.force_quick_gelu,
+            force_custom_text=args.force_custom_text,
+            force_patch_dropout=args.force_patch_dropout,
+            force_image_size=size[0] if size is not None and len(size) == 1 else size,
+            force_context_length=args.force_context_length,
+            image_mean=args.image_mean,
+            image_std=args.image_std,
+            image_interpolation=args.image_interpolation,
+            image_resize_mode=args.image_resize_mode,
+            aug_cfg=args.aug_cfg,
+            pretrained_image=args.pretrained_image,
+            output_dict=True,
+            cache_dir=args.cache_dir,
+            **logit_options(args),
+        )
+    if args.lock_image:
+        model.lock_image_tower(
+            unlocked_groups=args.lock_image_unlocked_groups,
+            freeze_bn_stats=args.lock_image_freeze_bn_stats,
+        )
+    if args.lock_text:
+        model.lock_text_tower(
+            unlocked_layers=args.lock_text_unlocked_layers,
+            freeze_layer_norm=args.lock_text_freeze_layer_norm,
+        )
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model, train_transform, val_transform
+
+
+def _read_weights(path: str) -> dict[str, Tensor]:
+    weights = read_checkpoint(path, use_mmap=True)["state_dict"]
+    check_sum(Path(path))
+    return weights
+
+
+def _explain_misfit(model: nn.Module, path: str, error: Exception) -> str:
+    """Say which weight does not fit, in place of the list of all of them."""
+    if isinstance(error, ValueError):
+        return str(error)
+    try:
+        fit_weights(_read_weights(path), model)
+    except ValueError as misfit:
+        return f"{path} does not fit: {misfit}"
+    return f"{path} does not fit: {error}"
+
+
 def is_coca(model: nn.Module) -> bool:
     """Return whether a model also writes captions (CoCa, https://arxiv.org/abs/2205.01917)."""
     return isinstance(model, open_clip.CoCa)
@@ -116,6 +158,36 @@ def is_coca(model: nn.Module) -> bool:
 def logit_options(args: argparse.Namespace) -> dict[str, float]:
     """Return the model options that set how logits start: SigLIP's with `--siglip`."""
     return {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if args.siglip else {}
+
+
+def optimizer_misfit(optimizer: torch.optim.Optimizer, state: Any) -> str | None:
+    """Return in words why a run cannot go on with an optimizer's state, None if it can.
+
+    Args:
+        optimizer: A fresh one of the run.
+        state: What a checkpoint holds under "optimizer".
+    """
+    try:
+        groups = [group for group in state["param_groups"] if group["params"]]
+        numbers = [number for group in groups for number in group["params"]]
+        moments = [state["state"].get(number, {}).get("exp_avg") for number in numbers]
+    except (LookupError, TypeError, AttributeError):
+        return "it holds no state of an optimizer"
+    own = [group for group in optimizer.param_groups if group["params"]]
+    trained = [parameter for group in own for parameter in group["params"]]
+    if any(("betas" in a) != ("betas" in b) for a, b in zip(groups, own, strict=False)):
+        return "its optimizer is of another kind (--opt)"
+    sizes = [len(group["params"]) for group in groups]
+    if sizes != [len(group["params"]) for group in own] or any(
+        moment is not None and moment.shape != parameter.shape
+        for moment, parameter in zip(moments, trained, strict=True)
+    ):
+        return (
+            f"its optimizer trained {len(numbers)} parameters, and not the {len(trained)} of this "
+            "run (--lock-image and --lock-text with their groups must be as they were; "
+            "--pretrained takes the weights alone)"
+        )
+    return None
 
 
 def build_trimmer(args: argparse.Namespace, model: nn.Module) -> CaptionTrimmer | None:

@@ -22,10 +22,10 @@ import open_clip
 import safetensors.torch
 from open_clip.tokenizer import HFTokenizer
 
-from clip_pgs.common import sync, unfinished_path
+from clip_pgs.checkpoint_io import newest_checkpoint
+from clip_pgs.common import CHECKPOINTS_NAME, sync, unfinished_path
 from clip_pgs.training.build import logit_options
 from clip_pgs.training.checkpoints.checkpoint import find_non_finite, load_checkpoint
-from clip_pgs.training.checkpoints.checkpoint_files import find_latest
 from clip_pgs.training.model_card import write_model_card
 
 FOLDER_NAME = "export"
@@ -132,7 +132,7 @@ def export_run(run_folder: Path) -> Path:
     Raises:
         ValueError: If the run has no checkpoint of this trainer.
     """
-    path = find_latest(run_folder / "checkpoints", is_owner=False)
+    path = newest_checkpoint(run_folder / CHECKPOINTS_NAME)
     if path is None:
         raise ValueError(f"{str(run_folder)!r} has no checkpoint to export")
     return write_export(load_checkpoint(path), run_folder / FOLDER_NAME)

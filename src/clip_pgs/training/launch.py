@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from clip_pgs.checkpoint_io import find_checkpoint
 from clip_pgs.training.checkpoints.checkpoint import load_checkpoint
 from clip_pgs.training.checkpoints.checkpoint_files import find_latest
 from clip_pgs.training.checks.data import has_training_data, training_files
@@ -67,7 +68,7 @@ def load_start(
 ) -> dict[str, Any] | None:
     """Return the checkpoint that `--resume` names, None to start fresh.
 
-    Rank 0 looks for `latest`, so that all ranks load the same file.
+    Rank 0 looks into a folder, so that all ranks load the same file.
     """
     path = args.resume
     if path == "latest":
@@ -77,6 +78,7 @@ def load_start(
             _logger.info("No checkpoint in %s yet: starting fresh", folder)
     if path is None:
         return None
+    path = meeting.share(str(find_checkpoint(path)) if args.rank == 0 else None)
     checkpoint = load_checkpoint(path)
     _logger.info(
         "Resuming from %s (epoch %d, sample %d of it)",

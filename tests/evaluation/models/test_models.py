@@ -86,6 +86,22 @@ def test_checkpoint_of_a_distributed_compiled_run_opens(lone_checkpoint, model_c
     assert loaded.model.state_dict().keys() == content["state_dict"].keys()
 
 
+@pytest.mark.parametrize("name", ["epoch_7.ckpt", "epoch_7"])
+def test_checkpoint_opens_whatever_its_name(lone_checkpoint, model_config, name):
+    path = lone_checkpoint.rename(lone_checkpoint.with_name(name))
+    assert load_model(path, model_config=model_config).name == "epoch_7"
+
+
+def test_plain_weights_open_as_a_custom_text_model(lone_checkpoint, model_config):
+    config = {**json.loads(model_config.read_text()), "custom_text": True}
+    custom = lone_checkpoint.with_name("tiny-eval-custom-text.json")
+    custom.write_text(json.dumps(config))
+    plain = load_model(lone_checkpoint, model_config=model_config).model
+    loaded = load_model(lone_checkpoint, model_config=custom).model
+    assert torch.equal(loaded.encode_image(BATCH), plain.encode_image(BATCH))
+    assert torch.equal(loaded.text.text_projection, plain.text_projection)
+
+
 def test_checkpoint_of_a_siglip_run_keeps_its_bias(lone_checkpoint, model_config):
     content = torch.load(lone_checkpoint, weights_only=True)
     content["state_dict"]["logit_bias"] = torch.tensor(-10.0)

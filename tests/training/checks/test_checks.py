@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 from support.options import VALID
 from support.refusals import PGS, accept, refusal, warnings_of
@@ -79,6 +78,11 @@ def test_numbers_out_of_their_range_are_refused(flag, value, rule):
         (["--resume", "latest"], "needs the --name"),
         (["--resume", "latest", "--name", "a", "--logs", "none"], "needs the run's --logs"),
         (["--name", "../a"], "--name must be one folder name"),
+        (["--name", "x" * 256], "--name must be at most 255 bytes"),
+        (["--name", "\u00e9" * 128], "--name must be at most 255 bytes"),
+        (["--dist-backend", "carrier-pigeon"], "--dist-backend must be one of"),
+        (["--dist-url", "nowhere"], "--dist-url must be like"),
+        (["--opt", "timm/fusedadam", "--lr", "1"], "--opt timm/fusedadam cannot be made"),
         (["--name", ".."], "--name must be one folder name"),
         (["--imagenet-val", "nowhere"], "--imagenet-val 'nowhere' is not a folder"),
         (["--batch-size", "1001"], "1000 training samples are less than one optimiser step"),
@@ -87,12 +91,6 @@ def test_numbers_out_of_their_range_are_refused(flag, value, rule):
 )
 def test_what_cannot_work_is_refused(argv, part):
     assert part in refusal(*VALID, *argv)
-
-
-def test_weights_are_a_file_or_a_tag_of_the_model(tmp_path):
-    torch.save({"logit_scale": torch.zeros(1)}, tmp_path / "weights.pt")
-    accept(*VALID, "--pretrained", "weights.pt")
-    accept(*VALID, "--pretrained", "laion2b_s34b_b88k")
 
 
 def test_the_default_device_may_be_absent():

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_pgs.integrations.open_clip import checkpoints
-from clip_pgs.integrations.open_clip.checkpoint_sums import check_sum
-from clip_pgs.integrations.open_clip.checkpoints import WEIGHT_ENDINGS, first_misfit
+from clip_pgs import checkpoint_io
+from clip_pgs.checkpoint_io import check_sum, fit_weights
 
 
 @dataclass(frozen=True)
@@ -33,15 +32,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint; nothing in it is run, and weights are read when they are used.
 
     Args:
-        path: A file of open_clip's trainer or of ours, a bare state dict, or safetensors.
+        path: A file of open_clip's trainer or of ours, a bare state dict, or safetensors, of any
+            name.
 
     Raises:
         ValueError: If the file is damaged, holds anything but tensors and plain types, or no
             weights.
     """
-    if path.suffix not in WEIGHT_ENDINGS:
-        raise ValueError(f"{path} is no checkpoint; they end in {', '.join(WEIGHT_ENDINGS)}")
-    content = checkpoints.read_checkpoint(path, use_mmap=True)
+    content = checkpoint_io.read_checkpoint(path, use_mmap=True)
     record = content.get("clip_pgs")
     config = record.get("open_clip_config") if isinstance(record, dict) else None
     return Checkpoint(path, content["state_dict"], config)
@@ -66,17 +64,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, architecture: str)
     state_dict = dict(checkpoint.state_dict)
     if "logit_bias" in state_dict and getattr(model, "logit_bias", None) is None:
         model.logit_bias = nn.Parameter(torch.zeros_like(state_dict["logit_bias"]))
-    own = model.state_dict()
-    misfit = first_misfit(own, state_dict)
-    if misfit is not None:
-        raise ValueError(f"{checkpoint.path} does not fit {architecture}: {misfit}")
-    for key, weight in state_dict.items():
-        # The logit scale is a scalar or a vector of one, by the version that wrote it.
-        if own[key].numel() == 1:
-            state_dict[key] = weight.reshape(own[key].shape)
+    try:
+        state_dict = fit_weights(state_dict, model)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path} does not fit {architecture}: {error}") from None
     model.load_state_dict(state_dict)
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """Return the latest checkpoint of a run, or None."""
-    return checkpoints.newest_checkpoint(run / "checkpoints")

@@ -14,17 +14,17 @@ import open_clip
 import torch
 from torch import nn
 
+from clip_pgs.checkpoint_io import newest_checkpoint
+from clip_pgs.common import CHECKPOINTS_NAME
 from clip_pgs.evaluation.models.architectures import (
     CONFIG_NAME,
     find_architecture,
     read_export_config,
 )
-from clip_pgs.evaluation.models.checkpoints import (
-    WEIGHT_ENDINGS,
-    load_weights,
-    newest_checkpoint,
-    read_checkpoint,
-)
+from clip_pgs.evaluation.models.checkpoints import load_weights, read_checkpoint
+
+# What open_clip looks for beside an export's config.
+_EXPORT_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,10 @@ def _export_folder(path: Path) -> Path:
     for folder in (path, path / "export"):
         if (folder / CONFIG_NAME).is_file():
             read_export_config(folder)
-            if not any(folder.glob(f"*{ending}") for ending in WEIGHT_ENDINGS):
+            if not any(folder.glob(f"*{ending}") for ending in _EXPORT_ENDINGS):
                 raise ValueError(f"{folder} holds {CONFIG_NAME} but no weights")
             return folder
-    newest = newest_checkpoint(path)
+    newest = newest_checkpoint(path / CHECKPOINTS_NAME)
     if newest is not None:
         raise ValueError(
             f"{path} has no export yet; evaluate a checkpoint instead, such as {newest}"

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.evaluation.models.checkpoints import newest_checkpoint
+from clip_pgs.checkpoint_io import newest_checkpoint, read_checkpoint
+from clip_pgs.common import CHECKPOINTS_NAME
 from clip_pgs.evaluation.run_places import OPTIONS_NAME
-from clip_pgs.integrations.open_clip.checkpoints import read_checkpoint
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -66,7 +66,7 @@ def read_training_facts(run: Path | None, weights: str) -> TrainingFacts:
     if Path(weights).suffix == ".pt" and Path(weights).is_file():
         checkpoint = Path(weights)
     elif run is not None:
-        checkpoint = newest_checkpoint(run)
+        checkpoint = newest_checkpoint(run / CHECKPOINTS_NAME)
     record = _read_record(checkpoint) if checkpoint is not None else None
     if record is not None:
         return _from_record(record)

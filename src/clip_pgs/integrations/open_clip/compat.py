@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import open_clip
+import open_clip.factory
 import open_clip.tokenizer
 import open_clip_train.params
 from open_clip.tokenizer import get_reduction_mask_fn, syntax_mask_tokenize
 from open_clip.transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 MIN_VERSION = (3, 3)
 MAX_VERSION = (4, 0)
@@ -77,6 +79,38 @@ def trainer_actions() -> dict[str, argparse.Action]:
         for action in trainer_parser()._actions
         if action.option_strings and action.dest != "help"
     }
+
+
+@contextlib.contextmanager
+def weights_read_by(
+    read: Callable[[str], dict[str, Tensor]], explain: Callable[[nn.Module, str, Exception], str]
+) -> Iterator[None]:
+    """Let open_clip read the weights of its models with a function of ours.
+
+    What it then does to them, such as resizing position embeddings, stays its own.
+
+    Args:
+        read: From a file's path to its state dict.
+        explain: From a model, the path and what loading raised to one sentence.
+
+    Raises:
+        ValueError: If the weights do not fit, as `explain` says it.
+    """
+    factory = open_clip.factory
+    load, read_theirs = factory.load_checkpoint, factory.load_state_dict
+
+    def load_or_explain(model: nn.Module, path: str, **options: Any) -> Any:
+        try:
+            return load(model, path, **options)
+        except (RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(explain(model, str(path), error)) from error
+
+    factory.load_checkpoint = load_or_explain
+    factory.load_state_dict = lambda path, **_: read(str(path))
+    try:
+        yield
+    finally:
+        factory.load_checkpoint, factory.load_state_dict = load, read_theirs
 
 
 def text_reduction(name: str) -> Callable[..., Tensor]:

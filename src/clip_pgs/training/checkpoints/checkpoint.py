@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_pgs.integrations.open_clip.checkpoint_sums import check_sum
-from clip_pgs.integrations.open_clip.checkpoints import first_misfit, read_checkpoint
+from clip_pgs.checkpoint_io import check_sum, fit_weights, read_checkpoint
 
 
 def pack_checkpoint(
@@ -97,10 +96,11 @@ def restore(
     Raises:
         ValueError: If the weights are not those of the model.
     """
-    misfit = first_misfit(model.state_dict(), checkpoint["state_dict"])
-    if misfit is not None:
-        raise ValueError(f"the checkpoint does not fit the model: {misfit}")
-    model.load_state_dict(checkpoint["state_dict"])
+    try:
+        weights = fit_weights(checkpoint["state_dict"], model)
+    except ValueError as error:
+        raise ValueError(f"the checkpoint does not fit the model: {error}") from None
+    model.load_state_dict(weights)
     if "epoch" not in checkpoint:
         return 0
     if scaler is not None and "scaler" in checkpoint:

@@ -16,7 +16,6 @@ import errno
 import hashlib
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,15 +23,18 @@ from typing import IO, Any, BinaryIO, cast
 
 import torch
 
+from clip_pgs.checkpoint_io import (
+    LATEST_NAME,
+    RUN_FILE,
+    SUMS_NAME,
+    newest_checkpoint,
+    read_checkpoint,
+    read_sums,
+)
 from clip_pgs.common import UNFINISHED_ENDING, atomic_file, write_text
-from clip_pgs.integrations.open_clip.checkpoint_sums import SUMS_NAME, check_sum, read_sums
-from clip_pgs.integrations.open_clip.checkpoints import LATEST_NAME, read_checkpoint
 from clip_pgs.training.checkpoints.checkpoint import named_tensors
 
-MOST_RECENT_NAME = "epoch_latest.pt"
 DAMAGED_ENDING = ".damaged"
-
-_NAME = re.compile(r"epoch_latest\.pt|(epoch|step)_(\d+)\.pt")
 
 _logger = logging.getLogger(__name__)
 
@@ -120,44 +122,28 @@ def name_latest(path: Path) -> None:
     write_text(path.with_name(LATEST_NAME), f"{path.name}\n")
 
 
-def find_latest(folder: Path, *, is_owner: bool = True) -> Path | None:
+def find_latest(folder: Path) -> Path | None:
     """Return the checkpoint that got furthest among those of a folder that are whole.
 
-    Files that cannot be read or whose checksum is wrong are named in a warning.
+    Files that cannot be read or whose checksum is wrong are named in a warning and set aside, as
+    `*.damaged`, where one is whole. Who looks into the folder of a run that may be under way calls
+    `clip_pgs.checkpoint_io.newest_checkpoint` instead, which leaves everything as it is.
 
     Args:
         folder: A run's checkpoint folder.
-        is_owner: Set damaged files aside, as `*.damaged`, where one is whole. False leaves
-            everything as it is, for those who look into the folder of a run that may be under way.
 
     Raises:
-        ValueError: If there are checkpoints and all are damaged, and `is_owner`.
+        ValueError: If there are checkpoints and all are damaged.
     """
-    progress: dict[Path, tuple[int, int]] = {}
     damaged: dict[Path, ValueError] = {}
-    for path in sorted(path for path in folder.glob("*.pt") if _NAME.fullmatch(path.name)):
-        try:
-            content = read_checkpoint(path, use_mmap=True)
-        except ValueError as error:
-            damaged[path] = error
-        else:
-            progress[path] = (content.get("epoch", 0), content.get("step", 0))
-    found = None
-    for path in sorted(progress, key=lambda path: progress[path], reverse=True):
-        try:
-            check_sum(path)
-        except ValueError as error:
-            damaged[path] = error
-        else:
-            found = path
-            break
-    if found is None and is_owner:
+    newest = newest_checkpoint(folder, on_damage=damaged.__setitem__)
+    if newest is None:
         _refuse_damage(folder, damaged)
-    for path, damage in damaged.items():
-        _report_damage(path, damage, is_owner=is_owner)
-    if found is not None and is_owner:
-        _correct_latest(found)
-    return found
+        return None
+    for path, error in damaged.items():
+        _set_aside(path, error)
+    _correct_latest(newest)
+    return newest
 
 
 def _refuse_damage(folder: Path, damaged: Mapping[Path, ValueError]) -> None:
@@ -182,10 +168,7 @@ def _correct_latest(path: Path) -> None:
         name_latest(path)
 
 
-def _report_damage(path: Path, error: ValueError, *, is_owner: bool) -> None:
-    if not is_owner:
-        _logger.warning("%s; it is passed over", error)
-        return
+def _set_aside(path: Path, error: ValueError) -> None:
     aside = path.with_name(path.name + DAMAGED_ENDING)
     os.replace(path, aside)
     _logger.warning("%s; it is set aside as %s", error, aside.name)
@@ -213,5 +196,5 @@ def remove_previous_epoch(folder: Path, *, epoch: int) -> None:
 
 
 def _numbered(folder: Path, kind: str) -> dict[int, Path]:
-    matches = {path: _NAME.fullmatch(path.name) for path in folder.glob(f"{kind}_*.pt")}
+    matches = {path: RUN_FILE.fullmatch(path.name) for path in folder.glob(f"{kind}_*.pt")}
     return {int(match[2]): path for path, match in matches.items() if match and match[2]}

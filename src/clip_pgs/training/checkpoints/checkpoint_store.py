@@ -9,9 +9,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from clip_pgs.checkpoint_io import MOST_RECENT_NAME
 from clip_pgs.training.checkpoints.checkpoint import find_non_finite
 from clip_pgs.training.checkpoints.checkpoint_files import (
-    MOST_RECENT_NAME,
     name_latest,
     remove_older_steps,
     remove_previous_epoch,

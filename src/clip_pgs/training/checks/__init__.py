@@ -10,7 +10,7 @@ from clip_pgs.training.checks.effects import options_without_effect
 from clip_pgs.training.checks.folder import check_folder
 from clip_pgs.training.checks.masking import check_masking
 from clip_pgs.training.checks.memory import check_shared_memory
-from clip_pgs.training.checks.model import check_model
+from clip_pgs.training.checks.model import check_model, check_resumed
 from clip_pgs.training.checks.text import check_text_masking, text_warnings
 from clip_pgs.training.checks.values import check_device, check_ranges, check_recipe, check_reports
 from clip_pgs.training.flags.released import released_notes
@@ -38,14 +38,15 @@ def _check_all(args: argparse.Namespace) -> None:
     check_versions()
     check_ranges(args)
     check_recipe(args)
-    check_model(args)
-    check_masking(args)
+    model, optimizer = check_model(args)
+    check_masking(args, model)
     check_text_masking(args)
     check_data(args)
     check_shared_memory(args)
     check_device(args)
     check_reports(args)
     check_folder(args)
+    check_resumed(args, model, optimizer)
 
 
 def option_warnings(args: argparse.Namespace) -> list[str]:

@@ -6,9 +6,11 @@ import argparse
 import os
 from pathlib import Path
 
-from clip_pgs.training.checkpoints.checkpoint import load_checkpoint
 from clip_pgs.training.checks.data import has_training_data, training_files
 from clip_pgs.training.run_folder import changed_options, holds_run, keeps_logs, run_folder
+
+# What file systems take.
+_LONGEST_NAME = 255
 
 
 def check_folder(args: argparse.Namespace) -> None:
@@ -17,16 +19,13 @@ def check_folder(args: argparse.Namespace) -> None:
         args.name in ("", ".", "..") or "/" in args.name or "\\" in args.name
     ):
         raise ValueError(f"--name must be one folder name without separators, got {args.name!r}")
+    if args.name is not None and len(os.fsencode(args.name)) > _LONGEST_NAME:
+        raise ValueError(f"--name must be at most {_LONGEST_NAME} bytes long, got {args.name!r}")
     if args.resume == "latest":
         if args.name is None:
             raise ValueError("--resume latest needs the --name of the run to continue")
         if not keeps_logs(args):
             raise ValueError("--resume latest needs the run's --logs folder, got none")
-    elif args.resume is not None:
-        try:
-            load_checkpoint(args.resume)
-        except ValueError as error:
-            raise ValueError(f"--resume: {error}") from None
 
     folder = run_folder(args)
     for path in (Path(args.logs) if keeps_logs(args) else None, folder):

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 
+from torch import nn
+
 from clip_pgs.integrations.open_clip import apply_masking
-from clip_pgs.integrations.open_clip.weightless import build_weightless
 from clip_pgs.masking import MaskingStrategy, create_masking
-from clip_pgs.training.checks.model import image_size, read_model_config
+from clip_pgs.training.checks.model import read_model_config
 
 _NEED_MASKING = ("mask_ratio", "mask_ratio_min", "masking_option", "mask_schedule")
 
 
-def check_masking(args: argparse.Namespace) -> None:
-    """Refuse a strategy, its schedule, or an image tower that it cannot mask."""
+def check_masking(args: argparse.Namespace, model: nn.Module) -> None:
+    """Refuse a strategy, its schedule, or an image tower that it cannot mask.
+
+    Args:
+        args: Options.
+        model: The model; it is masked.
+    """
     if "masking" not in args.given:
         for name in _NEED_MASKING:
             if name in args.given:
@@ -32,12 +38,6 @@ def check_masking(args: argparse.Namespace) -> None:
             f"--masking {args.masking} cannot work beside OpenCLIP's patch dropout of "
             f"{patch_dropout}; set --force-patch-dropout 0"
         )
-    model = build_weightless(
-        read_model_config(args.model),
-        name=f"the image tower of {args.model}",
-        with_text=False,
-        image_size=image_size(args),
-    )
     try:
         apply_masking(model, strategy)
     except ValueError as error:

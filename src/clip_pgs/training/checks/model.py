@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import logging
+import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 from PIL import Image
+from torch import nn
 
-from clip_pgs.integrations.open_clip.checkpoints import read_checkpoint
+from clip_pgs.checkpoint_io import (
+    check_sum,
+    find_checkpoint,
+    fit_weights,
+    newest_checkpoint,
+    read_checkpoint,
+)
+from clip_pgs.common import CHECKPOINTS_NAME, one_sentence
 from clip_pgs.integrations.open_clip.model_config import (
     check_model_config,
     check_preprocessing,
@@ -22,15 +36,23 @@ from clip_pgs.integrations.open_clip.weightless import (
     check_model_runs,
     largest_memory,
 )
+from clip_pgs.training.build import build_optimizer, create_model, optimizer_misfit
+from clip_pgs.training.checks.data import has_training_data
 from clip_pgs.training.model_choice import MODEL_SCHEMAS
+from clip_pgs.training.run_folder import run_folder
 
 # OpenCLIP's byte-pair vocabulary, of which the last token ends every caption.
 _NUM_TOKENS = 49408
 _TRIED_SIZE = 32
 
 
-def check_model(args: argparse.Namespace) -> None:
-    """Refuse a model, weights or augmentation that open_clip could not make."""
+def check_model(args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Refuse a model, weights or augmentation that open_clip could not make.
+
+    Returns:
+        The model as the run will make it, unmasked and, as a rule, on the device "meta", and its
+        optimizer.
+    """
     config = read_model_config(args.model)
     text_is_open_clips = "hf_model_name" not in config.get("text_cfg", {})
     if args.lock_text and not args.lock_text_freeze_layer_norm and text_is_open_clips:
@@ -54,6 +76,90 @@ def check_model(args: argparse.Namespace) -> None:
         _check_weights(args)
     _check_batch(args, config)
     _check_augmentation(args)
+    return _try_model(args, config)
+
+
+def _try_model(
+    args: argparse.Namespace, config: dict[str, Any]
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Make the model with everything that has to be read or fetched for it."""
+    has_weights = bool(args.pretrained) or args.model.startswith(MODEL_SCHEMAS)
+    fetches_text = bool(config["text_cfg"].get("hf_model_name")) and not has_weights
+    # transformers makes no model with weights on the device "meta".
+    device = torch.device("cpu" if fetches_text else "meta")
+    with _silence():
+        try:
+            model, _, _ = create_model(args, device)
+        except (*MISFITS, OSError) as error:
+            weights = f" with --pretrained {args.pretrained}" if args.pretrained else ""
+            raise ValueError(
+                f"open_clip cannot make {args.model}{weights}: {one_sentence(error)}"
+            ) from None
+        make_tokenizer(args)
+        try:
+            optimizer = build_optimizer(args, model)
+        except MISFITS as error:
+            raise ValueError(f"--opt {args.opt} cannot be made: {one_sentence(error)}") from None
+    return model, optimizer
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep to ourselves what libraries say of a model that is only tried; the run says it again."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def make_tokenizer(args: argparse.Namespace) -> Any:
+    """Return the model's tokenizer.
+
+    Raises:
+        ValueError: If it has to be fetched and cannot be.
+    """
+    try:
+        return open_clip.get_tokenizer(
+            args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
+        )
+    except (*MISFITS, OSError) as error:
+        raise ValueError(
+            f"the tokenizer of --model {args.model} cannot be read: {one_sentence(error)}"
+        ) from None
+
+
+def check_resumed(
+    args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Refuse a checkpoint of another model, or of one that was trained otherwise."""
+    # One process speaks for all of them; the file may be large.
+    if args.resume is None or os.environ.get("RANK", "0") != "0":
+        return
+    if args.resume == "latest":
+        folder = run_folder(args)
+        path = folder and newest_checkpoint(
+            folder / CHECKPOINTS_NAME, on_damage=lambda path, error: None
+        )
+        if path is None:
+            return
+    else:
+        path = find_checkpoint(args.resume)
+    try:
+        checkpoint = read_checkpoint(path, use_mmap=True)
+        check_sum(path)
+        fit_weights(checkpoint["state_dict"], model)
+    except ValueError as error:
+        fault = f"{path} does not fit {args.model}: {error}"
+        raise ValueError(f"--resume: {error if str(path) in str(error) else fault}") from None
+    has_begun = (checkpoint.get("epoch", 0), checkpoint.get("position", 0)) > (0, 0)
+    if has_begun and has_training_data(args):
+        misfit = optimizer_misfit(optimizer, checkpoint.get("optimizer"))
+        if misfit is not None:
+            raise ValueError(f"--resume: {path} cannot go on: {misfit}")
 
 
 def _check_vocabulary(args: argparse.Namespace, config: dict[str, Any]) -> None:
@@ -107,19 +213,12 @@ def _check_weights(args: argparse.Namespace) -> None:
     """Refuse `--pretrained` that is no tag and no file of weights."""
     if open_clip.get_pretrained_cfg(args.model, args.pretrained):
         return
-    path = Path(args.pretrained)
-    if not path.is_file():
+    if not Path(args.pretrained).exists():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(args.model)) or "none"
         raise ValueError(
             f"--pretrained {args.pretrained!r} is neither a file nor a tag of {args.model} "
             f"(tags: {tags})"
         )
-    # OpenCLIP reads other projects' numpy files too.
-    if path.suffix not in (".npz", ".npy"):
-        try:
-            read_checkpoint(path, use_mmap=True)
-        except ValueError as error:
-            raise ValueError(f"--pretrained: {error}") from None
 
 
 def read_model_config(name: str) -> dict[str, Any]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-import open_clip
-
 from clip_pgs.data.captions.text_masking import create_text_masking
-from clip_pgs.training.checks.model import context_length
+from clip_pgs.training.checks.model import context_length, make_tokenizer
 
 
 def check_text_masking(args: argparse.Namespace) -> None:
@@ -19,19 +17,9 @@ def check_text_masking(args: argparse.Namespace) -> None:
                     f"--{name.replace('_', '-')} needs --text-masking NAME other than none"
                 )
         return
-    try:
-        tokenizer = open_clip.get_tokenizer(
-            args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
-        )
-    except OSError as error:
-        # Hugging Face's errors are OSErrors, of several lines.
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"the tokenizer of --model {args.model} cannot be read: {reason}"
-        ) from None
     create_text_masking(
         args.text_masking,
-        tokenizer=tokenizer,
+        tokenizer=make_tokenizer(args),
         num_tokens=args.text_tokens,
         **args.text_masking_options,
     )

@@ -123,10 +123,17 @@ def check_recipe(args: argparse.Namespace) -> None:
 
 
 def check_device(args: argparse.Namespace) -> None:
-    """Refuse a device that is not there.
+    """Refuse a device, or a way to reach other processes, that is not there.
 
     OpenCLIP's default, "cuda", falls back to the CPU; one that was asked for does not.
     """
+    backends = [name for name in torch.distributed.Backend.backend_list if name != "undefined"]
+    if args.dist_backend is not None and args.dist_backend not in backends:
+        raise ValueError(
+            f"--dist-backend must be one of {', '.join(backends)}, got {args.dist_backend!r}"
+        )
+    if args.dist_url is not None and "://" not in args.dist_url:
+        raise ValueError(f"--dist-url must be like env:// or tcp://HOST:PORT, got {args.dist_url}")
     try:
         device = torch.device(args.device)
     except RuntimeError:

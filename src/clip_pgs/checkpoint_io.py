@@ -1,0 +1,325 @@
+"""Checkpoint files of this trainer, of OpenCLIP's, and of others: one rule for who reads them.
+
+    epoch_N.pt, step_N.pt   after N epochs, after N optimizer steps
+    epoch_latest.pt         OpenCLIP's `--save-most-recent`
+    latest                  the name of the file to go on from, as text
+    SHA256SUMS              their checksums, which `sha256sum -c SHA256SUMS` reads
+
+Nothing in a file is ever run, whatever its name: a file is taken for what its first bytes say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from clip_pgs.common import CHECKPOINTS_NAME
+
+LATEST_NAME = "latest"
+MOST_RECENT_NAME = "epoch_latest.pt"
+SUMS_NAME = "SHA256SUMS"
+# Of one's own run; a file that is named by the user may have any other.
+RUN_FILE = re.compile(r"epoch_latest\.pt|(epoch|step)_(\d+)\.pt")
+
+_SUM_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+_CHUNK_BYTES = 1 << 20
+
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+# What OpenCLIP's CLIP has itself and its CustomTextCLIP has in a module of its own.
+_TEXT_TOWER = (
+    "text_projection",
+    "positional_embedding",
+    "token_embedding",
+    "transformer",
+    "ln_final",
+)
+_COUNTS = ("epoch", "step", "position")
+# What a damaged file makes torch raise depends on where the damage lies.
+_DAMAGE = (
+    UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    SafetensorError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+# `numpy.float64(0.1)`, the learning rate in an older optimizer's groups, and what it is made of.
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMPY: list[Any] = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]},
+]
+
+_logger = logging.getLogger(__name__)
+
+
+def read_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; nothing in it is run.
+
+    Args:
+        path: A file of this trainer or of OpenCLIP's, a bare state dict, or safetensors, of any
+            name.
+        use_mmap: Read weights when they are used. The file must then stay as it is.
+
+    Returns:
+        The checkpoint, or {"state_dict": ...} for a file that holds weights alone. Names of
+        weights are the plain model's, whatever wrapped it; numbers of numpy's are plain ones.
+
+    Raises:
+        ValueError: If the file is missing, damaged, holds anything but tensors and plain types,
+            or no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint {str(path)!r} {_absence(path)}")
+    try:
+        content = _read(path, use_mmap=use_mmap)
+    except _DAMAGE as error:
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {_reason(error)}") from error
+    if isinstance(content, dict) and "state_dict" not in content:
+        content = {"state_dict": content}
+    state_dict = content.get("state_dict") if isinstance(content, dict) else None
+    if not state_dict or not _is_state_dict(state_dict):
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read: it holds no state dict")
+    for name in _COUNTS:
+        count = content.get(name, 0)
+        if type(count) is not int or count < 0:
+            raise ValueError(f"checkpoint {str(path)!r} cannot be read: its {name} is {count!r}")
+    return {**content, "state_dict": _plain_names(state_dict)}
+
+
+def _absence(path: Path) -> str:
+    return "is a folder" if path.is_dir() else "does not exist"
+
+
+def _read(path: Path, *, use_mmap: bool) -> Any:
+    with path.open("rb") as file:
+        head = file.read(9)
+    # The length of a header, then the header, which is JSON.
+    if path.suffix == ".safetensors" or head[8:] == b"{":
+        return load_file(path)
+    # Files from before torch 1.6 are no zip archives and cannot be mapped.
+    use_mmap = use_mmap and zipfile.is_zipfile(path)
+    with warnings.catch_warnings(), torch.serialization.safe_globals(_NUMPY):
+        # What is wrong with a file is told by the caller.
+        warnings.simplefilter("ignore")
+        return _plain(torch.load(path, map_location="cpu", weights_only=True, mmap=use_mmap))
+
+
+def newest_checkpoint(
+    folder: Path, *, on_damage: Callable[[Path, ValueError], None] | None = None
+) -> Path | None:
+    """Return the checkpoint that got furthest among those of a run that are whole.
+
+    Args:
+        folder: A run's checkpoint folder, of this trainer or of OpenCLIP's.
+        on_damage: Is told of files that cannot be read or whose checksum is wrong. By default
+            they are named in a warning.
+
+    Returns:
+        The file, None where there is none.
+    """
+    on_damage = on_damage or _pass_over
+    progress: dict[Path, tuple[int, int]] = {}
+    for path in sorted(path for path in folder.glob("*.pt") if RUN_FILE.fullmatch(path.name)):
+        try:
+            content = read_checkpoint(path, use_mmap=True)
+        except ValueError as error:
+            on_damage(path, error)
+        else:
+            progress[path] = (content.get("epoch", 0), content.get("step", 0))
+    for path in sorted(progress, key=lambda path: progress[path], reverse=True):
+        try:
+            check_sum(path)
+        except ValueError as error:
+            on_damage(path, error)
+        else:
+            return path
+    return None
+
+
+def _pass_over(path: Path, error: ValueError) -> None:
+    _logger.warning("%s; it is passed over", error)
+
+
+def find_checkpoint(path: Path | str) -> Path:
+    """Return the file that a user means: a file, or the newest whole one of a run's folder.
+
+    Args:
+        path: A file, which is returned as it is, the folder of a run, or its checkpoint folder.
+
+    Raises:
+        ValueError: If it is a folder without any.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    newest = newest_checkpoint(path / CHECKPOINTS_NAME) or newest_checkpoint(path)
+    if newest is None:
+        raise ValueError(f"{str(path)!r} is a folder that holds no checkpoint")
+    return newest
+
+
+def fit_weights(given: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return a file's weights under the names, and in the shapes, of a model.
+
+    Weights of a CLIP model fit the same model with a text tower of its own (`custom_text`), and
+    one number may be a scalar or a vector of one, by the version that wrote it.
+
+    Args:
+        given: A state dict from `read_checkpoint`.
+        model: The plain model.
+
+    Raises:
+        ValueError: If they do not fit, with the first weight that does not.
+    """
+    own = model.state_dict()
+    if "positional_embedding" in given and "positional_embedding" not in own:
+        given = {f"text.{n}" if n.startswith(_TEXT_TOWER) else n: t for n, t in given.items()}
+    misfit = first_misfit(own, given)
+    if misfit is not None:
+        raise ValueError(misfit)
+    return {name: t.reshape(own[name].shape) if t.numel() == 1 else t for name, t in given.items()}
+
+
+def first_misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
+    """Return in words the first weight that keeps a file from fitting a model, None if it fits.
+
+    Args:
+        own: The model's state dict.
+        given: The file's. One number may be a scalar or a vector of one.
+    """
+    only = {"file": given.keys() - own.keys(), "model": own.keys() - given.keys()}
+    if only["file"] or only["model"]:
+        return ", ".join(f"only the {who} has {min(names)}" for who, names in only.items() if names)
+    for name, weight in given.items():
+        is_one_number = own[name].numel() == weight.numel() == 1
+        if own[name].shape != weight.shape and not is_one_number:
+            shapes = f"{tuple(weight.shape)} in the file, {tuple(own[name].shape)} in the model"
+            return f"{name} has shape {shapes}"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers of numpy's, as older trainers saved them, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    return value
+
+
+def _is_state_dict(content: Any) -> bool:
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    )
+
+
+def _plain_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undo what DistributedDataParallel and torch.compile put before names."""
+    for prefix in _WRAPPER_PREFIXES * 2:
+        if all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name.removeprefix(prefix): t for name, t in state_dict.items()}
+    return state_dict
+
+
+def _reason(error: BaseException) -> str:
+    """Say why a file was not read; torch's own words advise to run what is in it."""
+    text = str(error)
+    forbidden = re.search(r"GLOBAL ([\w.]+)", text)
+    if isinstance(error, UnpicklingError) and forbidden:
+        return f"it holds {forbidden[1]}, which is no tensor or plain type; nothing in it was run"
+    if isinstance(error, UnpicklingError):
+        return "it is damaged or no checkpoint"
+    if "TorchScript" in text:
+        return (
+            "it is a TorchScript archive, which is code as well as weights; nothing in it was run "
+            "(OpenAI's own weights are --pretrained openai)"
+        )
+    first = re.split(r"\. |\n", text, maxsplit=1)[0]
+    detail = "".join(character for character in first if character.isprintable())
+    name = type(error).__name__
+    return f"it is damaged or no checkpoint ({name}{f': {detail}' if detail else ''})"
+
+
+def read_sums(folder: Path) -> list[tuple[str, str]]:
+    """Return a folder's list of (file name, SHA-256), oldest first.
+
+    A name is there twice while its file is being replaced.
+    """
+    path = folder / SUMS_NAME
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    matches = [_SUM_LINE.fullmatch(line) for line in text.splitlines()]
+    return [(match[2], match[1]) for match in matches if match]
+
+
+def check_sum(path: Path) -> None:
+    """Compare a checkpoint with the checksum that its folder lists.
+
+    A file that is not listed, such as OpenCLIP's, is checked against the checksums that every
+    zip archive has inside.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    digests = [digest for name, digest in read_sums(path.parent) if name == path.name]
+    if digests:
+        if _file_digest(path) not in digests:
+            raise ValueError(
+                f"checkpoint {str(path)!r} is damaged: its checksum is not the one in {SUMS_NAME}"
+            )
+        return
+    try:
+        damaged = _damaged_record(path)
+    # The last where a damaged header asks for a compression that zipfile does not know.
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError) as error:
+        raise ValueError(f"checkpoint {str(path)!r} is damaged: {error}") from error
+    if damaged is not None:
+        raise ValueError(
+            f"checkpoint {str(path)!r} is damaged: the checksum of {damaged!r} in it is wrong"
+        )
+
+
+def _damaged_record(path: Path) -> str | None:
+    # Files from before torch 1.6 are no archives and have no checksums.
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

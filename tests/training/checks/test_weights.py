@@ -1,0 +1,171 @@
+"""Weights and checkpoints that do not fit are found out before anything is created."""
+
+import contextlib
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from clip_pgs.training.__main__ import main
+from support.options import SYNTHETIC, write_model_config
+from support.refusals import accept, refusal
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The command line of a tiny model, and one of such models."""
+    path = write_model_config(tmp_path / "vit_weights.json")
+    argv = ("--model-config", path, *SYNTHETIC, "--device", "cpu")
+    accept(*argv)
+    return argv, open_clip.create_model("vit_weights")
+
+
+def save(state_dict, path="weights.pt", **content):
+    torch.save({"state_dict": dict(state_dict), **content}, path)
+    return path
+
+
+def renamed(model, prefix):
+    return {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("path", ["weights.pt", "weights.ckpt", "weights"])
+def test_weights_that_evaluation_opens_start_a_run(model, prefix, path):
+    argv, weights = model
+    accept(*argv, "--pretrained", save(renamed(weights, prefix), path))
+
+
+def test_weights_of_a_clip_start_its_custom_text_model(model):
+    argv, weights = model
+    accept(*argv, "--pretrained", save(weights.state_dict()), "--force-custom-text")
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (lambda state: {f"student.{name}": t for name, t in state.items()}, "the file has student"),
+        (lambda state: state.pop("visual.proj"), "the model has visual.proj"),
+        (lambda state: state.update(extra=torch.zeros(1)), "the file has extra"),
+        (lambda state: state.update({"ln_final.weight": torch.zeros(3)}), "shape (3,)"),
+        (lambda state: state.update(logit_bias=torch.zeros(1)), "the file has logit_bias"),
+        (lambda state: {"weights": torch.zeros(2)}, "the file has weights"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(model, damage, part):
+    argv, weights = model
+    state = dict(weights.state_dict())
+    changed = damage(state)
+    path = save(changed if isinstance(changed, dict) else state)
+    message = refusal(*argv, "--pretrained", path)
+    assert path in message
+    assert part in message
+
+
+def test_custom_text_weights_do_not_fit_a_plain_clip(model):
+    argv, _ = model
+    custom = open_clip.create_model("vit_weights", force_custom_text=True)
+    assert "only the" in refusal(*argv, "--pretrained", save(custom.state_dict()))
+
+
+def test_such_a_refusal_is_one_sentence_and_creates_nothing(model, tmp_path, capsys):
+    argv, weights = model
+    save(renamed(weights, "student."))
+    before = sorted(tmp_path.iterdir())
+    for more in ([], ["--check-only"]):
+        assert main([*argv, "--pretrained", "weights.pt", "--name", "run", *more]) == 2
+        written = capsys.readouterr()
+        assert written.out == ""
+        assert written.err.startswith("error: ")
+        assert written.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--model", "ViT-B-16", "--pretrained", "laion2b_s34b_b88k"),
+        ("--model", "ViT-B-32", "--pretrained", "openai"),
+        ("--model", "roberta-ViT-B-32"),
+        ("--model", "ViT-B-16-SigLIP"),
+        ("--model", "vit_medium_patch16_gap_256", "--pretrained-image"),
+    ],
+)
+def test_what_cannot_be_fetched_is_refused(argv, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refusal(*argv, *SYNTHETIC, "--cache-dir", str(tmp_path / "cache"))
+    assert argv[1] in message
+
+
+def begun(model, **locks):
+    """Return the content of a checkpoint after an epoch of training, with these towers locked."""
+    if locks.get("lock_image"):
+        model.lock_image_tower()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [[p for _, p in trained if p.ndim < 2], [p for _, p in trained if p.ndim >= 2]]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups])
+    for _, parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["param_groups"][0]["lr"] = np.float64(0.1)
+    return {"epoch": 1, "name": "theirs", "optimizer": state}
+
+
+def test_a_run_goes_on_from_a_file_of_an_older_trainer(model):
+    argv, weights = model
+    save(renamed(weights, "module."), **begun(weights))
+    accept(*argv, "--resume", "weights.pt")
+
+
+@pytest.mark.parametrize("resumes", ["file", "folder", "latest"])
+@pytest.mark.parametrize("flag", ["--lock-image", "--opt=timm/sgd"])
+def test_a_run_does_not_go_on_with_an_optimizer_of_other_parameters(model, tmp_path, resumes, flag):
+    argv, weights = model
+    folder = tmp_path / "logs" / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    path = folder / "epoch_1.pt"
+    save(weights.state_dict(), path, **begun(weights))
+    resume = {"file": [str(path)], "folder": [str(folder.parent)], "latest": ["latest"]}[resumes]
+    argv = [*argv, "--lr", "0.1", "--resume", *resume]
+    if resumes == "latest":
+        argv += ["--name", "run"]
+    accept(*argv)
+    message = refusal(*argv, flag)
+    assert "--resume" in message
+    assert "epoch_1.pt" in message
+
+
+def test_locking_back_is_refused_too(model):
+    argv, weights = model
+    save(weights.state_dict(), **begun(weights, lock_image=True))
+    accept(*argv, "--resume", "weights.pt", "--lock-image")
+    assert "--lock-image" in refusal(*argv, "--resume", "weights.pt")
+
+
+@pytest.mark.parametrize(
+    "content", [{"epoch": 1}, {"epoch": 1, "optimizer": {}}, {"position": 3, "optimizer": [1]}]
+)
+def test_a_begun_run_without_its_optimizer_does_not_go_on(model, content):
+    argv, weights = model
+    save(weights.state_dict(), **content)
+    assert "optimizer" in refusal(*argv, "--resume", "weights.pt")
+    accept(*argv, "--pretrained", "weights.pt")
+
+
+def test_a_file_of_another_model_is_not_resumed(model):
+    argv, _ = model
+    save(open_clip.create_model("vit_weights", force_custom_text=True).state_dict())
+    assert "weights.pt does not fit" in refusal(*argv, "--resume", "weights.pt")
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--pretrained"])
+def test_a_run_folder_stands_for_its_newest_checkpoint(model, tmp_path, flag):
+    argv, weights = model
+    folder = tmp_path / "theirs" / "checkpoints"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+    assert "holds no checkpoint" in refusal(*argv, flag, "theirs")
+    save(weights.state_dict(), folder / "epoch_1.pt", **begun(weights))
+    accept(*argv, flag, "theirs")
