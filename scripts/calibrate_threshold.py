@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from clip_pgs import PatchInputs, create_masking
-from clip_pgs.masking.pgs_masking import calibrated_threshold
+from clip_pgs.masking.pgs import calibrated_threshold
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 SIZE, PATCH_SIZE, WIDTH = 224, 16, 768

@@ -6,7 +6,7 @@ import torch
 
 from clip_pgs import create_masking
 from clip_pgs.inspection.stages import pgs_stages
-from clip_pgs.masking.patches import kept_patches, patchify
+from clip_pgs.masking.sampling import kept_patches, patchify
 from support.images import make_inputs
 
 GRID = (5, 6)

@@ -3,7 +3,19 @@ import math
 import pytest
 import torch
 
-from clip_pgs.masking.sampling import draw_noise, gumbel, mask_top, mask_top_counts, select_top
+from clip_pgs import PatchSelection
+from clip_pgs.masking.sampling import (
+    draw_noise,
+    gather_tokens,
+    gumbel,
+    in_blocks,
+    kept_patches,
+    mask_top,
+    mask_top_counts,
+    paint_kept,
+    patchify,
+    select_top,
+)
 from support.images import make_inputs
 
 
@@ -38,3 +50,92 @@ def test_gumbel_has_its_mean_and_stays_finite_at_zero():
     assert values.mean().item() == pytest.approx(0.5772, abs=0.01)
     assert values.std().item() == pytest.approx(math.pi / math.sqrt(6), abs=0.01)
     assert torch.isfinite(gumbel(torch.tensor([0.0, 1.0 - 2**-24]))).all()
+
+
+SELECTION = PatchSelection(
+    torch.tensor([[0, 5], [2, 2]]), torch.tensor([[True, True], [True, False]])
+)
+
+
+def test_patchify_agrees_with_torch_unfold():
+    pixels = torch.randn(2, 3, 8, 12)
+    unfolded = torch.nn.functional.unfold(pixels, kernel_size=4, stride=4).transpose(1, 2)
+    assert torch.equal(patchify(pixels, (4, 4)), unfolded)
+
+
+def test_patchify_takes_patches_that_are_not_square():
+    pixels = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert patchify(pixels, (2, 4))[0].tolist() == [list(range(8)), list(range(8, 16))]
+
+
+def test_gather_takes_the_tokens_at_the_index():
+    tokens = torch.arange(24.0).reshape(2, 6, 2)
+    assert gather_tokens(tokens, SELECTION).tolist() == [
+        [[0.0, 1.0], [10.0, 11.0]],
+        [[16.0, 17.0], [16.0, 17.0]],
+    ]
+
+
+def test_kept_patches_marks_each_valid_entry_once():
+    assert kept_patches(SELECTION, 6).int().tolist() == [[1, 0, 0, 0, 0, 1], [0, 0, 1, 0, 0, 0]]
+
+
+def test_painting_leaves_kept_pixels_and_greys_the_rest():
+    pixels = torch.rand(2, 3, 4, 6)
+    painted = paint_kept(pixels, SELECTION, (2, 2))
+    assert torch.equal(painted[0, :, :2, :2], pixels[0, :, :2, :2])
+    assert torch.equal(painted[0, :, 2:, 4:], pixels[0, :, 2:, 4:])
+    assert (painted[0, :, :2, 2:] == 0.5).all()
+    assert (painted[1, :, 2:] == 0.5).all()
+
+
+def test_painting_greys_what_lies_beyond_the_last_whole_patch():
+    pixels = torch.rand(1, 3, 5, 7)
+    painted = paint_kept(pixels, PatchSelection(torch.arange(6)[None]), (2, 2))
+    assert torch.equal(painted[:, :, :4, :6], pixels[:, :, :4, :6])
+    assert (painted[:, :, 4:] == 0.5).all()
+    assert (painted[..., 6:] == 0.5).all()
+
+
+IMAGE = 2**18  # numbers, of which a block holds twice as many
+
+
+def test_large_batches_are_cut_into_blocks_and_put_together_in_order():
+    sizes = []
+
+    def double(images, offset, absent):
+        assert absent is None
+        sizes.append(len(images))
+        return 2 * images[:, :1] + offset
+
+    images = torch.arange(5.0)[:, None].expand(5, IMAGE)
+    offset = torch.arange(5.0)[:, None] / 10
+    result = in_blocks(double, images, offset, None)
+    assert sizes == [2, 2, 1]
+    torch.testing.assert_close(result, 2 * images[:, :1] + offset)
+
+
+def test_a_batch_that_fits_a_block_stays_whole():
+    assert in_blocks(lambda images: images[:1], torch.zeros(2, IMAGE)).shape == (1, IMAGE)
+
+
+def test_an_image_larger_than_a_block_is_one():
+    sizes = []
+    in_blocks(lambda images: sizes.append(len(images)) or images, torch.zeros(2, 3 * IMAGE))
+    assert sizes == [1, 1]
+
+
+def test_other_devices_keep_the_batch_whole():
+    images = torch.zeros(5, IMAGE, device="meta")
+    assert in_blocks(lambda whole: whole[:1], images).shape == (1, IMAGE)
+
+
+def test_a_compiled_batch_stays_whole():
+    compiled = torch.compile(
+        lambda images: in_blocks(lambda x: x[:1], images), backend="eager", fullgraph=True
+    )
+    assert compiled(torch.zeros(5, IMAGE)).shape == (1, IMAGE)
+
+
+def test_no_images_give_no_result():
+    assert in_blocks(lambda images: images + 1, torch.zeros(0, 3)).shape == (0, 3)

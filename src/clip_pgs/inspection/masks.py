@@ -19,9 +19,9 @@ from clip_pgs.inspection.stage_pictures import stage_columns
 from clip_pgs.inspection.stages import pgs_stages
 from clip_pgs.inspection.view import View, fit_strategy, seeded_noise
 from clip_pgs.masking import MaskingStrategy
-from clip_pgs.masking.grid import patch_grid
-from clip_pgs.masking.patches import paint_kept
-from clip_pgs.masking.pgs_masking import PGSMasking
+from clip_pgs.masking.pgs import PGSMasking
+from clip_pgs.masking.sampling import paint_kept
+from clip_pgs.masking.strategy import patch_grid
 
 # Smaller images are enlarged by a whole number until their shorter side reaches this.
 PANEL_SIZE = 224
@@ -77,7 +77,7 @@ def draw_masks(
     num_columns = 1 + len(strategies)
     if stages:
         num_columns += sum(
-            3 + strategy.edges
+            3 + strategy.options.edges
             for strategy in strategies.values()
             if isinstance(strategy, PGSMasking)
         )

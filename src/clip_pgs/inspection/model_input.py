@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from clip_pgs.data.decoding import to_rgb
-from clip_pgs.masking.grid import patch_grid, patch_sides
+from clip_pgs.masking.strategy import patch_grid, patch_sides
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)

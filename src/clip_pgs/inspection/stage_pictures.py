@@ -11,7 +11,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from clip_pgs.inspection.figure import Column, Legend, Panel
 from clip_pgs.inspection.stages import Stages
-from clip_pgs.masking.pgs_masking import PGSMasking
+from clip_pgs.masking.pgs import PGSMasking
 
 # From dark over red to pale yellow: read as heat, and in grey print still from dark to light.
 _HEAT = ("#0b0724", "#4a1079", "#a1307e", "#e95562", "#feae76", "#fcfdbf")
@@ -84,9 +84,9 @@ def _candidate_column(strategy: PGSMasking, stages: Stages, canvas: _Canvas) -> 
         for candidate, position in enumerate(stages.candidates[number].tolist()):
             canvas.outline(picture, position, _hex(candidate_colors(num_candidates)[candidate]))
         panels.append((picture, f"{num_candidates} candidates"))
-    where = "" if strategy.candidate_region == "image" else " of the border"
+    where = "" if strategy.options.candidate_region == "image" else " of the border"
     text = f"Patches{where} drawn at random, to stand for what may go"
-    text += ", rarely where edges are." if strategy.edges else "."
+    text += ", rarely where edges are." if strategy.options.edges else "."
     return Column("2  candidates", panels, Legend(text))
 
 
@@ -101,12 +101,12 @@ def _plan_column(strategy: PGSMasking, stages: Stages, canvas: _Canvas) -> Colum
         for candidate, position in enumerate(stages.candidates[number].tolist()):
             canvas.outline(picture, position, _hex(0.6 * colors_C3[candidate]))
         # A window limits what a candidate can take, and without a plan nothing is dealt out.
-        is_even = strategy.transport and strategy.neighbourhood is None
+        is_even = strategy.options.transport and strategy.options.neighborhood is None
         caption = f"{num_patches / num_candidates:.1f} patches each" if is_even else ""
         panels.append((picture, caption))
     steps = torch.linspace(0, 1, 64)[:, None]
     ramp = _ramp(colors_C3[0] * steps + (1 - steps) * (0.5 * (1 - _PALE) + _PALE))
-    if strategy.transport:
+    if strategy.options.transport:
         text = "The colour is that of the candidate which takes most of a patch."
         return Column("3  plan", panels, Legend(text, ramp, ("takes none", "takes all of it")))
     text = "The colour is that of the candidate which a patch resembles most."
@@ -122,7 +122,7 @@ def _score_column(strategy: PGSMasking, stages: Stages, canvas: _Canvas) -> Colu
             canvas.outline(picture, position, _OUTLINE)
         panels.append((picture, f"{low[number].item():.2f} to {high[number].item():.2f}"))
     text = "How redundant a patch is"
-    text += ", less its edges." if strategy.edges else "."
+    text += ", less its edges." if strategy.options.edges else "."
     text += " Candidates (framed) are masked first."
     return Column("4  score", panels, Legend(text, _heat_ramp(), ("kept", "masked")))
 

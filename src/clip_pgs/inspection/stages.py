@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from clip_pgs.masking import PatchInputs, sinkhorn_plan
-from clip_pgs.masking.pgs_masking import PGSMasking
-from clip_pgs.masking.pgs_scores import candidate_affinity
+from clip_pgs.masking.pgs import PGSMasking, reached_similarity
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,15 @@ def _owners(
     strategy: PGSMasking, inputs: PatchInputs, candidate_index: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the candidate that takes most of each patch, and how much, two of shape (B, N)."""
-    share_BCN = candidate_affinity(inputs, candidate_index, neighbourhood=strategy.neighbourhood)
-    if strategy.transport:
-        share_BCN = inputs.num_patches * sinkhorn_plan(
-            share_BCN,
-            temperature=strategy.temperature,
-            num_iters=strategy.num_iters,
-            solver=strategy.solver,
-        )
+    options = strategy.options
+    share_BCN = reached_similarity(inputs, candidate_index, options.neighborhood)
+    if options.transport:
+        options = strategy.options
+    share_BCN = inputs.num_patches * sinkhorn_plan(
+        share_BCN,
+        temperature=options.temperature,
+        num_iters=options.num_iters,
+        solver=options.solver,
+    )
     most = share_BCN.max(dim=1)
     return most.indices, most.values.clamp(0, 1)

@@ -1,39 +1,39 @@
 """Choosing which patches of an image a vision transformer sees; torch alone."""
 
-from clip_pgs.masking import (
-    attentive_masking,
-    block_masking,
-    cluster_masking,
-    gaussian_masking,
-    grid_masking,
-    none_masking,
-    pgs_masking,
-    pgs_released_masking,
-    random_masking,
-)
+from clip_pgs.masking import attentive, baselines, cluster, pgs, pgs_released
 from clip_pgs.masking.edges import sobel_edges
-from clip_pgs.masking.pgs_scores import pgs_scores
-from clip_pgs.masking.registry import create_masking, list_maskings, masking_options
+from clip_pgs.masking.pgs import pgs_scores
 from clip_pgs.masking.sinkhorn import sinkhorn_plan
-from clip_pgs.masking.types import MaskingStrategy, PatchInputs, PatchSelection
+from clip_pgs.masking.strategy import (
+    FixedRatioMasking,
+    MaskingDeclaration,
+    MaskingStrategy,
+    PatchInputs,
+    PatchSelection,
+    create_masking,
+    describe_masking,
+    list_maskings,
+    masking_options,
+    register_masking,
+)
 
 __all__ = [
+    "FixedRatioMasking",
+    "MaskingDeclaration",
     "MaskingStrategy",
     "PatchInputs",
     "PatchSelection",
-    "attentive_masking",
-    "block_masking",
-    "cluster_masking",
+    "attentive",
+    "baselines",
+    "cluster",
     "create_masking",
-    "gaussian_masking",
-    "grid_masking",
+    "describe_masking",
     "list_maskings",
     "masking_options",
-    "none_masking",
-    "pgs_masking",
-    "pgs_released_masking",
+    "pgs",
+    "pgs_released",
     "pgs_scores",
-    "random_masking",
+    "register_masking",
     "sinkhorn_plan",
     "sobel_edges",
 ]

@@ -1,11 +1,17 @@
-"""Which patches are masked, and the random numbers behind them."""
+"""Random numbers, the choice of the highest scores, and patches as they lie in an image."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from clip_pgs.masking.types import PatchInputs, PatchSelection
+from clip_pgs.masking.strategy import PatchInputs, PatchSelection
+
+# About 2 MB of float32, what a core's own cache holds.
+_BLOCK = 2**19
 
 
 def draw_noise(inputs: PatchInputs, generator: torch.Generator | None) -> Tensor:
@@ -77,3 +83,117 @@ def mask_top_counts(scores: Tensor, *, num_mask: Tensor, num_mask_min: int) -> P
     last_B = valid_BK.sum(dim=1, keepdim=True) - 1
     index_BK = torch.where(valid_BK, slots_BK, slots_BK.gather(1, last_B))
     return PatchSelection(index=index_BK, valid=valid_BK)
+
+
+def patchify(pixels: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Cut images into flattened patches.
+
+    Args:
+        pixels: Shape (B, C, H, W).
+        patch_size: (height, width) of a patch, dividing H and W.
+
+    Returns:
+        Patches in raster order, each its C * height * width values. Shape (B, N, C * h * w).
+    """
+    batch_size, channels, height, width = pixels.shape
+    patch_height, patch_width = patch_size
+    rows, columns = height // patch_height, width // patch_width
+    cells = pixels.reshape(batch_size, channels, rows, patch_height, columns, patch_width)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch_size, rows * columns, -1)
+
+
+def gather_tokens(tokens: Tensor, selection: PatchSelection) -> Tensor:
+    """Gather the selected tokens.
+
+    Args:
+        tokens: One token per patch. Shape (B, N, D).
+        selection: Which to keep; index of shape (B, K).
+
+    Returns:
+        Tokens of shape (B, K, D).
+    """
+    index_BKD = selection.index[:, :, None].expand(-1, -1, tokens.shape[2])
+    return tokens.gather(1, index_BKD)
+
+
+def kept_patches(selection: PatchSelection, num_patches: int) -> Tensor:
+    """Return which patches a selection keeps, as booleans of shape (B, N)."""
+    keep_mask_BN = torch.zeros(
+        (selection.index.shape[0], num_patches), dtype=torch.bool, device=selection.index.device
+    )
+    # A padding slot repeats a kept patch, so that writing True there changes nothing.
+    return keep_mask_BN.scatter(1, selection.index, True)
+
+
+def paint_kept(
+    pixels: Tensor, selection: PatchSelection, patch_size: tuple[int, int], *, fill: float = 0.5
+) -> Tensor:
+    """Paint the masked patches of images in one flat value.
+
+    Args:
+        pixels: Images to draw on, usually in [0, 1]. Shape (B, C, H, W).
+        selection: The patches that stay visible.
+        patch_size: (height, width) of a patch.
+        fill: Value of a masked pixel; 0.5 is mid-grey for images in [0, 1].
+
+    Returns:
+        Images of the same shape and dtype. What lies beyond the last whole patch, which no model
+        sees, is painted too.
+    """
+    height, width = pixels.shape[-2:]
+    rows, columns = height // patch_size[0], width // patch_size[1]
+    keep_mask = kept_patches(selection, rows * columns).reshape(-1, 1, rows, columns)
+    keep_mask = keep_mask.repeat_interleave(patch_size[0], 2).repeat_interleave(patch_size[1], 3)
+    keep_mask = functional.pad(
+        keep_mask, (0, width - keep_mask.shape[3], 0, height - keep_mask.shape[2])
+    )
+    return torch.where(keep_mask, pixels, pixels.new_tensor(fill))
+
+
+def grid_coordinates(grid_size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return row and column of every patch in raster order, two of shape (N,), int64."""
+    position_N = torch.arange(grid_size[0] * grid_size[1], device=device)
+    return position_N // grid_size[1], position_N % grid_size[1]
+
+
+def log_center_weight(
+    grid_size: tuple[int, int], device: torch.device, *, sigma: float = 0.2
+) -> Tensor:
+    """Weigh patches by a Gaussian around the middle of the image, in logarithm.
+
+    Args:
+        grid_size: (h, w) of the grid.
+        device: Where the result lies.
+        sigma: Standard deviation as a share of each side.
+
+    Returns:
+        Logarithms at the centres of the patches, at most 0, shape (N,), float32.
+    """
+    row_N, column_N = grid_coordinates(grid_size, device)
+    y_N = (row_N + 0.5) / grid_size[0] - 0.5
+    x_N = (column_N + 0.5) / grid_size[1] - 0.5
+    return -(y_N.square() + x_N.square()) / (2 * sigma**2)
+
+
+def in_blocks(compute: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """Compute something for each image of a batch by itself.
+
+    Selection reads and writes an image several times for little arithmetic. Where memory is slow,
+    that takes several times as long on a whole batch as on a few images; elsewhere, and inside a
+    compiled model, the batch stays whole.
+
+    Args:
+        compute: Takes tensors of B images and returns one of them, without mixing images.
+        *tensors: What it takes, each of shape (B, ...); the first one sets the size of a block.
+            None is passed on.
+
+    Returns:
+        What `compute` returns for the whole batch.
+    """
+    first = tensors[0]
+    assert first is not None
+    if first.device.type != "cpu" or torch.compiler.is_compiling() or first.numel() <= _BLOCK:
+        return compute(*tensors)
+    num_images = max(1, _BLOCK * len(first) // first.numel())
+    blocks = [len(first) * [None] if t is None else t.split(num_images) for t in tensors]
+    return torch.cat([compute(*block) for block in zip(*blocks, strict=False)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from clip_pgs.masking.ratios import check_mask_ratio
+from clip_pgs.masking.strategy import check_choice, check_mask_ratio, check_progress
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -30,10 +30,8 @@ def scheduled_ratio(
     """
     for name, ratio in (("start", start), ("end", end)):
         check_mask_ratio(ratio, name=name)
-    if not 0.0 <= progress <= 1.0:
-        raise ValueError(f"progress must be in [0, 1], got {progress}")
-    if kind not in SCHEDULES:
-        raise ValueError(f"kind must be one of {', '.join(SCHEDULES)}, got {kind!r}")
+    check_progress(progress)
+    check_choice(kind, SCHEDULES, name="kind")
     if num_levels < 2:
         raise ValueError(f"num_levels must be >= 2, got {num_levels}")
     # 3 / 10 * 10 falls just short of 3 for some progress that means three tenths.

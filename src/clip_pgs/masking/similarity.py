@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clip_pgs.masking.blocks import in_blocks
-from clip_pgs.masking.patches import patchify
-from clip_pgs.masking.types import PatchInputs
+from clip_pgs.masking.sampling import in_blocks, patchify
+from clip_pgs.masking.strategy import PatchInputs
 
 # Below this share of its own norm, a centred vector is rounding noise and not a direction.
 _NOISE_RATIO = 1e-5

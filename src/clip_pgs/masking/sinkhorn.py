@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from clip_pgs.masking.ratios import check_range
+from clip_pgs.masking.strategy import check_choice, check_range
 
 SOLVERS = ("log", "pot")
 
@@ -23,7 +22,6 @@ def sinkhorn_plan(
     temperature: float = 0.1,
     num_iters: int = 12,
     solver: str = "log",
-    pot_options: dict[str, Any] | None = None,
 ) -> Tensor:
     """Solve for the plan that moves uniform mass from candidates to patches.
 
@@ -40,8 +38,6 @@ def sinkhorn_plan(
         solver: "log" runs a fixed number of sweeps in log space: no host synchronisation, and it
             compiles. "pot" calls `ot.batch.solve_batch` (POT, https://pythonot.github.io), which
             gives the same plan and synchronises with the host.
-        pot_options: Arguments for `ot.batch.solve_batch` that replace ours, such as
-            `{"method": "proximal"}` or `{"tol": 1e-6, "max_iter": 1000}`. For "pot" alone.
 
     Returns:
         Plan of shape (B, C, N), float32. Columns sum to 1 / N; rows sum to 1 / C up to the
@@ -49,17 +45,14 @@ def sinkhorn_plan(
         the others need as evenly as the allowed pairs let them.
 
     Raises:
-        ValueError: If `scores` is not 3-D, `temperature` or `num_iters` is out of its range,
-            `solver` is unknown, or `pot_options` are given to another solver.
+        ValueError: If `scores` is not 3-D, `temperature` or `num_iters` is out of its range, or
+            `solver` is unknown.
     """
     if scores.ndim != 3:
         raise ValueError(f"scores must have shape (B, C, N), got {tuple(scores.shape)}")
     check_sinkhorn_options(temperature=temperature, num_iters=num_iters, solver=solver)
-    if pot_options and solver != "pot":
-        raise ValueError(f"pot_options go with solver='pot', got solver={solver!r}")
-
     if solver == "pot":
-        return _pot_plan(scores.float(), temperature, num_iters, pot_options or {})
+        return _pot_plan(scores.float(), temperature, num_iters)
     return _log_plan(scores.float() / temperature, num_iters)
 
 
@@ -108,8 +101,7 @@ def check_sinkhorn_options(*, temperature: float, num_iters: int, solver: str) -
     """
     check_range(temperature, name="temperature", low=1e-6, high=1e6)
     check_range(num_iters, name="num_iters", low=1, high=10_000)
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    check_choice(solver, SOLVERS, name="solver")
 
 
 def _log_plan(log_kernel_BCN: Tensor, num_iters: int) -> Tensor:
@@ -129,12 +121,10 @@ def _finite_logsumexp(values: Tensor, *, dim: int) -> Tensor:
     return values.logsumexp(dim=dim, keepdim=True).clamp_min(torch.finfo(values.dtype).min)
 
 
-def _pot_plan(
-    scores: Tensor, temperature: float, num_iters: int, pot_options: dict[str, Any]
-) -> Tensor:
+def _pot_plan(scores: Tensor, temperature: float, num_iters: int) -> Tensor:
     try:
         from ot.batch import solve_batch
     except ImportError as error:
         raise ValueError("solver='pot' needs the package POT: pip install pot") from error
     options = {"method": "log_sinkhorn", "max_iter": num_iters, "tol": 0.0, "grad": "detach"}
-    return solve_batch(1.0 - scores, temperature, **{**options, **pot_options}).plan
+    return solve_batch(1.0 - scores, temperature, **options).plan

@@ -15,7 +15,7 @@ from clip_pgs.integrations.open_clip import (
     set_mask_ratio,
 )
 from clip_pgs.integrations.open_clip.padding import masked_block
-from clip_pgs.masking.patches import kept_patches
+from clip_pgs.masking.sampling import kept_patches
 from support.models import image_batch, small_clip, small_timm_clip
 
 OPEN_CLIP_TOWERS = {

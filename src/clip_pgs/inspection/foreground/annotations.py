@@ -14,7 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from clip_pgs.inspection.images import list_images, open_image
 from clip_pgs.inspection.model_input import ModelInput
-from clip_pgs.masking.patches import patchify
+from clip_pgs.masking.sampling import patchify
 
 MASK_ENDING = ".png"
 

@@ -12,7 +12,7 @@ from clip_pgs.inspection.foreground.annotations import ForegroundImages
 from clip_pgs.inspection.strategies import StrategySpec
 from clip_pgs.inspection.view import View, fit_strategy, seeded_noise
 from clip_pgs.masking import MaskingStrategy, PatchInputs
-from clip_pgs.masking.patches import kept_patches
+from clip_pgs.masking.sampling import kept_patches
 
 NUM_SEEDS = 20
 

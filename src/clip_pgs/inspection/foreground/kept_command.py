@@ -17,7 +17,7 @@ from clip_pgs.inspection.foreground.kept_report import FILE_NAMES, kept_table, w
 from clip_pgs.inspection.strategies import parse_specs
 from clip_pgs.inspection.view import View
 from clip_pgs.inspection.view_options import MASKING_HELP, add_view_options, read_view
-from clip_pgs.masking.ratios import check_mask_ratio
+from clip_pgs.masking.strategy import check_mask_ratio
 
 MAX_SEEDS = 10_000
 

@@ -15,8 +15,8 @@ from clip_pgs.integrations.open_clip.block_parts import BlockParts
 from clip_pgs.integrations.open_clip.packing import PackedTokens, can_pack, packs_by_default
 from clip_pgs.integrations.open_clip.padding import PaddedTokens
 from clip_pgs.integrations.open_clip.state import PatchGrid, TowerMasking
-from clip_pgs.masking.patches import gather_tokens
-from clip_pgs.masking.types import PatchSelection
+from clip_pgs.masking.sampling import gather_tokens
+from clip_pgs.masking.strategy import PatchSelection
 
 
 class MaskedTower:

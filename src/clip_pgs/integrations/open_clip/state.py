@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from clip_pgs.integrations.open_clip.teacher import Teacher
-from clip_pgs.masking.types import MaskingStrategy, PatchInputs, PatchSelection
+from clip_pgs.masking.strategy import MaskingStrategy, PatchInputs, PatchSelection
 
 WHEN = ("train", "always")
 

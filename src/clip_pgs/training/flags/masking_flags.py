@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from clip_pgs.data.captions.text_masking import TEXT_MASKINGS
-from clip_pgs.masking import list_maskings, masking_options
+from clip_pgs.masking import describe_masking, list_maskings, masking_options
 from clip_pgs.masking.schedule import SCHEDULES
 from clip_pgs.training.flags.flag_types import OwnParser, StorePairs, count, ratio
-from clip_pgs.training.flags.papers import IMAGE_MASKING_PAPERS, describe
+from clip_pgs.training.flags.papers import describe
 
 
 def add_image_flags(parser: OwnParser) -> None:
     """Add the flags that choose patches."""
     group = parser.add_argument_group("Masking of the image")
+    papers = {name: describe_masking(name).paper for name in list_maskings()}
     group.add_argument(
         "--masking",
         metavar="NAME",
         choices=list_maskings(),
-        help=f"how patches are chosen. {describe(list_maskings(), IMAGE_MASKING_PAPERS)} "
-        "(default: none)",
+        help=f"how patches are chosen. {describe(list_maskings(), papers)} (default: none)",
     )
     group.add_argument(
         "--mask-ratio",

@@ -19,7 +19,7 @@ from clip_pgs.integrations.open_clip import (
     pixel_dtype,
     set_masking_noise,
 )
-from clip_pgs.masking.patches import paint_kept
+from clip_pgs.masking.sampling import paint_kept
 from clip_pgs.training.seeding import step_noise
 
 _logger = logging.getLogger(__name__)

@@ -10,14 +10,24 @@ from __future__ import annotations
 
 import torch
 
-from clip_pgs.masking.fixed_ratio import FixedRatioMasking
-from clip_pgs.masking.ratios import check_share, keep_count
-from clip_pgs.masking.registry import register_masking
 from clip_pgs.masking.sampling import draw_noise
-from clip_pgs.masking.types import PatchInputs, PatchSelection
+from clip_pgs.masking.strategy import (
+    FixedRatioMasking,
+    PatchInputs,
+    PatchSelection,
+    check_range,
+    check_share,
+    register_masking,
+)
 
 
-@register_masking("attentive")
+@register_masking(
+    "attentive",
+    keeps="where an EMA copy of the image tower looks",
+    paper="A-CLIP, arXiv 2212.08653",
+    random=False,
+    requires={"attention"},
+)
 class AttentiveMasking(FixedRatioMasking):
     """Keep the patches with the highest attention; random numbers decide between equal ones.
 
@@ -32,21 +42,14 @@ class AttentiveMasking(FixedRatioMasking):
         ValueError: If an option is out of its range.
     """
 
-    requires = frozenset({"attention"})
-
     def __init__(
         self, *, mask_ratio: float = 0.5, resolution: float = 1.0, momentum: float = 0.996
     ) -> None:
         super().__init__(mask_ratio=mask_ratio)
         check_share(resolution, name="resolution")
-        if not 0.0 <= momentum <= 1.0:
-            raise ValueError(f"momentum must be in [0, 1], got {momentum}")
+        check_range(momentum, name="momentum", low=0, high=1)
         self.resolution = resolution
         self.momentum = momentum
-
-    def extra_repr(self) -> str:
-        """Show the options in the module's printed form."""
-        return f"{super().extra_repr()}, resolution={self.resolution}, momentum={self.momentum}"
 
     def forward(
         self, inputs: PatchInputs, *, generator: torch.Generator | None = None
@@ -62,6 +65,5 @@ class AttentiveMasking(FixedRatioMasking):
         order_BN = draw_noise(inputs, generator).argsort(dim=1)
         attention_BN = inputs.attention.detach().float().gather(1, order_BN)
         rank_BN = attention_BN.argsort(dim=1, descending=True, stable=True)
-        num_keep = keep_count(inputs.num_patches, self.mask_ratio)
-        index_BK = order_BN.gather(1, rank_BN[:, :num_keep])
+        index_BK = order_BN.gather(1, rank_BN[:, : self.num_keep(inputs)])
         return PatchSelection(index=index_BK.sort(dim=1).values)

@@ -20,11 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clip_pgs.masking.patches import patchify
-from clip_pgs.masking.ratios import check_range, check_threshold, lower_bound
-from clip_pgs.masking.registry import register_masking
-from clip_pgs.masking.sampling import draw_noise, second_draw
-from clip_pgs.masking.types import MaskingStrategy, PatchInputs, PatchSelection
+from clip_pgs.masking.sampling import draw_noise, patchify, second_draw
+from clip_pgs.masking.strategy import (
+    MaskingStrategy,
+    PatchInputs,
+    PatchSelection,
+    check_range,
+    check_threshold,
+    lower_bound,
+    register_masking,
+)
 
 NUM_BALANCING_PASSES = 50
 
@@ -33,7 +38,13 @@ _EPSILON = 1e-6
 _BALANCING_EPSILON = 1e-3
 
 
-@register_masking("pgs-released")
+@register_masking(
+    "pgs-released",
+    keeps="as the authors' released code does it, for reproduction",
+    paper="CLIP-PGS as its authors' released code computes it, arXiv 2503.17080",
+    requires={"tokens"},
+    variants=[{"mask_ratio_min": 0.3}, {"attention_bias": True}],
+)
 class PGSReleasedMasking(MaskingStrategy):
     """Select patches as the released code of CLIP-PGS does; use `pgs` for the paper's method.
 
@@ -58,8 +69,6 @@ class PGSReleasedMasking(MaskingStrategy):
     Raises:
         ValueError: If an option is out of its range.
     """
-
-    requires = frozenset({"tokens"})
 
     def __init__(
         self,
@@ -86,10 +95,6 @@ class PGSReleasedMasking(MaskingStrategy):
         self.transport = transport
         self.num_epochs = num_epochs
         self.attention_bias = attention_bias
-
-    def extra_repr(self) -> str:
-        """Show the count's ratio and the threshold in the module's printed form."""
-        return f"mask_ratio_min={self.mask_ratio_min}, threshold={self.threshold}"
 
     @torch.no_grad()
     def forward(

@@ -7,7 +7,7 @@ import torch
 from scipy import ndimage
 
 from clip_pgs import MaskingStrategy, PatchInputs, create_masking, sinkhorn_plan
-from clip_pgs.masking.pgs_released_masking import NUM_BALANCING_PASSES, balance
+from clip_pgs.masking.pgs_released import NUM_BALANCING_PASSES, balance
 from masking import oracle
 from support.images import make_inputs
 

@@ -1,0 +1,410 @@
+"""Patch generation-to-selection (CLIP-PGS, https://arxiv.org/abs/2503.17080, CVPR 2025).
+
+A few random candidate patches are drawn, edges protect the objects, and the similarity of every
+patch to the candidates, balanced by optimal transport, decides what is masked. This page has the
+steps in the paper's order: edges and candidates, similarity, transport, score, selection. What
+goes beyond the method stands below it. docs/method.md sets each equation beside its function, and
+says where the authors' released code (`pgs_released.py`) computes something else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clip_pgs.masking.edges import canny_edges, sobel_edges
+from clip_pgs.masking.sampling import (
+    draw_noise,
+    grid_coordinates,
+    gumbel,
+    log_center_weight,
+    mask_top,
+    mask_top_counts,
+)
+from clip_pgs.masking.similarity import mixed_similarity
+from clip_pgs.masking.sinkhorn import check_sinkhorn_options, plan_average, sinkhorn_plan
+from clip_pgs.masking.strategy import (
+    MaskingStrategy,
+    PatchInputs,
+    PatchSelection,
+    check_choice,
+    check_range,
+    check_share,
+    check_threshold,
+    drawn_count,
+    interpolate,
+    lower_bound,
+    mask_count,
+    register_masking,
+)
+
+EDGE_DETECTORS = {"sobel": sobel_edges, "canny": canny_edges}
+CANDIDATE_REGIONS = ("image", "border")
+
+# (progress, threshold) of the adaptive count; docs/threshold.md says how they were found.
+CALIBRATED_THRESHOLDS = ((0.0, 0.42), (0.5, 0.52), (1.0, 0.73))
+
+# (center_weight, what it takes off the threshold): the mean over 200 images each of Flickr8k and
+# ImageNet and 50 of COCO, at progress 0 and 1, that brings their mean mask ratio back to 0.40.
+CENTER_SHIFTS = ((0.0, 0.0), (0.5, 0.11), (1.0, 0.205), (2.0, 0.345))
+
+# Edges protect candidates by 4 where they take 0.5 off a score; the middle does likewise.
+_CENTER_PROTECTION = 8.0
+# More than the largest Gumbel number of a float32 draw lies above the smallest.
+_GUMBEL_SPAN = 32.0
+# Far beyond what has an effect, and float32 still tells a candidate's score from another's.
+_MAX_WEIGHT = 1e6
+
+_ALIASES = {"neighbourhood": "neighborhood"}
+
+
+@dataclass(frozen=True)
+class PGSOptions:
+    """The options of PGS.
+
+    Args:
+        mask_ratio: Share of patches dropped, in [0, 1); the upper bound where the count adapts.
+        mask_ratio_min: Lower bound of an adaptive count, in [0, mask_ratio]. None, or the same
+            value as `mask_ratio`, drops the same count in every image.
+        candidate_ratio: Share of patches drawn as candidates, in (0, 1]; at least one patch.
+        candidate_region: Where candidates come from: "image", or "border" for the outermost rows
+            and columns of patches, where objects seldom are; only if those are fewer than the
+            candidates, others follow.
+        edge_protection: How strongly edges keep a patch from becoming a candidate, in [0, 1e6].
+        edge_weight: What an edge strength of 1 takes off a patch's score, in [0, 1e6].
+        edge_detector: "sobel", or "canny" for the share of Canny's edge pixels (the paper's
+            ablation).
+        center_weight: What the middle of the image takes off a patch's score, in [0, 1e6]: there
+            objects tend to be. It falls off as the Gaussian of `gaussian` does, and keeps patches
+            from becoming candidates in the same proportion as edges do. 0 leaves it out.
+        neighborhood: How many rows and columns of patches away a candidate reaches, in [0, 1e6].
+            None reaches the whole image (the paper's ablation is a window).
+        threshold: Score above which an adaptive count masks a patch. None follows
+            `calibrated_threshold`, which fits the other defaults, both regions of candidates and
+            any `center_weight` up to 2; a small `neighborhood` lowers the scores and wants a lower
+            one.
+        temperature: Entropy weight of the transport plan, in [1e-6, 1e6].
+        num_iters: Sinkhorn sweeps, in [1, 10000].
+        solver: "log" or "pot"; see `sinkhorn_plan`.
+        edges: False draws candidates uniformly and drops the edge term (the paper's ablation).
+        transport: False takes the highest similarity to any candidate (the paper's ablation).
+
+    Raises:
+        ValueError: If an option is out of its range, or two do not go together.
+    """
+
+    mask_ratio: float = 0.5
+    mask_ratio_min: float | None = None
+    candidate_ratio: float = 0.05
+    candidate_region: str = "image"
+    edge_protection: float = 4.0
+    edge_weight: float = 0.5
+    edge_detector: str = "sobel"
+    center_weight: float = 0.0
+    neighborhood: int | None = None
+    threshold: float | None = None
+    temperature: float = 0.1
+    num_iters: int = 12
+    solver: str = "log"
+    edges: bool = True
+    transport: bool = True
+
+    def __post_init__(self) -> None:
+        lower_bound(self.mask_ratio, self.mask_ratio_min)
+        check_share(self.candidate_ratio, name="candidate_ratio")
+        check_choice(self.candidate_region, CANDIDATE_REGIONS, name="candidate_region")
+        check_choice(self.edge_detector, EDGE_DETECTORS, name="edge_detector")
+        for name in ("edge_protection", "edge_weight", "center_weight"):
+            check_range(getattr(self, name), name=name, low=0, high=_MAX_WEIGHT)
+        check_threshold(self.threshold)
+        check_sinkhorn_options(
+            temperature=self.temperature, num_iters=self.num_iters, solver=self.solver
+        )
+        if self.neighborhood is None:
+            return
+        if not isinstance(self.neighborhood, int):
+            raise ValueError(f"neighborhood must be a whole number, got {self.neighborhood}")
+        check_range(self.neighborhood, name="neighborhood", low=0, high=_MAX_WEIGHT)
+        if self.transport and self.solver != "log":
+            raise ValueError(f"neighborhood goes with solver='log', got solver={self.solver!r}")
+
+
+class PGSSteps(NamedTuple):
+    """What PGS finds on its way to a selection.
+
+    Attributes:
+        edges: Edge strength in [0, 1], shape (B, N). None where edges are left out.
+        candidate_index: Positions of the candidates, in no order, shape (B, C), int64.
+        scores: How redundant each patch is; candidates are not lifted. Shape (B, N).
+    """
+
+    edges: Tensor | None
+    candidate_index: Tensor
+    scores: Tensor
+
+
+@register_masking(
+    "pgs",
+    keeps="unlike random candidates, under optimal transport; edges protected",
+    paper="CLIP-PGS, arXiv 2503.17080",
+    adaptive=True,
+    requires={"tokens"},
+    options=PGSOptions,
+    aliases=_ALIASES,
+    variants=[
+        {"candidate_region": "border"},
+        {"candidate_region": "border", "candidate_ratio": 0.6, "mask_ratio_min": 0.3},
+        {"edge_detector": "canny"},
+        {"center_weight": 1.0},
+        {"neighborhood": 1},
+        {"neighborhood": 2, "mask_ratio_min": 0.3},
+        {"neighborhood": 2, "transport": False},
+    ],
+)
+class PGSMasking(MaskingStrategy):
+    """Mask patches that resemble random candidates; keep edges and what is unique.
+
+    Args:
+        **options: See `PGSOptions`.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = PGSOptions(**options)
+        self.mask_ratio = self.options.mask_ratio
+        self.mask_ratio_min = lower_bound(self.mask_ratio, self.options.mask_ratio_min)
+
+    def forward(
+        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
+    ) -> PatchSelection:
+        """Draw candidates, score every patch against them and mask the highest scores."""
+        _, candidate_index, scores_BN = self.steps(inputs, draw_noise(inputs, generator))
+        return self.select(scores_BN, candidate_index, progress=inputs.progress)
+
+    def steps(self, inputs: PatchInputs, noise: Tensor) -> PGSSteps:
+        """Draw candidates and score every patch against them; all but the selection.
+
+        Args:
+            inputs: What there is to look at.
+            noise: Uniform numbers in [0, 1), shape (B, N), float32.
+        """
+        edges_BN = edge_strength(inputs, self.options)
+        candidate_index = draw_candidates(inputs, noise, edges_BN, self.options)
+        scores_BN = patch_scores(inputs, candidate_index, edges_BN, self.options)
+        return PGSSteps(edges_BN, candidate_index, scores_BN)
+
+    def select(self, scores: Tensor, candidate_index: Tensor, *, progress: float) -> PatchSelection:
+        """Mask the candidates and the highest scores: a fixed count, or each image its own.
+
+        An adaptive count is that of the candidates and of the scores above the threshold, brought
+        between the bounds that `mask_ratio_min` and `mask_ratio` set.
+
+        Args:
+            scores: Shape (B, N).
+            candidate_index: Shape (B, C), int64.
+            progress: Completed share of the masked training steps, in [0, 1].
+        """
+        options = self.options
+        # A candidate scores at least -1 less both weights, any other patch at most 1.
+        lift = 3.0 + options.edge_weight + options.center_weight
+        lift_BN = torch.zeros_like(scores).scatter(1, candidate_index, lift)
+        num_patches = scores.shape[1]
+        num_mask_max = mask_count(num_patches, self.mask_ratio)
+        num_mask_min = mask_count(num_patches, self.mask_ratio_min)
+        if num_mask_min == num_mask_max:
+            return mask_top(scores + lift_BN, num_mask=num_mask_max)
+        threshold = options.threshold
+        if threshold is None:
+            threshold = calibrated_threshold(progress, center_weight=options.center_weight)
+        above_BN = (scores > threshold) | (lift_BN > 0)
+        num_mask_B = above_BN.sum(dim=1).clamp(num_mask_min, num_mask_max)
+        return mask_top_counts(scores + lift_BN, num_mask=num_mask_B, num_mask_min=num_mask_min)
+
+
+def edge_strength(inputs: PatchInputs, options: PGSOptions) -> Tensor | None:
+    """Return the edge strength of each patch, shape (B, N), None where edges are left out."""
+    if not options.edges:
+        return None
+    return EDGE_DETECTORS[options.edge_detector](inputs.pixels, inputs.patch_size)
+
+
+def draw_candidates(
+    inputs: PatchInputs, noise: Tensor, edges: Tensor | None, options: PGSOptions
+) -> Tensor:
+    """Draw candidates without replacement, with odds exp(-edge_protection * edge).
+
+    The C highest of Gumbel numbers shifted by the log of the odds are such a draw.
+
+    Args:
+        inputs: Whose patches are drawn.
+        noise: Uniform numbers in [0, 1), shape (B, N), float32.
+        edges: Edge strength in [0, 1], shape (B, N); None draws uniformly.
+        options: See `PGSOptions`.
+
+    Returns:
+        Positions of the candidates, in no order, shape (B, C), int64.
+    """
+    keys_BN = gumbel(noise)
+    if edges is not None:
+        keys_BN = keys_BN - options.edge_protection * edges
+    keys_BN = _prefer_border(_spare_center(keys_BN, inputs, options), inputs, options)
+    num_candidates = drawn_count(inputs.num_patches, options.candidate_ratio)
+    return keys_BN.topk(num_candidates, dim=1).indices
+
+
+def balanced_similarity(
+    inputs: PatchInputs, candidate_index: Tensor, options: PGSOptions
+) -> Tensor:
+    """Measure how well the candidates stand for every patch: its redundancy.
+
+    With transport each candidate may absorb only its fair share of the image: column j of the
+    plan, times N, sums to 1 and weighs the similarities of patch j. Without, it is the highest of
+    them.
+
+    Args:
+        inputs: Pixels and, where `progress` > 0, tokens.
+        candidate_index: Positions of the candidates. Shape (B, C), int64.
+        options: See `PGSOptions`.
+
+    Returns:
+        Redundancy in [-1, 1] up to rounding, shape (B, N), float32.
+    """
+    if options.neighborhood is not None:
+        return _balanced_in_reach(inputs, candidate_index, options)
+    similarity_BCN = mixed_similarity(inputs, candidate_index, name="pgs")
+    if not options.transport:
+        return similarity_BCN.amax(dim=1)
+    return plan_average(
+        similarity_BCN,
+        temperature=options.temperature,
+        num_iters=options.num_iters,
+        solver=options.solver,
+    )
+
+
+def patch_scores(
+    inputs: PatchInputs, candidate_index: Tensor, edges: Tensor | None, options: PGSOptions
+) -> Tensor:
+    """Score every patch: its redundancy less what edges protect.
+
+    Args:
+        inputs: Pixels and, where `progress` > 0, tokens.
+        candidate_index: Positions of the candidates. Shape (B, C), int64.
+        edges: Edge strength in [0, 1], shape (B, N); None leaves the edge term out.
+        options: See `PGSOptions`.
+
+    Returns:
+        Scores of shape (B, N), float32; candidates are not lifted.
+    """
+    scores_BN = balanced_similarity(inputs, candidate_index, options)
+    if edges is not None:
+        scores_BN = scores_BN - options.edge_weight * edges
+    if options.center_weight:
+        scores_BN = scores_BN - options.center_weight * _center_strength(inputs)
+    return scores_BN
+
+
+def calibrated_threshold(progress: float, *, center_weight: float = 0.0) -> float:
+    """Return the adaptive threshold at a training progress in [0, 1].
+
+    Straight lines join the points of `CALIBRATED_THRESHOLDS`, and those of `CENTER_SHIFTS`.
+    """
+    shift = interpolate(CENTER_SHIFTS, center_weight)
+    return interpolate(CALIBRATED_THRESHOLDS, progress) - shift
+
+
+def pgs_scores(inputs: PatchInputs, candidate_index: Tensor, **options: Any) -> Tensor:
+    """Score every patch for given candidates; the highest are to be masked.
+
+    Args:
+        inputs: Pixels and, where `progress` > 0, tokens.
+        candidate_index: Positions of the candidates, no two alike in a row. Shape (B, C), int64.
+        **options: See `PGSOptions`; those of candidates and counts have no effect.
+
+    Returns:
+        Scores of shape (B, N), float32; candidates are not lifted. With a `neighborhood`, a patch
+        that no candidate reaches scores below all others.
+
+    Raises:
+        ValueError: If `progress` > 0 without tokens, or an option is out of its range.
+    """
+    known = PGSOptions(**{_ALIASES.get(name, name): value for name, value in options.items()})
+    return patch_scores(inputs, candidate_index, edge_strength(inputs, known), known)
+
+
+# ------------------------------------------------------------------------------------------------
+# Beyond the method: the paper's windows, a prior of the center, candidates from the border
+# ------------------------------------------------------------------------------------------------
+
+
+def reached_similarity(
+    inputs: PatchInputs, candidate_index: Tensor, neighborhood: int | None
+) -> Tensor:
+    """Compare candidates with the patches in their reach.
+
+    Args:
+        inputs: Pixels and, where `progress` > 0, tokens.
+        candidate_index: Positions of the candidates. Shape (B, C), int64.
+        neighborhood: A candidate reaches the patches at most this many rows and this many columns
+            away. None reaches all.
+
+    Returns:
+        Similarity, and -inf beyond the reach, shape (B, C, N), float32.
+    """
+    similarity_BCN = mixed_similarity(inputs, candidate_index, name="pgs")
+    if neighborhood is None:
+        return similarity_BCN
+    row_N, column_N = grid_coordinates(inputs.grid_size, candidate_index.device)
+    row_distance = (row_N[candidate_index][:, :, None] - row_N).abs()
+    column_distance = (column_N[candidate_index][:, :, None] - column_N).abs()
+    is_near_BCN = torch.maximum(row_distance, column_distance) <= neighborhood
+    return similarity_BCN.masked_fill(~is_near_BCN, -torch.inf)
+
+
+def _balanced_in_reach(inputs: PatchInputs, candidate_index: Tensor, options: PGSOptions) -> Tensor:
+    """Balance similarities inside windows; a patch that no candidate reaches takes no part."""
+    similarity_BCN = reached_similarity(inputs, candidate_index, options.neighborhood)
+    is_near_BCN = similarity_BCN > -torch.inf
+    if options.transport:
+        plan_BCN = sinkhorn_plan(
+            similarity_BCN,
+            temperature=options.temperature,
+            num_iters=options.num_iters,
+            solver=options.solver,
+        )
+        # Where the plan is 0, -inf must not meet it.
+        similarity_BCN = similarity_BCN.masked_fill(~is_near_BCN, 0.0)
+        redundancy_BN = inputs.num_patches * (plan_BCN * similarity_BCN).sum(dim=1)
+    else:
+        redundancy_BN = similarity_BCN.amax(dim=1)
+    # Below the score of any patch that a candidate reaches.
+    unreached = -2.0 - options.edge_weight - options.center_weight
+    return torch.where(is_near_BCN.any(dim=1), redundancy_BN, unreached)
+
+
+def _center_strength(inputs: PatchInputs) -> Tensor:
+    """Return how near each patch is to the middle of the image, in (0, 1], shape (N,)."""
+    return log_center_weight(inputs.grid_size, inputs.device).exp()
+
+
+def _spare_center(keys_BN: Tensor, inputs: PatchInputs, options: PGSOptions) -> Tensor:
+    protection = _CENTER_PROTECTION * options.center_weight
+    return keys_BN - protection * _center_strength(inputs) if protection else keys_BN
+
+
+def _prefer_border(keys_BN: Tensor, inputs: PatchInputs, options: PGSOptions) -> Tensor:
+    """Bring the keys of patches inside below all those of the border."""
+    if options.candidate_region != "border":
+        return keys_BN
+    (rows, columns), device = inputs.grid_size, inputs.device
+    row_N, column_N = grid_coordinates((rows, columns), device)
+    is_outer_N = (row_N == 0) | (row_N == rows - 1) | (column_N == 0) | (column_N == columns - 1)
+    center_protection = _CENTER_PROTECTION * options.center_weight
+    below_all = _GUMBEL_SPAN + options.edge_protection + center_protection
+    return keys_BN - below_all * ~is_outer_N

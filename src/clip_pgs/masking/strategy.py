@@ -1,0 +1,614 @@
+"""What a masking strategy is given, what it returns, what it is, and how it is found by name.
+
+A new strategy is one file: a subclass of `MaskingStrategy` with `forward`, under
+`@register_masking(...)`. README.md shows one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from clip_pgs.common import Registry
+
+# ------------------------------------------------------------------------------------------------
+# What a strategy is given and what it returns
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PatchInputs:
+    """Everything a strategy may look at to choose patches.
+
+    Args:
+        pixels: Images as the model receives them (normalised). Shape (B, 3, H, W), any float dtype.
+        patch_size: Side of a patch in pixels, or (height, width). It must divide H and W.
+        tokens: Patch embeddings before positions are added, raster order. Shape (B, N, D).
+        progress: Completed share of the masked training steps, in [0, 1].
+        noise: Uniform numbers in [0, 1) that replace the strategy's own draw, so that a caller
+            decides which sample sees which mask. Shape (B, N), float32.
+        attention: How much a teacher attends to each patch, in any scale. Shape (B, N), float32.
+
+    Attributes:
+        grid_size: Patches per column and per row, (h, w).
+
+    Raises:
+        ValueError: If a shape, the patch size or the progress breaks a rule above.
+    """
+
+    pixels: Tensor
+    patch_size: int | tuple[int, int]
+    tokens: Tensor | None = None
+    progress: float = 0.0
+    noise: Tensor | None = None
+    attention: Tensor | None = None
+    grid_size: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.pixels.ndim != 4:
+            raise ValueError(f"pixels must have shape (B, 3, H, W), got {tuple(self.pixels.shape)}")
+        if not self.pixels.is_floating_point():
+            raise ValueError(f"pixels must be floating point, got {self.pixels.dtype}")
+        self.patch_size = patch_sides(self.patch_size)
+        height, width = self.pixels.shape[-2:]
+        self.grid_size = patch_grid((height, width), self.patch_size)
+        check_progress(self.progress)
+        expected = (self.batch_size, self.num_patches)
+        if self.tokens is not None and (
+            self.tokens.ndim != 3 or tuple(self.tokens.shape[:2]) != expected
+        ):
+            raise ValueError(
+                f"tokens must have shape (B, N, D) with (B, N) = {expected}, "
+                f"got {tuple(self.tokens.shape)}"
+            )
+        for name, values in (("noise", self.noise), ("attention", self.attention)):
+            if values is not None and tuple(values.shape) != expected:
+                raise ValueError(
+                    f"{name} must have shape (B, N) = {expected}, got {tuple(values.shape)}"
+                )
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images, B."""
+        return self.pixels.shape[0]
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches per image, N = h * w."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the pixels, on which a strategy draws and computes."""
+        return self.pixels.device
+
+
+@dataclass
+class PatchSelection:
+    """The patches that stay.
+
+    Args:
+        index: Positions of kept patches in raster order, ascending. Shape (B, K), int64.
+        valid: True where `index` holds a kept patch, False where a slot is padding. Valid slots
+            come first. None means that every slot is valid. Shape (B, K), bool. A padding slot
+            repeats the last kept patch of its row, so that gathering it reads no masked patch.
+        similar: True where a kept patch resembles a candidate. It serves the attention bias of
+            `pgs-released` alone, and is None elsewhere. Shape (B, K), bool.
+    """
+
+    index: Tensor
+    valid: Tensor | None = None
+    similar: Tensor | None = None
+
+    def kept_counts(self) -> Tensor:
+        """Return the number of kept patches of each image, shape (B,), int64."""
+        if self.valid is None:
+            return self.index.new_full((self.index.shape[0],), self.index.shape[1])
+        return self.valid.sum(dim=1)
+
+
+def patch_sides(patch_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width) of a patch given as one side or as both.
+
+    Raises:
+        ValueError: If a side is below 1.
+    """
+    height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    if height < 1 or width < 1:
+        raise ValueError(f"patch_size must be at least 1, got {(height, width)}")
+    return height, width
+
+
+def patch_grid(image_size: tuple[int, int], sides: tuple[int, int]) -> tuple[int, int]:
+    """Return how many patches of these sides lie below and beside each other in an image.
+
+    Args:
+        image_size: (height, width) in pixels.
+        sides: (height, width) of a patch.
+
+    Raises:
+        ValueError: If the patch does not divide the image.
+    """
+    (height, width), (patch_height, patch_width) = image_size, sides
+    if height % patch_height or width % patch_width:
+        raise ValueError(
+            f"patch_size must divide the image: {height} x {width} pixels "
+            f"in patches of {patch_height} x {patch_width}"
+        )
+    return height // patch_height, width // patch_width
+
+
+# ------------------------------------------------------------------------------------------------
+# What a strategy is
+# ------------------------------------------------------------------------------------------------
+
+
+class MaskingStrategy(nn.Module):
+    """Choose the patches of each image that a vision transformer will see.
+
+    A strategy has no parameter and no buffer, never tests `self.training` and never moves
+    devices. The shape of what it returns depends on its options and on N alone.
+
+    Attributes:
+        requires: Optional inputs it reads: "tokens" once `progress` > 0, "attention" always.
+        keeps_all: True for the strategy that masks nothing; a tower then skips masking.
+        attention_bias: True asks the tower for the attention bias of the released CLIP-PGS code.
+        mask_ratio: Share of patches dropped, in [0, 1), where the strategy has such an option.
+        mask_ratio_min: Lower bound of an adaptive share, where the strategy has such an option.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    keeps_all: ClassVar[bool] = False
+    attention_bias: bool = False
+
+    mask_ratio: float
+    mask_ratio_min: float
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._min_share: float | None = None
+
+    def extra_repr(self) -> str:
+        """Show the ratios in the module's printed form."""
+        names = [name for name in ("mask_ratio", "mask_ratio_min") if hasattr(self, name)]
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    def set_mask_ratio(self, mask_ratio: float) -> None:
+        """Change the mask ratio between two steps, as a schedule does.
+
+        A lower bound follows: `mask_ratio_min / mask_ratio` stays what it was before the first
+        change.
+
+        Args:
+            mask_ratio: Share of patches dropped from now on, in [0, 1).
+
+        Raises:
+            ValueError: If the strategy has no mask ratio, or the ratio is out of its range.
+        """
+        if not hasattr(self, "mask_ratio"):
+            raise ValueError(f"{type(self).__name__} has no mask ratio, got {mask_ratio}")
+        check_mask_ratio(mask_ratio)
+        if hasattr(self, "mask_ratio_min"):
+            # Kept from the first call on, since a schedule may pass through 0.
+            if self._min_share is None:
+                self._min_share = self.mask_ratio_min / self.mask_ratio if self.mask_ratio else 1.0
+            self.mask_ratio_min = mask_ratio * self._min_share
+        self.mask_ratio = mask_ratio
+
+    def state(self) -> dict[str, float | list[float]]:
+        """Return what training found and a resumed run needs, as plain numbers."""
+        return {}
+
+    def load_state(self, state: Mapping[str, float | list[float]]) -> None:
+        """Restore what `state` returned.
+
+        Args:
+            state: The numbers; empty for a strategy that finds none.
+
+        Raises:
+            ValueError: If the numbers belong to another strategy.
+        """
+        if set(state) != set(self.state()):
+            raise ValueError(
+                f"the state of {type(self).__name__} must hold {sorted(self.state())}, "
+                f"got {sorted(state)}"
+            )
+
+    def needs_calibration(self, progress: float) -> bool:
+        """Return whether `calibrate` should see the coming batch.
+
+        Args:
+            progress: Completed share of the masked training steps, in [0, 1].
+        """
+        return False
+
+    def calibrate(
+        self, inputs: PatchInputs, *, average: Callable[[float], float] | None = None
+    ) -> None:
+        """Fit the strategy to a batch; called in eager mode, outside the training step.
+
+        It alone may look across images and synchronise with the host.
+
+        Args:
+            inputs: What the coming batch gives to look at.
+            average: Takes this process's number and returns the mean over all of them. None
+                stands for one process.
+        """
+
+    def forward(
+        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
+    ) -> PatchSelection:
+        """Choose patches; see the class that implements it.
+
+        Args:
+            inputs: What there is to look at.
+            generator: Source of randomness on the device of the pixels; None draws from the
+                global stream. `inputs.noise` takes its place where given.
+        """
+        raise NotImplementedError
+
+
+class FixedRatioMasking(MaskingStrategy):
+    """A strategy with one number for the share of patches that goes.
+
+    Args:
+        mask_ratio: Share of patches dropped, in [0, 1).
+
+    Raises:
+        ValueError: If `mask_ratio` is out of its range.
+    """
+
+    def __init__(self, *, mask_ratio: float = 0.5) -> None:
+        super().__init__()
+        check_mask_ratio(mask_ratio)
+        self.mask_ratio = mask_ratio
+
+    def num_keep(self, inputs: PatchInputs) -> int:
+        """Return how many patches of each image stay."""
+        return keep_count(inputs.num_patches, self.mask_ratio)
+
+
+# ------------------------------------------------------------------------------------------------
+# Strategies by name
+# ------------------------------------------------------------------------------------------------
+
+StrategyClass = TypeVar("StrategyClass", bound=type[MaskingStrategy])
+
+_REGISTRY: Registry[type[MaskingStrategy]] = Registry("masking")
+
+
+@dataclass(frozen=True)
+class MaskingOption:
+    """An option of a strategy.
+
+    Attributes:
+        name: Its name.
+        default: Its default; `inspect.Parameter.empty` where it has none.
+        help: What it does, in one sentence, out of the docstring.
+        hint: Its type, as annotated; None where it is not.
+    """
+
+    name: str
+    default: Any
+    help: str
+    hint: Any
+
+
+@dataclass(frozen=True)
+class MaskingDeclaration:
+    """What help texts, checks, contract tests, tables and the report know of a strategy.
+
+    Attributes:
+        name: What users type after `--masking`.
+        keeps: Which patches stay, in a few words.
+        paper: Where it comes from, as "FLIP, arXiv 2212.00794".
+        random: Whether another seed gives another selection.
+        adaptive: Whether images may keep different numbers of patches: where `mask_ratio_min` is
+            below `mask_ratio`.
+        requires: See `MaskingStrategy`.
+        variants: Further sets of options that the contract tests run with.
+        options: Its options, in the order of its constructor.
+    """
+
+    name: str
+    keeps: str
+    paper: str
+    random: bool
+    adaptive: bool
+    requires: frozenset[str]
+    variants: tuple[Mapping[str, Any], ...]
+    options: tuple[MaskingOption, ...]
+
+
+def register_masking(
+    name: str,
+    *,
+    keeps: str = "",
+    paper: str = "",
+    random: bool = True,
+    adaptive: bool = False,
+    requires: Collection[str] = (),
+    options: type | None = None,
+    aliases: Mapping[str, str] | None = None,
+    variants: Collection[Mapping[str, Any]] = (),
+) -> Callable[[StrategyClass], StrategyClass]:
+    """Register a strategy class under a name, with what others need to know of it.
+
+    Args:
+        name: What users type after `--masking`.
+        keeps: Which patches stay, in a few words.
+        paper: Where it comes from.
+        random: Whether another seed gives another selection.
+        adaptive: Whether images may keep different numbers of patches.
+        requires: Optional inputs that it reads, of "tokens" and "attention".
+        options: A dataclass that holds the options, where the constructor takes them as keywords
+            without naming them. Names, types, defaults and explanations come from it or from the
+            constructor, and from the docstring's Args.
+        aliases: Other spellings of options, with the option that each stands for.
+        variants: Further sets of options that the contract tests run with.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+
+    def register(strategy_class: StrategyClass) -> StrategyClass:
+        strategy_class.requires = frozenset(requires)
+        return _REGISTRY.register(
+            name,
+            keeps=keeps,
+            paper=paper,
+            random=random,
+            adaptive=adaptive,
+            options=options or strategy_class,
+            aliases=dict(aliases or {}),
+            variants=tuple(variants),
+        )(strategy_class)
+
+    return register
+
+
+def list_maskings() -> list[str]:
+    """Return the registered names, sorted."""
+    return _REGISTRY.names()
+
+
+def describe_masking(name: str) -> MaskingDeclaration:
+    """Return what a strategy declares.
+
+    Args:
+        name: A registered name, or "package.module:Class".
+
+    Raises:
+        ValueError: If there is no such strategy.
+    """
+    declared = dict(_REGISTRY.declaration(name))
+    del declared["aliases"]
+    source = declared.pop("options")
+    hints = get_type_hints(source if "__dataclass_fields__" in vars(source) else source.__init__)
+    explained = _explained_options(source)
+    options = [
+        MaskingOption(option, parameter.default, explained.get(option, ""), hints.get(option))
+        for option, parameter in inspect.signature(source).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    return MaskingDeclaration(
+        name=_REGISTRY.name(name),
+        requires=_REGISTRY.get(name).requires,
+        options=tuple(options),
+        **declared,
+    )
+
+
+def masking_options(name: str) -> dict[str, Any]:
+    """Return a strategy's options and their defaults, in the order of its constructor.
+
+    Args:
+        name: A registered name, or "package.module:Class".
+
+    Raises:
+        ValueError: If there is no such strategy.
+    """
+    return {option.name: option.default for option in describe_masking(name).options}
+
+
+def create_masking(name: str, **options: Any) -> MaskingStrategy:
+    """Build a strategy from its name and options.
+
+    Args:
+        name: A registered name, or "package.module:Class".
+        **options: The strategy's own options; see `describe_masking`.
+
+    Raises:
+        ValueError: If there is no such strategy, or an option is unknown, missing, of the wrong
+            type or out of its range.
+    """
+    aliases = _REGISTRY.declaration(name)["aliases"]
+    known = {option.name: option for option in describe_masking(name).options}
+    given: dict[str, Any] = {}
+    for typed, value in options.items():
+        option = aliases.get(typed, typed)
+        if option in given:
+            raise ValueError(f"masking {name!r}: {option} is given twice")
+        if option not in known:
+            choices = ", ".join(known) or "none at all"
+            takers = [other for other in list_maskings() if typed in masking_options(other)]
+            hint = f"; {', '.join(takers)} would take {typed!r}" if takers else ""
+            raise ValueError(f"masking {name!r} has no option {typed!r}; it takes {choices}{hint}")
+        problem = _type_problem(known[option].hint, value)
+        if problem:
+            raise ValueError(f"masking {name!r}: {option} takes {problem}, got {value!r}")
+        given[option] = value
+    for option in known.values():
+        if option.default is inspect.Parameter.empty and option.name not in given:
+            raise ValueError(f"masking {name!r} needs the option {option.name}")
+    return _REGISTRY.get(name)(**given)
+
+
+def _explained_options(source: type) -> dict[str, str]:
+    """Return the first sentence that docstrings have on each option, by name."""
+    explained: dict[str, str] = {}
+    for one in reversed(source.__mro__[:-1]):
+        _, _, arguments = inspect.cleandoc(one.__doc__ or "").partition("\nArgs:\n")
+        arguments = re.split(r"\n(?=\S)", arguments)[0]
+        for entry in re.split(r"\n(?= {4}\S)", arguments):
+            option, _, text = entry.strip().partition(":")
+            sentence = re.split(r"(?<=[.;])\s", " ".join(text.split()))[0]
+            explained[option] = sentence.rstrip(".;")
+    return explained
+
+
+def _type_problem(hint: Any, value: Any) -> str:
+    """Say what an option takes instead of a value; "" if it takes that, or anything.
+
+    Options come from command lines and configs, and `0.0 <= "a"` is an error that names nothing.
+    """
+    allowed = get_args(hint) or (hint,)
+    if value is None and NoneType in allowed:
+        return ""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if bool in allowed:
+        return "" if isinstance(value, bool) else "true or false"
+    if str in allowed:
+        return "" if isinstance(value, str) else "a name"
+    if int in allowed:
+        return "" if is_number and isinstance(value, Integral) else "a whole number"
+    if float in allowed and not is_number:
+        return "a number"
+    if float in allowed:
+        return "" if _is_finite(value) else "a finite number"
+    return ""
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------
+# Ratios of patches, and the checks of options
+# ------------------------------------------------------------------------------------------------
+
+
+def mask_count(num_patches: int, mask_ratio: float) -> int:
+    """Return how many of `num_patches` patches a mask ratio drops.
+
+    One patch stays, however near to 1 the ratio is. The small constant keeps 100 * 0.29 at 29,
+    which floating point would floor to 28.
+    """
+    return min(math.floor(num_patches * mask_ratio + 1e-9), num_patches - 1)
+
+
+def keep_count(num_patches: int, mask_ratio: float) -> int:
+    """Return how many of `num_patches` patches a mask ratio keeps."""
+    return num_patches - mask_count(num_patches, mask_ratio)
+
+
+def drawn_count(num_patches: int, ratio: float) -> int:
+    """Return how many of `num_patches` patches a share draws as candidates: at least one."""
+    return max(1, round(ratio * num_patches))
+
+
+def check_mask_ratio(mask_ratio: float, *, name: str = "mask_ratio") -> None:
+    """Refuse a mask ratio outside [0, 1).
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not 0.0 <= mask_ratio < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {mask_ratio}")
+
+
+def lower_bound(mask_ratio: float, mask_ratio_min: float | None) -> float:
+    """Return the lower bound of a mask ratio: the ratio itself where None is given.
+
+    Raises:
+        ValueError: If one is outside [0, 1), or the bound exceeds the ratio.
+    """
+    check_mask_ratio(mask_ratio)
+    if mask_ratio_min is None:
+        return mask_ratio
+    check_mask_ratio(mask_ratio_min, name="mask_ratio_min")
+    if mask_ratio_min > mask_ratio:
+        raise ValueError(
+            f"mask_ratio_min must not exceed mask_ratio = {mask_ratio}, got {mask_ratio_min}"
+        )
+    return mask_ratio_min
+
+
+def check_range(value: float, *, name: str, low: float, high: float) -> None:
+    """Refuse a number outside [low, high], as a NaN is, too.
+
+    Numbers that float32 cannot hold, or that take for ever, are outside of every option's range.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
+
+
+def check_threshold(threshold: float | None) -> None:
+    """Refuse a threshold that no comparison with float32 numbers takes; None is no threshold.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if threshold is not None:
+        check_range(threshold, name="threshold", low=-1e6, high=1e6)
+
+
+def check_progress(progress: float) -> None:
+    """Refuse a share of training outside [0, 1].
+
+    Raises:
+        ValueError: If it is.
+    """
+    check_range(progress, name="progress", low=0, high=1)
+
+
+def check_share(share: float, *, name: str) -> None:
+    """Refuse a share outside (0, 1].
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1], got {share}")
+
+
+def check_choice(value: str, choices: Collection[str], *, name: str) -> None:
+    """Refuse a word that is none of the choices.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def interpolate(points: tuple[tuple[float, float], ...], position: float) -> float:
+    """Return the height at a position of the straight lines that join points.
+
+    Args:
+        points: (position, height), ascending by position.
+        position: Where to read; beyond either end the last height holds.
+    """
+    (start, low), *rest = points
+    if position <= start:
+        return low
+    for end, high in rest:
+        if position <= end:
+            return low + (high - low) * (position - start) / (end - start)
+        start, low = end, high
+    return low

@@ -1,0 +1,446 @@
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clip_pgs import PatchInputs, create_masking, pgs_scores, sinkhorn_plan
+from clip_pgs.masking.edges import canny_edges
+from clip_pgs.masking.pgs import CALIBRATED_THRESHOLDS, CENTER_SHIFTS, calibrated_threshold
+from clip_pgs.masking.sampling import kept_patches, patchify
+from masking import oracle
+from support.images import make_inputs, smooth_images, square_on_gradient
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("ratio_min", [None, 0.3])
+def test_the_selection_equals_a_slow_float64_loop(progress, ratio_min):
+    noise = torch.rand(2, 70, generator=torch.Generator().manual_seed(1))
+    inputs = make_inputs(2, grid_size=(7, 10), noise=noise, progress=progress)
+    selection = create_masking("pgs", mask_ratio=0.5, mask_ratio_min=ratio_min)(inputs)
+    kept = kept_patches(selection, 70)
+    for i in range(2):
+        image = inputs.pixels[i].double().numpy()
+        candidates = oracle.candidates(noise[i], oracle.edge_map(image, 8), protection=4.0, count=4)
+        scores = oracle.scores(
+            image, inputs.tokens[i].double().numpy(), candidates, patch_size=8, progress=progress
+        )
+        expected = oracle.kept(
+            scores,
+            candidates,
+            ratio_max=0.5,
+            ratio_min=0.5 if ratio_min is None else ratio_min,
+            threshold=calibrated_threshold(progress),
+        )
+        assert kept[i].nonzero().flatten().tolist() == expected
+
+
+def test_equal_bounds_mean_a_fixed_count():
+    inputs = make_inputs(3)
+    fixed = create_masking("pgs", mask_ratio=0.4, mask_ratio_min=0.4)
+    assert fixed(inputs).valid is None
+    assert fixed(inputs).index.shape == (3, 30)
+
+
+def test_a_higher_threshold_masks_fewer():
+    inputs = make_inputs(4, noise=torch.rand(4, 49, generator=torch.Generator().manual_seed(0)))
+    counts = [
+        create_masking("pgs", mask_ratio=0.9, mask_ratio_min=0.0, threshold=threshold)(
+            inputs
+        ).kept_counts()
+        for threshold in (-0.5, 0.2, 0.9)
+    ]
+    assert (counts[0] <= counts[1]).all()
+    assert (counts[1] <= counts[2]).all()
+    assert counts[0].sum() < counts[2].sum()
+
+
+def test_the_calibrated_threshold_joins_its_points():
+    for progress, threshold in CALIBRATED_THRESHOLDS:
+        assert calibrated_threshold(progress) == pytest.approx(threshold)
+    (start, low), (end, high) = CALIBRATED_THRESHOLDS[:2]
+    assert calibrated_threshold((start + end) / 2) == pytest.approx((low + high) / 2)
+
+
+def test_an_object_on_a_smooth_slope_is_kept():
+    image, foreground = square_on_gradient()
+    is_object = patchify(foreground[None, None].float(), (8, 8))[0].mean(dim=1) > 0.5
+    strategy = create_masking("pgs", mask_ratio=0.5)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        selection = strategy(PatchInputs(image, 8), generator=generator)
+        assert kept_patches(selection, 196)[0][is_object].float().mean() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"mask_ratio": 1.0}, r"mask_ratio must be in \[0, 1\), got 1.0"),
+        ({"mask_ratio_min": -0.1}, r"mask_ratio_min must be in \[0, 1\), got -0.1"),
+        (
+            {"mask_ratio": 0.3, "mask_ratio_min": 0.5},
+            "mask_ratio_min must not exceed mask_ratio = 0.3, got 0.5",
+        ),
+        ({"candidate_ratio": 0.0}, r"candidate_ratio must be in \(0, 1\], got 0.0"),
+        ({"edge_protection": -1}, "edge_protection must be in .*, got -1"),
+        ({"edge_weight": -1}, "edge_weight must be in .*, got -1"),
+        ({"temperature": 0}, "temperature must be in .*, got 0"),
+        ({"num_iters": 0}, "num_iters must be in .*, got 0"),
+        ({"solver": "emd"}, "solver must be one of log, pot, got 'emd'"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        create_masking("pgs", **options)
+
+
+GRID = (7, 5)
+BORDER = [j for j in range(35) if j // 5 in (0, 6) or j % 5 in (0, 4)]
+
+
+@pytest.mark.parametrize(("num_patches", "expected"), [(196, 10), (64, 3), (8, 1), (4, 1)])
+def test_candidates_are_five_percent_and_at_least_one(num_patches, expected):
+    # With transport and edges off and a threshold above every score, candidates alone are masked.
+    strategy = create_masking(
+        "pgs", mask_ratio=0.9, mask_ratio_min=0.0, edges=False, transport=False, threshold=2.0
+    )
+    inputs = PatchInputs(torch.randn(3, 3, 4, 4 * num_patches), 4)
+    assert (num_patches - strategy(inputs).kept_counts()).tolist() == [expected] * 3
+
+
+def candidate_frequency(**options):
+    strategy = create_masking(
+        "pgs", mask_ratio=0.9, mask_ratio_min=0.0, threshold=9.0, candidate_ratio=0.1, **options
+    )
+    image = smooth_images(1, height=32, width=40)
+    noise = torch.rand(3000, 20, generator=torch.Generator().manual_seed(0))
+    selection = strategy(PatchInputs(image.expand(3000, -1, -1, -1), 8, noise=noise))
+    drawn = ~kept_patches(selection, 20)
+    return drawn.float().mean(dim=0).numpy(), oracle.edge_map(image[0].double().numpy(), 8)
+
+
+def test_without_protection_candidates_are_uniform():
+    frequency, _ = candidate_frequency(edge_protection=0.0)
+    # Binomial standard deviation 0.0055; four of them.
+    np.testing.assert_allclose(frequency, 0.1, atol=0.022)
+
+
+def test_strong_edges_are_rarely_candidates():
+    frequency, edges = candidate_frequency()
+    assert frequency[edges.argmax()] < 0.02
+    assert frequency[edges.argmin()] > 0.1
+
+
+def test_without_edges_candidates_are_uniform_whatever_the_protection():
+    frequency, _ = candidate_frequency(edges=False, edge_protection=50.0)
+    np.testing.assert_allclose(frequency, 0.1, atol=0.022)
+
+
+def inputs_with_noise(**changes):
+    noise = torch.rand(2, 35, generator=torch.Generator().manual_seed(4))
+    return make_inputs(2, grid_size=GRID, noise=noise, **changes)
+
+
+def border_candidates(inputs, **options):
+    strategy = create_masking("pgs", candidate_region="border", **options)
+    return strategy.steps(inputs, inputs.noise).candidate_index
+
+
+@pytest.mark.parametrize("protection", [0.0, 4.0, 50.0])
+@pytest.mark.parametrize(("ratio", "count"), [(0.02, 1), (0.2, 7), (0.4, 14), (0.7, 24), (1, 35)])
+def test_candidates_of_the_border_equal_a_slow_loop_and_others_follow(ratio, count, protection):
+    # 20 of the 35 patches lie on the border.
+    inputs = inputs_with_noise()
+    found = border_candidates(inputs, candidate_ratio=ratio, edge_protection=protection)
+    for i in range(2):
+        edges = oracle.edge_map(inputs.pixels[i].double().numpy(), 8)
+        expected = oracle.candidates(
+            inputs.noise[i], edges, protection=protection, count=count, places=BORDER
+        )
+        assert sorted(found[i].tolist()) == sorted(expected)
+        assert (set(expected) <= set(BORDER)) == (count <= 20)
+
+
+def test_the_luckiest_patch_inside_comes_after_the_unluckiest_of_the_border():
+    # The largest and the smallest number that a float32 draw gives.
+    inputs = make_inputs(1, grid_size=GRID, noise=torch.full((1, 35), 1 - 2**-24))
+    inputs.noise[0, BORDER] = 0.0
+    options = {"candidate_ratio": 20 / 35, "edge_protection": 30.0, "center_weight": 3.0}
+    assert sorted(border_candidates(inputs, **options)[0].tolist()) == BORDER
+
+
+def test_every_patch_of_the_border_is_as_likely_without_protection():
+    noise = torch.rand(4000, 35, generator=torch.Generator().manual_seed(0))
+    inputs = make_inputs(1, grid_size=GRID)
+    pixels = inputs.pixels.expand(4000, -1, -1, -1)
+    found = border_candidates(PatchInputs(pixels, 8, noise=noise), edges=False, candidate_ratio=0.1)
+    frequency = torch.bincount(found.flatten(), minlength=35) / 4000
+    # Four of 20; binomial standard deviation 0.0063.
+    expected = [0.2 if j in BORDER else 0.0 for j in range(35)]
+    np.testing.assert_allclose(frequency, expected, atol=0.026)
+
+
+def test_on_a_single_row_every_patch_is_on_the_border():
+    inputs = make_inputs(3, grid_size=(1, 12))
+    chosen = [
+        create_masking("pgs", candidate_ratio=0.3, candidate_region=region)(
+            inputs, generator=torch.Generator().manual_seed(1)
+        )
+        for region in ("border", "image")
+    ]
+    assert torch.equal(chosen[0].index, chosen[1].index)
+
+
+def test_candidates_of_the_border_are_masked_first():
+    inputs = inputs_with_noise()
+    kept = kept_patches(
+        create_masking("pgs", mask_ratio=0.2, candidate_ratio=0.2, candidate_region="border")(
+            inputs
+        ),
+        35,
+    )
+    drawn = border_candidates(inputs, candidate_ratio=0.2)
+    assert kept.sum(dim=1).tolist() == [28, 28]
+    assert not kept.gather(1, drawn).any()
+
+
+def test_an_unknown_region_is_refused():
+    sentence = "candidate_region must be one of image, border, got 'edge'"
+    with pytest.raises(ValueError, match=sentence):
+        create_masking("pgs", candidate_region="edge")
+
+
+CANDIDATES = torch.tensor([[3, 30, 11], [8, 0, 20]])
+ABLATIONS = {
+    "whole": {},
+    "no edges": {"edges": False},
+    "no transport": {"transport": False},
+    "neither": {"edges": False, "transport": False},
+    "sharp": {"temperature": 0.05, "num_iters": 20},
+    "heavy edges": {"edge_weight": 1.5},
+}
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("options", list(ABLATIONS.values()), ids=list(ABLATIONS))
+def test_scores_equal_a_slow_float64_loop(options, progress):
+    inputs = make_inputs(2, grid_size=(7, 5), progress=progress)
+    scores = pgs_scores(inputs, CANDIDATES, **options)
+    for i in range(2):
+        expected = oracle.scores(
+            inputs.pixels[i].double().numpy(),
+            inputs.tokens[i].double().numpy(),
+            CANDIDATES[i].tolist(),
+            patch_size=8,
+            progress=progress,
+            **options,
+        )
+        assert np.abs(scores[i].numpy() - expected).max() <= 1e-4
+
+
+def test_the_pot_solver_gives_the_same_scores():
+    inputs = make_inputs(2, grid_size=(7, 5))
+    difference = pgs_scores(inputs, CANDIDATES, solver="pot") - pgs_scores(inputs, CANDIDATES)
+    assert difference.abs().max() <= 1e-4
+
+
+def test_tokens_play_no_part_before_training():
+    inputs = make_inputs(2, grid_size=(7, 5))
+    without = PatchInputs(inputs.pixels, 8)
+    assert torch.equal(pgs_scores(inputs, CANDIDATES), pgs_scores(without, CANDIDATES))
+
+
+def test_tokens_are_needed_once_training_runs():
+    inputs = PatchInputs(torch.zeros(2, 3, 56, 40), 8, progress=0.25)
+    with pytest.raises(ValueError, match="pgs needs tokens once progress > 0"):
+        pgs_scores(inputs, CANDIDATES)
+
+
+def test_candidates_are_not_lifted():
+    assert pgs_scores(make_inputs(2, grid_size=(7, 5)), CANDIDATES).max() <= 1.0 + 1e-5
+
+
+def slow_scores(inputs, i, **options):
+    return oracle.scores(
+        inputs.pixels[i].double().numpy(),
+        inputs.tokens[i].double().numpy(),
+        CANDIDATES[i].tolist(),
+        patch_size=8,
+        progress=inputs.progress,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5])
+@pytest.mark.parametrize("transport", [True, False])
+@pytest.mark.parametrize("reach", [0, 1, 2, 3])
+def test_scores_within_a_neighborhood_equal_a_slow_float64_loop(reach, transport, progress):
+    inputs = make_inputs(2, grid_size=(7, 5), progress=progress)
+    scores = pgs_scores(inputs, CANDIDATES, neighborhood=reach, transport=transport).numpy()
+    for i in range(2):
+        expected = slow_scores(inputs, i, transport=transport, reach=reach, columns=5)
+        reached = np.isfinite(expected)
+        assert 0 < reached.sum() < 35 or reach == 3
+        assert np.abs(scores[i] - expected)[reached].max() <= 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"edge_weight": 3.0}, {"center_weight": 5.0}])
+def test_patches_that_no_candidate_reaches_score_lowest(options):
+    inputs = make_inputs(2, grid_size=(7, 5))
+    scores = pgs_scores(inputs, CANDIDATES, neighborhood=1, **options)
+    assert torch.isfinite(scores).all()
+    for i in range(2):
+        reached = np.isfinite(slow_scores(inputs, i, reach=1, columns=5))
+        assert scores[i, ~reached].max() < scores[i, reached].min()
+
+
+def test_a_neighborhood_as_large_as_the_image_changes_nothing():
+    inputs = make_inputs(2, grid_size=(7, 5))
+    difference = pgs_scores(inputs, CANDIDATES, neighborhood=6) - pgs_scores(inputs, CANDIDATES)
+    assert difference.abs().max() <= 1e-6
+
+
+def test_a_plan_moves_nothing_where_pairs_are_forbidden():
+    scores = torch.rand(1, 3, 8, generator=torch.Generator().manual_seed(0))
+    scores[0, 0, 4:] = scores[0, 1:, :2] = scores[0, :, 7] = -torch.inf
+    plan = sinkhorn_plan(scores)[0]
+    assert (plan[torch.isinf(scores[0])] == 0).all()
+    torch.testing.assert_close(8 * plan.sum(dim=0), torch.tensor([1.0] * 7 + [0.0]))
+
+
+def test_a_row_without_any_pair_stays_empty():
+    scores = torch.zeros(1, 2, 4)
+    scores[0, 0] = -torch.inf
+    expected = torch.tensor([[0.0] * 4, [0.25] * 4])
+    torch.testing.assert_close(sinkhorn_plan(scores)[0], expected)
+
+
+def test_the_first_patches_to_go_lie_around_the_candidates():
+    # One candidate of 49 with a reach of 1: nine patches at most resemble it, and they go first.
+    strategy = create_masking(
+        "pgs", mask_ratio=4 / 49, candidate_ratio=0.01, neighborhood=1, edges=False
+    )
+    masked = ~kept_patches(strategy(make_inputs(20)), 49).reshape(20, 7, 7)
+    for image in masked.numpy():
+        rows, columns = np.nonzero(image)
+        assert len(rows) == 4
+        assert np.ptp(rows) <= 2
+        assert np.ptp(columns) <= 2
+
+
+@pytest.mark.parametrize("edges", [True, False])
+def test_the_centre_takes_its_gaussian_off_the_score(edges):
+    inputs = make_inputs(2, grid_size=(7, 5))
+    plain = pgs_scores(inputs, CANDIDATES, edges=edges)
+    scores = pgs_scores(inputs, CANDIDATES, edges=edges, center_weight=0.7)
+    for j in range(35):
+        y, x = (j // 5 + 0.5) / 7 - 0.5, (j % 5 + 0.5) / 5 - 0.5
+        expected = 0.7 * np.exp(-(x * x + y * y) / (2 * 0.2**2))
+        assert (plain[:, j] - scores[:, j]).tolist() == pytest.approx([expected] * 2, abs=1e-5)
+
+
+def test_a_protected_centre_draws_fewer_candidates():
+    # Candidates alone are masked where the threshold lies above every score.
+    strategy = create_masking(
+        "pgs", mask_ratio=0.9, mask_ratio_min=0.0, threshold=9.0, edges=False, center_weight=1.0
+    )
+    pixels = smooth_images(1).expand(2000, -1, -1, -1)
+    noise = torch.rand(2000, 49, generator=torch.Generator().manual_seed(0))
+    drawn = ~kept_patches(strategy(PatchInputs(pixels, 8, noise=noise)), 49)
+    frequency = drawn.float().mean(dim=0).reshape(7, 7)
+    assert frequency[3, 3] < 0.005
+    assert frequency[0, 0] > 0.05
+
+
+def test_a_centre_weight_keeps_more_of_the_middle():
+    inputs = make_inputs(20, noise=torch.rand(20, 49, generator=torch.Generator().manual_seed(0)))
+    shares = []
+    for weight in (0.0, 0.5, 2.0):
+        kept = kept_patches(create_masking("pgs", center_weight=weight)(inputs), 49)
+        shares.append(kept.reshape(20, 7, 7)[:, 2:5, 2:5].float().mean().item())
+    assert shares == sorted(shares)
+    assert shares[2] > 0.95
+
+
+def test_the_adaptive_threshold_follows_the_centre_weight():
+    assert calibrated_threshold(0.5, center_weight=0.0) == calibrated_threshold(0.5)
+    for weight, shift in CENTER_SHIFTS:
+        assert calibrated_threshold(1.0, center_weight=weight) == pytest.approx(0.73 - shift)
+    options = {"mask_ratio": 0.9, "mask_ratio_min": 0.0, "center_weight": 1.0}
+    inputs = make_inputs(4, noise=torch.rand(4, 49, generator=torch.Generator().manual_seed(0)))
+    implied = create_masking("pgs", **options)(inputs).kept_counts()
+    stated = create_masking("pgs", threshold=0.42 - 0.205, **options)(inputs).kept_counts()
+    assert implied.tolist() == stated.tolist()
+
+
+def test_canny_takes_the_place_of_sobel_in_the_score():
+    inputs = make_inputs(2, grid_size=(7, 5))
+    difference = pgs_scores(inputs, CANDIDATES, edges=False) - pgs_scores(
+        inputs, CANDIDATES, edge_detector="canny"
+    )
+    torch.testing.assert_close(difference, 0.5 * canny_edges(inputs.pixels, 8))
+
+
+def test_canny_protects_candidates_too():
+    strategy = create_masking(
+        "pgs",
+        mask_ratio=0.9,
+        mask_ratio_min=0.0,
+        threshold=9.0,
+        edge_detector="canny",
+        edge_protection=50.0,
+        candidate_ratio=0.1,
+    )
+    image = smooth_images(1)
+    noise = torch.rand(500, 49, generator=torch.Generator().manual_seed(0))
+    selection = strategy(PatchInputs(image.expand(500, -1, -1, -1), 8, noise=noise))
+    drawn = (~kept_patches(selection, 49)).any(dim=0)
+    assert not drawn[canny_edges(image, 8)[0] > 0.5].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"edge_detector": "prewitt"}, "edge_detector must be one of sobel, canny, got 'prewitt'"),
+        ({"center_weight": -1}, "center_weight must be in .*, got -1"),
+        ({"neighborhood": -1}, "neighborhood must be in .*, got -1"),
+        ({"neighborhood": 1.5}, r"neighborhood (must be|takes) a whole number.*, got 1\.5"),
+        (
+            {"neighborhood": 1, "solver": "pot"},
+            "neighborhood goes with solver='log', got solver='pot'",
+        ),
+    ],
+)
+def test_options_that_scores_cannot_use_are_refused_there_too(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        create_masking("pgs", **options)
+    with pytest.raises(ValueError, match=sentence):
+        pgs_scores(make_inputs(2, grid_size=(7, 5)), CANDIDATES, **options)
+
+
+NUM_PATCHES, NUM_CANDIDATES = 169, 8  # 13 x 13 patches, 5 percent of them
+
+
+class RecordShapes(TorchDispatchMode):
+    """Keep the shape of every tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.shapes.add(tuple(value.shape))
+        return result
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5])
+@pytest.mark.parametrize("options", [{}, {"mask_ratio_min": 0.3}], ids=["fixed", "adaptive"])
+def test_no_tensor_pairs_patches_with_patches(options, progress):
+    pixels = smooth_images(2, height=52, width=52)
+    tokens = torch.randn(2, NUM_PATCHES, 24, generator=torch.Generator().manual_seed(0))
+    with RecordShapes() as record:
+        create_masking("pgs", **options)(PatchInputs(pixels, 4, tokens=tokens, progress=progress))
+    assert (2, NUM_CANDIDATES, NUM_PATCHES) in record.shapes
+    assert not [shape for shape in record.shapes if shape.count(NUM_PATCHES) > 1]

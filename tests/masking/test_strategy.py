@@ -1,0 +1,275 @@
+import re
+import subprocess
+import sys
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+
+from clip_pgs import PatchInputs, PatchSelection, create_masking, list_maskings
+from clip_pgs.masking import MaskingStrategy, masking_options
+from clip_pgs.masking.strategy import (
+    check_mask_ratio,
+    check_share,
+    drawn_count,
+    keep_count,
+    lower_bound,
+    mask_count,
+    register_masking,
+)
+from masking.test_contract import rows, select
+from support.images import make_inputs
+
+IMAGES = torch.zeros(2, 3, 32, 48)
+
+
+def test_grid_follows_the_image_and_the_patch():
+    inputs = PatchInputs(IMAGES, (16, 8))
+    assert inputs.grid_size == (2, 6)
+    assert inputs.num_patches == 12
+    assert inputs.batch_size == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"pixels": IMAGES[0]}, r"pixels must have shape \(B, 3, H, W\), got \(3, 32, 48\)"),
+        ({"pixels": IMAGES.long()}, "pixels must be floating point, got torch.int64"),
+        ({"patch_size": 20}, "patch_size must divide the image: 32 x 48 pixels"),
+        ({"patch_size": 0}, r"patch_size must be at least 1, got \(0, 0\)"),
+        ({"progress": 1.5}, r"progress must be in \[0, 1\], got 1.5"),
+        ({"tokens": torch.zeros(2, 5, 8)}, r"tokens must have shape \(B, N, D\)"),
+        ({"noise": torch.zeros(2, 5)}, r"noise must have shape \(B, N\) = \(2, 6\)"),
+        ({"attention": torch.zeros(6)}, r"attention must have shape \(B, N\) = \(2, 6\)"),
+    ],
+)
+def test_wrong_inputs_are_refused_in_one_sentence(changes, sentence):
+    fields = {"pixels": IMAGES, "patch_size": 16, **changes}
+    with pytest.raises(ValueError, match=sentence):
+        PatchInputs(**fields)
+
+
+def test_kept_counts_count_valid_slots():
+    index = torch.tensor([[0, 1, 2], [3, 3, 3]])
+    valid = torch.tensor([[True, True, True], [True, False, False]])
+    assert PatchSelection(index, valid).kept_counts().tolist() == [3, 1]
+    assert PatchSelection(index).kept_counts().tolist() == [3, 3]
+
+
+def test_a_ratio_set_between_steps_decides_the_count():
+    strategy = create_masking("random", mask_ratio=0.5)
+    strategy.set_mask_ratio(0.25)
+    assert strategy(PatchInputs(IMAGES, 8)).index.shape == (2, 18)
+
+
+def test_a_lower_bound_keeps_its_share_of_the_ratio():
+    strategy = create_masking("pgs", mask_ratio=0.5, mask_ratio_min=0.3)
+    for ratio in (0.25, 0.0, 0.75):
+        strategy.set_mask_ratio(ratio)
+        assert strategy.mask_ratio == ratio
+        assert strategy.mask_ratio_min == pytest.approx(0.6 * ratio)
+
+
+def test_a_fixed_count_stays_fixed():
+    strategy = create_masking("pgs", mask_ratio=0.3)
+    for ratio in (0.41, 0.0, 0.7):
+        strategy.set_mask_ratio(ratio)
+        assert strategy(PatchInputs(IMAGES, 8)).valid is None
+
+
+def test_a_ratio_out_of_its_range_is_refused():
+    with pytest.raises(ValueError, match=r"mask_ratio must be in \[0, 1\), got 1.0"):
+        create_masking("random").set_mask_ratio(1.0)
+
+
+def test_a_strategy_without_a_ratio_says_so():
+    with pytest.raises(ValueError, match=r"NoMasking has no mask ratio, got 0\.5"):
+        create_masking("none").set_mask_ratio(0.5)
+
+
+def test_a_strategy_finds_nothing_unless_it_says_so():
+    strategy = create_masking("random")
+    assert not strategy.needs_calibration(0.0)
+    strategy.calibrate(PatchInputs(IMAGES, 8))
+    strategy.load_state(strategy.state())
+    assert strategy.state() == {}
+
+
+def test_another_strategys_state_is_refused():
+    with pytest.raises(ValueError, match=r"the state of RandomMasking must hold \[\], got"):
+        create_masking("random").load_state({"threshold": 0.4})
+
+
+@pytest.mark.parametrize(
+    ("num_patches", "ratio", "masked"),
+    [(196, 0.5, 98), (196, 0.3, 58), (100, 0.29, 29), (100, 0.9, 90), (49, 0.0, 0), (10, 0.7, 7)],
+)
+def test_mask_count_floors_the_exact_product(num_patches, ratio, masked):
+    assert mask_count(num_patches, ratio) == masked
+    assert keep_count(num_patches, ratio) == num_patches - masked
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 7.0, float("nan")])
+def test_a_ratio_outside_its_range_is_refused(ratio):
+    with pytest.raises(ValueError, match=r"mask_ratio must be in \[0, 1\), got"):
+        check_mask_ratio(ratio)
+
+
+@pytest.mark.parametrize(
+    ("num_patches", "ratio", "drawn"), [(196, 0.05, 10), (64, 0.05, 3), (4, 0.05, 1), (7, 1.0, 7)]
+)
+def test_a_share_draws_the_nearest_count_and_at_least_one(num_patches, ratio, drawn):
+    assert drawn_count(num_patches, ratio) == drawn
+
+
+@pytest.mark.parametrize("share", [0.0, 1.01, float("nan")])
+def test_a_share_outside_its_range_is_refused(share):
+    with pytest.raises(ValueError, match=r"anchors must be in \(0, 1\], got"):
+        check_share(share, name="anchors")
+
+
+def test_the_lower_bound_is_the_ratio_unless_one_is_given():
+    assert lower_bound(0.5, None) == lower_bound(0.5, 0.5) == 0.5
+    assert lower_bound(0.5, 0.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("bound", "sentence"),
+    [
+        (-0.1, r"mask_ratio_min must be in \[0, 1\), got -0.1"),
+        (0.51, "mask_ratio_min must not exceed mask_ratio = 0.5, got 0.51"),
+    ],
+)
+def test_a_lower_bound_outside_its_range_is_refused(bound, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        lower_bound(0.5, bound)
+
+
+def test_the_names_are_listed_in_order():
+    assert list_maskings() == sorted(list_maskings())
+    assert {"none", "random", "pgs"} <= set(list_maskings())
+
+
+def test_an_unknown_name_lists_the_choices():
+    with pytest.raises(
+        ValueError, match=r"unknown masking 'pgz'; choose from .*none, pgs, .*random"
+    ):
+        create_masking("pgz")
+
+
+def test_an_unknown_option_lists_the_valid_ones():
+    with pytest.raises(ValueError, match="'random' has no option 'edges'; it takes mask_ratio"):
+        create_masking("random", edges=False)
+
+
+def test_an_unknown_option_names_the_strategies_that_have_it():
+    with pytest.raises(ValueError, match=r"; pgs, pgs-released would take 'edges'$"):
+        create_masking("gaussian", edges=False)
+    with pytest.raises(ValueError, match=r"it takes mask_ratio$"):
+        create_masking("random", nonsense=1)
+
+
+def test_only_adaptive_strategies_take_a_lower_bound():
+    with pytest.raises(ValueError, match="'random' has no option 'mask_ratio_min'"):
+        create_masking("random", mask_ratio=0.5, mask_ratio_min=0.3)
+
+
+def test_a_strategy_without_options_says_so():
+    with pytest.raises(ValueError, match="it takes none at all"):
+        create_masking("none", mask_ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "problem"),
+    [
+        ("random", {"mask_ratio": True}, "mask_ratio takes a number, got True"),
+        ("random", {"mask_ratio": None}, "mask_ratio takes a number, got None"),
+        ("gaussian", {"sigma": "wide"}, "sigma takes a number, got 'wide'"),
+        ("gaussian", {"sigma": float("inf")}, "sigma takes a finite number, got inf"),
+        ("gaussian", {"sigma": 10**400}, "sigma takes a finite number, got 1000"),
+        ("pgs", {"edge_weight": float("nan")}, "edge_weight takes a finite number, got nan"),
+        ("pgs", {"threshold": "low"}, "threshold takes a number, got 'low'"),
+        ("pgs", {"edges": "abc"}, "edges takes true or false, got 'abc'"),
+        ("pgs", {"edges": 1}, "edges takes true or false, got 1"),
+        ("pgs", {"num_iters": 1.5}, "num_iters takes a whole number, got 1.5"),
+        ("pgs", {"num_iters": None}, "num_iters takes a whole number, got None"),
+        ("pgs", {"neighborhood": [1]}, "neighborhood takes a whole number, got [1]"),
+        ("pgs", {"solver": 1}, "solver takes a name, got 1"),
+        ("pgs-released", {"num_epochs": {}}, "num_epochs takes a number, got {}"),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_refused_by_its_name(name, options, problem):
+    with pytest.raises(ValueError, match=re.escape(f"masking '{name}': {problem}")):
+        create_masking(name, **options)
+
+
+def test_numbers_of_numpy_and_whole_numbers_are_numbers():
+    assert create_masking("gaussian", sigma=np.float32(0.5), mask_ratio=0).mask_ratio == 0
+    assert create_masking("pgs", num_iters=np.int64(3), threshold=None).options.num_iters == 3
+
+
+def test_a_taken_name_is_refused():
+    with pytest.raises(ValueError, match="masking 'random' is registered already"):
+
+        @register_masking("random")
+        class Another(MaskingStrategy):
+            pass
+
+
+def test_options_come_with_their_defaults():
+    assert masking_options("random") == {"mask_ratio": 0.5}
+    assert masking_options("pgs")["mask_ratio_min"] is None
+
+
+HOSTILE = (1e300, -1e300, 1e-300, 10**30, -(10**30), 10**400, 1 - 1e-12, float("nan"), "1", [], {})
+
+
+def numeric_options():
+    """Return (strategy, option) of every option that takes numbers."""
+    return [
+        (name, option)
+        for name in list_maskings()
+        for option, hint in get_type_hints(type(create_masking(name)).__init__).items()
+        if {float, int} & {hint, *get_args(hint)}
+    ]
+
+
+@pytest.mark.parametrize(("name", "option"), numeric_options())
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: repr(value)[:9])
+def test_a_hostile_number_is_refused_by_its_name_or_does_no_harm(name, option, value):
+    inputs = make_inputs(2, progress=0.5)
+    others = {"mask_ratio_min": 0.3} if "mask_ratio_min" in masking_options(name) else {}
+    error = None
+    try:
+        strategy = create_masking(name, **{**others, option: value})
+    except ValueError as refusal:
+        error = str(refusal)
+    if error is not None:
+        assert option in error
+        assert "\n" not in error
+        return
+    for row in rows(select(strategy, inputs)):
+        assert row == sorted(set(row))
+        assert 1 <= len(row) <= 49
+    if name == "pgs":
+        assert strategy.steps(inputs, torch.rand(2, 49)).scores.isfinite().all()
+
+
+BLOCKED = ["open_clip", "timm", "torchvision", "webdataset", "ot", "PIL", "numpy", "pandas"]
+PROGRAM = f"""
+import sys
+for name in {BLOCKED!r}:
+    sys.modules[name] = None
+import clip_pgs, torch
+inputs = clip_pgs.PatchInputs(torch.rand(1, 3, 32, 32), 8)
+print(clip_pgs.create_masking("pgs")(inputs).index.shape[1])
+"""
+
+
+def test_the_core_imports_and_runs_with_torch_alone():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "8"
