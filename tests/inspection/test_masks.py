@@ -139,8 +139,9 @@ def test_options_after_a_colon_make_variants_of_one_strategy():
         ["pgs", "pgs:edges=false,edge-weight=1,mask_ratio=0.25"], mask_ratio=0.5
     )
     first, second = strategies.values()
-    assert (first.edges, first.mask_ratio) == (True, 0.5)
-    assert (second.edges, second.edge_weight, second.mask_ratio) == (False, 1, 0.25)
+    assert (first.options.edges, first.mask_ratio) == (True, 0.5)
+    assert (second.options.edges, second.options.edge_weight) == (False, 1)
+    assert second.mask_ratio == 0.25
 
 
 def test_a_default_lower_bound_gives_way_to_a_small_ratio():

@@ -57,12 +57,6 @@ def _owners(
     options = strategy.options
     share_BCN = reached_similarity(inputs, candidate_index, options.neighborhood)
     if options.transport:
-        options = strategy.options
-    share_BCN = inputs.num_patches * sinkhorn_plan(
-        share_BCN,
-        temperature=options.temperature,
-        num_iters=options.num_iters,
-        solver=options.solver,
-    )
+        share_BCN = inputs.num_patches * sinkhorn_plan(share_BCN, **options.sinkhorn())
     most = share_BCN.max(dim=1)
     return most.indices, most.values.clamp(0, 1)

@@ -22,8 +22,8 @@ from clip_pgs.masking.strategy import (
     MaskingStrategy,
     PatchInputs,
     PatchSelection,
+    check_range,
     check_share,
-    check_threshold,
     drawn_count,
     interpolate,
     lower_bound,
@@ -99,7 +99,7 @@ class ClusterMasking(MaskingStrategy):
         self.mask_ratio = mask_ratio
         self.mask_ratio_min = lower_bound(mask_ratio, mask_ratio_min)
         check_share(anchor_ratio, name="anchor_ratio")
-        check_threshold(threshold)
+        check_range(threshold, name="threshold", low=-1e6, high=1e6)
         self.anchor_ratio = anchor_ratio
         self.is_calibrated_in_training = threshold is None
         self.threshold = default_threshold(mask_ratio) if threshold is None else threshold

@@ -10,6 +10,7 @@ says where the authors' released code (`pgs_released.py`) computes something els
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,6 @@ from clip_pgs.masking.strategy import (
     check_choice,
     check_range,
     check_share,
-    check_threshold,
     drawn_count,
     interpolate,
     lower_bound,
@@ -119,17 +119,18 @@ class PGSOptions:
         check_choice(self.edge_detector, EDGE_DETECTORS, name="edge_detector")
         for name in ("edge_protection", "edge_weight", "center_weight"):
             check_range(getattr(self, name), name=name, low=0, high=_MAX_WEIGHT)
-        check_threshold(self.threshold)
-        check_sinkhorn_options(
-            temperature=self.temperature, num_iters=self.num_iters, solver=self.solver
-        )
-        if self.neighborhood is None:
-            return
-        if not isinstance(self.neighborhood, int):
+        check_range(self.threshold, name="threshold", low=-_MAX_WEIGHT, high=_MAX_WEIGHT)
+        check_sinkhorn_options(**self.sinkhorn())
+        if not isinstance(self.neighborhood, Integral | None):
             raise ValueError(f"neighborhood must be a whole number, got {self.neighborhood}")
         check_range(self.neighborhood, name="neighborhood", low=0, high=_MAX_WEIGHT)
-        if self.transport and self.solver != "log":
+        if self.neighborhood is not None and self.transport and self.solver != "log":
             raise ValueError(f"neighborhood goes with solver='log', got solver={self.solver!r}")
+
+    def sinkhorn(self) -> dict[str, Any]:
+        """Return the options of `sinkhorn_plan` and `plan_average`."""
+        names = ("temperature", "num_iters", "solver")
+        return {name: getattr(self, name) for name in names}
 
 
 class PGSSteps(NamedTuple):
@@ -280,12 +281,7 @@ def balanced_similarity(
     similarity_BCN = mixed_similarity(inputs, candidate_index, name="pgs")
     if not options.transport:
         return similarity_BCN.amax(dim=1)
-    return plan_average(
-        similarity_BCN,
-        temperature=options.temperature,
-        num_iters=options.num_iters,
-        solver=options.solver,
-    )
+    return plan_average(similarity_BCN, **options.sinkhorn())
 
 
 def patch_scores(
@@ -372,12 +368,7 @@ def _balanced_in_reach(inputs: PatchInputs, candidate_index: Tensor, options: PG
     similarity_BCN = reached_similarity(inputs, candidate_index, options.neighborhood)
     is_near_BCN = similarity_BCN > -torch.inf
     if options.transport:
-        plan_BCN = sinkhorn_plan(
-            similarity_BCN,
-            temperature=options.temperature,
-            num_iters=options.num_iters,
-            solver=options.solver,
-        )
+        plan_BCN = sinkhorn_plan(similarity_BCN, **options.sinkhorn())
         # Where the plan is 0, -inf must not meet it.
         similarity_BCN = similarity_BCN.masked_fill(~is_near_BCN, 0.0)
         redundancy_BN = inputs.num_patches * (plan_BCN * similarity_BCN).sum(dim=1)

@@ -61,7 +61,7 @@ class PatchInputs:
         self.patch_size = patch_sides(self.patch_size)
         height, width = self.pixels.shape[-2:]
         self.grid_size = patch_grid((height, width), self.patch_size)
-        check_progress(self.progress)
+        check_range(self.progress, name="progress", low=0, high=1)
         expected = (self.batch_size, self.num_patches)
         if self.tokens is not None and (
             self.tokens.ndim != 3 or tuple(self.tokens.shape[:2]) != expected
@@ -546,35 +546,16 @@ def lower_bound(mask_ratio: float, mask_ratio_min: float | None) -> float:
     return mask_ratio_min
 
 
-def check_range(value: float, *, name: str, low: float, high: float) -> None:
-    """Refuse a number outside [low, high], as a NaN is, too.
+def check_range(value: float | None, *, name: str, low: float, high: float) -> None:
+    """Refuse a number outside [low, high], as a NaN is, too; None is none.
 
     Numbers that float32 cannot hold, or that take for ever, are outside of every option's range.
 
     Raises:
         ValueError: If it is.
     """
-    if not low <= value <= high:
+    if value is not None and not low <= value <= high:
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
-
-
-def check_threshold(threshold: float | None) -> None:
-    """Refuse a threshold that no comparison with float32 numbers takes; None is no threshold.
-
-    Raises:
-        ValueError: If it is.
-    """
-    if threshold is not None:
-        check_range(threshold, name="threshold", low=-1e6, high=1e6)
-
-
-def check_progress(progress: float) -> None:
-    """Refuse a share of training outside [0, 1].
-
-    Raises:
-        ValueError: If it is.
-    """
-    check_range(progress, name="progress", low=0, high=1)
 
 
 def check_share(share: float, *, name: str) -> None:
