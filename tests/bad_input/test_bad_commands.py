@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from clip_pgs.data.__main__ import main as data
 from clip_pgs.evaluation.__main__ import main as evaluation
-from clip_pgs.evaluation.models.models import load_model
+from clip_pgs.evaluation.models import load_model
 from clip_pgs.inspection.__main__ import main as inspection
 from support.bad_files import model_configs
 from support.bad_flags import FILES, OPTION_NAMES, numbers, texts

@@ -13,7 +13,7 @@ from PIL import Image
 
 from clip_pgs.data.__main__ import main as data
 from clip_pgs.evaluation.__main__ import main as evaluation
-from clip_pgs.evaluation.datasets.datasets import clean_name
+from clip_pgs.evaluation.datasets import clean_name
 from clip_pgs.inspection.__main__ import main as inspection
 from clip_pgs.training.__main__ import main as training
 from support.fuzzing import run_command, snapshot

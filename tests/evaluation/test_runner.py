@@ -4,11 +4,15 @@ import math
 import shutil
 import tarfile
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 import torch
 
-from clip_pgs.evaluation import EvalSet, evaluate, load_model, load_suite, weights_digest
+from clip_pgs.evaluation import evaluate, load_model, load_suite, weights_digest
+from clip_pgs.evaluation.suites import get_suite
+
+classification = get_suite("zeroshot-classification")
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def test_result_file_holds_numbers_and_their_origin(color_model, eval_sets, tmp_
     assert content["samples"] == 12
     assert content["weights_digest"] == weights_digest(color_model.model)
     assert content["settings"] == {"device": "cpu", "amp": False, "batch_size": 64}
-    assert content["versions"]["clip-benchmark"].startswith("1.")
+    assert content["versions"]["torch"] == version("torch")
     assert content["date"].endswith("+00:00")
 
 
@@ -74,8 +78,8 @@ def test_csv_gathers_the_results_of_earlier_calls_with_the_same_weights(
 def test_missing_and_damaged_sets_do_not_stop_the_rest(
     color_model, eval_sets, damaged_folder, tmp_path
 ):
-    absent = EvalSet("absent", str(tmp_path / "absent"), eval_sets[0].suite, eval_sets[0].task)
-    damaged = EvalSet("damaged", str(damaged_folder), eval_sets[0].suite, eval_sets[0].task)
+    absent = classification.eval_set("absent", str(tmp_path / "absent"))
+    damaged = classification.eval_set("damaged", str(damaged_folder))
 
     output = tmp_path / "out"
     results = evaluate(color_model, [absent, damaged, eval_sets[0]], workers=0, output=output)
@@ -93,7 +97,7 @@ def test_set_that_lacks_a_shard_is_missing(color_model, eval_sets, data_root, tm
     (folder / "test").mkdir(parents=True)
     (folder / "test/nshards.txt").write_text("3")
     (folder / "test/0.tar").write_bytes((data_root / "six/test/0.tar").read_bytes())
-    short = EvalSet("short", str(folder), eval_sets[0].suite, eval_sets[0].task)
+    short = classification.eval_set("short", str(folder))
     result = evaluate(color_model, [short], workers=0)[0]
     assert result.status == "missing"
     assert "test/1.tar" in result.error
@@ -101,9 +105,7 @@ def test_set_that_lacks_a_shard_is_missing(color_model, eval_sets, data_root, tm
 
 def test_set_on_a_server_that_cannot_be_reached_is_missing(color_model, eval_sets):
     url = "http://127.0.0.1:9/wds_six"
-    result = evaluate(
-        color_model, [EvalSet("six", url, eval_sets[0].suite, eval_sets[0].task)], workers=0
-    )[0]
+    result = evaluate(color_model, [classification.eval_set("six", url)], workers=0)[0]
     assert result.status == "missing"
     assert url in result.error
 
@@ -185,7 +187,7 @@ def test_model_is_left_in_its_own_mode(color_model, eval_sets):
     assert color_model.model.training
 
 
-def test_terminal_stays_free_of_the_notes_of_clip_benchmark(color_model, eval_sets, capfd):
+def test_terminal_stays_free_of_progress(color_model, eval_sets, capfd):
     evaluate(color_model, eval_sets, workers=0)
     captured = capfd.readouterr()
     assert captured.out == ""

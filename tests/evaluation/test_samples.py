@@ -15,23 +15,23 @@ import torch
 from clip_benchmark.datasets.builder import build_dataset
 from PIL import Image
 
-from clip_pgs.evaluation import EvalSet, evaluate, load_suite
-from clip_pgs.evaluation.datasets.datasets import (
+from clip_pgs.evaluation import evaluate, load_suite
+from clip_pgs.evaluation.datasets import (
     DamagedDataError,
     count_shards,
     read_class_names,
     read_templates,
 )
 from clip_pgs.evaluation.samples import open_samples
+from clip_pgs.evaluation.suites import get_suite
 from support.eval_sets import add_member, color_png, write_dataset, write_pairs
 
 SUITES = {"classification": "zeroshot-classification", "retrieval": "zeroshot-retrieval"}
 
 
 def score(loaded, folder, *, suite="zeroshot-classification", workers=0, output=None):
-    task = "image_caption_selection" if suite == "compositionality" else suite.replace("-", "_")
     name = f"{folder.name}/add_att" if suite == "compositionality" else folder.name
-    eval_set = EvalSet(name, str(folder), suite, task)
+    eval_set = get_suite(suite).eval_set(name, str(folder))
     return evaluate(loaded, [eval_set], workers=workers, output=output)[0]
 
 
@@ -127,7 +127,7 @@ def test_labels_of_several_classes_are_arrays_and_are_not_unpickled(
 def test_a_location_is_no_shell_command(color_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     url = "http://127.0.0.1:9/'; touch pwned; '"
-    eval_set = EvalSet("six", url, "zeroshot-classification", "zeroshot_classification")
+    eval_set = get_suite("zeroshot-classification").eval_set("six", url)
     assert evaluate(color_model, [eval_set], workers=0)[0].status == "missing"
     assert not Path("pwned").exists()
 

@@ -1,43 +1,44 @@
 import random
 
-from clip_pgs.evaluation import load_suite
-from clip_pgs.evaluation.pace import Pace, format_seconds
-from clip_pgs.evaluation.work import divide, share_out
+from clip_pgs.evaluation import EvalSet, load_suite
+from clip_pgs.evaluation.runner import Pace, divide, format_seconds, sizes_to_read
 
 
-def test_largest_piece_goes_first_to_the_rank_with_the_least():
+def sets(count):
+    return [EvalSet(str(n), f"folder{n}", "a suite", "a task") for n in range(count)]
+
+
+def test_largest_set_goes_first_to_the_rank_with_the_least():
     # 9 and 8 open the two ranks; 4 joins 8, then 3 joins 9, then 1 the equal sum of rank 0.
-    assert share_out([3, 9, 1, 8, 4], 2) == [[0, 1, 2], [3, 4]]
+    assert divide(sets(5), [3, 9, 1, 8, 4], 2) == [[0, 1, 2], [3, 4]]
 
 
-def test_every_piece_goes_to_one_rank_and_loads_differ_by_one_piece_at_most():
+def test_every_set_goes_to_one_rank_and_loads_differ_by_one_set_at_most():
     dice = random.Random(0)
     for world_size in (1, 2, 3, 8):
         sizes = [dice.randrange(1, 100) for _ in range(20)]
-        shares = share_out(sizes, world_size)
-        assert sorted(piece for share in shares for piece in share) == list(range(20))
-        loads = [sum(sizes[piece] for piece in share) for share in shares]
+        shares = divide(sets(20), sizes, world_size)
+        assert sorted(number for share in shares for number in share) == list(range(20))
+        loads = [sum(sizes[number] for number in share) for share in shares]
         assert max(loads) - min(loads) <= max(sizes)
 
 
-def test_pieces_of_unknown_size_are_spread_by_number():
-    assert [len(share) for share in share_out([0] * 8, 4)] == [2, 2, 2, 2]
+def test_sets_of_unknown_size_are_spread_by_number():
+    assert [len(share) for share in divide(sets(8), [None] * 8, 4)] == [2, 2, 2, 2]
 
 
-def test_suites_that_read_one_folder_stay_together(data_root, tmp_path):
+def test_suites_that_read_one_folder_stay_together_and_it_is_counted_once(data_root, tmp_path):
     path = tmp_path / "list.txt"
     path.write_text("six\npairs\nrobustness: six\nlinear-probe: six\nsugar_crepe/add_att\n")
     eval_sets = load_suite(datasets=str(path), data_root=str(data_root))
-    ranks = divide(eval_sets, 2)
-    locations = [{eval_sets[piece.number].location for piece in pieces} for pieces in ranks]
+    sizes = sizes_to_read(eval_sets)
+    ranks = divide(eval_sets, sizes, 2)
+    locations = [{eval_sets[number].location for number in numbers} for numbers in ranks]
     assert not locations[0] & locations[1]
-    assert sorted(piece.number for pieces in ranks for piece in pieces) == list(range(5))
-    whole = sum((data_root / f"six/{split}").stat().st_size for split in ("test/0.tar",))
-    for piece in (piece for pieces in ranks for piece in pieces):
-        if eval_sets[piece.number].suite == "robustness":
-            assert piece.num_bytes == 0  # read for zero-shot classification before
-        if eval_sets[piece.number].suite == "zeroshot-classification":
-            assert piece.num_bytes > whole
+    assert sorted(number for numbers in ranks for number in numbers) == list(range(5))
+    by_suite = {s.suite: size for s, size in zip(eval_sets, sizes, strict=True)}
+    assert by_suite["robustness"] == 0  # read for zero-shot classification before
+    assert by_suite["zeroshot-classification"] > (data_root / "six/test/0.tar").stat().st_size
 
 
 def test_time_left_follows_from_the_bytes_of_what_was_work():

@@ -1,24 +1,14 @@
 """Image features of a data set, and how many images it took to get them."""
 
-import torch
-
-from clip_pgs.evaluation.features.feature_cache import FeatureCache
-from clip_pgs.evaluation.features.features import image_features
-
-CPU = torch.device("cpu")
+from clip_pgs.evaluation.features import Encoder
 
 
-def encode(loaded, eval_set, *, cache=None, split="test", batch_size=5):
-    return image_features(
-        loaded,
-        eval_set,
-        split=split,
-        device=CPU,
-        batch_size=batch_size,
-        workers=0,
-        amp=False,
-        cache=cache or FeatureCache(loaded),
-    )
+def make_encoder(loaded, folder=None, *, batch_size=5, amp=False):
+    return Encoder(loaded, batch_size=batch_size, amp=amp, folder=folder)
+
+
+def encode(loaded, eval_set, folder=None, *, split="test"):
+    return make_encoder(loaded, folder).images(eval_set, split=split)
 
 
 def count_images(loaded):

@@ -7,12 +7,11 @@ print(format_table(results))
 """
 
 from clip_pgs.evaluation.averages import Average, averages
-from clip_pgs.evaluation.datasets.datasets import EvalSet
-from clip_pgs.evaluation.datasets.suites import SUITES, Suite, load_suite
-from clip_pgs.evaluation.models.models import LoadedModel, load_model
-from clip_pgs.evaluation.models.weights import check_finite, weights_digest
+from clip_pgs.evaluation.datasets import EvalSet
+from clip_pgs.evaluation.models import LoadedModel, check_finite, load_model, weights_digest
 from clip_pgs.evaluation.results import Result, read_results
 from clip_pgs.evaluation.runner import evaluate
+from clip_pgs.evaluation.suites import SUITES, Scores, Suite, load_suite, register_suite
 from clip_pgs.evaluation.table import format_table
 
 __all__ = [
@@ -21,6 +20,7 @@ __all__ = [
     "EvalSet",
     "LoadedModel",
     "Result",
+    "Scores",
     "Suite",
     "averages",
     "check_finite",
@@ -29,5 +29,6 @@ __all__ = [
     "load_model",
     "load_suite",
     "read_results",
+    "register_suite",
     "weights_digest",
 ]

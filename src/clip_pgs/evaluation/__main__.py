@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return run_report(rest)
         case ["sets", *rest]:
-            from clip_pgs.evaluation.sets_command import run as run_sets
+            from clip_pgs.evaluation.command import run_sets
 
             return run_sets(rest)
     from clip_pgs.evaluation.command import run

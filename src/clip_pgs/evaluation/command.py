@@ -1,25 +1,30 @@
-"""Evaluate models from the command line."""
+"""Evaluate models from the command line, and say which data sets are there."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from clip_pgs.common import one_sentence
-from clip_pgs.evaluation.benchmark import check_installation
-from clip_pgs.evaluation.command_options import make_parser, output_folders
-from clip_pgs.evaluation.datasets.datasets import EvalSet
-from clip_pgs.evaluation.datasets.suites import load_suite
-from clip_pgs.evaluation.models.models import load_model
-from clip_pgs.evaluation.ranks import Ranks, join_ranks
+from clip_pgs.common import EVAL_NAME, EXPORT_NAME, SentenceParser, one_sentence
+from clip_pgs.evaluation.datasets import (
+    PRESENT,
+    EvalSet,
+    Presence,
+    check_presence,
+    clean_name,
+    is_caption_pairs,
+    is_remote,
+)
+from clip_pgs.evaluation.models import check_source, load_model, model_name
 from clip_pgs.evaluation.results import CSV_NAME, DONE, MISSING, Result, result_files
-from clip_pgs.evaluation.runner import evaluate
-from clip_pgs.evaluation.score_sheet import ERRORS_NAME
+from clip_pgs.evaluation.runner import ERRORS_NAME, Ranks, evaluate, join_ranks
+from clip_pgs.evaluation.suites import load_suite, suites
 from clip_pgs.evaluation.table import format_table
 
 logger = logging.getLogger(__name__)
@@ -31,6 +36,23 @@ _HINTS = {
     "demo": "make the demo data with `python -m clip_pgs.data world data/demo`",
     "paper": "`python -m clip_pgs.evaluation sets --datasets paper` tells how to get each",
 }
+_PAIRS_URL = "https://raw.githubusercontent.com/RAIVNLab/sugar-crepe/main/data"
+_IMAGES_URL = "http://images.cocodataset.org/zips/val2017.zip"
+_EPILOG = """\
+clip-test.sh sets --help     which data sets are there, and how to get the others
+clip-test.sh report --help   a report on results, beside the published numbers
+
+exit codes: 0 all data sets done, 1 some missing or failed, 2 bad input, 130 interrupted
+
+{suites}
+
+data sets are folders in clip_benchmark's webdataset layout. A line NAME of a list, without its
+`wds/`, is the folder NAME, or NAME with `-` for `/`, or the same after `wds_`, below --data-root;
+`sugar_crepe/SPLIT` is SPLIT.json and val2017/ in the folder sugar_crepe. A line `SUITE: NAME` is
+for that suite alone; --suite all gives linear-probe and robustness no other lines of your list.
+
+what is done is kept and not redone: the same command continues after an interruption.
+"""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -42,12 +64,12 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         The exit code, see `__main__`. With `--exit-code-file` it is written there, and 0 returned.
     """
-    args = make_parser().parse_args(argv)
+    args = _make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("clip_pgs").setLevel(logging.INFO)
     with join_ranks() as ranks:
         try:
-            exit_code = _run(args, ranks)
+            exit_code = _evaluate_all(args, ranks)
         except KeyboardInterrupt:
             sys.stderr.write("interrupted; the same command continues\n")
             exit_code = EXIT_INTERRUPTED
@@ -58,13 +80,102 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace, ranks: Ranks) -> int:
+def run_sets(argv: Sequence[str]) -> int:
+    """Print a table of data sets, and the commands that bring those that are not there.
+
+    Args:
+        argv: Arguments.
+
+    Returns:
+        0 if all are present, 1 if some are incomplete or missing, 2 on bad input.
+    """
+    parser = SentenceParser(
+        prog="clip-test.sh sets",
+        description="Tell which data sets are present, incomplete or missing.",
+        epilog="exit codes: 0 all present, 1 some incomplete or missing, 2 bad input",
+        allow_abbrev=False,
+    )
+    _add_data_flags(parser)
+    args = parser.parse_args(argv)
     try:
-        check_installation()
+        eval_sets = load_suite(args.suite, datasets=args.datasets, data_root=args.data_root)
+    except (ValueError, OSError) as error:
+        return _complain(error, Ranks())
+    found = [(eval_set, check_presence(eval_set)) for eval_set in eval_sets]
+    sys.stdout.write(_presence_table(found))
+    absent = [eval_set for eval_set, presence in found if presence.state != PRESENT]
+    commands = dict.fromkeys(
+        command for eval_set in absent for command in _commands_to_get(eval_set, args.datasets)
+    )
+    if commands:
+        sys.stdout.write("\nTo get what is not there:\n")
+        sys.stdout.writelines(f"  {command}\n" for command in commands)
+    return EXIT_INCOMPLETE if absent else EXIT_DONE
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    known = "\n".join(f"{suite.name:23}  {suite.summary}" for suite in suites())
+    parser = SentenceParser(
+        prog="clip-test.sh",
+        description="Evaluate CLIP models in five suites.",
+        epilog=_EPILOG.replace("{suites}", known),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "sources",
+        nargs="+",
+        metavar="RUN_OR_CHECKPOINT",
+        help="a run folder, an export, a checkpoint file, hf-hub:OWNER/NAME or an open_clip model",
+    )
+    add("--model", metavar="NAME", help="architecture of a checkpoint, if no run tells it")
+    add("--model-config", metavar="FILE", help="the same, as an OpenCLIP model config (JSON)")
+    add("--pretrained", metavar="TAG", help="published weights of an open_clip model")
+    _add_data_flags(parser)
+    add("--output", metavar="DIR", help="default: RUN/eval for a run, else eval_results/MODEL")
+    add("--force", action="store_true", help="redo what is done")
+    add(
+        "--no-report",
+        dest="report",
+        action="store_false",
+        help="leave out the report, which goes to the output's report/ (several models: to "
+        "eval_results/report)",
+    )
+    add("--batch-size", type=int, default=64, help="images per step (default: 64)")
+    add("--workers", type=int, help="processes that read images (default: up to 4)")
+    add("--device", help="default: cuda if there is one, else cpu")
+    # torchrun makes 1 of every exit code but 0.
+    add("--exit-code-file", help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(suite.name for suite in suites())
+    parser.add_argument("--suite", default="all", help=f"{names} or all (default: all)")
+    parser.add_argument(
+        "--datasets",
+        default="demo",
+        metavar="demo|paper|FILE",
+        help="a list of configs/eval, or your own: a data set per line (default: demo)",
+    )
+    parser.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="where the data sets are: a folder, a template with {dataset_cleaned}, or hub "
+        "(default: data/demo/eval for demo, data/eval for paper, else the working directory)",
+    )
+
+
+def _evaluate_all(args: argparse.Namespace, ranks: Ranks) -> int:
+    try:
         eval_sets = load_suite(args.suite, datasets=args.datasets, data_root=args.data_root)
         device = _device(args.device, ranks)
-        _check_numbers(args.batch_size, args.workers)
-        outputs = output_folders(args)
+        if args.batch_size < 1:
+            raise ValueError(f"--batch-size must be >= 1, got {args.batch_size}")
+        if args.workers is not None and args.workers < 0:
+            raise ValueError(f"--workers must be >= 0, got {args.workers}")
+        outputs = _output_folders(args)
     # OSError: a path that cannot be looked up.
     except (ValueError, OSError) as error:
         return _complain(error, ranks)
@@ -86,6 +197,41 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     if args.report and ranks.is_main:
         _write_report(scored, args)
     return exit_code
+
+
+def _device(name: str | None, ranks: Ranks) -> str:
+    if name is None:
+        if not torch.cuda.is_available():
+            return "cpu"
+        return "cuda" if ranks.world_size == 1 else f"cuda:{ranks.local_rank}"
+    try:
+        torch.empty(0, device=name)
+    # torch raises either, or an AssertionError where it was built without the backend.
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here") from error
+    return name
+
+
+def _output_folders(args: argparse.Namespace) -> dict[str, Path]:
+    """Return where the results of each source go, after checking that the source is one."""
+    folders: dict[str, Path] = {}
+    for source in args.sources:
+        check_source(
+            source, model=args.model, model_config=args.model_config, pretrained=args.pretrained
+        )
+        name = clean_name(model_name(source, pretrained=args.pretrained))
+        if args.output is not None:
+            folder = Path(args.output, name) if len(args.sources) > 1 else Path(args.output)
+        elif Path(source, EXPORT_NAME).is_dir():
+            folder = Path(source, EVAL_NAME)
+        else:
+            folder = Path("eval_results", name)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"the output {folder} is not a folder")
+        if folder in folders.values():
+            raise ValueError(f"two models would write to {folder}; evaluate them apart")
+        folders[source] = folder
+    return folders
 
 
 def _evaluate_source(
@@ -150,27 +296,45 @@ def _write_report(scored: Sequence[tuple[Path, list[Result]]], args: argparse.Na
     sys.stdout.write(f"The report is {written / HTML_NAME}\n")
 
 
-def _device(name: str | None, ranks: Ranks) -> str:
-    if name is None:
-        if not torch.cuda.is_available():
-            return "cpu"
-        return "cuda" if ranks.world_size == 1 else f"cuda:{ranks.local_rank}"
-    try:
-        torch.empty(0, device=name)
-    # torch raises either, or an AssertionError where it was built without the backend.
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here") from error
-    return name
-
-
-def _check_numbers(batch_size: int, workers: int | None) -> None:
-    if batch_size < 1:
-        raise ValueError(f"--batch-size must be >= 1, got {batch_size}")
-    if workers is not None and workers < 0:
-        raise ValueError(f"--workers must be >= 0, got {workers}")
-
-
 def _complain(error: Exception, ranks: Ranks) -> int:
     if ranks.is_main:
         sys.stderr.write(f"error: {one_sentence(error)}\n")
     return EXIT_BAD_INPUT
+
+
+def _presence_table(found: Sequence[tuple[EvalSet, Presence]]) -> str:
+    suites = dict.fromkeys(eval_set.suite for eval_set, _ in found)
+    width = max(len(text) for eval_set, _ in found for text in (eval_set.name, eval_set.suite))
+    blocks = []
+    for suite in suites:
+        members = [(eval_set, presence) for eval_set, presence in found if eval_set.suite == suite]
+        num_present = sum(presence.state == PRESENT for _, presence in members)
+        lines = [f"{suite.ljust(width)}  {num_present} of {len(members)} present\n"]
+        lines += [
+            f"{eval_set.name.ljust(width)}  {presence.state.ljust(10)}  "
+            f"{presence.reason or eval_set.location}\n"
+            for eval_set, presence in members
+        ]
+        blocks.append("".join(lines))
+    return "\n".join(blocks)
+
+
+def _commands_to_get(eval_set: EvalSet, datasets: str) -> list[str]:
+    """Return the shell commands that bring a data set to where it was looked for."""
+    if datasets == "demo":
+        root = Path(eval_set.location).parents[1]
+        return [f"python -m clip_pgs.data world {shlex.quote(str(root))}"]
+    # Nothing is known of the sets of one's own list, nor of another server than the hub.
+    if datasets != "paper" or is_remote(eval_set.location):
+        return []
+    folder = shlex.quote(eval_set.location)
+    if is_caption_pairs(eval_set.name):
+        annotations = f"{eval_set.splits[0]}.json"
+        return [
+            f"mkdir -p {folder}",
+            f"curl -L {_IMAGES_URL} -o {folder}/val2017.zip && "
+            f"unzip -q {folder}/val2017.zip -d {folder}",
+            f"curl -L {_PAIRS_URL}/{annotations} -o {folder}/{annotations}",
+        ]
+    repository = f"clip-benchmark/wds_{eval_set.name.replace('/', '-')}"
+    return [f"hf download {repository} --repo-type dataset --local-dir {folder}"]

@@ -12,14 +12,11 @@ import torch
 from torch import nn
 
 from clip_pgs.evaluation.averages import averages
-from clip_pgs.evaluation.benchmark import check_installation
-from clip_pgs.evaluation.datasets.datasets import clean_name
-from clip_pgs.evaluation.datasets.presence import PRESENT, check_presence
-from clip_pgs.evaluation.datasets.suites import load_suite
-from clip_pgs.evaluation.models.models import LoadedModel
-from clip_pgs.evaluation.results import DONE, Result
-from clip_pgs.evaluation.run_places import epoch_folder
+from clip_pgs.evaluation.datasets import PRESENT, check_presence, clean_name
+from clip_pgs.evaluation.models import LoadedModel
+from clip_pgs.evaluation.results import DONE, Result, epoch_folder
 from clip_pgs.evaluation.runner import evaluate
+from clip_pgs.evaluation.suites import load_suite
 from clip_pgs.evaluation.table import format_table
 
 logger = logging.getLogger(__name__)
@@ -29,7 +26,7 @@ class EvaluationInTraining:
     """Scores a suite after an epoch; what the training loop calls on rank 0.
 
     Args:
-        suite: A key of `SUITES`, or "all".
+        suite: Name of a suite, or "all".
         datasets: "demo", "paper" or a list file.
         data_root: As for `load_suite`.
         run: The run's folder; results go to `eval/epoch_N` in it. None writes none.
@@ -37,8 +34,7 @@ class EvaluationInTraining:
         workers: Processes that read images, >= 0.
 
     Raises:
-        ValueError: If suite or list is unknown, none of the data sets is there, or clip_benchmark
-            cannot run here.
+        ValueError: If suite or list is unknown, or none of the data sets is there.
     """
 
     def __init__(
@@ -51,7 +47,6 @@ class EvaluationInTraining:
         batch_size: int = 64,
         workers: int | None = None,
     ) -> None:
-        check_installation()
         self._eval_sets = load_suite(suite, datasets=datasets, data_root=data_root)
         found = [check_presence(eval_set) for eval_set in self._eval_sets]
         if all(presence.state != PRESENT for presence in found):

@@ -1,4 +1,4 @@
-"""Results as files: one JSON per data set, and one CSV of them all."""
+"""Results as files, one JSON per data set and one CSV of them all, and where a run keeps them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, asdict, dataclass, field, fields
@@ -13,7 +14,13 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from clip_pgs.common import one_sentence, write_text
+from clip_pgs.common import (
+    CHECKPOINTS_NAME,
+    EVAL_NAME,
+    OPTIONS_NAME,
+    one_sentence,
+    write_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +29,7 @@ CSV_NAME = "results.csv"
 
 _TEXT_COLUMNS = {"suite", "dataset", "status", "error", "model", "pretrained", "weights_digest"}
 _OTHER_COLUMNS = {"samples", "seconds", "date", "task", "location", "language"}
+_EPOCH = re.compile(r"epoch_(\d+)")
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t")
 _REQUIRED = {"suite", "dataset", "status", "samples", "model", "weights_digest"}
 
@@ -75,7 +83,12 @@ class Result:
 
 
 # What a result file holds of each type; all others are dicts.
-_KINDS = {"str": str, "int": int, "float": (int, float), "str | None": (str, NoneType)}
+_KINDS: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "str | None": (str, NoneType),
+}
 
 
 def write_result(result: Result, path: Path) -> None:
@@ -125,7 +138,7 @@ def _holds(content: dict[str, Any], column: Field) -> bool:
     value = content[column.name]
     is_fit = isinstance(value, _KINDS.get(str(column.type), dict))
     if column.name == "metrics":
-        return is_fit and all(isinstance(share, int | float | None) for share in value.values())
+        return is_fit and all(isinstance(share, (int, float, NoneType)) for share in value.values())
     return is_fit
 
 
@@ -207,3 +220,49 @@ def ordered_metrics(results: Iterable[Result]) -> list[str]:
         return not stem.startswith("text"), stem, int(k) if k.isdecimal() else 0
 
     return sorted({name for result in results for name in result.metrics}, key=rank)
+
+
+def is_run(folder: Path) -> bool:
+    """Say whether a folder is that of a training run."""
+    return (folder / OPTIONS_NAME).is_file() or (folder / CHECKPOINTS_NAME).is_dir()
+
+
+def run_of_results(folder: Path) -> Path | None:
+    """Return the run that a folder of results is, or lies right in; absolute, or None."""
+    folder = folder.resolve()
+    return next((place for place in (folder, folder.parent) if is_run(place)), None)
+
+
+def run_of_weights(weights: str) -> Path | None:
+    """Return the run that a checkpoint or an export lies in, or None.
+
+    Args:
+        weights: Where a result says that its weights came from: a path or a name.
+    """
+    holders = Path(weights).parents[:2]
+    # The parent of a name that is no path is the working directory.
+    if len(holders) < 2 or not holders[0].is_dir():
+        return None
+    return next((folder for folder in holders if is_run(folder)), None)
+
+
+def epoch_folder(run: Path, epoch: int) -> Path:
+    """Return where a run keeps what it scored in training after so many epochs."""
+    return run / EVAL_NAME / f"epoch_{epoch}"
+
+
+def epoch_folders(run: Path) -> dict[int, Path]:
+    """Return the folders of what a run scored in training, by epoch and in that order."""
+    found = {
+        int(name[1]): path
+        for path in (run / EVAL_NAME).glob("epoch_*")
+        if (name := _EPOCH.fullmatch(path.name)) and path.is_dir()
+    }
+    return dict(sorted(found.items()))
+
+
+def is_epoch_folder(folder: Path) -> bool:
+    """Say whether a folder is one of those that `epoch_folders` finds in its run."""
+    folder = folder.resolve()
+    in_run = folder.parent.name == EVAL_NAME and is_run(folder.parent.parent)
+    return in_run and _EPOCH.fullmatch(folder.name) is not None

@@ -1,28 +1,115 @@
-"""Evaluate one model over many data sets; one that fails does not stop the others."""
+"""Evaluate one model over many data sets; one that fails does not stop the others.
+
+What is done is kept by content: a result whose identity (a digest of weights, architecture,
+transform, tokenizer, precision, task and data) is that of the present call is not computed again.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from clip_pgs.evaluation.benchmark import check_installation, default_workers
-from clip_pgs.evaluation.datasets.datasets import EvalSet
-from clip_pgs.evaluation.features.feature_cache import FeatureCache
-from clip_pgs.evaluation.features.features import NonFiniteFeaturesError
-from clip_pgs.evaluation.models.models import LoadedModel
-from clip_pgs.evaluation.models.weights import check_finite
-from clip_pgs.evaluation.pace import Pace, format_seconds
-from clip_pgs.evaluation.ranks import Ranks
-from clip_pgs.evaluation.results import DONE, Result
-from clip_pgs.evaluation.score_sheet import ScoreSheet
-from clip_pgs.evaluation.scoring import Scorer
-from clip_pgs.evaluation.work import divide
+import torch.distributed as dist
+
+import clip_pgs
+from clip_pgs.common import one_sentence
+from clip_pgs.evaluation.datasets import (
+    CLASS_NAMES,
+    TEMPLATES,
+    DamagedDataError,
+    EvalSet,
+    is_remote,
+    local_files,
+    read_metadata,
+    require,
+)
+from clip_pgs.evaluation.features import (
+    Encoder,
+    NonFiniteFeaturesError,
+    content_digest,
+    files_fingerprint,
+)
+from clip_pgs.evaluation.models import LoadedModel, check_finite, weights_digest
+from clip_pgs.evaluation.results import (
+    CSV_NAME,
+    DONE,
+    FAILED,
+    MISSING,
+    Result,
+    read_result,
+    read_results,
+    write_csv,
+    write_result,
+)
+from clip_pgs.evaluation.suites import SUITES, Scores
 
 logger = logging.getLogger(__name__)
 
 FEATURES_NAME = "features"
+ERRORS_NAME = "errors.log"
+# Raise it when a suite's rules change, or what a result tells, so that older ones are redone.
+_RULES = 2
+_PACKAGES = ("open_clip_torch", "torch", "torchvision", "numpy", "pillow")
+
+
+class Ranks:
+    """This process among those of a torchrun launch, which share data sets between them.
+
+    Args:
+        rank: Its number, from 0.
+        world_size: How many there are.
+        local_rank: Its number on this machine.
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.local_rank = local_rank
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value on every rank, in their order, once all have come.
+
+        Args:
+            value: What pickle takes.
+        """
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def join_ranks() -> Iterator[Ranks]:
+    """Join the processes that torchrun started, and leave them at the end.
+
+    Yields:
+        This process among them; the only one where there was no torchrun.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield Ranks()
+        return
+    # Ranks meet at the end alone, and the largest data set may take hours longer than the rest.
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield Ranks(dist.get_rank(), world_size, int(os.environ.get("LOCAL_RANK", "0")))
+    finally:
+        dist.destroy_process_group()
 
 
 def evaluate(
@@ -58,34 +145,29 @@ def evaluate(
         One result per data set, in the same order, its `status` "done", "missing" or "failed".
 
     Raises:
-        ValueError: If weights or features are not finite, an option is out of its range, or
-            clip_benchmark cannot run here.
+        ValueError: If weights or features are not finite, or an option is out of its range.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    workers = default_workers() if workers is None else workers
+    workers = min(4, os.cpu_count() or 1) if workers is None else workers
     if workers < 0:
         raise ValueError(f"workers must be >= 0, got {workers}")
-    ranks = ranks or Ranks()
-    check_installation()
     check_finite(loaded.model, name=loaded.source)
-    device = next(loaded.model.parameters()).device
-    amp = device.type == "cuda" if amp is None else amp
+    ranks = ranks or Ranks()
     folder = None if output is None else Path(output)
-    cache_folder = folder / FEATURES_NAME if folder is not None and keep_features else None
-    cache = FeatureCache(loaded, folder=cache_folder)
-    scorer = Scorer(loaded, device, batch_size, workers, amp, cache)
-    sheet = ScoreSheet(scorer, folder, is_forced=force)
-
-    was_training = loaded.model.training
-    loaded.model.eval()
-    try:
-        share, complaint = _score_share(sheet, eval_sets, ranks)
-    finally:
-        loaded.model.train(was_training)
+    on_cuda = next(loaded.model.parameters()).is_cuda
+    encoder = Encoder(
+        loaded,
+        batch_size=batch_size,
+        workers=workers,
+        amp=on_cuda if amp is None else amp,
+        folder=folder / FEATURES_NAME if folder is not None and keep_features else None,
+    )
+    evaluation = _Evaluation(encoder, folder, is_forced=force)
+    share, complaint = evaluation.run(eval_sets, ranks)
     gathered = ranks.gather((share, complaint))
     if ranks.is_main:
-        sheet.write_csv()
+        evaluation.write_csv()
     for _, complaint in gathered:
         if complaint is not None:
             raise ValueError(complaint)
@@ -93,40 +175,214 @@ def evaluate(
     return [results[number] for number in range(len(eval_sets))]
 
 
-def _score_share(
-    sheet: ScoreSheet, eval_sets: Sequence[EvalSet], ranks: Ranks
-) -> tuple[dict[int, Result], str | None]:
-    """Score this rank's data sets.
+class _Evaluation:
+    """The results of one model: what is kept of earlier calls, computed, and written.
 
-    Returns:
-        The results by the data set's number, and why the model cannot be scored at all, or None.
+    Args:
+        encoder: Of the model.
+        folder: Where the files are; None keeps none.
+        is_forced: Whether to compute again what is there.
     """
-    pieces = divide(eval_sets, ranks.world_size)[ranks.rank]
-    pace = Pace([piece.num_bytes for piece in pieces])
-    who = f"rank {ranks.rank} " if ranks.world_size > 1 else ""
-    location = ""
-    results: dict[int, Result] = {}
-    for count, piece in enumerate(pieces, start=1):
-        eval_set = eval_sets[piece.number]
-        if eval_set.location != location:
-            # Pieces of one location follow each other; what they share is of no use afterwards.
-            sheet.forget_features()
-            location = eval_set.location
-        start = time.perf_counter()
+
+    def __init__(self, encoder: Encoder, folder: Path | None, *, is_forced: bool) -> None:
+        loaded = encoder.loaded
+        self._encoder = encoder
+        self._folder = folder
+        self._is_forced = is_forced
+        self._model_identity = [
+            _RULES,
+            encoder.cache.fingerprint,
+            encoder.cache.transform,
+            _tokenizer_description(loaded.tokenizer),
+            encoder.amp,
+        ]
+        self._record: dict[str, Any] = {
+            "model": loaded.name,
+            "pretrained": loaded.source,
+            "weights_digest": weights_digest(loaded.model),
+            "settings": {
+                "device": str(encoder.device),
+                "amp": encoder.amp,
+                "batch_size": encoder.batch_size,
+            },
+            "versions": {
+                "clip-pgs": clip_pgs.__version__,
+                **{package: version(package) for package in _PACKAGES},
+            },
+        }
+
+    def run(
+        self, eval_sets: Sequence[EvalSet], ranks: Ranks
+    ) -> tuple[dict[int, Result], str | None]:
+        """Score this rank's data sets.
+
+        Returns:
+            The results by the data set's number, and why the model cannot be scored at all, or
+            None.
+        """
+        sizes = sizes_to_read(eval_sets)
+        numbers = divide(eval_sets, sizes, ranks.world_size)[ranks.rank]
+        pace = Pace([sizes[number] for number in numbers])
+        who = f"rank {ranks.rank} " if ranks.world_size > 1 else ""
+        location = ""
+        results: dict[int, Result] = {}
+        for count, number in enumerate(numbers, start=1):
+            eval_set = eval_sets[number]
+            if eval_set.location != location:
+                # Sets of one location follow each other; what they share is of no use afterwards.
+                self._encoder.cache.forget()
+                location = eval_set.location
+            start = time.perf_counter()
+            try:
+                result, is_new = self._result_of(eval_set)
+            except NonFiniteFeaturesError as error:
+                # The other ranks wait for this one; it speaks up when they meet.
+                return results, str(error)
+            results[number] = result
+            seconds = time.perf_counter() - start
+            pace.advance(was_work=is_new and result.status == DONE)
+            outcome = _outcome(result, is_new, seconds, pace.seconds_left())
+            place = f"{who}[{count}/{len(numbers)}]"
+            logger.info("%s %s %s: %s", place, eval_set.suite, eval_set.name, outcome)
+            if ranks.is_main and is_new:
+                self.write_csv()
+        return results, None
+
+    def write_csv(self) -> None:
+        """Gather every result of these weights, also those of earlier calls, in one table."""
+        if self._folder is None or not self._folder.is_dir():
+            return
+        digest = self._record["weights_digest"]
+        results = [r for r in read_results(self._folder) if r.weights_digest == digest]
         try:
-            result, is_new = sheet.fill_in(eval_set)
-        except NonFiniteFeaturesError as error:
-            # The other ranks wait for this one; it speaks up when they meet.
-            return results, str(error)
-        results[piece.number] = result
-        pace.advance(was_work=is_new and result.status == DONE)
-        seconds = time.perf_counter() - start
-        outcome = _outcome(result, is_new, seconds, pace.seconds_left())
-        place = f"{who}[{count}/{len(pieces)}]"
-        logger.info("%s %s %s: %s", place, eval_set.suite, eval_set.name, outcome)
-        if ranks.is_main and is_new:
-            sheet.write_csv()
-    return results, None
+            write_csv(results, self._folder / CSV_NAME)
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self._folder / CSV_NAME, error)
+
+    def _result_of(self, eval_set: EvalSet) -> tuple[Result, bool]:
+        """Return a data set's result, and whether it was computed now."""
+        start = time.perf_counter()
+        scores, status, reason, identity = Scores({}, 0), DONE, None, ""
+        try:
+            require(eval_set)
+            identity = self._identity_of(eval_set)
+            kept = None if self._is_forced else self._kept(eval_set, identity)
+            if kept is not None:
+                return kept, False
+            scores = SUITES.get(eval_set.suite)(self._encoder, eval_set)
+        except NonFiniteFeaturesError:
+            raise
+        except FileNotFoundError as error:
+            status, reason = MISSING, str(error)
+        except DamagedDataError as error:
+            status, reason = FAILED, one_sentence(error)
+            self._keep_traceback(eval_set)
+        # Anything may be wrong with other people's files, and the rest must run. What asks the
+        # process to leave is no Exception, and ends the evaluation.
+        except Exception as error:
+            status, reason = FAILED, f"{type(error).__name__}: {one_sentence(error)}"
+            self._keep_traceback(eval_set)
+        result = Result(
+            **_place(eval_set),
+            status=status,
+            metrics=scores.metrics,
+            samples=scores.samples,
+            error=reason,
+            seconds=round(time.perf_counter() - start, 2),
+            details={**scores.details, **_role(eval_set)},
+            identity=identity,
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **self._record,
+        )
+        return self._write(result, eval_set), True
+
+    def _identity_of(self, eval_set: EvalSet) -> str:
+        """Return a digest of all that a result depends on, neither names nor paths; "" if unknown.
+
+        Of a data set on a server it covers the address and the small files.
+        """
+        if self._encoder.cache.transform is None:
+            return ""
+        location = eval_set.location
+        if is_remote(location):
+            counts = (f"{split}/nshards.txt" for split in eval_set.splits)
+            small_files = (CLASS_NAMES, TEMPLATES, *counts)
+            data = [location, *(read_metadata(location, name) for name in small_files)]
+        else:
+            data = [files_fingerprint(Path(location), local_files(eval_set))]
+        return content_digest([*self._model_identity, eval_set.task, eval_set.splits, data])
+
+    def _kept(self, eval_set: EvalSet, identity: str) -> Result | None:
+        """Return the result of an earlier call under its present name, if its content is equal."""
+        kept = self._read(eval_set)
+        if kept is None or kept.status != DONE or not identity or kept.identity != identity:
+            return None
+        details = {key: value for key, value in kept.details.items() if key != "is_reference"}
+        present = replace(
+            kept,
+            **_place(eval_set),
+            model=self._record["model"],
+            pretrained=self._record["pretrained"],
+            details={**details, **_role(eval_set)},
+        )
+        return kept if present == kept else self._write(present, eval_set)
+
+    def _write(self, result: Result, eval_set: EvalSet) -> Result:
+        if self._folder is None:
+            return result
+        earlier = self._read(eval_set)
+        if (
+            result.status == MISSING
+            and earlier is not None
+            and earlier.status == DONE
+            and earlier.weights_digest == result.weights_digest
+        ):
+            # A disk that is not mounted today takes no finished number away.
+            return result
+        try:
+            write_result(result, self._folder / f"{eval_set.file_stem}.json")
+        except OSError as error:
+            reason = f"cannot write the result: {error}"
+            return replace(result, status=FAILED, error=reason)
+        return result
+
+    def _read(self, eval_set: EvalSet) -> Result | None:
+        if self._folder is None:
+            return None
+        return read_result(self._folder / f"{eval_set.file_stem}.json")
+
+    def _keep_traceback(self, eval_set: EvalSet) -> None:
+        try:
+            if self._folder is None:
+                raise FileNotFoundError
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / ERRORS_NAME).open("a", encoding="utf-8") as file:
+                file.write(f"{eval_set.suite} {eval_set.name}\n{traceback.format_exc()}\n")
+        except OSError:
+            logger.warning("%s failed: %s", eval_set.name, traceback.format_exc())
+
+
+def _place(eval_set: EvalSet) -> dict[str, Any]:
+    return {
+        "suite": eval_set.suite,
+        "dataset": eval_set.name,
+        "task": eval_set.task,
+        "location": eval_set.location,
+    }
+
+
+def _role(eval_set: EvalSet) -> dict[str, bool]:
+    return {"is_reference": True} if eval_set.is_reference else {}
+
+
+def _tokenizer_description(tokenizer: Callable[..., Any]) -> str:
+    name = getattr(tokenizer, "__qualname__", type(tokenizer).__qualname__)
+    attributes = {
+        key: value
+        for key, value in sorted(getattr(tokenizer, "__dict__", {}).items())
+        if isinstance(value, (bool, int, str))
+    }
+    return f"{name} {attributes}"
 
 
 def _outcome(result: Result, is_new: bool, seconds: float, seconds_left: float | None) -> str:
@@ -140,3 +396,97 @@ def _outcome(result: Result, is_new: bool, seconds: float, seconds_left: float |
     if seconds_left is not None:
         outcome += f", {format_seconds(seconds_left)} left"
     return outcome
+
+
+def divide(
+    eval_sets: Sequence[EvalSet], sizes: Sequence[int | None], world_size: int
+) -> list[list[int]]:
+    """Spread data sets over ranks, the largest first, each to the rank with the least so far.
+
+    Suites that read the same folder go to one rank, one after the other, as they share its image
+    features.
+
+    Args:
+        eval_sets: All data sets.
+        sizes: Bytes that are read for each and for none before it; None where unknown.
+        world_size: Number of ranks.
+
+    Returns:
+        The numbers of the data sets of each rank, in the order to score them. The same on every
+        rank.
+    """
+    groups: dict[str, list[int]] = {}
+    for number, eval_set in enumerate(eval_sets):
+        groups.setdefault(eval_set.location, []).append(number)
+    loads = {tuple(group): sum(sizes[n] or 0 for n in group) for group in groups.values()}
+    shares: list[list[tuple[int, ...]]] = [[] for _ in range(world_size)]
+    totals = [0] * world_size
+    for group in sorted(loads, key=lambda group: (-loads[group], group)):
+        # The number of groups decides among those whose size is not known.
+        rank = min(range(world_size), key=lambda rank: (totals[rank], len(shares[rank]), rank))
+        totals[rank] += loads[group]
+        shares[rank].append(group)
+    return [[number for group in sorted(share) for number in group] for share in shares]
+
+
+def sizes_to_read(eval_sets: Sequence[EvalSet]) -> list[int | None]:
+    """Return the bytes that are read for each data set and for none before it; None if unknown."""
+    seen: set[Path] = set()
+    sizes: list[int | None] = []
+    for eval_set in eval_sets:
+        if is_remote(eval_set.location):
+            sizes.append(None)
+            continue
+        try:
+            paths = set(local_files(eval_set)) - seen
+            sizes.append(sum(path.stat().st_size for path in paths))
+            seen |= paths
+        # A data set that is not there, or damaged, is told when its turn comes.
+        except (OSError, ValueError):
+            sizes.append(0)
+    return sizes
+
+
+class Pace:
+    """Estimates the time left from the bytes read so far.
+
+    Args:
+        sizes: Bytes of the pieces of work, in order; None where unknown.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int | None], *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._left = list(sizes)
+        self._clock = clock
+        self._last = clock()
+        self._seconds = 0.0
+        self._bytes = 0
+
+    def advance(self, *, was_work: bool) -> None:
+        """Count the next piece as over.
+
+        Args:
+            was_work: False for a piece that was skipped, which says nothing about the pace.
+        """
+        now = self._clock()
+        size = self._left.pop(0)
+        if was_work:
+            self._seconds += now - self._last
+            self._bytes += size or 0
+        self._last = now
+
+    def seconds_left(self) -> float | None:
+        """Return how long the rest will take, or None where nothing tells."""
+        known = [size for size in self._left if size is not None]
+        if not known or len(known) < len(self._left) or not self._bytes:
+            return None
+        return self._seconds * sum(known) / self._bytes
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as a person says it, such as "40 s", "12 min" or "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

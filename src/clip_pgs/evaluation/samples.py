@@ -19,7 +19,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -29,12 +29,15 @@ from tqdm import tqdm
 
 from clip_pgs.common import one_sentence
 from clip_pgs.data.decoding import open_image
-from clip_pgs.evaluation.datasets.datasets import (
+from clip_pgs.evaluation.datasets import (
     DamagedDataError,
     declared_type,
     is_remote,
     open_remote,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PICTURE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
 _TARGET_SUFFIXES = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
@@ -234,7 +237,7 @@ class _StrictHeader(tarfile.TarInfo):
     """A header that is damaged or cut off ends the reading, not the archive in silence."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:

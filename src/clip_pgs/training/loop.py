@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,6 @@ from clip_pgs.training.launch import (
     open_sinks,
     write_run_files,
 )
-from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.precision import supported_precision
 from clip_pgs.training.run_folder import run_folder
 from clip_pgs.training.survival.exits import (
@@ -44,7 +43,7 @@ _logger = logging.getLogger(__name__)
 
 
 def train(
-    args: TrainOptions,
+    args: argparse.Namespace,
     *,
     evaluate: Evaluate | None = None,
     interrupts: Interrupts | None = None,
@@ -67,7 +66,7 @@ def train(
         UnusableDataError, StalledDataError, BadNumbersError, OtherProcessError: See `Trainer.run`.
     """
     asked_device = args.device
-    args = dataclasses.replace(args)
+    args = argparse.Namespace(**vars(args))
     interrupts = interrupts or Interrupts()
     report = ExitReport(interrupts)
     with interrupts.caught(), report, process_group(args) as device:
@@ -108,7 +107,7 @@ def train(
 
 
 def _train(
-    args: TrainOptions,
+    args: argparse.Namespace,
     device: torch.device,
     folder: Path | None,
     meeting: Meeting,
@@ -140,14 +139,14 @@ def _train(
         watchdog.close()
 
 
-def _log_level(args: TrainOptions, *, has_file: bool) -> int:
+def _log_level(args: argparse.Namespace, *, has_file: bool) -> int:
     if args.rank != 0 and not has_file:
         return logging.ERROR
     return logging.DEBUG if args.debug else logging.INFO
 
 
 def _evaluate_only(
-    args: TrainOptions,
+    args: argparse.Namespace,
     device: torch.device,
     folder: Path | None,
     meeting: Meeting,

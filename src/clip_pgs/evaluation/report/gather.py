@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from clip_pgs.common import EVAL_NAME
 from clip_pgs.evaluation.report.training_facts import TrainingFacts, read_training_facts
-from clip_pgs.evaluation.results import Result, read_csv, read_result, read_results
-from clip_pgs.evaluation.run_places import (
-    EVAL_NAME,
+from clip_pgs.evaluation.results import (
+    Result,
     epoch_folders,
     is_epoch_folder,
+    read_csv,
+    read_result,
+    read_results,
     run_of_results,
     run_of_weights,
 )

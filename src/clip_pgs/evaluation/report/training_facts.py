@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_pgs.checkpoint_io import newest_checkpoint, read_checkpoint
-from clip_pgs.common import CHECKPOINTS_NAME
-from clip_pgs.evaluation.run_places import OPTIONS_NAME
+from clip_pgs.common import CHECKPOINTS_NAME, OPTIONS_NAME
 
 METRICS_NAME = "metrics.jsonl"
 

@@ -1,0 +1,467 @@
+"""A data set: where it is, which of its files are there, and what its small files say.
+
+A data set is a folder with `test/nshards.txt`, `test/0.tar`, ... and, beside them,
+`dataset_type.txt`, `classnames.txt` and `zeroshot_classification_templates.txt`. SugarCrepe's
+seven splits are one folder with `add_att.json`, ... and the images in `val2017/`.
+
+One rule leads from a name and a data root to the folder:
+
+- a root with `{dataset}` or `{dataset_cleaned}` is a template, filled in as clip_benchmark does
+  (`vtab/cifar10` and `vtab-cifar10`); it may be a URL, and `hub` is short for `HUB_ROOT`;
+- under any other root it is the first folder that exists of `NAME`, `CLEANED` and `wds_CLEANED`
+  (the name of a clone from the hub). `NAME` may be a path of its own;
+- `sugar_crepe/SPLIT` is a split of the folder `sugar_crepe`, or of the data root itself where that
+  holds `SPLIT.json`. The hub has no copy of it, so that it is looked for in `data/eval` there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+DATA_TYPES = ("classification", "multilabel", "retrieval")
+CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
+PAIRS_TYPE = "caption pairs"
+CAPTION_PAIR_SPLITS = (
+    "add_att",
+    "add_obj",
+    "replace_att",
+    "replace_obj",
+    "replace_rel",
+    "swap_att",
+    "swap_obj",
+)
+PRESENT, INCOMPLETE, MISSING = "present", "incomplete", "missing"
+IMAGE_FOLDER = "val2017"
+HUB_ROOT = "https://huggingface.co/datasets/clip-benchmark/wds_{dataset_cleaned}/tree/main"
+_LOCAL_ROOT = "data/eval"
+_HUB_TIMEOUT_S, _NUM_RETRIES = 20, 5
+_MAX_TEXT_BYTES, _MAX_PAIRS_BYTES = 2**24, 2**26
+_PAIR_KEYS = ("filename", "caption", "negative_caption")
+
+
+class DamagedDataError(ValueError):
+    """A data set that is there and cannot be scored, told in one sentence."""
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """One data set as one suite evaluates it.
+
+    Attributes:
+        name: Its name without `wds/`, as results show it.
+        location: Folder or URL; the place that was looked in if there is none.
+        suite: Name of the suite, such as "zeroshot-classification".
+        task: clip_benchmark's name of the task, such as "zeroshot_classification".
+        splits: Parts of it that are read: webdataset splits, or SugarCrepe's split.
+        is_reference: Whether the suite's other sets are variants of this one.
+    """
+
+    name: str
+    location: str
+    suite: str
+    task: str
+    splits: tuple[str, ...] = ("test",)
+    is_reference: bool = False
+
+    @property
+    def file_stem(self) -> str:
+        """Name of this set's result file, without ending; unique within a suite."""
+        return f"{self.suite.replace('-', '_')}_{clean_name(self.name)}"
+
+
+def clean_name(name: str) -> str:
+    """Return a name as one part of a file name."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
+
+
+def locate(name: str, data_root: str) -> tuple[str, str]:
+    """Resolve a line of a data set list.
+
+    Args:
+        name: `wds/vtab/cifar10`, `vtab/cifar10`, or the path of a folder.
+        data_root: A folder, or a template with `{dataset}` or `{dataset_cleaned}`, or "hub".
+
+    Returns:
+        The name to show, and the folder or URL where the data set should be.
+    """
+    short_name = name.removeprefix("wds/").rstrip("/")
+    if is_caption_pairs(short_name):
+        return _locate_caption_pairs(short_name, data_root)
+    cleaned = short_name.replace("/", "-")
+    if data_root == "hub":
+        data_root = HUB_ROOT
+    if is_template(data_root):
+        filled = data_root.replace("{dataset_cleaned}", cleaned).replace("{dataset}", short_name)
+        return short_name, filled
+
+    candidates = [Path(data_root, part).expanduser() for part in (short_name, cleaned)]
+    candidates.append(Path(data_root, f"wds_{cleaned}"))
+    folder = next((path for path in candidates if path.is_dir()), candidates[0])
+    if short_name.startswith((".", "/", "~")):
+        short_name = folder.resolve().name
+    return short_name, str(folder)
+
+
+def is_caption_pairs(name: str) -> bool:
+    """Say whether a line names a split of SugarCrepe, or of a folder in its layout."""
+    folder, _, split = name.rpartition("/")
+    return bool(folder) and split in CAPTION_PAIR_SPLITS
+
+
+def _locate_caption_pairs(name: str, data_root: str) -> tuple[str, str]:
+    folder_name, _, split = name.rpartition("/")
+    shown = f"{Path(folder_name).name}/{split}"
+    if data_root == "hub":
+        data_root = _LOCAL_ROOT
+    if is_template(data_root):
+        filled = data_root.replace("{dataset_cleaned}", folder_name)
+        return shown, filled.replace("{dataset}", folder_name)
+    candidates = [Path(data_root, folder_name).expanduser(), Path(data_root)]
+    holders = (path for path in candidates if (path / f"{split}.json").is_file())
+    return shown, str(next(holders, candidates[0]))
+
+
+def is_template(data_root: str) -> bool:
+    """Say whether a data root is filled in for each data set, rather than a folder of them."""
+    return "{dataset}" in data_root or "{dataset_cleaned}" in data_root
+
+
+def is_remote(location: str) -> bool:
+    """Say whether a data set is on a server, rather than in a folder."""
+    return "://" in location
+
+
+def read_metadata(location: str, file_name: str) -> str | None:
+    """Read one of a data set's small text files.
+
+    Args:
+        location: Folder or URL of the data set.
+        file_name: Such as "dataset_type.txt" or "test/nshards.txt".
+
+    Returns:
+        The stripped text, or None if the file does not exist.
+
+    Raises:
+        OSError: If the file cannot be read, or the server cannot be reached.
+        DamagedDataError: If it is no text, or larger than 16 MiB.
+    """
+    try:
+        if is_remote(location):
+            with open_remote(location, file_name, is_text=True) as stream:
+                content = stream.read(_MAX_TEXT_BYTES + 1)
+        elif Path(location, file_name).is_file():
+            with Path(location, file_name).open("rb") as file:
+                content = file.read(_MAX_TEXT_BYTES + 1)
+        else:
+            return None
+    except FileNotFoundError:
+        return None
+    if len(content) > _MAX_TEXT_BYTES:
+        raise DamagedDataError(f"{location}/{file_name} is larger than {_MAX_TEXT_BYTES} bytes")
+    try:
+        return content.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DamagedDataError(f"{location}/{file_name} is no UTF-8 text: {error}") from error
+
+
+@contextlib.contextmanager
+def open_remote(location: str, file_name: str, *, is_text: bool = False) -> Iterator[BinaryIO]:
+    """Open a file of a data set on a server.
+
+    Args:
+        location: URL of the data set.
+        file_name: Such as "test/0.tar".
+        is_text: Whether it is a small text file; the hub has them in another place.
+
+    Yields:
+        The content as it comes.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: If the server cannot be reached.
+    """
+    import requests
+    from requests.adapters import HTTPAdapter, Retry
+
+    if "huggingface.co" in location:
+        # The hub serves plain files under `raw`, and what is large under `resolve`.
+        location = location.replace("/tree/", "/raw/" if is_text else "/resolve/", 1)
+    url = f"{location}/{file_name}"
+    with requests.Session() as session:
+        retries = Retry(_NUM_RETRIES, backoff_factor=0.5, status_forcelist=(429, 502, 503, 504))
+        session.mount("https://", HTTPAdapter(max_retries=0 if is_text else retries))
+        with session.get(url, timeout=_HUB_TIMEOUT_S, stream=True) as response:
+            # The hub answers 401, not 404, where there is no such data set.
+            if response.status_code in (401, 403, 404):
+                raise FileNotFoundError(f"there is no {url}")
+            response.raise_for_status()
+            response.raw.decode_content = True
+            yield response.raw
+
+
+def declared_type(location: str) -> str | None:
+    """Return the type a data set declares, one of `DATA_TYPES`.
+
+    Args:
+        location: Folder or URL of the data set.
+
+    Returns:
+        The type, or None if the data set is not there or declares none, as many on the hub do.
+
+    Raises:
+        DamagedDataError: If it declares something else.
+    """
+    try:
+        declared = read_metadata(location, "dataset_type.txt")
+    except OSError:
+        return None
+    if not declared:
+        return None
+    if declared.lower() not in DATA_TYPES:
+        choices = ", ".join(DATA_TYPES)
+        raise DamagedDataError(
+            f"{location}/dataset_type.txt must hold one of {choices}, got {declared[:80]!r}"
+        )
+    return declared.lower()
+
+
+def read_class_names(location: str) -> list[str] | None:
+    """Return the names of a data set's classes, or None if it has no `classnames.txt`.
+
+    Args:
+        location: Folder or URL of the data set.
+
+    Raises:
+        OSError: If they cannot be read.
+        DamagedDataError: If there is none, or a line is empty.
+    """
+    text = read_metadata(location, CLASS_NAMES)
+    if text is None:
+        return None
+    names = [line.strip() for line in text.splitlines()]
+    if not names or not all(names):
+        line = names.index("") + 1 if names else 1
+        raise DamagedDataError(f"line {line} of {location}/{CLASS_NAMES} must name a class")
+    return names
+
+
+def read_templates(location: str) -> list[str]:
+    """Return a data set's prompts, each with a `{c}` for the name of a class.
+
+    Args:
+        location: Folder or URL of the data set.
+
+    Raises:
+        OSError: If they cannot be read.
+        DamagedDataError: If there is none, or a line has no `{c}` or other braces.
+    """
+    lines = (read_metadata(location, TEMPLATES) or "").splitlines()
+    for number, line in enumerate(lines or [""], start=1):
+        if "{c}" not in line or set("{}") & set(line.replace("{c}", "")):
+            raise DamagedDataError(
+                f"line {number} of {location}/{TEMPLATES} must hold {{c}} for the name of a class, "
+                f"and no other braces, got {line[:80]!r}"
+            )
+    return [line.strip() for line in lines]
+
+
+def count_shards(location: str, split: str = "test") -> int:
+    """Return how many shards a split of a data set has: `0.tar`, `1.tar`, ...
+
+    Args:
+        location: Folder or URL of the data set.
+        split: "test" or "train".
+
+    Raises:
+        FileNotFoundError: If there is no such split, or it lacks a shard, with the reason as its
+            message.
+        DamagedDataError: If `SPLIT/nshards.txt` holds no positive number, or fewer than there are
+            shards in the folder.
+    """
+    if not is_remote(location) and not Path(location).is_dir():
+        raise FileNotFoundError(f"no folder {location}")
+    try:
+        text = read_metadata(location, f"{split}/nshards.txt")
+    except OSError as error:
+        raise FileNotFoundError(f"cannot reach {location} ({type(error).__name__})") from error
+    if text is None:
+        raise FileNotFoundError(f"{location} has no {split}/nshards.txt")
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
+        raise DamagedDataError(
+            f"{location}/{split}/nshards.txt must hold a number >= 1, got {text[:80]!r}"
+        )
+    count = int(text)
+    if not is_remote(location):
+        _compare_shards(location, split, count)
+    return count
+
+
+def _compare_shards(location: str, split: str, count: int) -> None:
+    """Refuse a number that is not the number of shards in the folder."""
+    there: set[int] = set()
+    for path in sorted(Path(location, split).glob("*.tar")):
+        number = int(path.stem) if re.fullmatch("0|[1-9][0-9]{0,8}", path.stem) else None
+        if number is None or number >= count:
+            raise DamagedDataError(
+                f"{location}/{split}/nshards.txt says {count}, which are 0.tar to {count - 1}.tar, "
+                f"but there is {path.name}"
+            )
+        there.add(number)
+    if len(there) < count:
+        first = next(number for number in range(count) if number not in there)
+        num_absent = count - len(there)
+        raise FileNotFoundError(
+            f"{location} lacks {split}/{first}.tar ({num_absent} of {count} shards)"
+        )
+
+
+@dataclass(frozen=True)
+class CaptionPair:
+    """One item.
+
+    Attributes:
+        file_name: Of the image, in `IMAGE_FOLDER`.
+        caption: What it shows.
+        negative: What it does not.
+    """
+
+    file_name: str
+    caption: str
+    negative: str
+
+
+def read_pairs(folder: Path, split: str) -> list[CaptionPair]:
+    """Read the items of a split.
+
+    Args:
+        folder: With `SPLIT.json`.
+        split: One of `CAPTION_PAIR_SPLITS`.
+
+    Raises:
+        FileNotFoundError: If the file is not there.
+        ValueError: If there is no such split, or the file is malformed or empty.
+    """
+    if split not in CAPTION_PAIR_SPLITS:
+        choices = ", ".join(CAPTION_PAIR_SPLITS)
+        raise ValueError(f"SugarCrepe has no split {split!r}; choose from {choices}")
+    path = folder / f"{split}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    if path.stat().st_size > _MAX_PAIRS_BYTES:
+        raise DamagedDataError(f"{path} is larger than {_MAX_PAIRS_BYTES} bytes")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    # The last where it nests too deep.
+    except (ValueError, RecursionError) as error:
+        raise DamagedDataError(f"{path} is not JSON: {error}") from error
+    items = list(content.values()) if isinstance(content, dict) else content
+    if not isinstance(items, list) or not items or not all(_is_item(item) for item in items):
+        raise DamagedDataError(f"{path} must hold items with {', '.join(_PAIR_KEYS)}")
+    pairs = [CaptionPair(*(item[key] for key in _PAIR_KEYS)) for item in items]
+    for pair in pairs:
+        if Path(pair.file_name).name != pair.file_name or "\0" in pair.file_name:
+            raise DamagedDataError(
+                f"{path} must name images in {IMAGE_FOLDER}, got {pair.file_name[:80]!r}"
+            )
+    return pairs
+
+
+def image_paths(folder: Path, split: str) -> list[Path]:
+    """Return the images of a split, each once, in the order of their names.
+
+    Args:
+        folder: With `SPLIT.json` and the images.
+        split: One of `CAPTION_PAIR_SPLITS`.
+
+    Raises:
+        FileNotFoundError: If the split or an image is not there.
+        ValueError: As `read_pairs`.
+    """
+    names = sorted({pair.file_name for pair in read_pairs(folder, split)})
+    absent = [name for name in names if not (folder / IMAGE_FOLDER / name).is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"{folder} lacks {IMAGE_FOLDER}/{absent[0]} ({len(absent)} of {len(names)} images)"
+        )
+    return [folder / IMAGE_FOLDER / name for name in names]
+
+
+def _is_item(item: object) -> bool:
+    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in _PAIR_KEYS)
+
+
+@dataclass(frozen=True)
+class Presence:
+    """Whether a data set can be evaluated.
+
+    Attributes:
+        state: "present", "incomplete" or "missing".
+        reason: What is not there; None where all is.
+    """
+
+    state: str
+    reason: str | None = None
+
+
+def check_presence(eval_set: EvalSet) -> Presence:
+    """Say whether all files of a data set are there; of remote ones, the small files alone.
+
+    Args:
+        eval_set: The data set as a suite evaluates it.
+    """
+    try:
+        require(eval_set)
+    except (FileNotFoundError, ValueError) as error:
+        location = eval_set.location
+        is_known = is_remote(location) or not Path(location).is_dir()
+        return Presence(MISSING if is_known else INCOMPLETE, str(error))
+    return Presence(PRESENT)
+
+
+def require(eval_set: EvalSet) -> None:
+    """Check that a data set can be evaluated.
+
+    Args:
+        eval_set: The data set as a suite evaluates it.
+
+    Raises:
+        FileNotFoundError: If something is not there, with what it is as its message.
+        ValueError: If a file that lists others is damaged.
+    """
+    if is_caption_pairs(eval_set.name):
+        if not Path(eval_set.location).is_dir():
+            raise FileNotFoundError(f"no folder {eval_set.location}")
+        image_paths(Path(eval_set.location), eval_set.splits[0])
+        return
+    for split in eval_set.splits:
+        count_shards(eval_set.location, split)
+    if eval_set.task == "zeroshot_classification":
+        for file_name in (CLASS_NAMES, TEMPLATES):
+            if read_metadata(eval_set.location, file_name) is None:
+                raise FileNotFoundError(f"{eval_set.location} has no {file_name}")
+        read_class_names(eval_set.location)
+        read_templates(eval_set.location)
+
+
+def local_files(eval_set: EvalSet) -> list[Path]:
+    """Return the files of a data set that scores depend on; none of a remote one.
+
+    Args:
+        eval_set: A data set that passes `require`.
+    """
+    if is_remote(eval_set.location):
+        return []
+    folder = Path(eval_set.location)
+    if is_caption_pairs(eval_set.name):
+        split = eval_set.splits[0]
+        return [folder / f"{split}.json", *image_paths(folder, split)]
+    paths = [path for split in eval_set.splits for path in folder.joinpath(split).glob("*.tar")]
+    paths += [folder / split / "nshards.txt" for split in eval_set.splits]
+    small_files = (folder / name for name in (CLASS_NAMES, TEMPLATES, "dataset_type.txt"))
+    return [*paths, *(path for path in small_files if path.is_file())]

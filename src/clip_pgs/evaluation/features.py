@@ -1,0 +1,470 @@
+"""Image and text features of one model, computed once and shared by every suite.
+
+What is kept goes by content. A key is a digest of the weights, the architecture, the transform, the
+data, the precision, the device type and the versions of the packages at work: a path takes no part
+in it, so that another checkpoint under an old name finds nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from clip_pgs.common import one_sentence
+from clip_pgs.evaluation.datasets import EvalSet, count_shards, is_remote, read_class_names
+from clip_pgs.evaluation.models import LoadedModel, weights_digest
+from clip_pgs.evaluation.samples import open_pictures, open_samples
+
+logger = logging.getLogger(__name__)
+
+# Files above this size are sampled: reading all of ImageNet would take as long as encoding it.
+_WHOLE_FILE_BYTES = 256 * 2**20
+_BLOCK_BYTES, _NUM_BLOCKS = 2**20, 64
+_PACKAGES = ("open_clip_torch", "torch", "torchvision", "pillow")
+
+
+class NonFiniteFeaturesError(ValueError):
+    """A model gave a NaN or an infinity; metrics would turn it into a plausible number."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """The images of one split, encoded.
+
+    Attributes:
+        images: What the image tower returns, not normalized. Shape (N, D), float32, on the CPU.
+        labels: Class of each image, shape (N,), int64, or which classes it shows, shape (N, C);
+            None for images with captions.
+        captions: The captions of each image, or None.
+        classes: Names of the classes, or None.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    captions: list[list[str]] | None = None
+    classes: list[str] | None = None
+
+
+class Encoder:
+    """Encodes pictures and texts with one model, and keeps what it encoded.
+
+    Args:
+        loaded: The model; it is encoded with in eval mode, where it is, and left in its own mode.
+            Make another encoder once its weights have changed.
+        batch_size: Images per step, >= 1.
+        workers: Processes that read images, >= 0.
+        amp: Whether to use half precision.
+        folder: Where image features are kept for later calls; None keeps them in memory alone.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        batch_size: int = 64,
+        workers: int = 0,
+        amp: bool = False,
+        folder: Path | None = None,
+    ) -> None:
+        self.loaded = loaded
+        self.device = next(loaded.model.parameters()).device
+        self.batch_size = batch_size
+        self.workers = workers
+        self.amp = amp
+        self.cache = FeatureCache(loaded, device=self.device, amp=amp, folder=folder)
+
+    def images(self, eval_set: EvalSet, *, split: str = "test") -> Features:
+        """Encode the images of a split, or find them in the cache.
+
+        Args:
+            eval_set: The data set; its suite makes no difference.
+            split: "test" or "train".
+
+        Raises:
+            FileNotFoundError: If the data set or the split is not there.
+            DamagedDataError: If a file of it is not as it should be.
+            NonFiniteFeaturesError: If a feature is not finite.
+        """
+        location = eval_set.location
+        num_shards = count_shards(location, split)
+        classes = read_class_names(location)
+        data = data_fingerprint(location, split)
+        key = self.cache.key("images", data or f"{location} {split}")
+        entry = self.cache.get(key)
+        if entry is None:
+            title = eval_set.name if split == "test" else f"{eval_set.name} ({split})"
+            samples = open_samples(
+                location,
+                split=split,
+                num_shards=num_shards,
+                num_classes=None if classes is None else len(classes),
+                transform=self.loaded.transform,
+                batch_size=self.batch_size,
+                workers=self.workers,
+                title=title,
+            )
+            entry = self._encode_samples(samples, title)
+            self.cache.put(key, entry, is_known=data is not None)
+        captions = entry.texts.get("captions")
+        return Features(entry.tensors["images"], entry.tensors.get("labels"), captions, classes)
+
+    def pictures(self, paths: Sequence[Path], folder: Path) -> Tensor:
+        """Encode picture files, or find them in the cache.
+
+        Args:
+            paths: The files.
+            folder: That they are in.
+
+        Returns:
+            Features, not normalized, shape (N, D), float32, on the CPU.
+
+        Raises:
+            DamagedDataError: If a file cannot be decoded.
+            NonFiniteFeaturesError: If a feature is not finite.
+        """
+        key = self.cache.key("caption pairs", files_fingerprint(folder, paths))
+        entry = self.cache.get(key)
+        if entry is None:
+            batches = open_pictures(
+                paths,
+                transform=self.loaded.transform,
+                batch_size=self.batch_size,
+                workers=self.workers,
+                title=folder.name,
+            )
+            images_ND = self._encode_images(batches, f"the images in {folder.name}")
+            entry = Entry({"images": images_ND})
+            self.cache.put(key, entry)
+        return entry.tensors["images"]
+
+    def texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """Encode texts; those that the tokenizer cannot tell apart get the very same feature.
+
+        Args:
+            texts: At least one.
+            batch_size: Texts per step, >= 1.
+
+        Returns:
+            Features, not normalized, shape (num_texts, D), float32, on the CPU.
+
+        Raises:
+            NonFiniteFeaturesError: If a feature is not finite.
+        """
+        # In another row of a batch the same text comes out a rounding error different.
+        tokens = self.loaded.tokenizer(list(texts))
+        tokens_UL, inverse = torch.unique(tokens, dim=0, return_inverse=True)
+        with self._inference() as model:
+            features = [
+                model.encode_text(batch_BL.to(self.device)).float().cpu()
+                for batch_BL in tokens_UL.split(batch_size)
+            ]
+        features_UD = torch.cat(features)
+        self._check(features_UD, "texts")
+        return features_UD[inverse]
+
+    def classes(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Encode classes as clip_benchmark does: the mean of a class's normalized prompts.
+
+        Args:
+            names: Of the C classes; a list of classes is encoded once.
+            templates: Prompts with a `{c}` for the name.
+
+        Returns:
+            Features of length 1, shape (C, D), float32, on the CPU.
+
+        Raises:
+            NonFiniteFeaturesError: If a feature is not finite.
+        """
+        # The tokenizer has no printed form to key a file with: texts are kept in memory alone.
+        key = self.cache.key("classes", content_digest([list(names), list(templates)]))
+        entry = self.cache.get(key)
+        if entry is None:
+            # Replaced, not formatted: a stranger's template reaches no format spec or attribute.
+            prompts = [template.replace("{c}", name) for name in names for template in templates]
+            prompts_PD = normalize(self.texts(prompts), dim=-1)
+            mean_CD = prompts_PD.unflatten(0, (len(names), len(templates))).mean(dim=1)
+            entry = Entry({"classes": normalize(mean_CD, dim=-1)})
+            self.cache.put(key, entry, is_known=False)
+        return entry.tensors["classes"]
+
+    def _encode_samples(self, samples: Iterable[tuple[Tensor, Any]], title: str) -> Entry:
+        labels: list[Tensor] = []
+        captions: list[list[str]] = []
+
+        def images() -> Iterator[Tensor]:
+            for pixels_BCHW, targets in samples:
+                if isinstance(targets, Tensor):
+                    labels.append(targets)
+                else:
+                    captions.extend(targets)
+                yield pixels_BCHW
+
+        tensors = {"images": self._encode_images(images(), title)}
+        if labels:
+            return Entry({**tensors, "labels": torch.cat(labels)})
+        return Entry(tensors, {"captions": captions})
+
+    def _encode_images(self, batches: Iterable[Tensor], title: str) -> Tensor:
+        with self._inference() as model:
+            features = [
+                model.encode_image(pixels_BCHW.to(self.device)).float().cpu()
+                for pixels_BCHW in batches
+            ]
+        features_ND = torch.cat(features)
+        self._check(features_ND, title)
+        return features_ND
+
+    def _check(self, features_ND: Tensor, data: str) -> None:
+        num_bad = int((~torch.isfinite(features_ND)).any(dim=1).sum())
+        if num_bad:
+            raise NonFiniteFeaturesError(
+                f"the features of {self.loaded.name} on {data} are not finite: {num_bad} of "
+                f"{len(features_ND)} hold a NaN or an infinity"
+            )
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[Any]:
+        model = self.loaded.model
+        was_training = model.training
+        model.eval()
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)
+        try:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=self.amp):
+                yield model
+        finally:
+            model.train(was_training)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is kept under a key.
+
+    Attributes:
+        tensors: Features and labels, by name, on the CPU.
+        texts: Lists of texts that belong to them, by name.
+    """
+
+    tensors: dict[str, Tensor]
+    texts: dict[str, list[list[str]]] = field(default_factory=dict)
+
+
+class FeatureCache:
+    """Features of one model, in memory and, where a folder is given, in files.
+
+    Args:
+        loaded: The model.
+        device: Where it is.
+        amp: Whether it runs in half precision.
+        folder: Where the files go; None keeps features in memory alone.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        device: torch.device,
+        amp: bool = False,
+        folder: Path | None = None,
+    ) -> None:
+        self.folder = folder
+        self.transform = transform_description(loaded.transform)
+        self.fingerprint = model_fingerprint(loaded.model)
+        self._model = [self.fingerprint, self.transform, device.type, amp]
+        self._model += [version(package) for package in _PACKAGES]
+        self._entries: dict[str, Entry] = {}
+
+    def key(self, kind: str, data: str) -> str:
+        """Return the key of some features.
+
+        Args:
+            kind: Such as "images".
+            data: A digest of what is encoded, or a name that tells it apart within this cache.
+        """
+        return content_digest([kind, data, *self._model])
+
+    def get(self, key: str) -> Entry | None:
+        """Return what is kept under a key, or None; a damaged file counts as none."""
+        if key not in self._entries and self.folder is not None and self._path(key).is_file():
+            try:
+                self._entries[key] = self._read(key)
+            # Whatever is in the file, they can be computed again.
+            except Exception as error:
+                reason = one_sentence(error)
+                logger.warning("ignored the damaged features in %s: %s", self._path(key), reason)
+        return self._entries.get(key)
+
+    def put(self, key: str, entry: Entry, *, is_known: bool = True) -> None:
+        """Keep features under a key.
+
+        Args:
+            key: From `key`.
+            entry: What to keep.
+            is_known: Whether the key stands for the content of the data; features of others stay
+                in memory, as do those of a transform that cannot be described.
+        """
+        self._entries[key] = entry
+        if self.folder is not None and is_known and self.transform is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._write(key, entry)
+            except (OSError, SafetensorError) as error:
+                logger.warning("features cannot be kept in %s: %s", self.folder, error)
+
+    def forget(self) -> None:
+        """Let go of the image features in memory; files and class features stay."""
+        self._entries = {
+            key: entry for key, entry in self._entries.items() if "images" not in entry.tensors
+        }
+
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{key}.safetensors"
+
+    def _read(self, key: str) -> Entry:
+        with safe_open(self._path(key), framework="pt") as file:
+            notes = file.metadata() or {}
+            if notes.get("key") != key:
+                raise ValueError("it was written for other features")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        entry = Entry(tensors, json.loads(notes["texts"]))
+        rows = [*tensors.values(), *entry.texts.values()]
+        if tensors["images"].ndim != 2 or any(len(row) != len(tensors["images"]) for row in rows):
+            raise ValueError("its rows are not those of images")
+        return entry
+
+    def _write(self, key: str, entry: Entry) -> None:
+        # Another process may write the same features at this moment.
+        unfinished = self._path(key).with_suffix(f".{os.getpid()}.part")
+        notes = {"key": key, "texts": json.dumps(entry.texts)}
+        tensors = {name: tensor.contiguous() for name, tensor in entry.tensors.items()}
+        try:
+            save_file(tensors, unfinished, metadata=notes)
+            unfinished.replace(self._path(key))
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def content_digest(content: Any) -> str:
+    """Return the SHA-256 of lists, dicts and plain values, as 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Return a digest of all that makes a model's features.
+
+    Two models with the same weights may still differ, in an activation or in the pooling: so the
+    classes of the modules and their plain attributes count too.
+
+    Args:
+        model: The model to be scored.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    lines = [weights_digest(model)]
+    for name, module in model.named_modules():
+        plain = {
+            key: value
+            for key, value in sorted(vars(module).items())
+            if not key.startswith("_") and key != "training" and _is_plain(value)
+        }
+        lines.append(f"{name} {type(module).__module__}.{type(module).__qualname__} {plain}")
+    return _digest_of(lines)
+
+
+def transform_description(transform: Callable[[Any], Any]) -> str | None:
+    """Describe an image transform by its printed form.
+
+    Args:
+        transform: Such as torchvision's `Compose`.
+
+    Returns:
+        A text that is equal for equal transforms of any process, or None if the printed form
+        does not tell one from another, as that of a lambda.
+    """
+    text = re.sub(r"<function ([\w.]+) at 0x[0-9a-fA-F]+>", r"\1", repr(transform))
+    return None if "at 0x" in text or "<lambda>" in text else text
+
+
+def data_fingerprint(location: str, split: str) -> str | None:
+    """Return a digest of the shards of a split of a data set; see `files_fingerprint`.
+
+    Args:
+        location: Folder or URL of the data set.
+        split: "test" or "train".
+
+    Returns:
+        64 hexadecimal digits, the same wherever the folder lies, or None for a URL, of whose
+        content nothing is known.
+
+    Raises:
+        OSError: If a file is not there or cannot be read.
+    """
+    if is_remote(location):
+        return None
+    folder = Path(location)
+    paths = [*folder.joinpath(split).glob("*.tar"), folder / split / "nshards.txt"]
+    return files_fingerprint(folder, [*paths, *folder.glob("dataset_type.txt")])
+
+
+def files_fingerprint(folder: Path, paths: Iterable[Path]) -> str:
+    """Return a digest of some files: their names, sizes and bytes.
+
+    Of a file above 256 MiB, 64 blocks of 1 MiB and the time of its last change stand for all.
+
+    Args:
+        folder: What the names are relative to.
+        paths: The files, in any order.
+
+    Raises:
+        OSError: If a file cannot be read.
+    """
+    lines = []
+    for path in sorted(paths):
+        status = path.stat()
+        digest = _file_digest(path.resolve(), status.st_size, status.st_mtime_ns)
+        lines.append(f"{path.relative_to(folder).as_posix()} {status.st_size} {digest}")
+    return _digest_of(lines)
+
+
+# One call reads a data set for several suites; a file that changes has another time or size.
+@functools.lru_cache(maxsize=65536)
+def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= _WHOLE_FILE_BYTES:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+        else:
+            digest.update(str(mtime_ns).encode())
+            for number in range(_NUM_BLOCKS):
+                file.seek((size - _BLOCK_BYTES) * number // (_NUM_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _digest_of(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,1 +1,0 @@
-"""What is measured on the features of a data set."""

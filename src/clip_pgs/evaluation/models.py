@@ -1,0 +1,373 @@
+"""Open a model for evaluation: a run, an export, a checkpoint, or a published model."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import json
+import logging
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from clip_pgs.checkpoint_io import check_sum, fit_weights, newest_checkpoint, read_checkpoint
+from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MODEL_CONFIG_NAME, PARAMS_NAME
+from clip_pgs.integrations.open_clip.model_config import check_preprocessing, read_json_object
+from clip_pgs.integrations.open_clip.weightless import check_buildable
+
+# What open_clip looks for beside an export's config.
+_EXPORT_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
+# Flags of the trainer, as params.txt names them, that change what open_clip builds.
+_BUILD_FLAGS = (
+    "force_quick_gelu",
+    "force_custom_text",
+    "force_image_size",
+    "force_context_length",
+    "image_mean",
+    "image_std",
+    "image_interpolation",
+    "image_resize_mode",
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be scored.
+
+    Attributes:
+        model: An open_clip model, in eval mode where `load_model` made it.
+        transform: From a PIL image to the (C, H, W) tensor the model takes.
+        tokenizer: From a list of texts to the (num_texts, context_length) tensor it takes.
+        name: A short name, for tables and folders.
+        source: Where the weights came from, for the record.
+    """
+
+    model: nn.Module
+    transform: Callable[[Any], torch.Tensor]
+    tokenizer: Callable[[list[str]], torch.Tensor]
+    name: str
+    source: str
+
+
+def load_model(
+    source: str | Path,
+    *,
+    model: str | None = None,
+    model_config: str | Path | None = None,
+    pretrained: str | None = None,
+    device: str = "cpu",
+) -> LoadedModel:
+    """Open a model in float32 and eval mode.
+
+    Args:
+        source: A run folder (its `export`), a folder with `open_clip_config.json`, a checkpoint
+            file, `local-dir:PATH`, `hf-hub:OWNER/NAME`, or the name of an open_clip model.
+        model: Architecture of a checkpoint file, by its open_clip name. By default it is what
+            the file or its run records.
+        model_config: The same as an OpenCLIP model config, a JSON file.
+        pretrained: open_clip's tag of published weights, for `source` an open_clip model.
+        device: Where the model goes.
+
+    Raises:
+        ValueError: If there is nothing at `source`, the architecture of a checkpoint is unknown,
+            or the weights do not fit it.
+    """
+    source = str(source)
+    check_source(source, model=model, model_config=model_config, pretrained=pretrained)
+    path = Path(source.removeprefix("local-dir:"))
+    name = model_name(source, pretrained=pretrained)
+
+    if path.is_file():
+        checkpoint = _read(path)
+        architecture = _find_architecture(checkpoint, model=model, model_config=model_config)
+        with _weights_follow():
+            built, transform, tokenizer = _create(
+                architecture.name,
+                load_weights=False,
+                pretrained_text=False,
+                **architecture.options,
+            )
+        _load_weights(built, checkpoint, architecture=architecture.name)
+    elif path.is_dir():
+        folder = _export_folder(path)
+        built, transform, tokenizer = _create(f"local-dir:{folder}")
+        source = str(folder)
+    elif source.startswith("hf-hub:"):
+        built, transform, tokenizer = _create(source)
+    else:
+        built, transform, tokenizer = _create(source, pretrained=pretrained)
+        source = f"{source},{pretrained}"
+    return LoadedModel(built.to(device).eval(), transform, tokenizer, name, source)
+
+
+def check_source(
+    source: str,
+    *,
+    model: str | None = None,
+    model_config: str | Path | None = None,
+    pretrained: str | None = None,
+) -> None:
+    """Check the arguments of `load_model` without building a model.
+
+    Args:
+        source: As for `load_model`.
+        model: The same.
+        model_config: The same.
+        pretrained: The same.
+
+    Raises:
+        ValueError: As `load_model` does, except for weights that do not fit.
+    """
+    path = Path(source.removeprefix("local-dir:"))
+    if path.is_file():
+        _find_architecture(_read(path), model=model, model_config=model_config)
+    elif path.is_dir():
+        _export_folder(path)
+    elif source in open_clip.list_models():
+        tags = open_clip.list_pretrained_tags_by_model(source)
+        if pretrained not in tags:
+            choices = f"one of {', '.join(tags)}" if tags else "but open_clip knows none"
+            raise ValueError(f"{source} needs published weights, --pretrained TAG, {choices}")
+    elif not source.startswith("hf-hub:"):
+        raise ValueError(f"no run, export or checkpoint at {source}, and no open_clip model")
+
+
+def model_name(source: str, *, pretrained: str | None = None) -> str:
+    """Return a short name for a source that `load_model` opens.
+
+    Args:
+        source: As `load_model` takes it.
+        pretrained: The same.
+    """
+    path = Path(source.removeprefix("local-dir:"))
+    if not path.exists():
+        last_part = source.rsplit("/", 1)[-1].removeprefix("hf-hub:")
+        return f"{last_part}_{pretrained}" if pretrained else last_part
+    path = path.resolve()
+    if path.is_dir():
+        return path.parent.name if path.name == "export" else path.name
+    if path.parent.name == "checkpoints":
+        return f"{path.parent.parent.name}_{path.stem}"
+    return path.stem
+
+
+def _export_folder(path: Path) -> Path:
+    for folder in (path, path / EXPORT_NAME):
+        if (folder / MODEL_CONFIG_NAME).is_file():
+            _check_export_folder(folder)
+            if not any(folder.glob(f"*{ending}") for ending in _EXPORT_ENDINGS):
+                raise ValueError(f"{folder} holds {MODEL_CONFIG_NAME} but no weights")
+            return folder
+    newest = newest_checkpoint(path / CHECKPOINTS_NAME)
+    if newest is not None:
+        raise ValueError(
+            f"{path} has no export yet; evaluate a checkpoint instead, such as {newest}"
+        )
+    raise ValueError(f"{path} is no run and no export: it holds no {MODEL_CONFIG_NAME}")
+
+
+@contextlib.contextmanager
+def _weights_follow() -> Iterator[None]:
+    """Silence open_clip's warning that a model has no weights yet."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
+def _create(name: str, **options: Any) -> tuple[nn.Module, Any, Any]:
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(name, **options)
+        return model, transform, open_clip.get_tokenizer(name)
+    # open_clip reports unreachable, absent and unfitting weights alike, as these.
+    except (RuntimeError, OSError) as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise ValueError(f"open_clip cannot open {name}: {reason}") from error
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint file: its weights, and the `open_clip_config.json` that this trainer adds."""
+
+    path: Path
+    state_dict: dict[str, Tensor]
+    config: dict[str, Any] | None
+
+
+def _read(path: Path) -> _Checkpoint:
+    """Open a checkpoint; nothing in it is run, and weights are read when they are used."""
+    content = read_checkpoint(path, use_mmap=True)
+    record = content.get("clip_pgs")
+    config = record.get("open_clip_config") if isinstance(record, dict) else None
+    return _Checkpoint(path, content["state_dict"], config)
+
+
+def _load_weights(model: nn.Module, checkpoint: _Checkpoint, *, architecture: str) -> None:
+    """Copy the weights of a checkpoint into a model.
+
+    Unlike open_clip's own loading it never resizes a position embedding: a wrong image size
+    would change the scores in silence.
+    """
+    check_sum(checkpoint.path)
+    state_dict = dict(checkpoint.state_dict)
+    if "logit_bias" in state_dict and getattr(model, "logit_bias", None) is None:
+        model.logit_bias = nn.Parameter(torch.zeros_like(state_dict["logit_bias"]))
+    try:
+        state_dict = fit_weights(state_dict, model)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path} does not fit {architecture}: {error}") from None
+    model.load_state_dict(state_dict)
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """How open_clip builds a model: what `create_model` takes, and keyword arguments beside it."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _find_architecture(
+    checkpoint: _Checkpoint, *, model: str | None, model_config: str | Path | None
+) -> _Architecture:
+    """Find the architecture of a checkpoint.
+
+    It is the caller's if named; else what the checkpoint itself records, as this trainer's do;
+    else the `open_clip_config.json` beside it or in the export of its run; else the `params.txt`
+    of its run, which open_clip's trainer leaves too.
+    """
+    if model is not None and model_config is not None:
+        raise ValueError("give the architecture as a model name or as a model config, not both")
+    if model_config is not None:
+        return _Architecture(_register_model_config(Path(model_config)))
+    if model is not None:
+        if model not in open_clip.list_models():
+            raise ValueError(f"open_clip knows no model {model!r}; give a model config instead")
+        return _Architecture(model)
+    if checkpoint.config is not None:
+        return _from_config(checkpoint.config, what=f"the model config in {checkpoint.path}")
+
+    folder = checkpoint.path.resolve().parent
+    for config_folder in (folder, folder.parent / EXPORT_NAME):
+        if (config_folder / MODEL_CONFIG_NAME).is_file():
+            _check_export_folder(config_folder)
+            return _Architecture(f"local-dir:{config_folder}")
+    params_path = folder.parent / PARAMS_NAME
+    if params_path.is_file():
+        return _from_params(params_path)
+    raise ValueError(f"the architecture of {checkpoint.path} is unknown; give --model NAME")
+
+
+def _register_model_config(path: Path) -> str:
+    """Make an OpenCLIP model config known to open_clip, under the name of its file."""
+    config = read_json_object(path, what=f"the model config {path}")
+    check_buildable(config, name=f"the model config {path}")
+    known = open_clip.get_model_config(path.stem)
+    if known is None:
+        open_clip.add_model_config(path)
+    elif known != config:
+        raise ValueError(f"open_clip has another model named {path.stem}; rename {path}")
+    return path.stem
+
+
+def _check_export_folder(folder: Path) -> None:
+    """Refuse an `open_clip_config.json` that is damaged or that open_clip should not be given."""
+    path = folder / MODEL_CONFIG_NAME
+    _check_export_config(read_json_object(path, what=str(path)), what=str(path))
+
+
+def _check_export_config(config: Any, *, what: str) -> None:
+    if not isinstance(config, dict) or "model_cfg" not in config:
+        raise ValueError(f"{what} has no model_cfg")
+    check_preprocessing(config.get("preprocess_cfg", {}), what=what)
+    check_buildable(config["model_cfg"], name=what)
+
+
+def _from_config(config: Any, *, what: str) -> _Architecture:
+    """Register the content of an `open_clip_config.json` under a name of its own.
+
+    By name, not by folder: open_clip would look for a Hugging Face tokenizer in the folder.
+    """
+    _check_export_config(config, what=what)
+    text = json.dumps(config["model_cfg"], sort_keys=True)
+    stem = f"recorded-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{stem}.json")
+        path.write_text(text, encoding="utf-8")
+        _register_model_config(path)
+    preprocess = config.get("preprocess_cfg", {})
+    names = ("mean", "std", "interpolation", "resize_mode")
+    return _Architecture(stem, {f"image_{name}": preprocess.get(name) for name in names})
+
+
+def _from_params(path: Path) -> _Architecture:
+    params: dict[str, Any] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        name, _, text = line.partition(": ")
+        try:
+            params[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            params[name] = text
+    config = params.get("model_config")
+    if config and Path(config).is_file():
+        _register_model_config(Path(config))
+    model = str(params.get("model"))
+    if model not in open_clip.list_models():
+        raise ValueError(f"{path} names a model {model!r} unknown here; give its --model-config")
+    options = {name: params[name] for name in _BUILD_FLAGS if params.get(name)}
+    match options.get("force_image_size"):
+        case [side]:
+            options["force_image_size"] = side
+    return _Architecture(model, options)
+
+
+def check_finite(model: nn.Module, *, name: str) -> None:
+    """Refuse a model that holds a NaN or an infinity.
+
+    A model of NaN features is not stopped by the metrics: it gets numbers that look plausible.
+
+    Args:
+        model: The model to be scored.
+        name: What to call it in the message.
+
+    Raises:
+        ValueError: If a parameter or buffer holds a value that is not finite.
+    """
+    for key, tensor in model.state_dict().items():
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        num_bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if num_bad:
+            raise ValueError(
+                f"the weights of {name} are not finite: {key} holds {num_bad} NaN or infinite "
+                f"values of {tensor.numel()}"
+            )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return a digest of the weights, the same whatever file they came from.
+
+    Args:
+        model: The model to be scored.
+
+    Returns:
+        SHA-256, 64 hexadecimal digits, over name, type, shape and bytes of every entry of the
+        state dict, in the order of the names.
+    """
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        raw_bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(raw_bytes.numpy()))
+    return digest.hexdigest()

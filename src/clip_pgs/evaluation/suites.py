@@ -1,0 +1,428 @@
+"""Suites: what each measures, how, on which data sets, and how its numbers are worded.
+
+A suite is a function from an encoder and a data set to `Scores`, registered with a `Suite`, which
+help, lists, tables, averages and the report read. One outside this package is a module's that does
+the same, asked for by `--suite package.module:function`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_pgs.common import Registry
+from clip_pgs.evaluation.datasets import (
+    CAPTION_PAIR_SPLITS,
+    IMAGE_FOLDER,
+    PAIRS_TYPE,
+    DamagedDataError,
+    EvalSet,
+    declared_type,
+    image_paths,
+    is_caption_pairs,
+    is_template,
+    locate,
+    read_pairs,
+    read_templates,
+)
+from clip_pgs.evaluation.features import Encoder
+from clip_pgs.evaluation.metrics import (
+    classification_metrics,
+    count_right,
+    retrieval_metrics,
+    zeroshot_logits,
+)
+from clip_pgs.evaluation.probe import linear_probe
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_ROOTS = {"demo": "data/demo/eval", "paper": "data/eval"}
+_RETRIEVAL_NAMES = ("mscoco_captions", "flickr8k", "flickr30k")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model reaches on a data set.
+
+    Attributes:
+        metrics: In [0, 1]; None where one is not defined.
+        samples: Number of images scored, or of caption pairs.
+        details: What explains the numbers.
+    """
+
+    metrics: dict[str, float | None]
+    samples: int
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What a suite declares of itself.
+
+    Attributes:
+        name: What users type after `--suite`.
+        title: Its name for people.
+        summary: What it measures, in a line of help.
+        task: clip_benchmark's name of the task.
+        types: Types of data sets that it can evaluate.
+        metrics: The labels of its metrics by name, for people, in the order to show them.
+        main_metrics: Those that the main tables and figures show.
+        unit: Of the main metrics.
+        order: Place among the suites.
+        splits: Parts of a data set that it reads; none where the set's name says it.
+        takes_by_type: Whether `--suite all` gives it the sets of these types in a list of one's
+            own. The other suites take only those that are marked for them.
+        fact: What stands beside the metrics on the terminal, by its name in the details.
+        has_reference: Whether the first set of its list is the one that the others vary, so that
+            averages are taken with and without it.
+        parts: Averages over some of the sets, by their names in the last part of the path.
+    """
+
+    name: str
+    title: str
+    summary: str
+    task: str
+    types: tuple[str, ...]
+    metrics: Mapping[str, str]
+    main_metrics: tuple[str, ...]
+    unit: str
+    order: int = 100
+    splits: tuple[str, ...] = ("test",)
+    takes_by_type: bool = False
+    fact: str | None = None
+    has_reference: bool = False
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def list_stem(self) -> str:
+        """Name of its lists in `configs/eval`, without `_demo.txt` or `_paper.txt`."""
+        return self.name.replace("-", "_")
+
+    def eval_set(self, name: str, location: str, *, is_reference: bool = False) -> EvalSet:
+        """Return a data set as this suite evaluates it."""
+        splits = self.splits or (name.rsplit("/", 1)[-1],)
+        return EvalSet(name, location, self.name, self.task, splits, is_reference)
+
+
+Score = Callable[[Encoder, EvalSet], Scores]
+SUITES: Registry[Score] = Registry("suite")
+
+
+def register_suite(name: str, **declaration: Any) -> Callable[[Score], Score]:
+    """Register the function that is decorated as a suite.
+
+    Args:
+        name: What users type.
+        **declaration: The other fields of `Suite`.
+
+    Raises:
+        TypeError: If a field is missing or unknown.
+    """
+    Suite(name=name, **declaration)
+    return SUITES.register(name, **declaration)
+
+
+def suites() -> list[Suite]:
+    """Return what the registered suites declare, in their order."""
+    return sorted(map(get_suite, SUITES.names()), key=lambda suite: suite.order)
+
+
+def get_suite(name: str) -> Suite:
+    """Return what a suite declares.
+
+    Args:
+        name: Of a registered suite, or "package.module:function".
+
+    Raises:
+        ValueError: If there is no such suite.
+    """
+    name = SUITES.name(name)
+    return Suite(name=name, **SUITES.declaration(name))
+
+
+_CLASS_METRICS = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "class recall"}
+_TOP_1 = "top-1 accuracy, percent"
+
+
+@register_suite(
+    "robustness",
+    title="Robustness",
+    summary="acc1 on variants of a set, averages with and without the plain one",
+    task="zeroshot_classification",
+    types=("classification",),
+    metrics=_CLASS_METRICS,
+    main_metrics=("acc1",),
+    unit=_TOP_1,
+    order=4,
+    has_reference=True,
+)
+@register_suite(
+    "zeroshot-classification",
+    title="Zero-shot classification",
+    summary="acc1, acc5, mean per-class recall",
+    task="zeroshot_classification",
+    types=("classification", "multilabel"),
+    metrics={**_CLASS_METRICS, "mean_average_precision": "mAP"},
+    main_metrics=("acc1",),
+    unit=_TOP_1,
+    order=1,
+    takes_by_type=True,
+)
+def score_classification(encoder: Encoder, eval_set: EvalSet) -> Scores:
+    """Compare images with the mean prompt of each class."""
+    features = encoder.images(eval_set)
+    classes = features.classes or []
+    if features.labels is None:
+        raise DamagedDataError(f"{eval_set.name} has captions, no classes")
+    twice = [name for name, count in Counter(classes).items() if count > 1]
+    if twice:
+        logger.warning("classes of %s share a name: %s", eval_set.name, ", ".join(twice[:5]))
+    if features.labels.ndim == 1 and (largest := int(features.labels.max())) < len(classes) - 1:
+        told = (eval_set.name, largest, len(classes))
+        logger.warning("%s has the labels 0 to %d and names %d classes", *told)
+    classes_CD = encoder.classes(classes, read_templates(eval_set.location))
+    logits_NC = zeroshot_logits(features.images, classes_CD)
+    metrics = classification_metrics(logits_NC, features.labels)
+    return Scores(metrics, len(features.images), {"classes": len(classes)})
+
+
+_RECALLS = {
+    f"{wanted}_retrieval_recall@{k}": f"{wanted} R@{k}"
+    for wanted in ("text", "image")
+    for k in (1, 5, 10)
+}
+
+
+@register_suite(
+    "zeroshot-retrieval",
+    title="Zero-shot retrieval",
+    summary="recall at 1, 5, 10, both ways",
+    task="zeroshot_retrieval",
+    types=("retrieval",),
+    metrics=_RECALLS,
+    main_metrics=tuple(_RECALLS),
+    unit="recall, percent",
+    order=2,
+    takes_by_type=True,
+)
+def score_retrieval(encoder: Encoder, eval_set: EvalSet) -> Scores:
+    """Look for each image's captions, and for each caption's image."""
+    features = encoder.images(eval_set)
+    if features.captions is None:
+        raise DamagedDataError(f"{eval_set.name} has classes, no captions")
+    image_of_text = [number for number, captions in enumerate(features.captions) for _ in captions]
+    texts_TD = encoder.texts([text for captions in features.captions for text in captions])
+    metrics = retrieval_metrics(features.images, texts_TD, torch.tensor(image_of_text))
+    return Scores(metrics, len(features.images), {"captions": len(image_of_text)})
+
+
+@register_suite(
+    "linear-probe",
+    title="Linear probe",
+    summary="logistic regression on features, tuned on a held-back fifth of train",
+    task="linear_probe",
+    types=("classification",),
+    metrics={f"lp_{name}": label for name, label in _CLASS_METRICS.items()},
+    main_metrics=("lp_acc1",),
+    unit=_TOP_1,
+    order=3,
+    splits=("train", "test"),
+    fact="regularisation",
+)
+def score_linear_probe(encoder: Encoder, eval_set: EvalSet) -> Scores:
+    """Fit a linear classifier to the features of train and score it on those of test."""
+    test = encoder.images(eval_set)
+    train = encoder.images(eval_set, split="train")
+    metrics, details = linear_probe(train, test, name=eval_set.name, device=encoder.device)
+    return Scores(metrics, len(test.images), details)
+
+
+@register_suite(
+    "compositionality",
+    title="Language compositionality",
+    summary="which of two captions is true; a tie is wrong, and counted",
+    task="image_caption_selection",
+    types=(PAIRS_TYPE,),
+    metrics={"acc": "accuracy"},
+    main_metrics=("acc",),
+    unit="accuracy, percent",
+    order=5,
+    splits=(),
+    takes_by_type=True,
+    fact="ties",
+    parts={
+        "object": ("add_obj", "replace_obj", "swap_obj"),
+        "attribute": ("add_att", "replace_att", "swap_att"),
+        "relation": ("replace_rel",),
+    },
+)
+def score_caption_pairs(encoder: Encoder, eval_set: EvalSet) -> Scores:
+    """Compare each image with its caption and a hard negative; see `metrics`."""
+    folder, split = Path(eval_set.location), eval_set.splits[0]
+    num_images = len(image_paths(folder, split))
+    pairs = read_pairs(folder, split)
+    # All splits at once, as they share most images.
+    paths = _paths_of_all_splits(folder)
+    row_of = {path.name: row for row, path in enumerate(paths)}
+    images_ND = encoder.pictures(paths, folder)[[row_of[pair.file_name] for pair in pairs]]
+    texts = [pair.caption for pair in pairs] + [pair.negative for pair in pairs]
+    true_ND, false_ND = encoder.texts(texts, batch_size=encoder.batch_size).chunk(2)
+    num_right, num_ties = count_right(images_ND, true_ND, false_ND)
+    details = {"items": len(pairs), "ties": num_ties, "images": num_images}
+    return Scores({"acc": num_right / len(pairs)}, len(pairs), details)
+
+
+def _paths_of_all_splits(folder: Path) -> list[Path]:
+    """Return the images of all splits, as far as they are there: a split may lack some."""
+    names: set[str] = set()
+    for split in CAPTION_PAIR_SPLITS:
+        # What is wrong with another split is said when that one is scored.
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            names |= {pair.file_name for pair in read_pairs(folder, split)}
+    paths = (folder / IMAGE_FOLDER / name for name in sorted(names))
+    return [path for path in paths if path.is_file()]
+
+
+@dataclass(frozen=True)
+class ListLine:
+    """A line of a data set list.
+
+    Attributes:
+        name: The data set.
+        suite: The suite the line is marked for, or None.
+    """
+
+    name: str
+    suite: str | None
+
+
+def load_suite(
+    name: str = "all", *, datasets: str = "demo", data_root: str | None = None
+) -> list[EvalSet]:
+    """Return the data sets that a suite evaluates, present or not.
+
+    Args:
+        name: Of a suite, "package.module:function", or "all".
+        datasets: "demo" or "paper", the lists in `configs/eval`; or the path of a list of your
+            own, with one data set per line. A line `SUITE: NAME` is for that suite alone. Other
+            lines go to every suite asked for that can evaluate their type; with "all", to
+            zero-shot classification, zero-shot retrieval or compositionality.
+        data_root: Where the data sets are: a folder, a template with `{dataset}` or
+            `{dataset_cleaned}`, or "hub". By default `data/demo/eval` for "demo", `data/eval`
+            for "paper", and the working directory for a list of your own.
+
+    Returns:
+        The sets, suite by suite. Of robustness, the first is the one the others vary.
+
+    Raises:
+        ValueError: If suite, list or data root is unknown, a list is empty, names a data set
+            twice or marks one for a suite that cannot evaluate it, or none of its data sets
+            belongs to the suite.
+    """
+    chosen = suites() if name == "all" else [get_suite(name)]
+    if data_root is None:
+        data_root = DEFAULT_ROOTS.get(datasets, ".")
+    elif not data_root:
+        raise ValueError("the data root is empty; name a folder, or . for the working directory")
+    elif not (data_root == "hub" or is_template(data_root) or Path(data_root).is_dir()):
+        raise ValueError(f"data root {data_root} is not a folder")
+
+    eval_sets: list[EvalSet] = []
+    if datasets in DEFAULT_ROOTS:
+        for suite in chosen:
+            path = _lists_folder() / f"{suite.list_stem}_{datasets}.txt"
+            # A suite of another package has none.
+            if name != "all" or path.is_file():
+                eval_sets += _sets_of(suite, read_list(path), data_root)
+    elif Path(datasets).is_file():
+        lines = read_list(Path(datasets))
+        types = {line: _type_of(line.name, data_root) for line in lines}
+        _check_marks(types, datasets)
+        for suite in chosen:
+            takes_unmarked = suite.takes_by_type or name != "all"
+            own = [
+                line
+                for line in lines
+                if line.suite == suite.name
+                or (line.suite is None and takes_unmarked and types[line] in suite.types)
+            ]
+            eval_sets += _sets_of(suite, own, data_root)
+    else:
+        raise ValueError(f"unknown data set list {datasets!r}; choose demo, paper or a list file")
+    if not eval_sets:
+        raise ValueError(f"{datasets} names no data set of the suite {name}")
+    clashes = [stem for stem, count in Counter(s.file_stem for s in eval_sets).items() if count > 1]
+    for eval_set in eval_sets:
+        if eval_set.file_stem in clashes:
+            raise ValueError(f"{datasets} has two data sets named {eval_set.name}")
+    return eval_sets
+
+
+def read_list(path: Path) -> list[ListLine]:
+    """Read a list: one data set per line, `SUITE: NAME` or `NAME`; `#` starts a comment.
+
+    Args:
+        path: The list file.
+
+    Raises:
+        ValueError: If the list is empty or is no text.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the data set list {path}: {error}") from error
+    texts = [line.split("#")[0].strip() for line in content.splitlines()]
+    lines = [_read_line(text) for text in texts if text]
+    if not lines:
+        raise ValueError(f"{path} names no data set")
+    return lines
+
+
+def _read_line(text: str) -> ListLine:
+    mark, colon, name = text.partition(":")
+    # A colon may also be a path's; only a suite before it makes it a mark.
+    if colon and mark.strip() in SUITES.names():
+        return ListLine(name.strip(), mark.strip())
+    return ListLine(text, None)
+
+
+def _check_marks(types: dict[ListLine, str], datasets: str) -> None:
+    for line, data_type in types.items():
+        if line.suite is not None and data_type not in get_suite(line.suite).types:
+            raise ValueError(
+                f"{datasets} marks {line.name} for {line.suite}, which cannot evaluate "
+                f"{data_type} sets"
+            )
+
+
+def _sets_of(suite: Suite, lines: Sequence[ListLine], data_root: str) -> Iterator[EvalSet]:
+    for number, line in enumerate(lines):
+        name, location = locate(line.name, data_root)
+        yield suite.eval_set(name, location, is_reference=suite.has_reference and number == 0)
+
+
+def _type_of(name: str, data_root: str) -> str:
+    if is_caption_pairs(name):
+        return PAIRS_TYPE
+    shown, location = locate(name, data_root)
+    # A set that is not there is reported under the suite that its name suggests.
+    by_name = "retrieval" if shown in _RETRIEVAL_NAMES else "classification"
+    try:
+        return declared_type(location) or by_name
+    except DamagedDataError:
+        # Told when its turn comes.
+        return by_name
+
+
+def _lists_folder() -> Path:
+    package = Path(__file__).resolve().parents[1]
+    # An installed package carries the lists; a clone keeps them at its top.
+    installed = package / "configs" / "eval"
+    return installed if installed.is_dir() else package.parents[1] / "configs" / "eval"

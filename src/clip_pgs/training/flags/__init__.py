@@ -1,0 +1,1 @@
+"""The flags of the training command, and the YAML files of them."""

@@ -1,0 +1,111 @@
+"""Which flags of OpenCLIP's trainer this trainer obeys, and why it refuses the others.
+
+A flag in neither table is one that a newer OpenCLIP added; it is refused as well, so that none is
+ignored in silence.
+"""
+
+from __future__ import annotations
+
+IMPLEMENTED_FLAGS = frozenset(
+    {
+        # data
+        "--train-data",
+        "--train-data-upsampling-factors",
+        "--val-data",
+        "--train-num-samples",
+        "--val-num-samples",
+        "--dataset-type",
+        "--dataset-resampled",
+        "--csv-separator",
+        "--csv-img-key",
+        "--csv-caption-key",
+        "--imagenet-val",
+        "--imagenet-v2",
+        "--workers",
+        "--image-mean",
+        "--image-std",
+        "--image-interpolation",
+        "--image-resize-mode",
+        "--aug-cfg",
+        # model
+        "--model",
+        "--pretrained",
+        "--pretrained-image",
+        "--cache-dir",
+        "--lock-image",
+        "--lock-image-unlocked-groups",
+        "--lock-image-freeze-bn-stats",
+        "--lock-text",
+        "--lock-text-unlocked-layers",
+        "--lock-text-freeze-layer-norm",
+        "--force-context-length",
+        "--force-image-size",
+        "--force-quick-gelu",
+        "--force-patch-dropout",
+        "--force-custom-text",
+        "--grad-checkpointing",
+        "--torchcompile",
+        "--precision",
+        # loss
+        "--local-loss",
+        "--gather-with-grad",
+        "--siglip",
+        "--loss-dist-impl",
+        "--coca-caption-loss-weight",
+        "--coca-contrastive-loss-weight",
+        # optimisation
+        "--batch-size",
+        "--accum-freq",
+        "--epochs",
+        "--epochs-cooldown",
+        "--lr",
+        "--beta1",
+        "--beta2",
+        "--eps",
+        "--wd",
+        "--momentum",
+        "--warmup",
+        "--opt",
+        "--skip-scheduler",
+        "--lr-scheduler",
+        "--lr-cooldown-end",
+        "--lr-cooldown-power",
+        "--grad-clip-norm",
+        "--seed",
+        # processes and devices
+        "--device",
+        "--dist-url",
+        "--dist-backend",
+        "--no-set-device-rank",
+        "--ddp-static-graph",
+        "--use-bn-sync",
+        # run folder, logging, checkpoints
+        "--logs",
+        "--log-local",
+        "--name",
+        "--debug",
+        "--log-every-n-steps",
+        "--report-to",
+        "--wandb-notes",
+        "--wandb-project-name",
+        "--save-frequency",
+        "--save-most-recent",
+        "--delete-previous-checkpoint",
+        "--zeroshot-frequency",
+        "--val-frequency",
+        "--resume",
+    }
+)
+
+REFUSED_FLAGS = {
+    "--horovod": "start one process per device with torchrun instead",
+    "--trace": "a traced model cannot be trained",
+    "--torchscript": "masking needs the Python model; --torchcompile is supported",
+    "--use-bnb-linear": "8-bit layers are not supported; use --precision",
+    "--distill-model": "distillation is not supported",
+    "--distill-pretrained": "distillation is not supported",
+    "--remote-sync": "copy the run folder with a tool of your own",
+    "--remote-sync-frequency": "copy the run folder with a tool of your own",
+    "--remote-sync-protocol": "copy the run folder with a tool of your own",
+    "--copy-codebase": "the run folder's env.json records the versions and the commit",
+}

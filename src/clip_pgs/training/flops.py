@@ -1,0 +1,110 @@
+"""Floating-point operations of a training step, counted once on a few samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from clip_pgs.integrations.open_clip import force_selection, last_selection
+from clip_pgs.training.step import Texts
+
+
+@dataclass(frozen=True)
+class SampleFlops:
+    """What one training sample costs, in floating-point operations.
+
+    Args:
+        total: All of it.
+        selection: Of these, what choosing the patches takes: the strategy and its teacher.
+    """
+
+    total: float = 0.0
+    selection: float = 0.0
+
+
+def count_sample_flops(
+    model: nn.Module, images: Tensor, texts: Tensor, *, is_masked: bool, **options: Any
+) -> SampleFlops:
+    """Count what one training sample costs, and how much of that chooses its patches.
+
+    Args:
+        model: As for `count_flops`.
+        images: As for `count_flops`.
+        texts: As for `count_flops`.
+        is_masked: Whether the model's image tower is masked.
+        **options: As for `count_flops`.
+    """
+    total = count_flops(model, images, texts, **options)
+    if not is_masked:
+        return SampleFlops(total)
+    selection = last_selection(model)
+    assert selection is not None
+    with force_selection(model, selection):
+        without = count_flops(model, images, texts, **options)
+    return SampleFlops(total, total - without)
+
+
+def few_texts(texts: Texts, num: int) -> Tensor:
+    """Return a few captions of the length that the text tower reads on average.
+
+    What they say is of no account here: an end may be cut off.
+
+    Args:
+        texts: A batch's captions, trimmed or not.
+        num: How many at most; of grouped captions, no more than the last group has.
+    """
+    if isinstance(texts, Tensor):
+        return texts[:num]
+    return texts.tokens[-1][:num, : round(texts.mean_length())]
+
+
+def count_flops(
+    model: nn.Module,
+    images: Tensor,
+    texts: Tensor,
+    *,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    extra_forward: bool = False,
+) -> float:
+    """Count what one training sample costs, forward and backward, masking included.
+
+    Matrix products and convolutions count, a multiply-add as two operations. The similarity
+    matrix of the loss is left out: it depends on the batch and is small. Weights, gradients,
+    buffers and random streams stay as they are.
+
+    Args:
+        model: The plain model, returning OpenCLIP's dictionary; put in train mode.
+        images: A few images of shape (B, 3, H, W), on the model's device.
+        texts: Their captions' tokens, shape (B, T).
+        autocast: Context for the forward.
+        extra_forward: Count the forward twice, as gradient accumulation runs it.
+
+    Returns:
+        Operations per sample.
+    """
+    model.train()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = [images.device] if images.device.type == "cuda" else []
+    # The counter knows no CPU flash kernel; plain attention counts alike everywhere.
+    with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward, autocast():
+            output = model(images, texts)
+        outputs = [value for value in output.values() if value.requires_grad]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with FlopCounterMode(display=False) as backward:
+            torch.autograd.grad(
+                outputs, trained, [torch.ones_like(value) for value in outputs], allow_unused=True
+            )
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    num_forwards = 2 if extra_forward else 1
+    total = num_forwards * forward.get_total_flops() + backward.get_total_flops()
+    return total / images.shape[0]

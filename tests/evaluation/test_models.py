@@ -1,0 +1,189 @@
+import hashlib
+import json
+
+import open_clip
+import pytest
+import torch
+
+from clip_pgs.evaluation import load_model, weights_digest
+from clip_pgs.evaluation.models import model_name
+
+BATCH = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
+
+
+@pytest.fixture
+def model_config(finished_run):
+    return finished_run.parent / "tiny-eval-vit.json"
+
+
+@pytest.fixture
+def lone_checkpoint(finished_run, tmp_path):
+    path = tmp_path / "epoch_7.pt"
+    path.write_bytes((finished_run / "checkpoints/epoch_1.pt").read_bytes())
+    return path
+
+
+def test_run_export_and_checkpoint_give_the_same_model(finished_run):
+    sources = [
+        finished_run,
+        finished_run / "export",
+        f"local-dir:{finished_run / 'export'}",
+        finished_run / "checkpoints/epoch_1.pt",
+        finished_run / "export/open_clip_model.safetensors",
+    ]
+    models = [load_model(source) for source in sources]
+    assert len({weights_digest(loaded.model) for loaded in models}) == 1
+    features = [loaded.model.encode_image(BATCH) for loaded in models]
+    assert all(torch.equal(feature, features[0]) for feature in features)
+
+
+def test_model_of_a_run_is_what_open_clip_opens_itself(finished_run):
+    loaded = load_model(finished_run)
+    plain, _, _ = open_clip.create_model_and_transforms(f"local-dir:{finished_run / 'export'}")
+    assert not loaded.model.training
+    assert torch.equal(loaded.model.encode_image(BATCH), plain.eval().encode_image(BATCH))
+
+
+def test_lone_checkpoint_opens_with_a_model_config(lone_checkpoint, model_config, finished_run):
+    loaded = load_model(lone_checkpoint, model_config=model_config)
+    assert weights_digest(loaded.model) == weights_digest(load_model(finished_run).model)
+
+
+def test_lone_checkpoint_opens_with_a_model_name(lone_checkpoint, finished_run):
+    loaded = load_model(lone_checkpoint, model="tiny-eval-vit")
+    assert weights_digest(loaded.model) == weights_digest(load_model(finished_run).model)
+
+
+def test_checkpoint_of_this_trainer_needs_nothing_beside_it(lone_checkpoint, finished_run):
+    content = torch.load(lone_checkpoint, weights_only=True)
+    config = json.loads((finished_run / "export/open_clip_config.json").read_text())
+    torch.save({**content, "clip_pgs": {"open_clip_config": config}}, lone_checkpoint)
+    loaded, of_run = load_model(lone_checkpoint), load_model(finished_run)
+    assert weights_digest(loaded.model) == weights_digest(of_run.model)
+    assert loaded.transform.transforms[-1].mean == of_run.transform.transforms[-1].mean
+
+
+def test_checkpoint_of_an_unfinished_run_opens_from_its_recorded_parameters(
+    lone_checkpoint, model_config, tmp_path
+):
+    run = tmp_path / "unfinished"
+    (run / "checkpoints").mkdir(parents=True)
+    lone_checkpoint.rename(run / "checkpoints/epoch_7.pt")
+    (run / "params.txt").write_text(
+        f"force_image_size: [16]\nimage_mean: (0.1, 0.2, 0.3)\n"
+        f"model: tiny-eval-vit\nmodel_config: {model_config}\n"
+    )
+    loaded = load_model(run / "checkpoints/epoch_7.pt")
+    assert loaded.name == "unfinished_epoch_7"
+    assert loaded.transform.transforms[-1].mean == (0.1, 0.2, 0.3)
+
+
+def test_checkpoint_of_a_distributed_compiled_run_opens(lone_checkpoint, model_config):
+    content = torch.load(lone_checkpoint, weights_only=True)
+    state_dict = {f"module._orig_mod.{k}": v for k, v in content["state_dict"].items()}
+    torch.save({"state_dict": state_dict}, lone_checkpoint)
+    loaded = load_model(lone_checkpoint, model_config=model_config)
+    assert loaded.model.state_dict().keys() == content["state_dict"].keys()
+
+
+@pytest.mark.parametrize("name", ["epoch_7.ckpt", "epoch_7"])
+def test_checkpoint_opens_whatever_its_name(lone_checkpoint, model_config, name):
+    path = lone_checkpoint.rename(lone_checkpoint.with_name(name))
+    assert load_model(path, model_config=model_config).name == "epoch_7"
+
+
+def test_plain_weights_open_as_a_custom_text_model(lone_checkpoint, model_config):
+    config = {**json.loads(model_config.read_text()), "custom_text": True}
+    custom = lone_checkpoint.with_name("tiny-eval-custom-text.json")
+    custom.write_text(json.dumps(config))
+    plain = load_model(lone_checkpoint, model_config=model_config).model
+    loaded = load_model(lone_checkpoint, model_config=custom).model
+    assert torch.equal(loaded.encode_image(BATCH), plain.encode_image(BATCH))
+    assert torch.equal(loaded.text.text_projection, plain.text_projection)
+
+
+def test_checkpoint_of_a_siglip_run_keeps_its_bias(lone_checkpoint, model_config):
+    content = torch.load(lone_checkpoint, weights_only=True)
+    content["state_dict"]["logit_bias"] = torch.tensor(-10.0)
+    torch.save(content, lone_checkpoint)
+    assert load_model(lone_checkpoint, model_config=model_config).model.logit_bias == -10
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "sentence"),
+    [
+        ("nowhere/at-all", {}, "no run, export or checkpoint at nowhere/at-all"),
+        ("{tmp}", {}, "is no run and no export"),
+        ("{tmp}/epoch_7.pt", {}, "architecture of .*epoch_7.pt is unknown; give --model NAME"),
+        ("{tmp}/epoch_7.pt", {"model": "ViT-Z-99"}, "open_clip knows no model 'ViT-Z-99'"),
+        ("{tmp}/epoch_7.pt", {"model": "ViT-B-32"}, "does not fit ViT-B-32: "),
+        ("{tmp}/epoch_7.pt", {"model_config": "none.json"}, "cannot read the model config"),
+        ("ViT-B-32", {}, "needs published weights, --pretrained TAG"),
+        ("ViT-B-32", {"pretrained": "no-tag"}, "needs published weights, --pretrained TAG"),
+    ],
+)
+def test_source_that_cannot_be_opened_is_told_in_a_sentence(
+    lone_checkpoint, tmp_path, source, options, sentence
+):
+    with pytest.raises(ValueError, match=sentence):
+        load_model(source.format(tmp=tmp_path), **options)
+
+
+def test_position_embedding_is_never_resized(lone_checkpoint, finished_run, tmp_path):
+    config = json.loads((finished_run.parent / "tiny-eval-vit.json").read_text())
+    config["vision_cfg"]["image_size"] = 32
+    wrong_config = tmp_path / "tiny-eval-vit-32.json"
+    wrong_config.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"visual\.positional_embedding has shape \(5, 16\)"):
+        load_model(lone_checkpoint, model_config=wrong_config)
+
+
+def test_checkpoint_that_would_run_code_is_refused(tmp_path, model_config):
+    class Harmful:
+        def __reduce__(self):
+            return (print, ("harm",))
+
+    torch.save({"state_dict": Harmful()}, tmp_path / "harmful.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_model(tmp_path / "harmful.pt", model_config=model_config)
+
+
+def test_damaged_checkpoint_is_told_in_a_sentence(lone_checkpoint, model_config):
+    lone_checkpoint.write_bytes(lone_checkpoint.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_model(lone_checkpoint, model_config=model_config)
+
+
+def test_run_without_export_is_pointed_to_its_checkpoint(lone_checkpoint, tmp_path):
+    run = tmp_path / "running"
+    (run / "checkpoints").mkdir(parents=True)
+    lone_checkpoint.rename(run / "checkpoints/epoch_7.pt")
+    with pytest.raises(ValueError, match=r"has no export yet.*epoch_7\.pt"):
+        load_model(run)
+
+
+def test_digest_changes_with_one_weight(finished_run):
+    model = load_model(finished_run).model
+    before = weights_digest(model)
+    with torch.no_grad():
+        model.logit_scale += 1e-6
+    assert weights_digest(model) != before
+
+
+def test_names_of_models_are_short(finished_run):
+    assert model_name(str(finished_run)) == "tiny_run"
+    assert model_name(str(finished_run / "export")) == "tiny_run"
+    assert model_name(str(finished_run / "checkpoints/epoch_1.pt")) == "tiny_run_epoch_1"
+    assert model_name("hf-hub:someone/some-model") == "some-model"
+    assert model_name("ViT-B-32", pretrained="openai") == "ViT-B-32_openai"
+
+
+def test_weights_that_changed_on_the_disk_are_not_scored(lone_checkpoint, model_config):
+    raw = bytearray(lone_checkpoint.read_bytes())
+    digest = hashlib.sha256(raw).hexdigest()
+    lone_checkpoint.with_name("SHA256SUMS").write_text(f"{digest}  {lone_checkpoint.name}\n")
+    load_model(lone_checkpoint, model_config=model_config)
+    raw[len(raw) // 2] ^= 1
+    lone_checkpoint.write_bytes(raw)
+    with pytest.raises(ValueError, match="is damaged: its checksum is not the one in SHA256SUMS"):
+        load_model(lone_checkpoint, model_config=model_config)

@@ -1,0 +1,131 @@
+import http.server
+import threading
+from functools import partial
+
+import pytest
+
+from clip_pgs.evaluation import evaluate, load_suite
+from clip_pgs.evaluation.datasets import CAPTION_PAIR_SPLITS, HUB_ROOT, locate
+from clip_pgs.evaluation.suites import suites
+
+
+def names(suite, datasets):
+    return [eval_set.name for eval_set in load_suite(suite, datasets=datasets)]
+
+
+def test_paper_lists_hold_the_sets_of_its_five_evaluations():
+    classification = names("zeroshot-classification", "paper")
+    assert len(classification) == len(set(classification)) == 17
+    assert {"food101", "vtab/cifar10", "fgvc_aircraft", "vtab/pcam"} <= set(classification)
+    assert names("zeroshot-retrieval", "paper") == ["mscoco_captions", "flickr8k", "flickr30k"]
+    assert names("linear-probe", "paper") == ["vtab/cifar10", "vtab/cifar100", "imagenet1k"]
+    variants = ["imagenetv2", "imagenet-a", "imagenet-r", "imagenet-o", "imagenet_sketch"]
+    assert names("robustness", "paper") == ["imagenet1k", *variants]
+    splits = {f"sugar_crepe/{split}" for split in CAPTION_PAIR_SPLITS}
+    assert set(names("compositionality", "paper")) == splits
+    assert len(load_suite("all", datasets="paper")) == 17 + 3 + 3 + 6 + 7
+
+
+def test_demo_lists_of_all_suites_are_the_default():
+    found = {(s.suite, s.name): s.location for s in load_suite()}
+    assert list(dict.fromkeys(suite for suite, _ in found)) == [suite.name for suite in suites()]
+    for suite in ("zeroshot-classification", "linear-probe", "robustness"):
+        assert found[suite, "shape"] == "data/demo/eval/shape"
+    assert found["zeroshot-retrieval", "retrieval"] == "data/demo/eval/retrieval"
+    assert found["compositionality", "sugar_crepe/swap_att"] == "data/demo/eval/sugar_crepe"
+
+
+@pytest.mark.parametrize("datasets", ["demo", "paper"])
+def test_first_set_of_robustness_is_the_one_the_others_vary(datasets):
+    plain = [s.name for s in load_suite("robustness", datasets=datasets) if s.is_reference]
+    assert plain == ["shape" if datasets == "demo" else "imagenet1k"]
+
+
+def test_own_list_goes_to_the_suites_by_declared_type(dataset_list, data_root):
+    options = {"datasets": str(dataset_list), "data_root": str(data_root)}
+    found = {s.name: s.task for s in load_suite("all", **options)}
+    assert found == {"six": "zeroshot_classification", "pairs": "zeroshot_retrieval"}
+    assert [s.name for s in load_suite("zeroshot-retrieval", **options)] == ["pairs"]
+
+
+def test_lines_of_an_own_list_marked_for_a_suite_go_there_alone(tmp_path, data_root):
+    path = tmp_path / "list.txt"
+    path.write_text("linear-probe: six\nrobustness: six\nsugar_crepe/add_att\n")
+    options = {"datasets": str(path), "data_root": str(data_root)}
+    found = [(s.suite, s.name, s.task) for s in load_suite("all", **options)]
+    assert found == [
+        ("linear-probe", "six", "linear_probe"),
+        ("robustness", "six", "zeroshot_classification"),
+        ("compositionality", "sugar_crepe/add_att", "image_caption_selection"),
+    ]
+
+
+@pytest.mark.parametrize("suite", ["linear-probe", "robustness", "zeroshot-classification"])
+def test_own_list_belongs_to_the_one_suite_asked_for(dataset_list, data_root, suite):
+    found = load_suite(suite, datasets=str(dataset_list), data_root=str(data_root))
+    assert [(s.suite, s.name) for s in found] == [(suite, "six")]
+
+
+def test_caption_pairs_are_found_in_their_folder_and_in_the_root_itself(data_root):
+    folder = str(data_root / "sugar_crepe")
+    name = "sugar_crepe/add_att"
+    assert locate(name, str(data_root)) == (name, folder)
+    assert locate(name, folder) == (name, folder)
+    assert locate(f"{folder}/add_att", ".") == (name, folder)
+    assert locate(name, "/sets/{dataset_cleaned}") == (name, "/sets/sugar_crepe")
+
+
+@pytest.mark.parametrize("folder", ["vtab/cifar10", "vtab-cifar10", "wds_vtab-cifar10"])
+def test_name_is_found_under_each_of_its_folder_names(tmp_path, folder):
+    (tmp_path / folder).mkdir(parents=True)
+    found = locate("wds/vtab/cifar10", str(tmp_path))
+    assert found == ("vtab/cifar10", str(tmp_path / folder))
+
+
+def test_absolute_path_needs_no_root(data_root):
+    assert locate(str(data_root / "six"), ".") == ("six", str(data_root / "six"))
+
+
+def test_template_is_filled_as_clip_benchmark_does():
+    name, location = locate("wds/vtab/cifar10", "/sets/wds_{dataset_cleaned}")
+    assert (name, location) == ("vtab/cifar10", "/sets/wds_vtab-cifar10")
+    assert locate("wds/vtab/cifar10", "/sets/{dataset}")[1] == "/sets/vtab/cifar10"
+    assert locate("wds/cars", "hub")[1] == HUB_ROOT.replace("{dataset_cleaned}", "cars")
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "sentence"),
+    [
+        ("six", {"name": "zero-shot"}, "unknown suite 'zero-shot'"),
+        ("six", {"data_root": "nowhere"}, "data root nowhere is not a folder"),
+        ("six", {"datasets": "nolist"}, "unknown data set list 'nolist'"),
+        ("# nothing\n\n", {}, "names no data set"),
+        ("six", {"name": "zeroshot-retrieval"}, "names no data set of the suite"),
+        ("six\nwds/six", {}, "two data sets named six"),
+        ("robustness: pairs", {}, "marks pairs for robustness, which cannot evaluate retrieval"),
+    ],
+)
+def test_bad_request_is_told_in_a_sentence(tmp_path, data_root, text, options, sentence):
+    path = tmp_path / "list.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        load_suite(**{"datasets": str(path), "data_root": str(data_root), **options})
+
+
+def test_sets_are_read_over_http(color_model, dataset_list, data_root, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    handler = partial(QuietHandler, directory=str(data_root))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_port}/{{dataset_cleaned}}"
+        eval_sets = load_suite(datasets=str(dataset_list), data_root=root)
+        results = evaluate(color_model, eval_sets, workers=0)
+        server.shutdown()
+    assert [result.status for result in results] == ["done", "done"]
+    assert results[0].metrics["acc1"] == 0.75
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
