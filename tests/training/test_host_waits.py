@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clip_pgs.integrations.open_clip.towers import masking_or_none
+from clip_pgs.integrations.open_clip.apply import masking_or_none
 from clip_pgs.masking import list_maskings
 from clip_pgs.training.survival.bad_steps import BadSteps
 from clip_pgs.training.telemetry.telemetry import Cost, Telemetry

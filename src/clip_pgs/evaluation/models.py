@@ -20,8 +20,11 @@ from torch import Tensor, nn
 
 from clip_pgs.checkpoint_io import check_sum, fit_weights, newest_checkpoint, read_checkpoint
 from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MODEL_CONFIG_NAME, PARAMS_NAME
-from clip_pgs.integrations.open_clip.model_config import check_preprocessing, read_json_object
-from clip_pgs.integrations.open_clip.weightless import check_buildable
+from clip_pgs.integrations.open_clip.model_config import (
+    check_buildable,
+    check_preprocessing,
+    read_json_object,
+)
 
 # What open_clip looks for beside an export's config.
 _EXPORT_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")

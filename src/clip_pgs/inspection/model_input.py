@@ -136,10 +136,10 @@ def export_folder(source: Path) -> Path | None:
 def _timm_sizes(source: str, vision: dict[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return image and patch size of a timm tower, whose config names it and no more."""
     from clip_pgs.integrations.open_clip import patch_size
-    from clip_pgs.integrations.open_clip.weightless import build_weightless
+    from clip_pgs.integrations.open_clip.model_config import build_on_meta
 
     config = {"embed_dim": 1, "vision_cfg": vision, "text_cfg": {}}
-    model = build_weightless(config, name=f"the image tower of {source}", with_text=False)
+    model = build_on_meta(config, name=f"the image tower of {source}", with_text=False)
     return _pair(model.visual.image_size), patch_size(model)
 
 

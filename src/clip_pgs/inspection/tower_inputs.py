@@ -13,7 +13,7 @@ from clip_pgs.integrations.open_clip import (
     remove_masking,
     set_masking_progress,
 )
-from clip_pgs.integrations.open_clip.towers import image_tower
+from clip_pgs.integrations.open_clip.apply import image_tower
 from clip_pgs.masking import MaskingStrategy, PatchInputs
 
 

@@ -4,7 +4,7 @@ from torch.nn import functional
 
 from clip_pgs import PatchSelection
 from clip_pgs.integrations.open_clip import apply_masking, force_selection
-from clip_pgs.integrations.open_clip.attention_bias import released_attention_bias
+from clip_pgs.integrations.open_clip.tokens import released_attention_bias
 from support.models import image_batch, small_clip, small_timm_clip
 
 SIMILAR = torch.tensor([[True, False, False], [False, False, False], [False, True, True]])

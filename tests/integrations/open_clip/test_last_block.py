@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clip_pgs import PatchSelection
 from clip_pgs.integrations.open_clip import apply_masking, force_selection
-from clip_pgs.integrations.open_clip.timm_vision import MaskedTimmModel
-from clip_pgs.integrations.open_clip.vision import MaskedVisionTransformer
+from clip_pgs.integrations.open_clip.open_clip_vit import MaskedVisionTransformer
+from clip_pgs.integrations.open_clip.timm_vit import MaskedTimmModel
 from support.models import image_batch, small_clip, small_timm_clip
 from support.tower_gradients import features_and_gradients
 

@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_pgs import PatchSelection
-from clip_pgs.integrations.open_clip import apply_masking, force_selection, masked_tower, packing
-from clip_pgs.integrations.open_clip.packing import PackedTokens
+from clip_pgs.integrations.open_clip import apply_masking, force_selection, masked_tower, tokens
+from clip_pgs.integrations.open_clip.tokens import PackedTokens
 from support.models import image_batch, small_clip, small_timm_clip
 from support.tower_gradients import adaptive, features_and_gradients
 
@@ -94,8 +94,8 @@ def on_kernel(monkeypatch):
         calls.append(args)
         return block_diagonal(*args)
 
-    monkeypatch.setattr(packing, "_runs_kernel", lambda value: True)
-    monkeypatch.setattr(packing, "varlen_attn", record)
+    monkeypatch.setattr(tokens, "_runs_kernel", lambda value: True)
+    monkeypatch.setattr(tokens, "varlen_attention", record)
     return calls
 
 
@@ -201,7 +201,7 @@ def test_a_compiled_model_on_the_cpu_pads_and_compiles_once():
 
 def test_a_compiled_model_with_the_kernel_compiles_no_more_after_two_steps(monkeypatch, on_kernel):
     # Like the kernel, an operation that torch.compile does not look into.
-    monkeypatch.setattr(packing, "varlen_attn", opaque_block_diagonal)
+    monkeypatch.setattr(tokens, "varlen_attention", opaque_block_diagonal)
     monkeypatch.setattr(masked_tower, "can_pack", lambda x, *, head_width: True)
     model = apply_masking(small_clip(layers=3), "random", pack_tokens=True).train()
     torch._dynamo.reset()

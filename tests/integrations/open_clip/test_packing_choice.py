@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clip_pgs import PatchSelection
 from clip_pgs.integrations.open_clip import apply_masking, force_selection
-from clip_pgs.integrations.open_clip.packing import can_pack, packs_by_default
+from clip_pgs.integrations.open_clip.tokens import can_pack, packs_by_default
 from support.models import image_batch, small_clip, small_timm_clip
 from support.tower_gradients import adaptive
 

@@ -14,7 +14,7 @@ from clip_pgs.integrations.open_clip import (
     last_selection,
     set_mask_ratio,
 )
-from clip_pgs.integrations.open_clip.padding import masked_block
+from clip_pgs.integrations.open_clip.open_clip_vit import masked_block
 from clip_pgs.masking.sampling import kept_patches
 from support.models import image_batch, small_clip, small_timm_clip
 

@@ -22,8 +22,8 @@ from clip_pgs.integrations.open_clip import (
     caption_trimmer,
     set_masking_progress,
 )
-from clip_pgs.integrations.open_clip.captions import GROUP_SHARES
-from clip_pgs.integrations.open_clip.towers import masking_or_none
+from clip_pgs.integrations.open_clip.apply import masking_or_none
+from clip_pgs.integrations.open_clip.text import GROUP_SHARES
 
 PLAIN_TITLE = "plain CLIP"
 

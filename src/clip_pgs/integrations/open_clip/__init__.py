@@ -1,24 +1,24 @@
 """Masking inside OpenCLIP models (https://github.com/mlfoundations/open_clip)."""
 
-from clip_pgs.integrations.open_clip.apply import apply_masking, remove_masking
-from clip_pgs.integrations.open_clip.captions import CaptionGroups, CaptionTrimmer
-from clip_pgs.integrations.open_clip.controls import (
+from clip_pgs.integrations.open_clip.apply import (
+    apply_masking,
+    calibrate_masking,
     force_selection,
     last_selection,
+    load_masking_state,
+    masking_state,
     num_patches,
     patch_size,
     pixel_dtype,
+    remove_masking,
     set_mask_ratio,
     set_masking_noise,
     set_masking_progress,
-)
-from clip_pgs.integrations.open_clip.learned import (
-    calibrate_masking,
-    load_masking_state,
-    masking_state,
     update_masking,
 )
 from clip_pgs.integrations.open_clip.text import (
+    CaptionGroups,
+    CaptionTrimmer,
     allow_short_text,
     caption_trimmer,
     is_text_trimming_lossless,

@@ -1,20 +1,32 @@
-"""Turn an OpenCLIP model into a masked one, in place, and back."""
+"""Turn an OpenCLIP model into a masked one, in place, and back; drive it between steps."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from open_clip import CoCa
 from open_clip.transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
-from clip_pgs.integrations.open_clip.compat import check_versions
-from clip_pgs.integrations.open_clip.state import TowerMasking, check_when
-from clip_pgs.integrations.open_clip.teacher import START_MOMENTUM, Teacher
-from clip_pgs.integrations.open_clip.towers import image_tower, masking_or_none, unwrap
-from clip_pgs.masking import MaskingStrategy, create_masking
+from clip_pgs.integrations.open_clip.compat import check_versions, unwrap
+from clip_pgs.integrations.open_clip.masked_tower import (
+    WHEN,
+    MaskedTower,
+    PatchGrid,
+    TowerMasking,
+)
+from clip_pgs.integrations.open_clip.open_clip_vit import MaskedVisionTransformer
+from clip_pgs.integrations.open_clip.teacher import START_MOMENTUM, Teacher, teacher_momentum
+from clip_pgs.integrations.open_clip.timm_vit import MaskedTimmModel
+from clip_pgs.masking import MaskingStrategy, PatchSelection, create_masking
+from clip_pgs.masking.strategy import check_choice, check_range
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_KINDS: tuple[type[MaskedTower], ...] = (MaskedVisionTransformer, MaskedTimmModel)
 
 
 def apply_masking(
@@ -54,7 +66,7 @@ def apply_masking(
             an option is wrong.
     """
     check_versions()
-    check_when(when)
+    check_choice(when, WHEN, name="when")
     tower, kind = image_tower(model)
     if isinstance(masking, str):
         strategy = create_masking(masking, **options)
@@ -131,3 +143,271 @@ def _check_fit(model: nn.Module, strategy: MaskingStrategy) -> None:
 def _load_into_teacher(tower: Any, _incompatible_keys: Any) -> None:
     """Let the teacher start from the weights that the tower starts from."""
     tower.masking.teacher.load_state(tower.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------
+# Which image towers can be masked, and where a model keeps its own
+# ------------------------------------------------------------------------------------------------
+
+
+def image_tower(model: nn.Module) -> tuple[Any, type[MaskedTower]]:
+    """Return a model's image tower, masked or not, and the class that masks it.
+
+    Args:
+        model: An OpenCLIP model, also wrapped.
+
+    Raises:
+        ValueError: If it has no image tower that can be masked.
+    """
+    model = unwrap(model)
+    tower: Any = getattr(model, "visual", None)
+    for kind in _KINDS:
+        # A subclass may have a forward pass of its own, which masking would undo without a word.
+        if type(tower) in (kind, kind.plain_class):
+            if (reason := kind.refusal(tower)) is not None:
+                raise ValueError(reason)
+            return tower, kind
+    found = "no image tower" if tower is None else f"the image tower {type(tower).__name__}"
+    raise ValueError(
+        f"{type(model).__name__} has {found}; masking supports OpenCLIP's own VisionTransformer "
+        "and timm's (ViT models, not ResNet or ConvNeXt)"
+    )
+
+
+def patch_grid(model: nn.Module) -> PatchGrid:
+    """Return how a model's image tower cuts its images, masked or not.
+
+    Raises:
+        ValueError: If it has no image tower that can be masked.
+    """
+    tower, kind = image_tower(model)
+    return kind.patch_grid(tower)
+
+
+def tower_masking(model: nn.Module) -> TowerMasking:
+    """Return the masking of a model.
+
+    Raises:
+        ValueError: If the model is not masked.
+    """
+    tower, _ = image_tower(model)
+    if not isinstance(tower, MaskedTower):
+        raise ValueError("the model is not masked; call apply_masking first")
+    return tower.masking
+
+
+def masking_or_none(model: nn.Module) -> TowerMasking | None:
+    """Return the masking of a model of any kind, None where it has none."""
+    tower = getattr(unwrap(model), "visual", None)
+    return tower.masking if isinstance(tower, MaskedTower) else None
+
+
+# ------------------------------------------------------------------------------------------------
+# What a caller sets and reads between the steps of a masked model
+# ------------------------------------------------------------------------------------------------
+
+
+def set_masking_progress(model: nn.Module, progress: float) -> None:
+    """Tell the strategy how far training has come.
+
+    Args:
+        model: A masked model, also wrapped by DDP or `torch.compile`.
+        progress: Completed share of the masked training steps, in [0, 1].
+
+    Raises:
+        ValueError: If the model is not masked or `progress` is out of its range.
+    """
+    check_range(progress, name="progress", low=0, high=1)
+    tower_masking(model).progress = float(progress)
+
+
+def set_mask_ratio(model: nn.Module, mask_ratio: float) -> None:
+    """Change the strategy's mask ratio, as a schedule does; `MaskingStrategy` says how.
+
+    Args:
+        model: A masked model, also wrapped.
+        mask_ratio: Share of patches dropped from now on, in [0, 1).
+
+    Raises:
+        ValueError: If the model is not masked, its strategy has no mask ratio, or the ratio is
+            out of its range.
+    """
+    tower_masking(model).strategy.set_mask_ratio(mask_ratio)
+
+
+def set_masking_noise(model: nn.Module, noise: Tensor | None) -> None:
+    """Give the random numbers that the coming forward passes choose patches by.
+
+    With the same noise a forward pass repeats its selection, which is what the second pass of
+    gradient accumulation needs.
+
+    Args:
+        model: A masked model, also wrapped.
+        noise: Uniform numbers in [0, 1) on the model's device, shape (B, N), float32. None goes
+            back to drawing from the global stream.
+
+    Raises:
+        ValueError: If the model is not masked.
+    """
+    tower_masking(model).noise = noise
+
+
+@contextmanager
+def force_selection(model: nn.Module, selection: PatchSelection) -> Iterator[None]:
+    """Use a given selection in place of the strategy's, inside a `with` block.
+
+    Args:
+        model: A masked model, also wrapped.
+        selection: Patches to keep in every forward pass.
+
+    Raises:
+        ValueError: If the model is not masked.
+    """
+    masking = tower_masking(model)
+    masking.forced_selection = selection
+    try:
+        yield
+    finally:
+        masking.forced_selection = None
+
+
+def last_selection(model: nn.Module) -> PatchSelection | None:
+    """Return what the latest masked forward pass kept, None before the first.
+
+    Raises:
+        ValueError: If the model is not masked.
+    """
+    return tower_masking(model).last_selection
+
+
+def num_patches(model: nn.Module) -> int:
+    """Return the number of patches that the image tower cuts an image into.
+
+    Raises:
+        ValueError: If the tower is one that cannot be masked.
+    """
+    return patch_grid(model).num_patches
+
+
+def patch_size(model: nn.Module) -> tuple[int, int]:
+    """Return the (height, width) in pixels of the image tower's patches.
+
+    Raises:
+        ValueError: If the tower is one that cannot be masked.
+    """
+    return patch_grid(model).patch_size
+
+
+def pixel_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype that images must have outside autocast.
+
+    Raises:
+        ValueError: If the tower is one that cannot be masked.
+    """
+    tower, kind = image_tower(model)
+    return kind.patch_weight(tower).dtype
+
+
+# ------------------------------------------------------------------------------------------------
+# What a masking learns in training: its teacher and the numbers it was calibrated to
+# ------------------------------------------------------------------------------------------------
+
+
+def update_masking(model: nn.Module, *, step: int, total_steps: int) -> None:
+    """Let a teacher follow the model; call it after each optimiser step.
+
+    Nothing is sent between processes: each moves its own teacher towards weights they share. A
+    masking without a teacher is left as it is.
+
+    Args:
+        model: A masked model, also wrapped by DDP or `torch.compile`.
+        step: Number of the optimiser step just taken, from 0.
+        total_steps: Masked steps of the whole training, > 0.
+
+    Raises:
+        ValueError: If the model is not masked.
+    """
+    teacher = tower_masking(model).teacher
+    if teacher is not None:
+        momentum = teacher_momentum(teacher.momentum, step=step, total_steps=total_steps)
+        teacher.update(image_tower(model)[0], momentum=momentum)
+
+
+def calibrate_masking(
+    model: nn.Module, images: Tensor, *, average: Callable[[float], float] | None = None
+) -> bool:
+    """Fit the strategy to a batch of images, where it asks for that at the present progress.
+
+    It runs outside the training step and may synchronise. Noise given by `set_masking_noise` is
+    used where there is some.
+
+    Args:
+        model: A masked model, also wrapped by DDP or `torch.compile`.
+        images: As the model receives them. Shape (B, 3, H, W).
+        average: Takes this process's number and returns the mean over all of them. None stands
+            for one process.
+
+    Returns:
+        Whether the strategy was fitted.
+
+    Raises:
+        ValueError: If the model is not masked.
+    """
+    masking = tower_masking(model)
+    if not masking.strategy.needs_calibration(masking.progress):
+        return False
+    tower, kind = image_tower(model)
+    with torch.no_grad():
+        images = images.to(kind.patch_weight(tower).dtype)
+        inputs = masking.inputs(images, tower.embed_patches(images))
+        masking.strategy.calibrate(inputs, average=average)
+    return True
+
+
+def masking_state(model: nn.Module) -> dict[str, Any]:
+    """Return what a resumed run needs of a masking, beside the model's state dict.
+
+    Args:
+        model: A model, masked or not, also wrapped.
+
+    Returns:
+        Tensors on the CPU and plain types: "strategy" (numbers the strategy found) and "teacher"
+        (its weights), each where there is one.
+    """
+    masking = masking_or_none(model)
+    if masking is None:
+        return {}
+    state: dict[str, Any] = {}
+    if numbers := masking.strategy.state():
+        state["strategy"] = numbers
+    if masking.teacher is not None:
+        state["teacher"] = masking.teacher.state()
+    return state
+
+
+def load_masking_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Restore what `masking_state` returned; call it after `load_state_dict`.
+
+    Loading weights into a model makes its teacher start from them, so that the other order would
+    lose the teacher.
+
+    Args:
+        model: A model masked by the same strategy, also wrapped.
+        state: What `masking_state` returned. An empty one changes nothing.
+
+    Raises:
+        ValueError: If the state is that of another masking.
+    """
+    if not state:
+        return
+    masking = tower_masking(model)
+    if unknown := set(state) - {"strategy", "teacher"}:
+        raise ValueError(f"a masking's state has no part {', '.join(sorted(unknown))}")
+    if "teacher" in state:
+        if masking.teacher is None:
+            raise ValueError(
+                f"the state holds a teacher, and {type(masking.strategy).__name__} has none"
+            )
+        masking.teacher.load_state(state["teacher"])
+    if "strategy" in state:
+        masking.strategy.load_state(state["strategy"])

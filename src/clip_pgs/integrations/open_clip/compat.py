@@ -39,6 +39,14 @@ def is_bundled_model(name: str) -> bool:
     return (Path(open_clip.__file__).parent / "model_configs" / f"{name}.json").exists()
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP and `torch.compile`."""
+    # DDP wraps as `module`, torch.compile as `_orig_mod`.
+    for wrapper in ("_orig_mod", "module", "_orig_mod"):
+        model = getattr(model, wrapper, model)
+    return model
+
+
 class _ParserBuilt(Exception):  # noqa: N818 - a signal, not an error
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         super().__init__()

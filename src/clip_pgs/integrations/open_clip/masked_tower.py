@@ -1,22 +1,132 @@
-"""An image tower that leaves out the patches a strategy drops."""
+"""An image tower that leaves out the patches a strategy drops, and what it carries for that."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
-from clip_pgs.integrations.open_clip.attention_bias import released_attention_bias
-from clip_pgs.integrations.open_clip.block_parts import BlockParts
-from clip_pgs.integrations.open_clip.packing import PackedTokens, can_pack, packs_by_default
-from clip_pgs.integrations.open_clip.padding import PaddedTokens
-from clip_pgs.integrations.open_clip.state import PatchGrid, TowerMasking
+from clip_pgs.integrations.open_clip.teacher import Teacher
+from clip_pgs.integrations.open_clip.tokens import (
+    BlockParts,
+    PackedTokens,
+    PaddedTokens,
+    can_pack,
+    packs_by_default,
+    released_attention_bias,
+)
 from clip_pgs.masking.sampling import gather_tokens
-from clip_pgs.masking.strategy import PatchSelection
+from clip_pgs.masking.strategy import MaskingStrategy, PatchInputs, PatchSelection, check_choice
+
+WHEN = ("train", "always")
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """How an image tower cuts its images.
+
+    Args:
+        size: Patches per column and per row, (h, w).
+        patch_size: (height, width) of a patch in pixels.
+    """
+
+    size: tuple[int, int]
+    patch_size: tuple[int, int]
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches, h * w."""
+        return self.size[0] * self.size[1]
+
+
+class TowerMasking(nn.Module):
+    """The masking of one image tower; it holds no parameter and no buffer.
+
+    Args:
+        strategy: Chooses the patches.
+        grid: How the tower cuts its images.
+        when: "train" masks in train mode, "always" in eval mode as well.
+        teacher: Scores the patches of a strategy that requires attention.
+        pack_tokens: Whether tokens of adaptive selections are packed; see `apply_masking`.
+
+    Attributes:
+        progress: Completed share of the masked training steps, in [0, 1].
+        noise: Uniform numbers in [0, 1) for the coming forward passes, shape (B, N); None draws
+            from the global stream.
+        forced_selection: Takes the strategy's place where set.
+        last_selection: What the latest masked forward pass kept.
+        load_hook: Hands weights that are loaded into the tower to the teacher, where there is one.
+
+    Raises:
+        ValueError: If `when` is neither.
+    """
+
+    def __init__(
+        self,
+        strategy: MaskingStrategy,
+        grid: PatchGrid,
+        *,
+        when: str = "train",
+        teacher: Teacher | None = None,
+        pack_tokens: bool | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice(when, WHEN, name="when")
+        self.strategy = strategy
+        self.grid = grid
+        self.when = when
+        self.teacher = teacher
+        self.pack_tokens = pack_tokens
+        self.progress = 0.0
+        self.noise: Tensor | None = None
+        self.forced_selection: PatchSelection | None = None
+        self.last_selection: PatchSelection | None = None
+        self.load_hook: RemovableHandle | None = None
+
+    def is_active(self, *, training: bool) -> bool:
+        """Return whether a forward pass in train mode, or in eval mode, drops patches."""
+        return not self.strategy.keeps_all and (training or self.when == "always")
+
+    @torch.no_grad()
+    def inputs(self, pixels: Tensor, tokens: Tensor) -> PatchInputs:
+        """Gather what the strategy may look at.
+
+        Args:
+            pixels: Images as the tower receives them. Shape (B, 3, H, W).
+            tokens: Patch embeddings without positions. Shape (B, N, D).
+        """
+        # A convolution with a stride never sees the last pixels where the patch leaves a rest.
+        (rows, columns), (height, width) = self.grid.size, self.grid.patch_size
+        pixels = pixels[:, :, : rows * height, : columns * width]
+        return PatchInputs(
+            pixels,
+            self.grid.patch_size,
+            tokens=tokens,
+            progress=self.progress,
+            noise=self.noise,
+            attention=None if self.teacher is None else self.teacher.scores(pixels),
+        )
+
+    @torch.no_grad()
+    def select(self, pixels: Tensor, tokens: Tensor) -> PatchSelection:
+        """Choose the patches of a batch; see `inputs` for the arguments."""
+        selection = self.forced_selection
+        if selection is None:
+            selection = self.strategy(self.inputs(pixels, tokens))
+        self.last_selection = selection
+        return selection
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Every move of the model passes here; the teacher is no submodule, and follows.
+        if self.teacher is not None:
+            self.teacher.follow(fn)
+        return super()._apply(fn, recurse)
 
 
 class MaskedTower:
@@ -186,23 +296,23 @@ class MaskedTower:
             the first token of each image, (B, 1, D), and None.
         """
         batch_size = len(x)
-        scope: Tensor | PackedTokens | None = key_mask
+        layout: Tensor | PackedTokens | None = key_mask
         is_first_enough = self.reads_first_token()
         if selection.similar is not None:
             num_heads = self.num_heads()
-            scope = released_attention_bias(selection.similar, num_heads=num_heads, dtype=x.dtype)
+            layout = released_attention_bias(selection.similar, num_heads=num_heads, dtype=x.dtype)
             is_first_enough = False
         elif key_mask is not None and self._packs_tokens(x):
-            scope = PackedTokens.of(key_mask[:, 0, 0])
-            x = scope.pack(x)
+            layout = PackedTokens.of(key_mask[:, 0, 0])
+            x = layout.pack(x)
         *others, last = self.blocks()
         for block in others:
-            x = self._run(self._run_whole, block, x, scope)
+            x = self._run(self._run_whole, block, x, layout)
         if is_first_enough and self.block_parts(last) is not None:
-            x = self._run(self._run_for_first_tokens, last, x, scope)
+            x = self._run(self._run_for_first_tokens, last, x, layout)
             return x.reshape(batch_size, 1, -1), None
-        x = self._run(self._run_whole, last, x, scope)
-        return scope.unpack(x) if isinstance(scope, PackedTokens) else x, key_mask
+        x = self._run(self._run_whole, last, x, layout)
+        return layout.unpack(x) if isinstance(layout, PackedTokens) else x, key_mask
 
     def _packs_tokens(self, x: Tensor) -> bool:
         wanted = self.masking.pack_tokens
@@ -221,17 +331,17 @@ class MaskedTower:
         return run(*inputs)
 
     def _run_whole(
-        self, block: nn.Module, x: Tensor, scope: Tensor | PackedTokens | None
+        self, block: nn.Module, x: Tensor, layout: Tensor | PackedTokens | None
     ) -> Tensor:
-        if isinstance(scope, PackedTokens):
-            return _known(self.block_parts(block)).run(x, scope)
-        return self.run_block(block, x, scope)
+        if isinstance(layout, PackedTokens):
+            return _known(self.block_parts(block)).run(x, layout)
+        return self.run_block(block, x, layout)
 
     def _run_for_first_tokens(
-        self, block: nn.Module, x: Tensor, scope: Tensor | PackedTokens | None
+        self, block: nn.Module, x: Tensor, layout: Tensor | PackedTokens | None
     ) -> Tensor:
-        layout = scope if isinstance(scope, PackedTokens) else PaddedTokens(scope)
-        return _known(self.block_parts(block)).run_for_first_tokens(x, layout)
+        tokens = layout if isinstance(layout, PackedTokens) else PaddedTokens(layout)
+        return _known(self.block_parts(block)).run_for_first_tokens(x, tokens)
 
 
 def _known(parts: BlockParts | None) -> BlockParts:

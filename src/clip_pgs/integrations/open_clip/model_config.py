@@ -1,20 +1,24 @@
-"""Whether the model config of a stranger is one that open_clip may be given.
+"""Whether the model config of a stranger is one that open_clip may be given, and can build.
 
 open_clip hands what it finds on to constructors and tokenizers: a name from the Hub is fetched, an
-option can let a tokenizer run code of its folder, and any number of layers is built.
+option can let a tokenizer run code of its folder, and any number of layers is built. Models are
+built on torch's device "meta", without memory for their weights, to find out whether they work.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+import open_clip
 import timm
+import torch
 from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
@@ -31,6 +35,20 @@ _CAN_BE_ZERO = ("pad_id", "eos_id")
 # Sizes that open_clip takes as a list too, and how long it is.
 _LISTS = {"image_size": 2, "patch_size": 2, "layers": 4}
 _MAX_JSON_BYTES = 2**20
+
+# What open_clip, timm and torch raise on numbers that do not go together.
+MISFITS = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+)
+# It takes the place of a text tower that would have to be fetched.
+_TINY_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
+_BYTES = 4
 
 
 def read_json_object(path: Path, *, what: str) -> dict[str, Any]:
@@ -116,8 +134,8 @@ def check_preprocessing(preprocess: Any, *, what: str) -> None:
     rules = {
         "size": (_is_size, "a size or two"),
         "mode": (lambda value: value == "RGB", "RGB"),
-        "mean": (_is_colour, "3 finite numbers"),
-        "std": (lambda value: _is_colour(value) and min(value) > 0, "3 finite numbers > 0"),
+        "mean": (_is_color, "3 finite numbers"),
+        "std": (lambda value: _is_color(value) and min(value) > 0, "3 finite numbers > 0"),
         "interpolation": (("bicubic", "bilinear", "random").__contains__, "bicubic or bilinear"),
         "resize_mode": (("shortest", "longest", "squash").__contains__, "shortest or the like"),
         "fill_color": (lambda value: type(value) is int and 0 <= value < 256, "a value below 256"),
@@ -133,7 +151,7 @@ def _is_size(value: Any) -> bool:
     return not any(_size_problem("size", side) for side in sides)
 
 
-def _is_colour(value: Any) -> bool:
+def _is_color(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
 
 
@@ -205,3 +223,112 @@ def _check_patches(vision: Mapping[str, Any], *, what: str) -> None:
     image, patch = (side if isinstance(side, list) else [side, side] for side in sides)
     if any(image_side < patch_side for image_side, patch_side in zip(image, patch, strict=True)):
         raise ValueError(f"{what}: image_size {image} is smaller than patch_size {patch}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Building without memory for the weights
+# ------------------------------------------------------------------------------------------------
+
+
+def check_buildable(config: Any, *, name: str) -> None:
+    """Refuse the model config of a stranger unless it makes a model that runs on this machine.
+
+    Args:
+        config: What the JSON of an OpenCLIP model config holds.
+        name: What to call it in messages.
+
+    Raises:
+        ValueError: If it is no model config, or makes no such model.
+    """
+    check_model_config(config, what=name)
+    model = build_on_meta(config, name=name)
+    if not config["text_cfg"].get("hf_model_name"):
+        length = config["text_cfg"].get("context_length", open_clip.CLIPTextCfg().context_length)
+        check_model_runs(model, name=name, context_length=length)
+
+
+def build_on_meta(
+    config: dict[str, Any],
+    *,
+    name: str,
+    with_text: bool = True,
+    image_size: int | Sequence[int] | None = None,
+    context_length: int | None = None,
+) -> Any:
+    """Build a model on torch's device "meta".
+
+    Args:
+        config: OpenCLIP's model config.
+        name: What to call the model in messages.
+        with_text: Build its text tower too, unless that is of Hugging Face.
+        image_size: As `--force-image-size` has it.
+        context_length: As `--force-context-length` has it.
+
+    Raises:
+        ValueError: If open_clip cannot build it.
+    """
+    config = {
+        key: dict(value) if isinstance(value, dict) else value for key, value in config.items()
+    }
+    custom_text = config.pop("custom_text", False)
+    if config["vision_cfg"].get("timm_model_name"):
+        # Whatever weights there will be, their download tells nothing here.
+        config["vision_cfg"]["timm_model_pretrained"] = False
+    config["vision_cfg"]["patch_dropout"] = 0.0
+    if image_size is not None:
+        config["vision_cfg"]["image_size"] = image_size
+    has_own_text = not config["text_cfg"].get("hf_model_name")
+    if not with_text or not has_own_text:
+        config["text_cfg"] = dict(_TINY_TEXT)
+        if "multimodal_cfg" in config:
+            config["multimodal_cfg"] = dict(_TINY_TEXT)
+    elif context_length is not None:
+        config["text_cfg"]["context_length"] = context_length
+    if "multimodal_cfg" in config:
+        model_class: Any = open_clip.CoCa
+    else:
+        model_class = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
+    try:
+        with torch.device("meta"):
+            return model_class(**config)
+    except MISFITS as error:
+        raise ValueError(f"open_clip cannot build {name}: {_reason(error)}") from None
+
+
+def check_model_runs(model: Any, *, name: str, context_length: int) -> None:
+    """Refuse a model that is too large for this machine, or cannot take an image and a caption.
+
+    Args:
+        model: From `build_on_meta`, with its text tower.
+        name: What to call it in messages.
+        context_length: Tokens of a caption.
+
+    Raises:
+        ValueError: If it is.
+    """
+    num_bytes = _BYTES * sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    if num_bytes > largest_memory():
+        raise ValueError(
+            f"the weights of {name} take {num_bytes / 2**30:.0f} GiB, more than the "
+            f"{largest_memory() / 2**30:.0f} GiB of this machine"
+        )
+    size = model.visual.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    image = torch.empty(1, 3, height, width, device="meta")
+    text = torch.empty(1, context_length, dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad():
+            model.eval()(image, text)
+    except MISFITS as error:
+        raise ValueError(f"{name} cannot take an image and a caption: {_reason(error)}") from None
+
+
+def largest_memory() -> int:
+    """Return the bytes of the largest memory that could hold weights."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    devices = range(torch.cuda.device_count())
+    return max(host, *(torch.cuda.get_device_properties(i).total_memory for i in devices), 0)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

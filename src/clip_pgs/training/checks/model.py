@@ -26,15 +26,13 @@ from clip_pgs.checkpoint_io import (
 )
 from clip_pgs.common import CHECKPOINTS_NAME, one_sentence
 from clip_pgs.integrations.open_clip.model_config import (
-    check_model_config,
-    check_preprocessing,
-    read_json_object,
-)
-from clip_pgs.integrations.open_clip.weightless import (
     MISFITS,
-    build_weightless,
+    build_on_meta,
+    check_model_config,
     check_model_runs,
+    check_preprocessing,
     largest_memory,
+    read_json_object,
 )
 from clip_pgs.training.build import build_optimizer, create_model, optimizer_misfit
 from clip_pgs.training.checks.data import has_training_data
@@ -63,7 +61,7 @@ def check_model(args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimi
     _check_vocabulary(args, config)
     is_own = args.model_config is not None or args.model.startswith(MODEL_SCHEMAS)
     if is_own or args.force_image_size is not None or args.force_context_length is not None:
-        model = build_weightless(
+        model = build_on_meta(
             config,
             name=args.model,
             image_size=image_size(args),

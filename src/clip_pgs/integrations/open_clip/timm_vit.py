@@ -11,10 +11,12 @@ from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from clip_pgs.integrations.open_clip.attention_rows import first_token_attention, query_attention
-from clip_pgs.integrations.open_clip.block_parts import BlockParts
-from clip_pgs.integrations.open_clip.masked_tower import MaskedTower
-from clip_pgs.integrations.open_clip.state import PatchGrid
+from clip_pgs.integrations.open_clip.masked_tower import MaskedTower, PatchGrid
+from clip_pgs.integrations.open_clip.tokens import (
+    BlockParts,
+    first_token_attention,
+    query_attention,
+)
 
 
 class MaskedTimmModel(MaskedTower, TimmModel):
