@@ -12,19 +12,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=scripts/environment.sh
 source "$here/scripts/environment.sh"
 
-if [[ -z "${NPROC_PER_NODE:-}" ]]; then
-    NPROC_PER_NODE=1
-    # Starting torch takes seconds, so that it is asked only where there is a GPU at all.
-    if command -v nvidia-smi >/dev/null || command -v rocm-smi >/dev/null; then
-        count_gpus='import torch; print(max(1, torch.cuda.device_count()))'
-        NPROC_PER_NODE="$("$PYTHON" -c "$count_gpus")"
-    fi
-fi
-if [[ ! "$NPROC_PER_NODE" =~ ^[1-9][0-9]*$ ]]; then
-    printf "error: NPROC_PER_NODE must be a whole number above 0, got '%s'\n" "$NPROC_PER_NODE" >&2
-    exit 2
-fi
-
+count_processes
 case "${1:-}" in
 sets | report | -h | --help | "")
     NPROC_PER_NODE=1
@@ -34,9 +22,7 @@ if ((NPROC_PER_NODE == 1)); then
     exec "$PYTHON" -m clip_pgs.evaluation "$@"
 fi
 
-cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
-threads=$((cores / NPROC_PER_NODE))
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
+share_cores
 
 # torchrun makes 1 of every exit code but 0, below pages of its own.
 exit_code_file="$(mktemp)"

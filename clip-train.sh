@@ -28,11 +28,6 @@ All training flags: python -m clip_pgs.training --help
 HELP
 }
 
-refuse() {
-    printf 'error: %s\n' "$1" >&2
-    exit 2
-}
-
 case "${1:-}" in
 -h | --help)
     usage
@@ -51,13 +46,8 @@ NNODES="${NNODES:-1}"
 MAX_RESTARTS="${MAX_RESTARTS:-0}"
 # shellcheck source=scripts/environment.sh
 source "$root/scripts/environment.sh"
-count_gpus='import torch; print(max(1, torch.cuda.device_count()))'
-NPROC_PER_NODE="${NPROC_PER_NODE:-$("$PYTHON" -c "$count_gpus")}"
-for name in NNODES NPROC_PER_NODE; do
-    if [[ ! "${!name}" =~ ^[1-9][0-9]*$ ]]; then
-        refuse "$name must be a whole number above 0, got '${!name}'"
-    fi
-done
+count_processes
+require_counts NNODES
 if [[ ! "$MAX_RESTARTS" =~ ^[0-9]+$ ]]; then
     refuse "MAX_RESTARTS must be a whole number, got '$MAX_RESTARTS'"
 fi
@@ -86,10 +76,7 @@ if ((${NODE_RANK:-0} == 0)); then
     WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) "$PYTHON" -m clip_pgs.training --check-only "$@"
 fi
 
-# torchrun gives each of several processes one thread unless told.
-cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
-threads=$((cores / NPROC_PER_NODE))
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
+share_cores
 
 # Signals come to this shell, or to all at once; torchrun ends with 1 whatever ended the run. So the
 # run leaves its own exit code and reason here.

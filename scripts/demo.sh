@@ -32,8 +32,7 @@ except BlockingIOError:
 except (ImportError, OSError):
     pass
 '; then
-    echo "error: another demo is running in this folder; wait for its end, or stop it" >&2
-    exit 2
+    refuse "another demo is running in this folder; wait for its end, or stop it"
 fi
 
 # Take the lock that training holds on its run, and with an argument run it as a command under it.

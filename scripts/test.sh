@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Set up .venv, then run every check; arguments go to pytest. Ends non-zero if any check failed.
+#   bash scripts/test.sh           all, with the coverage of the tests' own processes
+#   bash scripts/test.sh --fast    without the slow tests, mypy and coverage
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,9 +24,13 @@ lint_shell() {
 
 check ruff python -m ruff check .
 check format python -m ruff format --check .
-check mypy python -m mypy
 check shellcheck lint_shell
-check pytest python -m pytest "$@"
+if [[ "${1:-}" == --fast ]]; then
+    check pytest python -m pytest -m "not slow" "${@:2}"
+else
+    check mypy python -m mypy
+    check pytest python -m pytest --cov "$@"
+fi
 
 if [[ -n "$failed" ]]; then
     printf '\nFailed:%s\n' "$failed" >&2

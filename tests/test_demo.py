@@ -11,6 +11,7 @@ from clip_pgs.evaluation.__main__ import main as evaluate
 from clip_pgs.inspection.__main__ import main as inspect
 from clip_pgs.training.__main__ import main as train
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 

@@ -224,6 +224,7 @@ def test_a_shard_that_cannot_be_fetched_ends_it_with_one_sentence(hub, download,
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_without_a_network_it_says_so_in_one_sentence(hub, tmp_path):
     done = subprocess.run(
         [sys.executable, SCRIPT, tmp_path / "cc12m"],

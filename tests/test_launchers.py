@@ -25,6 +25,7 @@ def test_help_is_short_and_names_the_full_one(tmp_path):
     assert len(done.stdout.splitlines()) < 25
 
 
+@pytest.mark.slow
 def test_two_processes_train_with_logs_in_a_folder_of_ones_own(tmp_path):
     flags = tiny_run(tmp_path, name="two")
     done = run(ROOT / "clip-train.sh", *flags, cwd=tmp_path, NPROC_PER_NODE="2")
@@ -33,6 +34,7 @@ def test_two_processes_train_with_logs_in_a_folder_of_ones_own(tmp_path):
     assert (tmp_path / "my logs/two/export/open_clip_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_two_machines_train_one_model(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -63,6 +65,7 @@ def test_two_machines_train_one_model(tmp_path):
     assert "Training epochs 0 to 1 of 2 steps each" in log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "arguments", "sentence"),
     [
