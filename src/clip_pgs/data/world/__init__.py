@@ -1,27 +1,16 @@
 """The demo world: generated pictures with captions, to train and to evaluate on without a download.
 
-`vocabulary` names what there is; a `scene` is plain data made from it; `draw` turns it into pixels
-and a foreground mask, `captions` into a sentence; `variants` draws it as training never shows it,
-and `hard_negatives` says of it what is nearly true; `splits` says which scenes the world holds,
-`parts` what its folders are, and `writing` writes them down.
+A `scene` is plain data made of the words there; `draw` turns it into pixels and a foreground mask,
+on one of the `backgrounds`, also as training never shows it; `captions` says what is in it, and
+what is nearly true; `splits` says which scenes the world holds, and `writing` writes them down.
 """
 
 from clip_pgs.data.world.captions import caption
 from clip_pgs.data.world.draw import Drawing, draw_scene
-from clip_pgs.data.world.scene import Scene, Thing, make_scene
-from clip_pgs.data.world.vocabulary import WORLD_VERSION
-from clip_pgs.data.world.writing import (
-    NUM_PER_CLASS,
-    NUM_TRAIN,
-    NUM_VAL,
-    describe_world,
-    write_world,
-)
+from clip_pgs.data.world.scene import WORLD_VERSION, Scene, Thing, make_scene
+from clip_pgs.data.world.writing import describe_world, write_world
 
 __all__ = [
-    "NUM_PER_CLASS",
-    "NUM_TRAIN",
-    "NUM_VAL",
     "WORLD_VERSION",
     "Drawing",
     "Scene",

@@ -1,26 +1,232 @@
-"""What is in a scene, as plain data, and how a scene is made up."""
+"""What there is in the demo world, as plain data, and how a scene of it is made up."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
-from clip_pgs.data.world.dice import Dice
-from clip_pgs.data.world.vocabulary import (
-    BACKGROUNDS,
-    COLORS,
-    LINES,
-    PLACES,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    TEXTURES,
-)
+import numpy as np
+from numpy.typing import NDArray
+
+# Part of every scene's key. Raised whenever the same scene would get other pixels or captions.
+SCENE_VERSION = 1
+
+# Raised whenever the same seed would give other files, which more sets do, too.
+WORLD_VERSION = 2
+
+IMAGE_SIZE = 64
+
+Point = tuple[float, float]
+
+
+def _arc(
+    radius: float, start: float = 0, stop: float = 360, *, num: int = 40, x: float = 0, y: float = 0
+) -> list[Point]:
+    """Return points on a circle; degrees, clockwise from the right."""
+    angles = [math.radians(start + (stop - start) * step / num) for step in range(num)]
+    return [(x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in angles]
+
+
+def _spokes(*radii: float, num: int) -> list[Point]:
+    """Return a closed outline that goes through the radii again and again, from the top."""
+    count = num * len(radii)
+    return [
+        _arc(radii[step % len(radii)], -90 + 360 * step / count, num=1)[0] for step in range(count)
+    ]
+
+
+def _arms(*corners: Point) -> list[Point]:
+    """Return corners, followed by the same turned by a quarter, a half and three."""
+    turns = [corners]
+    while len(turns) < 4:
+        turns.append(tuple((-y, x) for x, y in turns[-1]))
+    return [corner for turn in turns for corner in turn]
+
+
+def _mirrored(*half: Point, x: float = 1, y: float = 1) -> list[Point]:
+    """Return one half of an outline, from a point on its axis, and its mirror image."""
+    return [*half, *((x * across, y * down) for across, down in reversed(half[1:]))]
+
+
+def _heart() -> list[Point]:
+    points = []
+    for step in range(48):
+        angle = math.radians(360 * step / 48)
+        x = 16 * math.sin(angle) ** 3
+        y = 13 * math.cos(angle) - 5 * math.cos(2 * angle) - 2 * math.cos(3 * angle)
+        points.append((x / 16, -(y - math.cos(4 * angle) + 2) / 15.5))
+    return points
+
+
+def _flower() -> list[Point]:
+    radii = [0.62 + 0.44 * abs(math.cos(math.radians(2.5 * 4.5 * step))) for step in range(80)]
+    return _spokes(*radii, num=1)
+
+
+# Contours of each shape; where two overlap there is a hole. Centred, about radius 1, y down.
+OUTLINES: dict[str, list[list[Point]]] = {
+    "circle": [_arc(0.95)],
+    "square": [[(-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)]],
+    "triangle": [[(0, -1), (1, 0.8), (-1, 0.8)]],
+    "diamond": [[(0, -1.12), (0.78, 0), (0, 1.12), (-0.78, 0)]],
+    "star": [_spokes(1.12, 0.47, num=5)],
+    "heart": [_heart()],
+    "cross": [_arms((-0.34, -1), (0.34, -1), (0.34, -0.34))],
+    "ring": [_arc(1), _arc(0.48)],
+    "crescent": [_arc(1, 58, 302, x=0.15) + _arc(0.85, 274, 86, num=30, x=0.62)],
+    "arrow": [_mirrored((1.1, 0), (0.2, -0.88), (0.2, -0.36), (-1.05, -0.36), y=-1)],
+    "house": [_mirrored((0, -1.1), (1.05, -0.12), (0.78, -0.12), (0.78, 0.92), x=-1)],
+    "flower": [_flower(), _arc(0.2, num=16)],
+}
+
+SHAPES = tuple(OUTLINES)
+
+# Red, green and blue, 0 to 255.
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (212, 38, 38),
+    "orange": (246, 134, 28),
+    "yellow": (250, 220, 48),
+    "green": (38, 158, 62),
+    "blue": (36, 82, 214),
+    "purple": (128, 54, 176),
+    "pink": (246, 132, 188),
+    "brown": (116, 70, 36),
+    "white": (246, 246, 244),
+    "black": (26, 26, 30),
+}
+
+TEXTURES = ("plain", "striped", "dotted", "checkered")
+
+# Smallest and largest radius as a share of the image side. Three objects in a row are tiny.
+SIZES: dict[str, tuple[float, float]] = {
+    "tiny": (0.126, 0.146),
+    "small": (0.190, 0.210),
+    "medium": (0.255, 0.285),
+    "large": (0.330, 0.380),
+}
+
+# Where the only object of a scene is: column and row of a 3 x 3 grid, and how one says it.
+PLACES: dict[str, tuple[tuple[int, int], str]] = {
+    "top left": ((0, 0), "in the top left corner"),
+    "top": ((1, 0), "at the top"),
+    "top right": ((2, 0), "in the top right corner"),
+    "left": ((0, 1), "on the left"),
+    "center": ((1, 1), "in the center"),
+    "right": ((2, 1), "on the right"),
+    "bottom left": ((0, 2), "in the bottom left corner"),
+    "bottom": ((1, 2), "at the bottom"),
+    "bottom right": ((2, 2), "in the bottom right corner"),
+}
+
+# How the first object of a pair lies to the second, and the same seen from the second.
+RELATIONS: dict[str, tuple[str, str]] = {
+    "above": ("above", "below"),
+    "below": ("below", "above"),
+    "left": ("to the left of", "to the right of"),
+    "right": ("to the right of", "to the left of"),
+}
+
+# How three objects are lined up, with the first between the second and the third.
+LINES = ("across", "down")
+
+
+class Background(NamedTuple):
+    """How a background is spoken of, and which colors vanish on it."""
+
+    noun: str
+    preposition: str
+    clashes: tuple[str, ...] = ()
+
+
+BACKGROUNDS: dict[str, Background] = {
+    "sky": Background("a cloudy sky", "in", ("white", "blue")),
+    "sunset": Background("a sunset sky", "in", ("orange", "pink")),
+    "night": Background("a starry night", "in", ("black", "blue")),
+    "fog": Background("thick fog", "in", ("white",)),
+    "wall": Background("a bare wall", "on"),
+    "snow": Background("fresh snow", "on", ("white",)),
+    "water": Background("calm water", "on", ("blue",)),
+    "grass": Background("mown grass", "on", ("green",)),
+    "sand": Background("rippled sand", "on", ("yellow", "orange")),
+    "brick": Background("a brick wall", "on", ("red", "brown")),
+    "wood": Background("wooden boards", "on", ("brown", "orange")),
+    "tiles": Background("a tiled floor", "on", ("white",)),
+    "field": Background("an open field", "in", ("green", "blue")),
+    "beach": Background("a quiet beach", "on", ("white", "yellow")),
+}
+
+# Grounds that no scene has of itself: patterns of many colours, where the others are landscapes
+# and plain surfaces. Pictures on these show how a model does on what training never held.
+UNSEEN_BACKGROUNDS: dict[str, Background] = {
+    "tartan": Background("a tartan blanket", "on"),
+    "marble": Background("veined marble", "on"),
+    "pebbles": Background("loose pebbles", "on"),
+    "confetti": Background("scattered confetti", "on"),
+    "lava": Background("glowing lava", "on"),
+}
 
 _MARGIN = 0.03
 _GAP = 0.05
 # A pair or a row of three stays this close to its axis, so that "above" is never "beside".
 _SIDE_STEP = 0.07
+
+T = TypeVar("T")
+
+# numpy and Python keep the raw streams of their generators across versions, but not what their
+# choice, shuffle or normal make of them. A hash as the source leaves nothing to change.
+_NUMBERS_PER_BLOCK = 64
+
+
+class Dice:
+    """Random numbers named by a key.
+
+    Equal keys give equal numbers, and a key one part longer an unrelated stream, so that asking
+    for more numbers in one place changes none elsewhere.
+
+    Args:
+        *key: What the numbers are for, such as ("train", 17, "background").
+    """
+
+    def __init__(self, *key: str | int) -> None:
+        self._key = "/".join(str(part) for part in key)
+        self._numbers: list[int] = []
+        self._num_blocks = 0
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        """Draw a number in [low, high)."""
+        if not self._numbers:
+            stream = self._bytes(f"block {self._num_blocks}", 4 * _NUMBERS_PER_BLOCK)
+            self._numbers = np.frombuffer(stream, dtype="<u4").tolist()
+            self._num_blocks += 1
+        return low + (high - low) * (self._numbers.pop() / 2**32)
+
+    def chance(self, probability: float) -> bool:
+        """Return True with a probability in [0, 1]."""
+        return self.uniform() < probability
+
+    def choice(self, options: Sequence[T]) -> T:
+        """Draw one of the options, each as likely as the others."""
+        return options[int(self.uniform(0, len(options)))]
+
+    def noise(self, name: str, height: int, width: int) -> NDArray[np.floating[Any]]:
+        """Draw one number in [0, 1) per pixel.
+
+        Args:
+            name: Tells several fields of one key apart.
+            height: Rows.
+            width: Columns.
+
+        Returns:
+            Multiples of 1 / 256, shape (height, width).
+        """
+        stream = np.frombuffer(self._bytes(f"noise {name}", height * width), dtype=np.uint8)
+        return stream.reshape(height, width).astype(np.float32) / 256
+
+    def _bytes(self, name: str, num_bytes: int) -> bytes:
+        return hashlib.shake_128(f"{self._key}/{name}".encode()).digest(num_bytes)
 
 
 @dataclass(frozen=True)
@@ -66,6 +272,23 @@ class Scene:
     things: tuple[Thing, ...]
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A scene and what is said of it.
+
+    Args:
+        key: Name within the world, such as "train-000017".
+        scene: What to draw.
+        caption: One sentence.
+        label: Index of its class, in classification sets.
+    """
+
+    key: str
+    scene: Scene
+    caption: str
+    label: int | None = None
+
+
 def make_scene(
     key: str,
     *,
@@ -104,20 +327,18 @@ def make_scene(
         sizes = ("tiny",) if num_things == 3 else ("small", "medium", "large")
     size_names, radii = _sizes(dice, sizes, num_things)
     arrangement, centers = _arrange(dice, radii)
-    things = tuple(
-        Thing(
-            shape=shapes[number],
-            color=colors[number],
-            texture=dice.choice((*TEXTURES, "plain", "plain")),
-            size=size_names[number],
-            x=round(centers[number][0], 4),
-            y=round(centers[number][1], 4),
-            radius=radii[number],
-            tilt=round(dice.uniform(-10, 10), 1),
-        )
-        for number in range(num_things)
-    )
-    return Scene(key=key, background=background, arrangement=arrangement, things=things)
+    things = []
+    for shape, color, size, (x, y), radius in zip(
+        shapes, colors, size_names, centers, radii, strict=True
+    ):
+        texture, tilt = dice.choice((*TEXTURES, "plain", "plain")), round(dice.uniform(-10, 10), 1)
+        things.append(Thing(shape, color, texture, size, round(x, 4), round(y, 4), radius, tilt))
+    return Scene(key, background, arrangement, tuple(things))
+
+
+def scene_key(seed: int, key: str) -> str:
+    """Return what a sample's random numbers come from: the seed of its world and its own key."""
+    return f"world {SCENE_VERSION}/seed {seed}/{key}"
 
 
 def _distinct(dice: Dice, names: Sequence[str], number: int, first: str | None) -> list[str]:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from clip_pgs.data.captions.word_counting import count_shards
 from clip_pgs.data.captions.word_frequencies import write_word_frequencies
-from clip_pgs.data.world.parts import list_parts, write_json
-from clip_pgs.data.world.shard_file import Digest
-from clip_pgs.data.world.vocabulary import WORLD_VERSION
+from clip_pgs.data.world.captions import TASKS, hard_negatives
+from clip_pgs.data.world.draw import Drawing, draw_scene
+from clip_pgs.data.world.scene import WORLD_VERSION, Sample, Scene
+from clip_pgs.data.world.splits import EVAL_SETS, EvalSet, captioned, held_out, shown
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +35,11 @@ NUM_PER_CLASS = 50
 WORDS_NAME = "words.json"
 
 _NAMES = {"train", "val", "eval", "scenes", "foreground", WORDS_NAME, "world.json"}
+_SHARD_SIZE = 1000
+_JPEG_QUALITY = 92
+
+# Gets the number of samples done and of all.
+Progress = Callable[[int, int], None]
 
 
 def write_world(
@@ -35,7 +49,7 @@ def write_world(
     num_train: int = NUM_TRAIN,
     num_val: int = NUM_VAL,
     num_per_class: int = NUM_PER_CLASS,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Make a folder hold the demo world of a seed.
 
@@ -64,9 +78,9 @@ def write_world(
     # Where the folder is a link, what it leads to is filled.
     root = Path(root).resolve()
     counts = {"num_train": num_train, "num_val": num_val, "num_per_class": num_per_class}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    for name, number in counts.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
     identity = {"version": WORLD_VERSION, "seed": seed, **counts}
     if _is_complete(root, identity):
         return
@@ -75,52 +89,7 @@ def write_world(
     root.parent.mkdir(parents=True, exist_ok=True)
     with _sole_writer(root.parent):
         if not _is_complete(root, identity):
-            _write_whole(root, identity, progress)
-
-
-@contextmanager
-def _sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; where it or its system has no locks, go on without."""
-    descriptor = None
-    try:
-        import fcntl
-
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another process, which writes a world in %s", folder)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except (ImportError, OSError):
-        pass
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def _write_whole(
-    root: Path, identity: dict[str, int], progress: Callable[[int, int], None] | None
-) -> None:
-    """Write a world beside its folder, and put it there."""
-    partial = root.with_name(root.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
-    parts = _write_parts(partial, identity, progress)
-    captions = count_shards([str(shard) for shard in sorted((partial / "train").glob("*.tar"))])
-    write_word_frequencies(captions.frequencies(min_count=1), partial / WORDS_NAME)
-    files = {
-        path.relative_to(partial).as_posix(): path.stat().st_size
-        for path in sorted(partial.rglob("*"))
-        if path.is_file()
-    }
-    write_json(partial / "world.json", {**identity, "parts": parts, "files": files})
-    if root.exists():
-        logger.info("%s holds another or an incomplete demo world, which is replaced", root)
-        shutil.rmtree(root)
-    partial.rename(root)
+            _write_whole(root, identity, list_parts(seed, **counts), progress)
 
 
 def describe_world(root: Path | str) -> str:
@@ -147,32 +116,252 @@ def _is_complete(root: Path, identity: dict[str, int]) -> bool:
     return bool(sums and is_whole) and all(is_whole)
 
 
-def _write_parts(
-    root: Path, identity: dict[str, int], progress: Callable[[int, int], None] | None
-) -> dict[str, dict[str, Any]]:
-    """Write all but `world.json` and return what it says of each part."""
-    parts = list_parts(
-        identity["seed"],
-        num_train=identity["num_train"],
-        num_val=identity["num_val"],
-        num_per_class=identity["num_per_class"],
-    )
-    num_done, num_all = 0, sum(part.num_samples for part in parts)
+@contextmanager
+def _sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; where it or its system has no locks, go on without."""
+    descriptor = None
+    try:
+        import fcntl
 
-    def tick() -> None:
-        nonlocal num_done
-        num_done += 1
-        if progress is not None:
-            progress(num_done, num_all)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process, which writes a world in %s", folder)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        pass
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
-    facts = {}
+
+class Record:
+    """What has been drawn: its number, and a SHA-256 over texts, pixels and masks.
+
+    File bytes can change with the release of the image library; the digest cannot.
+
+    Args:
+        tick: Called after every sample.
+    """
+
+    def __init__(self, tick: Callable[[], None] = lambda: None) -> None:
+        self._hash = hashlib.sha256()
+        self._tick = tick
+
+    def add_text(self, text: str) -> None:
+        """Add a text."""
+        self._hash.update(f"{len(text)}:{text}".encode())
+
+    def add_sample(self, sample: Sample, drawing: Drawing) -> None:
+        """Add a sample's key, caption, label, pixels and mask."""
+        self.add_text(f"{sample.key}|{sample.caption}|{sample.label}")
+        self._hash.update(drawing.pixels.tobytes())
+        self._hash.update(np.packbits(drawing.foreground).tobytes())
+        self._tick()
+
+    def digest(self) -> str:
+        """Return the digest of all that was added."""
+        return self._hash.hexdigest()
+
+
+class Part(NamedTuple):
+    """A folder of the world.
+
+    Args:
+        name: Its path in the world's folder.
+        about: What it holds, in a few words.
+        num_samples: How many samples it adds to a record.
+        write: Fills the folder, which exists, and adds the content to a record.
+    """
+
+    name: str
+    about: str
+    num_samples: int
+    write: Callable[[Path, Record], None]
+
+
+def list_parts(seed: int, *, num_train: int, num_val: int, num_per_class: int) -> list[Part]:
+    """Return the parts of a world; see `write_world` for the numbers."""
+    parts = [
+        Part(split, about, number, partial(_write_captioned, split, seed, number))
+        for split, about, number in (
+            ("train", "captioned scenes to train on", num_train),
+            ("val", "captioned scenes to watch training with", num_val),
+        )
+    ]
+    for name, eval_set in EVAL_SETS.items():
+        splits = {split: make(seed, num_per_class) for split, make in eval_set.splits.items()}
+        counts = {split: len(samples) for split, samples in splits.items()}
+        about = f"{eval_set.about} ({', '.join(f'{split} {n}' for split, n in counts.items())})"
+        write = partial(_write_eval_set, eval_set, splits)
+        parts.append(Part(f"eval/{name}", about, sum(counts.values()), write))
+    number = 3 * num_per_class
+    about = f"which of two captions ({len(TASKS)} tasks of {number})"
+    write = partial(_write_sugar_crepe, seed, number)
+    parts.append(Part("eval/sugar_crepe", about, len(TASKS) * number, write))
+    scenes, foreground = shown(seed), held_out(seed, 2 * num_per_class)
+    write = partial(_write_pictures, scenes, images=".", captions="captions.txt")
+    parts.append(Part("scenes", "scenes to look at, with masks", len(scenes), write))
+    about = "scenes with masks, to measure what is kept of objects"
+    write = partial(_write_pictures, foreground, images="images")
+    parts.append(Part("foreground", about, len(foreground), write))
+    return parts
+
+
+def _write_whole(
+    root: Path, identity: dict[str, int], parts: list[Part], progress: Progress | None
+) -> None:
+    """Write a world beside its folder, and put it there."""
+    partial_root = root.with_name(root.name + ".partial")
+    if partial_root.exists():
+        shutil.rmtree(partial_root)
+    facts, num_done, num_all = {}, count(1), sum(part.num_samples for part in parts)
     for part in parts:
-        (root / part.name).mkdir(parents=True)
-        digest = Digest()
-        part.write(root / part.name, digest, tick)
+        (partial_root / part.name).mkdir(parents=True)
+        record = Record(lambda: progress(next(num_done), num_all) if progress else None)
+        part.write(partial_root / part.name, record)
         facts[part.name] = {
             "about": part.about,
             "num_samples": part.num_samples,
-            "digest": digest.hexdigest(),
+            "digest": record.digest(),
         }
-    return facts
+    captions = count_shards([str(path) for path in sorted(partial_root.glob("train/*.tar"))])
+    write_word_frequencies(captions.frequencies(min_count=1), partial_root / WORDS_NAME)
+    files = {
+        path.relative_to(partial_root).as_posix(): path.stat().st_size
+        for path in sorted(partial_root.rglob("*"))
+        if path.is_file()
+    }
+    _write_json(partial_root / "world.json", {**identity, "parts": facts, "files": files})
+    if root.exists():
+        logger.info("%s holds another or an incomplete demo world, which is replaced", root)
+        shutil.rmtree(root)
+    partial_root.rename(root)
+
+
+def _write_captioned(split: str, seed: int, num_all: int, folder: Path, record: Record) -> None:
+    sizes = {}
+    for number, start in enumerate(range(0, num_all, _SHARD_SIZE)):
+        stop = min(start + _SHARD_SIZE, num_all)
+        path = folder / f"{number:05d}.tar"
+        _write_shard(path, captioned(split, seed, start, stop), draw_scene, record)
+        sizes[path.name] = stop - start
+    _write_json(folder / "sizes.json", sizes)
+
+
+def _write_eval_set(
+    eval_set: EvalSet, splits: dict[str, list[Sample]], folder: Path, record: Record
+) -> None:
+    """Write a set the way clip_benchmark reads `wds/` data sets."""
+    kind = "classification" if eval_set.class_names else "retrieval"
+    texts: dict[str, tuple[str, ...]] = {"dataset_type.txt": (kind,)}
+    if eval_set.class_names:
+        texts["classnames.txt"] = eval_set.class_names
+        texts["zeroshot_classification_templates.txt"] = eval_set.templates
+    for name, lines in texts.items():
+        _write_text(folder / name, "".join(f"{line}\n" for line in lines))
+        record.add_text("\n".join(lines))
+    for split, samples in splits.items():
+        (folder / split).mkdir()
+        _write_shard(folder / split / "0.tar", samples, eval_set.draw, record)
+        _write_text(folder / split / "nshards.txt", "1\n")
+
+
+def _write_sugar_crepe(seed: int, number: int, folder: Path, record: Record) -> None:
+    """Write tasks the way clip_benchmark reads `sugar_crepe/` data sets."""
+    # The name is that of COCO's validation images, where clip_benchmark looks.
+    images = folder / "val2017"
+    images.mkdir()
+    for task in TASKS:
+        entries = {}
+        for position, (sample, negative) in enumerate(hard_negatives(task, seed, number)):
+            drawing = draw_scene(sample.scene)
+            record.add_sample(sample, drawing)
+            record.add_text(negative)
+            filename = f"{sample.key}.jpg"
+            (images / filename).write_bytes(_jpeg(drawing))
+            entries[str(position)] = {
+                "filename": filename,
+                "caption": sample.caption,
+                "negative_caption": negative,
+            }
+        _write_json(folder / f"{task}.json", entries)
+
+
+def _write_pictures(
+    samples: Sequence[Sample],
+    folder: Path,
+    record: Record,
+    *,
+    images: str,
+    captions: str | None = None,
+) -> None:
+    """Write each picture and its mask under one number into two folders."""
+    digits = len(str(len(samples) - 1))
+    for name in (images, "masks"):
+        (folder / name).mkdir(exist_ok=True)
+    for number, sample in enumerate(samples):
+        drawing = draw_scene(sample.scene)
+        record.add_sample(sample, drawing)
+        name = f"{number:0{digits}d}.png"
+        (folder / images / name).write_bytes(_png(drawing.pixels))
+        (folder / "masks" / name).write_bytes(_png(drawing.foreground))
+    if captions is not None:
+        _write_text(folder / captions, "".join(f"{sample.caption}\n" for sample in samples))
+
+
+def _write_shard(
+    path: Path, samples: Iterable[Sample], draw: Callable[[Scene], Drawing], record: Record
+) -> None:
+    """Draw samples into a tar file; the same samples give the same bytes.
+
+    Members of a sample: `jpg`, `txt` (caption), `cls` (label, where there is one), `json` (the
+    scene) and `mask.png` (white where objects are).
+    """
+    from webdataset import TarWriter
+
+    # A file handle, as TarWriter takes a path for a URL.
+    with (
+        path.open("wb") as file,
+        TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as writer,
+    ):
+        for sample in samples:
+            drawing, scene = draw(sample.scene), sample.scene
+            record.add_sample(sample, drawing)
+            # dataclasses.asdict copies deeply, which takes longer than drawing the background.
+            plain = {**vars(scene), "things": [vars(thing) for thing in scene.things]}
+            members = {
+                "jpg": _jpeg(drawing),
+                "txt": sample.caption.encode(),
+                "json": json.dumps(plain).encode(),
+                "mask.png": _png(drawing.foreground),
+            }
+            if sample.label is not None:
+                members["cls"] = str(sample.label).encode()
+            writer.write({"__key__": sample.key, **members})
+
+
+def _jpeg(drawing: Drawing) -> bytes:
+    file = io.BytesIO()
+    # Full color resolution: chroma of half the size would wash out a small object.
+    Image.fromarray(drawing.pixels).save(file, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    return file.getvalue()
+
+
+def _png(pixels: NDArray[Any]) -> bytes:
+    """Return colors, or a mask of one bit that is white where it is true, as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a text file, the same bytes on every system."""
+    path.write_text(text, encoding="utf-8", newline="\n")

@@ -10,8 +10,8 @@ import pytest
 from clip_benchmark.datasets.builder import build_dataset
 
 from clip_pgs.data.world import draw_scene
-from clip_pgs.data.world.hard_negatives import TASKS, hard_negatives
-from clip_pgs.data.world.vocabulary import COLORS, SHAPES
+from clip_pgs.data.world.captions import TASKS, hard_negatives
+from clip_pgs.data.world.scene import COLORS, SHAPES
 from support.worlds import VARIANTS, members
 
 

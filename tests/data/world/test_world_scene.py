@@ -1,12 +1,15 @@
+"""Scenes as plain data, and the dice they are rolled with."""
+
 from __future__ import annotations
 
 from collections import Counter
 from itertools import combinations
 
+import numpy as np
 import pytest
 
 from clip_pgs.data.world import make_scene
-from clip_pgs.data.world.vocabulary import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, TEXTURES
+from clip_pgs.data.world.scene import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, TEXTURES, Dice
 
 SCENES = [make_scene(f"test/{number}") for number in range(600)]
 
@@ -48,7 +51,7 @@ def test_things_of_a_scene_differ_in_shape_and_color():
 def test_no_thing_has_a_color_that_vanishes_on_the_background():
     for scene in SCENES:
         clashes = BACKGROUNDS[scene.background].clashes
-        assert not clashes & {thing.color for thing in scene.things}
+        assert not set(clashes) & {thing.color for thing in scene.things}
 
 
 def test_relation_of_a_pair_is_true():
@@ -98,3 +101,22 @@ def test_color_that_vanishes_on_the_asked_background_is_refused():
 def test_sizes_that_cannot_fit_are_refused():
     with pytest.raises(ValueError, match="3 objects of size large do not fit"):
         make_scene("test", num_things=3, sizes=("large",))
+
+
+def test_dice_with_equal_keys_roll_equal_numbers():
+    first, again, other = Dice("a", 1), Dice("a", 1), Dice("a", 2)
+    rolls = [[dice.uniform() for _ in range(200)] for dice in (first, again, other)]
+    assert rolls[0] == rolls[1]
+    assert rolls[0] != rolls[2]
+
+
+def test_dice_roll_evenly():
+    dice = Dice("even")
+    rolls = [dice.uniform(2, 4) for _ in range(4000)]
+    assert 2 <= min(rolls) < 2.01
+    assert 3.99 < max(rolls) < 4
+    assert np.mean(rolls) == pytest.approx(3, abs=0.05)
+    noise = dice.noise("field", 64, 64)
+    assert noise.min() >= 0
+    assert noise.max() < 1
+    assert noise.mean() == pytest.approx(0.5, abs=0.03)
