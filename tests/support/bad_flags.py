@@ -3,11 +3,14 @@
 from hypothesis import strategies as st
 
 from clip_pgs.integrations.open_clip.compat import trainer_actions
-from clip_pgs.training.flags.own_flags import own_actions, own_parser
-from clip_pgs.training.flags.upstream_flags import IMPLEMENTED_FLAGS
+from clip_pgs.training.options import obeyed_flags, own_actions, own_parser
 
-TRAINER_FLAGS = {flag: trainer_actions()[flag] for flag in sorted(IMPLEMENTED_FLAGS)}
-OWN_FLAGS = own_actions(own_parser())
+TRAINER_FLAGS = {flag: trainer_actions()[flag] for flag in sorted(obeyed_flags() - {"--model"})}
+OWN_FLAGS = {
+    flag: action
+    for flag, action in own_actions(own_parser()).items()
+    if not flag.startswith("--no-")
+}
 FLAGS = {**TRAINER_FLAGS, **OWN_FLAGS}
 # Prints a page; and the test itself names the config.
 FUZZED_FLAGS = sorted(FLAGS.keys() - {"--help", "--config", "--check-only"})

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from clip_pgs.integrations.open_clip import apply_masking
-from clip_pgs.training.flops import count_flops
+from clip_pgs.integrations.open_clip.flops import count_flops
 from support.models import TEXT, VISION, image_batch, small_clip, text_batch
 
 

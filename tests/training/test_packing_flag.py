@@ -4,8 +4,7 @@ import torch
 from clip_pgs.integrations.open_clip.apply import tower_masking
 from clip_pgs.training.build import build_model
 from clip_pgs.training.checks import check_options, option_warnings
-from clip_pgs.training.options import parse_options
-from clip_pgs.training.run_folder import IDENTITY, RECIPE
+from clip_pgs.training.options import IDENTITY, RECIPE, names_of, parse_options
 from support.options import SYNTHETIC, VALID, write_model_config
 
 ADAPTIVE = ("--masking", "pgs", "--mask-ratio-min", "0.3")
@@ -43,7 +42,7 @@ def test_false_in_a_config_is_the_negation(tmp_path):
 
 
 def test_a_resumed_run_may_change_it():
-    assert "pack_tokens" not in (*IDENTITY, *RECIPE)
+    assert "pack_tokens" not in (*names_of(IDENTITY), *names_of(RECIPE))
 
 
 def warnings_of(*flags):

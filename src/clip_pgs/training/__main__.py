@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from clip_pgs.common import one_sentence
 from clip_pgs.training.survival.interrupts import AskedToLeave, Interrupts
 from clip_pgs.training.survival.leaving import leave
+
+if TYPE_CHECKING:
+    from clip_pgs.training.options import TrainOptions
 
 BAD_INPUT = 2
 
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _train(*started, interrupts)
 
 
-def _start(argv: Sequence[str]) -> int | tuple[argparse.Namespace, dict[str, Any]]:
+def _start(argv: Sequence[str]) -> int | tuple[TrainOptions, dict[str, Any]]:
     """Return checked options and what the loop calls of other packages, or an exit code."""
     try:
         from clip_pgs.data.preflight import preflight
@@ -74,7 +76,7 @@ def _start(argv: Sequence[str]) -> int | tuple[argparse.Namespace, dict[str, Any
     return args, hooks
 
 
-def _train(args: argparse.Namespace, hooks: dict[str, Any], interrupts: Interrupts) -> int:
+def _train(args: TrainOptions, hooks: dict[str, Any], interrupts: Interrupts) -> int:
     from clip_pgs.training.loop import train
     from clip_pgs.training.survival import exits
 
@@ -101,7 +103,7 @@ def _leave_early(interrupts: Interrupts) -> int:
     return interrupts.code
 
 
-def _hooks(args: argparse.Namespace) -> dict[str, Any]:
+def _hooks(args: TrainOptions) -> dict[str, Any]:
     """Return what the loop calls of other packages: the evaluation of `--eval-suite`.
 
     Raises:
@@ -151,7 +153,7 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _summary(args: argparse.Namespace) -> str:
+def _summary(args: TrainOptions) -> str:
     options = ", ".join(f"{name}={value}" for name, value in args.masking_options.items())
     parts = [
         args.model,

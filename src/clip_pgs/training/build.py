@@ -25,6 +25,7 @@ from clip_pgs.integrations.open_clip import (
     is_text_trimming_lossless,
 )
 from clip_pgs.integrations.open_clip.compat import weights_read_by
+from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.seeding import seed_everything
 
 _logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class ModelParts:
     tokenize: Callable
 
 
-def build_model(args: argparse.Namespace, device: torch.device) -> ModelParts:
+def build_model(args: TrainOptions, device: torch.device) -> ModelParts:
     """Create the model, lock what is to be locked, mask its image tower, let captions be short.
 
     Args:
@@ -78,7 +79,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> ModelParts:
     return ModelParts(model, train_transform, val_transform, tokenize)
 
 
-def create_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Callable, Callable]:
+def create_model(args: TrainOptions, device: torch.device) -> tuple[Any, Callable, Callable]:
     """Create OpenCLIP's model with the weights it starts from, and lock what is to be locked.
 
     Args:
@@ -155,7 +156,7 @@ def is_coca(model: nn.Module) -> bool:
     return isinstance(model, open_clip.CoCa)
 
 
-def logit_options(args: argparse.Namespace) -> dict[str, float]:
+def logit_options(args: TrainOptions) -> dict[str, float]:
     """Return the model options that set how logits start: SigLIP's with `--siglip`."""
     return {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if args.siglip else {}
 
@@ -190,22 +191,20 @@ def optimizer_misfit(optimizer: torch.optim.Optimizer, state: Any) -> str | None
     return None
 
 
-def build_trimmer(args: argparse.Namespace, model: nn.Module) -> CaptionTrimmer | None:
+def build_trimmer(args: TrainOptions, model: nn.Module) -> CaptionTrimmer | None:
     """Return what cuts captions to what reaches their features, None where padding does, too."""
     # Groups of several lengths are compiled anew for each combination.
     return caption_trimmer(model, shares=(1.0,)) if args.torchcompile else caption_trimmer(model)
 
 
-def build_loss(args: argparse.Namespace, model: nn.Module) -> nn.Module:
+def build_loss(args: TrainOptions, model: nn.Module) -> nn.Module:
     """Create OpenCLIP's loss for a model; args needs `rank` and `world_size`."""
     # OpenCLIP goes by the name, which says nothing where the model comes from one's own file.
     name = "coca" if is_coca(model) else args.model.lower().replace("coca", "")
-    return open_clip.create_loss(
-        argparse.Namespace(**{**vars(args), "model": name, "distill": False, "horovod": False})
-    )
+    return open_clip.create_loss(argparse.Namespace(**{**vars(args.openclip), "model": name}))
 
 
-def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(args: TrainOptions, model: nn.Module) -> torch.optim.Optimizer:
     """Create the optimiser: AdamW with OpenCLIP's groups, or any of timm's as `timm/NAME`.
 
     Raises:
@@ -232,6 +231,10 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
         {"params": [p for name, p in trained if not _decays(name, p)], "weight_decay": 0.0},
         {"params": [p for name, p in trained if _decays(name, p)], "weight_decay": args.wd},
     ]
+    # OpenCLIP's parser gives them their defaults.
+    assert args.beta1 is not None
+    assert args.beta2 is not None
+    assert args.eps is not None
     # Fused: fastest, and it can skip a step without the host (see `update_weights`).
     return torch.optim.AdamW(
         groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True
@@ -244,7 +247,7 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
     )
 
 
-def count_steps(args: argparse.Namespace, *, num_batches: int | None) -> int:
+def count_steps(args: TrainOptions, *, num_batches: int | None) -> int:
     """Return the optimiser steps of an epoch, of which a rank reads `num_batches` micro-batches.
 
     Raises:
@@ -260,7 +263,7 @@ def count_steps(args: argparse.Namespace, *, num_batches: int | None) -> int:
 
 
 def build_schedule(
-    args: argparse.Namespace, optimizer: torch.optim.Optimizer, *, steps_per_epoch: int
+    args: TrainOptions, optimizer: torch.optim.Optimizer, *, steps_per_epoch: int
 ) -> Callable[[int], float]:
     """Create the learning-rate schedule: called with a step, it sets and returns the rate.
 
@@ -275,6 +278,7 @@ def build_schedule(
     if args.lr_scheduler == "const":
         return const_lr(optimizer, args.lr, args.warmup, total_steps)
     if args.lr_scheduler == "const-cooldown":
+        assert args.epochs_cooldown is not None
         return const_lr_cooldown(
             optimizer,
             args.lr,

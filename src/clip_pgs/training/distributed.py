@@ -29,7 +29,10 @@ def process_group(args: argparse.Namespace) -> Iterator[torch.device]:
     with warnings.catch_warnings():
         # It warns of what the run's log says: which device it fell back to.
         warnings.simplefilter("ignore")
-        device = init_distributed_device(args)
+        openclip = args.openclip
+        device = init_distributed_device(openclip)
+    for name in ("distributed", "rank", "local_rank", "world_size", "device"):
+        setattr(args, name, getattr(openclip, name))
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True

@@ -27,6 +27,7 @@ from clip_pgs.common import CHECKPOINTS_NAME, sync, unfinished_path
 from clip_pgs.training.build import logit_options
 from clip_pgs.training.checkpoints.checkpoint import find_non_finite, load_checkpoint
 from clip_pgs.training.model_card import write_model_card
+from clip_pgs.training.options import TrainOptions
 
 FOLDER_NAME = "export"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -36,7 +37,7 @@ CARD_NAME = "README.md"
 _logger = logging.getLogger(__name__)
 
 
-def open_clip_config(args: argparse.Namespace, model: open_clip.CLIP) -> dict[str, Any]:
+def open_clip_config(args: TrainOptions, model: open_clip.CLIP) -> dict[str, Any]:
     """Return the config that rebuilds a model as the options built it, as plain types.
 
     Args:
@@ -118,7 +119,7 @@ def _write_files(checkpoint: dict[str, Any], record: dict[str, Any], folder: Pat
         sync(path)
 
 
-def tokenizer_source(args: argparse.Namespace) -> str | None:
+def tokenizer_source(args: TrainOptions) -> str | None:
     """Return which Hugging Face tokenizer a model uses; None for OpenCLIP's own."""
     name = open_clip.get_model_config(args.model)["text_cfg"].get("hf_tokenizer_name")
     if name and args.model.startswith("local-dir:"):

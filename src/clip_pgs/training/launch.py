@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Callable
 from datetime import datetime
@@ -17,6 +16,7 @@ from clip_pgs.training.checkpoints.checkpoint_files import find_latest
 from clip_pgs.training.checks.data import has_training_data, training_files
 from clip_pgs.training.distributed import Meeting
 from clip_pgs.training.environment import describe_environment, save_environment
+from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.run_folder import run_folder, save_options
 from clip_pgs.training.survival.restarts import launch_names, remember_name
 from clip_pgs.training.telemetry.lenient import Lenient, LenientSink
@@ -29,7 +29,7 @@ METRICS_NAME = "metrics.jsonl"
 _logger = logging.getLogger(__name__)
 
 
-def default_name(args: argparse.Namespace) -> str:
+def default_name(args: TrainOptions) -> str:
     """Return the name of a run that was given none: date, model and recipe, as OpenCLIP's."""
     parts = [
         datetime.now().strftime("%Y_%m_%d-%H_%M_%S"),
@@ -42,7 +42,7 @@ def default_name(args: argparse.Namespace) -> str:
     return "-".join(parts)
 
 
-def log_file(args: argparse.Namespace) -> Path | None:
+def log_file(args: TrainOptions) -> Path | None:
     """Return the file this process logs to, None for none; its folder is made."""
     folder = run_folder(args)
     is_logging = args.local_rank == 0 if args.log_local else args.rank == 0
@@ -52,20 +52,18 @@ def log_file(args: argparse.Namespace) -> Path | None:
     return folder / (f"out-{args.rank}" if args.log_local else LOG_NAME)
 
 
-def write_run_files(args: argparse.Namespace, folder: Path, device: torch.device) -> None:
+def write_run_files(args: TrainOptions, folder: Path, device: torch.device) -> None:
     """Write what a run was started with: options, `params.txt`, `env.json`."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     files = training_files(args) if has_training_data(args) else []
     save_options(args, folder, files=files, launch=launch_names())
-    remember_name(args.name)
-    lines = [f"{name}: {value}\n" for name, value in sorted(vars(args).items())]
+    remember_name(args.name or folder.name)
+    lines = [f"{name}: {value}\n" for name, value in args.values().items()]
     (folder / PARAMS_NAME).write_text("".join(lines))
     save_environment(describe_environment(device=device, world_size=args.world_size), folder)
 
 
-def load_start(
-    args: argparse.Namespace, folder: Path | None, meeting: Meeting
-) -> dict[str, Any] | None:
+def load_start(args: TrainOptions, folder: Path | None, meeting: Meeting) -> dict[str, Any] | None:
     """Return the checkpoint that `--resume` names, None to start fresh.
 
     Rank 0 looks into a folder, so that all ranks load the same file.
@@ -89,7 +87,7 @@ def load_start(
     return checkpoint
 
 
-def _share_latest(args: argparse.Namespace, folder: Path, meeting: Meeting) -> str | None:
+def _share_latest(args: TrainOptions, folder: Path, meeting: Meeting) -> str | None:
     """Return on all ranks what rank 0 finds, or raise what it raises."""
     latest, trouble = None, ""
     if args.rank == 0:
@@ -103,9 +101,7 @@ def _share_latest(args: argparse.Namespace, folder: Path, meeting: Meeting) -> s
     return path
 
 
-def say_what_changed(
-    args: argparse.Namespace, checkpoint: dict[str, Any], *, is_ordered: bool
-) -> None:
+def say_what_changed(args: TrainOptions, checkpoint: dict[str, Any], *, is_ordered: bool) -> None:
     """Log what another number of processes or batch size changes for a run that goes on.
 
     Args:
@@ -131,7 +127,7 @@ def say_what_changed(
     )
 
 
-def open_sinks(args: argparse.Namespace, folder: Path | None, *, first_step: int) -> list[Sink]:
+def open_sinks(args: TrainOptions, folder: Path | None, *, first_step: int) -> list[Sink]:
     """Return where this process's measurements go; nowhere without a run folder.
 
     One that cannot be written says so once, and the run goes on.

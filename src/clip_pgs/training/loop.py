@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +20,7 @@ from clip_pgs.training.launch import (
     open_sinks,
     write_run_files,
 )
+from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.precision import supported_precision
 from clip_pgs.training.run_folder import run_folder
 from clip_pgs.training.survival.exits import (
@@ -43,7 +44,7 @@ _logger = logging.getLogger(__name__)
 
 
 def train(
-    args: argparse.Namespace,
+    args: TrainOptions,
     *,
     evaluate: Evaluate | None = None,
     interrupts: Interrupts | None = None,
@@ -66,7 +67,7 @@ def train(
         UnusableDataError, StalledDataError, BadNumbersError, OtherProcessError: See `Trainer.run`.
     """
     asked_device = args.device
-    args = argparse.Namespace(**vars(args))
+    args = dataclasses.replace(args)
     interrupts = interrupts or Interrupts()
     report = ExitReport(interrupts)
     with interrupts.caught(), report, process_group(args) as device:
@@ -107,7 +108,7 @@ def train(
 
 
 def _train(
-    args: argparse.Namespace,
+    args: TrainOptions,
     device: torch.device,
     folder: Path | None,
     meeting: Meeting,
@@ -139,14 +140,14 @@ def _train(
         watchdog.close()
 
 
-def _log_level(args: argparse.Namespace, *, has_file: bool) -> int:
+def _log_level(args: TrainOptions, *, has_file: bool) -> int:
     if args.rank != 0 and not has_file:
         return logging.ERROR
     return logging.DEBUG if args.debug else logging.INFO
 
 
 def _evaluate_only(
-    args: argparse.Namespace,
+    args: TrainOptions,
     device: torch.device,
     folder: Path | None,
     meeting: Meeting,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,10 +23,11 @@ from clip_pgs.integrations.open_clip import (
 from clip_pgs.masking import masking_options
 from clip_pgs.masking.schedule import scheduled_ratio
 from clip_pgs.training.distributed import mean_over_ranks
+from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.seeding import micro_batch_rows, step_noise
 
 
-def masks_of_run(args: argparse.Namespace, model: nn.Module) -> StepMasks | None:
+def masks_of_run(args: TrainOptions, model: nn.Module) -> StepMasks | None:
     """Return the masks of a run's steps, None where nothing is masked."""
     if args.masking == "none":
         return None
@@ -42,10 +42,11 @@ def masks_of_run(args: argparse.Namespace, model: nn.Module) -> StepMasks | None
     )
 
 
-def ratio_schedule(args: argparse.Namespace) -> Callable[..., float] | None:
+def ratio_schedule(args: TrainOptions) -> Callable[..., float] | None:
     """Return the mask ratio by `progress` in [0, 1], None where it stays what it is."""
     if args.mask_schedule == "constant":
         return None
+    assert args.mask_ratio_end is not None
     defaults = masking_options(args.masking)
     return partial(
         scheduled_ratio,

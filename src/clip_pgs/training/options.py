@@ -1,50 +1,654 @@
-"""The options of a training run: OpenCLIP's flags, ours beside them, and a YAML file below both."""
+"""The options of a training run: each is defined once, as a field of `TrainOptions`.
+
+A field says its type, default, help, range, and what part it plays in a run; the parser, `--help`,
+YAML configs, the checks and what a resumed run is compared with follow from it. OpenCLIP's flags
+keep OpenCLIP's type, default and help: a field for one says that this trainer obeys it, and what
+holds of its values here. A flag of OpenCLIP's without a field is refused.
+"""
+
+# ruff: noqa: RUF009 - the calls make fields
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import functools
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
+import open_clip
 from open_clip_train.params import parse_args as parse_trainer_args
 
-from clip_pgs.integrations.open_clip.compat import trainer_actions
-from clip_pgs.training.flags.config import load_config, nearest_names, render_arguments
-from clip_pgs.training.flags.flag_types import OwnParser
-from clip_pgs.training.flags.own_flags import (
-    fill_defaults,
-    given_names,
-    own_actions,
-    own_parser,
+from clip_pgs.data.captions.text_masking import TEXT_MASKINGS
+from clip_pgs.integrations.open_clip.compat import is_bundled_model, trainer_actions
+from clip_pgs.integrations.open_clip.model_config import check_model_config, read_json_object
+from clip_pgs.masking import describe_masking, list_maskings, masking_options
+from clip_pgs.masking.schedule import SCHEDULES
+from clip_pgs.training.config import config_arguments, nearest_names
+
+# Models that bring their own weights, from a folder or from the Hugging Face Hub.
+MODEL_SCHEMAS = ("hf-hub:", "local-dir:")
+RELEASED_MASKING = "pgs-released"
+
+# A run that goes on with another value is another experiment under an old name.
+IDENTITY = "identity"
+# It alters the course of a run, which may be what its owner wants; a change is worth a warning.
+RECIPE = "recipe"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A range of numbers.
+
+    Attributes:
+        text: The range, as the end of "must be".
+        holds: Whether a number is in it.
+    """
+
+    text: str
+    holds: Callable[[float], bool]
+
+
+AT_LEAST_0 = Rule(">= 0", lambda value: value >= 0)
+AT_LEAST_1 = Rule(">= 1", lambda value: value >= 1)
+AT_LEAST_2 = Rule(">= 2", lambda value: value >= 2)
+ABOVE_0 = Rule("> 0", lambda value: value > 0)
+SHARE = Rule("in [0, 1]", lambda value: 0 <= value <= 1)
+BELOW_1 = Rule("in [0, 1)", lambda value: 0 <= value < 1)
+WORKERS = Rule("in [0, 1024]", lambda value: 0 <= value <= 1024)
+# numpy takes no other seed.
+SEED = Rule("in [0, 2**32)", lambda value: 0 <= value < 2**32)
+
+# Headings of `--help`, with what stands below them.
+GENERAL = ("Options", "")
+IMAGE = ("Masking of the image", "")
+TEXT = ("Masking of the text", "")
+UNMASKED = (
+    "Unmasked tuning",
+    "A last phase without any masking, in the same run folder: after --epochs masked epochs the "
+    "run goes on as a second run from its weights would, with a fresh optimizer, a linear warm-up "
+    "and a cosine to 0 (FLIP, arXiv 2212.00794; GLIP, arXiv 2403.15837; CLIPF, arXiv 2412.16148).",
 )
-from clip_pgs.training.flags.released import RELEASED_MASKING, is_released, released_options
-from clip_pgs.training.flags.upstream_flags import IMPLEMENTED_FLAGS, REFUSED_FLAGS
-from clip_pgs.training.model_choice import choose_model
+EVALUATION = (
+    "Evaluation in training",
+    "Suites of clip-test.sh after an epoch, on rank 0 while the others wait; results go to "
+    "eval/epoch_N in the run's folder, and their curves beside the others.",
+)
+SAVING = (
+    "Saving and resuming",
+    "Beside the epochs' checkpoints. SIGTERM, SIGUSR1 and Ctrl-C save before they end a run; "
+    "--resume latest goes on at the very step, with the same samples, masks and rates.",
+)
+ENDING = ("What ends a run", "")
+RELEASED = (
+    "The authors' released code of CLIP-PGS",
+    "Its command line, --force-patch-dropout F with these, means --masking pgs-released. Without "
+    "these, --force-patch-dropout is OpenCLIP's.",
+)
 
 
-def parse_options(argv: Sequence[str]) -> argparse.Namespace:
+def _theirs(part: str = "", rule: Rule | None = None) -> Any:
+    """Define a flag of OpenCLIP's that this trainer obeys."""
+    return field(metadata={"is_theirs": True, "part": part, "rule": rule})
+
+
+def _ours(
+    default: Any,
+    help_text: str | Callable[[], str],
+    group: tuple[str, str],
+    metavar: str | None = None,
+    *,
+    part: str = "",
+    rule: Rule | None = None,
+    names: Callable[[], Sequence[str]] | None = None,
+    is_open: bool = False,
+) -> Any:
+    """Define a flag of our own.
+
+    Args:
+        default: Its value where nobody gave one.
+        help_text: What `--help` says of it.
+        group: Its heading there.
+        metavar: What stands for its value there.
+        part: IDENTITY, RECIPE or neither.
+        rule: The range of its numbers.
+        names: The names it takes.
+        is_open: Whether it takes "package.module:Class" beside these.
+    """
+    metadata = {
+        "help": help_text,
+        "group": group,
+        "metavar": metavar,
+        "part": part,
+        "rule": rule,
+        "names": names,
+        "is_open": is_open,
+    }
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _image_help() -> str:
+    papers = [f"{name}: {describe_masking(name).paper}" for name in list_maskings()]
+    return f"how patches are chosen, or package.module:Class. {'; '.join(papers)} (default: none)"
+
+
+def _strategy_options_help() -> str:
+    texts = []
+    for name in list_maskings():
+        options = masking_options(name).items()
+        own = [f"{key}={value}" for key, value in options if not key.startswith("mask_ratio")]
+        if own:
+            texts.append(f"{name}: {', '.join(own)}")
+    return f"any other option of the strategy; can be repeated. {'; '.join(texts)}"
+
+
+def _text_help() -> str:
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in TEXT_MASKINGS.items())
+    return (
+        f"what stays of a training caption. {meanings} (default: none; truncate with --text-tokens)"
+    )
+
+
+@dataclass(kw_only=True)
+class TrainOptions(argparse.Namespace):
+    """Everything that a training run is told; see the module's text."""
+
+    config: str | None = _ours(
+        None,
+        "options to start from, named like the flags; flags on the command line win",
+        GENERAL,
+        "FILE.yaml",
+    )
+    check_only: bool = _ours(
+        False, "check every option, print one line and leave; nothing is created", GENERAL
+    )
+    model: str = _ours(
+        "",
+        "a model open_clip knows, or local-dir:FOLDER, or hf-hub:OWNER/NAME",
+        GENERAL,
+        "NAME",
+        part=IDENTITY,
+    )
+    model_config: str | None = _ours(
+        None,
+        "a model of your own, as an open_clip model config; its name is the file's",
+        GENERAL,
+        "FILE.json",
+    )
+
+    masking: str = _ours(
+        "none", _image_help, IMAGE, "NAME", part=IDENTITY, names=list_maskings, is_open=True
+    )
+    mask_ratio: float | None = _ours(
+        None,
+        "share of patches dropped, in [0, 1); the upper bound where the count adapts (the papers "
+        "use 0.5 and 0.75 for random, 0.5 for pgs)",
+        IMAGE,
+        "F",
+    )
+    mask_ratio_min: float | None = _ours(
+        None,
+        "lower bound of a count that adapts to the image, for pgs, pgs-released and cluster "
+        "(CLIP-PGS-0.3: 0.3, with --mask-ratio 0.5)",
+        IMAGE,
+        "F",
+    )
+    masking_option: dict[str, Any] = _ours({}, _strategy_options_help, IMAGE, "KEY=VALUE")
+    mask_schedule: str = _ours(
+        "constant",
+        "how the mask ratio goes from --mask-ratio to --mask-ratio-end over the masked epochs: "
+        f"{', '.join(SCHEDULES)} (default: constant)",
+        IMAGE,
+        "NAME",
+        part=IDENTITY,
+        names=lambda: SCHEDULES,
+    )
+    mask_ratio_end: float | None = _ours(
+        None,
+        "the mask ratio that a schedule ends at, in [0, 1)",
+        IMAGE,
+        "F",
+        part=IDENTITY,
+        rule=BELOW_1,
+    )
+    mask_schedule_steps: int = _ours(
+        5,
+        "different ratios a schedule takes; each is one compiled graph with --torchcompile "
+        "(default: 5)",
+        IMAGE,
+        "N",
+        part=IDENTITY,
+        rule=AT_LEAST_2,
+    )
+    pack_tokens: bool | None = _ours(
+        None,
+        "where images keep different numbers of patches, run all their patches as one sequence "
+        "instead of padding images to the longest: on CUDA in half precision, at the price of one "
+        "synchronization per step; on a CPU without --torchcompile (default: on a CPU, unless the "
+        "model is tiny)",
+        IMAGE,
+    )
+
+    text_masking: str = _ours(
+        "none", _text_help, TEXT, "NAME", part=IDENTITY, names=lambda: list(TEXT_MASKINGS)
+    )
+    text_tokens: int | None = _ours(
+        None,
+        "tokens of a training caption, start and end included; the model keeps its context length "
+        "(CLIPF: 8)",
+        TEXT,
+        "N",
+        part=IDENTITY,
+    )
+    text_masking_option: dict[str, Any] = _ours(
+        {},
+        "options of the text masking (frequency: frequencies=FILE threshold=T fill=BOOL); can be "
+        "repeated",
+        TEXT,
+        "KEY=VALUE",
+    )
+
+    unmasked_epochs: int = _ours(
+        0,
+        "epochs without masking after the masked ones (GLIP and CLIPF: 1; default: 0)",
+        UNMASKED,
+        "N",
+        part=RECIPE,
+        rule=AT_LEAST_0,
+    )
+    unmasked_lr: float = _ours(
+        1e-5,
+        "their highest learning rate (GLIP and CLIPF: 1e-5, the default)",
+        UNMASKED,
+        "F",
+        part=RECIPE,
+        rule=ABOVE_0,
+    )
+    unmasked_warmup: int | None = _ours(
+        None,
+        "their warm-up in steps (default: a tenth of an epoch, as CLIPF's)",
+        UNMASKED,
+        "N",
+        part=RECIPE,
+        rule=AT_LEAST_0,
+    )
+    unmasked_batch_size: int | None = _ours(
+        None,
+        "their --batch-size, where whole images need more memory (CLIPF: 160 instead of 896; "
+        "default: --batch-size)",
+        UNMASKED,
+        "N",
+        part=RECIPE,
+        rule=AT_LEAST_1,
+    )
+    unmasked_accum_freq: int | None = _ours(
+        None,
+        "their --accum-freq (default: --accum-freq)",
+        UNMASKED,
+        "N",
+        part=RECIPE,
+        rule=AT_LEAST_1,
+    )
+
+    eval_suite: str | None = _ours(
+        None,
+        "zeroshot-classification, zeroshot-retrieval, linear-probe, robustness, compositionality "
+        "or all (default: none)",
+        EVALUATION,
+        "NAME",
+    )
+    eval_datasets: str = _ours(
+        "demo",
+        "its data sets, as clip-test.sh --datasets takes them (default: demo)",
+        EVALUATION,
+        "demo|paper|FILE",
+    )
+    eval_data_root: str | None = _ours(
+        None, "where they are, as clip-test.sh --data-root takes it", EVALUATION, "DIR"
+    )
+    eval_every: int = _ours(
+        1, "every N epochs, and after the last (default: 1)", EVALUATION, "N", rule=AT_LEAST_1
+    )
+
+    save_every_steps: int | None = _ours(
+        None,
+        "save checkpoints/step_N.pt every N optimizer steps (default: none)",
+        SAVING,
+        "N",
+        rule=AT_LEAST_1,
+    )
+    save_every_minutes: float | None = _ours(
+        None,
+        "save one when the last is M minutes old (default: none)",
+        SAVING,
+        "M",
+        rule=ABOVE_0,
+    )
+    keep_checkpoints: int = _ours(
+        3,
+        "keep the last K step_N.pt (default: 3); those of epochs are kept as --save-frequency and "
+        "--delete-previous-checkpoint say",
+        SAVING,
+        "K",
+        rule=AT_LEAST_1,
+    )
+    accept_changes: bool = _ours(
+        False,
+        "with --resume latest, go on although model, masking, data or seed are not the run's",
+        SAVING,
+    )
+
+    max_bad_steps: int = _ours(
+        10,
+        "steps without a finite loss and gradient are skipped; N in a row end the run "
+        "(default: 10)",
+        ENDING,
+        "N",
+        rule=AT_LEAST_1,
+    )
+    max_bad_share: float = _ours(
+        0.1,
+        "largest share of samples that may be unusable (default: 0.1); each is a line of "
+        "skipped.jsonl in the run's folder",
+        ENDING,
+        "F",
+        rule=SHARE,
+    )
+    data_timeout: float = _ours(
+        300.0,
+        "seconds without a batch after which loading has failed (default: 300; 0 waits for ever)",
+        ENDING,
+        "S",
+        rule=AT_LEAST_0,
+    )
+    # Before NCCL gives up, after ten minutes, with an error that names nobody.
+    hang_timeout: float = _ours(
+        480.0,
+        "seconds after which a run in which nothing happens is ended by name of the process that "
+        "hangs (default: 480; 0 waits for ever): in one place of a step, or without processor "
+        "time in an evaluation, a save, or a step of one process on a CPU, which may otherwise "
+        "take as long as they take",
+        ENDING,
+        "S",
+        rule=AT_LEAST_0,
+    )
+
+    target_mask_ratio: float | None = _ours(None, "its similarity threshold", RELEASED, "F")
+    min_mask_ratio: float | None = _ours(None, "its share of dropped patches", RELEASED, "F")
+    use_ed: bool = _ours(False, "its edges", RELEASED)
+    use_otn: bool = _ours(False, "its optimal-transport step", RELEASED)
+
+    # OpenCLIP's: data.
+    train_data: str | None = _theirs()
+    train_data_upsampling_factors: str | None = _theirs(IDENTITY)
+    val_data: str | None = _theirs()
+    train_num_samples: int | None = _theirs(IDENTITY, AT_LEAST_1)
+    val_num_samples: int | None = _theirs(rule=AT_LEAST_1)
+    dataset_type: str = _theirs(IDENTITY)
+    dataset_resampled: bool = _theirs(IDENTITY)
+    csv_separator: str = _theirs()
+    csv_img_key: str = _theirs()
+    csv_caption_key: str = _theirs()
+    imagenet_val: str | None = _theirs()
+    imagenet_v2: str | None = _theirs()
+    workers: int = _theirs(rule=WORKERS)
+    image_mean: list[float] | None = _theirs(RECIPE)
+    image_std: list[float] | None = _theirs(RECIPE)
+    image_interpolation: str | None = _theirs(RECIPE)
+    image_resize_mode: str | None = _theirs()
+    aug_cfg: dict[str, Any] = _theirs(RECIPE)
+    # OpenCLIP's: model.
+    pretrained: str = _theirs(IDENTITY)
+    pretrained_image: bool = _theirs()
+    cache_dir: str | None = _theirs()
+    lock_image: bool = _theirs(RECIPE)
+    lock_image_unlocked_groups: int = _theirs(RECIPE, AT_LEAST_0)
+    lock_image_freeze_bn_stats: bool = _theirs(RECIPE)
+    lock_text: bool = _theirs(RECIPE)
+    lock_text_unlocked_layers: int = _theirs(RECIPE, AT_LEAST_0)
+    lock_text_freeze_layer_norm: bool = _theirs(RECIPE)
+    force_context_length: int | None = _theirs(IDENTITY, AT_LEAST_1)
+    force_image_size: list[int] | None = _theirs(IDENTITY)
+    force_quick_gelu: bool = _theirs(IDENTITY)
+    force_patch_dropout: float | None = _theirs(IDENTITY, BELOW_1)
+    force_custom_text: bool = _theirs(IDENTITY)
+    grad_checkpointing: bool = _theirs()
+    torchcompile: bool = _theirs()
+    precision: str = _theirs(RECIPE)
+    # OpenCLIP's: loss.
+    local_loss: bool = _theirs(RECIPE)
+    gather_with_grad: bool = _theirs(RECIPE)
+    siglip: bool = _theirs(IDENTITY)
+    loss_dist_impl: str | None = _theirs(RECIPE)
+    coca_caption_loss_weight: float = _theirs(rule=AT_LEAST_0)
+    coca_contrastive_loss_weight: float = _theirs(rule=AT_LEAST_0)
+    # OpenCLIP's: optimization.
+    batch_size: int = _theirs(RECIPE, AT_LEAST_1)
+    accum_freq: int = _theirs(RECIPE, AT_LEAST_1)
+    epochs: int = _theirs(RECIPE, AT_LEAST_1)
+    epochs_cooldown: int | None = _theirs(RECIPE, AT_LEAST_1)
+    lr: float = _theirs(RECIPE, ABOVE_0)
+    beta1: float | None = _theirs(RECIPE, BELOW_1)
+    beta2: float | None = _theirs(RECIPE, BELOW_1)
+    eps: float | None = _theirs(RECIPE, ABOVE_0)
+    wd: float = _theirs(RECIPE, AT_LEAST_0)
+    momentum: float | None = _theirs(RECIPE, BELOW_1)
+    warmup: int = _theirs(RECIPE, AT_LEAST_0)
+    opt: str = _theirs(IDENTITY)
+    skip_scheduler: bool = _theirs(RECIPE)
+    lr_scheduler: str = _theirs(RECIPE)
+    lr_cooldown_end: float = _theirs(RECIPE, AT_LEAST_0)
+    lr_cooldown_power: float = _theirs(RECIPE, ABOVE_0)
+    grad_clip_norm: float | None = _theirs(RECIPE, ABOVE_0)
+    seed: int = _theirs(IDENTITY, SEED)
+    # OpenCLIP's: processes and devices.
+    device: str = _theirs()
+    dist_url: str | None = _theirs()
+    dist_backend: str | None = _theirs()
+    no_set_device_rank: bool = _theirs()
+    ddp_static_graph: bool = _theirs()
+    use_bn_sync: bool = _theirs()
+    # OpenCLIP's: run folder, logging, checkpoints.
+    logs: str = _theirs()
+    log_local: bool = _theirs()
+    name: str | None = _theirs()
+    debug: bool = _theirs()
+    log_every_n_steps: int = _theirs(rule=AT_LEAST_1)
+    report_to: str = _theirs()
+    wandb_notes: str = _theirs()
+    wandb_project_name: str = _theirs()
+    save_frequency: int = _theirs(rule=AT_LEAST_0)
+    save_most_recent: bool = _theirs()
+    delete_previous_checkpoint: bool = _theirs()
+    zeroshot_frequency: int = _theirs(rule=AT_LEAST_0)
+    val_frequency: int = _theirs(rule=AT_LEAST_0)
+    resume: str | None = _theirs()
+
+    # What follows from these, and who this process is.
+    masking_options: dict[str, Any] = field(default_factory=dict, metadata={"part": IDENTITY})
+    """Everything the strategy's constructor gets; what was not given is left to its defaults."""
+    text_masking_options: dict[str, Any] = field(default_factory=dict, metadata={"part": IDENTITY})
+    given: list[str] = field(default_factory=list)
+    """The names of the options that the user or the config set."""
+    resume_instead: str | None = None
+    """What a restarted run falls back on where it has no checkpoint yet."""
+    distributed: bool = False
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    upstream: argparse.Namespace = field(default_factory=argparse.Namespace, repr=False)
+    """What OpenCLIP's parser made of the command line; read `openclip` instead."""
+
+    @property
+    def openclip(self) -> argparse.Namespace:
+        """OpenCLIP's namespace with this run's values, for calls of OpenCLIP's functions."""
+        own = {"model", "distributed", "rank", "local_rank", "world_size"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if is_theirs(f)}
+        values |= {name: getattr(self, name) for name in own}
+        return argparse.Namespace(**{**vars(self.upstream), "distill": False, **values})
+
+    def values(self) -> dict[str, Any]:
+        """Return every option by its name, in alphabetical order, as `params.txt` lists them."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "upstream"}
+        return dict(sorted((vars(self.upstream) | own).items()))
+
+
+# Flags of OpenCLIP's that this trainer cannot obey; one that a newer OpenCLIP added cannot either.
+REFUSED_FLAGS = {
+    "--horovod": "start one process per device with torchrun instead",
+    "--trace": "a traced model cannot be trained",
+    "--torchscript": "masking needs the Python model; --torchcompile is supported",
+    "--use-bnb-linear": "8-bit layers are not supported; use --precision",
+    "--distill-model": "distillation is not supported",
+    "--distill-pretrained": "distillation is not supported",
+    "--remote-sync": "copy the run folder with a tool of your own",
+    "--remote-sync-frequency": "copy the run folder with a tool of your own",
+    "--remote-sync-protocol": "copy the run folder with a tool of your own",
+    "--copy-codebase": "the run folder's env.json records the versions and the commit",
+}
+
+
+def is_theirs(option: Field) -> bool:
+    """Return whether a field of `TrainOptions` is a flag of OpenCLIP's."""
+    return bool(option.metadata.get("is_theirs"))
+
+
+def is_ours(option: Field) -> bool:
+    """Return whether a field of `TrainOptions` is a flag of our own."""
+    return "group" in option.metadata
+
+
+def flag_of(name: str) -> str:
+    """Return an option's flag: "--mask-ratio" for "mask_ratio"."""
+    return f"--{name.replace('_', '-')}"
+
+
+def names_of(part: str) -> list[str]:
+    """Return the names of the options that play a part in a run: IDENTITY or RECIPE."""
+    return [f.name for f in fields(TrainOptions) if f.metadata.get("part") == part]
+
+
+def obeyed_flags() -> frozenset[str]:
+    """Return the flags of OpenCLIP's that this trainer obeys."""
+    theirs = (f for f in fields(TrainOptions) if is_theirs(f) or f.name == "model")
+    return frozenset(flag_of(f.name) for f in theirs)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises one sentence instead of printing a usage text and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+class _Pairs(argparse.Action):
+    """Collects KEY=VALUE pairs from every occurrence of a flag; a later one wins."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        pairs = dict(getattr(namespace, self.dest, {}))
+        for pair in values:
+            key, separator, text = pair.partition("=")
+            if not separator or not key:
+                parser.error(f"{option_string} takes KEY=VALUE, got {pair!r}")
+            pairs[key.replace("-", "_")] = _literal(text)
+        setattr(namespace, self.dest, pairs)
+
+
+def _literal(text: str) -> Any:
+    """Read a Python literal, or true, false, none and null in any case; else keep the text."""
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def own_parser() -> argparse.ArgumentParser:
+    """Return the parser of our own flags; what nobody gave is not in its namespace."""
+    parser = _Parser(
+        prog="python -m clip_pgs.training",
+        usage="%(prog)s [--config FILE.yaml] [options]",
+        description="Train a CLIP model whose image tower sees only some patches of each image.",
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups: dict[str, Any] = {}
+    hints = get_type_hints(TrainOptions)
+    for option in filter(is_ours, fields(TrainOptions)):
+        title, description = option.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title, description or None)
+        groups[title].add_argument(flag_of(option.name), **_argument(option, hints[option.name]))
+    groups[GENERAL[0]].add_argument("-h", "--help", action="help", help="print this text and leave")
+    return parser
+
+
+def _argument(option: Field, hint: Any) -> dict[str, Any]:
+    """Return what argparse is told of one of our flags."""
+    text = option.metadata["help"]
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
+    argument: dict[str, Any] = {"help": text() if callable(text) else text}
+    if kinds == [bool]:
+        return {**argument, "action": argparse.BooleanOptionalAction}
+    argument["metavar"] = option.metadata["metavar"]
+    if get_origin(hint) is dict:
+        return {**argument, "nargs": "+", "action": _Pairs}
+    if option.metadata["names"] is not None:
+        return {**argument, "type": functools.partial(_name, option)}
+    if kinds != [str]:
+        is_optional = NoneType in get_args(hint)
+        return {**argument, "type": _or_none(kinds[0]) if is_optional else kinds[0]}
+    return argument
+
+
+def _or_none(kind: type) -> Callable[[str], Any]:
+    """Return a reader of numbers that takes "none" too, which takes back what a config set."""
+
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__
+    return read
+
+
+def _name(option: Field, text: str) -> str:
+    names = option.metadata["names"]()
+    if text in names or (option.metadata["is_open"] and ":" in text):
+        return text
+    also = " or package.module:Class" if option.metadata["is_open"] else ""
+    raise argparse.ArgumentTypeError(f"takes one of {', '.join(names)}{also}, got {text!r}")
+
+
+def own_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Return what each of our flags does, by its name ("--mask-ratio")."""
+    actions = {flag: a for a in parser._actions for flag in a.option_strings}
+    return {flag: a for flag, a in actions.items() if flag.startswith("--")}
+
+
+def parse_options(argv: Sequence[str]) -> TrainOptions:
     """Parse the command line of a training run, and the config it names.
+
+    With `--model-config`, that model is registered in open_clip and `model` is its name.
 
     Args:
         argv: Arguments without the program's name.
-
-    Returns:
-        OpenCLIP's namespace with these names added: `masking`, `mask_ratio`, `mask_ratio_min`,
-        `masking_option` (a dict), `masking_options` (everything the strategy's constructor
-        gets), `mask_schedule`, `mask_ratio_end`, `mask_schedule_steps`, `text_masking`,
-        `text_tokens`, `text_masking_option` and its copy `text_masking_options`,
-        `unmasked_epochs`, `unmasked_lr`, `unmasked_warmup`, `unmasked_batch_size`,
-        `unmasked_accum_freq`, `eval_suite`, `eval_datasets`, `eval_data_root`, `eval_every`,
-        `save_every_steps`, `save_every_minutes`, `keep_checkpoints`, `accept_changes`,
-        `max_bad_steps`, `max_bad_share`, `data_timeout`, `hang_timeout`, `resume_instead` (what
-        a restarted run falls back on; None here), the released code's flags, `config`,
-        `model_config`, `check_only`, and `given`, the names of the options that the user or the
-        config set. With `model_config`, that model is registered in open_clip and `model` is its
-        name.
 
     Raises:
         ValueError: If an option is unknown, abbreviated, refused or malformed, or if the model
@@ -58,49 +662,52 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 
     _refuse_bare_dashes(argv)
     own, trainer_argv = parser.parse_known_args(argv)
-    if own.config is not None:
-        actions = {**own_actions(parser), **trainer_actions()}
-        defaults = load_config(own.config, actions)
-        _drop_replaced_model(defaults, own)
-        configured = render_arguments(defaults, actions)
+    if getattr(own, "config", None) is not None:
+        actions = {**trainer_actions(), **own_actions(parser)}
+        configured = config_arguments(
+            own.config,
+            actions,
+            model=getattr(own, "model", None),
+            model_config=getattr(own, "model_config", None),
+        )
         _refuse_bare_dashes(configured)
         own, trainer_argv = parser.parse_known_args([*configured, *argv])
 
-    trainer_argv, trainer_flags = _settle_switches(trainer_argv)
-    _refuse_unsupported(trainer_flags)
-    model = choose_model(own.model, own.model_config)
-    args = _parse_trainer_options([*trainer_argv, f"--model={model}"])
+    trainer_argv, trainer_flags = _settle_switches(trainer_argv, parser)
+    for flag in sorted(trainer_flags - obeyed_flags()):
+        reason = REFUSED_FLAGS.get(flag, "this version of OpenCLIP added it after clip-pgs")
+        raise ValueError(f"{flag} is not supported: {reason}")
+    # What is None, or a switch that is off, is as if nobody had said it; a ratio of 0 is said.
+    values = {name: value for name, value in vars(own).items() if value is not None and value != {}}
+    given = {name for name, value in values.items() if value is not False}
+    given |= {trainer_actions()[flag].dest for flag in trainer_flags}
+    values["model"] = choose_model(values.get("model"), values.get("model_config"))
+    upstream = _parse_trainer_options([*trainer_argv, f"--model={values['model']}"])
+    theirs = {f.name: getattr(upstream, f.name) for f in fields(TrainOptions) if is_theirs(f)}
+    options = TrainOptions(**{**theirs, **values, "upstream": upstream})
 
-    del own.help
-    given = given_names(own) | {trainer_actions()[flag].dest for flag in trainer_flags}
     released: dict[str, Any] = {}
-    if is_released(own):
-        released = released_options(
-            own, patch_dropout=args.force_patch_dropout, num_epochs=args.epochs
-        )
-        own.masking, args.force_patch_dropout = RELEASED_MASKING, None
+    if released_flags(options):
+        released = _released_options(options, is_named="masking" in values)
+        options.masking, options.force_patch_dropout = RELEASED_MASKING, None
         given = (given | {"masking"}) - {"force_patch_dropout"}
-    if own.text_masking is None and own.text_tokens is not None:
-        own.text_masking = "truncate"
-    fill_defaults(own)
-    for name, value in vars(own).items():
-        setattr(args, name, value)
-    args.model = model
-    args.resume_instead = None
-    args.masking_options = {} if args.masking == "none" else _constructor_options(args, released)
-    args.text_masking_options = dict(args.text_masking_option)
-    args.given = sorted(given - {"check_only", "config"})
-    return args
+    if "text_masking" not in values and options.text_tokens is not None:
+        options.text_masking = "truncate"
+    if options.masking != "none":
+        options.masking_options = _constructor_options(options, released)
+    options.text_masking_options = dict(options.text_masking_option)
+    options.given = sorted(given - {"check_only", "config"})
+    return options
 
 
-def _help_text(parser: OwnParser) -> str:
+def _help_text(parser: argparse.ArgumentParser) -> str:
     upstream = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
     group = upstream.add_argument_group(
         "OpenCLIP's options, with OpenCLIP's meaning",
         "Each switch also has a --no- form, which takes back what a config set.",
     )
     for flag, action in trainer_actions().items():
-        if flag in IMPLEMENTED_FLAGS and flag != "--model":
+        if flag in obeyed_flags() and flag != "--model":
             group._add_action(action)
     return f"{parser.format_help()}\n{upstream.format_help()}"
 
@@ -113,23 +720,13 @@ def _refuse_bare_dashes(argv: Sequence[str]) -> None:
             raise ValueError(f"'--' is no value, got {token!r}")
 
 
-def _drop_replaced_model(defaults: dict[str, Any], own: argparse.Namespace) -> None:
-    """Let the model named on the command line replace the config's, whichever flag named it."""
-    if own.model_config is not None and own.model is None:
-        defaults.pop("--model", None)
-    configured = defaults.get("--model-config")
-    if own.model is not None and configured is not None and Path(configured).stem != own.model:
-        del defaults["--model-config"]
-
-
-def _settle_switches(argv: Sequence[str]) -> tuple[list[str], set[str]]:
+def _settle_switches(
+    argv: Sequence[str], parser: argparse.ArgumentParser
+) -> tuple[list[str], set[str]]:
     """Check OpenCLIP's flags and resolve `--no-` forms; the last word on a switch holds.
 
     Returns:
         Arguments that OpenCLIP's parser understands, and the flags among them.
-
-    Raises:
-        ValueError: If a flag is unknown or abbreviated.
     """
     actions = trainer_actions()
     negations = {f"--no-{flag[2:]}": flag for flag, action in actions.items() if action.nargs == 0}
@@ -144,18 +741,12 @@ def _settle_switches(argv: Sequence[str]) -> tuple[list[str], set[str]]:
         if flag in actions:
             flags.add(flag)
         elif flag.startswith("--") and flag != "--" and " " not in flag:
-            known = {*own_actions(own_parser()), *actions, *negations}
+            known = {*own_actions(parser), *actions, *negations}
             raise ValueError(
                 f"unknown option {flag} (no abbreviations); {nearest_names(flag, known)}"
             )
         settled.append(token)
     return settled, flags
-
-
-def _refuse_unsupported(flags: set[str]) -> None:
-    for flag in sorted(flags - IMPLEMENTED_FLAGS):
-        reason = REFUSED_FLAGS.get(flag, "this version of OpenCLIP added it after clip-pgs")
-        raise ValueError(f"{flag} is not supported: {reason}")
 
 
 def _parse_trainer_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -171,14 +762,100 @@ def _parse_trainer_options(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError("--aug-cfg takes KEY=VALUE pairs, such as 'scale=(0.5, 1.0)'") from None
 
 
-def _constructor_options(args: argparse.Namespace, released: dict[str, Any]) -> dict[str, Any]:
+def choose_model(model: str | None, model_config: str | None) -> str:
+    """Return the model's name; a config of the user's own is registered in open_clip.
+
+    OpenCLIP's trainer takes RN50 where nothing is named, and passes over a broken config file.
+
+    Args:
+        model: The value of `--model`, or None.
+        model_config: The value of `--model-config`, or None.
+
+    Raises:
+        ValueError: If both are missing or disagree, the model is unknown, or the file is no
+            model config or takes the name of a model of open_clip.
+    """
+    if model_config is not None:
+        path, what = Path(model_config), f"--model-config {model_config}"
+        if model not in (None, path.stem):
+            raise ValueError(
+                f"--model {model} and {what} name two models; leave out --model or give "
+                f"--model {path.stem}"
+            )
+        if path.suffix != ".json":
+            raise ValueError(f"--model-config must end in .json, got {model_config}")
+        check_model_config(read_json_object(path, what=what), what=what)
+        if is_bundled_model(path.stem):
+            raise ValueError(f"{what} has the name of a model of open_clip; rename the file")
+        open_clip.add_model_config(path.resolve())
+        return path.stem
+    if model is None:
+        raise ValueError("no model is named; give --model NAME or --model-config FILE.json")
+    if not model.startswith(MODEL_SCHEMAS) and model not in open_clip.list_models():
+        near = nearest_names(model, open_clip.list_models())
+        raise ValueError(
+            f"open_clip knows no model {model!r} ({near}); a config of your own goes "
+            "after --model-config"
+        )
+    return model
+
+
+def _constructor_options(options: TrainOptions, released: dict[str, Any]) -> dict[str, Any]:
     """Merge the masking flags; what was not given is left to the constructor's default."""
-    ratios = {
-        name: getattr(args, name)
-        for name in ("mask_ratio", "mask_ratio_min")
-        if getattr(args, name) is not None
-    }
-    by_flag = {**ratios, **released}
-    for name in by_flag.keys() & args.masking_option.keys():
+    ratios = {name: getattr(options, name) for name in ("mask_ratio", "mask_ratio_min")}
+    by_flag = {name: value for name, value in ratios.items() if value is not None} | released
+    for name in by_flag.keys() & options.masking_option.keys():
         raise ValueError(f"{name} is given as a flag and as --masking-option; keep one")
-    return {**by_flag, **args.masking_option}
+    return {**by_flag, **options.masking_option}
+
+
+def released_flags(options: TrainOptions) -> list[str]:
+    """Return the flags that are given of those that the authors' released code alone has."""
+    return [
+        flag_of(f.name)
+        for f in fields(TrainOptions)
+        if f.metadata.get("group") == RELEASED and getattr(options, f.name) not in (None, False)
+    ]
+
+
+def _released_options(options: TrainOptions, *, is_named: bool) -> dict[str, Any]:
+    """Return the options of `pgs-released` that a command line of the released code means.
+
+    There `--force-patch-dropout F` is the share of patches drawn as candidates,
+    `--target-mask-ratio` a threshold on their similarity to the others, `--min-mask-ratio` the
+    share that is dropped, and the switches turn its two steps on.
+
+    Args:
+        options: With at least one of `released_flags`.
+        is_named: Whether `--masking` was given, too.
+
+    Raises:
+        ValueError: If the flags are mixed with those of another strategy, or one is missing
+            without which the released code masks nothing.
+    """
+    flags = ", ".join(released_flags(options))
+    if is_named and options.masking != RELEASED_MASKING:
+        raise ValueError(
+            f"{flags} are flags of CLIP-PGS's released code, which is --masking "
+            f"{RELEASED_MASKING}; got --masking {options.masking}"
+        )
+    for name in ("mask_ratio", "mask_ratio_min"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"{flag_of(name)} goes with --masking NAME; beside {flags} the released code "
+                "takes --min-mask-ratio"
+            )
+    needed = (options.force_patch_dropout, options.target_mask_ratio, options.min_mask_ratio)
+    if None in needed:
+        raise ValueError(
+            f"beside {flags} the released code needs all of --force-patch-dropout, "
+            "--target-mask-ratio and --min-mask-ratio (its scripts: 0.05, 0.5, and 0.3 or 0.5)"
+        )
+    return {
+        "mask_ratio": options.target_mask_ratio,
+        "mask_ratio_min": options.min_mask_ratio,
+        "candidate_ratio": options.force_patch_dropout,
+        "edges": options.use_ed,
+        "transport": options.use_otn,
+        "num_epochs": options.epochs,
+    }

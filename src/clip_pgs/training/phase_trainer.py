@@ -16,6 +16,7 @@ from clip_pgs.data.order import stable_seed
 from clip_pgs.data.pixels import pixel_normalizer
 from clip_pgs.data.whereabouts import StalledDataError
 from clip_pgs.integrations.open_clip import CaptionGroups, remove_masking
+from clip_pgs.integrations.open_clip.flops import SampleFlops, count_sample_flops, few_texts
 from clip_pgs.training.build import (
     ModelParts,
     build_loss,
@@ -24,7 +25,6 @@ from clip_pgs.training.build import (
     build_trimmer,
 )
 from clip_pgs.training.distributed import parallelize
-from clip_pgs.training.flops import SampleFlops, count_sample_flops, few_texts
 from clip_pgs.training.masks import masks_of_run
 from clip_pgs.training.phases import Phase
 from clip_pgs.training.seeding import seed_everything

@@ -10,7 +10,7 @@ epochs of its larger data. Captions are seen up to the model's full context leng
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from clip_pgs.data.bad_samples import OnSkip
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.stream import build_train_stream
 from clip_pgs.training.build import ModelParts, count_steps
+from clip_pgs.training.options import TrainOptions
 
 _WARMUP_EPOCHS = 0.1
 
@@ -37,7 +38,7 @@ class Phase:
     """
 
     name: str
-    args: argparse.Namespace
+    args: TrainOptions
     stream: SampleStream
     steps_per_epoch: int
     removes_masking: bool = False
@@ -74,18 +75,18 @@ class Phase:
         return (self.first_epoch, 0) < (epoch, position)
 
 
-def total_epochs(args: argparse.Namespace) -> int:
+def total_epochs(args: TrainOptions) -> int:
     """Return the epochs of a whole run."""
     return args.epochs + args.unmasked_epochs
 
 
-def phase_options(args: argparse.Namespace) -> list[argparse.Namespace]:
+def phase_options(args: TrainOptions) -> list[TrainOptions]:
     """Return the options of each phase of a run; the first are the run's own."""
     return [args, unmasked_options(args)] if args.unmasked_epochs > 0 else [args]
 
 
 def plan_phases(
-    args: argparse.Namespace, parts: ModelParts, *, on_skip: OnSkip | None = None
+    args: TrainOptions, parts: ModelParts, *, on_skip: OnSkip | None = None
 ) -> list[Phase]:
     """Return the phases of a run in their order, with the samples of each.
 
@@ -116,27 +117,28 @@ def plan_phases(
     return [masked, unmasked]
 
 
-def unmasked_options(args: argparse.Namespace) -> argparse.Namespace:
+def unmasked_options(args: TrainOptions) -> TrainOptions:
     """Return a run's options as they are while nothing is masked; the warm-up may be None."""
-    changes = {
-        "masking": "none",
-        "masking_options": {},
-        "mask_schedule": "constant",
-        "text_masking": "none",
-        "text_tokens": None,
-        "text_masking_options": {},
-        "epochs": args.unmasked_epochs,
-        "lr": args.unmasked_lr,
-        "lr_scheduler": "cosine",
-        "warmup": args.unmasked_warmup,
-        "batch_size": args.unmasked_batch_size or args.batch_size,
-        "accum_freq": args.unmasked_accum_freq or args.accum_freq,
-    }
-    return argparse.Namespace(**{**vars(args), **changes})
+    return dataclasses.replace(
+        args,
+        masking="none",
+        masking_options={},
+        mask_schedule="constant",
+        text_masking="none",
+        text_tokens=None,
+        text_masking_options={},
+        epochs=args.unmasked_epochs,
+        lr=args.unmasked_lr,
+        lr_scheduler="cosine",
+        # None stands for a share of an epoch, which is not known yet.
+        warmup=args.unmasked_warmup,  # type: ignore[arg-type]
+        batch_size=args.unmasked_batch_size or args.batch_size,
+        accum_freq=args.unmasked_accum_freq or args.accum_freq,
+    )
 
 
 def _samples(
-    args: argparse.Namespace, parts: ModelParts, on_skip: OnSkip | None
+    args: TrainOptions, parts: ModelParts, on_skip: OnSkip | None
 ) -> tuple[SampleStream, int]:
     """Return the training samples and the optimiser steps of an epoch."""
     stream = build_train_stream(

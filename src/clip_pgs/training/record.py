@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from torch import nn
 import clip_pgs
 from clip_pgs.training.environment import device_name
 from clip_pgs.training.export import open_clip_config, tokenizer_source
+from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.telemetry.telemetry import Cost
 
 _DATA = ("train_data", "dataset_type", "dataset_resampled", "pretrained")
@@ -42,7 +42,7 @@ _UNMASKED = (
 
 
 def describe_run(
-    args: argparse.Namespace, model: nn.Module, device: torch.device, *, num_samples: int | None
+    args: TrainOptions, model: nn.Module, device: torch.device, *, num_samples: int | None
 ) -> dict[str, Any]:
     """Return what stays the same throughout a run.
 
@@ -68,7 +68,7 @@ def describe_run(
     }
 
 
-def _recipe_names(args: argparse.Namespace) -> list[str]:
+def _recipe_names(args: TrainOptions) -> list[str]:
     """Return the options that say how a run is trained, less those of parts it does not have."""
     return [
         *(_MASK_SCHEDULE if args.mask_schedule != "constant" else ()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections import Counter
@@ -10,84 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clip_pgs.training.options import IDENTITY, RECIPE, TrainOptions, names_of
+
 OPTIONS_FILE = "options.json"
 _FILES = "train_files"
 _MAX_NAMED = 4
 
-# A run that goes on with another of these is another experiment under an old name.
-IDENTITY = (
-    "model",
-    "pretrained",
-    "siglip",
-    "force_context_length",
-    "force_custom_text",
-    "force_image_size",
-    "force_patch_dropout",
-    "force_quick_gelu",
-    "masking",
-    "masking_options",
-    "mask_schedule",
-    "mask_ratio_end",
-    "mask_schedule_steps",
-    "text_masking",
-    "text_tokens",
-    "text_masking_options",
-    "train_data_upsampling_factors",
-    "train_num_samples",
-    "dataset_type",
-    "dataset_resampled",
-    "opt",
-    "seed",
-)
 
-# These alter the course of a run, which may be what its owner wants; they are worth a warning.
-RECIPE = (
-    "batch_size",
-    "accum_freq",
-    "epochs",
-    "epochs_cooldown",
-    "lr",
-    "beta1",
-    "beta2",
-    "eps",
-    "wd",
-    "momentum",
-    "warmup",
-    "skip_scheduler",
-    "lr_scheduler",
-    "lr_cooldown_end",
-    "lr_cooldown_power",
-    "unmasked_epochs",
-    "unmasked_lr",
-    "unmasked_warmup",
-    "unmasked_batch_size",
-    "unmasked_accum_freq",
-    "grad_clip_norm",
-    "precision",
-    "aug_cfg",
-    "image_mean",
-    "image_std",
-    "image_interpolation",
-    "local_loss",
-    "gather_with_grad",
-    "loss_dist_impl",
-    "lock_image",
-    "lock_image_unlocked_groups",
-    "lock_image_freeze_bn_stats",
-    "lock_text",
-    "lock_text_unlocked_layers",
-    "lock_text_freeze_layer_norm",
-)
-
-
-def run_folder(args: argparse.Namespace) -> Path | None:
+def run_folder(args: TrainOptions) -> Path | None:
     """Return the folder of a named run, None where it has no name yet or keeps nothing."""
     if args.name is None or not keeps_logs(args):
         return None
     return Path(args.logs) / args.name
 
 
-def keeps_logs(args: argparse.Namespace) -> bool:
+def keeps_logs(args: TrainOptions) -> bool:
     """Return whether a run writes a folder at all (OpenCLIP: `--logs none` does not)."""
     return bool(args.logs) and args.logs.lower() != "none"
 
@@ -98,7 +34,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def save_options(
-    args: argparse.Namespace,
+    args: TrainOptions,
     folder: Path,
     *,
     files: Sequence[str] = (),
@@ -112,7 +48,9 @@ def save_options(
         files: The training data, file by file.
         launch: Who started it, as `made_by` returns it.
     """
-    options = {name: getattr(args, name) for name in (*IDENTITY, *RECIPE, "train_data")}
+    options = {
+        name: getattr(args, name) for name in (*names_of(IDENTITY), *names_of(RECIPE), "train_data")
+    }
     options[_FILES] = list(files)
     options["launch"] = dict(launch or {})
     # A crash between two writes must not leave half a file.
@@ -139,9 +77,7 @@ def damaged_options(folder: Path) -> str | None:
     return None if isinstance(saved, dict) else f"{path} holds no options"
 
 
-def changed_options(
-    args: argparse.Namespace, folder: Path, *, files: Sequence[str] = ()
-) -> list[str]:
+def changed_options(args: TrainOptions, folder: Path, *, files: Sequence[str] = ()) -> list[str]:
     """Return the changes that make it another experiment, such as "seed 0 -> 1".
 
     Args:
@@ -151,11 +87,11 @@ def changed_options(
     """
     saved = _saved_options(folder).get(_FILES)
     if isinstance(saved, list):
-        return _changes(args, folder, IDENTITY) + _changed_files(
+        return _changes(args, folder, names_of(IDENTITY)) + _changed_files(
             [str(file) for file in saved], list(files)
         )
     # A run of before, which kept the pattern alone.
-    return _changes(args, folder, (*IDENTITY, "train_data"))
+    return _changes(args, folder, [*names_of(IDENTITY), "train_data"])
 
 
 def _changed_files(saved: list[str], now: list[str]) -> list[str]:
@@ -177,12 +113,12 @@ def _changed_files(saved: list[str], now: list[str]) -> list[str]:
     return [f"train_data {change}" for change in changes]
 
 
-def changed_recipe(args: argparse.Namespace, folder: Path) -> list[str]:
+def changed_recipe(args: TrainOptions, folder: Path) -> list[str]:
     """Return the changes of schedule, batch, precision and the like, such as "lr 0.1 -> 0.2"."""
-    return _changes(args, folder, RECIPE)
+    return _changes(args, folder, names_of(RECIPE))
 
 
-def _changes(args: argparse.Namespace, folder: Path, names: tuple[str, ...]) -> list[str]:
+def _changes(args: TrainOptions, folder: Path, names: Sequence[str]) -> list[str]:
     saved = _saved_options(folder)
     changes = []
     for name in names:

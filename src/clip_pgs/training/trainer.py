@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +13,7 @@ from clip_pgs.training.checkpoints.checkpoint import restore
 from clip_pgs.training.checkpoints.saving import RunSaver
 from clip_pgs.training.distributed import Meeting
 from clip_pgs.training.launch import load_start, open_sinks, say_what_changed
+from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.phase_trainer import PhaseTrainer
 from clip_pgs.training.phases import Phase, plan_phases, total_epochs
 from clip_pgs.training.precision import create_scaler
@@ -60,7 +60,7 @@ class Trainer:
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        args: TrainOptions,
         device: torch.device,
         folder: Path | None,
         meeting: Meeting,

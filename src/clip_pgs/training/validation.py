@@ -17,6 +17,7 @@ from torch import nn
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.stream import build_val_stream
 from clip_pgs.training.build import ModelParts
+from clip_pgs.training.options import TrainOptions
 
 RESULTS_NAME = "results.jsonl"
 # What OpenCLIP puts beside its measurements.
@@ -51,7 +52,7 @@ class Validation:
     """
 
     def __init__(
-        self, args: argparse.Namespace, parts: ModelParts, *, evaluate: Evaluate | None = None
+        self, args: TrainOptions, parts: ModelParts, *, evaluate: Evaluate | None = None
     ) -> None:
         self._args = args
         self._parts = parts
@@ -65,9 +66,9 @@ class Validation:
             self._data["val"] = SimpleNamespace(dataloader=self._stream)
         transforms = (parts.train_transform, parts.val_transform)
         if args.imagenet_val is not None:
-            self._data["imagenet-val"] = get_imagenet(args, transforms, "val")
+            self._data["imagenet-val"] = get_imagenet(args.openclip, transforms, "val")
         if args.imagenet_v2 is not None:
-            self._data["imagenet-v2"] = get_imagenet(args, transforms, "v2")
+            self._data["imagenet-v2"] = get_imagenet(args.openclip, transforms, "v2")
 
     def run(self, *, epoch: int, epochs: int) -> dict[str, float]:
         """Measure what is due, leaving the model in eval mode.
@@ -81,7 +82,7 @@ class Validation:
         """
         model = self._parts.model
         model.eval()
-        options = {**vars(self._args), "epochs": epochs, "rank": 0}
+        options = {**vars(self._args.openclip), "epochs": epochs, "rank": 0}
         # We report by ourselves, and the model is not wrapped.
         options |= {"distributed": False, "save_logs": False, "wandb": False}
         metrics = evaluate_with_open_clip(

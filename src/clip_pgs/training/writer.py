@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from clip_pgs.training.checkpoints.checkpoint import pack_checkpoint
 from clip_pgs.training.checkpoints.checkpoint_store import CheckpointStore
 from clip_pgs.training.export import FOLDER_NAME, write_export
+from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.phases import total_epochs
 from clip_pgs.training.record import with_results
 from clip_pgs.training.telemetry.lenient import Lenient
@@ -36,7 +36,7 @@ class RunWriter:
     def __init__(
         self,
         folder: Path,
-        args: argparse.Namespace,
+        args: TrainOptions,
         *,
         model: open_clip.CLIP,
         scaler: torch.amp.GradScaler | None,
@@ -136,7 +136,7 @@ class RunWriter:
 
     def _pack(self, epoch: int, **state: Any) -> dict[str, Any]:
         return pack_checkpoint(
-            epoch=epoch, name=self._args.name, model=self._model, scaler=self._scaler, **state
+            epoch=epoch, name=self._args.name or "", model=self._model, scaler=self._scaler, **state
         )
 
     @property
@@ -164,7 +164,7 @@ class RunWriter:
         self._store.wait()
         checkpoint = pack_checkpoint(
             epoch=total_epochs(self._args),
-            name=self._args.name,
+            name=self._args.name or "",
             model=self._model,
             record=with_results(self._record, cost=cost, metrics=metrics),
         )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from time import monotonic
 
+from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.phase_trainer import PhaseTrainer
 from clip_pgs.training.telemetry.telemetry import Telemetry
 from clip_pgs.training.writer import RunWriter
@@ -25,7 +25,7 @@ class RunSaver:
     def __init__(
         self,
         writer: RunWriter | None,
-        args: argparse.Namespace,
+        args: TrainOptions,
         *,
         telemetry: Telemetry,
         metrics: Mapping[str, float],
@@ -33,7 +33,7 @@ class RunSaver:
     ) -> None:
         self._writer = writer
         self._is_measured = is_measured
-        self._every_steps = args.save_every_steps
+        self._every_steps = args.save_every_steps or 0
         self._every_seconds = 60 * (args.save_every_minutes or 0)
         self._telemetry = telemetry
         self._metrics = metrics

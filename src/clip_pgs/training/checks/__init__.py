@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 from clip_pgs.integrations.open_clip.compat import check_versions
 from clip_pgs.training.checks.data import check_data
 from clip_pgs.training.checks.effects import options_without_effect
@@ -13,12 +11,12 @@ from clip_pgs.training.checks.memory import check_shared_memory
 from clip_pgs.training.checks.model import check_model, check_resumed
 from clip_pgs.training.checks.text import check_text_masking, text_warnings
 from clip_pgs.training.checks.values import check_device, check_ranges, check_recipe, check_reports
-from clip_pgs.training.flags.released import released_notes
+from clip_pgs.training.options import RELEASED_MASKING, TrainOptions, released_flags
 
 __all__ = ["check_options", "option_warnings"]
 
 
-def check_options(args: argparse.Namespace) -> None:
+def check_options(args: TrainOptions) -> None:
     """Refuse options that could not make a run.
 
     Args:
@@ -34,7 +32,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"cannot look up {error.filename!r}: {error.strerror or error}") from None
 
 
-def _check_all(args: argparse.Namespace) -> None:
+def _check_all(args: TrainOptions) -> None:
     check_versions()
     check_ranges(args)
     check_recipe(args)
@@ -49,10 +47,22 @@ def _check_all(args: argparse.Namespace) -> None:
     check_resumed(args, model, optimizer)
 
 
-def option_warnings(args: argparse.Namespace) -> list[str]:
+def option_warnings(args: TrainOptions) -> list[str]:
     """Return one sentence for each option that was set and does nothing, or not what it seems.
 
     Args:
         args: Options that passed `check_options`.
     """
-    return [*released_notes(args), *options_without_effect(args), *text_warnings(args)]
+    return [*_released_notes(args), *options_without_effect(args), *text_warnings(args)]
+
+
+def _released_notes(args: TrainOptions) -> list[str]:
+    """Return the sentence that says what a command line of the released code was taken for."""
+    flags = released_flags(args)
+    if not flags:
+        return []
+    options = ", ".join(f"{name}={value}" for name, value in args.masking_options.items())
+    return [
+        f"--force-patch-dropout beside {', '.join(flags)} is taken as the command line of "
+        f"CLIP-PGS's released code, which is --masking {RELEASED_MASKING} here, with {options}"
+    ]

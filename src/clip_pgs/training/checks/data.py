@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 from pathlib import Path
@@ -20,13 +19,14 @@ from clip_pgs.data.tar.shards import (
     is_seekable,
     upsampling_weights,
 )
+from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.phases import phase_options
 
 # Their order is drawn in memory, 8 bytes each.
 _MAX_SYNTHETIC = 2**28
 
 
-def check_data(args: argparse.Namespace) -> None:
+def check_data(args: TrainOptions) -> None:
     """Refuse data that is missing, of an unknown kind, or too little for one optimiser step."""
     if has_training_data(args):
         _check_training_data(args)
@@ -37,29 +37,29 @@ def check_data(args: argparse.Namespace) -> None:
     _check_imagenet(args)
 
 
-def has_training_data(args: argparse.Namespace) -> bool:
+def has_training_data(args: TrainOptions) -> bool:
     """Return whether a run trains; else it only evaluates, as OpenCLIP does."""
     return args.train_data is not None or args.dataset_type == "synthetic"
 
 
-def training_kind(args: argparse.Namespace) -> DatasetKind:
+def training_kind(args: TrainOptions) -> DatasetKind:
     """Return the kind of the training data."""
     return dataset_kind(args.dataset_type, args.train_data, flag="--train-data")
 
 
-def num_training_samples(args: argparse.Namespace) -> int | None:
+def num_training_samples(args: TrainOptions) -> int | None:
     """Return the samples of one epoch, None where nothing states them."""
     if training_kind(args) == "csv":
-        return len(_read_table(args, args.train_data))
+        return len(_read_table(args, args.train_data or ""))
     if args.train_num_samples is not None or training_kind(args) == "synthetic":
         return args.train_num_samples
-    shards = expand_shards(args.train_data)
+    shards = expand_shards(args.train_data or "")
     if all(map(is_seekable, shards)):
         return sum(size_shards(shards).sizes)
     return count_samples(shards)
 
 
-def training_files(args: argparse.Namespace) -> list[str]:
+def training_files(args: TrainOptions) -> list[str]:
     """Return what identifies the training data: each file's name, bytes and samples, in order.
 
     A run may find the same files in another folder.
@@ -68,8 +68,10 @@ def training_files(args: argparse.Namespace) -> list[str]:
     if kind == "synthetic":
         return []
     if kind == "csv":
-        return [_describe_file(args.train_data, len(_read_table(args, args.train_data)))]
-    shards = expand_shards(args.train_data)
+        return [
+            _describe_file(args.train_data or "", len(_read_table(args, args.train_data or "")))
+        ]
+    shards = expand_shards(args.train_data or "")
     if args.dataset_resampled or not all(map(is_seekable, shards)):
         return [_describe_file(shard) for shard in shards]
     sizes = size_shards(shards).sizes
@@ -84,7 +86,7 @@ def _describe_file(path: str, num_samples: int | None = None) -> str:
     return name if is_remote(path) else f"{name}: {os.path.getsize(path)} bytes{samples}"
 
 
-def samples_per_step(args: argparse.Namespace) -> int:
+def samples_per_step(args: TrainOptions) -> int:
     """Return the samples of one optimiser step over all processes."""
     return args.batch_size * args.accum_freq * _num_processes()
 
@@ -93,7 +95,7 @@ def _num_processes() -> int:
     return world_info_from_env()[2]
 
 
-def _check_training_data(args: argparse.Namespace) -> None:
+def _check_training_data(args: TrainOptions) -> None:
     kind = training_kind(args)
     _check_files(args, args.train_data, flag="--train-data")
     if args.dataset_resampled and kind != "webdataset":
@@ -101,9 +103,9 @@ def _check_training_data(args: argparse.Namespace) -> None:
     if args.train_data_upsampling_factors is not None:
         if not args.dataset_resampled:
             raise ValueError("--train-data-upsampling-factors needs --dataset-resampled")
-        upsampling_weights(args.train_data, args.train_data_upsampling_factors)
+        upsampling_weights(args.train_data or "", args.train_data_upsampling_factors)
     if kind == "webdataset" and not args.dataset_resampled:
-        shards = expand_shards(args.train_data)
+        shards = expand_shards(args.train_data or "")
         if not all(map(is_seekable, shards)):
             check_enough_shards(len(shards), _num_processes())
 
@@ -136,7 +138,7 @@ def _check_training_data(args: argparse.Namespace) -> None:
             )
 
 
-def _check_files(args: argparse.Namespace, path: str | None, *, flag: str) -> None:
+def _check_files(args: TrainOptions, path: str | None, *, flag: str) -> None:
     kind = dataset_kind(args.dataset_type, path, flag=flag)
     if kind == "synthetic":
         return
@@ -150,7 +152,7 @@ def _check_files(args: argparse.Namespace, path: str | None, *, flag: str) -> No
         raise ValueError(f"{flag}: {error}") from None
 
 
-def _read_table(args: argparse.Namespace, path: str) -> PairTable:
+def _read_table(args: TrainOptions, path: str) -> PairTable:
     return read_pairs(
         Path(path),
         image_key=args.csv_img_key,
@@ -159,7 +161,7 @@ def _read_table(args: argparse.Namespace, path: str) -> PairTable:
     )
 
 
-def _check_imagenet(args: argparse.Namespace) -> None:
+def _check_imagenet(args: TrainOptions) -> None:
     folders = {"--imagenet-val": args.imagenet_val, "--imagenet-v2": args.imagenet_v2}
     for flag, folder in folders.items():
         if folder is not None and not Path(folder).is_dir():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 
 from clip_pgs.data.stream import dataset_kind
@@ -14,7 +12,7 @@ from clip_pgs.training.checks.data import (
     samples_per_step,
 )
 from clip_pgs.training.checks.model import read_model_config
-from clip_pgs.training.model_choice import MODEL_SCHEMAS
+from clip_pgs.training.options import MODEL_SCHEMAS, TrainOptions
 from clip_pgs.training.phases import phase_options
 from clip_pgs.training.run_folder import (
     changed_recipe,
@@ -50,7 +48,7 @@ _KEPT = (
 )
 
 
-def options_without_effect(args: argparse.Namespace) -> list[str]:
+def options_without_effect(args: TrainOptions) -> list[str]:
     """Return one sentence per option that the user set in vain.
 
     Options that only several processes need are left out, so that one config serves one process
@@ -69,7 +67,7 @@ def options_without_effect(args: argparse.Namespace) -> list[str]:
     return [*sentences, *_warmup_warnings(args), *_resume_warnings(args)]
 
 
-def _idle_groups(args: argparse.Namespace) -> list[tuple[bool, tuple[str, ...], str]]:
+def _idle_groups(args: TrainOptions) -> list[tuple[bool, tuple[str, ...], str]]:
     """Return conditions, the options that do nothing under them, and why in words."""
     config = read_model_config(args.model)
     kinds = {
@@ -138,13 +136,13 @@ def _idle_groups(args: argparse.Namespace) -> list[tuple[bool, tuple[str, ...], 
     ]
 
 
-def _keeps_different_counts(args: argparse.Namespace) -> bool:
+def _keeps_different_counts(args: TrainOptions) -> bool:
     strategy = create_masking(args.masking, **args.masking_options)
     lowest = getattr(strategy, "mask_ratio_min", None)
     return lowest is not None and lowest != strategy.mask_ratio
 
 
-def _warmup_warnings(args: argparse.Namespace) -> list[str]:
+def _warmup_warnings(args: TrainOptions) -> list[str]:
     num_samples = num_training_samples(args) if has_training_data(args) else None
     if num_samples is None or args.skip_scheduler:
         return []
@@ -162,7 +160,7 @@ def _warmup_warnings(args: argparse.Namespace) -> list[str]:
     return sentences
 
 
-def _resume_warnings(args: argparse.Namespace) -> list[str]:
+def _resume_warnings(args: TrainOptions) -> list[str]:
     folder = run_folder(args)
     if args.resume != "latest" or folder is None:
         return []

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
 from clip_pgs.training.checks.data import has_training_data, training_files
+from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.run_folder import changed_options, holds_run, keeps_logs, run_folder
 
 # What file systems take.
 _LONGEST_NAME = 255
 
 
-def check_folder(args: argparse.Namespace) -> None:
+def check_folder(args: TrainOptions) -> None:
     """Refuse a name that is no folder name, a taken one, and a resume from nothing."""
     if args.name is not None and (
         args.name in ("", ".", "..") or "/" in args.name or "\\" in args.name

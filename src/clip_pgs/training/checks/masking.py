@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-
 from torch import nn
 
 from clip_pgs.integrations.open_clip import apply_masking
 from clip_pgs.masking import MaskingStrategy, create_masking
 from clip_pgs.training.checks.model import read_model_config
+from clip_pgs.training.options import TrainOptions
 
 _NEED_MASKING = ("mask_ratio", "mask_ratio_min", "masking_option", "mask_schedule")
 
 
-def check_masking(args: argparse.Namespace, model: nn.Module) -> None:
+def check_masking(args: TrainOptions, model: nn.Module) -> None:
     """Refuse a strategy, its schedule, or an image tower that it cannot mask.
 
     Args:
@@ -44,7 +43,7 @@ def check_masking(args: argparse.Namespace, model: nn.Module) -> None:
         raise ValueError(f"--masking {args.masking} on {args.model}: {error}") from None
 
 
-def _check_schedule(args: argparse.Namespace, strategy: MaskingStrategy) -> None:
+def _check_schedule(args: TrainOptions, strategy: MaskingStrategy) -> None:
     if args.mask_schedule == "constant":
         if args.mask_ratio_end is not None:
             raise ValueError("--mask-ratio-end needs --mask-schedule linear or cosine")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from clip_pgs.data.pixels import pixel_normalizer
 from clip_pgs.training.checks.data import has_training_data, num_training_samples
 from clip_pgs.training.checks.model import image_size, read_model_config
+from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.phases import phase_options
 
 _FOLDER = Path("/dev/shm")
@@ -21,7 +21,7 @@ _PREFETCH = 2
 _FLOAT_BYTES = 4
 
 
-def check_shared_memory(args: argparse.Namespace) -> None:
+def check_shared_memory(args: TrainOptions) -> None:
     """Refuse batches of which the workers' cannot be kept in shared memory at the same time."""
     if args.workers == 0 or not _FOLDER.is_dir():
         return
@@ -42,7 +42,7 @@ def check_shared_memory(args: argparse.Namespace) -> None:
 
 
 def _loaders(
-    args: argparse.Namespace, pixels: int, size: int | list[int]
+    args: TrainOptions, pixels: int, size: int | list[int]
 ) -> list[tuple[int, int, int, int]]:
     """Return (batches ahead, batch size, bytes of a batch, processes) of each loader of a run."""
     ahead = _PREFETCH * args.workers + 1

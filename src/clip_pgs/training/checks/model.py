@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import logging
@@ -36,7 +35,7 @@ from clip_pgs.integrations.open_clip.model_config import (
 )
 from clip_pgs.training.build import build_optimizer, create_model, optimizer_misfit
 from clip_pgs.training.checks.data import has_training_data
-from clip_pgs.training.model_choice import MODEL_SCHEMAS
+from clip_pgs.training.options import MODEL_SCHEMAS, TrainOptions
 from clip_pgs.training.run_folder import run_folder
 
 # OpenCLIP's byte-pair vocabulary, of which the last token ends every caption.
@@ -44,7 +43,7 @@ _NUM_TOKENS = 49408
 _TRIED_SIZE = 32
 
 
-def check_model(args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer]:
+def check_model(args: TrainOptions) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Refuse a model, weights or augmentation that open_clip could not make.
 
     Returns:
@@ -78,7 +77,7 @@ def check_model(args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimi
 
 
 def _try_model(
-    args: argparse.Namespace, config: dict[str, Any]
+    args: TrainOptions, config: dict[str, Any]
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Make the model with everything that has to be read or fetched for it."""
     has_weights = bool(args.pretrained) or args.model.startswith(MODEL_SCHEMAS)
@@ -114,7 +113,7 @@ def _silence() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def make_tokenizer(args: argparse.Namespace) -> Any:
+def make_tokenizer(args: TrainOptions) -> Any:
     """Return the model's tokenizer.
 
     Raises:
@@ -130,9 +129,7 @@ def make_tokenizer(args: argparse.Namespace) -> Any:
         ) from None
 
 
-def check_resumed(
-    args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+def check_resumed(args: TrainOptions, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuse a checkpoint of another model, or of one that was trained otherwise."""
     # One process speaks for all of them; the file may be large.
     if args.resume is None or os.environ.get("RANK", "0") != "0":
@@ -160,7 +157,7 @@ def check_resumed(
             raise ValueError(f"--resume: {path} cannot go on: {misfit}")
 
 
-def _check_vocabulary(args: argparse.Namespace, config: dict[str, Any]) -> None:
+def _check_vocabulary(args: TrainOptions, config: dict[str, Any]) -> None:
     """Refuse a text tower with fewer tokens than OpenCLIP's own tokenizer makes."""
     text = config["text_cfg"]
     has_other_tokenizer = text.get("hf_tokenizer_name") or text.get("hf_model_name")
@@ -174,7 +171,7 @@ def _check_vocabulary(args: argparse.Namespace, config: dict[str, Any]) -> None:
         )
 
 
-def _check_batch(args: argparse.Namespace, config: dict[str, Any]) -> None:
+def _check_batch(args: TrainOptions, config: dict[str, Any]) -> None:
     """Refuse batches of which not even the pixels fit into this machine."""
     size = image_size(args) or config["vision_cfg"].get("image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
@@ -187,7 +184,7 @@ def _check_batch(args: argparse.Namespace, config: dict[str, Any]) -> None:
         )
 
 
-def _check_augmentation(args: argparse.Namespace) -> None:
+def _check_augmentation(args: TrainOptions) -> None:
     """Refuse `--aug-cfg` with options, or values, that OpenCLIP cannot augment with."""
     fields = [field.name for field in dataclasses.fields(open_clip.AugmentationCfg)]
     for key in args.aug_cfg:
@@ -207,7 +204,7 @@ def _check_augmentation(args: argparse.Namespace) -> None:
         ) from None
 
 
-def _check_weights(args: argparse.Namespace) -> None:
+def _check_weights(args: TrainOptions) -> None:
     """Refuse `--pretrained` that is no tag and no file of weights."""
     if open_clip.get_pretrained_cfg(args.model, args.pretrained):
         return
@@ -248,13 +245,13 @@ def _known_config(name: str, *, what: str) -> Any:
         raise ValueError(f"{what} cannot be read: {reason}") from None
 
 
-def image_size(args: argparse.Namespace) -> int | list[int] | None:
+def image_size(args: TrainOptions) -> int | list[int] | None:
     """Return `--force-image-size` as OpenCLIP takes it."""
     size = args.force_image_size
     return size[0] if size is not None and len(size) == 1 else size
 
 
-def context_length(args: argparse.Namespace) -> int:
+def context_length(args: TrainOptions) -> int:
     """Return how many tokens the text tower takes."""
     if args.force_context_length is not None:
         return args.force_context_length

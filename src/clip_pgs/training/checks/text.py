@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-
 from clip_pgs.data.captions.text_masking import create_text_masking
 from clip_pgs.training.checks.model import context_length, make_tokenizer
+from clip_pgs.training.options import TrainOptions
 
 
-def check_text_masking(args: argparse.Namespace) -> None:
+def check_text_masking(args: TrainOptions) -> None:
     """Refuse a text masking that cannot be, by its own words."""
     if args.text_masking == "none":
         for name in ("text_tokens", "text_masking_option"):
@@ -25,7 +24,7 @@ def check_text_masking(args: argparse.Namespace) -> None:
     )
 
 
-def text_warnings(args: argparse.Namespace) -> list[str]:
+def text_warnings(args: TrainOptions) -> list[str]:
     """Return a sentence where part of the text tower is never trained."""
     if args.text_tokens is None or args.unmasked_epochs > 0:
         return []

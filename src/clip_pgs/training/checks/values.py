@@ -2,87 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import math
-from collections.abc import Callable
+from dataclasses import fields
 
 import timm.optim
 import torch
+
+from clip_pgs.training.options import TrainOptions, flag_of
 
 LR_SCHEDULERS = ("cosine", "const", "const-cooldown")
 REPORT_TARGETS = ("tensorboard", "wandb", "all")
 SIGLIP_LOSS_IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
 
-_AT_LEAST_ONE = (
-    "batch_size",
-    "epochs",
-    "accum_freq",
-    "log_every_n_steps",
-    "train_num_samples",
-    "val_num_samples",
-    "epochs_cooldown",
-    "force_context_length",
-    "unmasked_batch_size",
-    "unmasked_accum_freq",
-    "eval_every",
-    "save_every_steps",
-    "keep_checkpoints",
-    "max_bad_steps",
-)
-_AT_LEAST_ZERO = (
-    "warmup",
-    "wd",
-    "save_frequency",
-    "val_frequency",
-    "zeroshot_frequency",
-    "lock_image_unlocked_groups",
-    "lock_text_unlocked_layers",
-    "lr_cooldown_end",
-    "coca_caption_loss_weight",
-    "coca_contrastive_loss_weight",
-    "unmasked_epochs",
-    "unmasked_warmup",
-    "data_timeout",
-    "hang_timeout",
-)
-_ABOVE_ZERO = (
-    "save_every_minutes",
-    "lr",
-    "eps",
-    "grad_clip_norm",
-    "lr_cooldown_power",
-    "unmasked_lr",
-)
-_BELOW_ONE = ("beta1", "beta2", "momentum", "force_patch_dropout", "mask_ratio_end")
-
 # Beyond it floats pass over whole numbers.
 _LARGEST = 2**53
 
-_RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
-    (_AT_LEAST_ONE, ">= 1", lambda value: value >= 1),
-    (_AT_LEAST_ZERO, ">= 0", lambda value: value >= 0),
-    (_ABOVE_ZERO, "> 0", lambda value: value > 0),
-    (_BELOW_ONE, "in [0, 1)", lambda value: 0 <= value < 1),
-    (("max_bad_share",), "in [0, 1]", lambda value: 0 <= value <= 1),
-    (("mask_schedule_steps",), ">= 2", lambda value: value >= 2),
-    (("workers",), "in [0, 1024]", lambda value: 0 <= value <= 1024),
-    # numpy takes no other seed.
-    (("seed",), "in [0, 2**32)", lambda value: 0 <= value < 2**32),
-)
 
-
-def check_ranges(args: argparse.Namespace) -> None:
+def check_ranges(args: TrainOptions) -> None:
     """Refuse numbers out of their range."""
-    for names, rule, holds in _RANGES:
-        for name in names:
-            value = getattr(args, name)
-            if value is None or (abs(value) <= _LARGEST and holds(value)):
-                continue
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, int) and value > _LARGEST:
-                raise ValueError(f"{flag} must be at most 2**53, got {value}")
-            raise ValueError(f"{flag} must be {rule}, got {value}")
+    for option in fields(TrainOptions):
+        rule, value = option.metadata.get("rule"), getattr(args, option.name)
+        if rule is None or value is None or (abs(value) <= _LARGEST and rule.holds(value)):
+            continue
+        if isinstance(value, int) and value > _LARGEST:
+            raise ValueError(f"{flag_of(option.name)} must be at most 2**53, got {value}")
+        raise ValueError(f"{flag_of(option.name)} must be {rule.text}, got {value}")
     for flag, values in (("--image-mean", args.image_mean), ("--image-std", args.image_std)):
         if values is not None and not (len(values) == 3 and all(map(math.isfinite, values))):
             raise ValueError(f"{flag} takes 3 finite numbers, got {values}")
@@ -93,7 +38,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         raise ValueError(f"--force-image-size takes 1 or 2 sizes >= 1, got {size}")
 
 
-def check_recipe(args: argparse.Namespace) -> None:
+def check_recipe(args: TrainOptions) -> None:
     """Refuse optimisers, schedules and losses that do not exist or lack a setting."""
     opt = args.opt.lower()
     if opt.startswith("timm/"):
@@ -122,7 +67,7 @@ def check_recipe(args: argparse.Namespace) -> None:
         raise ValueError(f"--loss-dist-impl must be one of {choices}, got {args.loss_dist_impl!r}")
 
 
-def check_device(args: argparse.Namespace) -> None:
+def check_device(args: TrainOptions) -> None:
     """Refuse a device, or a way to reach other processes, that is not there.
 
     OpenCLIP's default, "cuda", falls back to the CPU; one that was asked for does not.
@@ -161,7 +106,7 @@ def _has_memory(device: torch.device) -> bool:
     return True
 
 
-def check_reports(args: argparse.Namespace) -> None:
+def check_reports(args: TrainOptions) -> None:
     """Refuse loggers that are unknown or not installed."""
     targets = [target.strip() for target in args.report_to.split(",") if target.strip()]
     for target in targets:

@@ -6,10 +6,10 @@ Such a launch may use its run's name again without being told to, and nobody els
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
+from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.run_folder import keeps_logs, made_by, run_folder
 from clip_pgs.training.survival.exits import LAUNCH_FOLDER
 
@@ -23,7 +23,7 @@ def launch_names() -> dict[str, str]:
     return {kind: os.environ[name] for kind, name in _NAMES.items() if name in os.environ}
 
 
-def follow_restart(args: argparse.Namespace) -> None:
+def follow_restart(args: TrainOptions) -> None:
     """Let a run that its launcher started again go on from its last checkpoint.
 
     Args:

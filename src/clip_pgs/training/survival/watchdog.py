@@ -9,7 +9,6 @@ for rank 0 to evaluate waits for ever, as long as rank 0 gives signs of life: it
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import multiprocessing
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 from torch.distributed import DistError
 
+from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.survival.signs import (
     STARTING,
     WAITING,
@@ -58,7 +58,7 @@ class Watchdog:
         on_hang: Is given the sentence, in the thread, before the process is ended.
     """
 
-    def __init__(self, args: argparse.Namespace, *, on_hang: Callable[[str], object]) -> None:
+    def __init__(self, args: TrainOptions, *, on_hang: Callable[[str], object]) -> None:
         self._rank = args.rank
         self._world_size = args.world_size
         self._timeout = args.hang_timeout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from clip_pgs.common import append_line, write_text
+from clip_pgs.training.options import TrainOptions
 
 _logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class WeightsAndBiases:
         params_file: `params.txt`, stored with the run.
     """
 
-    def __init__(self, args: argparse.Namespace, params_file: Path) -> None:
+    def __init__(self, args: TrainOptions, params_file: Path) -> None:
         import wandb
 
         self._wandb = wandb
@@ -164,7 +164,7 @@ class WeightsAndBiases:
             id=args.name,
             notes=args.wandb_notes,
             resume="auto" if args.resume else None,
-            config=vars(args),
+            config=args.values(),
         )
         wandb.save(str(params_file))
 

@@ -14,7 +14,7 @@ from open_clip import CLIP
 from torch import Tensor
 from tqdm import tqdm
 
-from clip_pgs.training.flops import SampleFlops
+from clip_pgs.integrations.open_clip.flops import SampleFlops
 from clip_pgs.training.step import StepResult
 from clip_pgs.training.survival.bad_steps import BadSteps
 from clip_pgs.training.telemetry.meter import WindowMeter

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from clip_pgs.integrations.open_clip import force_selection, last_selection
-from clip_pgs.training.step import Texts
+from clip_pgs.integrations.open_clip.captions import CaptionGroups
+from clip_pgs.integrations.open_clip.controls import force_selection, last_selection
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def count_sample_flops(
     return SampleFlops(total, total - without)
 
 
-def few_texts(texts: Texts, num: int) -> Tensor:
+def few_texts(texts: Tensor | CaptionGroups, num: int) -> Tensor:
     """Return a few captions of the length that the text tower reads on average.
 
     What they say is of no account here: an end may be cut off.

@@ -10,18 +10,25 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.training.flags.plain_yaml import read_mapping
+import yaml
 
 # These say what to do with a config or with one call; none of them describes a run.
-COMMAND_LINE_ONLY = frozenset({"--config", "--check-only", "--help"})
-PAIR_FLAGS = frozenset({"--aug-cfg", "--masking-option", "--text-masking-option"})
+COMMAND_LINE_ONLY = frozenset({"--config", "--check-only", "--no-check-only", "--help"})
+_PAIR_FLAGS = frozenset({"--aug-cfg", "--masking-option", "--text-masking-option"})
 # Either names the model; a config's own word replaces its base's, whichever it uses.
 _MODEL_FLAGS = frozenset({"--model", "--model-config"})
 _DATA_FLAGS = frozenset({"--train-data", "--val-data"})
 _OPTION_NAME = re.compile(r"[A-Za-z][\w-]*")
+_MAX_BYTES = 2**20
 
 
-def load_config(path: str, actions: Mapping[str, argparse.Action]) -> dict[str, Any]:
+def config_arguments(
+    path: str,
+    actions: Mapping[str, argparse.Action],
+    *,
+    model: str | None = None,
+    model_config: str | None = None,
+) -> list[str]:
     """Read options from a YAML file, and from the file that its key `base` names.
 
     Args:
@@ -29,10 +36,13 @@ def load_config(path: str, actions: Mapping[str, argparse.Action]) -> dict[str, 
             `base` names another such file, relative to this one; this one's values win, and null
             takes a value of the base back.
         actions: Every flag there is, with its long name ("--batch-size") as key.
+        model: The model that the command line names; it replaces the config's, whichever flag
+            named that.
+        model_config: The same.
 
     Returns:
-        Checked values by flag, in the order of the files, the base first; keys set to null are
-        left out.
+        Command-line arguments. False gives a flag's `--no-` form where there is one, and nothing
+        where false is what a switch is without it.
 
     Raises:
         ValueError: If a file cannot be read, is no mapping, names an option twice or an unknown
@@ -44,7 +54,24 @@ def load_config(path: str, actions: Mapping[str, argparse.Action]) -> dict[str, 
         if _MODEL_FLAGS & own.keys():
             options = {flag: value for flag, value in options.items() if flag not in _MODEL_FLAGS}
         options |= own
-    return {flag: value for flag, value in options.items() if value is not None}
+    configured = options.get("--model-config")
+    if model_config is not None and model is None:
+        options["--model"] = None
+    elif model is not None and configured is not None and Path(configured).stem != model:
+        options["--model-config"] = None
+
+    arguments: list[str] = []
+    for flag, value in options.items():
+        if isinstance(value, bool):
+            negation = f"--no-{flag[2:]}"
+            arguments += [flag] if value else [negation] if negation in actions else []
+        elif isinstance(value, Mapping):
+            arguments += [flag, *(f"{key}={item}" for key, item in value.items())]
+        elif isinstance(value, list):
+            arguments += [flag, *map(str, value)]
+        elif value is not None:
+            arguments.append(f"{flag}={value}")
+    return arguments
 
 
 def _with_bases(path: str) -> list[tuple[str, dict[Any, Any]]]:
@@ -55,7 +82,7 @@ def _with_bases(path: str) -> list[tuple[str, dict[Any, Any]]]:
         path, next_path = next_path, None
         if Path(path).resolve() in files:
             raise ValueError(f"{path} is its own base")
-        content = read_mapping(path)
+        content = _read_mapping(path)
         files[Path(path).resolve()] = (path, content)
         if "base" in content:
             base = content.pop("base")
@@ -65,12 +92,55 @@ def _with_bases(path: str) -> list[tuple[str, dict[Any, Any]]]:
     return list(files.values())
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values, without what makes a small file a large object or says a thing twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not taken")
+        node = super().compose_node(parent, index)
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if str(key.value) in seen:
+                    raise yaml.YAMLError(f"{key.value!r} is given twice")
+                seen.add(str(key.value))
+        return node
+
+
+def _read_mapping(path: str) -> dict[Any, Any]:
+    try:
+        # A device never ends.
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError(f"cannot read the config {path}: it is no file")
+        with open(path, "rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"cannot read the config {path}: {error.strerror}") from None
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"the config {path} is larger than {_MAX_BYTES} bytes")
+    try:
+        content = yaml.load(data.decode("utf-8"), Loader=_Loader)
+    # ValueError: a date or a number that is none, such as 2001-99-99.
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a plain YAML file: {reason}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} must hold one mapping of options to values, got {type(content).__name__}"
+        )
+    return content
+
+
 def _checked(
     path: str, content: Mapping[Any, Any], actions: Mapping[str, argparse.Action]
 ) -> dict[str, Any]:
     """Return one file's values by flag, None for those set to null."""
     options: dict[str, Any] = {}
-    known = actions.keys() - COMMAND_LINE_ONLY
+    negations = {flag for flag, action in actions.items() if action.option_strings[0] != flag}
+    known = actions.keys() - COMMAND_LINE_ONLY - negations
     for key, value in content.items():
         flag = "--" + str(key).replace("_", "-")
         if flag in COMMAND_LINE_ONLY:
@@ -86,30 +156,6 @@ def _checked(
     return options
 
 
-def render_arguments(
-    options: Mapping[str, Any], actions: Mapping[str, argparse.Action]
-) -> list[str]:
-    """Turn what `load_config` returned into command-line arguments.
-
-    Args:
-        options: Values by flag. False gives a flag's `--no-` form where there is one, and nothing
-            where false is what a switch is without it.
-        actions: Every flag there is.
-    """
-    arguments: list[str] = []
-    for flag, value in options.items():
-        if isinstance(value, bool):
-            negation = f"--no-{flag[2:]}"
-            arguments += [flag] if value else [negation] if negation in actions else []
-        elif isinstance(value, Mapping):
-            arguments += [flag, *(f"{key}={item}" for key, item in value.items())]
-        elif isinstance(value, list):
-            arguments += [flag, *map(str, value)]
-        else:
-            arguments.append(f"{flag}={value}")
-    return arguments
-
-
 def nearest_names(flag: str, known: Iterable[str]) -> str:
     """Name the flags most like an unknown one, as the end of a sentence."""
     known = sorted(known)
@@ -122,9 +168,10 @@ def nearest_names(flag: str, known: Iterable[str]) -> str:
 
 def _problem(flag: str, action: argparse.Action, value: Any) -> str:
     """Say what is wrong with a value, as the rest of a sentence; "" if nothing is."""
-    if flag in PAIR_FLAGS:
-        is_mapping = isinstance(value, dict) and all(map(_is_option_name, value))
-        return "" if is_mapping else "takes a mapping of names to values"
+    if flag in _PAIR_FLAGS:
+        names = value if isinstance(value, dict) else [None]
+        is_good = all(isinstance(name, str) and _OPTION_NAME.fullmatch(name) for name in names)
+        return "" if is_good else "takes a mapping of names to values"
     if flag in _DATA_FLAGS and isinstance(value, str) and _may_run_command(value):
         return "runs no command from a config; give it on the command line"
     if action.nargs == 0:
@@ -133,24 +180,6 @@ def _problem(flag: str, action: argparse.Action, value: Any) -> str:
         items = value if isinstance(value, list) else [value]
         return "takes a list of numbers" if any(_item_problem(action, i) for i in items) else ""
     return _item_problem(action, value)
-
-
-def _is_option_name(key: Any) -> bool:
-    return isinstance(key, str) and _OPTION_NAME.fullmatch(key) is not None
-
-
-def _is_encodable(text: str) -> bool:
-    """Return whether a text could stand on a command line."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-
-
-def _may_run_command(pattern: str) -> bool:
-    """Return whether a source of a pattern is a `pipe:` command, or braces could make it one."""
-    schemes = (source.partition(":")[0] for source in pattern.split("::") if ":" in source)
-    return any(scheme.lower() == "pipe" or set(scheme) & set("{\\") for scheme in schemes)
 
 
 def _item_problem(action: argparse.Action, value: Any) -> str:
@@ -165,6 +194,23 @@ def _item_problem(action: argparse.Action, value: Any) -> str:
     try:
         # Through a text, since YAML 1.1 reads 1e-3 as one.
         action.type(str(value))
-    except (ValueError, argparse.ArgumentTypeError):
-        return "takes a whole number" if action.type is int else "takes a number"
+    except argparse.ArgumentTypeError as error:
+        return str(error).partition(", got ")[0]
+    except ValueError:
+        is_whole = getattr(action.type, "__name__", "") == "int"
+        return "takes a whole number" if is_whole else "takes a number"
     return ""
+
+
+def _is_encodable(text: str) -> bool:
+    """Return whether a text could stand on a command line."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def _may_run_command(pattern: str) -> bool:
+    """Return whether a source of a pattern is a `pipe:` command, or braces could make it one."""
+    schemes = (source.partition(":")[0] for source in pattern.split("::") if ":" in source)
+    return any(scheme.lower() == "pipe" or set(scheme) & set("{\\") for scheme in schemes)

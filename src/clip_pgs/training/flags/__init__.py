@@ -1,1 +1,0 @@
-"""The flags of the training command, and the YAML files of them."""
