@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from clip_pgs.integrations.open_clip.captions import CaptionGroups
-from clip_pgs.integrations.open_clip.controls import force_selection, last_selection
+from clip_pgs.integrations.open_clip.apply import force_selection, last_selection
+from clip_pgs.integrations.open_clip.text import CaptionGroups
 
 
 @dataclass(frozen=True)
