@@ -29,8 +29,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, logging
 
 from clip_pgs.common import SentenceParser, one_sentence, write_text
-from clip_pgs.data.tar.shard_sizes import size_shards
-from clip_pgs.data.tar.shards import read_sizes
+from clip_pgs.data.shards import read_sizes
+from clip_pgs.data.tar import size_shards
 
 SIZES_NAME = "sizes.json"
 MAX_WORKERS = 64
@@ -257,17 +257,17 @@ def count_pairs(out: Path, shards: list[Shard], sizes: dict[str, int]) -> int:
         OSError: If one of them is no shard.
     """
     unknown = [str(out / shard.name) for shard in shards if shard.name not in sizes]
-    counted = size_shards(unknown, use_stated=False)
-    bad = {failure.shard for failure in counted.failures}
+    counts, failures = size_shards(unknown, use_stated=False)
+    bad = {failure.shard for failure in failures}
     sizes = dict(sizes)
-    for path, size in zip(unknown, counted.sizes, strict=True):
+    for path, size in zip(unknown, counts, strict=True):
         if path not in bad:
             sizes[Path(path).name] = size
     write_sizes(out, sizes)
-    if counted.failures:
+    if failures:
         raise OSError(
             f"{len(bad)} of the shards arrived as the Hub has them and cannot be used, the first: "
-            f"{counted.failures[0]}"
+            f"{failures[0]}"
         )
     return sum(sizes[shard.name] for shard in shards)
 

@@ -90,6 +90,7 @@ def make_args():
             "csv_separator": "\t",
             "csv_img_key": "filepath",
             "csv_caption_key": "title",
+            "caption_key": None,
             "workers": 0,
             "batch_size": 5,
             "accum_freq": 1,

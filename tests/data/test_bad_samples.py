@@ -14,7 +14,7 @@ from open_clip import SimpleTokenizer
 from PIL import Image
 from torchvision import transforms
 
-from clip_pgs.data.samples import NoUsableSampleError, Skip
+from clip_pgs.data.skips import NoUsableSampleError, Skip
 from clip_pgs.data.stream import build_train_stream, build_val_stream
 from support.streams import AUGMENT, numbers, open_stream, read_from, tokenize, with_options
 

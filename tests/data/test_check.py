@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import io
 
-from clip_pgs.data.check import check_shards
+from clip_pgs.data.pack import check_shards
 
 
 def run_check(shards):

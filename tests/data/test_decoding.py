@@ -9,8 +9,7 @@ from PIL import Image
 from torchvision.transforms import Compose, Grayscale
 from torchvision.transforms.functional import pil_to_tensor
 
-from clip_pgs.data.decoding import RandomCrop, faster_transform, rgb_pixels
-from clip_pgs.data.pixels import pixel_normalizer
+from clip_pgs.data.decoding import RandomCrop, faster_transform, pixel_normalizer, rgb_pixels
 from support.images import smooth_images
 
 SIZE = 32

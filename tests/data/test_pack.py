@@ -6,8 +6,8 @@ import logging
 import pytest
 
 from clip_pgs.data.pack import pack_pairs
-from clip_pgs.data.tar.shards import count_samples, expand_shards
-from clip_pgs.data.tar.tar_reader import read_shard
+from clip_pgs.data.shards import count_samples, expand_shards
+from clip_pgs.data.tar import read_shard
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_shards_hold_the_bytes_and_captions_of_the_table(table, tmp_path):
     samples = [sample for shard in shards for sample in read_shard(shard)]
     stored = [(tmp_path / "images" / str(number)).read_bytes() for number in range(5)]
     assert [sample.image for sample in samples] == stored
-    assert [sample.caption.decode() for sample in samples] == [f"caption {n}" for n in range(5)]
+    assert [sample.captions[0].decode() for sample in samples] == [f"caption {n}" for n in range(5)]
     assert result.sizes == {"00000.tar": 2, "00001.tar": 2, "00002.tar": 1}
     assert json.loads((out / "sizes.json").read_text()) == result.sizes
     assert count_samples(shards) == 5

@@ -4,7 +4,7 @@ import torch
 from torchvision.transforms import Compose, Normalize, ToTensor
 from torchvision.transforms.functional import to_pil_image
 
-from clip_pgs.data.pixels import PixelNormalizer, pixel_normalizer
+from clip_pgs.data.decoding import PixelNormalizer, pixel_normalizer
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
 CPU = torch.device("cpu")

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from clip_pgs.data.order import stable_seed
+from clip_pgs.data.plan import stable_seed
 from clip_pgs.data.samples import (
     BadSampleError,
     RawSample,
     SampleDecoder,
-    decode_caption,
+    decode_captions,
     decode_image,
 )
 
@@ -25,10 +25,15 @@ def encode(image, image_format="PNG", **options):
     return buffer.getvalue()
 
 
+def raw(image=None, *captions, **options):
+    """Return a pair as it is stored."""
+    return RawSample("data/0.tar", "a", image, captions, **options)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
 def test_every_png_mode_becomes_the_same_rgb(mode):
     image = Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode)
-    decoded = decode_image(encode(image))
+    decoded = decode_image(raw(encode(image)))
     assert decoded.mode == "RGB"
     assert decoded.size == (6, 4)
     assert np.asarray(decoded).min() == 255
@@ -36,13 +41,13 @@ def test_every_png_mode_becomes_the_same_rgb(mode):
 
 def test_palette_with_transparency_keeps_its_colours():
     image = Image.new("RGB", (4, 4), (200, 30, 60)).quantize(4)
-    decoded = decode_image(encode(image, transparency=1))
+    decoded = decode_image(raw(encode(image, transparency=1)))
     assert decoded.getpixel((0, 0)) == (200, 30, 60)
 
 
 def test_cmyk_jpeg_becomes_rgb():
     image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    red, green, blue = decode_image(encode(image, "JPEG", quality=100)).getpixel((3, 3))
+    red, green, blue = decode_image(raw(encode(image, "JPEG", quality=100))).getpixel((3, 3))
     assert red > 240
     assert green < 15
     assert blue < 15
@@ -50,7 +55,7 @@ def test_cmyk_jpeg_becomes_rgb():
 
 def test_sixteen_bit_grey_is_scaled():
     pixels = np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16)
-    decoded = decode_image(encode(Image.fromarray(pixels)))
+    decoded = decode_image(raw(encode(Image.fromarray(pixels))))
     assert np.asarray(decoded)[0, :, 0].tolist() == [0, 128, 255]
 
 
@@ -58,7 +63,7 @@ def test_sixteen_bit_grey_is_scaled():
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
 def test_damaged_image_is_a_bad_sample(make_image, image_format, damage):
     with pytest.raises(BadSampleError) as error:
-        decode_image(damage(make_image(0, image_format=image_format)))
+        decode_image(raw(damage(make_image(0, image_format=image_format))))
     assert error.value.reason == "unreadable image"
     assert error.value.detail
 
@@ -66,16 +71,16 @@ def test_damaged_image_is_a_bad_sample(make_image, image_format, damage):
 def test_decompression_bomb_is_a_bad_sample(monkeypatch, make_image):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(BadSampleError, match="exceeds limit"):
-        decode_image(make_image(0))
+        decode_image(raw(make_image(0)))
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
-    [(None, "no caption"), (b" \n", "empty caption"), (b"\xff\xfe", "caption is not UTF-8")],
+    [((), "no caption"), ([b" \n"], "empty caption"), ([b"\xff\xfe"], "caption is not UTF-8")],
 )
 def test_bad_caption_has_a_reason(data, reason):
     with pytest.raises(BadSampleError) as error:
-        decode_caption(data)
+        decode_captions(raw(None, *data))
     assert error.value.reason == reason
 
 
@@ -86,37 +91,37 @@ def decoder():
 
 
 def test_augmentation_depends_on_seed_epoch_and_sample_alone(decoder, make_image):
-    raw = RawSample("data/0.tar", "a", make_image(0), b"text")
+    raw = RawSample("data/0.tar", "a", make_image(0), (b"text",))
     first, _ = decoder(raw, epoch=0)
-    decoder(RawSample("data/0.tar", "b", make_image(0), b"text"), epoch=0)
+    decoder(RawSample("data/0.tar", "b", make_image(0), (b"text",)), epoch=0)
     torch.rand(3)
     random.random()
-    moved = RawSample("elsewhere/0.tar", "a", make_image(0), b"text")
+    moved = RawSample("elsewhere/0.tar", "a", make_image(0), (b"text",))
     assert torch.equal(decoder(raw, epoch=0)[0], first)
     assert torch.equal(decoder(moved, epoch=0)[0], first)
 
 
 def test_augmentation_differs_between_epochs_keys_visits_and_seeds(decoder, make_image):
     image = make_image(0)
-    raw = RawSample("0.tar", "a", image, b"text")
+    raw = RawSample("0.tar", "a", image, (b"text",))
     other_seed = SampleDecoder(decoder.transform, decoder.tokenize, seed=2)
     crops = [
         decoder(raw, epoch=0)[0],
         decoder(raw, epoch=1)[0],
-        decoder(RawSample("0.tar", "b", image, b"text"), epoch=0)[0],
-        decoder(RawSample("0.tar", "a", image, b"text", visit=1), epoch=0)[0],
+        decoder(RawSample("0.tar", "b", image, (b"text",)), epoch=0)[0],
+        decoder(RawSample("0.tar", "a", image, (b"text",), repeat=1), epoch=0)[0],
         other_seed(raw, epoch=0)[0],
     ]
     assert len({crop.numpy().tobytes() for crop in crops}) == len(crops)
 
 
 def test_image_is_what_the_samples_own_seed_makes_of_it(decoder, make_image):
-    raw = RawSample("data/0.tar", "a", make_image(0), b"text", visit=2)
+    raw = RawSample("data/0.tar", "a", make_image(0), (b"text",), repeat=2)
     seed = stable_seed(1, 3, "0.tar", "a", 2)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    expected = decoder.transform(decode_image(raw.image))
+    expected = decoder.transform(decode_image(raw))
     assert torch.equal(decoder(raw, epoch=3)[0], expected)
 
 
@@ -126,8 +131,8 @@ def draw_three_ways(captions):
 
 
 def test_text_draws_depend_on_seed_epoch_and_sample_alone(make_image):
-    raw = RawSample("0.tar", "a", make_image(0), b"text")
-    other = RawSample("0.tar", "b", make_image(0), b"text")
+    raw = RawSample("0.tar", "a", make_image(0), (b"text",))
+    other = RawSample("0.tar", "b", make_image(0), (b"text",))
 
     def draw(raw, *, epoch=0, seed=1, transform):
         return tuple(SampleDecoder(transform, draw_three_ways, seed)(raw, epoch=epoch)[1].tolist())

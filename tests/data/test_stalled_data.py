@@ -8,8 +8,7 @@ import signal
 
 import pytest
 
-from clip_pgs.data.samples import NoUsableSampleError, TooManyBadSamplesError
-from clip_pgs.data.whereabouts import StalledDataError
+from clip_pgs.data.skips import NoUsableSampleError, StalledDataError, TooManyBadSamplesError
 from support.streams import AUGMENT, numbers, open_stream, read_from, with_options
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from clip_pgs.data.samples import NoUsableSampleError
+from clip_pgs.data.skips import NoUsableSampleError
 from clip_pgs.data.stream import build_train_stream, build_val_stream
 from support.streams import AUGMENT, numbers, open_stream, read_from, same, tokenize, with_options
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from open_clip import SimpleTokenizer
 
-from clip_pgs.data.captions.word_frequencies import WordFrequencies, write_word_frequencies
 from clip_pgs.data.stream import build_train_stream, build_val_stream
+from clip_pgs.data.words import WordFrequencies, write_word_frequencies
 from support.streams import AUGMENT, read_from, same, with_options
 
 SENTENCE = "a small brown dog and a white cat run over the wet grass of an old park"

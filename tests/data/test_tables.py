@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from clip_pgs.data.tables import default_separator, read_pairs
+from clip_pgs.data.plan import SampleRef
+from clip_pgs.data.tables import TableSource, default_separator, read_pairs
 
 KEYS = {"image_key": "filepath", "caption_key": "title", "separator": ","}
 
@@ -50,3 +51,84 @@ def test_an_archive_that_is_none_is_refused_by_name(tmp_path, ending):
 @pytest.mark.parametrize(("name", "separator"), [("a.tsv", "\t"), ("a.csv", ","), ("a", ",")])
 def test_separator_goes_by_the_name(name, separator):
     assert default_separator(Path(name)) == separator
+
+
+@pytest.mark.parametrize("separator", ["\t", "\\t", r"\s*\t\s*", "\\x09"])
+def test_separator_is_taken_as_openclip_takes_it(tmp_path, separator):
+    path = tmp_path / "pairs.tsv"
+    path.write_text("filepath\ttitle\na.jpg\tone two\nb.jpg\tthree, four\n")
+    table = read_pairs(path, **{**KEYS, "separator": separator})
+    assert table.images == ["a.jpg", "b.jpg"]
+    assert table.captions == ["one two", "three, four"]
+
+
+@pytest.mark.parametrize("separator", ["", "(", "\n", "\0", '"'])
+def test_separator_that_is_none_is_refused_by_name(tmp_path, separator):
+    path = tmp_path / "pairs.csv"
+    path.write_text("filepath,title\na,b\n")
+    with pytest.raises(ValueError, match=r"pairs\.csv' .* separator") as error:
+        read_pairs(path, **{**KEYS, "separator": separator})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "rows", ["0,a.jpg,one\n1,b.jpg,two\n", "a.jpg,one,5\nb.jpg,two,6\n", "0,0,a.jpg,one\n"]
+)
+def test_cells_without_a_name_are_refused(tmp_path, rows):
+    path = tmp_path / "pairs.csv"
+    path.write_text(f"filepath,title\n{rows}")
+    with pytest.raises(ValueError, match="more cells than its header has names"):
+        read_pairs(path, **KEYS)
+
+
+def test_separator_at_the_end_of_each_row_is_no_cell(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("filepath,title\na.jpg,one,\nb.jpg,two,\n")
+    table = read_pairs(path, **KEYS)
+    assert (table.images, table.captions) == (["a.jpg", "b.jpg"], ["one", "two"])
+
+
+def test_column_whose_name_is_empty_changes_nothing(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text(",filepath,title\n0,a.jpg,one\n")
+    assert read_pairs(path, **KEYS).images == ["a.jpg"]
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+@pytest.mark.parametrize("quoted", [{3}, {3, 20}, {0, 1}])
+def test_captions_that_begin_with_an_unpaired_quote_swallow_no_row(tmp_path, separator, quoted):
+    path = tmp_path / "pairs"
+    captions = [f"{chr(34) * (row in quoted)}caption {row}" for row in range(40)]
+    rows = [f"{row}.jpg{separator}{caption}" for row, caption in enumerate(captions)]
+    path.write_text("\n".join([f"filepath{separator}title", *rows]) + "\n")
+    keys = {**KEYS, "separator": separator}
+    if len(quoted) % 2:
+        # pandas, and so OpenCLIP, has no reading of an odd number of them.
+        with pytest.raises(ValueError, match="EOF inside string"):
+            read_pairs(path, **keys)
+        return
+    table = read_pairs(path, **keys)
+    assert (len(table), table.captions) == (40, captions)
+
+
+def test_captions_that_are_quoted_are_read_as_pandas_reads_them(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text('filepath,title\na.jpg,"one, ""two"""\nb.jpg,three "four" five\n')
+    assert read_pairs(path, **KEYS).captions == ['one, "two"', 'three "four" five']
+
+
+def test_cell_of_several_lines_is_kept_and_told_by_its_row(tmp_path, caplog):
+    path = tmp_path / "pairs.csv"
+    path.write_text('filepath,title\na.jpg,one\nb.jpg,"two\nlines, and a comma"\nc.jpg,three\n')
+    assert read_pairs(path, **KEYS).captions == ["one", "two\nlines, and a comma", "three"]
+    assert "of several lines in 1 rows: row 2;" in caplog.text
+
+
+def test_url_in_place_of_a_path_is_told_as_it_is_written(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("filepath,title\nhttps://host//a.jpg,one\n//nothing/b.jpg,two\n")
+    source = TableSource(read_pairs(path, **KEYS))
+    url, missing = (source.read(SampleRef(0, row)) for row in (0, 1))
+    assert (url.reason, url.key) == ("image is a URL", "row 1")
+    assert "'https://host//a.jpg'" in url.detail
+    assert "'//nothing/b.jpg'" in missing.detail

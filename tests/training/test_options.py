@@ -1,7 +1,7 @@
 import pytest
 from open_clip_train.params import parse_args as parse_trainer_args
 
-from clip_pgs.data.captions.text_masking import TEXT_MASKINGS
+from clip_pgs.data.text_masking import TEXT_MASKINGS
 from clip_pgs.integrations.open_clip.compat import check_versions, trainer_actions, trainer_parser
 from clip_pgs.masking import describe_masking, list_maskings, masking_options
 from clip_pgs.training.options import REFUSED_FLAGS, obeyed_flags, parse_options
@@ -235,8 +235,9 @@ def test_help_names_text_maskings_and_unmasked_tuning_with_their_papers(capsys):
     with pytest.raises(SystemExit):
         parse_options(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for name, meaning in TEXT_MASKINGS.items():
-        assert f"{name}: {meaning}" in text
+    for name in TEXT_MASKINGS.names():
+        declared = TEXT_MASKINGS.declaration(name)
+        assert f"{name}: {declared['summary']} ({declared['source']}" in text
     for part in ("--unmasked-epochs", "2212.00794; GLIP, arXiv 2403.15837", "--target-mask-ratio"):
         assert part in text
 

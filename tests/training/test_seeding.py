@@ -1,6 +1,6 @@
 import torch
 
-from clip_pgs.data.order import stable_seed
+from clip_pgs.data.plan import stable_seed
 from clip_pgs.training.seeding import micro_batch_rows, step_noise
 
 CPU = torch.device("cpu")

@@ -11,11 +11,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clip_pgs.common import SentenceParser, one_sentence
-from clip_pgs.data.captions.word_counting import count_shards, count_table, describe_skipped
-from clip_pgs.data.captions.word_frequencies import write_word_frequencies
-from clip_pgs.data.check import check_shards
-from clip_pgs.data.pack import pack_pairs
-from clip_pgs.data.tar.shards import expand_shards
+from clip_pgs.data.pack import check_shards, pack_pairs
+from clip_pgs.data.shards import expand_shards
+from clip_pgs.data.words import (
+    count_shards,
+    count_table,
+    describe_skipped,
+    write_word_frequencies,
+)
+
+_CAPTION_KEY = "field of the side-car .json that holds the captions (none: captions are .txt)"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,6 +91,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "Exit code 1 if anything is bad.",
     )
     check.add_argument("shards", metavar="SHARDS", help="for example 'data/{00000..00012}.tar'")
+    check.add_argument("--caption-key", metavar="KEY", help=_CAPTION_KEY)
     check.set_defaults(run=_run_check)
 
     words = commands.add_parser(
@@ -107,7 +113,9 @@ def _make_parser() -> argparse.ArgumentParser:
         "--workers", type=int, metavar="N", help="processes (as many as there are cores)"
     )
     words.add_argument(
-        "--caption-key", default="title", help="column of captions in a table (title)"
+        "--caption-key",
+        metavar="KEY",
+        help=f"column of captions in a table (title); in shards, {_CAPTION_KEY}",
     )
     words.add_argument("--separator", help="between columns (a tab for .tsv, else a comma)")
     words.set_defaults(run=_run_words)
@@ -155,7 +163,7 @@ def _run_pack(args: argparse.Namespace) -> int:
 
 
 def _run_check(args: argparse.Namespace) -> int:
-    total = check_shards(expand_shards(args.shards), sys.stdout.write)
+    total = check_shards(expand_shards(args.shards), sys.stdout.write, caption_key=args.caption_key)
     return 1 if total.bad else 0
 
 
@@ -166,14 +174,17 @@ def _run_words(args: argparse.Namespace) -> int:
         raise ValueError(f"--min-count must be >= 1, got {args.min_count}")
     if args.shards.lower().endswith((".csv", ".tsv")):
         count = count_table(
-            Path(args.shards), caption_key=args.caption_key, separator=args.separator
+            Path(args.shards), caption_key=args.caption_key or "title", separator=args.separator
         )
     else:
         shards = expand_shards(args.shards)
         num_workers = args.workers if args.workers is not None else os.cpu_count() or 1
         with tqdm(total=len(shards), unit="shard", disable=not sys.stderr.isatty()) as bar:
             count = count_shards(
-                shards, num_workers=num_workers, progress=lambda num_done: bar.update()
+                shards,
+                caption_key=args.caption_key,
+                num_workers=num_workers,
+                progress=lambda num_done: bar.update(),
             )
     frequencies = count.frequencies(min_count=args.min_count)
     write_word_frequencies(frequencies, args.out)

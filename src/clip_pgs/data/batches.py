@@ -1,20 +1,22 @@
-"""Batches of an epoch whose samples can be read in any order."""
+"""Batches of an epoch whose samples can be read in any order, and what workers say of them."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from multiprocessing.sharedctypes import RawArray
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from clip_pgs.data.epoch_plan import EpochPlan, SampleRef
-from clip_pgs.data.order import stable_seed
-from clip_pgs.data.samples import BadSampleError, RawSample, SampleDecoder, Skip
-from clip_pgs.data.sources import Source
-from clip_pgs.data.whereabouts import Whereabouts
+from clip_pgs.data.plan import EpochPlan, SampleRef, stable_seed
+from clip_pgs.data.samples import RawSample, SampleDecoder
+from clip_pgs.data.skips import BadSampleError, Skip
+
+Example = tuple[Tensor, Tensor]
 
 # Where so many in a row are bad, it is not worth looking for a good one.
 _MAX_ATTEMPTS = 1000
@@ -37,6 +39,49 @@ class Batch(NamedTuple):
     num_tried: int
     skips: list[Skip]
     barren: list[str]
+
+
+class Source(Protocol):
+    """Samples that a loader's workers read in any order."""
+
+    def read(self, ref: SampleRef) -> RawSample | Skip:
+        """Read a sample, or say why it cannot be read."""
+
+    def describe(self, shard: int, number: int) -> str:
+        """Return the place of a sample in words."""
+
+
+class WorkerStatus:
+    """What each worker is reading, for when it reads for ever or dies of it.
+
+    Args:
+        num_workers: Number of workers; with 0 the process itself takes notes.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        # Process, shard and number of each, which the process they work for can read.
+        self._fields = RawArray("q", 3 * max(1, num_workers))
+
+    def note(self, shard: int, number: int) -> None:
+        """Note what this worker is about to read."""
+        slot = self._slot()
+        # The process comes last: where there is one, there is something to read.
+        self._fields[slot + 1 : slot + 3] = [shard, number]
+        self._fields[slot] = os.getpid()
+
+    def clear(self) -> None:
+        """Note that this worker has nothing to read."""
+        self._fields[self._slot()] = 0
+
+    def busy(self) -> list[tuple[int, int, int, int]]:
+        """Return (worker, process, shard, number) of each worker that is reading."""
+        slots = range(0, len(self._fields), 3)
+        notes = [(slot // 3, *self._fields[slot : slot + 3]) for slot in slots]
+        return [note for note in notes if note[1]]
+
+    def _slot(self) -> int:
+        info = get_worker_info()
+        return 3 * info.id if info is not None else 0
 
 
 class BatchRequest(NamedTuple):
@@ -104,7 +149,7 @@ class PlannedBatches(Dataset[Batch]):
         plan: Which sample has which position; it must have some.
         decode: Makes tensors of them.
         positions: The batches to be asked for.
-        whereabouts: Where workers note what they are reading.
+        status: Where workers note what they are reading.
         refill: Whether another sample of the epoch takes the place of a bad one, chosen from
             (seed, epoch, position, attempt) alone, so that no other sample moves. Else a batch
             is smaller where samples are bad.
@@ -116,7 +161,7 @@ class PlannedBatches(Dataset[Batch]):
         plan: EpochPlan,
         decode: SampleDecoder,
         positions: BatchPositions,
-        whereabouts: Whereabouts,
+        status: WorkerStatus,
         *,
         refill: bool,
     ) -> None:
@@ -124,7 +169,7 @@ class PlannedBatches(Dataset[Batch]):
         self.plan = plan
         self.decode = decode
         self.positions = positions
-        self.whereabouts = whereabouts
+        self.status = status
         self.refill = refill
 
     @property
@@ -142,13 +187,12 @@ class PlannedBatches(Dataset[Batch]):
         self.positions.epoch = epoch
         self.positions.position = position
 
-    def describe(self, part: int, number: int) -> str:
+    def describe(self, shard: int, number: int) -> str:
         """Return a place that a worker noted, in words."""
-        return self.source.describe(part, number)
+        return self.source.describe(shard, number)
 
     def __getitem__(self, request: BatchRequest) -> Batch:
-        images: list[Tensor] = []
-        texts: list[Tensor] = []
+        examples: list[Example] = []
         skips: list[Skip] = []
         barren: list[str] = []
         num_tried = 0
@@ -164,14 +208,13 @@ class PlannedBatches(Dataset[Batch]):
                     barren = sorted({example.shard, *found})
                     break
                 example = found
-            images.append(example[0])
-            texts.append(example[1])
-        self.whereabouts.leave()
-        if barren or not images:
+            examples.append(example)
+        self.status.clear()
+        if barren:
             return Batch(None, None, num_tried, skips, barren)
-        return Batch(torch.stack(images), torch.stack(texts), num_tried, skips, [])
+        return collate(examples, num_tried, skips)
 
-    def _find_other(self, epoch: int, position: int) -> tuple[Tensor, Tensor] | list[str]:
+    def _find_other(self, epoch: int, position: int) -> Example | list[str]:
         """Return a good sample for a bad one's place, or the shards where there was none.
 
         The bad ones among those tried are not reported: each is at its own position.
@@ -193,16 +236,14 @@ class PlannedBatches(Dataset[Batch]):
         for attempt in range(min(num_samples, _MAX_ATTEMPTS)):
             ref = self.plan.sample_at(epoch, (start + attempt * stride) % num_samples)
             # It comes in its own place too: augmented in another way, it is no copy.
-            yield ref._replace(visit=-1 - position)
+            yield ref._replace(repeat=-1 - position)
 
-    def _example(self, ref: SampleRef, epoch: int) -> tuple[Tensor, Tensor] | Skip:
-        self.whereabouts.note(ref.part, ref.number)
+    def _example(self, ref: SampleRef, epoch: int) -> Example | Skip:
+        self.status.note(ref.shard, ref.number)
         return decode_item(self.source.read(ref), self.decode, epoch)
 
 
-def decode_item(
-    item: RawSample | Skip, decode: SampleDecoder, epoch: int
-) -> tuple[Tensor, Tensor] | Skip:
+def decode_item(item: RawSample | Skip, decode: SampleDecoder, epoch: int) -> Example | Skip:
     """Decode what was read, or say why it cannot be used."""
     if isinstance(item, Skip):
         return item
@@ -210,3 +251,11 @@ def decode_item(
         return decode(item, epoch=epoch)
     except BadSampleError as error:
         return Skip(item.shard, item.key, error.reason, error.detail)
+
+
+def collate(examples: list[Example], num_tried: int, skips: list[Skip]) -> Batch:
+    """Make a batch of decoded pairs; see `Batch`."""
+    if not examples:
+        return Batch(None, None, num_tried, skips, [])
+    images, texts = zip(*examples, strict=True)
+    return Batch(torch.stack(images), torch.stack(texts), num_tried, skips, [])

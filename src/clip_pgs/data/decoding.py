@@ -18,7 +18,7 @@ import re
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import Compose, InterpolationMode, Normalize, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 
+from clip_pgs.data.skips import StalledDataError
+
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 # What data sets of photographs hold. Others (EPS, PDF, WMF, FITS, ...) start programs, or are
@@ -46,7 +48,7 @@ MAX_JPEG_SCANS = 100
 MAX_SCANNED_PIXELS = 2**31
 # Of processor time, where a decoder gets lost between its blocks.
 MAX_DECODING_SECONDS = 20.0
-_SECONDS_BETWEEN_SIGNALS = 1.0
+_SECONDS_BETWEEN_SIGNALS = 0.5
 # A marker of a JPEG file that is followed by the length of its segment.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])")
 _START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
@@ -95,13 +97,16 @@ def opened_image(source: bytes | str | Path) -> Iterator[Image.Image]:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         if len(data) > MAX_IMAGE_BYTES:
             raise UnreadableImageError(f"{len(data)} bytes, more than {MAX_IMAGE_BYTES}")
-        with _processor_time_limit(), warnings.catch_warnings():
+        with (
+            time_limit(MAX_DECODING_SECONDS, _OutOfTimeError(), of_processor=True),
+            warnings.catch_warnings(),
+        ):
             # Oddities of a file's metadata; what matters raises.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
             _check_scans(data, image.width * image.height)
             yield image
-    except UnreadableImageError:
+    except (UnreadableImageError, StalledDataError):
         raise
     except UnidentifiedImageError as error:
         raise UnreadableImageError(f"no {', '.join(IMAGE_FORMATS)} file") from error
@@ -132,23 +137,34 @@ class _OutOfTimeError(BaseException):
 
 
 @contextmanager
-def _processor_time_limit() -> Iterator[None]:
-    """Raise _OutOfTimeError where the body computes for too long; in the main thread alone."""
-    if threading.current_thread() is not threading.main_thread():
+def time_limit(
+    seconds: float, error: BaseException, *, of_processor: bool = False
+) -> Iterator[None]:
+    """Raise an error where the body takes longer; in the main thread alone.
+
+    Args:
+        seconds: The limit; 0 sets none.
+        error: What is raised.
+        of_processor: Whether the process's own computing counts, or all time.
+    """
+    if not seconds or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(signal_number: int, frame: FrameType | None) -> None:
-        raise _OutOfTimeError
+        raise error
 
-    before = signal.signal(signal.SIGPROF, stop)
-    # Again and again: what is raised in a destructor is lost.
-    signal.setitimer(signal.ITIMER_PROF, MAX_DECODING_SECONDS, _SECONDS_BETWEEN_SIGNALS)
+    number, timer = signal.SIGALRM, signal.ITIMER_REAL
+    if of_processor:
+        number, timer = signal.SIGPROF, signal.ITIMER_PROF
+    before = signal.signal(number, stop)
+    # Again and again: what is raised in a destructor is lost, and cleaning up may wait too.
+    signal.setitimer(timer, seconds, _SECONDS_BETWEEN_SIGNALS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
+        signal.setitimer(timer, 0)
+        signal.signal(number, before)
 
 
 @dataclass(frozen=True)
@@ -262,3 +278,56 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+class PixelNormalizer:
+    """Turns bytes into what the model receives, by the same operations on every device.
+
+    Args:
+        mean: Of each channel, for images in [0, 1].
+        std: Of each channel.
+        device: Where the images are.
+    """
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], *, device: torch.device
+    ) -> None:
+        mean_C11, std_C11 = (torch.tensor(numbers)[:, None, None] for numbers in (mean, std))
+        # Here and not with every batch: the copy to a device waits for it.
+        self._factor = (1 / (255 * std_C11)).to(device)
+        self._offset = (mean_C11 / std_C11).to(device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Normalise images.
+
+        Args:
+            pixels: Shape (B, 3, H, W) or (3, H, W), uint8.
+
+        Returns:
+            The images in float32, of the same shape.
+
+        Raises:
+            ValueError: If they are not bytes.
+        """
+        if pixels.dtype != torch.uint8:
+            raise ValueError(f"pixels must be of type uint8, got {pixels.dtype}")
+        return pixels.float().mul_(self._factor).sub_(self._offset)
+
+
+def pixel_normalizer(
+    transform: Callable[..., Tensor], *, device: torch.device
+) -> PixelNormalizer | None:
+    """Return what is left to do to the images of a training stream on their device.
+
+    Args:
+        transform: The one that the stream was built with.
+        device: Where the images are.
+
+    Returns:
+        What normalises them, or None where the stream gives floats, as it does with any transform
+        that `faster_transform` has no other for.
+    """
+    crop = faster_transform(transform)
+    if isinstance(crop, RandomCrop):
+        return PixelNormalizer(crop.mean, crop.std, device=device)
+    return None

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clip_pgs.data.bad_samples import SkipAccount
 from clip_pgs.data.batches import Batch, PlannedBatches
-from clip_pgs.data.sequential.sequential_batches import SequentialBatches
-from clip_pgs.data.whereabouts import StalledDataError, time_limit
+from clip_pgs.data.decoding import time_limit
+from clip_pgs.data.skips import SkipAccount, StalledDataError
+from clip_pgs.data.streaming import StreamingBatches
 
 _LOADER_ERROR = re.compile(r"DataLoader (timed out|worker \(pid)")
 # A worker that is told to leave while it stays at one sample for so long is not waited for.
@@ -51,7 +51,7 @@ class SampleStream:
 
     def __init__(
         self,
-        batches: PlannedBatches | SequentialBatches,
+        batches: PlannedBatches | StreamingBatches,
         account: SkipAccount,
         *,
         num_workers: int,
@@ -122,11 +122,11 @@ class SampleStream:
         self._loader = self._make_loader()
 
     def _kill_hanging(self) -> None:
-        busy = self._batches.whereabouts.busy()
+        busy = self._batches.status.busy()
         if self.num_workers == 0 or not busy:
             return
         time.sleep(_LEAVE_SECONDS)
-        hanging = {process for _, process, *_ in {*busy} & {*self._batches.whereabouts.busy()}}
+        hanging = {process for _, process, *_ in {*busy} & {*self._batches.status.busy()}}
         for child in multiprocessing.active_children():
             if child.pid in hanging:
                 # torch raises an error where one of its workers is killed.
@@ -143,7 +143,8 @@ class SampleStream:
                     batch = next(self._reader, None)
                 else:
                     # Samples seed the generators of the process that decodes them: this one.
-                    with time_limit(self._timeout), _preserved_generators():
+                    error = StalledDataError(f"no batch for {self._timeout:g} seconds")
+                    with time_limit(self._timeout, error), _preserved_generators():
                         batch = next(self._reader, None)
             except StalledDataError as error:
                 what = str(error)
@@ -164,8 +165,8 @@ class SampleStream:
 
     def _stalled(self, what: str) -> StalledDataError:
         busy = [
-            f"worker {worker} (process {process}) is at {self._batches.describe(part, number)}"
-            for worker, process, part, number in self._batches.whereabouts.busy()
+            f"worker {worker} (process {process}) is at {self._batches.describe(shard, number)}"
+            for worker, process, shard, number in self._batches.status.busy()
         ]
         return StalledDataError(f"{what}: {'; '.join(busy) or 'no worker is reading'}")
 

@@ -11,24 +11,15 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from clip_pgs.data.epoch_plan import SampleRef
-from clip_pgs.data.planned_data import read_table
-from clip_pgs.data.samples import (
-    BadSampleError,
-    NoUsableSampleError,
-    RawSample,
-    Skip,
-    decode_caption,
-    decode_image,
-)
-from clip_pgs.data.sequential.sequential_data import check_enough_shards
-from clip_pgs.data.sources import TableSource
-from clip_pgs.data.stream import dataset_kind
-from clip_pgs.data.tar.shard_sizes import size_shards
-from clip_pgs.data.tar.shards import expand_shards, is_remote, is_seekable
-from clip_pgs.data.tar.tar_index import index_shard
-from clip_pgs.data.tar.tar_reader import read_shard, unreadable_shard
-from clip_pgs.data.whereabouts import StalledDataError, time_limit
+from clip_pgs.data.decoding import time_limit
+from clip_pgs.data.plan import SampleRef
+from clip_pgs.data.samples import RawSample, decode_captions, decode_image
+from clip_pgs.data.shards import expand_shards, is_remote, is_seekable
+from clip_pgs.data.skips import BadSampleError, NoUsableSampleError, Skip, StalledDataError
+from clip_pgs.data.stream import dataset_kind, read_table
+from clip_pgs.data.streaming import check_enough_shards
+from clip_pgs.data.tables import TableSource
+from clip_pgs.data.tar import index_shard, read_shard, size_shards, unreadable_shard
 
 _NUM_READERS = 8
 # Of thousands of shards, all are opened, but only so many are read in.
@@ -74,7 +65,7 @@ def preflight(args: argparse.Namespace, *, world_size: int) -> list[str]:
                 looks = _look_at_rows(TableSource(read_table(args, path)))
             elif kind == "webdataset":
                 shards = expand_shards(path)
-                looks = _look_at_shards(shards)
+                looks = _look_at_shards(shards, args.caption_key)
             else:
                 continue
             warnings += _judge(looks, flag)
@@ -93,27 +84,32 @@ def _look_at_rows(source: TableSource) -> list[_Look]:
         return list(executor.map(lambda row: _look([source.read(SampleRef(0, row))]), rows))
 
 
-def _look_at_shards(shards: list[str]) -> list[_Look]:
+def _look_at_shards(shards: list[str], caption_key: str | None) -> list[_Look]:
     local = [shard for shard in shards if not is_remote(shard)]
     chosen = {local[index] for index in _spread(len(local), _MAX_DECODED)}
     with ThreadPoolExecutor(_NUM_READERS) as executor:
         looks = list(
             executor.map(
-                lambda shard: _look_into(shard) if shard in chosen else _try_to_open(shard), local
+                lambda shard: (
+                    _look_into(shard, caption_key) if shard in chosen else _try_to_open(shard)
+                ),
+                local,
             )
         )
     remote = next((shard for shard in shards if is_remote(shard)), None)
     if remote is not None:
+        stalled = StalledDataError(f"{remote} gave nothing for {_REMOTE_SECONDS:g} seconds")
         try:
-            with time_limit(_REMOTE_SECONDS):
-                looks.append(_look_into(remote))
-        except StalledDataError:
-            raise ValueError(f"{remote} gave nothing for {_REMOTE_SECONDS:g} seconds") from None
+            with time_limit(_REMOTE_SECONDS, stalled):
+                looks.append(_look_into(remote, caption_key))
+        except StalledDataError as error:
+            raise ValueError(str(error)) from None
     return [look for look in looks if look is not None]
 
 
-def _look_into(shard: str) -> _Look:
-    return _look(islice(read_shard(shard), _PAIRS_PER_SHARD))
+def _look_into(shard: str, caption_key: str | None) -> _Look:
+    items = read_shard(shard, use_json=caption_key is not None)
+    return _look(islice(items, _PAIRS_PER_SHARD), caption_key)
 
 
 def _try_to_open(shard: str) -> _Look | None:
@@ -126,7 +122,9 @@ def _try_to_open(shard: str) -> _Look | None:
     return _Look(False, [Skip(shard, "", "empty shard")]) if is_empty else None
 
 
-def _look(items: Iterator[RawSample | Skip] | list[RawSample | Skip]) -> _Look:
+def _look(
+    items: Iterator[RawSample | Skip] | list[RawSample | Skip], caption_key: str | None = None
+) -> _Look:
     """Decode samples up to the first that can be used."""
     skips = []
     for item in items:
@@ -134,8 +132,8 @@ def _look(items: Iterator[RawSample | Skip] | list[RawSample | Skip]) -> _Look:
             skips.append(item)
             continue
         try:
-            decode_caption(item.caption)
-            decode_image(item.image)
+            decode_captions(item, caption_key=caption_key)
+            decode_image(item)
         except BadSampleError as error:
             skips.append(Skip(item.shard, item.key, error.reason, error.detail))
             continue
@@ -163,10 +161,10 @@ def _check_amount(args: argparse.Namespace, shards: list[str], world_size: int) 
         if not args.dataset_resampled:
             check_enough_shards(len(shards), world_size)
         return []
-    num_samples = sum(size_shards(shards).sizes)
+    num_samples = sum(size_shards(shards)[0])
     warnings = []
     for index in _spread(len(shards), _MAX_COUNTED):
-        stated = size_shards([shards[index]]).sizes[0]
+        stated = size_shards([shards[index]])[0][0]
         counted = len(index_shard(shards[index]))
         if stated != counted:
             path = Path(shards[index])

@@ -1,7 +1,8 @@
-"""One image with its caption: the bytes as stored, and the tensors made of them."""
+"""One image with its captions: the bytes as stored, and the tensors made of them."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,16 +20,20 @@ from clip_pgs.data.decoding import (
     rgb_pixels,
     to_rgb,
 )
-from clip_pgs.data.order import stable_seed
+from clip_pgs.data.plan import stable_seed
+from clip_pgs.data.skips import BadSampleError
 
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")
 CAPTION_SUFFIX = "txt"
+JSON_SUFFIX = "json"
 
 Transform = Callable[[Image.Image], Tensor]
 Tokenize = Callable[[list[str]], Tensor]
 
 # Many times what a text tower takes. A tokenizer's time grows with the square of a word's length.
 _MAX_CHARACTERS = 2000
+# Of a side-car JSON's fields.
+_MAX_NAMED, _MAX_NAME = 12, 50
 
 
 @dataclass(frozen=True)
@@ -39,57 +44,17 @@ class RawSample:
         shard: Where it comes from: a shard or a table.
         key: Its name there.
         image: An encoded image, or None if there is none.
-        caption: UTF-8 text, or None if there is none.
-        visit: How often this epoch came to the shard before; tells repetitions apart.
+        captions: UTF-8 texts, of which one is drawn each epoch; or one side-car JSON.
+        repeat: How often this epoch came to the shard before; tells repetitions apart.
+        suffixes: What members there are in a shard, for messages: ".jpg .txt".
     """
 
     shard: str
     key: str
     image: bytes | None
-    caption: bytes | None
-    visit: int = 0
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A pair, or with an empty key a whole shard, that cannot be used.
-
-    Args:
-        shard: Where it comes from.
-        key: Its name there, or "".
-        reason: A category, to be counted by.
-        detail: What went wrong with this one, or "".
-    """
-
-    shard: str
-    key: str
-    reason: str
-    detail: str = ""
-
-    def __str__(self) -> str:
-        place = f"{self.shard}: {self.key}" if self.key else self.shard
-        return f"{place}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
-
-
-class BadSampleError(ValueError):
-    """A pair that cannot be used, with its reason as a category and a detail."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-
-class UnusableDataError(ValueError):
-    """Data that cannot be trained on; says what was skipped and why."""
-
-
-class NoUsableSampleError(UnusableDataError):
-    """Data without a single usable sample."""
-
-
-class TooManyBadSamplesError(UnusableDataError):
-    """Data of which more is bad than is allowed."""
+    captions: tuple[bytes, ...]
+    repeat: int = 0
+    suffixes: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,16 +66,20 @@ class SampleDecoder:
             for which only what it needs is decoded.
         tokenize: List of B captions to a long tensor of shape (B, T); may draw words at random.
         seed: Seed of the run.
+        caption_key: Fields of the side-car JSON that hold captions, as `--caption-key` names
+            them; None where captions are texts.
     """
 
     transform: Transform
     tokenize: Tokenize
     seed: int
+    caption_key: str | None = None
 
     def __call__(self, raw: RawSample, *, epoch: int) -> tuple[Tensor, Tensor]:
         """Decode one pair; the process's generators, which both parts draw from, are seeded.
 
-        Image and text have a seed each, so that neither's draws depend on the other's.
+        Image and text have a seed each, so that neither's draws depend on the other's. Of several
+        captions one is drawn.
 
         Returns:
             The image (3, H, W) and the tokens (T,): a function of seed, epoch and sample, in
@@ -119,51 +88,66 @@ class SampleDecoder:
         Raises:
             BadSampleError: If image or caption is missing or cannot be read.
         """
-        caption = decode_caption(raw.caption)[:_MAX_CHARACTERS]
+        captions = decode_captions(raw, caption_key=self.caption_key)
         # The folder is left out, so that a data set may move.
         shard_name = raw.shard.rpartition("/")[2]
-        place = (self.seed, epoch, shard_name, raw.key, raw.visit)
+        place = (self.seed, epoch, shard_name, raw.key, raw.repeat)
+        caption = captions[0]
+        if len(captions) > 1:
+            caption = captions[stable_seed("caption", *place) % len(captions)]
         _seed_generators(stable_seed(*place))
         if isinstance(self.transform, RandomCrop):
-            pixels = decode_crop(raw.image, self.transform)
+            pixels = decode_crop(raw, self.transform)
         else:
-            pixels = self.transform(decode_image(raw.image))
+            pixels = self.transform(decode_image(raw))
         _seed_generators(stable_seed("text", *place))
-        return pixels, self.tokenize([caption])[0]
+        return pixels, self.tokenize([caption[:_MAX_CHARACTERS]])[0]
 
 
-def decode_caption(data: bytes | None) -> str:
-    """Decode a caption.
+def decode_captions(raw: RawSample, *, caption_key: str | None = None) -> list[str]:
+    """Decode the captions of a pair; blank ones among several are left out.
+
+    Args:
+        raw: The pair.
+        caption_key: See `SampleDecoder`; several fields are joined by commas. A field holds a
+            text or a list of texts.
+
+    Returns:
+        At least one caption.
 
     Raises:
-        BadSampleError: If it is missing, empty or not UTF-8.
+        BadSampleError: If there is none, or none that is no blank, or one is not UTF-8.
     """
-    if data is None:
-        raise BadSampleError("no caption", f"no .{CAPTION_SUFFIX} member")
-    try:
-        caption = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadSampleError("caption is not UTF-8", str(error)) from error
-    if not caption.strip():
+    if not raw.captions:
+        raise BadSampleError("no caption", _missing_caption(raw, caption_key))
+    if caption_key is None:
+        try:
+            captions = [data.decode("utf-8") for data in raw.captions]
+        except UnicodeDecodeError as error:
+            raise BadSampleError("caption is not UTF-8", str(error)) from error
+    else:
+        captions = _json_captions(raw.captions[0], caption_key.split(","))
+    captions = [caption for caption in captions if caption.strip()]
+    if not captions:
         raise BadSampleError("empty caption")
-    return caption
+    return captions
 
 
-def decode_image(data: bytes | None) -> Image.Image:
-    """Decode an image to 8-bit RGB.
+def decode_image(raw: RawSample) -> Image.Image:
+    """Decode the image of a pair to 8-bit RGB.
 
     Transparency is dropped, as OpenCLIP drops it. 16-bit grey is scaled to 8 bits.
 
     Raises:
         BadSampleError: If it is missing, damaged or cut short.
     """
-    with _reading(data) as image:
+    with _reading(raw) as (image, _):
         image.load()
         return to_rgb(image)
 
 
-def decode_crop(data: bytes | None, crop: RandomCrop) -> Tensor:
-    """Decode what a random crop of an image needs, and cut it out.
+def decode_crop(raw: RawSample, crop: RandomCrop) -> Tensor:
+    """Decode what a random crop of a pair's image needs, and cut it out.
 
     Returns:
         Pixels of shape (3, H, W), uint8.
@@ -171,23 +155,69 @@ def decode_crop(data: bytes | None, crop: RandomCrop) -> Tensor:
     Raises:
         BadSampleError: If the image is missing, damaged or cut short.
     """
-    with _reading(data) as image:
-        assert data is not None
+    with _reading(raw) as (image, data):
         full_size, box = image.size, crop.draw(image)
         pixels = rgb_pixels(image, data, reduction=crop.reduction(box))
     return crop.cut(pixels, box, full_size=full_size)
 
 
 @contextmanager
-def _reading(data: bytes | None) -> Iterator[Image.Image]:
-    """Open an image whose pixels are to be decoded inside the `with` block."""
-    if data is None:
-        raise BadSampleError("no image", "no ." + ", .".join(IMAGE_SUFFIXES) + " member")
+def _reading(raw: RawSample) -> Iterator[tuple[Image.Image, bytes]]:
+    """Open an image, whose pixels are to be decoded inside the `with` block, with its bytes."""
+    if raw.image is None:
+        rule = "no ." + ", .".join(IMAGE_SUFFIXES) + " member"
+        raise BadSampleError("no image", f"{rule}{_found(raw)}{_name_rule(raw, IMAGE_SUFFIXES)}")
     try:
-        with opened_image(data) as image:
-            yield image
+        with opened_image(raw.image) as image:
+            yield image, raw.image
     except UnreadableImageError as error:
         raise BadSampleError("unreadable image", str(error)) from error
+
+
+def _json_captions(data: bytes, keys: list[str]) -> list[str]:
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError("unreadable JSON", f".{JSON_SUFFIX} member: {error}") from error
+    if not isinstance(record, dict):
+        raise BadSampleError("unreadable JSON", f"a {type(record).__name__} in place of an object")
+    found = [record[key] for key in keys if record.get(key) is not None]
+    if not found:
+        names = [repr(name)[:_MAX_NAME] for name in list(record)[:_MAX_NAMED]]
+        fields = ", ".join(names) or "none at all"
+        raise BadSampleError(
+            "no caption", f"--caption-key {','.join(keys)} is no field of the JSON; it has {fields}"
+        )
+    captions = [text for value in found for text in (value if isinstance(value, list) else [value])]
+    for caption in captions:
+        if not isinstance(caption, str):
+            kind = type(caption).__name__
+            raise BadSampleError("caption is no text", f"--caption-key leads to a {kind}")
+        if not caption.isascii() and any("\ud800" <= letter <= "\udfff" for letter in caption):
+            raise BadSampleError("caption is not UTF-8", "the JSON escapes half a character")
+    return captions
+
+
+def _missing_caption(raw: RawSample, caption_key: str | None) -> str:
+    """Say what is there in place of a caption, by what rule that is none, and the cure."""
+    if caption_key is not None:
+        return f"--caption-key needs a .{JSON_SUFFIX} member{_found(raw)}"
+    detail = f"no .{CAPTION_SUFFIX} member{_found(raw)}"
+    if f".{JSON_SUFFIX}" in raw.suffixes.split():
+        return f"{detail}; --caption-key KEY takes captions from a field of the .{JSON_SUFFIX}"
+    return detail + _name_rule(raw, (CAPTION_SUFFIX,))
+
+
+def _found(raw: RawSample) -> str:
+    return f": there is {raw.suffixes} alone" if raw.suffixes else ""
+
+
+def _name_rule(raw: RawSample, wanted: tuple[str, ...]) -> str:
+    """Return the rule that members break, where one is named nearly as it should be."""
+    endings = [suffix.rpartition(".")[2] for suffix in raw.suffixes.split()]
+    if any(ending in wanted for ending in endings):
+        return "; a member's suffix begins at the first dot of its name, so rename 'a.b.jpg'"
+    return "; the members of a pair share a name and follow one another" if endings else ""
 
 
 def _seed_generators(seed: int) -> None:

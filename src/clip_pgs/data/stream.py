@@ -10,24 +10,45 @@ are dealt to processes and workers, as OpenCLIP deals them all.
 from __future__ import annotations
 
 import argparse
+import io
+import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
-from clip_pgs.data.bad_samples import OnSkip, SkipAccount
-from clip_pgs.data.batches import BatchPositions, PlannedBatches
-from clip_pgs.data.captions.text_masking import create_text_masking
+from PIL import Image
+
+from clip_pgs.data.batches import BatchPositions, PlannedBatches, Source, WorkerStatus
 from clip_pgs.data.decoding import faster_transform
 from clip_pgs.data.loader import SampleStream
-from clip_pgs.data.planned_data import DatasetKind, PlannedData, plan_training, plan_validation
-from clip_pgs.data.samples import SampleDecoder, Tokenize, Transform
-from clip_pgs.data.sequential.sequential_batches import SequentialBatches
-from clip_pgs.data.sequential.sequential_data import (
-    count_sequential,
-    num_sequential_workers,
-    sequential_source,
+from clip_pgs.data.plan import (
+    EpochPlan,
+    OrderedPlan,
+    ResampledPlan,
+    RowPlan,
+    SampleRef,
+    ShardPlan,
 )
-from clip_pgs.data.sequential.sequential_sources import OrderedShards
-from clip_pgs.data.tar.shards import count_samples, expand_shards, is_seekable
-from clip_pgs.data.whereabouts import Whereabouts
+from clip_pgs.data.samples import RawSample, SampleDecoder, Tokenize, Transform
+from clip_pgs.data.shards import count_samples, expand_shards, is_seekable, upsampling_weights
+from clip_pgs.data.skips import OnSkip, Skip, SkipAccount
+from clip_pgs.data.streaming import (
+    OrderedShards,
+    ResampledShards,
+    ShuffledShards,
+    StreamingBatches,
+    StreamingSource,
+    check_enough_shards,
+)
+from clip_pgs.data.tables import PairTable, TableSource, read_pairs
+from clip_pgs.data.tar import ShardSource, index_shards, size_shards
+from clip_pgs.data.text_masking import create_text_masking
+
+logger = logging.getLogger(__name__)
+
+DatasetKind = Literal["webdataset", "csv", "synthetic"]
 
 
 def dataset_kind(dataset_type: str, path: str | None, *, flag: str) -> DatasetKind:
@@ -73,9 +94,9 @@ def build_train_stream(
     Args:
         args: OpenCLIP's options: `train_data`, `dataset_type`, `dataset_resampled`,
             `train_data_upsampling_factors`, `train_num_samples`, `csv_*`, `batch_size`,
-            `accum_freq`, `workers`, `seed`; and ours: `text_masking`, `text_tokens`,
-            `text_masking_options`, `data_timeout` (seconds; 0 waits for ever), `max_bad_share`
-            (None allows any).
+            `accum_freq`, `workers`, `seed`; and ours: `caption_key`, `text_masking`,
+            `text_tokens`, `text_masking_options`, `data_timeout` (seconds; 0 waits for ever),
+            `max_bad_share` (None allows any).
         transform: RGB image to a float tensor of shape (3, H, W).
         tokenize: The model's tokenizer: B captions to a long tensor (B, context length).
         rank: This process, in [0, world_size).
@@ -102,15 +123,20 @@ def build_train_stream(
         num_tokens=args.text_tokens,
         **args.text_masking_options,
     )
-    decode = SampleDecoder(faster_transform(transform), shorten, args.seed)
+    decode = SampleDecoder(
+        faster_transform(transform), shorten, args.seed, _caption_key(args, kind)
+    )
 
     if _is_seekable(kind, args.train_data):
-        data = plan_training(args, kind, transform)
+        data = _plan_training(args, kind, transform)
         _require_samples(data)
         num_batches = _num_batches(args, data.num_samples, world_size=world_size)
         account = _training_account(args, on_skip, num_batches=num_batches)
         if rank == 0:
             account.add(data.failures, num_tried=0)
+        if isinstance(data.source, ShardSource):
+            shards = data.source.shards
+            index_shards(shards, start=len(shards) * rank // world_size)
         positions = BatchPositions(
             data.num_samples,
             batch_size=args.batch_size,
@@ -119,20 +145,18 @@ def build_train_stream(
             world_size=world_size,
         )
         num_workers = min(args.workers, num_batches)
-        batches: PlannedBatches | SequentialBatches = PlannedBatches(
-            data.source, data.plan, decode, positions, Whereabouts(num_workers), refill=True
+        batches: PlannedBatches | StreamingBatches = PlannedBatches(
+            data.source, data.plan, decode, positions, WorkerStatus(num_workers), refill=True
         )
     else:
-        source = sequential_source(args, world_size=world_size)
-        num_batches = _num_batches(args, count_sequential(args), world_size=world_size)
+        source = _streaming_source(args, world_size=world_size)
+        num_batches = _num_batches(args, _stated_samples(args), world_size=world_size)
         account = _training_account(args, on_skip, num_batches=num_batches)
-        num_workers = num_sequential_workers(
-            args, num_shards=len(source.shards), num_batches=num_batches, world_size=world_size
-        )
-        batches = SequentialBatches(
+        num_workers = _num_streaming_workers(args, source, num_batches, world_size)
+        batches = StreamingBatches(
             source,
             decode,
-            Whereabouts(num_workers),
+            WorkerStatus(num_workers),
             batch_size=args.batch_size,
             batches_per_epoch=num_batches,
             batches_per_step=args.accum_freq,
@@ -156,8 +180,8 @@ def build_val_stream(
 
     Args:
         args: OpenCLIP's options: `val_data`, `dataset_type`, `val_num_samples`, `csv_*`,
-            `batch_size`, `workers`, `seed`, and our `data_timeout`; synthetic data falls back to
-            `train_num_samples`.
+            `batch_size`, `workers`, `seed`, and our `caption_key` and `data_timeout`; synthetic
+            data falls back to `train_num_samples`.
         transform: RGB image to a float tensor of shape (3, H, W).
         tokenize: List of B captions to a long tensor of shape (B, T).
 
@@ -170,27 +194,27 @@ def build_val_stream(
         NoUsableSampleError: If the shards hold no sample at all.
     """
     kind = dataset_kind(args.dataset_type, args.val_data, flag="--val-data")
-    decode = SampleDecoder(transform, tokenize, args.seed)
+    decode = SampleDecoder(transform, tokenize, args.seed, _caption_key(args, kind))
     account = SkipAccount()
     num_samples: int | None
     if _is_seekable(kind, args.val_data):
-        data = plan_validation(args, kind, transform)
+        data = _plan_validation(args, kind, transform)
         _require_samples(data)
         account.add(data.failures, num_tried=0)
         num_samples = data.num_samples
         positions = BatchPositions(num_samples, batch_size=args.batch_size, num_per_step=None)
         num_workers = min(args.workers, len(positions))
-        batches: PlannedBatches | SequentialBatches = PlannedBatches(
-            data.source, data.plan, decode, positions, Whereabouts(num_workers), refill=False
+        batches: PlannedBatches | StreamingBatches = PlannedBatches(
+            data.source, data.plan, decode, positions, WorkerStatus(num_workers), refill=False
         )
     else:
         shards = expand_shards(args.val_data)
         num_samples = args.val_num_samples or count_samples(shards)
         num_workers = args.workers
-        batches = SequentialBatches(
-            OrderedShards(shards, batch_size=args.batch_size),
+        batches = StreamingBatches(
+            OrderedShards(shards, batch_size=args.batch_size, use_json=bool(args.caption_key)),
             decode,
-            Whereabouts(num_workers),
+            WorkerStatus(num_workers),
             batch_size=args.batch_size,
             batches_per_epoch=None,
         )
@@ -204,11 +228,25 @@ def build_val_stream(
     )
 
 
+def read_table(args: argparse.Namespace, path: str) -> PairTable:
+    """Read a table by the names of its columns; see `read_pairs`."""
+    return read_pairs(
+        Path(path),
+        image_key=args.csv_img_key,
+        caption_key=args.csv_caption_key,
+        separator=args.csv_separator,
+    )
+
+
+def _caption_key(args: argparse.Namespace, kind: DatasetKind) -> str | None:
+    return args.caption_key if kind == "webdataset" else None
+
+
 def _is_seekable(kind: DatasetKind, path: str) -> bool:
     return kind != "webdataset" or all(map(is_seekable, expand_shards(path)))
 
 
-def _require_samples(data: PlannedData) -> None:
+def _require_samples(data: _PlannedData) -> None:
     if data.plan.num_samples == 0:
         account = SkipAccount()
         account.add(data.failures, num_tried=0)
@@ -236,3 +274,140 @@ def _training_account(
         max_bad_share=args.max_bad_share,
         epoch_size=num_batches * args.batch_size,
     )
+
+
+@dataclass(frozen=True)
+class _PlannedData:
+    source: Source
+    plan: EpochPlan
+    num_samples: int  # of an epoch, whether or not the plan has as many
+    failures: list[Skip] = field(default_factory=list)
+
+
+def _plan_training(
+    args: argparse.Namespace, kind: DatasetKind, transform: Callable
+) -> _PlannedData:
+    if kind == "csv":
+        table = read_table(args, args.train_data)
+        plan: EpochPlan = RowPlan(len(table), seed=args.seed)
+        return _PlannedData(TableSource(table), plan, len(table))
+    if kind == "synthetic":
+        return _blank_data(args.train_num_samples, transform)
+
+    shards = expand_shards(args.train_data)
+    sizes, failures = size_shards(shards)
+    if args.dataset_resampled:
+        factors = args.train_data_upsampling_factors
+        weights = None if factors is None else upsampling_weights(args.train_data, factors)
+        plan = ResampledPlan(sizes, weights=weights, seed=args.seed)
+    else:
+        plan = ShardPlan(sizes, seed=args.seed)
+    num_samples = args.train_num_samples
+    if num_samples is None:
+        num_samples = sum(sizes)
+    elif num_samples < 1:
+        raise ValueError(f"--train-num-samples must be >= 1, got {num_samples}")
+    source = ShardSource(shards, use_json=bool(args.caption_key))
+    return _PlannedData(source, plan, num_samples, failures)
+
+
+def _plan_validation(
+    args: argparse.Namespace, kind: DatasetKind, transform: Callable
+) -> _PlannedData:
+    if kind == "csv":
+        table = read_table(args, args.val_data)
+        return _PlannedData(TableSource(table), OrderedPlan([len(table)]), len(table))
+    if kind == "synthetic":
+        num_samples = args.val_num_samples
+        return _blank_data(
+            args.train_num_samples if num_samples is None else num_samples, transform
+        )
+    shards = expand_shards(args.val_data)
+    # Each sample counts in a measurement, whatever is stated beside the shards.
+    sizes, failures = size_shards(shards, use_stated=False)
+    source = ShardSource(shards, use_json=bool(args.caption_key))
+    return _PlannedData(source, OrderedPlan(sizes), sum(sizes), failures)
+
+
+def _blank_data(num_samples: int | None, transform: Callable) -> _PlannedData:
+    if num_samples is None or num_samples < 1:
+        raise ValueError(
+            f"--dataset-type synthetic needs --train-num-samples >= 1, got {num_samples}"
+        )
+    return _PlannedData(
+        _BlankSource(_image_size(transform)), OrderedPlan([num_samples]), num_samples
+    )
+
+
+def _image_size(transform: Callable) -> tuple[int, int]:
+    """Return the (height, width) that a transform's first sized step makes."""
+    for step in getattr(transform, "transforms", []):
+        size = getattr(step, "size", None)
+        if isinstance(size, int):
+            return size, size
+        if isinstance(size, (tuple, list)) and size:
+            return size[0], size[-1]
+    raise ValueError("--dataset-type synthetic needs a transform with a step that has a size")
+
+
+class _BlankSource:
+    """Black images of (height, width) with one caption, to measure training without data."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        buffer = io.BytesIO()
+        Image.new("RGB", size[::-1]).save(buffer, format="PNG")
+        self.image = buffer.getvalue()
+
+    def read(self, ref: SampleRef) -> RawSample | Skip:
+        """Return the one sample there is."""
+        number = str(ref.number)
+        return RawSample("synthetic", number, self.image, (b"Dummy caption",), ref.repeat)
+
+    def describe(self, shard: int, number: int) -> str:
+        """Return the number of the sample."""
+        return f"synthetic: {number}"
+
+
+def _streaming_source(args: argparse.Namespace, *, world_size: int) -> StreamingSource:
+    shards, use_json = expand_shards(args.train_data), bool(args.caption_key)
+    if args.dataset_resampled:
+        factors = args.train_data_upsampling_factors
+        weights = None if factors is None else upsampling_weights(args.train_data, factors)
+        return ResampledShards(shards, weights=weights, seed=args.seed, use_json=use_json)
+    check_enough_shards(len(shards), world_size)
+    return ShuffledShards(shards, seed=args.seed, use_json=use_json)
+
+
+def _stated_samples(args: argparse.Namespace) -> int:
+    """Return the samples of an epoch of `--train-data`, as they are stated."""
+    num_samples = args.train_num_samples
+    if num_samples is None:
+        num_samples = count_samples(expand_shards(args.train_data))
+    if num_samples is None:
+        raise ValueError(
+            f"the number of samples in {args.train_data!r} is not known; give "
+            "--train-num-samples (`python -m clip_pgs.data check` counts them)"
+        )
+    if num_samples < 1:
+        raise ValueError(f"--train-num-samples must be >= 1, got {num_samples}")
+    return num_samples
+
+
+def _num_streaming_workers(
+    args: argparse.Namespace, source: StreamingSource, num_batches: int, world_size: int
+) -> int:
+    """Return as many workers as the shards can feed; say so where that is fewer than asked for."""
+    # A worker with less than one batch of its own would repeat samples within a batch.
+    num_workers = min(args.workers, num_batches)
+    if not args.dataset_resampled:
+        num_workers = min(num_workers, len(source.shards) // world_size)
+    if num_workers < args.workers:
+        logger.warning(
+            "%d workers per process instead of --workers %d: %d shards with %d batches per "
+            "process feed no more",
+            num_workers,
+            args.workers,
+            len(source.shards),
+            num_batches,
+        )
+    return num_workers

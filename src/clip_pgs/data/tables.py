@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 import lzma
+import re
 import tarfile
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-# pandas unpacks a table that is named like an archive.
+from clip_pgs.data.plan import SampleRef
+from clip_pgs.data.samples import RawSample
+from clip_pgs.data.shards import is_remote
+from clip_pgs.data.skips import Skip
+
+logger = logging.getLogger(__name__)
+
+# pandas unpacks a table that is named like an archive; a separator may be a regular expression.
 _READING_ERRORS = (
     ValueError,
     OSError,
     EOFError,
+    re.error,
     pd.errors.ParserError,
     tarfile.TarError,
     zipfile.BadZipFile,
     zlib.error,
     lzma.LZMAError,
 )
+_QUOTE_NONE = 3  # csv.QUOTE_NONE
+_MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -42,49 +57,143 @@ class PairTable:
         return len(self.images)
 
 
+class TableSource:
+    """Pairs of a table; image paths are relative to the working directory, as OpenCLIP's are."""
+
+    def __init__(self, table: PairTable) -> None:
+        self.table = table
+
+    def read(self, ref: SampleRef) -> RawSample | Skip:
+        """Read one row's image file."""
+        table, path, key = str(self.table.path), self.table.images[ref.number], row_name(ref.number)
+        try:
+            # A Path would take a slash out of a URL.
+            with open(path, "rb") as file:
+                image = file.read()
+        except (OSError, ValueError) as error:
+            reason = "image is a URL" if is_remote(path) else "unreadable image file"
+            detail = f"{path!r}; img2dataset makes shards of it" if is_remote(path) else str(error)
+            return Skip(table, key, reason, detail)
+        return RawSample(table, key, image, (self.table.captions[ref.number].encode(),), ref.repeat)
+
+    def describe(self, shard: int, number: int) -> str:
+        """Return the row and its image's path."""
+        return f"{self.table.path}: {row_name(number)} ({self.table.images[number]})"
+
+
+def row_name(number: int) -> str:
+    """Name a row, which a reader of the table counts from 1 below the header."""
+    return f"row {number + 1}"
+
+
 def default_separator(path: Path) -> str:
     """Return the separator that a table's name stands for: a tab for `.tsv`, else a comma."""
     return "\t" if path.suffix.lower() == ".tsv" else ","
 
 
 def read_pairs(path: Path, *, image_key: str, caption_key: str, separator: str) -> PairTable:
-    """Read the image and caption columns of a table.
+    r"""Read the image and caption columns of a table.
 
     Args:
         path: A text file in UTF-8 with a header line.
         image_key: Name of the column of image paths.
         caption_key: Name of the column of captions.
-        separator: What stands between columns.
+        separator: What stands between columns, as OpenCLIP takes it: one character, "\t" in two,
+            or a regular expression.
 
     Raises:
-        ValueError: If the file is missing, is no such table, lacks a column or has no rows.
+        ValueError: If the file is missing, is no such table, lacks a column, has more cells than
+            columns, or has no rows.
     """
-    frame = _read_columns(path, (image_key, caption_key), separator)
-    return PairTable(path, frame[image_key].tolist(), frame[caption_key].tolist())
+    images, captions = _read_columns(path, (image_key, caption_key), separator)
+    return PairTable(path, images, captions)
 
 
 def read_captions(path: Path, *, caption_key: str, separator: str) -> list[str]:
     """Read the captions of a table; see `read_pairs`."""
-    return _read_columns(path, (caption_key,), separator)[caption_key].tolist()
+    return _read_columns(path, (caption_key,), separator)[0]
 
 
-def _read_columns(path: Path, keys: tuple[str, ...], separator: str) -> pd.DataFrame:
+def _read_columns(path: Path, keys: tuple[str, ...], separator: str) -> list[list[str]]:
     if not path.is_file():
         raise ValueError(f"table {str(path)!r} does not exist")
+    status = path.stat()
+    return _read_once(path, keys, separator, status.st_size, status.st_mtime_ns)
+
+
+# The checks of a run read the table that its phases read.
+@lru_cache(maxsize=2)
+def _read_once(
+    path: Path, keys: tuple[str, ...], separator: str, size: int, mtime_ns: int
+) -> list[list[str]]:
+    # A shell hands over a backslash and a t, which OpenCLIP takes for a regular expression.
+    separator = {"\\t": "\t"}.get(separator, separator)
     try:
-        # Captions may say "nan" or "None"; they are text, whatever they look like.
-        frame = pd.read_csv(
-            path, sep=separator, dtype=str, keep_default_na=False, na_filter=False, engine="c"
-        )
+        frame = _read_frame(path, separator)
+        if not isinstance(frame.index, pd.RangeIndex) and (frame.iloc[:, -1] == "").all():
+            # Each row ends with a separator.
+            frame = _read_frame(path, separator, index_col=False)
+        if any(frame[key].str.contains("\n", regex=False).any() for key in keys if key in frame):
+            frame = _without_swallowed_rows(path, frame, keys, separator)
     except _READING_ERRORS as error:
-        raise ValueError(f"table {str(path)!r} cannot be read: {str(error).strip()}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"table {str(path)!r} cannot be read with separator {separator!r}: {reason}"
+        ) from error
+    columns = ", ".join(repr(str(column)) for column in frame.columns)
     for key in keys:
         if key not in frame.columns:
-            columns = ", ".join(repr(str(column)) for column in frame.columns)
             raise ValueError(
                 f"table {str(path)!r} has no column {key!r}; with separator {separator!r} "
                 f"it has {columns}"
             )
     if frame.empty:
         raise ValueError(f"table {str(path)!r} has no rows")
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise ValueError(
+            f"table {str(path)!r} has rows of more cells than its header has names ({columns}), so "
+            "that it is not known which cell is which; name every column"
+        )
+    return [frame[key].tolist() for key in keys]
+
+
+def _read_frame(path: Path, separator: str, **options: Any) -> pd.DataFrame:
+    # Captions may say "nan" or "None"; they are text, whatever they look like.
+    return pd.read_csv(
+        path,
+        sep=separator,
+        dtype=str,
+        keep_default_na=False,
+        na_filter=False,
+        engine="c" if len(separator) == 1 else "python",
+        **options,
+    )
+
+
+def _without_swallowed_rows(
+    path: Path, frame: pd.DataFrame, keys: tuple[str, ...], separator: str
+) -> pd.DataFrame:
+    """Read a table whose quotes seem to hold line breaks anew, or say where they do."""
+    counts: set[int] = set()
+    # A compressed table is no text.
+    with suppress(UnicodeDecodeError), path.open(encoding="utf-8") as file:
+        for line in file:
+            cells = line.rstrip("\n").split(separator) if line.strip() else []
+            # A quote that ends a cell of several lines.
+            closes = any(cell.endswith('"') and not cell.startswith('"') for cell in cells)
+            counts |= {-1 if closes else len(cells)} if cells else set()
+    if counts == {len(frame.columns)} != {1}:
+        logger.info("the quotes in %s are part of its text: no line needs them", path)
+        return _read_frame(path, separator, quoting=_QUOTE_NONE)
+    broken = (
+        frame[list(keys)].apply(lambda cells: cells.str.contains("\n", regex=False)).any(axis=1)
+    )
+    rows = [row_name(number) for number, is_broken in enumerate(broken) if is_broken]
+    logger.warning(
+        "%s: quotes make one cell of several lines in %d rows: %s; where that is not meant, rows "
+        "are lost: a quotation mark that begins a cell must be doubled and quoted",
+        path,
+        len(rows),
+        ", ".join(rows[:_MAX_NAMED]) + (" ..." if len(rows) > _MAX_NAMED else ""),
+    )
     return frame

@@ -25,7 +25,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import open_clip
 from open_clip_train.params import parse_args as parse_trainer_args
 
-from clip_pgs.data.captions.text_masking import TEXT_MASKINGS
+from clip_pgs.data.text_masking import TEXT_MASKINGS
 from clip_pgs.integrations.open_clip.compat import is_bundled_model, trainer_actions
 from clip_pgs.integrations.open_clip.model_config import check_model_config, read_json_object
 from clip_pgs.masking import describe_masking, list_maskings, masking_options
@@ -151,9 +151,14 @@ def _strategy_options_help() -> str:
 
 
 def _text_help() -> str:
-    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in TEXT_MASKINGS.items())
+    meanings = []
+    for name in TEXT_MASKINGS.names():
+        declared = TEXT_MASKINGS.declaration(name)
+        needs = f", needs {declared['needs']}" if declared["needs"] else ""
+        meanings.append(f"{name}: {declared['summary']} ({declared['source']}{needs})")
     return (
-        f"what stays of a training caption. {meanings} (default: none; truncate with --text-tokens)"
+        f"what stays of a training caption, or package.module:function. {'; '.join(meanings)} "
+        "(default: none; truncate with --text-tokens)"
     )
 
 
@@ -238,7 +243,16 @@ class TrainOptions(argparse.Namespace):
     )
 
     text_masking: str = _ours(
-        "none", _text_help, TEXT, "NAME", part=IDENTITY, names=lambda: list(TEXT_MASKINGS)
+        "none", _text_help, TEXT, "NAME", part=IDENTITY, names=TEXT_MASKINGS.names, is_open=True
+    )
+    caption_key: str | None = _ours(
+        None,
+        "in shards, the field of the side-car .json that holds the caption, or a list of captions "
+        "of which one is drawn each epoch; several fields are joined by commas (default: captions "
+        "are .txt; of NAME.0.txt, NAME.1.txt, ... one is drawn each epoch)",
+        TEXT,
+        "KEY",
+        part=IDENTITY,
     )
     text_tokens: int | None = _ours(
         None,
@@ -364,7 +378,8 @@ class TrainOptions(argparse.Namespace):
     )
     data_timeout: float = _ours(
         300.0,
-        "seconds without a batch after which loading has failed (default: 300; 0 waits for ever)",
+        "seconds without a batch after which loading has failed (default: 300; 0 waits for ever); "
+        "with --workers 0, too, though not inside a decoder written in C",
         ENDING,
         "S",
         rule=AT_LEAST_0,

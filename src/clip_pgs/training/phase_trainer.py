@@ -12,9 +12,9 @@ from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 from torch import Tensor
 
-from clip_pgs.data.order import stable_seed
-from clip_pgs.data.pixels import pixel_normalizer
-from clip_pgs.data.whereabouts import StalledDataError
+from clip_pgs.data.decoding import pixel_normalizer
+from clip_pgs.data.plan import stable_seed
+from clip_pgs.data.skips import StalledDataError
 from clip_pgs.integrations.open_clip import CaptionGroups, remove_masking
 from clip_pgs.integrations.open_clip.flops import SampleFlops, count_sample_flops, few_texts
 from clip_pgs.training.build import (

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_pgs.data.order import stable_seed
+from clip_pgs.data.plan import stable_seed
 
 
 def seed_everything(seed: int) -> None:

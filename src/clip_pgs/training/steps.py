@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from clip_pgs.data.samples import UnusableDataError
-from clip_pgs.data.whereabouts import StalledDataError
+from clip_pgs.data.skips import StalledDataError, UnusableDataError
 from clip_pgs.training.checkpoints.saving import RunSaver
 from clip_pgs.training.phase_trainer import PhaseTrainer
 from clip_pgs.training.step import Batch

@@ -8,7 +8,7 @@ import tarfile
 
 import pytest
 
-from clip_pgs.data.samples import Skip, UnusableDataError
+from clip_pgs.data.skips import Skip, UnusableDataError
 from clip_pgs.training.__main__ import main
 from clip_pgs.training.checkpoints.saving import RunSaver
 from clip_pgs.training.survival.exits import StoppedError

@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clip_pgs.data.captions.word_counting import count_shards
-from clip_pgs.data.captions.word_frequencies import write_word_frequencies
+from clip_pgs.data.words import count_shards, write_word_frequencies
 from clip_pgs.data.world.captions import TASKS, hard_negatives
 from clip_pgs.data.world.draw import Drawing, draw_scene
 from clip_pgs.data.world.scene import WORLD_VERSION, Sample, Scene

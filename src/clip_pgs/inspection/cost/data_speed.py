@@ -88,7 +88,7 @@ def measure_data_speed(
     decoder = SampleDecoder(faster_transform(transform), tokenize, seed=0)
 
     def run_ours(data: bytes) -> tuple[Tensor, Tensor]:
-        return decoder(RawSample("shard", "key", data, CAPTION), epoch=0)
+        return decoder(RawSample("shard", "key", data, (CAPTION,)), epoch=0)
 
     def run_open_clip(data: bytes) -> tuple[Tensor, Tensor]:
         return transform(decode("jpg", data)), tokenize(CAPTION.decode())[0]

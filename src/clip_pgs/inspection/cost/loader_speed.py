@@ -8,14 +8,12 @@ from time import perf_counter, sleep
 
 import open_clip
 
-from clip_pgs.data.bad_samples import SkipAccount
-from clip_pgs.data.batches import BatchPositions, PlannedBatches
+from clip_pgs.data.batches import BatchPositions, PlannedBatches, WorkerStatus
 from clip_pgs.data.decoding import faster_transform
-from clip_pgs.data.epoch_plan import RowPlan, SampleRef
 from clip_pgs.data.loader import SampleStream
-from clip_pgs.data.samples import RawSample, SampleDecoder, Skip
-from clip_pgs.data.sources import Source
-from clip_pgs.data.whereabouts import Whereabouts
+from clip_pgs.data.plan import RowPlan, SampleRef
+from clip_pgs.data.samples import RawSample, SampleDecoder
+from clip_pgs.data.skips import Skip, SkipAccount
 
 CAPTION = b"a dog runs over the grass with a ball in its mouth"
 
@@ -41,7 +39,7 @@ class LoaderSpeed:
     waiting_share: float | None
 
 
-class JpegSource(Source):
+class JpegSource:
     """Images in memory, all with one caption.
 
     Args:
@@ -53,9 +51,9 @@ class JpegSource(Source):
 
     def read(self, ref: SampleRef) -> RawSample | Skip:
         """Return an image's bytes."""
-        return RawSample("memory", str(ref.number), self.images[ref.number], CAPTION, ref.visit)
+        return RawSample("memory", str(ref.number), self.images[ref.number], (CAPTION,), ref.repeat)
 
-    def describe(self, part: int, number: int) -> str:
+    def describe(self, shard: int, number: int) -> str:
         """Return the number of an image."""
         return f"image {number}"
 
@@ -128,7 +126,7 @@ def _open_stream(
         RowPlan(len(images), seed=0),
         SampleDecoder(faster_transform(transform), tokenize, seed=0),
         BatchPositions(num_batches * batch_size, batch_size=batch_size, num_per_step=1),
-        Whereabouts(num_workers),
+        WorkerStatus(num_workers),
         refill=True,
     )
     return SampleStream(

@@ -8,17 +8,17 @@ from pathlib import Path
 
 from open_clip_train.distributed import world_info_from_env
 
-from clip_pgs.data.sequential.sequential_data import check_enough_shards
-from clip_pgs.data.stream import DatasetKind, dataset_kind
-from clip_pgs.data.tables import PairTable, read_pairs
-from clip_pgs.data.tar.shard_sizes import size_shards
-from clip_pgs.data.tar.shards import (
+from clip_pgs.data.shards import (
     count_samples,
     expand_shards,
     is_remote,
     is_seekable,
     upsampling_weights,
 )
+from clip_pgs.data.stream import DatasetKind, dataset_kind
+from clip_pgs.data.streaming import check_enough_shards
+from clip_pgs.data.tables import PairTable, read_pairs
+from clip_pgs.data.tar import size_shards
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.phases import phase_options
 
@@ -55,7 +55,7 @@ def num_training_samples(args: TrainOptions) -> int | None:
         return args.train_num_samples
     shards = expand_shards(args.train_data or "")
     if all(map(is_seekable, shards)):
-        return sum(size_shards(shards).sizes)
+        return sum(size_shards(shards)[0])
     return count_samples(shards)
 
 
@@ -74,7 +74,7 @@ def training_files(args: TrainOptions) -> list[str]:
     shards = expand_shards(args.train_data or "")
     if args.dataset_resampled or not all(map(is_seekable, shards)):
         return [_describe_file(shard) for shard in shards]
-    sizes = size_shards(shards).sizes
+    sizes, _ = size_shards(shards)
     return [_describe_file(shard, size) for shard, size in zip(shards, sizes, strict=True)]
 
 
@@ -122,6 +122,7 @@ def _check_training_data(args: TrainOptions) -> None:
             else f"no sizes.json beside {args.train_data} says how many samples there are"
         )
         raise ValueError(f"{reason}; give --train-num-samples")
+    damage = _first_damage(args, kind) if num_samples == 0 else ""
     for phase_args in phase_options(args):
         needed = samples_per_step(phase_args)
         prefix = "--" if phase_args is args else "--unmasked-"
@@ -134,8 +135,16 @@ def _check_training_data(args: TrainOptions) -> None:
             raise ValueError(
                 f"{num_samples} training samples are less than one optimiser step, which takes "
                 f"{needed} ({prefix}batch-size {phase_args.batch_size} x {prefix}accum-freq "
-                f"{phase_args.accum_freq} x {_num_processes()} processes)"
+                f"{phase_args.accum_freq} x {_num_processes()} processes){damage}"
             )
+
+
+def _first_damage(args: TrainOptions, kind: DatasetKind) -> str:
+    """Say what is wrong with the first shard that holds no sample."""
+    shards = expand_shards(args.train_data or "") if kind == "webdataset" else []
+    if not shards or not all(map(is_seekable, shards)):
+        return ""
+    return next((f"; {skip}" for skip in size_shards(shards)[1]), "")
 
 
 def _check_files(args: TrainOptions, path: str | None, *, flag: str) -> None:

@@ -99,6 +99,7 @@ def _idle_groups(args: TrainOptions) -> list[tuple[bool, tuple[str, ...], str]]:
         ),
         (args.unmasked_epochs == 0, _UNMASKED, "without --unmasked-epochs"),
         ("csv" not in kinds, _CSV, "without csv data"),
+        ("webdataset" not in kinds, ("caption_key",), "without shards"),
         ("csv" in kinds, ("train_num_samples",), "with csv data"),
         (args.val_data is None, ("val_frequency", "val_num_samples"), "without --val-data"),
         (not has_imagenet, ("zeroshot_frequency",), "without --imagenet-val"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import open_clip
 import torch
 
-from clip_pgs.data.pixels import pixel_normalizer
+from clip_pgs.data.decoding import pixel_normalizer
 from clip_pgs.training.checks.data import has_training_data, num_training_samples
 from clip_pgs.training.checks.model import image_size, read_model_config
 from clip_pgs.training.options import TrainOptions

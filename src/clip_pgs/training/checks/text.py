@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clip_pgs.data.captions.text_masking import create_text_masking
+from clip_pgs.data.text_masking import create_text_masking
 from clip_pgs.training.checks.model import context_length, make_tokenizer
 from clip_pgs.training.options import TrainOptions
 

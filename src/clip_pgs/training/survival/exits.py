@@ -19,8 +19,7 @@ from types import TracebackType
 
 from torch.distributed import DistError
 
-from clip_pgs.data.samples import UnusableDataError
-from clip_pgs.data.whereabouts import StalledDataError
+from clip_pgs.data.skips import StalledDataError, UnusableDataError
 from clip_pgs.training.survival.interrupts import INTERRUPTED, Interrupts
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from clip_pgs.common import append_line
-from clip_pgs.data.samples import Skip
+from clip_pgs.data.skips import Skip
 from clip_pgs.training.telemetry.lenient import Lenient
 from clip_pgs.training.telemetry.sinks import keep_lines_before
 

@@ -15,8 +15,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from clip_pgs.data.captions.text_masking import TEXT_MASKINGS, create_text_masking
-from clip_pgs.data.captions.word_frequencies import WordFrequencies, write_word_frequencies
+from clip_pgs.data.text_masking import TEXT_MASKINGS, create_text_masking
+from clip_pgs.data.words import WordFrequencies, write_word_frequencies
 
 CLIP = open_clip.SimpleTokenizer()
 START, END = CLIP.sot_token_id, CLIP.eot_token_id
@@ -101,7 +101,7 @@ def test_block_random_and_shuffle_keep_what_they_promise():
     assert shuffled != sorted(shuffled, key=caption.index)
 
 
-@pytest.mark.parametrize("name", sorted(set(TEXT_MASKINGS) - {"syntax"}))
+@pytest.mark.parametrize("name", sorted(set(TEXT_MASKINGS.names()) - {"syntax"}))
 @pytest.mark.parametrize("num_tokens", [3, 8, 77])
 def test_budget_is_kept_with_start_and_end(name, num_tokens, frequencies):
     tokens = create(name, frequencies, num_tokens=num_tokens)(CAPTIONS)
@@ -142,7 +142,7 @@ def test_filled_budget_holds_as_many_words_as_it_can(frequencies):
     assert (tokens[:, 7] == END).all()
 
 
-@pytest.mark.parametrize("name", sorted(set(TEXT_MASKINGS) - {"syntax"}))
+@pytest.mark.parametrize("name", sorted(set(TEXT_MASKINGS.names()) - {"syntax"}))
 def test_copy_in_another_process_draws_the_same(name, frequencies):
     masked = create(name, frequencies, num_tokens=8)
     seed_all(3)
@@ -154,7 +154,7 @@ def test_copy_in_another_process_draws_the_same(name, frequencies):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("words", {}, "unknown text masking 'words'; choose from none, truncate, block"),
+        ("words", {}, "unknown text masking 'words'; choose from block, frequency, none, "),
         ("block", {}, "--text-masking block needs a budget; give it with --text-tokens"),
         ("syntax", {}, "--text-masking syntax needs a budget; give it with --text-tokens"),
         ("truncate", {"num_tokens": 2}, "--text-tokens must be >= 3, .* got 2"),

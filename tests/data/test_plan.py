@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from clip_pgs.data.epoch_plan import OrderedPlan, ResampledPlan, RowPlan, ShardPlan
+from clip_pgs.data.plan import OrderedPlan, ResampledPlan, RowPlan, ShardPlan, shuffled, stable_seed
 
 SIZES = [
     [1],
@@ -66,7 +66,7 @@ def test_a_reader_of_some_batches_touches_few_shards():
     # The fourth of eight readers, with batches of 256.
     starts = range(3 * 256, plan.num_samples, 8 * 256)
     parts = {
-        plan.sample_at(0, position).part
+        plan.sample_at(0, position).shard
         for start in starts
         for position in range(start, start + 256, 32)
     }
@@ -75,7 +75,7 @@ def test_a_reader_of_some_batches_touches_few_shards():
 
 def test_order_is_the_same_in_every_process():
     program = (
-        "import json; from clip_pgs.data.epoch_plan import ShardPlan; "
+        "import json; from clip_pgs.data.plan import ShardPlan; "
         "plan = ShardPlan([9, 70, 30], seed=5); "
         "print(json.dumps([plan.sample_at(2, p) for p in range(109)]))"
     )
@@ -123,3 +123,16 @@ def test_drawn_samples_exist_and_have_visits_of_their_own(sizes):
     found = places(plan, stop=min(3 * plan.num_samples, 5000))
     assert all(0 <= number < sizes[part] for part, number, _ in found)
     assert len(set(found)) == len(found)
+
+
+def test_seed_is_the_same_on_every_machine():
+    assert stable_seed("mix", 0, 3) == 5750050549365187520
+
+
+def test_seed_tells_parts_apart():
+    assert len({stable_seed(1, 23), stable_seed(12, 3), stable_seed("1", 23), stable_seed(1)}) == 4
+
+
+def test_shuffled_depends_on_its_seed_alone():
+    assert shuffled(range(50), 1) == shuffled(range(50), 1)
+    assert shuffled(range(50), 1) != shuffled(range(50), 2)

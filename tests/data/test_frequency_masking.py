@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from clip_pgs.data.captions.frequency_masking import FrequencyMasking
-from clip_pgs.data.captions.word_frequencies import WordFrequencies, write_word_frequencies
+from clip_pgs.data.text_masking import FrequencyMasking
+from clip_pgs.data.words import WordFrequencies, write_word_frequencies
 
 COUNTS = {"a": 6400, "dog": 900, "runs": 400, "seldom": 100}
 NUM_WORDS = 10_000

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from clip_pgs.data.tar.shard_sizes import size_shards
+from clip_pgs.data.tar import size_shards
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def shards(make_shards):
 
 
 def sizes(shards, **options):
-    return size_shards([str(shard) for shard in shards], **options).sizes
+    return size_shards([str(shard) for shard in shards], **options)[0]
 
 
 def test_stated_sizes_are_believed(shards):
@@ -41,8 +41,6 @@ def test_changed_shard_is_counted_again(shards):
 def test_shard_that_cannot_be_counted_is_empty_and_named_once(shards):
     shards[1].write_bytes(b"no tar")
     named = [str(shards[number]) for number in (0, 1, 1)]
-    found = size_shards(named, use_stated=False)
-    assert found.sizes == [3, 0, 0]
-    assert [(skip.shard, skip.reason) for skip in found.failures] == [
-        (named[1], "unreadable shard")
-    ]
+    found, failures = size_shards(named, use_stated=False)
+    assert found == [3, 0, 0]
+    assert [(skip.shard, skip.reason) for skip in failures] == [(named[1], "unreadable shard")]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from clip_pgs.data.__main__ import main
-from clip_pgs.data.captions.word_counting import count_shard
+from clip_pgs.data.words import count_shard
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import gzip
 
 import pytest
 
-from clip_pgs.data.samples import NoUsableSampleError
+from clip_pgs.data.skips import NoUsableSampleError
 from clip_pgs.data.stream import build_val_stream
+from clip_pgs.data.streaming import shuffled_stream
 from support.streams import AUGMENT, numbers, open_stream, read_from, same, tokenize, with_options
 
 
@@ -128,3 +129,26 @@ def test_validation_gives_every_sample_once_in_order_whatever_the_workers(args, 
     stream = build_val_stream(args, transform=AUGMENT, tokenize=tokenize)
     assert numbers(list(stream)) == list(range(40))
     assert (stream.num_samples, stream.num_batches) == (None, None)
+
+
+@pytest.mark.parametrize("length", [0, 5, 300])
+def test_stream_gives_each_item_once(length):
+    out = list(shuffled_stream(range(length), 0, buffer_size=50, initial_size=10))
+    assert sorted(out) == list(range(length))
+    assert out != list(range(length)) or length == 0
+
+
+def test_stream_reads_no_further_than_its_buffer():
+    num_read = 0
+
+    def items():
+        nonlocal num_read
+        for item in range(1000):
+            num_read += 1
+            yield item
+
+    ahead = []
+    for num_out, _ in enumerate(shuffled_stream(items(), 0, buffer_size=50, initial_size=10), 1):
+        ahead.append(num_read - num_out)
+    assert ahead[0] == 10
+    assert max(ahead) == 50

@@ -15,6 +15,10 @@ from braceexpand import braceexpand
 logger = logging.getLogger(__name__)
 
 MAX_SHARDS = 2**18
+# Samples that a file beside the shards may state: more than any data set has.
+_MAX_COUNT = 2**40
+_MAX_DOUBTFUL = 10**6  # of one shard, that are believed whatever its size
+_BLOCK = 512  # bytes of a tar archive, of which each sample takes at least one
 _MAX_BRACES = 20
 _MAX_DIGITS = 15
 _NUMBER_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
@@ -114,6 +118,35 @@ def count_samples(shards: list[str]) -> int | None:
     return total
 
 
+def stated_sizes(shards: list[str]) -> dict[str, int]:
+    """Return what the `sizes.json` in their folders state of local shards.
+
+    Args:
+        shards: Expanded local shards that are not compressed.
+
+    Raises:
+        ValueError: If a `sizes.json` cannot be understood, or states more samples than a shard can
+            hold.
+    """
+    folders: dict[Path, dict[str, int]] = {}
+    stated = {}
+    for shard in shards:
+        path = Path(shard)
+        file = path.parent / "sizes.json"
+        if path.parent not in folders:
+            folders[path.parent] = read_sizes(file) if file.is_file() else {}
+        number = folders[path.parent].get(path.name)
+        if number is not None:
+            stated[shard] = number
+            # A shard that was cut short keeps its number, so that no other sample moves.
+            if number > _MAX_DOUBTFUL and number > (size := path.stat().st_size) // _BLOCK:
+                raise ValueError(
+                    f"{file} says that {path.name} has {number} samples, more than its {size} "
+                    "bytes can hold; mend it or remove it"
+                )
+    return stated
+
+
 def read_sizes(path: Path) -> dict[str, int]:
     """Read a `sizes.json`.
 
@@ -126,21 +159,23 @@ def read_sizes(path: Path) -> dict[str, int]:
     try:
         sizes = json.loads(path.read_text(encoding="utf-8"))
         return {str(name): _count(size) for name, size in sizes.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ValueError(f"{path} must map shard names to sample counts: {error}") from error
 
 
 def _read_length(path: Path) -> int:
     try:
         return _count(path.read_text(encoding="utf-8").strip())
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{path} must hold one whole number: {error}") from error
 
 
 def _count(value: object) -> int:
-    if isinstance(value, (int, str)) and not isinstance(value, bool) and int(value) >= 0:
-        return int(value)
-    raise ValueError(f"{value!r} is no count")
+    if isinstance(value, (int, str)) and not isinstance(value, bool):
+        number = int(value)
+        if 0 <= number <= _MAX_COUNT:
+            return number
+    raise ValueError(f"{value!r:.50} is no count")
 
 
 def _expand_braces(source: str) -> list[str]:

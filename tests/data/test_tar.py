@@ -1,16 +1,17 @@
 from __future__ import annotations
 
+import bz2
 import io
+import lzma
 import os
 import subprocess
 import tarfile
 
 import pytest
 
-from clip_pgs.data.samples import Skip
-from clip_pgs.data.tar.tar_headers import UnusualArchiveError, list_plain_files
-from clip_pgs.data.tar.tar_index import index_shard
-from clip_pgs.data.tar.tar_reader import read_shard
+from clip_pgs.data import tar
+from clip_pgs.data.skips import Skip
+from clip_pgs.data.tar import cache_paths, index_shard, index_shards, read_shard
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 LONG = "folder/" * 20 + "name" * 30
@@ -25,17 +26,6 @@ def by_index(path):
     finally:
         os.close(file)
     return [*reversed(items), *([index.failure] if index.failure else [])]
-
-
-def is_plain(path):
-    file = os.open(path, os.O_RDONLY)
-    try:
-        list_plain_files(file)
-    except UnusualArchiveError:
-        return False
-    finally:
-        os.close(file)
-    return True
 
 
 def write(path, members, *, tar_format=tarfile.PAX_FORMAT, mtime=0, pax_headers=None):
@@ -74,7 +64,6 @@ def test_pairs_are_those_of_reading_through(tmp_path, tar_format):
     write(tmp_path / "0.tar", PAIRS, tar_format=tar_format)
     assert by_index(tmp_path / "0.tar") == list(read_shard(str(tmp_path / "0.tar")))
     assert len(by_index(tmp_path / "0.tar")) == 6
-    assert is_plain(tmp_path / "0.tar")
 
 
 @pytest.mark.parametrize(
@@ -89,8 +78,7 @@ def test_long_and_foreign_names_are_whole(tmp_path, tar_format):
     write(tmp_path / "0.tar", members, tar_format=tar_format, mtime=1234.5)
     items = by_index(tmp_path / "0.tar")
     assert [item.key for item in items] == names
-    assert [item.caption.decode() for item in items] == names
-    assert is_plain(tmp_path / "0.tar")
+    assert [item.captions[0].decode() for item in items] == names
 
 
 @pytest.mark.parametrize("option", ["--format=gnu", "--format=posix"])
@@ -112,7 +100,6 @@ def test_files_with_holes_are_filled(tmp_path, option):
 def test_archives_out_of_the_ordinary_are_read_like_others(tmp_path):
     members = [PAIRS[0], ("a.png", None), PAIRS[1], ("folder.x/", b""), *PAIRS[2:]]
     write(tmp_path / "0.tar", members, pax_headers={"comment": "for all members"})
-    assert not is_plain(tmp_path / "0.tar")
     assert by_index(tmp_path / "0.tar") == list(read_shard(str(tmp_path / "0.tar")))
 
 
@@ -154,7 +141,7 @@ def test_compressed_shard_asks_to_be_unpacked(tmp_path):
         str(tmp_path / "0.tar"),
         "",
         "unreadable shard",
-        "compressed with gzip; unpack it, or let its name say so",
+        "it is no tar archive but compressed with gzip; unpack it, or let its name end in .tar.gz",
     )
 
 
@@ -182,3 +169,125 @@ def test_shard_that_shrinks_while_open_gives_no_half_sample(tmp_path):
         items = [index.read(file.fileno(), number) for number in range(len(index))]
     assert [item.reason for item in items[2:]] == ["unreadable shard"] * 4
     assert "cut short" in items[-1].detail
+
+
+FOREIGN = {
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n": "git lfs pull",
+    b"\n<!DOCTYPE html><html>": "an HTML page",
+    b"<html>404</html>" * 99: "an HTML page",
+    b"PK\x03\x04" + bytes(600): "a zip archive",
+    b"\x28\xb5\x2f\xfd" + bytes(600): "zstd",
+    b"PAR1" + bytes(600): "a Parquet table",
+    bz2.compress(bytes(999)): "bzip2",
+    lzma.compress(bytes(999)): "xz",
+    b'{"error": 404}': "a JSON document",
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_what_is_there_in_place_of_a_shard_is_told(tmp_path, content):
+    path = tmp_path / "0.tar"
+    path.write_bytes(content)
+    for item in (*by_index(path), *read_shard(str(path))):
+        assert item.reason == "unreadable shard"
+        assert FOREIGN[content] in item.detail
+    if content[:1] in b"v\n<{P":
+        (skip,) = read_shard(f"pipe:cat {path}")
+        assert FOREIGN[content] in skip.detail
+
+
+@pytest.mark.parametrize("name", ["version https:/x.jpg", "{a}.jpg", "PAR1.jpg", "<html.jpg"])
+def test_shard_whose_first_name_looks_like_something_else_is_read(tmp_path, name):
+    write(tmp_path / "0.tar", [(name, b"x"), ("b.txt", b"y")])
+    assert len(by_index(tmp_path / "0.tar")) == 2
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """Return a shard whose index is kept, beside it or in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tar, "_MIN_CACHED", 3)
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "0.tar", PAIRS)
+    return tmp_path / "data" / "0.tar"
+
+
+def forbid_indexing(monkeypatch):
+    def fail(*args):
+        raise AssertionError("indexed anew")
+
+    monkeypatch.setattr(tar, "_make_index", fail)
+
+
+def test_index_is_kept_beside_the_shard_and_used_again(large, monkeypatch):
+    expected = by_index(large)
+    assert [path.name for path in sorted(large.parent.iterdir())] == [".0.tar.index", "0.tar"]
+    forbid_indexing(monkeypatch)
+    assert by_index(large) == expected == list(read_shard(str(large)))
+
+
+def test_index_of_a_folder_that_cannot_be_written_is_in_the_users_cache(large, monkeypatch):
+    # Root may write anywhere: a folder in the place of the file stops all.
+    cache_paths(str(large))[0].mkdir()
+    expected = by_index(large)
+    assert cache_paths(str(large))[1].is_file()
+    forbid_indexing(monkeypatch)
+    assert by_index(large) == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: write(path, PAIRS[:2]),
+        lambda path: os.utime(path, (1, 1)),
+        lambda path: path.write_bytes(path.read_bytes() + bytes(512)),
+    ],
+)
+def test_index_of_a_shard_that_changed_is_made_anew(large, change):
+    by_index(large)
+    change(large)
+    cached = cache_paths(str(large))[0]
+    before = cached.read_bytes()
+    assert by_index(large) == list(read_shard(str(large)))
+    assert cached.read_bytes() != before or len(by_index(large)) < 3
+
+
+def test_index_that_is_damaged_is_made_anew(large):
+    expected = by_index(large)
+    cached = cache_paths(str(large))[0]
+    good = cached.read_bytes()
+    head, _, body = good.partition(b"\n")
+    damaged = [
+        b"",
+        b"no index",
+        head,
+        head + b"\n" + body[:-1],
+        head + b"\n" + body[:-16],
+        head + b"\n" + body + bytes(16),
+        head.replace(b'"samples": ', b'"samples": 9') + b"\n" + body,
+        head.replace(b'"key_bytes": ', b'"key_bytes": 1') + b"\n" + body,
+        head.replace(b'"version": ', b'"version": 9') + b"\n" + body,
+        head + b"\n" + b"\xff" * len(body),
+        b"[" * 100_000,
+    ]
+    for content in damaged:
+        cached.write_bytes(content)
+        assert by_index(large) == expected
+        assert cached.read_bytes() == good
+
+
+def test_shards_are_indexed_in_several_processes_with_the_same_result(large, monkeypatch, caplog):
+    shards = []
+    for number in range(6):
+        shards.append(str(large.with_name(f"{number}.tar")))
+        write(large.with_name(f"{number}.tar"), PAIRS[: 2 * number + 1])
+    alone = index_shards(shards)
+    for path in large.parent.glob(".*.index"):
+        path.unlink()
+    monkeypatch.setattr(tar, "_counted", {})
+    monkeypatch.setattr(tar, "_SECONDS_ALONE", 0.0)
+    monkeypatch.setattr(tar, "_SECONDS_BETWEEN_REPORTS", 0.0)
+    caplog.set_level("INFO")
+    together = index_shards(shards, start=4)
+    assert {shard: together[shard] for shard in shards} == alone
+    assert "indexed 6 of 6 shards" in caplog.text

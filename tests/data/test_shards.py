@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from clip_pgs.data.tar.shards import count_samples, expand_shards, upsampling_weights
+from clip_pgs.data.shards import count_samples, expand_shards, stated_sizes, upsampling_weights
 
 
 @pytest.fixture
@@ -99,6 +99,14 @@ def test_count_is_unknown_where_a_folder_or_url_states_none(folder):
         ("sizes.json", "[3]"),
         ("sizes.json", '{"00.tar": -1}'),
         ("sizes.json", '{"00.tar": 1.5}'),
+        ("sizes.json", '{"00.tar": 1000000000000000000}'),
+        ("sizes.json", '{"00.tar": "1e9"}'),
+        ("sizes.json", '{"00.tar": NaN}'),
+        ("sizes.json", '{"00.tar": true}'),
+        ("sizes.json", '{"00.tar": 1' + "0" * 5000 + "}"),
+        ("sizes.json", "[" * 100_000),
+        ("__len__", "9" * 30),
+        ("__len__", "9" * 5000),
         ("__len__", "__import__('os').getpid()"),
         ("__len__", "-4"),
     ],
@@ -127,3 +135,9 @@ def test_each_shard_weighs_what_its_source_does(folder):
 def test_unfit_upsampling_factors_are_refused(folder, factors, message):
     with pytest.raises(ValueError, match=message):
         upsampling_weights(f"{folder}/00.tar::{folder}/01.tar", factors)
+
+
+def test_more_samples_than_a_shard_can_hold_are_refused_by_name(folder):
+    (folder / "sizes.json").write_text('{"00.tar": 2000000}')
+    with pytest.raises(ValueError, match=r"00\.tar has 2000000 samples, more than its 0 bytes"):
+        stated_sizes([f"{folder}/00.tar"])

@@ -1,20 +1,66 @@
-"""The account of the samples that cannot be used."""
+"""Samples that cannot be used: why, how many, and when there are too many of them."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
 from collections.abc import Callable
-
-from clip_pgs.data.samples import NoUsableSampleError, Skip, TooManyBadSamplesError
+from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
-
-OnSkip = Callable[[Skip], object]
 
 _MAX_LOGGED = 10
 # Below this a share says little. Shorter epochs are judged as a whole.
 _MIN_TRIED = 1000
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A pair, or with an empty key a whole shard, that cannot be used.
+
+    Args:
+        shard: Where it comes from.
+        key: Its name there, or "".
+        reason: A category, to be counted by.
+        detail: What went wrong with this one, or "".
+    """
+
+    shard: str
+    key: str
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.shard}: {self.key}" if self.key else self.shard
+        return f"{place}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+class BadSampleError(ValueError):
+    """A pair that cannot be used, with its reason as a category and a detail."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class UnusableDataError(ValueError):
+    """Data that cannot be trained on; says what was skipped and why."""
+
+
+class NoUsableSampleError(UnusableDataError):
+    """Data without a single usable sample."""
+
+
+class TooManyBadSamplesError(UnusableDataError):
+    """Data of which more is bad than is allowed."""
+
+
+class StalledDataError(RuntimeError):
+    """Data that stopped coming; says what was being read."""
+
+
+OnSkip = Callable[[Skip], object]
 
 
 class SkipAccount:

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from clip_pgs.data.captions.word_frequencies import (
+from clip_pgs.data.words import (
     WordFrequencies,
     read_word_frequencies,
     write_word_frequencies,

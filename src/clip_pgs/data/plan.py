@@ -2,24 +2,26 @@
 
 A plan is a pure function of the seed, the epoch and the sizes of the data: it knows neither
 ranks nor workers nor batches, so that a run may go on with others of them, at any position,
-without reading what comes before.
+without reading what comes before. Nothing here keeps state: OpenCLIP's sample shuffle seeds
+itself from process id and time, so that no two of its runs see the same order.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from statistics import median_low
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from clip_pgs.data.order import permutation, shuffled, stable_seed
+T = TypeVar("T")
 
 # Lanes are read side by side. Enough of them to mix, few enough to keep their shards open.
 MAX_LANES = 256
@@ -28,21 +30,45 @@ _CHUNK = 32
 # Samples that change places within a shard.
 _WINDOW = 4096
 # Samples drawn from a shard before another is drawn.
-_VISIT = 512
+_RUN = 512
+
+
+def stable_seed(*parts: int | str) -> int:
+    """Return a seed in [0, 2**63) that depends on the parts alone, on every machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def shuffled(items: Iterable[T], *parts: int | str) -> list[T]:
+    """Return the items in an order that depends on the parts alone."""
+    order = list(items)
+    random.Random(stable_seed(*parts)).shuffle(order)
+    return order
+
+
+def permutation(size: int, *parts: int | str) -> np.ndarray:
+    """Return the numbers below `size` in an order that depends on the parts alone.
+
+    Returns:
+        Shape (size,), the smallest unsigned integers that hold them.
+    """
+    # Numpy promises the numbers of RandomState, and of no other generator, for all time.
+    generator = np.random.RandomState(stable_seed(*parts) % 2**32)
+    return generator.permutation(size).astype(np.min_scalar_type(max(size - 1, 0)))
 
 
 class SampleRef(NamedTuple):
     """A sample of the data, and which of its appearances in an epoch this is.
 
     Args:
-        part: Its shard, in [0, number of shards); 0 in a table.
+        shard: In [0, number of shards); 0 in a table.
         number: Its place there, from 0.
-        visit: Tells appearances apart; 0 for the first.
+        repeat: Tells appearances apart; 0 for the first.
     """
 
-    part: int
+    shard: int
     number: int
-    visit: int = 0
+    repeat: int = 0
 
 
 class EpochPlan(ABC):
@@ -63,7 +89,7 @@ class OrderedPlan(EpochPlan):
     """Every sample once, in the order of the data.
 
     Args:
-        sizes: Samples of each part.
+        sizes: Samples of each shard.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
@@ -72,10 +98,10 @@ class OrderedPlan(EpochPlan):
 
     def sample_at(self, epoch: int, position: int) -> SampleRef:
         """Return the sample at a position, the same in each epoch."""
-        visit, position = divmod(position, self.num_samples)
-        part = bisect_right(self._ends, position)
-        start = self._ends[part - 1] if part else 0
-        return SampleRef(part, position - start, visit)
+        repeat, position = divmod(position, self.num_samples)
+        shard = bisect_right(self._ends, position)
+        start = self._ends[shard - 1] if shard else 0
+        return SampleRef(shard, position - start, repeat)
 
 
 class RowPlan(EpochPlan):
@@ -92,9 +118,9 @@ class RowPlan(EpochPlan):
 
     def sample_at(self, epoch: int, position: int) -> SampleRef:
         """Return the row at a position."""
-        visit, position = divmod(position, self.num_samples)
-        rows = _row_order(self.num_samples, self._seed, epoch, visit)
-        return SampleRef(0, int(rows[position]), visit)
+        repeat, position = divmod(position, self.num_samples)
+        rows = _row_order(self.num_samples, self._seed, epoch, repeat)
+        return SampleRef(0, int(rows[position]), repeat)
 
 
 class ShardPlan(EpochPlan):
@@ -116,10 +142,10 @@ class ShardPlan(EpochPlan):
 
     def sample_at(self, epoch: int, position: int) -> SampleRef:
         """Return the sample at a position."""
-        visit, position = divmod(position, self.num_samples)
+        repeat, position = divmod(position, self.num_samples)
         lane, place = self._in_lanes(position)
         first, end = self._lane_start(lane), self._lane_start(lane + 1)
-        line, starts = _line_of(self, epoch, visit)
+        line, starts = _line_of(self, epoch, repeat)
         nth = bisect_right(starts, first + place) - 1
         shard, shard_start = line[nth], starts[nth]
 
@@ -129,13 +155,13 @@ class ShardPlan(EpochPlan):
         window = offset // _WINDOW * _WINDOW
         size = min(_WINDOW, end - first - window)
         place_in_shard = first - shard_start + window
-        moved = _window_order(size, self._seed, epoch, visit, shard, place_in_shard)
-        return SampleRef(shard, place_in_shard + int(moved[offset - window]), visit)
+        moved = _window_order(size, self._seed, epoch, repeat, shard, place_in_shard)
+        return SampleRef(shard, place_in_shard + int(moved[offset - window]), repeat)
 
-    def lay_out(self, epoch: int, visit: int) -> tuple[list[int], list[int]]:
+    def lay_out(self, epoch: int, repeat: int) -> tuple[list[int], list[int]]:
         """Return the filled shards in the order of a pass over an epoch, and where each starts."""
         line = [shard for shard, size in enumerate(self._sizes) if size > 0]
-        line = shuffled(line, "shards", self._seed, epoch, visit)
+        line = shuffled(line, "shards", self._seed, epoch, repeat)
         return line, [0, *accumulate(self._sizes[shard] for shard in line[:-1])]
 
     def _lane_start(self, lane: int) -> int:
@@ -182,42 +208,42 @@ class ResampledPlan(EpochPlan):
         self._ends = list(accumulate(size * weight for size, weight, _ in filled))
         # Small shards are drawn from more often, so that they still mix.
         self._chunk = min(_CHUNK, median_low(self._sizes))
-        self._chunks_per_visit = min(_VISIT, median_low(self._sizes)) // self._chunk
+        self._chunks_per_run = min(_RUN, median_low(self._sizes)) // self._chunk
         self._num_lanes = min(MAX_LANES, len(filled))
-        self._num_repeats = math.ceil(self._visit_length / min(self._sizes))
+        self._num_passes = math.ceil(self._run_length / min(self._sizes))
 
     def sample_at(self, epoch: int, position: int) -> SampleRef:
         """Return the sample at a position; later passes draw on."""
         chunk, offset = divmod(position, self._chunk)
         round_index, lane = divmod(chunk, self._num_lanes)
-        nth_draw, chunk_in_visit = divmod(round_index, self._chunks_per_visit)
+        nth_draw, chunk_in_run = divmod(round_index, self._chunks_per_run)
         shard, numbers = _draw_of(self, epoch, lane, nth_draw)
-        repeat, place = divmod(chunk_in_visit * self._chunk + offset, len(numbers))
+        nth_pass, place = divmod(chunk_in_run * self._chunk + offset, len(numbers))
         # Distinct over the epoch, so that a sample drawn twice is augmented in two ways.
-        visit = (nth_draw * self._num_repeats + repeat) * self._num_lanes + lane
-        return SampleRef(shard, int(numbers[place]), visit)
+        repeat = (nth_draw * self._num_passes + nth_pass) * self._num_lanes + lane
+        return SampleRef(shard, int(numbers[place]), repeat)
 
     def draw(self, epoch: int, lane: int, nth_draw: int) -> tuple[int, np.ndarray]:
         """Return a shard and the samples of it, each once, that follow in a lane.
 
         Returns:
-            The shard, and numbers of shape (V,), V being at most a visit's length.
+            The shard, and numbers of shape (V,), V being at most a run's length.
         """
         place = (self._seed, epoch, lane, nth_draw)
         drawn = random.Random(stable_seed("draw", *place)).random() * self._ends[-1]
         nth = min(bisect_right(self._ends, drawn), len(self._ends) - 1)
-        numbers = permutation(self._sizes[nth], "visit", *place)[: self._visit_length]
+        numbers = permutation(self._sizes[nth], "visit", *place)[: self._run_length]
         return self._shards[nth], numbers.copy()
 
     @property
-    def _visit_length(self) -> int:
-        return self._chunks_per_visit * self._chunk
+    def _run_length(self) -> int:
+        return self._chunks_per_run * self._chunk
 
 
 # What a reader needs again for the samples that follow. Plans are told apart by identity.
 @lru_cache(maxsize=4)
-def _line_of(plan: ShardPlan, epoch: int, visit: int) -> tuple[list[int], list[int]]:
-    return plan.lay_out(epoch, visit)
+def _line_of(plan: ShardPlan, epoch: int, repeat: int) -> tuple[list[int], list[int]]:
+    return plan.lay_out(epoch, repeat)
 
 
 @lru_cache(maxsize=2 * MAX_LANES)

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from clip_pgs.data.samples import RawSample, Skip
-from clip_pgs.data.tar.tar_reader import read_shard
+from clip_pgs.data.samples import RawSample
+from clip_pgs.data.skips import Skip
+from clip_pgs.data.tar import read_shard
 
 
 def test_pairs_come_in_order_with_used_members_alone(tmp_path, make_tar):
@@ -18,19 +19,19 @@ def test_pairs_come_in_order_with_used_members_alone(tmp_path, make_tar):
         ("c.json", b"{}"),
     ]
     make_tar(tmp_path / "0.tar", members)
-    assert list(read_shard(path, visit=2)) == [
-        RawSample(path, "dir/a", b"image a", b"text a", 2),
-        RawSample(path, "b", b"image b", b"text b", 2),
-        RawSample(path, "c", None, None, 2),
+    assert list(read_shard(path, repeat=2)) == [
+        RawSample(path, "dir/a", b"image a", (b"text a",), 2, ".jpg .json .mask.png .txt"),
+        RawSample(path, "b", b"image b", (b"text b",), 2, ".txt .webp"),
+        RawSample(path, "c", None, (), 2, ".json"),
     ]
 
 
 def test_captions_come_without_images(tmp_path, make_tar):
     make_tar(tmp_path / "0.tar", [("a.jpg", b"1"), ("a.txt", b"text"), ("b.png", b"2")])
     samples = list(read_shard(str(tmp_path / "0.tar"), with_images=False))
-    assert [(sample.key, sample.image, sample.caption) for sample in samples] == [
-        ("a", None, b"text"),
-        ("b", None, None),
+    assert [(sample.key, sample.image, sample.captions) for sample in samples] == [
+        ("a", None, (b"text",)),
+        ("b", None, ()),
     ]
 
 
@@ -39,7 +40,10 @@ def test_same_name_twice_in_a_row_is_two_pairs(tmp_path, make_tar):
         tmp_path / "0.tar", [("a.jpg", b"1"), ("a.txt", b"1"), ("a.jpg", b"2"), ("a.txt", b"2")]
     )
     samples = list(read_shard(str(tmp_path / "0.tar")))
-    assert [(sample.image, sample.caption) for sample in samples] == [(b"1", b"1"), (b"2", b"2")]
+    assert [(sample.image, sample.captions) for sample in samples] == [
+        (b"1", (b"1",)),
+        (b"2", (b"2",)),
+    ]
 
 
 def test_folders_links_and_metadata_are_no_pairs(tmp_path, make_tar):
@@ -59,9 +63,8 @@ def test_shard_cut_anywhere_is_noticed_and_keeps_what_came_before(make_shards, p
         *samples, failure = read_shard(shard)
         assert isinstance(failure, Skip)
         assert failure.reason == "unreadable shard"
-        assert [sample for sample in samples if sample.caption] == whole[: len(samples)][
-            : sum(sample.caption is not None for sample in samples)
-        ]
+        found = [(sample.key, sample.captions) for sample in samples if sample.captions]
+        assert found == [(sample.key, sample.captions) for sample in whole][: len(found)]
 
 
 def test_damaged_header_is_not_taken_for_the_end(make_shards):

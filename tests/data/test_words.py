@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from clip_pgs.data.captions.words import find_words, keep_words
+from clip_pgs.data.words import find_words, keep_words
 
 
 @pytest.mark.parametrize(

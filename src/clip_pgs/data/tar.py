@@ -1,0 +1,621 @@
+"""Webdataset shards: their pairs, read in order or at random through an index.
+
+Consecutive members of one name up to the first dot, such as KEY.jpg and KEY.txt, are a pair. A
+stream is read from its beginning. A local file that is not compressed is indexed once, by
+`tarfile`; the index is kept beside the shard as `.NAME.index`, or in the user's cache where that
+folder cannot be written, and holds as long as the shard's size and time do.
+
+A shard may come from anybody: images and captions alone are read, up to a size, and whatever is
+wrong is a `Skip`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import lzma
+import os
+import re
+import resource
+import tarfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any, BinaryIO, Literal, TypeVar
+
+import numpy as np
+from webdataset.gopen import gopen
+
+from clip_pgs.common import atomic_file
+from clip_pgs.data.decoding import MAX_IMAGE_BYTES
+from clip_pgs.data.plan import MAX_LANES, SampleRef
+from clip_pgs.data.samples import CAPTION_SUFFIX, IMAGE_SUFFIXES, JSON_SUFFIX, RawSample
+from clip_pgs.data.shards import is_remote, is_seekable, stated_sizes
+from clip_pgs.data.skips import BadSampleError, Skip, StalledDataError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_CAPTION_BYTES = 2**24
+# Of a header that extends another: names take a few hundred bytes.
+_MAX_HEADER_BYTES = 2**20
+# ValueError: a URL whose scheme webdataset cannot open. MemoryError and what follows: absurd
+# numbers in headers.
+_READING_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    MemoryError,
+    OverflowError,
+    RecursionError,
+    LookupError,
+)
+_EXTENSIONS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_METADATA = re.compile(r"__[^/]*__($|/)")
+# What a file is that is no archive, by how it begins.
+_FOREIGN = {
+    b"version https://git-lfs": "a pointer of git-lfs; `git lfs pull` fetches the shard itself",
+    b"<!doctype html": "an HTML page; the download went wrong",
+    b"<html": "an HTML page; the download went wrong",
+    b"<?xml": "an XML document; the download went wrong",
+    b"\x1f\x8b": "compressed with gzip; unpack it, or let its name end in .tar.gz",
+    b"bzh": "compressed with bzip2; unpack it, or let its name end in .tar.bz2",
+    b"\xfd7zxz": "compressed with xz; unpack it, or let its name end in .tar.xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it",
+    b"pk\x03\x04": "a zip archive; make a tar of it",
+    b"par1": "a Parquet table; img2dataset makes shards of it",
+    b"{": "a JSON document and no archive",
+}
+_HEAD_BYTES = 512
+
+_CACHE_VERSION = 1
+# A smaller shard is indexed in a moment.
+_MIN_CACHED = 200
+_ABSENT = (-1, 0)
+# One for each lane, and for some that change over from one shard to the next.
+_MAX_OPEN = MAX_LANES + 64
+_SECONDS_ALONE = 2.0
+_SECONDS_BETWEEN_REPORTS = 10.0
+# A run asks for the same shards again in its checks and in each of its phases.
+_counted: dict[tuple[str, int, int], tuple[int, Skip | None]] = {}
+
+
+def read_shard(
+    shard: str, *, repeat: int = 0, use_json: bool = False, with_images: bool = True
+) -> Iterator[RawSample | Skip]:
+    """Read a shard's pairs in order; nothing is decoded.
+
+    What was read before a shard turns out to be damaged is kept.
+
+    Args:
+        shard: A local file, a URL or a `pipe:` command.
+        repeat: Passed on to the samples.
+        use_json: Take the side-car JSON for the caption.
+        with_images: Read the images too; without them, captions come without the wait.
+
+    Yields:
+        Pairs, each possibly without image or caption, or a `Skip` in the place of one that is too
+        large. At least one item: a `Skip` without key says that the shard is empty, or cannot be
+        read from here on.
+    """
+
+    def members() -> Iterator[tuple[str, str, bytes | int]]:
+        with (
+            gopen(shard) if is_remote(shard) else open(shard, "rb") as file,
+            _open_tar(file, shard) as tar,
+        ):
+            for key, suffix, member in _regular_members(tar):
+                data: bytes | int = member.size
+                is_image = suffix in IMAGE_SUFFIXES
+                is_used = (is_image and with_images) or _is_caption(suffix, use_json=use_json)
+                if is_used and member.size <= _most_bytes(is_image):
+                    extracted = tar.extractfile(member)
+                    data = extracted.read() if extracted else b""
+                yield key, suffix, data
+
+    def get(data: bytes | int, is_image: bool) -> bytes:
+        if isinstance(data, int):
+            raise _too_large(data, is_image)
+        return data
+
+    for item in _group_members(shard, members()):
+        if isinstance(item, Skip):
+            yield item
+            continue
+        key, group = item
+        image = _image_of(group) if with_images else None
+        suffixes = _describe_suffixes(group)
+        yield _assemble(
+            shard, key, image, _captions_of(group, use_json=use_json), get, repeat, suffixes
+        )
+
+
+def unreadable_shard(shard: str, error: Exception, *, key: str = "") -> Skip:
+    """Return what is recorded of a shard, or of a sample in it, that cannot be read."""
+    return Skip(
+        shard, key, "unreadable shard", " ".join(str(error).split()) or type(error).__name__
+    )
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the pairs of a shard lie, in the order of `read_shard`.
+
+    An offset of -1 stands for no member; below that, for one with holes whose header is at
+    `-2 - offset`.
+
+    Args:
+        shard: Its path.
+        samples: Of type `sample_type`, shape (S,).
+        texts: Offset and size of the C texts, shape (C, 2), int64.
+        suffixes: What members pairs have, which a sample refers to by number.
+        failure: Why there are no more pairs, where there should be.
+    """
+
+    shard: str
+    samples: np.ndarray
+    texts: np.ndarray
+    suffixes: list[str]
+    failure: Skip | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(
+        self, file: int, number: int, *, repeat: int = 0, use_json: bool = False
+    ) -> RawSample | Skip:
+        """Read one pair.
+
+        Args:
+            file: File descriptor of the shard.
+            number: Which, in [0, S).
+            repeat: Passed on to the sample.
+            use_json: Take the side-car JSON for the caption.
+        """
+        sample = self.samples[number]
+        start = self.samples[number - 1]["end"] if number else 0
+        captions = [sample["json"]] if use_json else [*self.texts[start : sample["end"]]]
+        key = bytes(sample["key"]).decode("utf-8", "surrogateescape")
+
+        def get(extent: np.ndarray, is_image: bool) -> bytes:
+            offset, size = map(int, extent)
+            if size > _most_bytes(is_image):
+                raise _too_large(size, is_image)
+            if offset < 0:
+                return _read_with_holes(file, -2 - offset)
+            return _read_exactly(file, offset, size)
+
+        image = None if sample["image"][0] == _ABSENT[0] else sample["image"]
+        captions = [extent for extent in captions if extent[0] != _ABSENT[0]]
+        suffixes = self.suffixes[sample["suffixes"]]
+        try:
+            return _assemble(self.shard, key, image, captions, get, repeat, suffixes)
+        except StalledDataError:
+            raise
+        except _READING_ERRORS as error:
+            return unreadable_shard(self.shard, error, key=key)
+
+
+class ShardSource:
+    """The samples of local shards, in any order; shards in use stay open, with their indexes.
+
+    Args:
+        shards: Expanded local shards that are not compressed.
+        use_json: Take the side-car JSON for the caption.
+    """
+
+    def __init__(self, shards: list[str], *, use_json: bool = False) -> None:
+        self.shards = shards
+        self.use_json = use_json
+        self._open: OrderedDict[int, tuple[ShardIndex, int | None]] = OrderedDict()
+        # Others in this process need files too.
+        self._max_open = min(_MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+    def read(self, ref: SampleRef) -> RawSample | Skip:
+        """Read one sample of a shard."""
+        index, file = self._opened(ref.shard)
+        if file is not None and ref.number < len(index):
+            return index.read(file, ref.number, repeat=ref.repeat, use_json=self.use_json)
+        key = f"sample {ref.number + 1}"
+        if index.failure is not None:
+            return Skip(index.shard, key, index.failure.reason, index.failure.detail)
+        detail = f"the shard has {len(index)}, fewer than its sizes.json says"
+        return Skip(index.shard, key, "no such sample", detail)
+
+    def describe(self, shard: int, number: int) -> str:
+        """Return the shard and the number of the sample."""
+        return f"{self.shards[shard]}: sample {number + 1}"
+
+    def _opened(self, number: int) -> tuple[ShardIndex, int | None]:
+        if number not in self._open:
+            while len(self._open) >= self._max_open:
+                _, file = self._open.popitem(last=False)[1]
+                if file is not None:
+                    os.close(file)
+            shard = self.shards[number]
+            try:
+                file = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+                self._open[number] = index_file(shard, file), file
+            except (OSError, ValueError) as error:
+                self._open[number] = _empty_index(unreadable_shard(shard, error)), None
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process opens its own.
+        return {**self.__dict__, "_open": OrderedDict()}
+
+
+def size_shards(shards: list[str], *, use_stated: bool = True) -> tuple[list[int], list[Skip]]:
+    """Return how many samples each shard holds, and what is wrong with those that were counted.
+
+    Args:
+        shards: Local shards that are not compressed.
+        use_stated: Believe the `sizes.json` in a shard's folder; shards it leaves out are
+            counted, and so are all where there is none.
+
+    Raises:
+        ValueError: If a `sizes.json` cannot be understood.
+    """
+    stated = stated_sizes(shards) if use_stated else {}
+    unknown = list(dict.fromkeys(shard for shard in shards if shard not in stated))
+    counted = index_shards(unknown)
+    sizes = [stated[shard] if shard in stated else counted[shard][0] for shard in shards]
+    return sizes, [skip for _, skip in counted.values() if skip is not None]
+
+
+def index_shards(shards: list[str], *, start: int = 0) -> dict[str, tuple[int, Skip | None]]:
+    """Index shards and keep the indexes; say now and then how far it is.
+
+    What takes more than a moment is done in as many processes as there are cores. Several callers
+    that begin at different places share the work through the indexes they keep.
+
+    Args:
+        shards: Local shards that are not compressed.
+        start: Where in the list to begin; it goes around.
+
+    Returns:
+        Samples of each shard, and what is wrong with it.
+    """
+    order = [*shards[start:], *shards[:start]]
+    found: dict[str, tuple[int, Skip | None]] = {}
+    begun = reported = monotonic()
+    while len(found) < len(order) and monotonic() - begun < _SECONDS_ALONE:
+        shard = order[len(found)]
+        found[shard] = _count(shard)
+    rest = order[len(found) :]
+    if rest:
+        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        num_processes = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+        with ProcessPoolExecutor(min(num_processes, len(rest))) as executor:
+            for shard, counted in zip(rest, executor.map(_count, rest), strict=True):
+                found[shard] = counted
+                if monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
+                    reported = monotonic()
+                    logger.info("indexed %d of %d shards", len(found), len(order))
+    _counted.update((_state_of(shard), counted) for shard, counted in found.items())
+    return found
+
+
+def _count(shard: str) -> tuple[int, Skip | None]:
+    state = _state_of(shard)
+    if state in _counted:
+        return _counted[state]
+    index = index_shard(shard)
+    return len(index), index.failure
+
+
+def _state_of(shard: str) -> tuple[str, int, int]:
+    try:
+        status = os.stat(shard)
+    except (OSError, ValueError):
+        return shard, -1, -1
+    return shard, status.st_size, status.st_mtime_ns
+
+
+def index_shard(shard: str) -> ShardIndex:
+    """Find the pairs of a local shard that is not compressed; what is wrong is in `failure`."""
+    try:
+        file = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        return _empty_index(unreadable_shard(shard, error))
+    try:
+        return index_file(shard, file)
+    finally:
+        os.close(file)
+
+
+def _empty_index(failure: Skip) -> ShardIndex:
+    """Return the index of a shard that cannot be read."""
+    no_texts = np.empty((0, 2), np.int64)
+    return ShardIndex(failure.shard, np.empty(0, sample_type(1)), no_texts, [], failure)
+
+
+def index_file(shard: str, file: int) -> ShardIndex:
+    """Find the pairs of an open shard, from its cached index where that is still true."""
+    status = os.fstat(file)
+    state = {"version": _CACHE_VERSION, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    for path in cache_paths(shard):
+        # Whatever is wrong with such a file, it is made anew.
+        with suppress(Exception):
+            return _read_cache(shard, path, state)
+    index = _make_index(shard, file, status.st_size)
+    if index.failure is None and len(index) >= _MIN_CACHED:
+        for path in cache_paths(shard):
+            with suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write_cache(index, path, state)
+                break
+    return index
+
+
+def cache_paths(shard: str) -> tuple[Path, Path]:
+    """Return where a shard's index is kept: beside it, or else in the user's cache."""
+    path = Path(shard)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    digest = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
+    return path.with_name(f".{path.name}.index"), home / "clip_pgs" / "shards" / f"{digest}.index"
+
+
+def sample_type(key_bytes: int) -> np.dtype:
+    """Return how an index holds a sample: its name, members, and where its texts end."""
+    extent = ("<i8", (2,))
+    return np.dtype(
+        [
+            ("key", f"S{max(key_bytes, 1)}"),
+            ("image", *extent),
+            ("json", *extent),
+            ("end", "<i8"),
+            ("suffixes", "<i4"),
+        ]
+    )
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """Raise where tarfile would take a damaged header for the end, or believe an absurd size."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictTarInfo:
+        """Make a member of its header."""
+        try:
+            member = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf and not any(buf):
+                # The block of zeros that does end an archive.
+                raise
+            raise tarfile.ReadError(f"damaged or cut short: {error}") from error
+        _check_size(member)
+        if member.type in _EXTENSIONS and member.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {member.size} bytes")
+        return member
+
+
+class _Rewound:
+    """A stream of which the first bytes were read and are given out again."""
+
+    def __init__(self, head: bytes, file: BinaryIO) -> None:
+        self._head = head
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        """Return at most so many bytes."""
+        head, self._head = self._head[:size], self._head[size:]
+        return head or self._file.read(size)
+
+
+def _open_tar(file: BinaryIO, shard: str) -> tarfile.TarFile:
+    """Open an archive, or say what is there instead."""
+    head = file.read(_HEAD_BYTES)
+    try:
+        if is_remote(shard):
+            stream: Any = _Rewound(head, file)
+            return tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo)
+        file.seek(0)
+        mode: Literal["r:", "r:*"] = "r:" if is_seekable(shard) else "r:*"
+        return tarfile.open(fileobj=file, mode=mode, tarinfo=_StrictTarInfo)
+    except tarfile.TarError:
+        start = head.lstrip().lower()
+        for magic, what in _FOREIGN.items():
+            if start.startswith(magic):
+                raise tarfile.ReadError(f"it is no tar archive but {what}") from None
+        raise
+
+
+def _regular_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yield key, suffix and header of each file that belongs to a pair."""
+    # In an archive without members, Python 3.10 would look in front of the file for the next one.
+    if tar.offset == 0:
+        return
+    while (member := tar.next()) is not None:
+        # TarFile remembers every member it has seen.
+        tar.members.clear()  # type: ignore[attr-defined]
+        _check_size(member)
+        folder, slash, base = member.name.rpartition("/")
+        stem, dot, suffix = base.partition(".")
+        if member.isreg() and stem and dot and not _METADATA.match(member.name):
+            yield folder + slash + stem, suffix.lower(), member
+
+
+def _check_size(member: tarfile.TarInfo) -> None:
+    # tarfile would go back by as much, and come to the same member for ever.
+    if member.size < 0:
+        raise tarfile.ReadError(f"a member of {member.size} bytes")
+
+
+def _group_members(
+    shard: str, members: Iterator[tuple[str, str, T]]
+) -> Iterator[tuple[str, dict[str, T]] | Skip]:
+    """Yield key and members by suffix of each pair, and at last, where it applies, a `Skip`."""
+    key = ""
+    group: dict[str, T] = {}
+    failure: Skip | None = None
+    is_empty = True
+    while failure is None:
+        try:
+            name, suffix, member = next(members)
+        except StopIteration:
+            break
+        except StalledDataError:
+            raise
+        except _READING_ERRORS as error:
+            failure = unreadable_shard(shard, error)
+            break
+        # Shards written by a merge may hold two pairs of one name in a row.
+        if key and (name != key or suffix in group):
+            yield key, group
+            group = {}
+        key, is_empty = name, False
+        group[suffix] = member
+    if key:
+        yield key, group
+    if is_empty and failure is None:
+        failure = Skip(shard, "", "empty shard")
+    if failure is not None:
+        yield failure
+
+
+def _is_caption(suffix: str, *, use_json: bool) -> bool:
+    if use_json:
+        return suffix == JSON_SUFFIX
+    return suffix.rpartition(".")[2] == CAPTION_SUFFIX
+
+
+def _image_of(group: dict[str, T]) -> T | None:
+    return next((group[suffix] for suffix in IMAGE_SUFFIXES if suffix in group), None)
+
+
+def _captions_of(group: dict[str, T], *, use_json: bool) -> list[T]:
+    """Return the caption, or where there is no KEY.txt the texts KEY.*.txt in their order."""
+    if not use_json and CAPTION_SUFFIX in group:
+        return [group[CAPTION_SUFFIX]]
+    return [group[suffix] for suffix in sorted(group) if _is_caption(suffix, use_json=use_json)]
+
+
+def _describe_suffixes(group: dict[str, T]) -> str:
+    return " ".join(f".{suffix}" for suffix in sorted(group))[:200]
+
+
+def _most_bytes(is_image: bool) -> int:
+    return MAX_IMAGE_BYTES if is_image else MAX_CAPTION_BYTES
+
+
+def _too_large(size: int, is_image: bool) -> BadSampleError:
+    what = "image" if is_image else "caption"
+    return BadSampleError(f"too large {what}", f"{size} bytes, more than {_most_bytes(is_image)}")
+
+
+def _assemble(
+    shard: str,
+    key: str,
+    image: T | None,
+    captions: list[T],
+    get: Callable[[T, bool], bytes],
+    repeat: int,
+    suffixes: str,
+) -> RawSample | Skip:
+    """Make a sample of its members' bytes, which `get` gives; it takes whether one is an image."""
+    try:
+        data = None if image is None else get(image, True)
+        texts = tuple(get(caption, False) for caption in captions)
+    except BadSampleError as error:
+        return Skip(shard, key, error.reason, error.detail)
+    return RawSample(shard, key, data, texts, repeat, suffixes)
+
+
+def _make_index(shard: str, file: int, file_size: int) -> ShardIndex:
+    def extents() -> Iterator[tuple[str, str, tuple[int, int]]]:
+        with open(file, "rb", closefd=False) as stream:
+            stream.seek(0)
+            for key, suffix, member in _regular_members(_open_tar(stream, shard)):
+                # Typeshed knows the list of what is between holes as bytes.
+                pieces: Any = member.sparse
+                stored = member.size if pieces is None else sum(size for _, size in pieces)
+                is_used = suffix in IMAGE_SUFFIXES or _is_caption(suffix, use_json=False)
+                if is_used and member.offset_data + stored > file_size:
+                    raise tarfile.ReadError("unexpected end of data")
+                offset = member.offset_data if pieces is None else -2 - member.offset
+                yield key, suffix, (offset, member.size)
+
+    samples: list[tuple] = []
+    texts: list[tuple[int, int]] = []
+    suffixes: dict[str, int] = {}
+    failure: Skip | None = None
+    for item in _group_members(shard, extents()):
+        if isinstance(item, Skip):
+            failure = item
+            continue
+        key, group = item
+        texts += _captions_of(group, use_json=False)
+        image, side_car = _image_of(group) or _ABSENT, group.get(JSON_SUFFIX, _ABSENT)
+        kind = suffixes.setdefault(_describe_suffixes(group), len(suffixes))
+        samples.append((key.encode("utf-8", "surrogateescape"), image, side_car, len(texts), kind))
+    rows = np.array(samples, sample_type(max((len(sample[0]) for sample in samples), default=1)))
+    return ShardIndex(shard, rows, np.array(texts, np.int64).reshape(-1, 2), [*suffixes], failure)
+
+
+def _write_cache(index: ShardIndex, path: Path, state: dict[str, int]) -> None:
+    head = {
+        **state,
+        "key_bytes": index.samples.dtype["key"].itemsize,
+        "samples": len(index.samples),
+        "suffixes": index.suffixes,
+    }
+    with atomic_file(path) as file:
+        file.write(json.dumps(head).encode() + b"\n")
+        file.write(index.samples.tobytes() + index.texts.astype("<i8").tobytes())
+
+
+def _read_cache(shard: str, path: Path, state: dict[str, int]) -> ShardIndex:
+    """Read a cached index; raise anything where it is not whole, or of another state."""
+    line, _, body = path.read_bytes().partition(b"\n")
+    head = json.loads(line)
+    samples = np.frombuffer(body, sample_type(head["key_bytes"]), count=head["samples"])
+    texts = np.frombuffer(body, "<i8", offset=samples.nbytes).reshape(-1, 2)
+    suffixes, ends, kinds = list(map(str, head["suffixes"])), samples["end"], samples["suffixes"]
+    if (
+        {name: head[name] for name in state} != state
+        or (np.diff(ends, prepend=0) < 0).any()
+        or len(texts) != (ends[-1] if len(ends) else 0)
+        or not ((kinds >= 0) & (kinds < len(suffixes))).all()
+    ):
+        raise ValueError
+    return ShardIndex(shard, samples, texts, suffixes)
+
+
+def _read_exactly(file: int, offset: int, size: int) -> bytes:
+    data = os.pread(file, size, offset)
+    while len(data) < size:
+        # A call may give less.
+        more = os.pread(file, size - len(data), offset + len(data))
+        if not more:
+            raise EOFError("the shard was cut short after it was first read")
+        data += more
+    return data
+
+
+def _read_with_holes(file: int, header: int) -> bytes:
+    """Read a sparse member, whose map of holes tarfile follows."""
+    with open(file, "rb", closefd=False) as stream:
+        stream.seek(header)
+        with tarfile.open(fileobj=stream, mode="r:", tarinfo=_StrictTarInfo) as tar:
+            member = tar.next()
+            extracted = tar.extractfile(member) if member is not None else None
+            if extracted is None:
+                raise EOFError("the shard changed after it was first read")
+            return extracted.read()

@@ -1,1 +1,0 @@
-"""Webdataset shards: which there are, how large they are, and random access to their samples."""

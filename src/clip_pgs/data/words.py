@@ -1,0 +1,307 @@
+"""How often each word stands in the training captions: counted, and kept as a small JSON file.
+
+`python -m clip_pgs.data words` writes it and `--text-masking frequency` reads it.
+
+A word is a run of letters, marks and digits in lower case, with what an apostrophe ties to it
+("don't", "dog's"), or a run of other characters that are no space (",", "..."). So punctuation
+counts, as it does in CLIPF's code, which splits as CLIP's tokenizer does before its merges.
+Deliberate differences: an apostrophe does not end a word, a number is one word, and entities such
+as `&amp;` are not resolved.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import regex
+
+from clip_pgs.common import write_text
+from clip_pgs.data.samples import RawSample, decode_captions
+from clip_pgs.data.skips import BadSampleError, Skip
+from clip_pgs.data.tables import default_separator, read_captions
+from clip_pgs.data.tar import read_shard
+
+_VERSION = 1
+_NUMBERS = ("num_captions", "num_words", "min_count")
+# \u2019 is the typographic apostrophe.
+_WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+(?:['\u2019][\p{L}\p{M}\p{N}]+)*|[^\s\p{L}\p{M}\p{N}]+")
+
+
+class Word(NamedTuple):
+    """A word in its place.
+
+    Args:
+        text: The word in lower case, as it is counted.
+        start: Where it begins in the caption.
+        end: Where it ends there.
+    """
+
+    text: str
+    start: int
+    end: int
+
+
+def find_words(caption: str) -> list[Word]:
+    """Return the words of a caption in order."""
+    return [Word(match[0].lower(), *match.span()) for match in _WORD.finditer(caption)]
+
+
+def keep_words(caption: str, words: Sequence[Word], kept: Sequence[int]) -> str:
+    """Return a caption with only some of its words.
+
+    Words keep their case. Two of them stand without a space between them only where they did.
+
+    Args:
+        caption: The caption.
+        words: All its words, from `find_words`.
+        kept: Which of them stay, ascending.
+    """
+    pieces: list[str] = []
+    end = -1
+    for index in kept:
+        word = words[index]
+        if pieces and word.start != end:
+            pieces.append(" ")
+        pieces.append(caption[word.start : word.end])
+        end = word.end
+    return "".join(pieces)
+
+
+@dataclass(frozen=True)
+class WordFrequencies:
+    """The words of many captions.
+
+    Args:
+        counts: How often each word occurs, most common first; rare ones are left out.
+        num_words: Words in all captions, rare ones and repetitions included.
+        num_captions: Captions they come from.
+        min_count: A word that occurs less often is left out of `counts`.
+    """
+
+    counts: dict[str, int]
+    num_words: int
+    num_captions: int
+    min_count: int
+
+    def drop_probabilities(self, threshold: float) -> dict[str, float]:
+        """Return the probability `1 - sqrt(threshold / frequency)` of each word that has one.
+
+        Args:
+            threshold: The frequency up to which words are never dropped, in (0, 1].
+        """
+        rate = threshold * self.num_words
+        return {
+            word: 1.0 - math.sqrt(rate / count)
+            for word, count in self.counts.items()
+            if count > rate
+        }
+
+    def mean_kept(self, threshold: float) -> float:
+        """Return how many words of a caption stay on average if each is dropped by itself."""
+        dropped = self.drop_probabilities(threshold)
+        num_dropped = sum(self.counts[word] * dropped[word] for word in dropped)
+        return (self.num_words - num_dropped) / self.num_captions
+
+
+def write_word_frequencies(frequencies: WordFrequencies, path: Path) -> None:
+    """Write the file, whole or not at all; the same frequencies give the same bytes.
+
+    Args:
+        frequencies: What to write.
+        path: A new file, or one to replace; missing folders are made.
+    """
+    record = {
+        "version": _VERSION,
+        "num_captions": frequencies.num_captions,
+        "num_words": frequencies.num_words,
+        "min_count": frequencies.min_count,
+        "counts": frequencies.counts,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record, ensure_ascii=False, indent=0) + "\n")
+
+
+def read_word_frequencies(path: Path) -> WordFrequencies:
+    """Read a file that `write_word_frequencies` wrote.
+
+    Raises:
+        ValueError: If there is none, or it holds anything else.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"word frequencies {str(path)!r} do not exist; "
+            f"`python -m clip_pgs.data words SHARDS -o {path}` counts them"
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"word frequencies {str(path)!r} cannot be read: {error}") from error
+    fault = _find_fault(record)
+    if fault is not None:
+        raise ValueError(f"word frequencies {str(path)!r} are of no use: {fault}")
+    return WordFrequencies(
+        record["counts"], *(record[name] for name in ("num_words", "num_captions", "min_count"))
+    )
+
+
+def _find_fault(record: Any) -> str | None:
+    if not isinstance(record, dict) or "version" not in record:
+        return "`python -m clip_pgs.data words` did not write them"
+    if record["version"] != _VERSION:
+        return f"they have version {record['version']!r}, this package reads {_VERSION}"
+    for name in _NUMBERS:
+        if not _is_count(record.get(name)):
+            return f"{name} must be a whole number >= 1, got {record.get(name)!r}"
+    counts = record.get("counts")
+    if not isinstance(counts, dict):
+        return f"counts must map words to counts, got {type(counts).__name__}"
+    for word, count in counts.items():
+        if not _is_count(count):
+            return f"the count of {word!r} must be a whole number >= 1, got {count!r}"
+    if sum(counts.values()) > record["num_words"]:
+        return f"the counts add up to more than num_words, {record['num_words']}"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+@dataclass
+class CaptionCount:
+    """What some captions hold.
+
+    Args:
+        words: How often each word occurs.
+        num_captions: Captions that were counted.
+        skipped: Samples without a caption to count, and unreadable shards, by reason.
+    """
+
+    words: Counter[str] = field(default_factory=Counter)
+    num_captions: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def add_sample(self, item: RawSample | Skip, *, caption_key: str | None = None) -> None:
+        """Count all captions of a picture, or the reason why they cannot be used."""
+        try:
+            if isinstance(item, Skip):
+                raise BadSampleError(item.reason)
+            captions = decode_captions(item, caption_key=caption_key)
+        except BadSampleError as error:
+            self.skipped[error.reason] += 1
+            return
+        for caption in captions:
+            self.words.update(word.text for word in find_words(caption))
+        self.num_captions += len(captions)
+
+    def add(self, other: CaptionCount) -> None:
+        """Add other captions to these."""
+        self.words.update(other.words)
+        self.num_captions += other.num_captions
+        self.skipped.update(other.skipped)
+
+    def frequencies(self, *, min_count: int) -> WordFrequencies:
+        """Return the frequencies, most common first and then by the alphabet.
+
+        Args:
+            min_count: Leave words out that occur less often; at least 1.
+
+        Raises:
+            ValueError: If no caption was counted.
+        """
+        if not self.num_captions:
+            raise ValueError(f"there is no caption to count: {describe_skipped(self.skipped)}")
+        common = {word: count for word, count in self.words.items() if count >= min_count}
+        ordered = sorted(common.items(), key=lambda item: (-item[1], item[0]))
+        return WordFrequencies(dict(ordered), self.words.total(), self.num_captions, min_count)
+
+
+def count_shard(shard: str, *, caption_key: str | None = None) -> CaptionCount:
+    """Count the captions of one shard; its images are not read.
+
+    Args:
+        shard: An expanded shard.
+        caption_key: See `SampleDecoder`.
+    """
+    count = CaptionCount()
+    for item in read_shard(shard, use_json=caption_key is not None, with_images=False):
+        count.add_sample(item, caption_key=caption_key)
+    return count
+
+
+def count_shards(
+    shards: list[str],
+    *,
+    caption_key: str | None = None,
+    num_workers: int = 1,
+    progress: Callable[[int], object] = lambda num_done: None,
+) -> CaptionCount:
+    """Count the captions of shards.
+
+    Args:
+        shards: Expanded shards.
+        caption_key: See `SampleDecoder`.
+        num_workers: Processes; the result does not depend on them.
+        progress: Is told the number of finished shards after each of them.
+
+    Raises:
+        ValueError: If `num_workers` < 1.
+    """
+    if num_workers < 1:
+        raise ValueError(f"--workers must be >= 1, got {num_workers}")
+    total = CaptionCount()
+    with _mapping(min(num_workers, len(shards))) as count_each:
+        count_one = partial(count_shard, caption_key=caption_key)
+        for num_done, count in enumerate(count_each(count_one, shards), start=1):
+            total.add(count)
+            progress(num_done)
+    return total
+
+
+def count_table(path: Path, *, caption_key: str, separator: str | None = None) -> CaptionCount:
+    """Count the captions of a table.
+
+    Args:
+        path: Table with a header line.
+        caption_key: Column of captions.
+        separator: What stands between columns; None goes by the name (`.tsv`: tab).
+
+    Raises:
+        ValueError: If the table cannot be read.
+    """
+    count = CaptionCount()
+    captions = read_captions(
+        path, caption_key=caption_key, separator=separator or default_separator(path)
+    )
+    for caption in captions:
+        count.add_sample(RawSample(str(path), "", None, (caption.encode(),)))
+    return count
+
+
+def describe_skipped(skipped: Counter[str]) -> str:
+    """Return "3 left out (no caption: 2, empty caption: 1)"."""
+    if not skipped:
+        return "none left out"
+    # Equal counts stand in the order of their names, whatever order they came in.
+    ordered = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    reasons = ", ".join(f"{reason}: {number}" for reason, number in ordered)
+    return f"{skipped.total()} left out ({reasons})"
+
+
+@contextmanager
+def _mapping(num_workers: int) -> Iterator[Callable[..., Iterable[CaptionCount]]]:
+    """Give a `map` that runs in several processes, or in this one."""
+    if num_workers <= 1:
+        yield map
+        return
+    with ProcessPoolExecutor(num_workers) as executor:
+        yield executor.map

@@ -1,0 +1,172 @@
+"""Where captions come from: texts, several texts, a field of the side-car JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from clip_pgs.data.__main__ import main
+from clip_pgs.data.preflight import preflight
+from clip_pgs.data.skips import NoUsableSampleError, UnusableDataError
+from support.streams import numbers, open_stream, read_from, same, with_options
+
+
+@pytest.fixture
+def write(tmp_path, make_tar, make_image):
+    """Write a shard of pictures with the members that a function gives for each number."""
+
+    def write_shard(members_of, *, number=12):
+        members = []
+        for index in range(number):
+            members.append((f"{index:03d}.jpg", make_image(index)))
+            members += [
+                (f"{index:03d}.{suffix}", data) for suffix, data in members_of(index).items()
+            ]
+        make_tar(tmp_path / "0.tar", members)
+        return f"{tmp_path}/0.tar"
+
+    return write_shard
+
+
+def with_json(index, **more):
+    """Return a side-car JSON as img2dataset and CC12M-recap write it."""
+    record = {
+        "caption": str(index),
+        "several": [f"{100 + index}", "", f"{200 + index}", f"{300 + index}"],
+        "url": "https://host/x.jpg",
+        **more,
+    }
+    return {"txt": b"999", "json": json.dumps(record).encode()}
+
+
+def several_texts(index):
+    return {f"{n}.txt": f"{100 * n + index}".encode() for n in (1, 2, 3)}
+
+
+@pytest.fixture(params=["json", "texts", "fields"])
+def several(request, write, make_args):
+    """Options for shards of which each picture has three captions: 100, 200 and 300 + number."""
+    if request.param == "texts":
+        return make_args(train_data=write(several_texts), batch_size=4)
+    if request.param == "json":
+        return make_args(train_data=write(with_json), batch_size=4, caption_key="several")
+    path = write(
+        lambda index: with_json(index, a=[f"{100 + index}", f"{200 + index}"], b=f"{300 + index}")
+    )
+    return make_args(train_data=path, batch_size=4, caption_key="a,b")
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_caption_is_a_field_of_the_side_car_json(write, make_args, piped):
+    path = write(with_json)
+    pattern = f"pipe:cat {path}" if piped else path
+    args = make_args(train_data=pattern, train_num_samples=12, batch_size=4, caption_key="caption")
+    stream = open_stream(args)
+    assert sorted(numbers(read_from(stream))) == list(range(12))
+    assert not stream.skipped
+
+
+def test_one_of_several_captions_is_drawn_each_epoch(several):
+    stream = open_stream(several)
+    epochs = [
+        sorted(numbers(read_from(stream, epoch)), key=lambda n: n % 100) for epoch in range(8)
+    ]
+    assert all([number % 100 for number in epoch] == list(range(12)) for epoch in epochs)
+    assert {number // 100 for epoch in epochs for number in epoch} == {1, 2, 3}
+    assert len({tuple(epoch) for epoch in epochs}) == 8
+
+
+def test_the_draw_depends_on_seed_epoch_and_sample_and_survives_a_resume(several):
+    whole = read_from(open_stream(several), 3)
+    assert same(read_from(open_stream(with_options(several, workers=2)), 3), whole)
+    assert same(read_from(open_stream(several), 3, 4), whole[1:])
+    assert not same(read_from(open_stream(with_options(several, seed=1)), 3), whole)
+
+
+def test_drawing_a_caption_leaves_the_image_as_it_is(several, write, make_args):
+    one = read_from(open_stream(make_args(train_data=write(lambda n: {"txt": b"7"}), batch_size=4)))
+    many = read_from(
+        open_stream(with_options(several, train_data=write(several_texts), caption_key=None))
+    )
+    assert all((a[0] == b[0]).all() for a, b in zip(one, many, strict=True))
+
+
+def test_the_plain_text_wins_over_others(write, make_args):
+    path = write(lambda index: {"0.txt": b"999", "txt": str(index).encode(), "1.txt": b"999"})
+    stream = open_stream(make_args(train_data=path, batch_size=4))
+    assert sorted(numbers(read_from(stream))) == list(range(12))
+
+
+BAD_JSON = {
+    "{": "unreadable JSON",
+    "[" * 100_000: "unreadable JSON",
+    "[]": "unreadable JSON",
+    "\ufeff\x00": "unreadable JSON",
+    '{"text": "x"}': "no caption",
+    '{"caption": null}': "no caption",
+    '{"caption": 7}': "caption is no text",
+    '{"caption": ["1", {}]}': "caption is no text",
+    '{"caption": ""}': "empty caption",
+    '{"caption": []}': "empty caption",
+    '{"caption": "\\ud800"}': "caption is not UTF-8",
+    '{"caption": 1' + "0" * 5000 + "}": "unreadable JSON",
+}
+
+
+@pytest.mark.parametrize("text", BAD_JSON)
+def test_bad_json_is_a_bad_sample(write, make_args, text):
+    path = write(lambda index: with_json(index) if index else {"json": text.encode()})
+    stream = open_stream(make_args(train_data=path, batch_size=4, caption_key="caption"))
+    assert set(numbers(read_from(stream))) == set(range(1, 12))
+    assert stream.skipped == {BAD_JSON[text]: 1}
+
+
+@pytest.mark.parametrize(
+    ("members_of", "caption_key", "parts"),
+    [
+        (lambda n: {"json": b"{}"}, None, [".jpg .json", "--caption-key KEY"]),
+        (lambda n: {"caption": b"1"}, None, [".caption .jpg", "share a name and follow"]),
+        (lambda n: {}, None, ["there is .jpg alone", "share a name and follow one another"]),
+        (lambda n: {"json": b'{"text": 1}'}, "caption", ["it has 'text'"]),
+        (lambda n: {"txt": b"1"}, "caption", ["--caption-key needs a .json member", ".jpg .txt"]),
+    ],
+)
+@pytest.mark.parametrize("piped", [False, True])
+def test_what_is_there_in_place_of_a_caption_is_told(
+    write, make_args, members_of, caption_key, parts, piped
+):
+    path = write(members_of)
+    pattern = f"pipe:cat {path}" if piped else path
+    args = make_args(train_data=pattern, train_num_samples=12, caption_key=caption_key)
+    with pytest.raises(UnusableDataError) as error:
+        preflight(args, world_size=1)
+    assert all(part in str(error.value) for part in parts), error.value
+    with pytest.raises(NoUsableSampleError) as error:
+        read_from(open_stream(args))
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_suffix_that_begins_at_the_first_dot_is_told(tmp_path, make_tar, make_image, make_args):
+    make_tar(tmp_path / "0.tar", [("a.b.jpg", make_image(0)), ("a.b.png", b""), ("a.txt", b"1")])
+    with pytest.raises(UnusableDataError, match=r"\.b\.jpg \.b\.png \.txt alone.* first dot"):
+        preflight(make_args(train_data=f"{tmp_path}/0.tar"), world_size=1)
+
+
+def test_pairs_that_are_not_adjacent_are_told(tmp_path, make_tar, make_image, make_args):
+    images = [(f"{n}.jpg", make_image(n)) for n in range(4)]
+    make_tar(tmp_path / "0.tar", [*images, *((f"{n}.txt", b"1") for n in range(4))])
+    with pytest.raises(UnusableDataError, match="share a name and follow one another"):
+        preflight(make_args(train_data=f"{tmp_path}/0.tar"), world_size=1)
+
+
+def test_check_and_words_take_the_key(write, tmp_path, capsys):
+    path = write(with_json)
+    assert main(["check", path, "--caption-key", "several"]) == 0
+    out = tmp_path / "words.json"
+    assert (
+        main(["words", path, "-o", str(out), "--caption-key", "several", "--min-count", "1"]) == 0
+    )
+    assert json.loads(out.read_text())["num_captions"] == 36
+    assert main(["check", path, "--caption-key", "nothing"]) == 1
+    assert "it has 'caption', 'several', 'url'" in capsys.readouterr().out
