@@ -26,10 +26,10 @@ _ASCII = str.maketrans({PLUS_MINUS: "+-", BLANK: "-"})  # for terminals that hav
 _GROUP = ' class="group"'
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~#!$&])")
-# A spreadsheet computes a cell that begins so; one that parts cells at semicolons, each part.
-_FORMULA = r"(?=[\s']*[=+\-@\uff0b\uff0d\uff1d\uff20])"
-_BEFORE_FORMULA = re.compile(rf"(?:^|(?<=;)){_FORMULA}")
-_QUOTED_FORMULA = re.compile(rf"(?:^|(?<=;))'{_FORMULA}")
+# A spreadsheet computes a cell that begins so; one that parts cells at semicolons or tabs, each.
+_FORMULA = r"(?=[\s']*[=+\-@\t\uff0b\uff0d\uff1d\uff20])"
+_BEFORE_FORMULA = re.compile(rf"(?:^|(?<=[;\t])){_FORMULA}")
+_QUOTED_FORMULA = re.compile(rf"(?:^|(?<=[;\t]))'{_FORMULA}")
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)
 
 
@@ -318,7 +318,7 @@ def _csv_cell(value: Any) -> Any:
         return value
     text = "".join(
         c
-        if c.isprintable() or unicodedata.category(c) == "Zs"
+        if c.isprintable() or c == "\t" or unicodedata.category(c) == "Zs"
         else c.encode("unicode_escape").decode()
         for c in value
     )

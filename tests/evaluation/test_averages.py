@@ -1,6 +1,6 @@
 import pytest
 
-from clip_pgs.evaluation.averages import averages
+from clip_pgs.evaluation.report.scores import averages
 from support import reports
 
 ROBUSTNESS = ("imagenet1k", "imagenetv2", "imagenet-a", "imagenet-r", "imagenet-o")

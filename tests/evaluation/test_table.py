@@ -14,11 +14,11 @@ def test_table_shows_percent_average_and_reasons():
         result("color", metrics={"acc1": 0.25, "acc5": 0.75, "mean_per_class_recall": 0.2}),
     ]
     assert format_table(results) == (
-        "zeroshot-classification  acc1  acc5  recall  samples\n"
-        "shape                    50.0     -    40.0      100\n"
+        "zeroshot-classification  acc1           acc5  recall  samples\n"
+        "shape                    50.0              -    40.0      100\n"
         "gone                     missing: no folder gone\n"
-        "color                    25.0  75.0    20.0      100\n"
-        "average (2 of 3)         37.5  75.0    30.0\n"
+        "color                    25.0           75.0    20.0      100\n"
+        "average (2 of 3)         37.5  75.0 (1 of 3)    30.0\n"
     )
 
 
@@ -101,3 +101,16 @@ def test_linear_probe_shows_the_regularisation_it_chose():
         "linear-probe  acc1  acc5  recall  regularisation  samples\n"
         "six           50.0  90.0    40.0           0.316      100\n"
     )
+
+
+def test_names_and_reasons_reach_the_terminal_without_control_characters():
+    text = format_table(
+        [
+            result("a\x1b[2Jb\n", metrics={"acc1": 0.5, "x\x07": 0.1}),
+            result("c", status="failed", error="\x1b]0;title\x07\r\u202e"),
+            result("d", status="failed", error=None),
+        ]
+    )
+    assert all(character.isprintable() or character == "\n" for character in text)
+    assert text.count("\n") == 5
+    assert not text.rstrip().endswith("None")

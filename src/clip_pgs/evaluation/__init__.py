@@ -6,13 +6,13 @@ results = evaluate(load_model("logs/demo"), load_suite("zeroshot-retrieval"))
 print(format_table(results))
 """
 
-from clip_pgs.evaluation.averages import Average, averages
 from clip_pgs.evaluation.datasets import EvalSet
 from clip_pgs.evaluation.models import LoadedModel, check_finite, load_model, weights_digest
+from clip_pgs.evaluation.report.results_table import format_table
+from clip_pgs.evaluation.report.scores import Average, averages
 from clip_pgs.evaluation.results import Result, read_results
 from clip_pgs.evaluation.runner import evaluate
 from clip_pgs.evaluation.suites import SUITES, Scores, Suite, load_suite, register_suite
-from clip_pgs.evaluation.table import format_table
 
 __all__ = [
     "SUITES",

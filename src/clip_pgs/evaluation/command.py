@@ -22,10 +22,11 @@ from clip_pgs.evaluation.datasets import (
     is_remote,
 )
 from clip_pgs.evaluation.models import check_source, load_model, model_name
+from clip_pgs.evaluation.report.command import HTML_NAME, write_report
+from clip_pgs.evaluation.report.results_table import format_table
 from clip_pgs.evaluation.results import CSV_NAME, DONE, MISSING, Result, result_files
 from clip_pgs.evaluation.runner import ERRORS_NAME, Ranks, evaluate, join_ranks
 from clip_pgs.evaluation.suites import load_suite, suites
-from clip_pgs.evaluation.table import format_table
 
 logger = logging.getLogger(__name__)
 
@@ -286,9 +287,6 @@ def _write_report(scored: Sequence[tuple[Path, list[Result]]], args: argparse.Na
     else:
         folder = (scored[0][0] if len(scored) == 1 else Path("eval_results")) / REPORT_NAME
     try:
-        # Figures need matplotlib, which the numbers do not.
-        from clip_pgs.evaluation.report.write import HTML_NAME, write_report
-
         written = write_report(sources, folder)
     except (ValueError, ModuleNotFoundError) as error:
         logger.warning("there is no report: %s", error)

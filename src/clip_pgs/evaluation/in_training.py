@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from clip_pgs.evaluation.averages import averages
 from clip_pgs.evaluation.datasets import PRESENT, check_presence, clean_name
 from clip_pgs.evaluation.models import LoadedModel
+from clip_pgs.evaluation.report.results_table import format_table
+from clip_pgs.evaluation.report.scores import averages
 from clip_pgs.evaluation.results import DONE, Result, epoch_folder
 from clip_pgs.evaluation.runner import evaluate
 from clip_pgs.evaluation.suites import load_suite
-from clip_pgs.evaluation.table import format_table
 
 logger = logging.getLogger(__name__)
 

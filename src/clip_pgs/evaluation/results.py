@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import re
@@ -14,6 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from clip_pgs import tables
 from clip_pgs.common import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
@@ -21,6 +20,7 @@ from clip_pgs.common import (
     one_sentence,
     write_text,
 )
+from clip_pgs.tables import csv_text
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ CSV_NAME = "results.csv"
 _TEXT_COLUMNS = {"suite", "dataset", "status", "error", "model", "pretrained", "weights_digest"}
 _OTHER_COLUMNS = {"samples", "seconds", "date", "task", "location", "language"}
 _EPOCH = re.compile(r"epoch_(\d+)")
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t")
 _REQUIRED = {"suite", "dataset", "status", "samples", "model", "weights_digest"}
 
 
@@ -148,15 +147,12 @@ def write_csv(results: Iterable[Result], path: Path) -> None:
     metric_names = ordered_metrics(results)
     before = ("suite", "dataset", "status", "samples")
     after = ("error", "model", "pretrained", "weights_digest", "seconds", "date")
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(map(_harmless, [*before, *metric_names, *after]))
+    rows = []
     for result in results:
         metrics = [result.metrics.get(name) for name in metric_names]
         start = [getattr(result, name) for name in before]
-        row = [*start, *metrics, *(getattr(result, name) for name in after)]
-        writer.writerow(map(_harmless, row))
-    write_text(path, table.getvalue())
+        rows.append([*start, *metrics, *(getattr(result, name) for name in after)])
+    write_text(path, csv_text([*before, *metric_names, *after], rows))
 
 
 def read_csv(path: Path) -> list[Result]:
@@ -166,10 +162,7 @@ def read_csv(path: Path) -> list[Result]:
         ValueError: If the file is no such table, or has no row.
     """
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [
-            {_unquoted(name): _unquoted(cell) for name, cell in row.items()}
-            for row in csv.DictReader(file)
-        ]
+        rows = tables.read_csv(file)
     if not rows or not rows[0].keys() >= _REQUIRED:
         raise ValueError(
             f"{path} is no table of an evaluation; it needs a row, and the columns "
@@ -195,21 +188,8 @@ def read_csv(path: Path) -> list[Result]:
             )
             for row in rows
         ]
-    except (ValueError, TypeError) as error:
+    except (ValueError, LookupError) as error:
         raise ValueError(f"{path} is no table of an evaluation: {error}") from error
-
-
-def _harmless(cell: Any) -> Any:
-    """Quote a text that a spreadsheet would take for a formula, as spreadsheets do."""
-    if not isinstance(cell, str):
-        return cell
-    cell = cell.replace("\r", " ")
-    return f"'{cell}" if cell.startswith(_FORMULA_STARTS) else cell
-
-
-def _unquoted(cell: Any) -> Any:
-    is_quoted = isinstance(cell, str) and cell[:1] == "'" and cell[1:].startswith(_FORMULA_STARTS)
-    return cell[1:] if is_quoted else cell
 
 
 def ordered_metrics(results: Iterable[Result]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from clip_pgs.evaluation.report import write_report
+from clip_pgs.evaluation.report.command import write_report
 from support.reports import EVIL_NAME, Page, make_result, paper_results, save_results, save_run
 
 

@@ -2,10 +2,9 @@
 
 import pytest
 
-from clip_pgs.evaluation.report import write_report
-from clip_pgs.evaluation.report.figures.epochs import make_panel
-from clip_pgs.evaluation.report.gather import gather_runs
-from clip_pgs.evaluation.report.models import group_by_seed
+from clip_pgs.evaluation.report.command import write_report
+from clip_pgs.evaluation.report.figures import make_panel
+from clip_pgs.evaluation.report.gather import gather_runs, group_by_seed
 from support.reports import Page, make_result, save_checkpoint, save_results, save_run
 
 

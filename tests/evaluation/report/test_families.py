@@ -1,5 +1,5 @@
-from clip_pgs.evaluation.published import read_paper
-from clip_pgs.evaluation.report.families import split_families
+from clip_pgs.evaluation.report.published import read_paper
+from clip_pgs.evaluation.report.scores import split_families
 from support.reports import demo_results, make_result, paper_results
 
 PAPER = read_paper()

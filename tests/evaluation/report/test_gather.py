@@ -3,8 +3,7 @@ import json
 import pytest
 import torch
 
-from clip_pgs.evaluation.report.gather import gather_runs
-from clip_pgs.evaluation.report.models import group_by_seed
+from clip_pgs.evaluation.report.gather import gather_runs, group_by_seed
 from clip_pgs.evaluation.results import write_csv
 from support.reports import demo_results, make_result, save_checkpoint, save_results, save_run
 

@@ -4,15 +4,15 @@ from importlib.resources import files
 
 import pytest
 
-from clip_pgs.evaluation.averages import averages
-from clip_pgs.evaluation.published import read_paper
+from clip_pgs.evaluation.report.published import read_paper
+from clip_pgs.evaluation.report.scores import averages
 from support.reports import make_result
 
 PAPER = read_paper()
 CELLS = [
     row
     for row in csv.DictReader(
-        files("clip_pgs.evaluation.published").joinpath("clip_pgs_cvpr2025.csv").open()
+        files("clip_pgs.evaluation.report").joinpath("clip_pgs_cvpr2025.csv").open()
     )
     if row["suite"] not in ("cost", "ablation") and "average" not in row["dataset"]
 ]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from clip_pgs.evaluation.report import write_report
+from clip_pgs.evaluation.report.command import write_report
 from support.reports import make_result, save_results, save_run
 
 
@@ -67,8 +67,7 @@ def test_the_same_report_twice_is_the_same_folder(folder, tmp_path):
 
 def test_no_earlier_figure_goes_where_the_new_report_cannot_be_made(folder, tmp_path):
     before = names(folder / "figures")
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "broken.json").write_text('{"weights_digest": "x"}')
-    with pytest.raises(ValueError, match="holds no results"):
-        write_report([tmp_path / "bad"], folder)
+    (tmp_path / "broken.json").write_text('{"weights_digest": "x"}')
+    with pytest.raises(ValueError, match="is no result"):
+        write_report([tmp_path / "logs", tmp_path / "broken.json"], folder)
     assert names(folder / "figures") == before

@@ -1,23 +1,81 @@
-"""Find results: in run folders, evaluation folders, single result files and tables of them."""
+"""What a report is about: results, the runs behind them, and the models that the runs are.
+
+Results lie in run folders, evaluation folders, single files and tables of them. What is known of
+a run's training stands in the record inside a checkpoint of this trainer; without one,
+`options.json` and `metrics.jsonl` of the run say most of it, and any other checkpoint leaves
+blanks. A file that is damaged is left out, and a warning names it.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from clip_pgs.common import EVAL_NAME
-from clip_pgs.evaluation.report.training_facts import TrainingFacts, read_training_facts
+from clip_pgs.checkpoint_io import newest_checkpoint, read_checkpoint
+from clip_pgs.common import (
+    CHECKPOINTS_NAME,
+    EVAL_NAME,
+    METRICS_NAME,
+    OPTIONS_NAME,
+    one_sentence,
+)
 from clip_pgs.evaluation.results import (
     Result,
     epoch_folders,
     is_epoch_folder,
     read_csv,
     read_result,
-    read_results,
+    result_files,
     run_of_results,
     run_of_weights,
 )
+from clip_pgs.tables import counted
+
+logger = logging.getLogger(__name__)
+
+# What a report computes with, where the details of a result tell it.
+_COUNTS = ("items", "ties", "classes")
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """A training run in facts; what is not known is "" or None.
+
+    Attributes:
+        architecture: Such as "ViT-B-16".
+        data: The training data as the run names it, whole.
+        masking: Strategy and ratio, such as "pgs 0.5" or "none".
+        samples: Image-caption pairs seen.
+        flops: Floating-point operations over all processes.
+        seconds: Wall time.
+        hardware: Such as "8 x NVIDIA H200".
+        seed: Of the run.
+        recipe: Everything that makes it this experiment except for the seed, as one text; runs
+            with the same text differ in their seed alone.
+    """
+
+    architecture: str = ""
+    data: str = ""
+    masking: str = ""
+    samples: float | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    hardware: str = ""
+    seed: int | None = None
+    recipe: str = field(default="", repr=False)
+
+    @property
+    def short_data(self) -> str:
+        """The last two parts of where the data is, without the names of the shards."""
+        parts = [part for part in re.split(r"[/\\]", self.data.split("::")[0]) if part]
+        if parts and re.search(r"[{*]|\.tar$", parts[-1]):
+            parts = parts[:-1] or parts
+        return "/".join(parts[-2:])
 
 
 @dataclass(frozen=True)
@@ -40,6 +98,35 @@ class Run:
     def weights_digest(self) -> str:
         """SHA-256 of the weights."""
         return self.results[0].weights_digest
+
+
+@dataclass(frozen=True)
+class Model:
+    """Runs with the same recipe and different seeds, or one run.
+
+    Attributes:
+        name: What the names of the runs have in common.
+        runs: At least one.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def training(self) -> TrainingFacts:
+        """What the runs have in common."""
+        return self.runs[0].training
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that are known."""
+        return [run.training.seed for run in self.runs if run.training.seed is not None]
+
+    def mean(self, fact: str) -> float | None:
+        """Return the mean over the runs of "samples", "flops" or "seconds"; None if unknown."""
+        values = [getattr(run.training, fact) for run in self.runs]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known else None
 
 
 def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
@@ -74,52 +161,85 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
         first = next(iter(by_set.values()))
         name = first.model if names.count(first.model) == 1 else f"{first.model} @{digest[:6]}"
         run = run_of_results(folders[digest])
-        training = read_training_facts(run or run_of_weights(first.pretrained), first.pretrained)
         # Other checkpoints of a run have results elsewhere; the curve belongs to the run itself.
         epochs = {} if run is None else _read_epochs(run)
+        training = read_training_facts(run, first.pretrained)
         runs.append(Run(name, tuple(by_set.values()), training, epochs))
     return runs
+
+
+def group_by_seed(runs: Sequence[Run]) -> list[Model]:
+    """Gather runs that differ only in their seed; a run of an unknown recipe stays alone.
+
+    Two runs of the same recipe and the same seed are a repetition and say nothing about the
+    spread over seeds, so that they stay apart from one another.
+
+    Args:
+        runs: In the order to show them.
+    """
+    groups: list[list[Run]] = []
+    for run in runs:
+        for group in groups:
+            seeds = [other.training.seed for other in group]
+            recipe = group[0].training.recipe
+            if recipe and run.training.recipe == recipe and run.training.seed not in seeds:
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    names = [_common_name([run.name for run in group]) for group in groups]
+    for place, name in enumerate(list(names)):
+        earlier = names[:place].count(name)
+        names[place] = f"{name} ({earlier + 1})" if earlier else name
+    return [Model(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
+
+
+def read_training_facts(run: Path | None, weights: str) -> TrainingFacts:
+    """Read what is known of the training behind some results.
+
+    Args:
+        run: The run that the results lie in, None if they lie in none.
+        weights: Where the results say that the weights came from: a checkpoint file or a folder.
+    """
+    try:
+        run = run or run_of_weights(weights)
+        checkpoint: Path | None = None
+        if Path(weights).suffix == ".pt" and Path(weights).is_file():
+            checkpoint = Path(weights)
+        elif run is not None:
+            checkpoint = newest_checkpoint(run / CHECKPOINTS_NAME)
+        record = None if checkpoint is None else _read_record(checkpoint)
+        if checkpoint is not None and record is not None:
+            return _from_record(record, checkpoint)
+        if run is not None and (run / OPTIONS_NAME).is_file():
+            return _from_logs(run)
+    except OSError as error:
+        # Results tell any path, also one that cannot be looked up here.
+        _warn(weights, f"cannot be read ({error.strerror})")
+    return TrainingFacts()
 
 
 def _read_source(source: Path) -> list[tuple[Path, list[Result]]]:
     """Return the results of a source, with the folder that each part lies in."""
     if source.is_file():
-        results = read_csv(source) if source.suffix == ".csv" else _read_json(source)
-        return [(source.parent, results)]
+        results = read_csv(source) if source.suffix == ".csv" else [read_result(source)]
+        sound = [result for result in results if result is not None and _is_sound(result, source)]
+        if not sound:
+            raise ValueError(f"{source} is no result of an evaluation")
+        return [(source.parent, sound)]
     if not source.is_dir():
         raise ValueError(f"there are no results at {source}: it does not exist")
     inside = sorted(path for path in source.iterdir() if path.is_dir() and path.name != EVAL_NAME)
-    places = [
-        source,
-        source / EVAL_NAME,
-        *(place for path in inside for place in (path, path / EVAL_NAME)),
-    ]
+    folders = [folder for place in (source, *inside) for folder in (place, place / EVAL_NAME)]
     parts = [
-        (place, _read_folder(place))
-        for place in places
-        if place.is_dir() and (place == source or not is_epoch_folder(place))
+        (folder, _read_folder(folder))
+        for folder in folders
+        if folder.is_dir() and (folder == source or not is_epoch_folder(folder))
     ]
-    parts = [(place, results) for place, results in parts if results]
+    parts = [(folder, results) for folder, results in parts if results]
     if not parts:
         raise ValueError(f"{source} holds no results; evaluate first, `bash clip-test.sh RUN`")
     return parts
-
-
-def _read_epochs(run: Path) -> dict[int, list[Result]]:
-    """Return what a run scored in training, in the order of the epochs, under the run's name."""
-    epochs = {epoch: _read_files(folder) for epoch, folder in epoch_folders(run).items()}
-    return {
-        epoch: [replace(result, model=run.name) for result in results]
-        for epoch, results in epochs.items()
-        if results
-    }
-
-
-def _read_files(folder: Path) -> list[Result]:
-    try:
-        return read_results(folder)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder} holds a damaged result file: {error}") from error
 
 
 def _read_folder(folder: Path) -> list[Result]:
@@ -135,11 +255,140 @@ def _read_folder(folder: Path) -> list[Result]:
     return [r for r in results if newest is not None and r.weights_digest == newest.weights_digest]
 
 
-def _read_json(path: Path) -> list[Result]:
+def _read_epochs(run: Path) -> dict[int, list[Result]]:
+    """Return what a run scored in training, in the order of the epochs, under the run's name."""
+    epochs = {epoch: _read_files(folder) for epoch, folder in epoch_folders(run).items()}
+    return {
+        epoch: [replace(result, model=run.name) for result in results]
+        for epoch, results in epochs.items()
+        if results
+    }
+
+
+def _read_files(folder: Path) -> list[Result]:
+    return [result for path, result in result_files(folder) if _is_sound(result, path)]
+
+
+def _is_sound(result: Result, path: Path) -> bool:
+    """Say whether a report can compute with a result, and warn where it cannot."""
+    shares = {name: value for name, value in result.metrics.items() if value is not None}
+    counts = {name: result.details[name] for name in _COUNTS if name in result.details}
+    counts["samples"] = result.samples
+    odd = [f"{name} {value}" for name, value in shares.items() if not -1e-6 <= value <= 1 + 1e-6]
+    odd += [f"{name} {value}" for name, value in counts.items() if _number(value) is None]
+    if odd:
+        _warn(path, f"says {', '.join(odd)}")
+    return not odd
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number that is not negative, or None for anything else."""
+    is_number = isinstance(value, int | float) and 0 <= value < 1e40
+    return value if is_number else None
+
+
+def _warn(path: Path | str, what: str) -> None:
+    logger.warning("left out %s: it %s", one_sentence(str(path)), one_sentence(what))
+
+
+def _read_record(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the record of a checkpoint of this trainer; weights are left on the disk."""
     try:
-        result = read_result(path)
-    except TypeError:
-        result = None
-    if result is None:
-        raise ValueError(f"{path} is no result of an evaluation")
-    return [result]
+        record = read_checkpoint(checkpoint, use_mmap=True).get("clip_pgs")
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "recipe" in record else None
+
+
+def _from_record(record: dict[str, Any], checkpoint: Path) -> TrainingFacts:
+    parts = {name: record.get(name, {}) for name in ("recipe", "data", "cost")}
+    if not all(isinstance(part, dict) for part in parts.values()):
+        _warn(checkpoint, "has a record of another shape")
+        return TrainingFacts()
+    recipe, data, cost = parts.values()
+    # A run stopped half way is another experiment than one that went to its end.
+    same = {name: record.get(name) for name in ("model", "masking", "masking_options", "data")}
+    hardware = f"{record.get('world_size', 1)} x {record['device']}" if "device" in record else ""
+    facts = _facts(record, data=data, spent=cost, recipe=recipe)
+    return replace(
+        facts, hardware=hardware, recipe=_as_text([same, facts.recipe, cost.get("steps")])
+    )
+
+
+def _from_logs(run: Path) -> TrainingFacts:
+    try:
+        options = json.loads((run / OPTIONS_NAME).read_text("utf-8"))
+    # The last where it nests too deep.
+    except (ValueError, RecursionError) as error:
+        _warn(run / OPTIONS_NAME, f"cannot be read ({error})")
+        return TrainingFacts()
+    if not isinstance(options, dict):
+        _warn(run / OPTIONS_NAME, "holds no options")
+        return TrainingFacts()
+    spent = _last_measurement(run / METRICS_NAME)
+    facts = _facts(options, data=options, spent=spent, recipe=options)
+    return replace(facts, recipe=_as_text([facts.recipe, spent.get("samples")]))
+
+
+def _facts(
+    choices: dict[str, Any], *, data: dict[str, Any], spent: dict[str, Any], recipe: dict[str, Any]
+) -> TrainingFacts:
+    shards = data.get("train_data") or data.get("dataset_type") or ""
+    seed = recipe.get("seed")
+    return TrainingFacts(
+        architecture=str(choices.get("model") or ""),
+        data=" + ".join(map(str, shards)) if isinstance(shards, list) else str(shards),
+        masking=_masking_name(choices),
+        samples=_number(spent.get("samples")),
+        flops=_number(spent.get("flops")),
+        seconds=_number(spent.get("seconds")),
+        seed=seed if isinstance(seed, int) else None,
+        recipe=_as_text({name: value for name, value in recipe.items() if name != "seed"}),
+    )
+
+
+def _as_text(recipe: Any) -> str:
+    return json.dumps(recipe, sort_keys=True, default=str)
+
+
+def _last_measurement(path: Path) -> dict[str, Any]:
+    """Return the last line that tells what was spent; a killed run can leave half a line."""
+    if not path.is_file():
+        return {}
+    num_odd, found = 0, {}
+    for line in reversed(path.read_bytes().splitlines()):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            num_odd += 1
+            continue
+        if isinstance(entry, dict) and _number(entry.get("samples")) is not None:
+            found = entry
+            break
+    if num_odd:
+        _warn(f"{counted(num_odd, 'line')} of {path}", "is no JSON")
+    return found
+
+
+def _masking_name(options: dict[str, Any]) -> str:
+    """Name a masking with its ratio, and with every other option that was set."""
+    chosen = options.get("masking_options") or {}
+    chosen = dict(chosen) if isinstance(chosen, dict) else {"options": chosen}
+    ratio, lowest = chosen.pop("mask_ratio", None), chosen.pop("mask_ratio_min", None)
+    parts = [str(options.get("masking") or "")]
+    if ratio is not None:
+        parts.append(f"{lowest}-{ratio}" if lowest is not None else f"{ratio}")
+    return " ".join([*parts, *(f"{name}={value}" for name, value in chosen.items())])
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """Return what names begin with, without what announces the seed: "pgs" of "pgs_seed3"."""
+    if len(names) == 1:
+        return names[0]
+    start = names[0]
+    while not all(name.startswith(start) for name in names):
+        start = start[:-1]
+    if all(name[len(start) :].isdigit() for name in names):
+        # Of seeds 10 and 11 the names share a digit.
+        start = start.rstrip("0123456789")
+    return re.sub(r"[\W_]*(seed)?[\W_]*$", "", start, flags=re.IGNORECASE) or names[0]

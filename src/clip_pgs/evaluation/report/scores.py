@@ -1,14 +1,63 @@
-"""Scores of a model: a mean and, over several seeds, a spread, for every set and every average."""
+"""The numbers of a report: averages over data sets, means over seeds, and the rows they stand in.
+
+Averages are those of the CLIP-PGS paper (https://arxiv.org/abs/2503.17080). Robustness:
+`id_average` is the mean over all sets, ImageNet-1K among them, and `ood_average` the mean without
+it. Compositionality: `object` is the mean of SugarCrepe's add_obj, replace_obj and swap_obj,
+`attribute` that of add_att, replace_att and swap_att, and `relation` is replace_rel. The paper's
+printed averages follow from its cells but for these: the `ood_average` of CLIP is 29.9 (printed
+29.0) and of A-CLIP 29.3 (30.3); the `object` average of CLIP is 73.9 (73.7) and of A-CLIP 70.2
+(71.6); the `attribute` average of A-CLIP is 68.5 (68.4) and of E-CLIP 67.9 (68.4).
+
+Data sets are of two families: the paper's, and all others, which no published row is about.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from clip_pgs.evaluation.averages import Average, averages
-from clip_pgs.evaluation.results import DONE, MISSING, Result
+from clip_pgs.evaluation.report.gather import Model
+from clip_pgs.evaluation.report.published import Paper
+from clip_pgs.evaluation.results import DONE, MISSING, Result, ordered_metrics
+from clip_pgs.evaluation.suites import SUITES, Suite, get_suite
+from clip_pgs.tables import PUBLISHED, counted, duration, scaled
+
+RUN, CHANCE = "run", "chance"
+PAPER_SETS, OTHER_SETS = "paper", "other"
+# The sets that others vary, where a result does not say it of itself.
+REFERENCE_NAMES = ("imagenet1k", "shape")
+# Whom a summary names beside a model: the plain method, the paper's best, and guessing.
+COMPARED = ("CLIP", "CLIP-PGS-0.3", "chance")
+
+_CLASS_METRICS = {"acc1": 1, "acc5": 5, "mean_per_class_recall": 1}
+_CLASS_METRICS |= {f"lp_{name}": guesses for name, guesses in _CLASS_METRICS.items()}
+
+
+def suite_of(name: str) -> Suite:
+    """Return what a suite declares; one that is not registered here has its name alone.
+
+    Args:
+        name: As a result tells it. Nothing is imported, whatever it is.
+    """
+    if name in SUITES.names():
+        return get_suite(name)
+    return Suite(
+        name=name,
+        title=name,
+        summary="",
+        task="",
+        types=(),
+        metrics={},
+        main_metrics=(),
+        unit="percent",
+    )
+
+
+def ordered_suites(names: Iterable[str]) -> list[str]:
+    """Return suites once each, in the report's order."""
+    return sorted(dict.fromkeys(names), key=lambda name: suite_of(name).order)
 
 
 class Place(NamedTuple):
@@ -28,6 +77,34 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Average:
+    """One metric, averaged.
+
+    Attributes:
+        suite: Such as "robustness".
+        name: "average", over the suite; "id_average", "ood_average", "object", "attribute" or
+            "relation".
+        metric: Such as "acc1".
+        value: Mean over `sets`, in [0, 1].
+        sets: The data sets that it covers.
+        missing: Those that belong to it but have no such number. Beside published averages such a
+            mean says nothing.
+    """
+
+    suite: str
+    name: str
+    metric: str
+    value: float
+    sets: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every data set that belongs to the average is in it."""
+        return not self.missing
+
+
+@dataclass(frozen=True)
 class Score:
     """A metric over the runs of a model.
 
@@ -44,6 +121,159 @@ class Score:
     num_runs: int = 1
     sets: tuple[str, ...] = ()
     num_members: int = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model in the tables and figures of a suite.
+
+    Attributes:
+        name: Of the model.
+        kind: "published", "run" or "chance".
+        scores: Of the model, by place.
+        facts: What must be known to read its numbers.
+        more: What else is worth knowing.
+        printed: Averages as a paper prints them, by suite and name.
+        ties: Ties and items of each suite that counts ties, means over the runs.
+        num_runs: Seeds.
+    """
+
+    name: str
+    kind: str
+    scores: dict[Place, Score]
+    facts: str = ""
+    more: str = ""
+    printed: dict[tuple[str, str], float] = field(default_factory=dict)
+    ties: dict[str, tuple[float, float]] = field(default_factory=dict)
+    num_runs: int = 1
+
+
+@dataclass(frozen=True)
+class Family:
+    """All rows on one family of data sets.
+
+    Attributes:
+        name: "paper" or "other".
+        entries: Published methods (of the paper's sets), models, and chance (of other sets).
+        sets: Names of the data sets by suite, in order, done or not.
+    """
+
+    name: str
+    entries: tuple[Entry, ...]
+    sets: dict[str, list[str]]
+
+    @property
+    def is_paper(self) -> bool:
+        """Whether these are the paper's data sets."""
+        return self.name == PAPER_SETS
+
+    @property
+    def suites(self) -> list[str]:
+        """The suites in which a model was scored."""
+        return ordered_suites(
+            place.suite for e in self.entries if e.kind == RUN for place in e.scores
+        )
+
+    def rows(self, suite: str) -> list[Entry]:
+        """Return the rows that have a score of a suite."""
+        return [e for e in self.entries if any(place.suite == suite for place in e.scores)]
+
+    def entry(self, name: str) -> Entry | None:
+        """Return the model of a name."""
+        return next((e for e in self.entries if e.kind == RUN and e.name == name), None)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One of the three numbers of a summary, the axes of the paper's Figure 1.
+
+    Attributes:
+        title: Its name.
+        suite: Where it comes from.
+        metric: The metric that is averaged.
+        average: Name of the average.
+        meaning: What it is, for captions.
+    """
+
+    title: str
+    suite: str
+    metric: str
+    average: str
+    meaning: str
+
+    def score(self, entry: Entry) -> Score | None:
+        """Return where a row stands, None where it was not measured."""
+        return entry.scores.get(Place(self.suite, self.average, self.metric, is_average=True))
+
+    def mean_over(self, entry: Entry, sets: Iterable[str]) -> float | None:
+        """Return what a row reaches over just these sets, None where it lacks one."""
+        scores = [entry.scores.get(Place(self.suite, name, self.metric)) for name in sorted(sets)]
+        known = [score.mean for score in scores if score is not None]
+        return statistics.fmean(known) if known and len(known) == len(scores) else None
+
+
+AXES = (
+    Axis(
+        "Generalisation",
+        "zeroshot-classification",
+        "acc1",
+        "average",
+        "mean zero-shot top-1 over the classification sets",
+    ),
+    Axis(
+        "Robustness",
+        "robustness",
+        "acc1",
+        "ood_average",
+        "mean zero-shot top-1 over the shifted sets",
+    ),
+    Axis(
+        "Compositionality",
+        "compositionality",
+        "acc",
+        "average",
+        "mean accuracy over the splits of hard negatives",
+    ),
+)
+
+
+def averages(results: Iterable[Result]) -> list[Average]:
+    """Average the results of one model.
+
+    Args:
+        results: Of any suites, finished or not.
+
+    Returns:
+        The averages, suite by suite in the order of the results. One that covers no data set is
+        left out, and so are `id_average` and `ood_average` where it is unknown which set is the
+        original: the one whose `details` hold `is_reference`, else one of `REFERENCE_NAMES`.
+
+    Raises:
+        ValueError: If the results are those of several models, or of one set twice.
+    """
+    results = list(results)
+    digests = {result.weights_digest for result in results}
+    if len(digests) > 1:
+        raise ValueError(f"averages are of one model's results, got those of {len(digests)}")
+    averaged = []
+    for suite in dict.fromkeys(result.suite for result in results):
+        members = [result for result in results if result.suite == suite]
+        names = [result.dataset for result in members]
+        if len(set(names)) < len(names):
+            raise ValueError(f"averages of {suite} need each data set once, got {', '.join(names)}")
+        done = {result.dataset: result for result in members if result.status == DONE}
+        for name, group in _groups(suite, members).items():
+            for metric in ordered_metrics(done.values()):
+                values = {
+                    dataset: value
+                    for dataset in group
+                    if dataset in done and (value := done[dataset].metrics.get(metric)) is not None
+                }
+                if values:
+                    missing = tuple(dataset for dataset in group if dataset not in values)
+                    mean = sum(values.values()) / len(values)
+                    averaged.append(Average(suite, name, metric, mean, tuple(values), missing))
+    return averaged
 
 
 def score_runs(runs: Sequence[Sequence[Result]]) -> dict[Place, Score]:
@@ -68,11 +298,15 @@ def score_runs(runs: Sequence[Sequence[Result]]) -> dict[Place, Score]:
                     values.setdefault(place, []).append(value)
                     sets[place] = (result.dataset,)
     for results in _on_shared_sets(runs):
-        for average in _distinct(averages(results)):
-            place = Place(average.suite, average.name, average.metric, is_average=True)
-            values.setdefault(place, []).append(average.value)
-            sets[place] = average.sets
-            members = len(average.sets) + len(average.missing)
+        means = averages(results)
+        doubled = {mean.suite for mean in means if mean.name == "id_average"}
+        for mean in means:
+            if mean.name == "average" and mean.suite in doubled:
+                continue
+            place = Place(mean.suite, mean.name, mean.metric, is_average=True)
+            values.setdefault(place, []).append(mean.value)
+            sets[place] = mean.sets
+            members = len(mean.sets) + len(mean.missing)
             num_members[place] = max(members, num_members.get(place, 0))
     return {
         place: Score(
@@ -84,6 +318,164 @@ def score_runs(runs: Sequence[Sequence[Result]]) -> dict[Place, Score]:
         )
         for place, of_runs in values.items()
     }
+
+
+def chance_results(results: Iterable[Result]) -> list[Result]:
+    """Return what guessing scores on the same data sets.
+
+    A class is guessed with 1 / classes, one of two captions with 1 / 2, and the partner among N
+    images (or the captions of N images) lies within the first k with k / N. That is exact
+    for retrieval with one caption per image, and nearly so with several.
+
+    Args:
+        results: Of any models; what is not done is left out.
+
+    Returns:
+        One result per suite and data set, with those metrics whose chance level is known. The
+        number of classes is what a result's `details` tell.
+    """
+    guesses: dict[tuple[str, str], Result] = {}
+    for result in results:
+        if result.status == DONE:
+            guess = replace(result, metrics={}, weights_digest="")
+            guess = guesses.setdefault((result.suite, result.dataset), guess)
+            # A table of results does not tell the classes, and the next model's files may.
+            guess.metrics.update(_chance_metrics(result))
+    return [guess for guess in guesses.values() if guess.metrics]
+
+
+def split_families(results: Iterable[Result], paper: Paper) -> dict[str, list[Result]]:
+    """Part the results of one run into the paper's data sets and others.
+
+    A slice of a set of the paper, or another set of its name (the demo world has its own
+    `sugar_crepe`), counts as another set; so do the missing and failed sets beside it.
+
+    Args:
+        results: Of one run.
+        paper: Knows its sets by name and size.
+
+    Returns:
+        The results by family; those on the paper's sets under its names for them, each once: a
+        second copy, such as `cifar10` beside `vtab/cifar10`, is another set.
+    """
+    results = list(results)
+    namesakes = {
+        result.suite
+        for result in results
+        if result.status == DONE
+        and paper.set_name(result) is None
+        and paper.set_name(replace(result, status="")) is not None
+    }
+    families: dict[str, list[Result]] = {PAPER_SETS: [], OTHER_SETS: []}
+    taken = set()
+    for result in results:
+        name = paper.set_name(result)
+        is_stray = result.status != DONE and result.suite in namesakes
+        if name is None or is_stray or (result.suite, name) in taken:
+            families[OTHER_SETS].append(result)
+        else:
+            families[PAPER_SETS].append(replace(result, dataset=name))
+            taken.add((result.suite, name))
+    return families
+
+
+def make_families(models: Sequence[Model], paper: Paper) -> list[Family]:
+    """Score models, the published methods and chance on each family of data sets.
+
+    Args:
+        models: In the order to show them.
+        paper: The published figures.
+
+    Returns:
+        The paper's sets and the other sets, each only if a model was scored on one of them.
+    """
+    split = [[split_families(run.results, paper) for run in model.runs] for model in models]
+    families = []
+    for name in (PAPER_SETS, OTHER_SETS):
+        of_models = [[run[name] for run in runs] for runs in split]
+        everything = [result for runs in of_models for run in runs for result in run]
+        if not any(result.status == DONE for result in everything):
+            continue
+        rows = [_model_entry(model, runs) for model, runs in zip(models, of_models, strict=True)]
+        if name == PAPER_SETS:
+            sets = {suite: list(of_suite) for suite, of_suite in paper.sizes.items()}
+            rows = [*published_entries(paper), *rows]
+        else:
+            sets = _set_order(everything, paper)
+            rows.append(Entry("chance", CHANCE, score_runs([chance_results(everything)])))
+        families.append(Family(name, tuple(rows), sets))
+    return families
+
+
+def group_by_sets(
+    family: Family, axes: Sequence[Axis]
+) -> dict[tuple[frozenset[str], ...], list[Entry]]:
+    """Gather the rows that can be compared on some axes: those with the same data sets.
+
+    Args:
+        family: The rows.
+        axes: All of them must have been measured.
+
+    Returns:
+        For the data sets of each axis, the rows: models over just these, and the published methods
+        and chance as far as they have them all; in the order of the family.
+    """
+    groups: dict[tuple[frozenset[str], ...], list[Entry]] = {}
+    for entry in family.entries:
+        scores = [axis.score(entry) for axis in axes]
+        known = [score for score in scores if score is not None]
+        if entry.kind == RUN and len(known) == len(axes):
+            groups.setdefault(tuple(frozenset(score.sets) for score in known), []).append(entry)
+    for key, members in groups.items():
+        others = [
+            entry
+            for entry in family.entries
+            if entry.kind != RUN
+            and None not in [axis.mean_over(entry, s) for axis, s in zip(axes, key, strict=True)]
+        ]
+        groups[key] = [entry for entry in family.entries if entry in [*members, *others]]
+    return groups
+
+
+def published_entries(paper: Paper) -> list[Entry]:
+    """Return the rows of a paper's methods."""
+    facts = f"published, {paper.training.split(',')[0]}"
+    return [
+        Entry(m.name, PUBLISHED, score_runs([m.results]), facts, printed=m.averages)
+        for m in paper.methods
+    ]
+
+
+def shown_metrics(suite: str, entries: Iterable[Entry]) -> list[str]:
+    """Return the metrics of a suite's tables: the main ones, and all of a set without any."""
+    by_set: dict[str, set[str]] = {}
+    for entry in entries:
+        for place in entry.scores:
+            if place.suite == suite and not place.is_average:
+                by_set.setdefault(place.name, set()).add(place.metric)
+    main = suite_of(suite).main_metrics
+    others = {m for metrics in by_set.values() if metrics.isdisjoint(main) for m in metrics}
+    known = set().union(*by_set.values())
+    return [*(metric for metric in main if metric in known), *sorted(others)]
+
+
+def _groups(suite: str, members: Sequence[Result]) -> dict[str, list[str]]:
+    """Return which data sets each average of a suite covers."""
+    names = [result.dataset for result in members]
+    groups = {"average": names}
+    if suite_of(suite).has_reference:
+        references = {result.dataset for result in members if result.details.get("is_reference")}
+        references = references or set(names).intersection(REFERENCE_NAMES)
+        if references:
+            groups["id_average"] = names
+            groups["ood_average"] = [name for name in names if name not in references]
+    folders = dict.fromkeys(name.rpartition("/")[0] for name in names)
+    for part, splits in suite_of(suite).parts.items():
+        # With several folders, as a list of one's own may have, each split counts in each.
+        groups[part] = [
+            f"{folder}/{split}" if folder else split for folder in folders for split in splits
+        ]
+    return groups
 
 
 def _on_shared_sets(runs: Sequence[Sequence[Result]]) -> list[list[Result]]:
@@ -100,7 +492,70 @@ def _on_shared_sets(runs: Sequence[Sequence[Result]]) -> list[list[Result]]:
     ]
 
 
-def _distinct(means: Sequence[Average]) -> list[Average]:
-    """Leave out the plain average of a suite where `id_average` is the same."""
-    doubled = {mean.suite for mean in means if mean.name == "id_average"}
-    return [mean for mean in means if mean.name != "average" or mean.suite not in doubled]
+def _chance_metrics(result: Result) -> dict[str, float | None]:
+    metrics: dict[str, float | None] = {}
+    num_classes = result.details.get("classes")
+    for name, value in result.metrics.items():
+        if value is None:
+            continue
+        k = name.partition("_retrieval_recall@")[2]
+        if k.isdecimal() and result.samples:
+            metrics[name] = min(1.0, int(k) / result.samples)
+        elif name == "acc":
+            metrics[name] = 0.5
+        elif name in _CLASS_METRICS and num_classes:
+            metrics[name] = min(1.0, _CLASS_METRICS[name] / num_classes)
+    return metrics
+
+
+def _model_entry(model: Model, runs: Sequence[Sequence[Result]]) -> Entry:
+    ties: dict[str, list[tuple[int, int]]] = {}
+    for run in runs:
+        counted_sets = [r for r in run if r.status == DONE and "ties" in r.details]
+        for suite in dict.fromkeys(result.suite for result in counted_sets):
+            of_suite = [result for result in counted_sets if result.suite == suite]
+            num_ties = sum(result.details["ties"] for result in of_suite)
+            num_items = sum(result.details.get("items", result.samples) for result in of_suite)
+            ties.setdefault(suite, []).append((num_ties, num_items))
+    return Entry(
+        name=model.name,
+        kind=RUN,
+        scores=score_runs(runs),
+        facts=key_facts(model),
+        more=more_facts(model),
+        ties={
+            suite: (statistics.fmean(t for t, _ in counts), statistics.fmean(n for _, n in counts))
+            for suite, counts in ties.items()
+        },
+        num_runs=len(model.runs),
+    )
+
+
+def key_facts(model: Model) -> str:
+    """Return what must be known to read a model's numbers: its data, and how much of it."""
+    data, samples = model.training.short_data or "training unknown", model.mean("samples")
+    return data if samples is None else f"{data}, {scaled(samples)} samples seen"
+
+
+def more_facts(model: Model) -> str:
+    """Return what else stands behind a model: its cost, masking and seeds."""
+    parts = [
+        scaled(model.mean("flops"), "FLOP"),
+        duration(model.mean("seconds")),
+        f"masking {model.training.masking}" if model.training.masking else "",
+        counted(len(model.runs), "seed") if model.seeds else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _set_order(results: Sequence[Result], paper: Paper) -> dict[str, list[str]]:
+    """Return the sets of each suite: a reference set first, namesakes in the paper's order."""
+    references = {(r.suite, r.dataset) for r in results if r.details.get("is_reference")}
+    sets: dict[str, list[str]] = {}
+    for suite, dataset in dict.fromkeys((result.suite, result.dataset) for result in results):
+        sets.setdefault(suite, []).append(dataset)
+    for suite, names in sets.items():
+        places = {name: place for place, name in enumerate(paper.sizes.get(suite, ()))}
+        names.sort(key=lambda name: places.get(name.rsplit("/", 1)[-1], len(places)))
+        names.sort(key=lambda name: (suite, name) not in references)
+    return sets

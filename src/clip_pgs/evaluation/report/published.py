@@ -94,9 +94,12 @@ class Paper:
         size = self.sizes.get(result.suite, {}).get(name)
         if size is None:
             return None
-        if result.status != DONE:
-            return name
-        return name if size[0] <= result.details.get("items", result.samples) <= size[1] else None
+        num_items = result.details.get("items", result.samples)
+        return name if result.status != DONE or size[0] <= num_items <= size[1] else None
+
+    def source(self, suite: str) -> str:
+        """Name the table that the published rows of a suite come from, for captions."""
+        return f"{self.citation} ({self.address}), table of {self.tables[suite]}"
 
     def _method(self, name: str) -> PublishedMethod:
         metrics: dict[tuple[str, str], dict[str, float | None]] = {}
@@ -114,29 +117,24 @@ class Paper:
             else:
                 metrics.setdefault((suite, dataset), {})[metric] = _share(row["value"])
         results = tuple(
-            self._result(name, suite, dataset, values)
+            Result(
+                suite=suite,
+                dataset=dataset,
+                status=DONE,
+                metrics=values,
+                samples=self.sizes[suite][dataset][1],
+                error=None,
+                seconds=0.0,
+                task=suite.replace("-", "_"),
+                location="",
+                model=name,
+                pretrained=self.address,
+                weights_digest="",
+                details={"is_reference": True} if (suite, dataset) == _REFERENCE else {},
+            )
             for (suite, dataset), values in metrics.items()
         )
         return PublishedMethod(name, results, averages, relative_time)
-
-    def _result(
-        self, method: str, suite: str, dataset: str, metrics: dict[str, float | None]
-    ) -> Result:
-        return Result(
-            suite=suite,
-            dataset=dataset,
-            status=DONE,
-            metrics=metrics,
-            samples=self.sizes[suite][dataset][1],
-            error=None,
-            seconds=0.0,
-            task=suite.replace("-", "_"),
-            location="",
-            model=method,
-            pretrained=self.address,
-            weights_digest="",
-            details={"is_reference": True} if (suite, dataset) == _REFERENCE else {},
-        )
 
 
 def _share(percent: str) -> float:
@@ -150,7 +148,7 @@ def read_paper(name: str = PAPER) -> Paper:
     Args:
         name: The files' name without ending.
     """
-    folder = files("clip_pgs.evaluation.published")
+    folder = files("clip_pgs.evaluation.report")
     facts: dict[str, Any] = json.loads(folder.joinpath(f"{name}.json").read_text("utf-8"))
     sizes = {
         suite: {dataset: (low, high) for dataset, (low, high) in of_suite.items()}

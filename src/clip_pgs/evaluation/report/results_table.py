@@ -1,0 +1,496 @@
+"""Results as tables, for the terminal and for a report's page, Markdown and `results.csv`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from clip_pgs.evaluation.report.gather import Model, Run
+from clip_pgs.evaluation.report.published import Paper
+from clip_pgs.evaluation.report.scores import (
+    PAPER_SETS,
+    RUN,
+    Average,
+    Entry,
+    Family,
+    Place,
+    Score,
+    averages,
+    ordered_suites,
+    published_entries,
+    shown_metrics,
+    suite_of,
+)
+from clip_pgs.evaluation.results import DONE, Result, ordered_metrics
+from clip_pgs.tables import (
+    BLANK,
+    PLUS_MINUS,
+    PUBLISHED,
+    Cell,
+    Column,
+    Row,
+    Table,
+    csv_text,
+    duration,
+    percent,
+    scaled,
+)
+
+# The headings of a report's results.csv.
+CSV_COLUMNS = (
+    *(
+        "kind",
+        "model",
+        "suite",
+        "sets",
+        "name",
+        "is_average",
+        "metric",
+        "status",
+        "value",
+        "spread",
+    ),
+    *("runs", "printed", "source", "training_data", "samples_seen", "flops", "wall_seconds"),
+    *("masking", "seeds", "reason", "num_sets", "of_sets"),
+)
+# Shorter, as a terminal has 80 columns.
+_SHORT_LABELS = {"acc": "acc", "acc1": "acc1", "acc5": "acc5", "mean_per_class_recall": "recall"}
+_COLUMN_TITLES = {
+    ("imagenet1k", "acc1"): "ImageNet-1K zero-shot",
+    ("imagenet1k", "linear_probe_acc1"): "ImageNet-1K linear probe",
+}
+# What the rounding of cells and average explains between them, 0.1 points.
+_ROUNDING = 0.001 + 1e-9
+
+
+def metric_label(suite: str, metric: str) -> str:
+    """Return a metric's name for people."""
+    return suite_of(suite).metrics.get(metric, metric)
+
+
+def set_label(place: Place) -> str:
+    """Return a data set's name without the collection it comes from, or an average's."""
+    return average_label(place.name) if place.is_average else place.name.rsplit("/", 1)[-1]
+
+
+def average_label(name: str) -> str:
+    """Return an average's name for people."""
+    words = name.replace("_", " ")
+    return words.replace("id average", "ID average").replace("ood average", "OOD average")
+
+
+def spread_text(spread: float | None) -> str:
+    """Return a standard deviation in [0, 1] in percent, after a sign; "" for None."""
+    return "" if spread is None else f"{PLUS_MINUS} {percent(spread)}"
+
+
+def reason(result: Result) -> str:
+    """Say why a result has no numbers."""
+    return result.error or "no reason was written"
+
+
+def format_table(results: Sequence[Result]) -> str:
+    """Render the results of one model for a terminal, a block of lines per suite.
+
+    Args:
+        results: Results in the order to show them.
+
+    Returns:
+        Text that ends in a newline. Metrics are in percent; the averages of a suite stand below
+        its sets, each over those that were done, and say what they lack.
+
+    Raises:
+        ValueError: If the results are those of several models.
+    """
+    tables = []
+    for suite in dict.fromkeys(result.suite for result in results):
+        members = [result for result in results if result.suite == suite]
+        table = results_table(suite, members)
+        if len(members) > 1:
+            metrics = ordered_metrics(r for r in members if r.status == DONE)
+            means = _average_rows(averages(members), metrics, len(table.columns))
+            table = replace(table, rows=[*table.rows, *means])
+        tables.append(table.text())
+    return "\n".join(tables)
+
+
+def results_table(
+    suite: str, results: Sequence[Result], *, runs: Sequence[str] | None = None
+) -> Table:
+    """Return all metrics of a suite, a row per result; one without numbers says why.
+
+    Args:
+        suite: Its name.
+        results: In order.
+        runs: The run of each result, for a report: it has room for longer words and all details.
+            None for a terminal's table of a single model.
+    """
+    done = [result for result in results if result.status == DONE]
+    metrics, fact = ordered_metrics(done), suite_of(suite).fact
+    if runs is None:
+        labels = [_SHORT_LABELS.get(m.removeprefix("lp_"), metric_label(suite, m)) for m in metrics]
+        header = [suite, *labels, *([fact] if fact else []), "samples"] if done else [suite, ""]
+    else:
+        unit = "pairs" if any("items" in result.details for result in results) else "images"
+        header = ["run", "data set", *(metric_label(suite, m) for m in metrics), unit, "details"]
+    rows = []
+    for number, result in enumerate(results):
+        cells = (
+            [Cell(result.dataset)] if runs is None else [Cell(runs[number]), Cell(result.dataset)]
+        )
+        if result.status != DONE:
+            rows.append(Row([*cells, Cell(f"{result.status}: {reason(result)}")]))
+            continue
+        cells += [_percent_cell(result.metrics.get(metric)) for metric in metrics]
+        if runs is None and fact:
+            value = result.details.get(fact)
+            cells.append(Cell(value, f"{value:.3g}" if isinstance(value, float) else None))
+        cells.append(Cell(result.samples, f"{result.samples:,}" if runs else None))
+        if runs is not None:
+            cells.append(Cell(_details(result)))
+        rows.append(Row(cells))
+    return Table([Column(label) for label in header], rows, f"{suite_of(suite).title}, percent")
+
+
+def details_tables(runs: Sequence[Run]) -> list[Table]:
+    """Return every metric of every run on every data set, a table per suite."""
+    members = [(run.name, result) for run in runs for result in run.results]
+    return [
+        results_table(
+            suite,
+            [result for _, result in members if result.suite == suite],
+            runs=[name for name, result in members if result.suite == suite],
+        )
+        for suite in ordered_suites(result.suite for _, result in members)
+    ]
+
+
+def trouble_table(runs: Sequence[Run]) -> Table | None:
+    """List what is missing or failed, with the reason; None where everything was done."""
+    rows = [
+        [run.name, r.suite, r.dataset, r.status, reason(r)]
+        for run in runs
+        for r in run.results
+        if r.status != DONE
+    ]
+    header = ("model", "suite", "data set", "status", "reason")
+    return Table.of(header, rows, caption="Data sets without a result") if rows else None
+
+
+def provenance_table(runs: Sequence[Run]) -> Table:
+    """List weights, dates and versions of each run."""
+    rows = []
+    for run in runs:
+        newest = max(run.results, key=lambda result: result.date)
+        facts = [
+            ", ".join(f"{name} {value}" for name, value in part.items())
+            for part in (newest.settings, newest.versions)
+        ]
+        seed = "" if run.training.seed is None else str(run.training.seed)
+        rows.append([run.name, newest.pretrained, run.weights_digest, seed, newest.date, *facts])
+    header = ("run", "weights", "SHA-256 of the weights", "seed", "evaluated (UTC)", "settings")
+    return Table.of([*header, "versions"], rows, caption="Where the numbers come from")
+
+
+def models_table(models: Sequence[Model]) -> Table:
+    """List what stands behind each model."""
+    rows = []
+    for model in models:
+        training = model.training
+        samples, flops, seconds = map(model.mean, ("samples", "flops", "seconds"))
+        cells = [
+            Cell(training.architecture),
+            Cell(training.data),
+            Cell(samples, scaled(samples)),
+            Cell(flops, scaled(flops)),
+            Cell(seconds, duration(seconds)),
+            Cell(training.hardware),
+            Cell(training.masking),
+            Cell(", ".join(map(str, model.seeds))),
+        ]
+        cells = [cell if cell.shown else Cell(None, "unknown") for cell in cells]
+        rows.append([model.name, *cells])
+    header = ("model", "architecture", "training data", "samples seen", "FLOP", "wall time")
+    notes = []
+    if any(len(model.runs) > 1 for model in models):
+        notes.append("Runs that differ only in their seed are one row; costs are means of a run.")
+    return Table.of(
+        [*header, "hardware", "masking", "seeds"],
+        rows,
+        caption="What stands behind each model",
+        notes=notes,
+    )
+
+
+def suite_places(suite: str, entries: Sequence[Entry], *, order: Sequence[str]) -> list[Place]:
+    """Return the places that the table of a suite shows: data sets, then averages.
+
+    Args:
+        suite: Its name.
+        entries: The models; a place is shown if one of them has it.
+        order: Names of data sets to start with; others follow as they come.
+    """
+    metrics = shown_metrics(suite, entries)
+    known = [place for entry in entries for place in entry.scores if place.suite == suite]
+    sets = dict.fromkeys([*order, *(place.name for place in known if not place.is_average)])
+    means = dict.fromkeys(place.name for place in known if place.is_average)
+    wanted = [Place(suite, name, metric) for name in sets for metric in metrics]
+    if len(sets) > 1:
+        # The average of a single set would repeat it.
+        wanted += [Place(suite, name, metric, True) for name in means for metric in metrics]
+    existing = set(known)
+    return [place for place in wanted if place in existing]
+
+
+def suite_table(
+    suite: str, entries: Sequence[Entry], *, caption: str, order: Sequence[str] = ()
+) -> Table:
+    """Make the table of a suite: published rows, then runs, then chance.
+
+    Args:
+        suite: Its name.
+        entries: The models that have a score of it, in order.
+        caption: What the table is about.
+        order: Names of data sets to start with.
+    """
+    places = suite_places(suite, entries, order=order)
+    is_single = len({place.metric for place in places}) == 1
+    columns = [Column("model")]
+    cells: list[list[Cell]] = [[Cell(entry.name)] for entry in entries]
+    for place in places:
+        label = set_label(place)
+        if is_single:
+            columns.append(Column(label, is_average=place.is_average))
+        else:
+            columns.append(Column(metric_label(suite, place.metric), label, place.is_average))
+        members = num_members(place, entries)
+        best = {kind: _best(place, kind, entries) for kind in (PUBLISHED, RUN)}
+        for entry, row in zip(entries, cells, strict=True):
+            row.append(_score_cell(entry, place, best.get(entry.kind), members))
+        if place.is_average and any((suite, place.name) in entry.printed for entry in entries):
+            columns.append(Column("as printed", group=columns[-1].group))
+            for entry, row in zip(entries, cells, strict=True):
+                row.append(_percent_cell(entry.printed.get((suite, place.name))))
+    if any(suite in entry.ties for entry in entries):
+        columns.append(Column("ties"))
+        for entry, row in zip(entries, cells, strict=True):
+            ties, items = entry.ties.get(suite, (None, 0))
+            row.append(
+                Cell(None, BLANK) if ties is None else Cell(ties, f"{ties:.0f}", f"of {items:,.0f}")
+            )
+    rows = [
+        Row(row, kind=entry.kind, facts=entry.facts, more=entry.more)
+        for entry, row in zip(entries, cells, strict=True)
+    ]
+    notes = _notes(suite, entries, places)
+    return Table(columns, rows, caption, notes, facts_label="trained on")
+
+
+def num_members(place: Place, entries: Iterable[Entry]) -> int:
+    """Return how many data sets belong to an average, in the row that has the most; else 1."""
+    return max((e.scores[place].num_members for e in entries if place in e.scores), default=1)
+
+
+def is_partial(score: Score, members: int) -> bool:
+    """Say whether a score is an average that leaves sets out, and so compares with no other."""
+    return len(score.sets) < members
+
+
+def reference_tables(paper: Paper, *, without: Collection[str] = ()) -> list[Table]:
+    """Return the paper's tables.
+
+    Args:
+        paper: The published figures.
+        without: Suites whose published rows stand elsewhere in the report.
+    """
+    entries = published_entries(paper)
+    tables = []
+    for suite in ordered_suites(paper.sizes):
+        if suite not in without:
+            facts = suite_of(suite)
+            caption = f"{facts.title}, {facts.unit}; published in {paper.source(suite)}"
+            of_suite = [e for e in entries if any(place.suite == suite for place in e.scores)]
+            order = list(paper.sizes[suite])
+            tables.append(suite_table(suite, of_suite, caption=caption, order=order))
+    times = [
+        Row([Cell(method.name), Cell(method.relative_time, f"{method.relative_time:g}")], PUBLISHED)
+        for method in paper.methods
+        if method.relative_time is not None
+    ]
+    caption = f"Training time as a multiple of CLIP's; published in {paper.source('cost')}"
+    tables.append(Table([Column("model"), Column("relative time")], times, caption))
+    places = dict.fromkeys(place for cells in paper.ablation.values() for place in cells)
+    labels = [_COLUMN_TITLES.get(place, f"{place[0]} {place[1]}") for place in places]
+    variants = [
+        Row([Cell(variant), *(_percent_cell(cells.get(place)) for place in places)], PUBLISHED)
+        for variant, cells in paper.ablation.items()
+    ]
+    caption = f"Ablation, percent; published in {paper.source('ablation')}"
+    return [*tables, Table([Column(label) for label in ("variant", *labels)], variants, caption)]
+
+
+def scores_csv(models: Sequence[Model], families: Sequence[Family], paper: Paper) -> str:
+    """Return all scores of a report as CSV, numbers in [0, 1].
+
+    Rows have `kind` "published", "run" or "chance", and `sets` "paper" or "other". A model over
+    several seeds has the mean as `value` and the standard deviation as `spread`; an average
+    covers `num_sets` of the `of_sets` that belong to it. A data set without a result has a row
+    with its `status` and `reason`.
+    """
+    if not any(family.is_paper for family in families):
+        families = [*families, Family(PAPER_SETS, tuple(published_entries(paper)), {})]
+    facts: dict[str, dict[str, Any]] = {model.name: _csv_facts(model) for model in models}
+    rows: list[dict[str, Any]] = []
+    for family in families:
+        for entry in family.entries:
+            about = facts[entry.name] if entry.kind == RUN else {}
+            if entry.kind == PUBLISHED:
+                about = {"source": paper.address, "training_data": paper.training}
+            for place, score in entry.scores.items():
+                rows.append(
+                    {
+                        "kind": entry.kind,
+                        "model": entry.name,
+                        "suite": place.suite,
+                        "sets": family.name,
+                        "name": place.name,
+                        "is_average": int(place.is_average),
+                        "metric": place.metric,
+                        "status": DONE,
+                        "value": score.mean,
+                        "spread": score.spread,
+                        "runs": score.num_runs,
+                        "printed": entry.printed.get(place[:2]) if place.is_average else None,
+                        "num_sets": len(score.sets),
+                        "of_sets": num_members(place, family.entries),
+                        **about,
+                    }
+                )
+    for model in models:
+        for run in model.runs:
+            rows += [
+                {
+                    "kind": RUN,
+                    "model": run.name,
+                    "suite": result.suite,
+                    "name": result.dataset,
+                    "is_average": 0,
+                    "status": result.status,
+                    "reason": reason(result),
+                    **facts[model.name],
+                }
+                for result in run.results
+                if result.status != DONE
+            ]
+    return csv_text(CSV_COLUMNS, [[row.get(column) for column in CSV_COLUMNS] for row in rows])
+
+
+def _csv_facts(model: Model) -> dict[str, Any]:
+    return {
+        "source": " ".join(dict.fromkeys(run.results[0].pretrained for run in model.runs)),
+        "training_data": model.training.data,
+        "samples_seen": model.mean("samples"),
+        "flops": model.mean("flops"),
+        "wall_seconds": model.mean("seconds"),
+        "masking": model.training.masking,
+        "seeds": " ".join(map(str, model.seeds)),
+    }
+
+
+def _average_rows(
+    means: Sequence[Average], metrics: Sequence[str], num_columns: int
+) -> Iterator[Row]:
+    by_name: dict[str, dict[str, Average]] = {}
+    for mean in means:
+        by_name.setdefault(mean.name, {})[mean.metric] = mean
+    if "id_average" in by_name:
+        # Of robustness the two are the same mean.
+        del by_name["average"]
+    for name, by_metric in by_name.items():
+        # A metric may be undefined on some sets, such as acc5 on fewer than 5 classes.
+        widest = max(by_metric.values(), key=lambda average: len(average.sets))
+        # The parts of a suite are named by what they are about.
+        label = average_label(name)
+        label += f"{'' if label.endswith('average') else ' average'} ({_share(widest)})"
+        cells = [Cell(label)]
+        for metric in metrics:
+            mean = by_metric.get(metric, widest)
+            note = f"({_share(mean)})" if mean.sets != widest.sets else ""
+            cells.append(_percent_cell(mean.value if metric in by_metric else None, note))
+        yield Row(cells + [Cell(None)] * (num_columns - len(cells)))
+
+
+def _share(mean: Average) -> str:
+    num_sets, num_missing = len(mean.sets), len(mean.missing)
+    return f"{num_sets} of {num_sets + num_missing}" if num_missing else str(num_sets)
+
+
+def _percent_cell(value: float | None, note: str = "") -> Cell:
+    return Cell(value, percent(value) or BLANK, note)
+
+
+def _details(result: Result) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {_plain(value)}"
+        for name, value in result.details.items()
+        if name != "items" and isinstance(value, (str, int, float))
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _best(place: Place, kind: str, entries: Sequence[Entry]) -> float | None:
+    """Return the best number of a column as it is printed, so that equal ones tie."""
+    members = num_members(place, entries)
+    scores = [e.scores[place] for e in entries if e.kind == kind and place in e.scores]
+    values = [float(percent(score.mean)) for score in scores if not is_partial(score, members)]
+    return max(values) if len(values) > 1 else None
+
+
+def _score_cell(entry: Entry, place: Place, best: float | None, members: int) -> Cell:
+    score = entry.scores.get(place)
+    if score is None:
+        return Cell(None, BLANK)
+    notes = [] if score.spread is None else [spread_text(score.spread)]
+    if score.num_runs < entry.num_runs:
+        notes.append(f"({score.num_runs} of {entry.num_runs} seeds)")
+    if is_partial(score, members):
+        notes.append(f"({len(score.sets)} of {members} sets)")
+    text = percent(score.mean)
+    is_best = float(text) == best and not is_partial(score, members)
+    return Cell(score.mean, text, " ".join(notes), is_best)
+
+
+def _notes(suite: str, entries: Sequence[Entry], places: Sequence[Place]) -> list[str]:
+    notes = []
+    scores = [entry.scores[place] for entry in entries for place in places if place in entry.scores]
+    if any(score.spread is not None for score in scores):
+        notes.append(f"{PLUS_MINUS} is the standard deviation over seeds.")
+    rivals = {PUBLISHED: "the best published row", RUN: "the best run"}
+    best = [
+        words for kind, words in rivals.items() if sum(entry.kind == kind for entry in entries) > 1
+    ]
+    if best:
+        notes.append(f"Bold is {' and '.join(best)}.")
+    if any(suite in entry.ties for entry in entries):
+        notes.append("A tie between the two captions counts as wrong.")
+    differing = [
+        f"{entry.name}, {average_label(name)}: printed {percent(printed)}, from its cells "
+        f"{percent(score.mean)}"
+        for entry in entries
+        for (of_suite, name), printed in entry.printed.items()
+        for place, score in entry.scores.items()
+        if of_suite == suite == place.suite and place.is_average and place.name == name
+        if abs(printed - score.mean) > _ROUNDING
+    ]
+    if differing:
+        notes.append(
+            "Averages are taken from the cells; these differ from what the paper prints: "
+            f"{'; '.join(differing)}."
+        )
+    return notes
