@@ -31,13 +31,13 @@ def sobel_edges(pixels: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
     Raises:
         ValueError: If `pixels` is not (B, 3, H, W) or the patch does not divide the image.
     """
-    return in_blocks(lambda images: _sobel_strength(images, patch_size), pixels)
 
+    def strength(images: Tensor) -> Tensor:
+        gradient_x, gradient_y = sobel_gradients(luminance(images))
+        magnitude = gradient_x.square_().addcmul_(gradient_y, gradient_y).sqrt_()
+        return patch_strength(magnitude, patch_size)
 
-def _sobel_strength(pixels: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
-    gradient_x, gradient_y = sobel_gradients(luminance(pixels))
-    magnitude = gradient_x.square_().addcmul_(gradient_y, gradient_y).sqrt_()
-    return patch_strength(magnitude, patch_size)
+    return in_blocks(strength, pixels)
 
 
 def luminance(pixels: Tensor) -> Tensor:

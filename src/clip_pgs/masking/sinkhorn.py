@@ -53,7 +53,15 @@ def sinkhorn_plan(
     check_sinkhorn_options(temperature=temperature, num_iters=num_iters, solver=solver)
     if solver == "pot":
         return _pot_plan(scores.float(), temperature, num_iters)
-    return _log_plan(scores.float() / temperature, num_iters)
+    log_kernel_BCN = scores.float() / temperature
+    num_rows, num_columns = log_kernel_BCN.shape[1:]
+    row_potential = column_potential = log_kernel_BCN.new_zeros(())
+    for _ in range(num_iters):
+        row_potential = -_finite_logsumexp(log_kernel_BCN + column_potential, dim=2)
+        row_potential = row_potential - math.log(num_rows)
+        column_potential = -_finite_logsumexp(log_kernel_BCN + row_potential, dim=1)
+        column_potential = column_potential - math.log(num_columns)
+    return (log_kernel_BCN + row_potential + column_potential).exp()
 
 
 def plan_average(
@@ -102,18 +110,6 @@ def check_sinkhorn_options(*, temperature: float, num_iters: int, solver: str) -
     check_range(temperature, name="temperature", low=1e-6, high=1e6)
     check_range(num_iters, name="num_iters", low=1, high=10_000)
     check_choice(solver, SOLVERS, name="solver")
-
-
-def _log_plan(log_kernel_BCN: Tensor, num_iters: int) -> Tensor:
-    num_rows, num_columns = log_kernel_BCN.shape[1:]
-    column_potential = log_kernel_BCN.new_zeros(())
-    row_potential = column_potential
-    for _ in range(num_iters):
-        row_potential = -_finite_logsumexp(log_kernel_BCN + column_potential, dim=2)
-        row_potential = row_potential - math.log(num_rows)
-        column_potential = -_finite_logsumexp(log_kernel_BCN + row_potential, dim=1)
-        column_potential = column_potential - math.log(num_columns)
-    return (log_kernel_BCN + row_potential + column_potential).exp()
 
 
 def _finite_logsumexp(values: Tensor, *, dim: int) -> Tensor:
