@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # older releases of torch
+    varlen_attn = None  # type: ignore[assignment]
 
 HeadNorm = Callable[[Tensor], Tensor]
 
@@ -155,9 +158,11 @@ class PackedTokens:
                 offsets, max_length = torch.arange(len(offsets), device=offsets.device).int(), 1
             # Autocast does not know this operation, and head norms put out float32.
             query, key = query.to(value.dtype), key.to(value.dtype)
-            return varlen_attention(
+            attended = varlen_attn(
                 query, key, value, offsets, self.offsets, max_length, self.max_length
             )
+            assert isinstance(attended, Tensor)
+            return attended
         num_queries = 1 if is_first_alone else self.lengths
         images = zip(
             query.split(num_queries),
@@ -168,18 +173,8 @@ class PackedTokens:
         return torch.cat([_attend_one(*image) for image in images])
 
 
-def varlen_attention(*arguments: Any) -> Tensor:
-    """Run the flash kernel, which older releases of torch do not have."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    attended = varlen_attn(*arguments)
-    assert isinstance(attended, Tensor)
-    return attended
-
-
 def _has_kernel(device: torch.device) -> bool:
-    is_new_enough = torch.cuda.get_device_properties(device).major >= 8
-    return is_new_enough and find_spec("torch.nn.attention.varlen") is not None
+    return varlen_attn is not None and torch.cuda.get_device_properties(device).major >= 8
 
 
 def _runs_kernel(value: Tensor) -> bool:
