@@ -1,19 +1,23 @@
-"""What pyproject.toml asks for."""
+"""What pyproject.toml asks for, and what the documents beside it say."""
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import distributions, requires
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
+import clip_pgs
+
 try:
     import tomllib
 except ImportError:  # Python 3.10
     tomllib = pytest.importorskip("tomli")
 
-PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {
     extra: {
         requirement.name: requirement.specifier for requirement in map(Requirement, requirements)
@@ -54,3 +58,23 @@ def test_what_runs_the_tests_is_what_is_asked_for():
             found = installed.get(name.lower().replace("_", "-"))
             if found is not None:
                 assert specifier.contains(found.version, prereleases=True), name
+
+
+def test_version_is_the_cited_one_and_has_a_place_in_the_changelog():
+    version = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
+    assert version == clip_pgs.__version__
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "CHANGELOG.md"])
+def test_every_named_file_is_there(document):
+    text = (ROOT / document).read_text()
+    names = re.findall(r"\]\((?!http)([^)#]+)", text)
+    names += re.findall(r"`((?:src|tests|configs|scripts)/[\w./]+)`", text)
+    named = [name for name in names if "NAME" not in name]
+    if document == "CHANGELOG.md":
+        # It also says what is gone.
+        named = [name for name in named if name.endswith(".md")]
+    assert named
+    for name in named:
+        assert (ROOT / name).exists(), name
