@@ -2,16 +2,10 @@
 
 from hypothesis import strategies as st
 
-from clip_pgs.integrations.open_clip.compat import trainer_actions
-from clip_pgs.training.options import obeyed_flags, own_actions, own_parser
+from clip_pgs.training.options import option_flags, option_parser
 
-TRAINER_FLAGS = {flag: trainer_actions()[flag] for flag in sorted(obeyed_flags() - {"--model"})}
-OWN_FLAGS = {
-    flag: action
-    for flag, action in own_actions(own_parser()).items()
-    if not flag.startswith("--no-")
-}
-FLAGS = {**TRAINER_FLAGS, **OWN_FLAGS}
+_ACTIONS = {action.option_strings[0]: action for action in option_parser()._actions}
+FLAGS = {flag: _ACTIONS[flag] for are in (True, False) for flag in option_flags(are_theirs=are)}
 # Prints a page; and the test itself names the config.
 FUZZED_FLAGS = sorted(FLAGS.keys() - {"--help", "--config", "--check-only"})
 

@@ -111,34 +111,36 @@ def test_unknown_keys_are_refused_with_near_names(tmp_path, line, near):
 
 
 @pytest.mark.parametrize(
-    ("line", "part"),
+    ("line", "parts"),
     [
-        ("batch-size: many", "'batch-size' takes a whole number, got 'many'"),
-        ("batch-size: 2.5", "'batch-size' takes a whole number, got 2.5"),
-        ("lr: true", "'lr' takes a number, got True"),
-        ("lr: [1, 2]", "'lr' takes a number"),
-        ("mask-ratio: half", "'mask-ratio' takes a number, got 'half'"),
-        ("local-loss: 1", "'local-loss' takes true or false, got 1"),
-        ("name: 12:30", "'name' takes a text (put it in quotes), got 750"),
-        ("precision: int3", "'precision' takes one of amp,"),
-        ("masking: psg", "'masking' takes one of attentive, block,"),
-        ("text-masking: half", "'text-masking' takes one of none, truncate,"),
-        ("text-masking-option: [threshold]", "'text-masking-option' takes a mapping"),
-        ("image-mean: [a, b]", "'image-mean' takes a list of numbers"),
-        ("aug-cfg: strong", "'aug-cfg' takes a mapping of names to values, got 'strong'"),
-        ("masking-option: [edges]", "'masking-option' takes a mapping"),
-        ("config: other.yaml", "'config' can only be given on the command line"),
-        ("check-only: true", "'check-only' can only be given on the command line"),
-        ("model: ViT-B-32", "'model' is given twice"),
-        ("lr: 1\nlr: 2", "'lr' is given twice"),
-        ("wd: 1\nsave_frequency: 1\nsave-frequency: 2", "'save-frequency' is given twice"),
-        ("aug-cfg: {scale: 1, scale: 2}", "'scale' is given twice"),
+        ("batch-size: many", ["batch-size", "many"]),
+        ("batch-size: 2.5", ["batch-size", "2.5"]),
+        ("lr: true", ["lr", "True"]),
+        ("lr: [1, 2]", ["lr", "[1, 2]"]),
+        ("mask-ratio: half", ["mask-ratio", "half"]),
+        ("local-loss: 1", ["local-loss", "true or false", "got 1"]),
+        ("name: 12:30", ["name", "quotes", "750"]),
+        ("name: yes", ["name", "True"]),
+        ("precision: int3", ["precision", "int3", "amp"]),
+        ("text-masking-option: [threshold]", ["text-masking-option", "mapping"]),
+        ("image-mean: [a, b]", ["image-mean", "'a'"]),
+        ("image-mean: [[1], 2]", ["image-mean", "[1]"]),
+        ("aug-cfg: strong", ["aug-cfg", "mapping", "strong"]),
+        ("masking-option: [edges]", ["masking-option", "mapping"]),
+        ("config: other.yaml", ["config", "command line"]),
+        ("check-only: true", ["check-only", "command line"]),
+        ("train-data: 'pipe:touch pwned'", ["train-data", "command"]),
+        ("model: ViT-B-32", ["'model' is given twice"]),
+        ("lr: 1\nlr: 2", ["'lr' is given twice"]),
+        ("wd: 1\nsave_frequency: 1\nsave-frequency: 2", ["'save-frequency' is given twice"]),
+        ("aug-cfg: {scale: 1, scale: 2}", ["'scale' is given twice"]),
     ],
 )
-def test_a_wrong_value_names_file_key_and_value(tmp_path, line, part):
+def test_a_wrong_value_names_file_key_and_value(tmp_path, line, parts):
     message = refusal(tmp_path, BASE + line)
     assert "run.yaml" in message
-    assert part in message
+    for part in parts:
+        assert part in message
 
 
 @pytest.mark.parametrize("text", ["- model", "just a text", "42"])
@@ -209,7 +211,7 @@ def test_a_model_replaces_the_model_file_of_the_base(tmp_path):
 
 def test_mistakes_of_a_base_name_its_file(tmp_path):
     write_family(tmp_path, base="model: ViT-B-16\nlr: many\n")
-    assert "base.yaml: 'lr' takes a number" in refusal(tmp_path, "base: base.yaml\n")
+    assert "base.yaml: 'lr'" in refusal(tmp_path, "base: base.yaml\n")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import yaml
 
 # These say what to do with a config or with one call; none of them describes a run.
-COMMAND_LINE_ONLY = frozenset({"--config", "--check-only", "--no-check-only", "--help"})
+COMMAND_LINE_ONLY = frozenset({"--config", "--check-only", "--help"})
 _PAIR_FLAGS = frozenset({"--aug-cfg", "--masking-option", "--text-masking-option"})
 # Either names the model; a config's own word replaces its base's, whichever it uses.
 _MODEL_FLAGS = frozenset({"--model", "--model-config"})
@@ -23,11 +24,7 @@ _MAX_BYTES = 2**20
 
 
 def config_arguments(
-    path: str,
-    actions: Mapping[str, argparse.Action],
-    *,
-    model: str | None = None,
-    model_config: str | None = None,
+    path: str, parser: argparse.ArgumentParser, said: Mapping[str, Any]
 ) -> list[str]:
     """Read options from a YAML file, and from the file that its key `base` names.
 
@@ -35,14 +32,12 @@ def config_arguments(
         path: File whose keys are flags without their dashes; hyphens and underscores are equal.
             `base` names another such file, relative to this one; this one's values win, and null
             takes a value of the base back.
-        actions: Every flag there is, with its long name ("--batch-size") as key.
-        model: The model that the command line names; it replaces the config's, whichever flag
-            named that.
-        model_config: The same.
+        parser: Knows every flag, and refuses a value in one sentence.
+        said: What the command line says: a model that it names replaces the config's, whichever
+            flag named that.
 
     Returns:
-        Command-line arguments. False gives a flag's `--no-` form where there is one, and nothing
-        where false is what a switch is without it.
+        Command-line arguments.
 
     Raises:
         ValueError: If a file cannot be read, is no mapping, names an option twice or an unknown
@@ -50,28 +45,25 @@ def config_arguments(
     """
     options: dict[str, Any] = {}
     for file, content in reversed(_with_bases(path)):
-        own = _checked(file, content, actions)
+        own = _checked(file, content, parser)
         if _MODEL_FLAGS & own.keys():
             options = {flag: value for flag, value in options.items() if flag not in _MODEL_FLAGS}
         options |= own
     configured = options.get("--model-config")
-    if model_config is not None and model is None:
-        options["--model"] = None
-    elif model is not None and configured is not None and Path(configured).stem != model:
-        options["--model-config"] = None
+    if said.get("model_config") is not None and said.get("model") is None:
+        options.pop("--model", None)
+    elif said.get("model") and configured and Path(configured[0]).stem != said["model"]:
+        del options["--model-config"]
+    return [token for flag, words in options.items() for token in _tokens(flag, words)]
 
-    arguments: list[str] = []
-    for flag, value in options.items():
-        if isinstance(value, bool):
-            negation = f"--no-{flag[2:]}"
-            arguments += [flag] if value else [negation] if negation in actions else []
-        elif isinstance(value, Mapping):
-            arguments += [flag, *(f"{key}={item}" for key, item in value.items())]
-        elif isinstance(value, list):
-            arguments += [flag, *map(str, value)]
-        elif value is not None:
-            arguments.append(f"{flag}={value}")
-    return arguments
+
+def _tokens(flag: str, words: list[str] | bool | None) -> list[str]:
+    """Return an option's arguments; joined where there is one word, which may begin with a dash."""
+    if words is None:
+        return []
+    if isinstance(words, bool):
+        return [flag] if words else [f"--no-{flag[2:]}"]
+    return [f"{flag}={words[0]}"] if len(words) == 1 else [flag, *words]
 
 
 def _with_bases(path: str) -> list[tuple[str, dict[Any, Any]]]:
@@ -135,25 +127,56 @@ def _read_mapping(path: str) -> dict[Any, Any]:
 
 
 def _checked(
-    path: str, content: Mapping[Any, Any], actions: Mapping[str, argparse.Action]
+    path: str, content: Mapping[Any, Any], parser: argparse.ArgumentParser
 ) -> dict[str, Any]:
-    """Return one file's values by flag, None for those set to null."""
+    """Return one file's values by flag, as words of a command line; None for those set to null."""
+    named = {action.option_strings[0]: action for action in parser._actions}
+    # Without the --no- forms: false says the same.
+    actions = {flag: a for flag, a in named.items() if flag[2:] == a.dest.replace("_", "-")}
     options: dict[str, Any] = {}
-    negations = {flag for flag, action in actions.items() if action.option_strings[0] != flag}
-    known = actions.keys() - COMMAND_LINE_ONLY - negations
     for key, value in content.items():
         flag = "--" + str(key).replace("_", "-")
         if flag in COMMAND_LINE_ONLY:
             raise ValueError(f"{path}: {key!r} can only be given on the command line")
-        if flag not in known:
-            raise ValueError(f"{path}: unknown option {key!r}; {nearest_names(flag, known)}")
+        if flag not in actions:
+            raise ValueError(f"{path}: unknown option {key!r}; {nearest_names(flag, actions)}")
         if flag in options:
             raise ValueError(f"{path}: {key!r} is given twice")
-        problem = "" if value is None else _problem(flag, actions[flag], value)
-        if problem:
-            raise ValueError(f"{path}: {key!r} {problem}, got {value!r}")
-        options[flag] = value
+        try:
+            options[flag] = None if value is None else _words(flag, actions[flag], value)
+            parser.parse_known_args(_tokens(flag, options[flag]))
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"{path}: {key!r}: {error}") from None
     return options
+
+
+def _words(flag: str, action: argparse.Action, value: Any) -> list[str] | bool:
+    """Return a value as the words of a command line, or a switch as it is.
+
+    Raises:
+        ValueError: If it is of the wrong kind.
+    """
+    got = f", got {reprlib.repr(value)}"
+    if action.nargs == 0 or isinstance(value, bool):
+        if action.nargs != 0 or not isinstance(value, bool):
+            raise ValueError(f"takes {'true or false' if action.nargs == 0 else 'no switch'}{got}")
+        return value
+    if flag in _PAIR_FLAGS:
+        names = value if isinstance(value, dict) else [None]
+        if not all(isinstance(name, str) and _OPTION_NAME.fullmatch(name) for name in names):
+            raise ValueError(f"takes a mapping of names to values{got}")
+        return [f"{name}={item}" for name, item in value.items()]
+    words = value if isinstance(value, list) and action.nargs in ("+", "*") else [value]
+    if any(isinstance(word, (list, dict)) for word in words):
+        raise ValueError(f"takes one value{got}")
+    # YAML reads 12:30 as a number, and 2001-01-01 as a date.
+    if action.type in (None, str) and not all(isinstance(word, str) for word in words):
+        raise ValueError(f"takes a text (put it in quotes){got}")
+    if not all(map(_is_encodable, map(str, words))):
+        raise ValueError(f"takes a text without null bytes and lone surrogates{got}")
+    if flag in _DATA_FLAGS and _may_run_command(value):
+        raise ValueError("runs no command from a config; give it on the command line")
+    return [str(word) for word in words]
 
 
 def nearest_names(flag: str, known: Iterable[str]) -> str:
@@ -164,42 +187,6 @@ def nearest_names(flag: str, known: Iterable[str]) -> str:
         if name not in near:
             near.append(name)
     return f"nearest: {', '.join(near)}" if near else "--help lists all of them"
-
-
-def _problem(flag: str, action: argparse.Action, value: Any) -> str:
-    """Say what is wrong with a value, as the rest of a sentence; "" if nothing is."""
-    if flag in _PAIR_FLAGS:
-        names = value if isinstance(value, dict) else [None]
-        is_good = all(isinstance(name, str) and _OPTION_NAME.fullmatch(name) for name in names)
-        return "" if is_good else "takes a mapping of names to values"
-    if flag in _DATA_FLAGS and isinstance(value, str) and _may_run_command(value):
-        return "runs no command from a config; give it on the command line"
-    if action.nargs == 0:
-        return "" if isinstance(value, bool) else "takes true or false"
-    if action.nargs in ("+", "*"):
-        items = value if isinstance(value, list) else [value]
-        return "takes a list of numbers" if any(_item_problem(action, i) for i in items) else ""
-    return _item_problem(action, value)
-
-
-def _item_problem(action: argparse.Action, value: Any) -> str:
-    if isinstance(value, str) and not _is_encodable(value):
-        return "takes a text without null bytes and lone surrogates"
-    if action.choices is not None:
-        choices = ", ".join(map(str, action.choices))
-        return "" if value in action.choices else f"takes one of {choices}"
-    if action.type in (None, str):
-        return "" if isinstance(value, str) else "takes a text (put it in quotes)"
-    assert callable(action.type)
-    try:
-        # Through a text, since YAML 1.1 reads 1e-3 as one.
-        action.type(str(value))
-    except argparse.ArgumentTypeError as error:
-        return str(error).partition(", got ")[0]
-    except ValueError:
-        is_whole = getattr(action.type, "__name__", "") == "int"
-        return "takes a whole number" if is_whole else "takes a number"
-    return ""
 
 
 def _is_encodable(text: str) -> bool:

@@ -1,20 +1,19 @@
+# ruff: noqa: RUF009 - the calls make fields
 """The options of a training run: each is defined once, as a field of `TrainOptions`.
 
-A field says its type, default, help, range, and what part it plays in a run; the parser, `--help`,
-YAML configs, the checks and what a resumed run is compared with follow from it. OpenCLIP's flags
-keep OpenCLIP's type, default and help: a field for one says that this trainer obeys it, and what
-holds of its values here. A flag of OpenCLIP's without a field is refused.
+A field says its type, default, range, and what part it plays in a run; the class's text says what
+it is for. The parser, `--help`, YAML configs, the checks and what a resumed run is compared with
+follow from it. OpenCLIP's flags keep OpenCLIP's type, default and help: a field for one says that
+this trainer obeys it, and what holds of its values here; without a field it is refused.
 """
-
-# ruff: noqa: RUF009 - the calls make fields
 
 from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
-import functools
-import io
+import copy
+import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -23,7 +22,7 @@ from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import open_clip
-from open_clip_train.params import parse_args as parse_trainer_args
+from open_clip_train.params import get_default_params
 
 from clip_pgs.data.text_masking import TEXT_MASKINGS
 from clip_pgs.integrations.open_clip.compat import is_bundled_model, trainer_actions
@@ -44,12 +43,7 @@ RECIPE = "recipe"
 
 @dataclass(frozen=True)
 class Rule:
-    """A range of numbers.
-
-    Attributes:
-        text: The range, as the end of "must be".
-        holds: Whether a number is in it.
-    """
+    """A range of numbers: its text, as the end of "must be", and whether a number is in it."""
 
     text: str
     holds: Callable[[float], bool]
@@ -66,31 +60,26 @@ WORKERS = Rule("in [0, 1024]", lambda value: 0 <= value <= 1024)
 SEED = Rule("in [0, 2**32)", lambda value: 0 <= value < 2**32)
 
 # Headings of `--help`, with what stands below them.
-GENERAL = ("Options", "")
-IMAGE = ("Masking of the image", "")
-TEXT = ("Masking of the text", "")
-UNMASKED = (
-    "Unmasked tuning",
-    "A last phase without any masking, in the same run folder: after --epochs masked epochs the "
-    "run goes on as a second run from its weights would, with a fresh optimizer, a linear warm-up "
-    "and a cosine to 0 (FLIP, arXiv 2212.00794; GLIP, arXiv 2403.15837; CLIPF, arXiv 2412.16148).",
-)
-EVALUATION = (
-    "Evaluation in training",
-    "Suites of clip-test.sh after an epoch, on rank 0 while the others wait; results go to "
-    "eval/epoch_N in the run's folder, and their curves beside the others.",
-)
-SAVING = (
-    "Saving and resuming",
-    "Beside the epochs' checkpoints. SIGTERM, SIGUSR1 and Ctrl-C save before they end a run; "
-    "--resume latest goes on at the very step, with the same samples, masks and rates.",
-)
-ENDING = ("What ends a run", "")
-RELEASED = (
-    "The authors' released code of CLIP-PGS",
-    "Its command line, --force-patch-dropout F with these, means --masking pgs-released. Without "
-    "these, --force-patch-dropout is OpenCLIP's.",
-)
+GENERAL = "Options"
+IMAGE = "Masking of the image"
+TEXT = "Masking of the text"
+UNMASKED = "Unmasked tuning"
+EVALUATION = "Evaluation in training"
+SAVING = "Saving and resuming"
+ENDING = "What ends a run"
+RELEASED = "The authors' released code of CLIP-PGS"
+_BELOW_HEADINGS = {
+    UNMASKED: "A last phase without any masking, in the same run folder: after --epochs masked "
+    "epochs the run goes on as a second run from its weights would, with a fresh optimizer, a "
+    "linear warm-up and a cosine to 0 (FLIP, arXiv 2212.00794; GLIP, arXiv 2403.15837; CLIPF, "
+    "arXiv 2412.16148).",
+    EVALUATION: "Suites of clip-test.sh after an epoch, on rank 0 while the others wait; results "
+    "go to eval/epoch_N in the run's folder, and their curves beside the others.",
+    SAVING: "Beside the epochs' checkpoints. SIGTERM, SIGUSR1 and Ctrl-C save before they end a "
+    "run; --resume latest goes on at the very step, with the same samples, masks and rates.",
+    RELEASED: "Its command line, --force-patch-dropout F with these, means --masking pgs-released. "
+    "Without these, --force-patch-dropout is OpenCLIP's.",
+}
 
 
 def _theirs(part: str = "", rule: Rule | None = None) -> Any:
@@ -99,307 +88,157 @@ def _theirs(part: str = "", rule: Rule | None = None) -> Any:
 
 
 def _ours(
-    default: Any,
-    help_text: str | Callable[[], str],
-    group: tuple[str, str],
-    metavar: str | None = None,
-    *,
-    part: str = "",
-    rule: Rule | None = None,
-    names: Callable[[], Sequence[str]] | None = None,
-    is_open: bool = False,
+    default: Any, heading: str, metavar: str | None = None, part: str = "", **more: Any
 ) -> Any:
     """Define a flag of our own.
 
     Args:
         default: Its value where nobody gave one.
-        help_text: What `--help` says of it.
-        group: Its heading there.
+        heading: Where it stands in `--help`.
         metavar: What stands for its value there.
         part: IDENTITY, RECIPE or neither.
-        rule: The range of its numbers.
-        names: The names it takes.
-        is_open: Whether it takes "package.module:Class" beside these.
+        **more: `rule`, the range of its numbers; `choices`, the names it takes; `details`, what
+            else there is to say of it in `--help`.
     """
-    metadata = {
-        "help": help_text,
-        "group": group,
-        "metavar": metavar,
-        "part": part,
-        "rule": rule,
-        "names": names,
-        "is_open": is_open,
-    }
+    metadata = {"heading": heading, "metavar": metavar, "part": part, **more}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def _image_help() -> str:
-    papers = [f"{name}: {describe_masking(name).paper}" for name in list_maskings()]
-    return f"how patches are chosen, or package.module:Class. {'; '.join(papers)} (default: none)"
+def _papers() -> str:
+    return "; ".join(f"{name}: {describe_masking(name).paper}" for name in list_maskings())
 
 
-def _strategy_options_help() -> str:
+def _strategies_options() -> str:
     texts = []
     for name in list_maskings():
         options = masking_options(name).items()
         own = [f"{key}={value}" for key, value in options if not key.startswith("mask_ratio")]
-        if own:
-            texts.append(f"{name}: {', '.join(own)}")
-    return f"any other option of the strategy; can be repeated. {'; '.join(texts)}"
+        texts += [f"{name}: {', '.join(own)}"] if own else []
+    return "; ".join(texts)
 
 
-def _text_help() -> str:
+def _text_maskings() -> str:
     meanings = []
     for name in TEXT_MASKINGS.names():
         declared = TEXT_MASKINGS.declaration(name)
         needs = f", needs {declared['needs']}" if declared["needs"] else ""
         meanings.append(f"{name}: {declared['summary']} ({declared['source']}{needs})")
-    return (
-        f"what stays of a training caption, or package.module:function. {'; '.join(meanings)} "
-        "(default: none; truncate with --text-tokens)"
-    )
+    return "; ".join(meanings)
 
 
 @dataclass(kw_only=True)
 class TrainOptions(argparse.Namespace):
-    """Everything that a training run is told; see the module's text."""
+    """Everything that a training run is told.
 
-    config: str | None = _ours(
-        None,
-        "options to start from, named like the flags; flags on the command line win",
-        GENERAL,
-        "FILE.yaml",
-    )
-    check_only: bool = _ours(
-        False, "check every option, print one line and leave; nothing is created", GENERAL
-    )
-    model: str = _ours(
-        "",
-        "a model open_clip knows, or local-dir:FOLDER, or hf-hub:OWNER/NAME",
-        GENERAL,
-        "NAME",
-        part=IDENTITY,
-    )
-    model_config: str | None = _ours(
-        None,
-        "a model of your own, as an open_clip model config; its name is the file's",
-        GENERAL,
-        "FILE.json",
-    )
+    Args:
+        config: options to start from, named like the flags; flags on the command line win
+        check_only: check every option, print one line and leave; nothing is created
+        model: a model open_clip knows, or local-dir:FOLDER, or hf-hub:OWNER/NAME
+        model_config: a model of your own, as an open_clip model config; its name is the file's
+        masking: how patches are chosen, or package.module:Class of a strategy of your own
+        mask_ratio: share of patches dropped, in [0, 1); the upper bound where the count adapts (the
+            papers use 0.5 and 0.75 for random, 0.5 for pgs)
+        mask_ratio_min: lower bound of a count that adapts to the image, for pgs, pgs-released and
+            cluster (CLIP-PGS-0.3: 0.3, with --mask-ratio 0.5)
+        masking_option: any other option of the strategy; can be repeated
+        mask_schedule: how the mask ratio goes from --mask-ratio to --mask-ratio-end over the masked
+            epochs: constant, linear or cosine
+        mask_ratio_end: the mask ratio that a schedule ends at, in [0, 1)
+        mask_schedule_steps: different ratios a schedule takes; each is one compiled graph with
+            --torchcompile
+        pack_tokens: where images keep different numbers of patches, run all their patches as one
+            sequence instead of padding images to the longest: on CUDA in half precision, at the
+            price of one synchronization per step; on a CPU without --torchcompile (default: on a
+            CPU, unless the model is tiny)
+        text_masking: what stays of a training caption, or package.module:function of your own;
+            truncate with --text-tokens alone
+        caption_key: in shards, the field of the side-car .json that holds the caption, or a list of
+            captions of which one is drawn each epoch; several fields are joined by commas (default:
+            captions are .txt; of NAME.0.txt, NAME.1.txt, ... one is drawn each epoch)
+        text_tokens: tokens of a training caption, start and end included; the model keeps its
+            context length (CLIPF: 8)
+        text_masking_option: options of the text masking (frequency: frequencies=FILE threshold=T
+            fill=BOOL); can be repeated
+        unmasked_epochs: epochs without masking after the masked ones (GLIP and CLIPF: 1)
+        unmasked_lr: their highest learning rate (GLIP and CLIPF: 1e-5)
+        unmasked_warmup: their warm-up in steps (default: a tenth of an epoch, as CLIPF's)
+        unmasked_batch_size: their --batch-size, where whole images need more memory (CLIPF: 160
+            instead of 896; default: --batch-size)
+        unmasked_accum_freq: their --accum-freq (default: --accum-freq)
+        eval_suite: zeroshot-classification, zeroshot-retrieval, linear-probe, robustness,
+            compositionality or all (default: none)
+        eval_datasets: its data sets, as clip-test.sh --datasets takes them
+        eval_data_root: where they are, as clip-test.sh --data-root takes it
+        eval_every: every N epochs, and after the last
+        save_every_steps: save checkpoints/step_N.pt every N optimizer steps (default: none)
+        save_every_minutes: save one when the last is M minutes old (default: none)
+        keep_checkpoints: keep the last K step_N.pt; those of epochs are kept as --save-frequency
+            and --delete-previous-checkpoint say
+        accept_changes: with --resume latest, go on although model, masking, data or seed are not
+            the run's
+        max_bad_steps: steps without a finite loss and gradient are skipped; N in a row end the run
+        max_bad_share: largest share of samples that may be unusable; each is a line of
+            skipped.jsonl in the run's folder
+        data_timeout: seconds without a batch after which loading has failed; 0 waits for ever; with
+            --workers 0, too, though not inside a decoder written in C
+        hang_timeout: seconds after which a run in which nothing happens is ended by name of the
+            process that hangs (0 waits for ever): in one place of a step, or without processor time
+            in an evaluation, a save, or a step of one process on a CPU, which may otherwise take as
+            long as they take
+        target_mask_ratio: its similarity threshold
+        min_mask_ratio: its share of dropped patches
+        use_ed: its edges
+        use_otn: its optimal-transport step
+        masking_options: everything the strategy's constructor gets; what was not given is left to
+            its defaults
+        text_masking_options: the same of the text masking
+        given: names of the options that the user or the config set
+        resume_instead: what a restarted run falls back on where it has no checkpoint yet
+        distributed: whether there are several processes; `rank`, `local_rank` and `world_size` say
+            which this is
+        upstream: what OpenCLIP's parser knows beside these; read `openclip` instead
+    """
 
-    masking: str = _ours(
-        "none", _image_help, IMAGE, "NAME", part=IDENTITY, names=list_maskings, is_open=True
-    )
-    mask_ratio: float | None = _ours(
-        None,
-        "share of patches dropped, in [0, 1); the upper bound where the count adapts (the papers "
-        "use 0.5 and 0.75 for random, 0.5 for pgs)",
-        IMAGE,
-        "F",
-    )
-    mask_ratio_min: float | None = _ours(
-        None,
-        "lower bound of a count that adapts to the image, for pgs, pgs-released and cluster "
-        "(CLIP-PGS-0.3: 0.3, with --mask-ratio 0.5)",
-        IMAGE,
-        "F",
-    )
-    masking_option: dict[str, Any] = _ours({}, _strategy_options_help, IMAGE, "KEY=VALUE")
-    mask_schedule: str = _ours(
-        "constant",
-        "how the mask ratio goes from --mask-ratio to --mask-ratio-end over the masked epochs: "
-        f"{', '.join(SCHEDULES)} (default: constant)",
-        IMAGE,
-        "NAME",
-        part=IDENTITY,
-        names=lambda: SCHEDULES,
-    )
-    mask_ratio_end: float | None = _ours(
-        None,
-        "the mask ratio that a schedule ends at, in [0, 1)",
-        IMAGE,
-        "F",
-        part=IDENTITY,
-        rule=BELOW_1,
-    )
-    mask_schedule_steps: int = _ours(
-        5,
-        "different ratios a schedule takes; each is one compiled graph with --torchcompile "
-        "(default: 5)",
-        IMAGE,
-        "N",
-        part=IDENTITY,
-        rule=AT_LEAST_2,
-    )
-    pack_tokens: bool | None = _ours(
-        None,
-        "where images keep different numbers of patches, run all their patches as one sequence "
-        "instead of padding images to the longest: on CUDA in half precision, at the price of one "
-        "synchronization per step; on a CPU without --torchcompile (default: on a CPU, unless the "
-        "model is tiny)",
-        IMAGE,
-    )
-
-    text_masking: str = _ours(
-        "none", _text_help, TEXT, "NAME", part=IDENTITY, names=TEXT_MASKINGS.names, is_open=True
-    )
-    caption_key: str | None = _ours(
-        None,
-        "in shards, the field of the side-car .json that holds the caption, or a list of captions "
-        "of which one is drawn each epoch; several fields are joined by commas (default: captions "
-        "are .txt; of NAME.0.txt, NAME.1.txt, ... one is drawn each epoch)",
-        TEXT,
-        "KEY",
-        part=IDENTITY,
-    )
-    text_tokens: int | None = _ours(
-        None,
-        "tokens of a training caption, start and end included; the model keeps its context length "
-        "(CLIPF: 8)",
-        TEXT,
-        "N",
-        part=IDENTITY,
-    )
-    text_masking_option: dict[str, Any] = _ours(
-        {},
-        "options of the text masking (frequency: frequencies=FILE threshold=T fill=BOOL); can be "
-        "repeated",
-        TEXT,
-        "KEY=VALUE",
-    )
-
-    unmasked_epochs: int = _ours(
-        0,
-        "epochs without masking after the masked ones (GLIP and CLIPF: 1; default: 0)",
-        UNMASKED,
-        "N",
-        part=RECIPE,
-        rule=AT_LEAST_0,
-    )
-    unmasked_lr: float = _ours(
-        1e-5,
-        "their highest learning rate (GLIP and CLIPF: 1e-5, the default)",
-        UNMASKED,
-        "F",
-        part=RECIPE,
-        rule=ABOVE_0,
-    )
-    unmasked_warmup: int | None = _ours(
-        None,
-        "their warm-up in steps (default: a tenth of an epoch, as CLIPF's)",
-        UNMASKED,
-        "N",
-        part=RECIPE,
-        rule=AT_LEAST_0,
-    )
-    unmasked_batch_size: int | None = _ours(
-        None,
-        "their --batch-size, where whole images need more memory (CLIPF: 160 instead of 896; "
-        "default: --batch-size)",
-        UNMASKED,
-        "N",
-        part=RECIPE,
-        rule=AT_LEAST_1,
-    )
-    unmasked_accum_freq: int | None = _ours(
-        None,
-        "their --accum-freq (default: --accum-freq)",
-        UNMASKED,
-        "N",
-        part=RECIPE,
-        rule=AT_LEAST_1,
-    )
-
-    eval_suite: str | None = _ours(
-        None,
-        "zeroshot-classification, zeroshot-retrieval, linear-probe, robustness, compositionality "
-        "or all (default: none)",
-        EVALUATION,
-        "NAME",
-    )
-    eval_datasets: str = _ours(
-        "demo",
-        "its data sets, as clip-test.sh --datasets takes them (default: demo)",
-        EVALUATION,
-        "demo|paper|FILE",
-    )
-    eval_data_root: str | None = _ours(
-        None, "where they are, as clip-test.sh --data-root takes it", EVALUATION, "DIR"
-    )
-    eval_every: int = _ours(
-        1, "every N epochs, and after the last (default: 1)", EVALUATION, "N", rule=AT_LEAST_1
-    )
-
-    save_every_steps: int | None = _ours(
-        None,
-        "save checkpoints/step_N.pt every N optimizer steps (default: none)",
-        SAVING,
-        "N",
-        rule=AT_LEAST_1,
-    )
-    save_every_minutes: float | None = _ours(
-        None,
-        "save one when the last is M minutes old (default: none)",
-        SAVING,
-        "M",
-        rule=ABOVE_0,
-    )
-    keep_checkpoints: int = _ours(
-        3,
-        "keep the last K step_N.pt (default: 3); those of epochs are kept as --save-frequency and "
-        "--delete-previous-checkpoint say",
-        SAVING,
-        "K",
-        rule=AT_LEAST_1,
-    )
-    accept_changes: bool = _ours(
-        False,
-        "with --resume latest, go on although model, masking, data or seed are not the run's",
-        SAVING,
-    )
-
-    max_bad_steps: int = _ours(
-        10,
-        "steps without a finite loss and gradient are skipped; N in a row end the run "
-        "(default: 10)",
-        ENDING,
-        "N",
-        rule=AT_LEAST_1,
-    )
-    max_bad_share: float = _ours(
-        0.1,
-        "largest share of samples that may be unusable (default: 0.1); each is a line of "
-        "skipped.jsonl in the run's folder",
-        ENDING,
-        "F",
-        rule=SHARE,
-    )
-    data_timeout: float = _ours(
-        300.0,
-        "seconds without a batch after which loading has failed (default: 300; 0 waits for ever); "
-        "with --workers 0, too, though not inside a decoder written in C",
-        ENDING,
-        "S",
-        rule=AT_LEAST_0,
-    )
+    config: str | None = _ours(None, GENERAL, "FILE.yaml")
+    check_only: bool = _ours(False, GENERAL)
+    model: str = _ours("", GENERAL, "NAME", IDENTITY)
+    model_config: str | None = _ours(None, GENERAL, "FILE.json")
+    masking: str = _ours("none", IMAGE, "NAME", IDENTITY, details=_papers)
+    mask_ratio: float | None = _ours(None, IMAGE, "F")
+    mask_ratio_min: float | None = _ours(None, IMAGE, "F")
+    masking_option: dict[str, Any] = _ours({}, IMAGE, "KEY=VALUE", details=_strategies_options)
+    mask_schedule: str = _ours("constant", IMAGE, "NAME", IDENTITY, choices=SCHEDULES)
+    mask_ratio_end: float | None = _ours(None, IMAGE, "F", IDENTITY, rule=BELOW_1)
+    mask_schedule_steps: int = _ours(5, IMAGE, "N", IDENTITY, rule=AT_LEAST_2)
+    pack_tokens: bool | None = _ours(None, IMAGE)
+    text_masking: str = _ours("none", TEXT, "NAME", IDENTITY, details=_text_maskings)
+    caption_key: str | None = _ours(None, TEXT, "KEY", IDENTITY)
+    text_tokens: int | None = _ours(None, TEXT, "N", IDENTITY)
+    text_masking_option: dict[str, Any] = _ours({}, TEXT, "KEY=VALUE")
+    unmasked_epochs: int = _ours(0, UNMASKED, "N", RECIPE, rule=AT_LEAST_0)
+    unmasked_lr: float = _ours(1e-5, UNMASKED, "F", RECIPE, rule=ABOVE_0)
+    unmasked_warmup: int | None = _ours(None, UNMASKED, "N", RECIPE, rule=AT_LEAST_0)
+    unmasked_batch_size: int | None = _ours(None, UNMASKED, "N", RECIPE, rule=AT_LEAST_1)
+    unmasked_accum_freq: int | None = _ours(None, UNMASKED, "N", RECIPE, rule=AT_LEAST_1)
+    eval_suite: str | None = _ours(None, EVALUATION, "NAME")
+    eval_datasets: str = _ours("demo", EVALUATION, "demo|paper|FILE")
+    eval_data_root: str | None = _ours(None, EVALUATION, "DIR")
+    eval_every: int = _ours(1, EVALUATION, "N", rule=AT_LEAST_1)
+    save_every_steps: int | None = _ours(None, SAVING, "N", rule=AT_LEAST_1)
+    save_every_minutes: float | None = _ours(None, SAVING, "M", rule=ABOVE_0)
+    keep_checkpoints: int = _ours(3, SAVING, "K", rule=AT_LEAST_1)
+    accept_changes: bool = _ours(False, SAVING)
+    max_bad_steps: int = _ours(10, ENDING, "N", rule=AT_LEAST_1)
+    max_bad_share: float = _ours(0.1, ENDING, "F", rule=SHARE)
+    data_timeout: float = _ours(300.0, ENDING, "S", rule=AT_LEAST_0)
     # Before NCCL gives up, after ten minutes, with an error that names nobody.
-    hang_timeout: float = _ours(
-        480.0,
-        "seconds after which a run in which nothing happens is ended by name of the process that "
-        "hangs (default: 480; 0 waits for ever): in one place of a step, or without processor "
-        "time in an evaluation, a save, or a step of one process on a CPU, which may otherwise "
-        "take as long as they take",
-        ENDING,
-        "S",
-        rule=AT_LEAST_0,
-    )
-
-    target_mask_ratio: float | None = _ours(None, "its similarity threshold", RELEASED, "F")
-    min_mask_ratio: float | None = _ours(None, "its share of dropped patches", RELEASED, "F")
-    use_ed: bool = _ours(False, "its edges", RELEASED)
-    use_otn: bool = _ours(False, "its optimal-transport step", RELEASED)
+    hang_timeout: float = _ours(480.0, ENDING, "S", rule=AT_LEAST_0)
+    target_mask_ratio: float | None = _ours(None, RELEASED, "F")
+    min_mask_ratio: float | None = _ours(None, RELEASED, "F")
+    use_ed: bool = _ours(False, RELEASED)
+    use_otn: bool = _ours(False, RELEASED)
 
     # OpenCLIP's: data.
     train_data: str | None = _theirs()
@@ -489,31 +328,27 @@ class TrainOptions(argparse.Namespace):
 
     # What follows from these, and who this process is.
     masking_options: dict[str, Any] = field(default_factory=dict, metadata={"part": IDENTITY})
-    """Everything the strategy's constructor gets; what was not given is left to its defaults."""
     text_masking_options: dict[str, Any] = field(default_factory=dict, metadata={"part": IDENTITY})
     given: list[str] = field(default_factory=list)
-    """The names of the options that the user or the config set."""
     resume_instead: str | None = None
-    """What a restarted run falls back on where it has no checkpoint yet."""
     distributed: bool = False
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    upstream: argparse.Namespace = field(default_factory=argparse.Namespace, repr=False)
-    """What OpenCLIP's parser made of the command line; read `openclip` instead."""
+    upstream: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def openclip(self) -> argparse.Namespace:
         """OpenCLIP's namespace with this run's values, for calls of OpenCLIP's functions."""
-        own = {"model", "distributed", "rank", "local_rank", "world_size"}
-        values = {f.name: getattr(self, f.name) for f in fields(self) if is_theirs(f)}
-        values |= {name: getattr(self, name) for name in own}
-        return argparse.Namespace(**{**vars(self.upstream), "distill": False, **values})
+        process = ("model", "distributed", "rank", "local_rank", "world_size")
+        names = [*process, *(f.name for f in fields(self) if is_theirs(f))]
+        values = {name: getattr(self, name) for name in names}
+        return argparse.Namespace(**{**self.upstream, "distill": False, **values})
 
     def values(self) -> dict[str, Any]:
         """Return every option by its name, in alphabetical order, as `params.txt` lists them."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "upstream"}
-        return dict(sorted((vars(self.upstream) | own).items()))
+        return dict(sorted((self.upstream | own).items()))
 
 
 # Flags of OpenCLIP's that this trainer cannot obey; one that a newer OpenCLIP added cannot either.
@@ -536,11 +371,6 @@ def is_theirs(option: Field) -> bool:
     return bool(option.metadata.get("is_theirs"))
 
 
-def is_ours(option: Field) -> bool:
-    """Return whether a field of `TrainOptions` is a flag of our own."""
-    return "group" in option.metadata
-
-
 def flag_of(name: str) -> str:
     """Return an option's flag: "--mask-ratio" for "mask_ratio"."""
     return f"--{name.replace('_', '-')}"
@@ -551,17 +381,21 @@ def names_of(part: str) -> list[str]:
     return [f.name for f in fields(TrainOptions) if f.metadata.get("part") == part]
 
 
-def obeyed_flags() -> frozenset[str]:
-    """Return the flags of OpenCLIP's that this trainer obeys."""
-    theirs = (f for f in fields(TrainOptions) if is_theirs(f) or f.name == "model")
-    return frozenset(flag_of(f.name) for f in theirs)
+def option_flags(*, are_theirs: bool) -> list[str]:
+    """Return the flags of OpenCLIP's that this trainer obeys, or those of our own."""
+    kind = "is_theirs" if are_theirs else "heading"
+    return [flag_of(f.name) for f in fields(TrainOptions) if kind in f.metadata]
+
+
+class _RefusedError(ValueError):
+    """One sentence of the parser's own."""
 
 
 class _Parser(argparse.ArgumentParser):
     """Raises one sentence instead of printing a usage text and leaving."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise _RefusedError(message)
 
 
 class _Pairs(argparse.Action):
@@ -574,7 +408,7 @@ class _Pairs(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        pairs = dict(getattr(namespace, self.dest, {}))
+        pairs = dict(getattr(namespace, self.dest, None) or {})
         for pair in values:
             key, separator, text = pair.partition("=")
             if not separator or not key:
@@ -594,8 +428,8 @@ def _literal(text: str) -> Any:
         return text
 
 
-def own_parser() -> argparse.ArgumentParser:
-    """Return the parser of our own flags; what nobody gave is not in its namespace."""
+def option_parser() -> argparse.ArgumentParser:
+    """Return the parser of all flags; what nobody gave is not in its namespace."""
     parser = _Parser(
         prog="python -m clip_pgs.training",
         usage="%(prog)s [--config FILE.yaml] [options]",
@@ -604,32 +438,62 @@ def own_parser() -> argparse.ArgumentParser:
         add_help=False,
         argument_default=argparse.SUPPRESS,
     )
+    hints, texts = get_type_hints(TrainOptions), _explained_options()
     groups: dict[str, Any] = {}
-    hints = get_type_hints(TrainOptions)
-    for option in filter(is_ours, fields(TrainOptions)):
-        title, description = option.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title, description or None)
-        groups[title].add_argument(flag_of(option.name), **_argument(option, hints[option.name]))
-    groups[GENERAL[0]].add_argument("-h", "--help", action="help", help="print this text and leave")
+    for option in (f for f in fields(TrainOptions) if "heading" in f.metadata):
+        heading = option.metadata["heading"]
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading, _BELOW_HEADINGS.get(heading))
+        argument = _argument(option, hints[option.name], texts.get(option.name, ""))
+        groups[heading].add_argument(flag_of(option.name), **argument)
+    groups[GENERAL].add_argument("-h", "--help", action="help", help="print this text and leave")
+
+    theirs = parser.add_argument_group(
+        "OpenCLIP's options, with OpenCLIP's meaning",
+        "Each switch also has a --no- form, which takes back what a config set.",
+    )
+    obeyed = option_flags(are_theirs=True)
+    for flag, original in trainer_actions().items():
+        if flag == "--model":
+            continue
+        action = copy.copy(original)
+        action.default = argparse.SUPPRESS
+        action.help = original.help if flag in obeyed else argparse.SUPPRESS
+        theirs._add_action(action)
+        if action.nargs == 0:
+            theirs.add_argument(
+                f"--no-{flag[2:]}", dest=action.dest, action="store_false", help=argparse.SUPPRESS
+            )
     return parser
 
 
-def _argument(option: Field, hint: Any) -> dict[str, Any]:
+def _explained_options() -> dict[str, str]:
+    """Return what the class's text says of each option."""
+    _, _, text = inspect.cleandoc(TrainOptions.__doc__ or "").partition("\nArgs:\n")
+    entries = (entry.strip().partition(":") for entry in re.split(r"\n(?= {4}\S)", text))
+    return {name: " ".join(said.split()) for name, _, said in entries}
+
+
+def _argument(option: Field, hint: Any, text: str) -> dict[str, Any]:
     """Return what argparse is told of one of our flags."""
-    text = option.metadata["help"]
+    metadata, default = option.metadata, option.default
+    if "details" in metadata:
+        text += f". {metadata['details']()}"
+    if "(default: " not in text and default and isinstance(default, (str, int, float)):
+        text += (
+            f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
+        )
+    argument = {"help": text.replace("%", "%%")}
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
-    argument: dict[str, Any] = {"help": text() if callable(text) else text}
     if kinds == [bool]:
         return {**argument, "action": argparse.BooleanOptionalAction}
-    argument["metavar"] = option.metadata["metavar"]
+    argument["metavar"] = metadata["metavar"]
     if get_origin(hint) is dict:
         return {**argument, "nargs": "+", "action": _Pairs}
-    if option.metadata["names"] is not None:
-        return {**argument, "type": functools.partial(_name, option)}
+    if "choices" in metadata:
+        return {**argument, "choices": list(metadata["choices"])}
     if kinds != [str]:
-        is_optional = NoneType in get_args(hint)
-        return {**argument, "type": _or_none(kinds[0]) if is_optional else kinds[0]}
+        return {**argument, "type": _or_none(kinds[0]) if default is None else kinds[0]}
     return argument
 
 
@@ -641,20 +505,6 @@ def _or_none(kind: type) -> Callable[[str], Any]:
 
     read.__name__ = kind.__name__
     return read
-
-
-def _name(option: Field, text: str) -> str:
-    names = option.metadata["names"]()
-    if text in names or (option.metadata["is_open"] and ":" in text):
-        return text
-    also = " or package.module:Class" if option.metadata["is_open"] else ""
-    raise argparse.ArgumentTypeError(f"takes one of {', '.join(names)}{also}, got {text!r}")
-
-
-def own_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Return what each of our flags does, by its name ("--mask-ratio")."""
-    actions = {flag: a for a in parser._actions for flag in a.option_strings}
-    return {flag: a for flag, a in actions.items() if flag.startswith("--")}
 
 
 def parse_options(argv: Sequence[str]) -> TrainOptions:
@@ -670,43 +520,37 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
             is not named or not known.
         SystemExit: For `--help`.
     """
-    parser = own_parser()
+    parser = option_parser()
     if {"-h", "--help"} & set(argv):
-        sys.stdout.write(_help_text(parser))
+        sys.stdout.write(parser.format_help())
         raise SystemExit(0)
+    said = _parse(parser, argv)
+    if "config" in said:
+        configured = config_arguments(said["config"], parser, said)
+        said = _parse(parser, [*configured, *argv])
 
-    _refuse_bare_dashes(argv)
-    own, trainer_argv = parser.parse_known_args(argv)
-    if getattr(own, "config", None) is not None:
-        actions = {**trainer_actions(), **own_actions(parser)}
-        configured = config_arguments(
-            own.config,
-            actions,
-            model=getattr(own, "model", None),
-            model_config=getattr(own, "model_config", None),
-        )
-        _refuse_bare_dashes(configured)
-        own, trainer_argv = parser.parse_known_args([*configured, *argv])
-
-    trainer_argv, trainer_flags = _settle_switches(trainer_argv, parser)
-    for flag in sorted(trainer_flags - obeyed_flags()):
-        reason = REFUSED_FLAGS.get(flag, "this version of OpenCLIP added it after clip-pgs")
-        raise ValueError(f"{flag} is not supported: {reason}")
+    obeyed = {f.name for f in fields(TrainOptions) if is_theirs(f)}
+    upstream = {action.dest: action.default for action in trainer_actions().values()}
+    for name in sorted(said.keys() & upstream.keys() - obeyed - {"model"}):
+        if said[name] is not False:
+            reason = REFUSED_FLAGS.get(flag_of(name), "this version of OpenCLIP added it after us")
+            raise ValueError(f"{flag_of(name)} is not supported: {reason}")
     # What is None, or a switch that is off, is as if nobody had said it; a ratio of 0 is said.
-    values = {name: value for name, value in vars(own).items() if value is not None and value != {}}
-    given = {name for name, value in values.items() if value is not False}
-    given |= {trainer_actions()[flag].dest for flag in trainer_flags}
-    values["model"] = choose_model(values.get("model"), values.get("model_config"))
-    upstream = _parse_trainer_options([*trainer_argv, f"--model={values['model']}"])
-    theirs = {f.name: getattr(upstream, f.name) for f in fields(TrainOptions) if is_theirs(f)}
-    options = TrainOptions(**{**theirs, **values, "upstream": upstream})
+    said = {name: value for name, value in said.items() if value is not None and value != {}}
+    given = {name for name, value in said.items() if value is not False}
+    said["model"] = choose_model(said.get("model"), said.get("model_config"))
+    theirs = {name: said.get(name, upstream[name]) for name in obeyed}
+    if "timm" not in theirs["opt"]:
+        defaults = get_default_params(said["model"])
+        theirs |= {name: value for name, value in defaults.items() if theirs[name] is None}
+    options = TrainOptions(**{**theirs, **said, "upstream": {**upstream, **theirs}})
 
     released: dict[str, Any] = {}
     if released_flags(options):
-        released = _released_options(options, is_named="masking" in values)
+        released = _released_options(options, is_named="masking" in said)
         options.masking, options.force_patch_dropout = RELEASED_MASKING, None
         given = (given | {"masking"}) - {"force_patch_dropout"}
-    if "text_masking" not in values and options.text_tokens is not None:
+    if "text_masking" not in said and options.text_tokens is not None:
         options.text_masking = "truncate"
     if options.masking != "none":
         options.masking_options = _constructor_options(options, released)
@@ -715,66 +559,27 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
     return options
 
 
-def _help_text(parser: argparse.ArgumentParser) -> str:
-    upstream = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
-    group = upstream.add_argument_group(
-        "OpenCLIP's options, with OpenCLIP's meaning",
-        "Each switch also has a --no- form, which takes back what a config set.",
-    )
-    for flag, action in trainer_actions().items():
-        if flag in obeyed_flags() and flag != "--model":
-            group._add_action(action)
-    return f"{parser.format_help()}\n{upstream.format_help()}"
-
-
-def _refuse_bare_dashes(argv: Sequence[str]) -> None:
-    """Refuse what argparse would take for the end of the options, and then lose."""
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Return what a command line says, by the names of the options."""
     for token in argv:
-        flag, _, value = token.partition("=")
-        if flag == "--" or value == "--":
+        # argparse would take it for the end of the options, and then lose it.
+        if token.partition("=")[0] == "--" or token.partition("=")[2] == "--":
             raise ValueError(f"'--' is no value, got {token!r}")
-
-
-def _settle_switches(
-    argv: Sequence[str], parser: argparse.ArgumentParser
-) -> tuple[list[str], set[str]]:
-    """Check OpenCLIP's flags and resolve `--no-` forms; the last word on a switch holds.
-
-    Returns:
-        Arguments that OpenCLIP's parser understands, and the flags among them.
-    """
-    actions = trainer_actions()
-    negations = {f"--no-{flag[2:]}": flag for flag, action in actions.items() if action.nargs == 0}
-    settled: list[str] = []
-    flags: set[str] = set()
-    for token in argv:
-        flag = token.partition("=")[0]
-        if token in negations:
-            settled = [other for other in settled if other != negations[token]]
-            flags.discard(negations[token])
-            continue
-        if flag in actions:
-            flags.add(flag)
-        elif flag.startswith("--") and flag != "--" and " " not in flag:
-            known = {*own_actions(parser), *actions, *negations}
-            raise ValueError(
-                f"unknown option {flag} (no abbreviations); {nearest_names(flag, known)}"
-            )
-        settled.append(token)
-    return settled, flags
-
-
-def _parse_trainer_options(argv: Sequence[str]) -> argparse.Namespace:
-    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(stderr):
-            return parse_trainer_args(argv)
-    except SystemExit:
-        message = stderr.getvalue().strip()
-        raise ValueError(message.partition(": error: ")[2] or message) from None
+        said, rest = parser.parse_known_args(argv)
+    except _RefusedError:
+        raise
     except (ValueError, SyntaxError):
         # The only flag whose values OpenCLIP takes apart without a message of its own.
         raise ValueError("--aug-cfg takes KEY=VALUE pairs, such as 'scale=(0.5, 1.0)'") from None
+    for flag in (token.partition("=")[0] for token in rest):
+        if flag.startswith("--") and " " not in flag:
+            known = [flag for action in parser._actions for flag in action.option_strings]
+            near = nearest_names(flag, known)
+            raise ValueError(f"unknown option {flag} (no abbreviations); {near}")
+    if rest:
+        raise ValueError(f"unrecognized arguments: {' '.join(rest)}")
+    return vars(said)
 
 
 def choose_model(model: str | None, model_config: str | None) -> str:
@@ -829,7 +634,7 @@ def released_flags(options: TrainOptions) -> list[str]:
     return [
         flag_of(f.name)
         for f in fields(TrainOptions)
-        if f.metadata.get("group") == RELEASED and getattr(options, f.name) not in (None, False)
+        if f.metadata.get("heading") == RELEASED and getattr(options, f.name) not in (None, False)
     ]
 
 
