@@ -22,7 +22,7 @@ from clip_pgs.evaluation.datasets import (
     read_class_names,
     read_templates,
 )
-from clip_pgs.evaluation.samples import open_samples
+from clip_pgs.evaluation.samples import Reading, open_samples
 from clip_pgs.evaluation.suites import get_suite
 from support.eval_sets import add_member, color_png, write_dataset, write_pairs
 
@@ -326,16 +326,8 @@ def test_samples_come_as_from_clip_benchmark(tmp_path, color_model, workers, num
         task="zeroshot_classification",
     )
     expected = torch.utils.data.DataLoader(theirs.batched(3), batch_size=None, num_workers=workers)
-    ours = open_samples(
-        str(tmp_path / "set"),
-        split="test",
-        num_shards=num_shards,
-        num_classes=12,
-        transform=color_model.transform,
-        batch_size=3,
-        workers=workers,
-        title="set",
-    )
+    reading = Reading(color_model.transform, batch_size=3, workers=workers)
+    ours = open_samples(str(tmp_path / "set"), "test", reading, num_shards=num_shards, title="set")
     for (pictures, labels), (their_pictures, their_labels) in zip(ours, expected, strict=True):
         assert torch.equal(pictures, their_pictures)
         assert torch.equal(labels, torch.as_tensor(their_labels))

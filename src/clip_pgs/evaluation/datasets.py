@@ -152,15 +152,9 @@ def read_metadata(location: str, file_name: str) -> str | None:
         DamagedDataError: If it is no text, or larger than 16 MiB.
     """
     try:
-        if is_remote(location):
-            with open_remote(location, file_name, is_text=True) as stream:
-                content = stream.read(_MAX_TEXT_BYTES + 1)
-        elif Path(location, file_name).is_file():
-            with Path(location, file_name).open("rb") as file:
-                content = file.read(_MAX_TEXT_BYTES + 1)
-        else:
-            return None
-    except FileNotFoundError:
+        with open_file(location, file_name, is_text=True) as file:
+            content = file.read(_MAX_TEXT_BYTES + 1)
+    except (FileNotFoundError, IsADirectoryError):
         return None
     if len(content) > _MAX_TEXT_BYTES:
         raise DamagedDataError(f"{location}/{file_name} is larger than {_MAX_TEXT_BYTES} bytes")
@@ -171,21 +165,26 @@ def read_metadata(location: str, file_name: str) -> str | None:
 
 
 @contextlib.contextmanager
-def open_remote(location: str, file_name: str, *, is_text: bool = False) -> Iterator[BinaryIO]:
-    """Open a file of a data set on a server.
+def open_file(location: str, file_name: str, *, is_text: bool = False) -> Iterator[BinaryIO]:
+    """Open a file of a data set.
 
     Args:
-        location: URL of the data set.
+        location: Folder or URL of the data set.
         file_name: Such as "test/0.tar".
         is_text: Whether it is a small text file; the hub has them in another place.
 
     Yields:
-        The content as it comes.
+        The content; of a file on a server as it comes.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        OSError: If the server cannot be reached.
+        OSError: If it cannot be read, or the server cannot be reached.
     """
+    if not is_remote(location):
+        with Path(location, file_name).open("rb") as file:
+            yield file
+        return
+
     import requests
     from requests.adapters import HTTPAdapter, Retry
 

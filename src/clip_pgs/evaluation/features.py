@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clip_pgs.common import one_sentence
-from clip_pgs.evaluation.datasets import EvalSet, count_shards, is_remote, read_class_names
+from clip_pgs.evaluation.datasets import EvalSet, count_shards, is_remote
 from clip_pgs.evaluation.models import LoadedModel, weights_digest
-from clip_pgs.evaluation.samples import open_pictures, open_samples
+from clip_pgs.evaluation.samples import Reading, open_pictures, open_samples
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +53,11 @@ class Features:
         labels: Class of each image, shape (N,), int64, or which classes it shows, shape (N, C);
             None for images with captions.
         captions: The captions of each image, or None.
-        classes: Names of the classes, or None.
     """
 
     images: Tensor
     labels: Tensor | None = None
     captions: list[list[str]] | None = None
-    classes: list[str] | None = None
 
 
 class Encoder:
@@ -84,10 +83,10 @@ class Encoder:
     ) -> None:
         self.loaded = loaded
         self.device = next(loaded.model.parameters()).device
-        self.batch_size = batch_size
-        self.workers = workers
+        self.reading = Reading(loaded.transform, batch_size, workers)
         self.amp = amp
         self.cache = FeatureCache(loaded, device=self.device, amp=amp, folder=folder)
+        self._classes: dict[tuple[str, ...], Tensor] = {}
 
     def images(self, eval_set: EvalSet, *, split: str = "test") -> Features:
         """Encode the images of a split, or find them in the cache.
@@ -103,26 +102,27 @@ class Encoder:
         """
         location = eval_set.location
         num_shards = count_shards(location, split)
-        classes = read_class_names(location)
         data = data_fingerprint(location, split)
         key = self.cache.key("images", data or f"{location} {split}")
-        entry = self.cache.get(key)
-        if entry is None:
+
+        def encode() -> Features:
             title = eval_set.name if split == "test" else f"{eval_set.name} ({split})"
             samples = open_samples(
-                location,
-                split=split,
-                num_shards=num_shards,
-                num_classes=None if classes is None else len(classes),
-                transform=self.loaded.transform,
-                batch_size=self.batch_size,
-                workers=self.workers,
-                title=title,
+                location, split, self.reading, num_shards=num_shards, title=title
             )
-            entry = self._encode_samples(samples, title)
-            self.cache.put(key, entry, is_known=data is not None)
-        captions = entry.texts.get("captions")
-        return Features(entry.tensors["images"], entry.tensors.get("labels"), captions, classes)
+            targets: list[Any] = []
+
+            def pixels() -> Iterator[Tensor]:
+                for pixels_BCHW, target in samples:
+                    targets.append(target)
+                    yield pixels_BCHW
+
+            images_ND = self._encode_images(pixels(), title)
+            if isinstance(targets[0], Tensor):
+                return Features(images_ND, labels=torch.cat(targets))
+            return Features(images_ND, captions=list(itertools.chain.from_iterable(targets)))
+
+        return self.cache.get_or_make(key, encode, is_known=data is not None)
 
     def pictures(self, paths: Sequence[Path], folder: Path) -> Tensor:
         """Encode picture files, or find them in the cache.
@@ -139,19 +139,12 @@ class Encoder:
             NonFiniteFeaturesError: If a feature is not finite.
         """
         key = self.cache.key("caption pairs", files_fingerprint(folder, paths))
-        entry = self.cache.get(key)
-        if entry is None:
-            batches = open_pictures(
-                paths,
-                transform=self.loaded.transform,
-                batch_size=self.batch_size,
-                workers=self.workers,
-                title=folder.name,
-            )
-            images_ND = self._encode_images(batches, f"the images in {folder.name}")
-            entry = Entry({"images": images_ND})
-            self.cache.put(key, entry)
-        return entry.tensors["images"]
+
+        def encode() -> Features:
+            batches = open_pictures(paths, self.reading, title=folder.name)
+            return Features(self._encode_images(batches, f"the images in {folder.name}"))
+
+        return self.cache.get_or_make(key, encode).images
 
     def texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """Encode texts; those that the tokenizer cannot tell apart get the very same feature.
@@ -182,7 +175,7 @@ class Encoder:
         """Encode classes as clip_benchmark does: the mean of a class's normalized prompts.
 
         Args:
-            names: Of the C classes; a list of classes is encoded once.
+            names: Of the C classes; the same list is encoded once.
             templates: Prompts with a `{c}` for the name.
 
         Returns:
@@ -191,34 +184,14 @@ class Encoder:
         Raises:
             NonFiniteFeaturesError: If a feature is not finite.
         """
-        # The tokenizer has no printed form to key a file with: texts are kept in memory alone.
-        key = self.cache.key("classes", content_digest([list(names), list(templates)]))
-        entry = self.cache.get(key)
-        if entry is None:
+        key = (*names, "", *templates)
+        if key not in self._classes:
             # Replaced, not formatted: a stranger's template reaches no format spec or attribute.
             prompts = [template.replace("{c}", name) for name in names for template in templates]
             prompts_PD = normalize(self.texts(prompts), dim=-1)
             mean_CD = prompts_PD.unflatten(0, (len(names), len(templates))).mean(dim=1)
-            entry = Entry({"classes": normalize(mean_CD, dim=-1)})
-            self.cache.put(key, entry, is_known=False)
-        return entry.tensors["classes"]
-
-    def _encode_samples(self, samples: Iterable[tuple[Tensor, Any]], title: str) -> Entry:
-        labels: list[Tensor] = []
-        captions: list[list[str]] = []
-
-        def images() -> Iterator[Tensor]:
-            for pixels_BCHW, targets in samples:
-                if isinstance(targets, Tensor):
-                    labels.append(targets)
-                else:
-                    captions.extend(targets)
-                yield pixels_BCHW
-
-        tensors = {"images": self._encode_images(images(), title)}
-        if labels:
-            return Entry({**tensors, "labels": torch.cat(labels)})
-        return Entry(tensors, {"captions": captions})
+            self._classes[key] = normalize(mean_CD, dim=-1)
+        return self._classes[key]
 
     def _encode_images(self, batches: Iterable[Tensor], title: str) -> Tensor:
         with self._inference() as model:
@@ -252,19 +225,6 @@ class Encoder:
             model.train(was_training)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What is kept under a key.
-
-    Attributes:
-        tensors: Features and labels, by name, on the CPU.
-        texts: Lists of texts that belong to them, by name.
-    """
-
-    tensors: dict[str, Tensor]
-    texts: dict[str, list[list[str]]] = field(default_factory=dict)
-
-
 class FeatureCache:
     """Features of one model, in memory and, where a folder is given, in files.
 
@@ -288,7 +248,7 @@ class FeatureCache:
         self.fingerprint = model_fingerprint(loaded.model)
         self._model = [self.fingerprint, self.transform, device.type, amp]
         self._model += [version(package) for package in _PACKAGES]
-        self._entries: dict[str, Entry] = {}
+        self._kept: dict[str, Features] = {}
 
     def key(self, kind: str, data: str) -> str:
         """Return the key of some features.
@@ -299,66 +259,70 @@ class FeatureCache:
         """
         return content_digest([kind, data, *self._model])
 
-    def get(self, key: str) -> Entry | None:
-        """Return what is kept under a key, or None; a damaged file counts as none."""
-        if key not in self._entries and self.folder is not None and self._path(key).is_file():
-            try:
-                self._entries[key] = self._read(key)
-            # Whatever is in the file, they can be computed again.
-            except Exception as error:
-                reason = one_sentence(error)
-                logger.warning("ignored the damaged features in %s: %s", self._path(key), reason)
-        return self._entries.get(key)
-
-    def put(self, key: str, entry: Entry, *, is_known: bool = True) -> None:
-        """Keep features under a key.
+    def get_or_make(
+        self, key: str, make: Callable[[], Features], *, is_known: bool = True
+    ) -> Features:
+        """Return what is kept under a key, else make it and keep it.
 
         Args:
             key: From `key`.
-            entry: What to keep.
+            make: Computes the features; a damaged file of them counts as none.
             is_known: Whether the key stands for the content of the data; features of others stay
                 in memory, as do those of a transform that cannot be described.
         """
-        self._entries[key] = entry
+        if key in self._kept:
+            return self._kept[key]
+        path = None
         if self.folder is not None and is_known and self.transform is not None:
+            path = self.folder / f"{key}.safetensors"
+        features = None
+        if path is not None and path.is_file():
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._write(key, entry)
+                features = _read_features(path, key)
+            # Whatever is in the file, they can be computed again.
+            except Exception as error:
+                logger.warning("ignored the damaged features in %s: %s", path, one_sentence(error))
+        if features is None:
+            features = make()
+            try:
+                if path is not None:
+                    _write_features(path, key, features)
             except (OSError, SafetensorError) as error:
                 logger.warning("features cannot be kept in %s: %s", self.folder, error)
+        self._kept[key] = features
+        return features
 
     def forget(self) -> None:
-        """Let go of the image features in memory; files and class features stay."""
-        self._entries = {
-            key: entry for key, entry in self._entries.items() if "images" not in entry.tensors
-        }
+        """Let go of the features in memory; files stay."""
+        self._kept.clear()
 
-    def _path(self, key: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{key}.safetensors"
 
-    def _read(self, key: str) -> Entry:
-        with safe_open(self._path(key), framework="pt") as file:
-            notes = file.metadata() or {}
-            if notes.get("key") != key:
-                raise ValueError("it was written for other features")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        entry = Entry(tensors, json.loads(notes["texts"]))
-        rows = [*tensors.values(), *entry.texts.values()]
-        if tensors["images"].ndim != 2 or any(len(row) != len(tensors["images"]) for row in rows):
-            raise ValueError("its rows are not those of images")
-        return entry
+def _read_features(path: Path, key: str) -> Features:
+    with safe_open(path, framework="pt") as file:
+        notes = file.metadata() or {}
+        if notes.get("key") != key:
+            raise ValueError("it was written for other features")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    features = Features(tensors["images"], tensors.get("labels"), **json.loads(notes["texts"]))
+    rows = [column for column in vars(features).values() if column is not None]
+    if features.images.ndim != 2 or any(len(column) != len(features.images) for column in rows):
+        raise ValueError("its rows are not those of images")
+    return features
 
-    def _write(self, key: str, entry: Entry) -> None:
-        # Another process may write the same features at this moment.
-        unfinished = self._path(key).with_suffix(f".{os.getpid()}.part")
-        notes = {"key": key, "texts": json.dumps(entry.texts)}
-        tensors = {name: tensor.contiguous() for name, tensor in entry.tensors.items()}
-        try:
-            save_file(tensors, unfinished, metadata=notes)
-            unfinished.replace(self._path(key))
-        finally:
-            unfinished.unlink(missing_ok=True)
+
+def _write_features(path: Path, key: str, features: Features) -> None:
+    texts = {} if features.captions is None else {"captions": features.captions}
+    tensors = {"images": features.images.contiguous()}
+    if features.labels is not None:
+        tensors["labels"] = features.labels.contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Another process may write the same features at this moment.
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        save_file(tensors, unfinished, metadata={"key": key, "texts": json.dumps(texts)})
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def content_digest(content: Any) -> str:

@@ -45,7 +45,13 @@ _CHUNK_LOGITS = 2**26
 
 
 def linear_probe(
-    train: Features, test: Features, *, name: str, device: torch.device, seed: int = 0
+    train: Features,
+    test: Features,
+    *,
+    name: str,
+    classes: list[str] | None = None,
+    device: torch.device,
+    seed: int = 0,
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
     """Fit a linear classifier to train features and score it on test features.
 
@@ -53,6 +59,7 @@ def linear_probe(
         train: From `Encoder.images(..., split="train")`.
         test: From `Encoder.images(..., split="test")`; they decide nothing.
         name: Of the data set, for messages.
+        classes: Names of the classes, for messages.
         device: Where to compute, if it is CUDA; else it is the CPU.
         seed: Of the draw that holds images back.
 
@@ -69,7 +76,7 @@ def linear_probe(
     """
     train_labels, test_labels = _labels(train, name), _labels(test, name)
     class_ids, train_classes = train_labels.unique(return_inverse=True)
-    _check_classes(class_ids, test_labels, train.classes, name)
+    _check_classes(class_ids, test_labels, classes, name)
     test_classes = torch.searchsorted(class_ids, test_labels)
 
     train_ND, test_ND = normalize(train.images, dim=-1), normalize(test.images, dim=-1)

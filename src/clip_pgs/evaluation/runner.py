@@ -203,7 +203,7 @@ class _Evaluation:
             "settings": {
                 "device": str(encoder.device),
                 "amp": encoder.amp,
-                "batch_size": encoder.batch_size,
+                "batch_size": encoder.reading.batch_size,
             },
             "versions": {
                 "clip-pgs": clip_pgs.__version__,

@@ -10,16 +10,17 @@ shards W, W + N, ..., one after the other, in batches of its own.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
+import math
 import os
 import re
 import sys
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ from clip_pgs.evaluation.datasets import (
     DamagedDataError,
     declared_type,
     is_remote,
-    open_remote,
+    open_file,
+    read_class_names,
 )
 
 if TYPE_CHECKING:
@@ -47,100 +49,85 @@ _META_NAME = re.compile(r"__[^/]*__(?:/|$)")
 _LABEL = re.compile(rb"\s*([0-9]{1,9})\s*")
 _MAX_PICTURE_BYTES, _MAX_TARGET_BYTES = 2**28, 2**20
 
-Transform = Callable[[Any], Tensor]
+
+@dataclass(frozen=True)
+class Reading:
+    """How pictures are read.
+
+    Attributes:
+        transform: From an RGB picture to the model's input, shape (C, H, W).
+        batch_size: Pictures per batch, >= 1.
+        workers: Processes that read, >= 0; no more than there are shards are used, and none where
+            processes cannot be forked.
+    """
+
+    transform: Callable[[Any], Tensor]
+    batch_size: int = 64
+    workers: int = 0
 
 
 def open_samples(
-    location: str,
-    *,
-    split: str,
-    num_shards: int,
-    num_classes: int | None,
-    transform: Transform,
-    batch_size: int,
-    workers: int,
-    title: str,
+    location: str, split: str, reading: Reading, *, num_shards: int, title: str
 ) -> Iterator[tuple[Tensor, Any]]:
     """Yield batches of a split in clip_benchmark's webdataset layout.
 
     Args:
         location: Folder or URL of the set.
         split: "test" or "train".
+        reading: How it is read.
         num_shards: From `count_shards`.
-        num_classes: What labels must be below, or None where nothing tells.
-        transform: From an RGB picture to the model's input, shape (C, H, W).
-        batch_size: Pictures per batch, >= 1.
-        workers: Processes that read; no more than there are shards are used, and none where
-            processes cannot be forked.
         title: What the progress bar is called.
 
     Yields:
         Pictures, shape (B, C, H, W), and their classes, shape (B,), int64; which classes they
-        show, shape (B, num_classes); or a list of captions for each.
+        show, shape (B, C); or a list of captions for each.
 
     Raises:
         DamagedDataError: If a shard or a sample is not as it should be.
     """
-    shards = _Shards(location, split, num_shards, num_classes, transform, batch_size)
+    suffix = _TARGET_SUFFIXES[declared_type(location) or "classification"]
+    names = read_class_names(location)
+    num_classes = None if names is None else len(names)
+    shards = _Shards(location, split, reading, num_shards, suffix, num_classes)
     total = _estimate_samples(location, split) if sys.stderr.isatty() else None
-    loader = DataLoader(shards, batch_size=None, **_worker_options(min(workers, num_shards)))
-    num_samples = 0
-    for pictures, targets in _with_bar(_checked(loader), title=title, total=total):
-        num_samples += len(pictures)
-        yield pictures, targets
-    if num_samples == 0:
+    is_empty = True
+    for pictures_BCHW, targets in _load(shards, min(reading.workers, num_shards), title, total):
+        is_empty = False
+        yield pictures_BCHW, targets
+    if is_empty:
         raise DamagedDataError(
             f"{location}/{split} has no sample with a picture ({', '.join(PICTURE_SUFFIXES)}) and "
-            f"a .{shards.target_suffix} file"
+            f"a .{suffix} file"
         )
 
 
-def open_pictures(
-    paths: Sequence[Path], *, transform: Transform, batch_size: int, workers: int, title: str
-) -> Iterator[Tensor]:
+def open_pictures(paths: Sequence[Path], reading: Reading, *, title: str) -> Iterator[Tensor]:
     """Yield batches of picture files in their order, shape (B, C, H, W).
 
     Args:
         paths: The files.
-        transform: As for `open_samples`.
-        batch_size: The same.
-        workers: The same; none where processes cannot be forked.
-        title: The same.
+        reading: How they are read.
+        title: What the progress bar is called.
 
     Raises:
         DamagedDataError: If a picture cannot be decoded.
     """
-    loader = DataLoader(
-        _Pictures(paths, transform),
-        batch_size=batch_size,
-        collate_fn=_collate_pictures,
-        **_worker_options(workers),
-    )
-    return _with_bar(_checked(loader), title=title, total=len(paths))
+    return _load(_Pictures(paths, reading), reading.workers, title, len(paths))
 
 
+@dataclass(eq=False)
 class _Shards(IterableDataset):
     """Batches of a split, or the error that ended them.
 
     A worker yields its error: torch would put a traceback in front of the sentence.
     """
 
-    def __init__(
-        self,
-        location: str,
-        split: str,
-        num_shards: int,
-        num_classes: int | None,
-        transform: Transform,
-        batch_size: int,
-    ) -> None:
-        self.location = location
-        self.split = split
-        self.num_shards = num_shards
-        self.num_classes = num_classes
-        self.transform = transform
-        self.batch_size = batch_size
-        self.target_suffix = _TARGET_SUFFIXES[declared_type(location) or "classification"]
+    location: str
+    split: str
+    reading: Reading
+    num_shards: int
+    target_suffix: str
+    num_classes: int | None
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
@@ -148,7 +135,7 @@ class _Shards(IterableDataset):
         numbers = range(first, self.num_shards, step)
         samples = itertools.chain.from_iterable(map(self._read_shard, numbers))
         try:
-            while batch := list(itertools.islice(samples, self.batch_size)):
+            while batch := list(itertools.islice(samples, self.reading.batch_size)):
                 pictures, targets = zip(*batch, strict=True)
                 is_text = self.target_suffix == "txt"
                 yield torch.stack(pictures), list(targets) if is_text else torch.stack(targets)
@@ -175,7 +162,7 @@ class _Shards(IterableDataset):
             # What is in the file can be anything.
             except Exception as error:
                 _refuse(key, shard, f"has no usable .{self.target_suffix}: {one_sentence(error)}")
-            yield _decode(picture, self.transform, f"{key!r} of {shard}"), target
+            yield _decode(picture, self.reading, f"{key!r} of {shard}"), target
 
     def _read_target(self, content: bytes) -> Any:
         if self.target_suffix == "txt":
@@ -198,35 +185,32 @@ class _Shards(IterableDataset):
         return torch.tensor(label)
 
 
+@dataclass(eq=False)
 class _Pictures(Dataset):
-    def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
-        self.paths = paths
-        self.transform = transform
+    """Batches of picture files, or the error in place of one."""
+
+    paths: Sequence[Path]
+    reading: Reading
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return math.ceil(len(self.paths) / self.reading.batch_size)
 
-    def __getitem__(self, index: int) -> Tensor | DamagedDataError:
-        path = self.paths[index]
+    def __getitem__(self, number: int) -> Tensor | DamagedDataError:
+        start = number * self.reading.batch_size
+        paths = self.paths[start : start + self.reading.batch_size]
         try:
-            return _decode(path, self.transform, str(path))
+            return torch.stack([_decode(path, self.reading, str(path)) for path in paths])
         except DamagedDataError as error:
             return error
 
 
-def _collate_pictures(pictures: list[Any]) -> Tensor | DamagedDataError:
-    errors = (picture for picture in pictures if isinstance(picture, DamagedDataError))
-    return next(errors, None) or torch.stack(pictures)
-
-
-def _decode(content: bytes | Path, transform: Transform, what: str) -> Tensor:
+def _decode(content: bytes | Path, reading: Reading, what: str) -> Tensor:
     try:
-        return transform(open_image(content).convert("RGB"))
+        return reading.transform(open_image(content).convert("RGB"))
     # Pictures of odd sizes make a transform raise anything.
     except Exception as error:
-        raise DamagedDataError(
-            f"the picture {what} cannot be decoded: {one_sentence(error)}"
-        ) from error
+        reason = one_sentence(error)
+        raise DamagedDataError(f"the picture {what} cannot be decoded: {reason}") from error
 
 
 def _refuse(key: str, shard: str, reason: str) -> NoReturn:
@@ -253,7 +237,7 @@ def _read_members(
     """Yield (sample, suffix, content) of the files with such suffixes, in their order."""
     try:
         with (
-            _open_shard(location, shard) as file,
+            open_file(location, shard) as file,
             tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictHeader) as tar,
         ):
             for member in tar:
@@ -280,26 +264,10 @@ def _read_members(
         ) from error
 
 
-def _open_shard(location: str, shard: str) -> contextlib.AbstractContextManager[BinaryIO]:
-    if is_remote(location):
-        return open_remote(location, shard)
-    return Path(location, shard).open("rb")
-
-
-def _worker_options(workers: int) -> dict[str, Any]:
+def _load(dataset: Dataset, workers: int, title: str, total: int | None) -> Iterator[Any]:
+    """Yield batches, with a bar on the terminal of rank 0, and raise what a worker yields."""
     workers = workers if sys.platform == "linux" else 0
-    return {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
-
-
-def _checked(batches: Iterable[Any]) -> Iterator[Any]:
-    for batch in batches:
-        if isinstance(batch, DamagedDataError):
-            raise batch
-        yield batch
-
-
-def _with_bar(batches: Iterable[Any], *, title: str, total: int | None) -> Iterator[Any]:
-    """Show how far the reading is, on the terminal of rank 0."""
+    context = "fork" if workers else None
     with tqdm(
         desc=title,
         total=total,
@@ -309,9 +277,13 @@ def _with_bar(batches: Iterable[Any], *, title: str, total: int | None) -> Itera
         # The bars of several processes would write over each other.
         disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0",
     ) as bar:
-        for batch in batches:
+        for batch in DataLoader(
+            dataset, batch_size=None, num_workers=workers, multiprocessing_context=context
+        ):
+            if isinstance(batch, DamagedDataError):
+                raise batch
             yield batch
-            bar.update(len(batch[0]) if isinstance(batch, tuple | list) else len(batch))
+            bar.update(len(batch if isinstance(batch, Tensor) else batch[0]))
 
 
 def _estimate_samples(location: str, split: str) -> int | None:

@@ -29,6 +29,7 @@ from clip_pgs.evaluation.datasets import (
     is_caption_pairs,
     is_template,
     locate,
+    read_class_names,
     read_pairs,
     read_templates,
 )
@@ -178,7 +179,7 @@ _TOP_1 = "top-1 accuracy, percent"
 def score_classification(encoder: Encoder, eval_set: EvalSet) -> Scores:
     """Compare images with the mean prompt of each class."""
     features = encoder.images(eval_set)
-    classes = features.classes or []
+    classes = read_class_names(eval_set.location) or []
     if features.labels is None:
         raise DamagedDataError(f"{eval_set.name} has captions, no classes")
     twice = [name for name, count in Counter(classes).items() if count > 1]
@@ -240,7 +241,13 @@ def score_linear_probe(encoder: Encoder, eval_set: EvalSet) -> Scores:
     """Fit a linear classifier to the features of train and score it on those of test."""
     test = encoder.images(eval_set)
     train = encoder.images(eval_set, split="train")
-    metrics, details = linear_probe(train, test, name=eval_set.name, device=encoder.device)
+    metrics, details = linear_probe(
+        train,
+        test,
+        name=eval_set.name,
+        classes=read_class_names(eval_set.location),
+        device=encoder.device,
+    )
     return Scores(metrics, len(test.images), details)
 
 
@@ -273,7 +280,7 @@ def score_caption_pairs(encoder: Encoder, eval_set: EvalSet) -> Scores:
     row_of = {path.name: row for row, path in enumerate(paths)}
     images_ND = encoder.pictures(paths, folder)[[row_of[pair.file_name] for pair in pairs]]
     texts = [pair.caption for pair in pairs] + [pair.negative for pair in pairs]
-    true_ND, false_ND = encoder.texts(texts, batch_size=encoder.batch_size).chunk(2)
+    true_ND, false_ND = encoder.texts(texts, batch_size=encoder.reading.batch_size).chunk(2)
     num_right, num_ties = count_right(images_ND, true_ND, false_ND)
     details = {"items": len(pairs), "ties": num_ties, "images": num_images}
     return Scores({"acc": num_right / len(pairs)}, len(pairs), details)
