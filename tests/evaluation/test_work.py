@@ -1,7 +1,7 @@
 import random
 
 from clip_pgs.evaluation import EvalSet, load_suite
-from clip_pgs.evaluation.runner import Pace, divide, format_seconds, sizes_to_read
+from clip_pgs.evaluation.runner import divide, format_seconds, seconds_left, sizes_to_read
 
 
 def sets(count):
@@ -42,21 +42,14 @@ def test_suites_that_read_one_folder_stay_together_and_it_is_counted_once(data_r
 
 
 def test_time_left_follows_from_the_bytes_of_what_was_work():
-    now = iter([0.0, 10.0, 10.0, 30.0])
-    pace = Pace([100, 500, 200, 300], clock=lambda: next(now))
-    pace.advance(was_work=True)
-    assert pace.seconds_left() == 10.0 / 100 * 1000
-    pace.advance(was_work=False)
-    pace.advance(was_work=True)
-    assert pace.seconds_left() == 30.0 / 300 * 300
+    assert seconds_left(10.0, 100, [500, 200, 300]) == 10.0 / 100 * 1000
+    assert seconds_left(30.0, 300, [300]) == 30.0
 
 
 def test_time_left_is_not_guessed_where_a_size_is_unknown():
-    pace = Pace([100, None, 100], clock=iter([0.0, 1.0, 2.0]).__next__)
-    pace.advance(was_work=True)
-    assert pace.seconds_left() is None
-    pace.advance(was_work=True)
-    assert pace.seconds_left() == 2.0
+    assert seconds_left(10.0, 100, [100, None]) is None
+    assert seconds_left(0.0, 0, [100]) is None
+    assert seconds_left(10.0, 100, []) is None
 
 
 def test_durations_read_as_people_say_them():

@@ -1,4 +1,17 @@
-"""Evaluate models from the command line, and say which data sets are there."""
+"""Evaluate CLIP models in suites, and say which data sets are there.
+
+clip-test.sh sets --help     which data sets are there, and how to get the others
+clip-test.sh report --help   a report on results, beside the published numbers
+
+exit codes: 0 all data sets done, 1 some missing or failed, 2 bad input, 130 interrupted
+
+data sets are folders in clip_benchmark's webdataset layout. A line NAME of a list, without its
+`wds/`, is the folder NAME, or NAME with `-` for `/`, or the same after `wds_`, below --data-root;
+`sugar_crepe/SPLIT` is SPLIT.json and val2017/ in the folder sugar_crepe. A line `SUITE: NAME` is
+for that suite alone; --suite all gives linear-probe and robustness no other lines of your list.
+
+what is done is kept and not redone: the same command continues after an interruption.
+"""
 
 from __future__ import annotations
 
@@ -39,21 +52,6 @@ _HINTS = {
 }
 _PAIRS_URL = "https://raw.githubusercontent.com/RAIVNLab/sugar-crepe/main/data"
 _IMAGES_URL = "http://images.cocodataset.org/zips/val2017.zip"
-_EPILOG = """\
-clip-test.sh sets --help     which data sets are there, and how to get the others
-clip-test.sh report --help   a report on results, beside the published numbers
-
-exit codes: 0 all data sets done, 1 some missing or failed, 2 bad input, 130 interrupted
-
-{suites}
-
-data sets are folders in clip_benchmark's webdataset layout. A line NAME of a list, without its
-`wds/`, is the folder NAME, or NAME with `-` for `/`, or the same after `wds_`, below --data-root;
-`sugar_crepe/SPLIT` is SPLIT.json and val2017/ in the folder sugar_crepe. A line `SUITE: NAME` is
-for that suite alone; --suite all gives linear-probe and robustness no other lines of your list.
-
-what is done is kept and not redone: the same command continues after an interruption.
-"""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -115,11 +113,12 @@ def run_sets(argv: Sequence[str]) -> int:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    known = "\n".join(f"{suite.name:23}  {suite.summary}" for suite in suites())
+    summaries = [f"{suite.name:23}  {suite.summary}" for suite in suites()]
+    description, _, epilog = (__doc__ or "").partition("\n\n")
     parser = SentenceParser(
         prog="clip-test.sh",
-        description="Evaluate CLIP models in five suites.",
-        epilog=_EPILOG.replace("{suites}", known),
+        description=description,
+        epilog="\n".join(["suites:", *summaries, "", epilog]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -213,13 +212,15 @@ def _device(name: str | None, ranks: Ranks) -> str:
     return name
 
 
+def _model_choice(args: argparse.Namespace) -> dict[str, str | None]:
+    return {name: getattr(args, name) for name in ("model", "model_config", "pretrained")}
+
+
 def _output_folders(args: argparse.Namespace) -> dict[str, Path]:
     """Return where the results of each source go, after checking that the source is one."""
     folders: dict[str, Path] = {}
     for source in args.sources:
-        check_source(
-            source, model=args.model, model_config=args.model_config, pretrained=args.pretrained
-        )
+        check_source(source, **_model_choice(args))
         name = clean_name(model_name(source, pretrained=args.pretrained))
         if args.output is not None:
             folder = Path(args.output, name) if len(args.sources) > 1 else Path(args.output)
@@ -243,13 +244,7 @@ def _evaluate_source(
     ranks: Ranks,
     args: argparse.Namespace,
 ) -> list[Result]:
-    loaded = load_model(
-        source,
-        device=device,
-        model=args.model,
-        model_config=args.model_config,
-        pretrained=args.pretrained,
-    )
+    loaded = load_model(source, device=device, **_model_choice(args))
     if ranks.is_main:
         where = device if ranks.world_size == 1 else f"{ranks.world_size} processes"
         logger.info("Evaluating %s on %s", loaded.source, where)

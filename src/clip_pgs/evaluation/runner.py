@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -61,19 +61,19 @@ _RULES = 2
 _PACKAGES = ("open_clip_torch", "torch", "torchvision", "numpy", "pillow")
 
 
+@dataclass(frozen=True)
 class Ranks:
     """This process among those of a torchrun launch, which share data sets between them.
 
-    Args:
+    Attributes:
         rank: Its number, from 0.
         world_size: How many there are.
         local_rank: Its number on this machine.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0) -> None:
-        self.rank = rank
-        self.world_size = world_size
-        self.local_rank = local_rank
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -222,9 +222,8 @@ class _Evaluation:
         """
         sizes = sizes_to_read(eval_sets)
         numbers = divide(eval_sets, sizes, ranks.world_size)[ranks.rank]
-        pace = Pace([sizes[number] for number in numbers])
         who = f"rank {ranks.rank} " if ranks.world_size > 1 else ""
-        location = ""
+        location, spent, num_read = "", 0.0, 0
         results: dict[int, Result] = {}
         for count, number in enumerate(numbers, start=1):
             eval_set = eval_sets[number]
@@ -240,8 +239,10 @@ class _Evaluation:
                 return results, str(error)
             results[number] = result
             seconds = time.perf_counter() - start
-            pace.advance(was_work=is_new and result.status == DONE)
-            outcome = _outcome(result, is_new, seconds, pace.seconds_left())
+            if is_new and result.status == DONE:
+                spent, num_read = spent + seconds, num_read + (sizes[number] or 0)
+            left = seconds_left(spent, num_read, [sizes[n] for n in numbers[count:]])
+            outcome = _outcome(result, is_new, seconds, left)
             place = f"{who}[{count}/{len(numbers)}]"
             logger.info("%s %s %s: %s", place, eval_set.suite, eval_set.name, outcome)
             if ranks.is_main and is_new:
@@ -274,16 +275,14 @@ class _Evaluation:
             raise
         except FileNotFoundError as error:
             status, reason = MISSING, str(error)
-        except DamagedDataError as error:
-            status, reason = FAILED, one_sentence(error)
-            self._keep_traceback(eval_set)
         # Anything may be wrong with other people's files, and the rest must run. What asks the
         # process to leave is no Exception, and ends the evaluation.
         except Exception as error:
-            status, reason = FAILED, f"{type(error).__name__}: {one_sentence(error)}"
+            kind = "" if isinstance(error, DamagedDataError) else f"{type(error).__name__}: "
+            status, reason = FAILED, f"{kind}{one_sentence(error)}"
             self._keep_traceback(eval_set)
         result = Result(
-            **_place(eval_set),
+            **_origin(eval_set),
             status=status,
             metrics=scores.metrics,
             samples=scores.samples,
@@ -320,7 +319,7 @@ class _Evaluation:
         details = {key: value for key, value in kept.details.items() if key != "is_reference"}
         present = replace(
             kept,
-            **_place(eval_set),
+            **_origin(eval_set),
             model=self._record["model"],
             pretrained=self._record["pretrained"],
             details={**details, **_role(eval_set)},
@@ -362,13 +361,9 @@ class _Evaluation:
             logger.warning("%s failed: %s", eval_set.name, traceback.format_exc())
 
 
-def _place(eval_set: EvalSet) -> dict[str, Any]:
-    return {
-        "suite": eval_set.suite,
-        "dataset": eval_set.name,
-        "task": eval_set.task,
-        "location": eval_set.location,
-    }
+def _origin(eval_set: EvalSet) -> dict[str, Any]:
+    names = ("suite", "task", "location")
+    return {"dataset": eval_set.name, **{name: getattr(eval_set, name) for name in names}}
 
 
 def _role(eval_set: EvalSet) -> dict[str, bool]:
@@ -385,17 +380,14 @@ def _tokenizer_description(tokenizer: Callable[..., Any]) -> str:
     return f"{name} {attributes}"
 
 
-def _outcome(result: Result, is_new: bool, seconds: float, seconds_left: float | None) -> str:
+def _outcome(result: Result, is_new: bool, seconds: float, left: float | None) -> str:
     if result.status != DONE:
         return f"{result.status}: {result.error}"
     if not is_new:
         return "done before"
-    outcome = f"{result.samples} samples in {seconds:.1f} s"
-    if seconds > 0:
-        outcome += f", {result.samples / seconds:.0f}/s"
-    if seconds_left is not None:
-        outcome += f", {format_seconds(seconds_left)} left"
-    return outcome
+    rate = result.samples / max(seconds, 1e-9)
+    rest = "" if left is None else f", {format_seconds(left)} left"
+    return f"{result.samples} samples in {seconds:.1f} s, {rate:.0f}/s{rest}"
 
 
 def divide(
@@ -447,42 +439,18 @@ def sizes_to_read(eval_sets: Sequence[EvalSet]) -> list[int | None]:
     return sizes
 
 
-class Pace:
-    """Estimates the time left from the bytes read so far.
+def seconds_left(spent: float, num_read: int, sizes: Sequence[int | None]) -> float | None:
+    """Return how long the rest will take, or None where nothing tells.
 
     Args:
-        sizes: Bytes of the pieces of work, in order; None where unknown.
-        clock: Seconds that only grow.
+        spent: Seconds that what was scored by now took.
+        num_read: Its bytes.
+        sizes: Bytes of each data set that is left; None where unknown.
     """
-
-    def __init__(
-        self, sizes: Sequence[int | None], *, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        self._left = list(sizes)
-        self._clock = clock
-        self._last = clock()
-        self._seconds = 0.0
-        self._bytes = 0
-
-    def advance(self, *, was_work: bool) -> None:
-        """Count the next piece as over.
-
-        Args:
-            was_work: False for a piece that was skipped, which says nothing about the pace.
-        """
-        now = self._clock()
-        size = self._left.pop(0)
-        if was_work:
-            self._seconds += now - self._last
-            self._bytes += size or 0
-        self._last = now
-
-    def seconds_left(self) -> float | None:
-        """Return how long the rest will take, or None where nothing tells."""
-        known = [size for size in self._left if size is not None]
-        if not known or len(known) < len(self._left) or not self._bytes:
-            return None
-        return self._seconds * sum(known) / self._bytes
+    known = [size for size in sizes if size is not None]
+    if not known or len(known) < len(sizes) or not num_read:
+        return None
+    return spent * sum(known) / num_read
 
 
 def format_seconds(seconds: float) -> str:
