@@ -66,6 +66,20 @@ class SentenceParser(argparse.ArgumentParser):
         self.exit(2, f"error: {one_sentence(message)}\n")
 
 
+def number_in(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    """Return an argparse type: the numbers of a kind from `low` to `high`, both included."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be in [{low}, {high}], got {text}")
+        return value
+
+    # argparse names the kind in its messages.
+    read.__name__ = kind.__name__
+    return read
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file beside `path` to be written, which takes its place when all went well.

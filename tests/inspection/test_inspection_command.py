@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from clip_pgs.inspection.__main__ import main
+from support.commands import refusal
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 70\n%%EndComments\nshowpage\n%%EOF\n"
 
@@ -21,21 +22,6 @@ def photo(tmp_path):
     path = tmp_path / "a photo.png"
     Image.linear_gradient("L").save(path)
     return path
-
-
-def refusal(capsys, *argv):
-    """Return the one sentence of a command that leaves with 2 and nothing behind."""
-    before = sorted(Path().rglob("*"))
-    try:
-        code = main([str(word) for word in argv])
-    except SystemExit as leaving:
-        code = leaving.code
-    sentence = capsys.readouterr().err
-    assert code == 2, sentence
-    assert sentence.startswith("error: ")
-    assert sentence.count("\n") == 1
-    assert sorted(Path().rglob("*")) == before
-    return sentence
 
 
 def png_header(width, height):
@@ -48,6 +34,7 @@ def png_header(width, height):
     )
 
 
+@pytest.mark.slow
 def test_masks_writes_a_picture_and_says_where(photo, tmp_path):
     output = tmp_path / "new folder" / "masks.png"
     command = [sys.executable, "-m", "clip_pgs.inspection", "masks", str(photo), "-o", str(output)]
@@ -67,31 +54,37 @@ def test_sizes_given_as_flags_win_over_those_of_the_model(photo, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "part"),
     [
-        (["--masking", "pgx"], "error: unknown masking 'pgx'; choose from "),
-        (["--masking", "pgs:edges"], "error: options are written as pgs:KEY=VALUE,KEY=VALUE, got"),
-        (["--masking", "pgs:edges=abc"], "error: masking 'pgs': edges takes true or false, got 'a"),
-        (["--masking", "cluster:mask_ratio=a"], "error: masking 'cluster': mask_ratio takes a num"),
-        (["--masking", "pgs", "pgs"], "error: masking pgs is given twice"),
-        (["--masking", "random", "--stages"], "error: stages are those of pgs, which is not among"),
-        (["--progress", "2"], "error: progress must be in [0, 1], got 2.0"),
-        (["--mask-ratio", "1.0"], "error: mask_ratio must be in [0, 1), got 1.0"),
-        (["--mask-ratio", "0.3", "--mask-ratio-min", "0.4"], "error: mask_ratio_min must not"),
-        (["--patch-size", "17"], "error: patch_size must divide the image: 224 x 224 pixels in "),
-        (["--image-size", "0"], "error: image_size must be in [1, 16384], got "),
-        (["-o", "masks.xyz"], "error: the output must end in .png, .jpg or the like, got "),
+        (["--masking", "pgx"], "pgx"),
+        (["--masking", "pgs:edges"], "pgs:KEY=VALUE"),
+        (["--masking", "pgs:edges=abc"], "edges"),
+        (["--masking", "pgs:unknown=1"], "unknown"),
+        (["--masking", "pgs:temperature=nan"], "temperature"),
+        (["--masking", "cluster:mask_ratio=a"], "mask_ratio"),
+        (["--masking", "no.such.module:Class"], "no.such.module:Class"),
+        (["--masking", "pgs", "pgs"], "twice"),
+        (["--masking", "random", "--stages"], "stages"),
+        (["--progress", "2"], "--progress"),
+        (["--progress", "nan"], "--progress"),
+        (["--mask-ratio", "1.0"], "mask_ratio"),
+        (["--mask-ratio", "nan"], "mask_ratio"),
+        (["--mask-ratio-min", "inf"], "mask_ratio_min"),
+        (["--mask-ratio", "0.3", "--mask-ratio-min", "0.4"], "mask_ratio_min"),
+        (["--patch-size", "17"], "patch_size"),
+        (["--patch-size", "9" * 30], "patch_size"),
+        (["--image-size", "0"], "image_size"),
+        (["--image-size", "-16"], "image_size"),
+        (["--image-size", "1600000"], "image_size"),
+        (["--seed", "9" * 30], "--seed"),
+        (["--seed", "-" + "9" * 30], "--seed"),
+        (["-o", "masks.xyz"], "masks.xyz"),
     ],
 )
-def test_bad_input_ends_with_code_2_one_sentence_and_no_file(
-    photo, tmp_path, monkeypatch, capsys, flags, sentence
-):
+def test_bad_input_names_what_is_wrong(photo, tmp_path, monkeypatch, capsys, flags, part):
     monkeypatch.chdir(tmp_path)
-    assert main(["masks", str(photo), "-o", "masks.png", *flags]) == 2
-    stderr = capsys.readouterr().err
-    assert stderr.startswith(sentence)
-    assert stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == [photo]
+    argv = ["masks", photo, "-o", "out.png", "--masking", "pgs", *flags]
+    assert part in refusal(main, argv, capsys)
 
 
 def test_a_wrong_option_names_those_of_the_strategy(photo, tmp_path, capsys):
@@ -176,8 +169,8 @@ def test_a_disguised_file_starts_no_program(photo, tmp_path, monkeypatch, capsys
     disguised.write_bytes(content)
     masks.mkdir()
     (masks / photo.with_suffix(".png").name).write_bytes(content)
-    assert str(disguised) in refusal(capsys, "masks", disguised, "-o", "out.png")
-    assert str(masks) in refusal(capsys, "kept", photo, "--foreground", masks)
+    assert str(disguised) in refusal(main, ["masks", disguised, "-o", "out.png"], capsys)
+    assert str(masks) in refusal(main, ["kept", photo, "--foreground", masks], capsys)
     assert not Path("started").exists()
 
 
@@ -187,14 +180,14 @@ def test_an_image_that_is_cut_short_is_named(tmp_path, monkeypatch, capsys, name
     noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(noise).save(name)
     Path(name).write_bytes(Path(name).read_bytes()[:700])
-    assert name in refusal(capsys, "masks", name, "-o", "out.png")
+    assert name in refusal(main, ["masks", name, "-o", "out.png"], capsys)
 
 
 @pytest.mark.parametrize("sides", [(30_000, 30_000), (9_000, 12_000), (2**31 - 1, 2**31 - 1)])
 def test_an_image_that_declares_more_than_it_holds_is_named(tmp_path, monkeypatch, capsys, sides):
     monkeypatch.chdir(tmp_path)
     Path("large.png").write_bytes(png_header(*sides))
-    assert "large.png" in refusal(capsys, "masks", "large.png", "-o", "out.png")
+    assert "large.png" in refusal(main, ["masks", "large.png", "-o", "out.png"], capsys)
 
 
 def test_a_photo_is_drawn_as_it_lies_in_the_file(tmp_path):
@@ -218,8 +211,8 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypat
     Path("file").touch()
     Image.linear_gradient("L").save("photo.png")
     content = Path("photo.png").read_bytes()
-    monkeypatch.setattr("clip_pgs.inspection.masks_command.draw_masks", None)
-    refusal(capsys, "masks", "photo.png", "-o", output)
+    monkeypatch.setattr("clip_pgs.inspection.masks.draw_masks", None)
+    refusal(main, ["masks", "photo.png", "-o", output], capsys)
     assert Path("photo.png").read_bytes() == content
 
 
@@ -233,29 +226,8 @@ def test_a_picture_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fill_the_disk)
-    assert "out.png" in refusal(capsys, "masks", "photo.png", "-o", "out.png")
+    assert "out.png" in refusal(main, ["masks", "photo.png", "-o", "out.png"], capsys)
     assert Path("out.png").read_bytes() == b"the old one"
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("--seed", "9" * 30),
-        ("--seed", "-" + "9" * 30),
-        ("--image-size", "-16"),
-        ("--image-size", "1600000"),
-        ("--patch-size", "9" * 30),
-        ("--progress", "nan"),
-        ("--mask-ratio", "nan"),
-        ("--mask-ratio-min", "inf"),
-        ("--masking", "pgs:unknown=1"),
-        ("--masking", "pgs:temperature=nan"),
-    ],
-)
-def test_a_value_out_of_its_range_is_refused(photo, tmp_path, monkeypatch, capsys, flag, value):
-    monkeypatch.chdir(tmp_path)
-    sentence = refusal(capsys, "masks", photo, "-o", "out.png", "--masking", "pgs", flag, value)
-    assert flag.strip("-").split("-")[0] in sentence.replace("_", "-")
 
 
 def test_a_figure_that_nothing_could_open_is_refused(photo, tmp_path, monkeypatch, capsys):
@@ -263,9 +235,9 @@ def test_a_figure_that_nothing_could_open_is_refused(photo, tmp_path, monkeypatc
     Path("many").mkdir()
     for number in range(1200):
         Path(f"many/{number}.png").symlink_to(photo)
-    refusal(capsys, "masks", "many", "-o", "out.png")
+    refusal(main, ["masks", "many", "-o", "out.png"], capsys)
     flags = ["--image-size", "16384", "--patch-size", "16384"]
-    refusal(capsys, "masks", photo, "-o", "out.png", *flags)
+    refusal(main, ["masks", photo, "-o", "out.png", *flags], capsys)
 
 
 def test_a_missing_image_and_a_file_that_is_none_are_named(tmp_path, capsys):

@@ -9,12 +9,16 @@ from clip_pgs import create_masking
 from clip_pgs.data.world import draw_scene, make_scene
 from clip_pgs.inspection import ModelInput, draw_masks
 from clip_pgs.inspection.figure import CAPTION_SIZE, GAP, MARGIN, TITLE_SIZE
-from clip_pgs.inspection.strategies import create_strategies
+from clip_pgs.inspection.model_input import parse_specs
 
 SMALL = ModelInput(image_size=(64, 64), patch_size=(8, 8))
 # 64 px are enlarged fourfold, to reach 224.
 SIDE = 256
 MASKED = (127, 127, 127)
+
+
+def create_strategies(texts, **ratios):
+    return {spec.title: spec.build(**ratios) for spec in parse_specs(texts, **ratios)}
 
 
 def scene(position: int = 20) -> Image.Image:

@@ -1,11 +1,21 @@
 """Looking at what masking strategies do, and measuring what they keep."""
 
-from clip_pgs.inspection.foreground.annotations import ForegroundImages, pair_masks, read_foreground
-from clip_pgs.inspection.foreground.kept import Kept, measure_kept
+from clip_pgs.inspection.kept import (
+    ForegroundImages,
+    Kept,
+    measure_kept,
+    pair_masks,
+    read_foreground,
+)
 from clip_pgs.inspection.masks import draw_masks
-from clip_pgs.inspection.model_input import ModelInput, load_model, read_model_input
-from clip_pgs.inspection.strategies import StrategySpec, parse_spec
-from clip_pgs.inspection.view import View
+from clip_pgs.inspection.model_input import (
+    ModelInput,
+    StrategySpec,
+    View,
+    load_model,
+    parse_spec,
+    read_model_input,
+)
 
 __all__ = [
     "ForegroundImages",

@@ -23,8 +23,8 @@ class Legend:
 
     Args:
         text: In a few words.
-        ramp: A picture of the colours from low to high, one pixel high. None for no scale.
-        ends: What the lowest and the highest colour mean.
+        ramp: A picture of the colors from low to high, one pixel high. None for no scale.
+        ends: What the lowest and the highest color mean.
     """
 
     text: str

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,23 +14,32 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from clip_pgs.common import atomic_file, check_writable
 from clip_pgs.inspection.figure import Column, Legend, Panel, draw_figure
-from clip_pgs.inspection.images import open_image
-from clip_pgs.inspection.model_input import ModelInput
-from clip_pgs.inspection.stage_pictures import stage_columns
-from clip_pgs.inspection.stages import pgs_stages
-from clip_pgs.inspection.view import View, fit_strategy, seeded_noise
+from clip_pgs.inspection.model_input import (
+    ModelInput,
+    View,
+    fit_strategy,
+    image_endings,
+    list_images,
+    parse_specs,
+    read_image,
+    read_view,
+    seeded_noise,
+)
+from clip_pgs.inspection.stages import pgs_stages, stage_columns
 from clip_pgs.masking import MaskingStrategy
 from clip_pgs.masking.pgs import PGSMasking
 from clip_pgs.masking.sampling import paint_kept
-from clip_pgs.masking.strategy import patch_grid
 
 # Smaller images are enlarged by a whole number until their shorter side reaches this.
 PANEL_SIZE = 224
+# Of all panels. Pillow itself refuses to open pictures a third larger.
+MAX_FIGURE_PIXELS = 2**27
 
 
 def draw_masks(
-    images: Sequence[Image.Image | str | Path],
+    images: Sequence[Image.Image | Tensor | str | Path],
     strategies: Mapping[str, MaskingStrategy],
     *,
     model_input: ModelInput | None = None,
@@ -38,17 +49,17 @@ def draw_masks(
     names: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Image.Image:
-    """Draw images and what each strategy keeps of them, masked patches in grey.
+    """Draw images and what each strategy keeps of them, masked patches in gray.
 
     A strategy that training would calibrate (`cluster`) is fitted to these images; the one that
     was passed stays as it is.
 
     Args:
-        images: Pictures of any size and mode, or their files; each is cropped as the model would
-            crop it, after training's way of reading it: not turned by its EXIF orientation,
-            and without its transparency.
+        images: Pictures of any size and mode, their files, or tensors of shape (3, H, W), float
+            in [0, 1] or uint8. Each is cropped as the model would crop it, after training's way
+            of reading it: not turned by its EXIF orientation, and without its transparency.
         strategies: Each by the title of its column.
-        model_input: Image size, patch size and normalisation; None means 224 px in patches of 16.
+        model_input: Image size, patch size and normalization; None means 224 px in patches of 16.
         model: A trained OpenCLIP model for strategies that look at more than pixels: its patch
             embeddings, once `progress` > 0, and its attention.
         progress: Completed share of the masked training steps, in [0, 1].
@@ -62,79 +73,86 @@ def draw_masks(
     Raises:
         ValueError: If there is no image, `names` are not as many as `images`, a strategy needs a
             model and there is none, `stages` are asked for without a PGS strategy, an image
-            cannot be read, or the figure would have more pixels than Pillow opens.
+            cannot be read, or the figure would have more than `MAX_FIGURE_PIXELS`.
     """
-    if not images:
+    if len(images) == 0:
         raise ValueError("there is no image to draw")
     names = [""] * len(images) if names is None else names
     if len(names) != len(images):
         raise ValueError(f"names must be as many as images, {len(images)}, got {len(names)}")
-    if stages and not any(isinstance(strategy, PGSMasking) for strategy in strategies.values()):
+    staged = [one for one in strategies.values() if stages and isinstance(one, PGSMasking)]
+    if stages and not staged:
         raise ValueError(f"stages are those of pgs, which is not among {', '.join(strategies)}")
     model_input = ModelInput() if model_input is None else model_input
     view = View(model_input, model, progress)
-
-    num_columns = 1 + len(strategies)
-    if stages:
-        num_columns += sum(
-            3 + strategy.options.edges
-            for strategy in strategies.values()
-            if isinstance(strategy, PGSMasking)
+    scale = math.ceil(PANEL_SIZE / min(model_input.image_size))
+    height, width = (scale * side for side in model_input.image_size)
+    num_columns = 1 + len(strategies) + sum(3 + strategy.options.edges for strategy in staged)
+    if height * width * num_columns * len(images) > MAX_FIGURE_PIXELS:
+        raise ValueError(
+            f"the figure would be {len(images)} rows of {num_columns} pictures of {height} x "
+            f"{width} pixels, more than programs open; draw fewer or smaller images"
         )
-    _check_size(model_input, num_columns, len(images))
-    crops = [
-        model_input.crop(image if isinstance(image, Image.Image) else open_image(Path(image)))
-        for image in images
-    ]
-    enlarged, patch_size = _enlarge(crops, model_input)
-    pixels = model_input.normalise(crops)
-    grid_size = patch_grid(model_input.image_size, model_input.patch_size)
-    noise_BN = seeded_noise(len(crops), grid_size[0] * grid_size[1], seed=seed)
 
+    crops = [model_input.crop(read_image(image)) for image in images]
+    enlarged = torch.stack([pil_to_tensor(crop.resize((width, height))) for crop in crops])
+    enlarged = enlarged.float() / 255
+    pixels = model_input.normalize(crops)
+    num_rows, num_patches_across = model_input.grid_size
+    noise_BN = seeded_noise(len(crops), num_rows * num_patches_across, seed=seed)
     columns = [Column("original", _panels(enlarged, names))]
     for title, strategy in strategies.items():
         inputs = replace(view.inputs(pixels, strategy), noise=noise_BN)
         legend = None
         if stages and isinstance(strategy, PGSMasking):
             found = pgs_stages(strategy, inputs)
-            columns += stage_columns(strategy, found, enlarged, grid_size)
+            columns += stage_columns(strategy, found, enlarged, model_input.grid_size)
             legend = Legend("The highest scores are masked, the rest is what the model sees.")
         with torch.no_grad():
             selection = fit_strategy(strategy, [inputs], progress=progress)(inputs)
         mask_ratios = 1 - selection.kept_counts() / inputs.num_patches
         captions = [f"{mask_ratio:.2f} masked" for mask_ratio in mask_ratios.tolist()]
-        kept = paint_kept(enlarged, selection, patch_size)
+        kept = paint_kept(enlarged, selection, (height // num_rows, width // num_patches_across))
         columns.append(Column(title, _panels(kept, captions), legend))
     return draw_figure(columns)
 
 
-def _check_size(model_input: ModelInput, num_columns: int, num_rows: int) -> None:
-    scale = _scale(model_input)
-    height, width = (scale * side for side in model_input.image_size)
-    # Pillow refuses to open more than twice its warning limit.
-    if height * width * num_columns * num_rows > 2 * (Image.MAX_IMAGE_PIXELS or 2**27):
-        raise ValueError(
-            f"the figure would be {num_rows} rows of {num_columns} pictures of {height} x {width} "
-            "pixels, more than programs open; draw fewer or smaller images"
-        )
-
-
-def _scale(model_input: ModelInput) -> int:
-    return math.ceil(PANEL_SIZE / min(model_input.image_size))
-
-
-def _enlarge(
-    crops: Sequence[Image.Image], model_input: ModelInput
-) -> tuple[Tensor, tuple[int, int]]:
-    """Return crops at a size worth looking at, in [0, 1], and the patch size that goes with it."""
-    height, width = model_input.image_size
-    scale = _scale(model_input)
-    size = (width * scale, height * scale)
-    pixels = torch.stack([pil_to_tensor(crop.resize(size)) for crop in crops]).float() / 255
-    patch_height, patch_width = model_input.patch_size
-    return pixels, (patch_height * scale, patch_width * scale)
-
-
 def _panels(pixels: Tensor, captions: Sequence[str]) -> list[Panel]:
-    pictures = [to_pil_image(picture) for picture in pixels]
-    return list(zip(pictures, captions, strict=True))
+    return list(zip(map(to_pil_image, pixels), captions, strict=True))
+
+
+def run_masks(args: argparse.Namespace) -> None:
+    """Draw the figure and say where it is.
+
+    Raises:
+        ValueError: If an option or an image is wrong, or the figure cannot be written.
+    """
+    output: Path = args.output
+    ending = output.suffix.lower()
+    if ending not in image_endings() | {".pdf"}:
+        raise ValueError(f"the output must end in .png, .jpg or the like, got {output.name}")
+    check_writable(output)
+    ratios = {"mask_ratio": args.mask_ratio, "mask_ratio_min": args.mask_ratio_min}
+    specs = parse_specs(args.maskings, **ratios)
+    strategies = {spec.title: spec.build(**ratios) for spec in specs}
+    view = read_view(args, strategies.values())
+    paths = list_images(args.images)
+    if output.resolve() in (path.resolve() for path in paths):
+        raise ValueError(f"the output {output} is one of the images")
+    figure = draw_masks(
+        paths,
+        strategies,
+        model_input=view.model_input,
+        model=view.model,
+        progress=view.progress,
+        stages=args.stages,
+        names=[path.stem for path in paths],
+        seed=args.seed,
+    )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(output) as file:
+            figure.save(file, Image.registered_extensions()[ending])
+    except OSError as error:
+        raise ValueError(f"cannot write {output}: {error}") from error
+    sys.stdout.write(f"{output}\n")

@@ -1,18 +1,29 @@
-"""How a model receives an image: its size, its patches and its normalisation."""
+"""How a model sees images, and how strategies are named: what `masks`, `kept` and `cost` share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import argparse
+import ast
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision.transforms.functional import normalize, pil_to_tensor
+from torchvision.transforms.functional import normalize, pil_to_tensor, to_pil_image
 
-from clip_pgs.data.decoding import to_rgb
+from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MODEL_CONFIG_NAME
+from clip_pgs.data.decoding import IMAGE_FORMATS, UnreadableImageError, open_image, to_rgb
+from clip_pgs.masking import (
+    MaskingStrategy,
+    PatchInputs,
+    create_masking,
+    list_maskings,
+    masking_options,
+)
 from clip_pgs.masking.strategy import patch_grid, patch_sides
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -20,7 +31,56 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_SIDE = 2**14
 # Some strategies compare every patch with every other.
 MAX_PATCHES = 2**14
-CONFIG_FILE = "open_clip_config.json"
+
+_WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, "null": None}
+
+
+# Images
+
+
+def image_endings() -> set[str]:
+    """Return how the names of image files end, in lower case, each with its dot."""
+    endings = Image.registered_extensions()
+    return {ending for ending, name in endings.items() if name in IMAGE_FORMATS}
+
+
+def list_images(paths: Sequence[str | Path]) -> list[Path]:
+    """Return image files, a folder replaced by the images in it, sorted by name.
+
+    Raises:
+        ValueError: If a file is not there, or a folder holds no image.
+    """
+    endings = image_endings()
+    found: list[Path] = []
+    for path in map(Path, paths):
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in endings)
+        if not any(p.is_file() for p in inside):
+            place = "in the folder " if path.is_dir() else ""
+            raise ValueError(f"there is no image {place}{path}")
+        found += [p for p in inside if p.is_file()]
+    return found
+
+
+def read_image(image: Image.Image | Tensor | str | Path) -> Image.Image:
+    """Return a picture as it is, or read out of a file or a tensor.
+
+    Args:
+        image: A picture, the path of a file, or a tensor of shape (3, H, W), float in [0, 1] or
+            uint8.
+
+    Raises:
+        ValueError: If a file cannot be read, or not at a usual cost.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, Tensor):
+        return to_pil_image(image)
+    try:
+        return open_image(image)
+    except UnreadableImageError as error:
+        raise ValueError(f"cannot read the image {image}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -30,8 +90,8 @@ class ModelInput:
     Args:
         image_size: (height, width) in pixels.
         patch_size: (height, width) of a patch, dividing the image size.
-        mean: Of each colour channel, for images in [0, 1].
-        std: Of each colour channel.
+        mean: Of each color channel, for images in [0, 1].
+        std: Of each color channel.
 
     Raises:
         ValueError: If the patches do not divide the image.
@@ -45,19 +105,24 @@ class ModelInput:
     def __post_init__(self) -> None:
         if not 1 <= min(self.image_size) <= max(self.image_size) <= MAX_SIDE:
             raise ValueError(f"image_size must be in [1, {MAX_SIDE}], got {self.image_size}")
-        rows, columns = patch_grid(self.image_size, patch_sides(self.patch_size))
+        rows, columns = self.grid_size
         if rows * columns > MAX_PATCHES:
             raise ValueError(f"an image can have {MAX_PATCHES} patches, got {rows * columns}")
 
-    def crop(self, image: Image.Image) -> Image.Image:
-        """Resize an image until it covers the input, bilinear, and cut out the centre.
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches per column and per row."""
+        return patch_grid(self.image_size, patch_sides(self.patch_size))
 
-        Colours are those that training sees; see `clip_pgs.data.decoding.to_rgb`.
+    def crop(self, image: Image.Image) -> Image.Image:
+        """Resize an image until it covers the input, bilinear, and cut out the center.
+
+        Colors are those that training sees; see `clip_pgs.data.decoding.to_rgb`.
         """
         height, width = self.image_size
         return ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.BILINEAR)
 
-    def normalise(self, crops: Sequence[Image.Image]) -> Tensor:
+    def normalize(self, crops: Sequence[Image.Image]) -> Tensor:
         """Return cropped images as the model receives them, shape (B, 3, H, W), float32."""
         pixels = torch.stack([pil_to_tensor(crop) for crop in crops]).float() / 255
         return normalize(pixels, list(self.mean), list(self.std))
@@ -67,109 +132,305 @@ def read_model_input(source: str) -> ModelInput:
     """Find out which images a model takes.
 
     Args:
-        source: A run folder, a folder with `open_clip_config.json`, a model config (JSON), or the
-            name of a model that open_clip knows.
+        source: A run folder, a folder with `open_clip_config.json`, a checkpoint file, a model
+            config (JSON), or the name of a model that open_clip knows.
 
     Raises:
         ValueError: If `source` is none of these, or its image tower has no patches.
     """
     # They import open_clip, which takes seconds.
+    from clip_pgs.integrations.open_clip import patch_size
     from clip_pgs.integrations.open_clip.model_config import (
+        build_on_meta,
         check_preprocessing,
         check_vision_config,
     )
 
-    config = _read_config(source)
-    model_config = config.get("model_cfg", config)
-    preprocess = config.get("preprocess_cfg", {})
-    vision = model_config.get("vision_cfg") if isinstance(model_config, dict) else None
-    if not isinstance(vision, dict):
-        raise ValueError(f"{source} is no model config: it has no vision_cfg")
-    check_vision_config(vision, what=source)
-    check_preprocessing(preprocess, what=source)
-    # open_clip builds a ResNet from a list of layers.
-    if isinstance(vision.get("layers"), list):
-        raise ValueError(f"the image tower of {source} is not open_clip's VisionTransformer")
-    if "timm_model_name" in vision:
-        image_size, patch_size = _timm_sizes(source, vision)
+    model: Any
+    if _checkpoint(source) is not None:
+        model = load_model(source)
+        preprocess = {"mean": model.visual.image_mean, "std": model.visual.image_std}
     else:
-        image_size = _pair(vision.get("image_size", 224))
-        patch_size = _pair(vision.get("patch_size", 16))
+        config = _read_config(source)
+        model_config = config.get("model_cfg", config)
+        preprocess = config.get("preprocess_cfg", {})
+        vision = model_config.get("vision_cfg") if isinstance(model_config, dict) else None
+        if not isinstance(vision, dict):
+            raise ValueError(f"{source} is no model config: it has no vision_cfg")
+        check_vision_config(vision, what=source)
+        check_preprocessing(preprocess, what=source)
+        vision_alone = {"embed_dim": 1, "vision_cfg": vision, "text_cfg": {}}
+        name = f"the image tower of {source}"
+        model = build_on_meta(vision_alone, name=name, with_text=False)
+    try:
+        patch = patch_size(model)
+    except ValueError as error:
+        raise ValueError(f"{source} cannot be masked: {error}") from None
+    size = model.visual.image_size
     return ModelInput(
-        image_size=image_size,
-        patch_size=patch_size,
+        image_size=(size, size) if isinstance(size, int) else tuple(size),
+        patch_size=patch,
         mean=tuple(preprocess.get("mean") or OPENAI_MEAN),
         std=tuple(preprocess.get("std") or OPENAI_STD),
     )
 
 
 def load_model(source: str) -> nn.Module:
-    """Load the model that a run has exported, in eval mode, on the CPU.
+    """Load the model of a run, an export or a checkpoint, in eval mode, on the CPU.
 
     Args:
-        source: A run folder, or an export's own.
+        source: A run folder, of which its export or else its newest checkpoint is read, an
+            export's own folder, or a checkpoint file.
 
     Raises:
-        ValueError: If there is no export with weights.
+        ValueError: If there are no weights, or they cannot be read.
     """
-    import open_clip
+    from clip_pgs.evaluation import load_model as load_any
 
-    folder = export_folder(Path(source)) if Path(source).is_dir() else None
-    if folder is None or not any(folder.glob("open_clip_model.*")):
+    weights = _checkpoint(source) or _export_folder(Path(source))
+    if weights is None or (weights.is_dir() and not any(weights.glob("open_clip_model.*"))):
         raise ValueError(
-            f"{source} has no weights to look at; "
-            "`python -m clip_pgs.training.export RUN` exports those of a run"
+            f"{source} has no weights to look at; a run's folder, its export or a checkpoint has"
         )
-    try:
-        return open_clip.create_model(f"local-dir:{folder}").eval()
-    except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"cannot load the model in {folder}: {reason}") from None
+    return load_any(weights).model
 
 
-def export_folder(source: Path) -> Path | None:
-    """Return the folder with the config of a run or of an export, None where there is none."""
-    places = (source / "export", source)
-    return next((place for place in places if (place / CONFIG_FILE).is_file()), None)
+def _checkpoint(source: str) -> Path | None:
+    """Return the checkpoint file that a source is, or that stands for a run without an export."""
+    from clip_pgs.checkpoint_io import newest_checkpoint
+
+    path = Path(source)
+    if path.is_dir() and _export_folder(path) is None:
+        return newest_checkpoint(path / CHECKPOINTS_NAME)
+    return path if path.is_file() and path.suffix != ".json" else None
 
 
-def _timm_sizes(source: str, vision: dict[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return image and patch size of a timm tower, whose config names it and no more."""
-    from clip_pgs.integrations.open_clip import patch_size
-    from clip_pgs.integrations.open_clip.model_config import build_on_meta
-
-    config = {"embed_dim": 1, "vision_cfg": vision, "text_cfg": {}}
-    model = build_on_meta(config, name=f"the image tower of {source}", with_text=False)
-    return _pair(model.visual.image_size), patch_size(model)
+def _export_folder(source: Path) -> Path | None:
+    places = (source / EXPORT_NAME, source)
+    return next((place for place in places if (place / MODEL_CONFIG_NAME).is_file()), None)
 
 
 def _read_config(source: str) -> dict[str, Any]:
-    path = Path(source)
-    if path.is_dir():
-        folder = export_folder(path)
-        if folder is None:
-            raise ValueError(f"{source} holds neither export/{CONFIG_FILE} nor {CONFIG_FILE}")
-        path = folder / CONFIG_FILE
-    elif path.suffix != ".json":
-        return _known_config(source)
+    """Return the config of a folder, a JSON file or a model that open_clip knows."""
+    # It takes seconds to import.
+    import open_clip
+
     from clip_pgs.integrations.open_clip.model_config import read_json_object
 
+    path = Path(source)
+    if path.is_dir():
+        folder = _export_folder(path)
+        if folder is None:
+            raise ValueError(
+                f"{source} holds no {EXPORT_NAME}/{MODEL_CONFIG_NAME}, no {MODEL_CONFIG_NAME} and "
+                "no checkpoint"
+            )
+        path = folder / MODEL_CONFIG_NAME
+    elif path.suffix != ".json":
+        if source not in open_clip.list_models():
+            raise ValueError(
+                f"{source!r} is not a run folder, a checkpoint, a model config or a model that "
+                "open_clip knows"
+            )
+        return open_clip.get_model_config(source)
     return read_json_object(path, what=f"the model config {path}")
 
 
-def _known_config(name: str) -> dict[str, Any]:
-    # It takes seconds to import, and only this lookup needs it.
-    import open_clip
-
-    if name not in open_clip.list_models():
-        raise ValueError(
-            f"{name!r} is not a run folder, a model config or a model that open_clip knows"
-        )
-    return open_clip.get_model_config(name)
+# What a strategy looks at
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return height, width
+@dataclass
+class View:
+    """How strategies see images, on the CPU.
+
+    Args:
+        model_input: Image size, patch size and normalization.
+        model: An OpenCLIP model, also masked or wrapped, whose image tower gives embeddings and,
+            in the place of a teacher, attention. It is copied where it is needed. None has
+            strategies look at pixels alone.
+        progress: Completed share of the masked training steps, in [0, 1].
+
+    Raises:
+        ValueError: If the progress is out of its range.
+    """
+
+    model_input: ModelInput = field(default_factory=ModelInput)
+    model: nn.Module | None = None
+    progress: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.progress <= 1.0:
+            raise ValueError(f"progress must be in [0, 1], got {self.progress}")
+
+    def needs_model(self, strategy: MaskingStrategy) -> bool:
+        """Return whether a strategy reads more than pixels at this progress."""
+        reads_tokens = "tokens" in strategy.requires and self.progress > 0
+        return "attention" in strategy.requires or reads_tokens
+
+    def inputs(self, pixels: Tensor, strategy: MaskingStrategy) -> PatchInputs:
+        """Gather what a strategy may look at, without random numbers.
+
+        Args:
+            pixels: Images as the model receives them. Shape (B, 3, H, W).
+            strategy: It alone decides what is computed.
+
+        Raises:
+            ValueError: If the strategy needs a model and there is none, or none that fits.
+        """
+        if not self.needs_model(strategy):
+            return PatchInputs(pixels, self.model_input.patch_size, progress=self.progress)
+        if self.model is None:
+            reason = (
+                "reads the attention of an image tower"
+                if "attention" in strategy.requires
+                else f"compares patch embeddings at progress {self.progress}"
+            )
+            raise ValueError(
+                f"{type(strategy).__name__} {reason}; give a trained model, as --model RUN does"
+            )
+        # open_clip takes seconds to import.
+        from clip_pgs.integrations.open_clip import apply_masking, set_masking_progress
+        from clip_pgs.integrations.open_clip.apply import image_tower, tower_masking
+
+        alone: Any = nn.Module()
+        alone.visual = copy.deepcopy(image_tower(self.model)[0]).cpu().float().eval()
+        apply_masking(alone, strategy)
+        set_masking_progress(alone, self.progress)
+        with torch.no_grad():
+            return tower_masking(alone).inputs(pixels, alone.visual.embed_patches(pixels))
+
+
+def read_view(args: argparse.Namespace, strategies: Iterable[MaskingStrategy]) -> View:
+    """Return how these strategies see images; a model is loaded only if one of them needs it.
+
+    Args:
+        args: With model, image_size, patch_size and progress, as the command line has them.
+        strategies: They decide whether the model is loaded.
+
+    Raises:
+        ValueError: If an option is wrong, or the model has no weights where they are needed.
+    """
+    own_input = ModelInput() if args.model is None else read_model_input(args.model)
+    sizes = {"image_size": args.image_size, "patch_size": args.patch_size}
+    given: dict[str, Any] = {name: (side, side) for name, side in sizes.items() if side is not None}
+    view = View(replace(own_input, **given), progress=args.progress)
+    if args.model is not None and any(map(view.needs_model, strategies)):
+        if view.model_input != own_input:
+            raise ValueError("the embeddings of --model go with its own image and patch size")
+        view.model = load_model(args.model)
+    return view
+
+
+def seeded_noise(num_images: int, num_patches: int, *, seed: int) -> Tensor:
+    """Return the random numbers of a seed, shape (B, N), float32."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand((num_images, num_patches), generator=generator)
+
+
+def fit_strategy(
+    strategy: MaskingStrategy, batches: Iterable[PatchInputs], *, progress: float
+) -> MaskingStrategy:
+    """Return a strategy fitted to images, where it is one that training would calibrate.
+
+    Args:
+        strategy: It stays as it is.
+        batches: The images with their noise; it is fitted to the mean over all batches.
+        progress: That of the batches.
+    """
+    fitted = copy.deepcopy(strategy)
+    if fitted.needs_calibration(progress):
+        for inputs in batches:
+            fitted.calibrate(inputs)
+    return fitted
+
+
+# Strategies by name
+
+
+@dataclass(frozen=True)
+class StrategySpec:
+    """A strategy to be built, at any mask ratio.
+
+    Args:
+        title: What it is called in figures and tables.
+        name: Of the strategy.
+        options: Of its constructor; they win over the ratios that `build` is given.
+    """
+
+    title: str
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def build(
+        self, *, mask_ratio: float | None = None, mask_ratio_min: float | None = None
+    ) -> MaskingStrategy:
+        """Build the strategy with those of the ratios that it takes.
+
+        A default lower bound gives way to a ratio below it.
+
+        Raises:
+            ValueError: If the name or an option is unknown, of the wrong type or out of its range.
+        """
+        known, options = masking_options(self.name), dict(self.options)
+        for option, ratio in (("mask_ratio", mask_ratio), ("mask_ratio_min", mask_ratio_min)):
+            if ratio is not None and option in known:
+                options.setdefault(option, ratio)
+        default, ratio = known.get("mask_ratio_min"), options.get("mask_ratio")
+        if default is not None and isinstance(ratio, int | float):
+            options.setdefault("mask_ratio_min", min(default, ratio))
+        return create_masking(self.name, **options)
+
+
+def parse_spec(text: str) -> StrategySpec:
+    """Read NAME or NAME:KEY=VALUE,KEY=VALUE; a NAME may be package.module:Class.
+
+    Values are Python literals, or true, false and none in any case; anything else is text.
+
+    Raises:
+        ValueError: If an option is no KEY=VALUE.
+    """
+    name, _, tail = text.partition(":")
+    attribute, _, rest = tail.partition(":")
+    if attribute.isidentifier() and name not in list_maskings():
+        name, tail = f"{name}:{attribute}", rest
+    options = {}
+    for pair in tail.split(",") if tail else ():
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise ValueError(f"options are written as {name}:KEY=VALUE,KEY=VALUE, got {text!r}")
+        options[key.replace("-", "_")] = _literal(value)
+    return StrategySpec(text, name, options)
+
+
+def parse_specs(texts: Iterable[str], **ratios: float | None) -> list[StrategySpec]:
+    """Read several strategies and build each once, so that errors come early.
+
+    Args:
+        texts: See `parse_spec`.
+        **ratios: `mask_ratio` and `mask_ratio_min`, as `StrategySpec.build` takes them; one that
+            is given must be an option of at least one of the strategies.
+
+    Raises:
+        ValueError: If one is wrong or given twice, or a ratio has no effect on any.
+    """
+    specs = [parse_spec(text) for text in texts]
+    titles = [spec.title for spec in specs]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise ValueError(f"masking {title} is given twice")
+    for option, ratio in ratios.items():
+        if ratio is not None and not any(option in masking_options(s.name) for s in specs):
+            raise ValueError(f"{option} has no effect on {', '.join(titles)}")
+    for spec in specs:
+        spec.build(**ratios)
+    return specs
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    # Python gives up on deep nesting and long digits.
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text

@@ -1,14 +1,23 @@
-"""The steps by which PGS (https://arxiv.org/abs/2503.17080) arrives at a selection."""
+"""The steps by which PGS (https://arxiv.org/abs/2503.17080) arrives at a selection, as pictures."""
 
 from __future__ import annotations
 
+import colorsys
 from dataclasses import dataclass
 
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
+from clip_pgs.inspection.figure import Column, Legend, Panel
 from clip_pgs.masking import PatchInputs, sinkhorn_plan
 from clip_pgs.masking.pgs import PGSMasking, reached_similarity
+
+# From dark over red to pale yellow: read as heat, and in gray print still from dark to light.
+_HEAT = ("#0b0724", "#4a1079", "#a1307e", "#e95562", "#feae76", "#fcfdbf")
+_PALE = 0.55  # share of white over what is not to be looked at
+_OUTLINE = "white"
 
 
 @dataclass(frozen=True)
@@ -44,19 +53,153 @@ def pgs_stages(strategy: PGSMasking, inputs: PatchInputs) -> Stages:
     """
     if inputs.noise is None:
         raise ValueError("the stages of one selection need its noise, got none")
-    edges_BN, candidate_index, scores_BN = strategy.steps(inputs, inputs.noise)
-    candidate_index = candidate_index.sort(dim=1).values
-    owner_BN, share_BN = _owners(strategy, inputs, candidate_index)
-    return Stages(edges_BN, candidate_index, owner_BN, share_BN, scores_BN)
-
-
-def _owners(
-    strategy: PGSMasking, inputs: PatchInputs, candidate_index: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the candidate that takes most of each patch, and how much, two of shape (B, N)."""
+    edges_BN, candidates_BC, scores_BN = strategy.steps(inputs, inputs.noise)
+    candidates_BC = candidates_BC.sort(dim=1).values
     options = strategy.options
-    share_BCN = reached_similarity(inputs, candidate_index, options.neighborhood)
+    share_BCN = reached_similarity(inputs, candidates_BC, options.neighborhood)
     if options.transport:
         share_BCN = inputs.num_patches * sinkhorn_plan(share_BCN, **options.sinkhorn())
     most = share_BCN.max(dim=1)
-    return most.indices, most.values.clamp(0, 1)
+    return Stages(edges_BN, candidates_BC, most.indices, most.values.clamp(0, 1), scores_BN)
+
+
+def stage_columns(
+    strategy: PGSMasking, stages: Stages, pictures: Tensor, grid_size: tuple[int, int]
+) -> list[Column]:
+    """Draw the steps of PGS, a column each.
+
+    Args:
+        strategy: Whose steps they are.
+        stages: Of B images.
+        pictures: The images to draw on, in [0, 1]. Shape (B, 3, H, W).
+        grid_size: (h, w) in patches.
+    """
+    canvas = _Canvas(pictures, grid_size)
+    columns = [
+        _candidate_column(strategy, stages, canvas),
+        _plan_column(strategy, stages, canvas),
+        _score_column(strategy, stages, canvas),
+    ]
+    return columns if stages.edges is None else [_edge_column(stages.edges, canvas), *columns]
+
+
+class _Canvas:
+    """Images in gray and white, and where their patches lie."""
+
+    def __init__(self, pictures: Tensor, grid_size: tuple[int, int]) -> None:
+        self.grid_size = grid_size
+        self.cell = (pictures.shape[2] // grid_size[0], pictures.shape[3] // grid_size[1])
+        self.pictures = pictures
+        gray = pictures.mean(dim=1, keepdim=True).expand_as(pictures)
+        self.ghosts = gray * (1 - _PALE) + _PALE
+
+    def spread(self, colors_BN3: Tensor) -> Tensor:
+        """Fill each patch with its color, shape (B, 3, H, W)."""
+        cells = colors_BN3.unflatten(1, self.grid_size).permute(0, 3, 1, 2)
+        return cells.repeat_interleave(self.cell[0], 2).repeat_interleave(self.cell[1], 3)
+
+    def outline(self, picture: Image.Image, position: int, color: str) -> None:
+        """Draw a frame just inside a patch."""
+        (height, width), columns = self.cell, self.grid_size[1]
+        y, x = position // columns * height, position % columns * width
+        box = (x, y, x + width - 1, y + height - 1)
+        ImageDraw.Draw(picture).rectangle(box, outline=color, width=max(2, width // 7))
+
+
+def _edge_column(edges_BN: Tensor, canvas: _Canvas) -> Column:
+    panels: list[Panel] = [
+        (to_pil_image(picture), f"mean {edges.mean():.2f}")
+        for picture, edges in zip(canvas.spread(_heat(edges_BN)), edges_BN, strict=True)
+    ]
+    text = "Edge strength of each patch, scaled from 0 to 1 in each image."
+    return Column("1  edges", panels, Legend(text, _heat_ramp(), ("0: flat", "1: strongest")))
+
+
+def _candidate_column(strategy: PGSMasking, stages: Stages, canvas: _Canvas) -> Column:
+    num_candidates = stages.candidates.shape[1]
+    colors_C3 = _candidate_colors(num_candidates)
+    is_candidate_BN = torch.zeros_like(stages.scores).scatter(1, stages.candidates, 1)
+    masks = canvas.spread(is_candidate_BN[:, :, None].expand(-1, -1, 3))
+    panels: list[Panel] = []
+    for number, picture in enumerate(torch.where(masks > 0, canvas.pictures, canvas.ghosts)):
+        drawn = to_pil_image(picture)
+        for candidate, position in enumerate(stages.candidates[number].tolist()):
+            canvas.outline(drawn, position, _hex(colors_C3[candidate]))
+        panels.append((drawn, f"{num_candidates} candidates"))
+    where = "" if strategy.options.candidate_region == "image" else " of the border"
+    text = f"Patches{where} drawn at random, to stand for what may go"
+    text += ", rarely where edges are." if strategy.options.edges else "."
+    return Column("2  candidates", panels, Legend(text))
+
+
+def _plan_column(strategy: PGSMasking, stages: Stages, canvas: _Canvas) -> Column:
+    num_patches, num_candidates = stages.scores.shape[1], stages.candidates.shape[1]
+    colors_C3 = _candidate_colors(num_candidates)
+    colors = canvas.spread(colors_C3[stages.owner])
+    share = canvas.spread(stages.share[:, :, None].expand(-1, -1, 3))
+    blended = colors * share + canvas.ghosts * (1 - share)
+    # A window limits what a candidate can take, and without a plan nothing is dealt out.
+    is_even = strategy.options.transport and strategy.options.neighborhood is None
+    caption = f"{num_patches / num_candidates:.1f} patches each" if is_even else ""
+    panels: list[Panel] = []
+    for number, picture in enumerate(map(to_pil_image, blended)):
+        for candidate, position in enumerate(stages.candidates[number].tolist()):
+            canvas.outline(picture, position, _hex(0.6 * colors_C3[candidate]))
+        panels.append((picture, caption))
+    steps = torch.linspace(0, 1, 64)[:, None]
+    ramp = _ramp(colors_C3[0] * steps + (1 - steps) * (0.5 * (1 - _PALE) + _PALE))
+    if strategy.options.transport:
+        text = "The color is that of the candidate which takes most of a patch."
+        return Column("3  plan", panels, Legend(text, ramp, ("takes none", "takes all of it")))
+    text = "The color is that of the candidate which a patch resembles most."
+    return Column("3  nearest", panels, Legend(text, ramp, ("0: unlike", "1: alike")))
+
+
+def _score_column(strategy: PGSMasking, stages: Stages, canvas: _Canvas) -> Column:
+    low, high = stages.scores.aminmax(dim=1, keepdim=True)
+    scaled_BN = (stages.scores - low) / (high - low).clamp_min(1e-9)
+    panels: list[Panel] = []
+    for number, picture in enumerate(map(to_pil_image, canvas.spread(_heat(scaled_BN)))):
+        for position in stages.candidates[number].tolist():
+            canvas.outline(picture, position, _OUTLINE)
+        panels.append((picture, f"{low[number].item():.2f} to {high[number].item():.2f}"))
+    text = "How redundant a patch is"
+    text += ", less its edges." if strategy.options.edges else "."
+    text += " Candidates (framed) are masked first."
+    return Column("4  score", panels, Legend(text, _heat_ramp(), ("kept", "masked")))
+
+
+def _heat(values: Tensor) -> Tensor:
+    """Color values in [0, 1], of any shape; the result has a last dimension of 3 more."""
+    anchors = torch.tensor([_rgb(text) for text in _HEAT])
+    position = values.clamp(0, 1) * (len(_HEAT) - 1)
+    below = position.floor().long().clamp_max(len(_HEAT) - 2)
+    part = (position - below)[..., None]
+    return anchors[below] * (1 - part) + anchors[below + 1] * part
+
+
+def _candidate_colors(num_candidates: int) -> Tensor:
+    """Return colors that are told apart, shape (C, 3), in [0, 1]."""
+    # Neighbors in the list lie far apart on the circle of hues, and differ in brightness.
+    return torch.tensor(
+        [
+            colorsys.hsv_to_rgb((number * 0.381966) % 1.0, 0.85, (0.95, 0.72)[number % 2])
+            for number in range(num_candidates)
+        ]
+    )
+
+
+def _heat_ramp() -> Image.Image:
+    return _ramp(_heat(torch.linspace(0, 1, 64)))
+
+
+def _ramp(colors_N3: Tensor) -> Image.Image:
+    return to_pil_image(colors_N3.T[:, None, :].contiguous())
+
+
+def _rgb(text: str) -> tuple[float, ...]:
+    return tuple(int(text[start : start + 2], 16) / 255 for start in (1, 3, 5))
+
+
+def _hex(color_3: Tensor) -> str:
+    return "#" + "".join(f"{round(255 * value):02x}" for value in color_3.tolist())

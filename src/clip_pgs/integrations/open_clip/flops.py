@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -92,19 +92,32 @@ def count_flops(
     model.train()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = [images.device] if images.device.type == "cuda" else []
-    # The counter knows no CPU flash kernel; plain attention counts alike everywhere.
-    with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as forward, autocast():
-            output = model(images, texts)
-        outputs = [value for value in output.values() if value.requires_grad]
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        with FlopCounterMode(display=False) as backward:
-            torch.autograd.grad(
-                outputs, trained, [torch.ones_like(value) for value in outputs], allow_unused=True
-            )
+
+    def run() -> Iterable[Tensor]:
+        with autocast():
+            return model(images, texts).values()
+
+    with torch.random.fork_rng(devices):
+        forward, backward = count_pass(model, run)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    num_forwards = 2 if extra_forward else 1
-    total = num_forwards * forward.get_total_flops() + backward.get_total_flops()
-    return total / images.shape[0]
+    return ((2 if extra_forward else 1) * forward + backward) / images.shape[0]
+
+
+def count_pass(model: nn.Module, run: Callable[[], Iterable[Tensor]]) -> tuple[int, int]:
+    """Count the operations of a forward pass, and of the backward pass that follows.
+
+    Args:
+        model: Whose parameters the gradients are of; none is kept.
+        run: Runs the model, or a part of it, and returns what it gives out.
+    """
+    # The counter knows no CPU flash kernel; plain attention counts alike everywhere.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            outputs = [value for value in run() if value.requires_grad]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        ones = [torch.ones_like(value) for value in outputs]
+        with FlopCounterMode(display=False) as backward:
+            torch.autograd.grad(outputs, trained, ones, allow_unused=True)
+    return forward.get_total_flops(), backward.get_total_flops()

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from clip_pgs.inspection.__main__ import main
-from clip_pgs.inspection.cost.data_speed import read_jpegs
+from clip_pgs.inspection.cost.data import read_jpegs
+from support.commands import refusal
 
 
 def jpeg(size=(96, 64)):
@@ -71,23 +72,35 @@ def test_without_a_step_nothing_is_said_of_waiting(shard, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    "flags",
     [
-        (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--workers", "0"], "--workers must be at least 1, got 0"),
-        (["--workers", "1", "--step-seconds", "0"], "--step-seconds must be above 0, got 0.0"),
-        (
-            ["--step-seconds", "1"],
-            "--step-seconds needs --workers, whose batches the steps wait for",
-        ),
-        (["--min-side", "5000"], "there is no JPEG file with a side of 5000 pixels or more"),
+        ["--steps", "0"],
+        ["--steps", "9" * 30],
+        ["--workers", "0"],
+        ["--batches", "0"],
+        ["--limit", "0"],
+        ["--image-size", "100000000"],
+        ["--workers", "1", "--step-seconds", "0"],
+        ["--workers", "1", "--step-seconds", "nan"],
+        ["--workers", "1", "--step-seconds", "inf"],
+        ["--step-seconds", "1"],
+        ["--min-side", "5000"],
+        ["--min-side", "-1"],
+        ["--output", "00000.tar"],
+        ["none.tar"],
     ],
 )
-def test_bad_options_end_with_code_2_and_one_sentence(shard, capsys, flags, sentence):
-    assert main(["data", str(shard), *flags]) == 2
-    assert capsys.readouterr().err == f"error: {sentence}\n"
+def test_bad_input_is_one_sentence(shard, monkeypatch, capsys, flags):
+    monkeypatch.chdir(shard.parent)
+    refusal(main, ["data", shard, *flags], capsys)
 
 
-def test_a_missing_path_is_named(tmp_path, capsys):
-    assert main(["data", str(tmp_path / "none.tar")]) == 2
-    assert "none.tar" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "content", [b"%!PS-Adobe-3.0 EPSF-3.0\n", b"", jpeg()[:500], b"GIF89a"], ids=range(4)
+)
+def test_what_is_no_jpeg_file_is_left_out(shard, content):
+    (shard.parent / "a.jpg").write_bytes(content)
+    (shard.parent / "b.jpg").write_bytes(jpeg())
+    assert read_jpegs([shard.parent]) == [jpeg()]
+    with pytest.raises(ValueError, match="no JPEG file"):
+        read_jpegs([shard.parent / "a.jpg"])

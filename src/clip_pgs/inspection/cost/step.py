@@ -1,0 +1,812 @@
+"""What a training step costs with each strategy, beside plain CLIP: the command `cost`.
+
+Models of random weights take steps on random data. In every round each takes one, so that what
+slows the machine down for a while meets all of them and the ratios of a round stay right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from time import perf_counter, process_time
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.loss import ClipLoss
+from open_clip.model import CLIP, CustomTextCLIP
+from open_clip_train.precision import get_autocast
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from tqdm import tqdm
+
+from clip_pgs.common import atomic_file, check_writable, write_text
+from clip_pgs.inspection.model_input import StrategySpec, parse_specs
+from clip_pgs.integrations.open_clip import (
+    CaptionGroups,
+    CaptionTrimmer,
+    allow_short_text,
+    apply_masking,
+    caption_trimmer,
+    set_masking_progress,
+)
+from clip_pgs.integrations.open_clip.apply import masking_or_none
+from clip_pgs.integrations.open_clip.flops import count_pass
+from clip_pgs.integrations.open_clip.model_config import (
+    check_buildable,
+    largest_memory,
+    read_json_object,
+)
+from clip_pgs.integrations.open_clip.text import GROUP_SHARES
+from clip_pgs.tables import Cell, Table
+
+PLAIN_TITLE = "plain CLIP"
+TICK = 1e-6  # seconds; some machines' processor time stands still for longer than a tiny part takes
+PARTS = ("selection", "forward", "backward", "update")
+# By device: what runs in minutes there.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {"model": "ViT-S-16", "batch_size": 16, "precision": "fp32", "steps": 5},
+    "cuda": {"model": "ViT-B-16", "batch_size": 256, "precision": "amp_bf16", "steps": 20},
+}
+# Mean and standard deviation of the tokens of a caption, start and end included. Flickr8k's are
+# measured (3,000 captions); alt-text has a long tail, so that one caption in a few hundred fills
+# the context.
+LENGTHS = {"flickr8k": (14.1, 3.9), "web": (27.0, 20.0)}
+
+_SHORTEST = 3  # caption
+_COPIES = 4  # of the images, which any step takes at least
+# Longest captions as shares of the context. The second length makes the compiler take any; the
+# whole context alone is not cut.
+_WARM_UP, _LATER = (1.0, 0.2, 0.4), (0.25, 0.5, 0.3, 0.6, 0.8, 1.0)
+_FEW = 2  # captions that stand for a group, since each of one length costs the same
+_SOME = 64  # images that stand for a batch, of which each may keep another number of patches
+# Tensor cores without sparsity in TFLOP/s, at 16 bits and at TF32, by what the driver calls the
+# device; the first that fits. NVIDIA's data sheets give the sparse rate, which is twice as high.
+_TENSOR_CORES = (
+    ("H200 NVL", 835.5, 417.5, "NVIDIA H200 data sheet (NVL)"),
+    ("H200", 989.5, 494.5, "NVIDIA H200 data sheet (SXM)"),
+    ("H100 NVL", 835.5, 417.5, "NVIDIA H100 data sheet (NVL)"),
+    ("H100 PCIe", 756.0, 378.0, "NVIDIA H100 data sheet (PCIe)"),
+    ("H100", 989.5, 494.5, "NVIDIA H100 data sheet (SXM)"),
+    ("A100", 312.0, 156.0, "NVIDIA A100 data sheet"),
+)
+_PEAK_SIDE, _PEAK_REPEATS = 1536, 5
+_ROOM = 1.25  # between the outermost points of the plot and its frame
+
+
+# The model and its data
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The model that is run, and where.
+
+    Args:
+        model: What open_clip calls it, or a model config (JSON).
+        image_size: In pixels; None is the model's.
+        device: Of weights and images.
+        precision: As OpenCLIP names it.
+        seed: Of the weights.
+    """
+
+    model: str
+    image_size: int | None
+    device: torch.device
+    precision: str
+    seed: int = 0
+
+    def build(self) -> CLIP | CustomTextCLIP:
+        """Build the model in float32 with random weights; OpenCLIP's trainer makes it so too.
+
+        Raises:
+            ValueError: If there is no such model, or it has no plain pair of towers.
+        """
+        name = self.model
+        if name.endswith(".json"):
+            what = f"the model config {name}"
+            check_buildable(read_json_object(Path(name), what=what), name=what)
+            open_clip.add_model_config(name)
+            name = Path(name).stem
+        if name not in open_clip.list_models():
+            raise ValueError(
+                f"{self.model!r} is neither a model config nor a model that open_clip knows"
+            )
+        torch.manual_seed(self.seed)
+        model: nn.Module = open_clip.create_model(
+            name, device=self.device, force_image_size=self.image_size, load_weights=False
+        )
+        if type(model) not in (CLIP, CustomTextCLIP):
+            raise ValueError(f"the benchmark runs pairs of towers, and {name} is a {type(model)}")
+        return model
+
+    def conditions(
+        self,
+        model: CLIP | CustomTextCLIP,
+        captions: str,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        **others: Any,
+    ) -> Conditions:
+        """Draw a batch that a model takes; `others` are further fields of the conditions."""
+        size = to_2tuple(model.visual.image_size)
+        images = draw_images(size, batch_size=batch_size, seed=seed)
+        texts = draw_captions(
+            captions,
+            batch_size=batch_size,
+            context_length=model.context_length,
+            vocab_size=model.vocab_size,
+            seed=seed,
+        )
+        return Conditions(images.to(self.device), texts, self.autocast, **others)
+
+    def autocast(self) -> AbstractContextManager:
+        """Return the context of a forward pass, as OpenCLIP's trainer chooses it."""
+        return get_autocast(self.precision, device_type=self.device.type)()
+
+
+def draw_captions(
+    kind: str, *, batch_size: int, context_length: int, vocab_size: int, seed: int = 0
+) -> Tensor:
+    """Draw captions of log-normal lengths, each ending with the highest token id.
+
+    Args:
+        kind: One of `LENGTHS`.
+        batch_size: Captions.
+        context_length: Columns; longer captions are cut there.
+        vocab_size: Token ids are below it.
+        seed: Same seed, same captions.
+
+    Returns:
+        Token ids of shape (B, context length), zeros behind a caption's end.
+    """
+    mean, deviation = LENGTHS[kind]
+    variance = math.log1p((deviation / mean) ** 2)
+    generator = torch.Generator().manual_seed(seed)
+    normal_B = torch.randn(batch_size, generator=generator)
+    lengths_B = (math.log(mean) - variance / 2 + math.sqrt(variance) * normal_B).exp().round()
+    last_B = lengths_B.clamp(min(_SHORTEST, context_length), context_length).long() - 1
+    ids_BT = torch.randint(
+        1, vocab_size - 1, (batch_size, context_length), generator=generator, dtype=torch.int64
+    )
+    position_T = torch.arange(context_length)
+    ids_BT[position_T > last_B[:, None]] = 0
+    return ids_BT.scatter(1, last_B[:, None], vocab_size - 1)
+
+
+def draw_images(image_size: tuple[int, int], *, batch_size: int, seed: int = 0) -> Tensor:
+    """Draw smooth random images of about mean 0 and deviation 1, shape (B, 3, H, W).
+
+    Raises:
+        ValueError: If a few copies of them fill the memory.
+    """
+    num_bytes = 4 * 3 * batch_size * image_size[0] * image_size[1]
+    if num_bytes > largest_memory() / _COPIES:
+        raise ValueError(
+            f"a step of {batch_size} images of {image_size[0]} x {image_size[1]} pixels takes more "
+            f"than {_COPIES * num_bytes / 2**30:.0f} GiB, which this machine has not"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(
+        batch_size, 3, *(max(2, side // 16) for side in image_size), generator=generator
+    )
+    return nn.functional.interpolate(coarse, size=image_size, mode="bilinear", align_corners=False)
+
+
+# What is compared
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all setups share.
+
+    Args:
+        images: Shape (B, 3, H, W), on the device.
+        captions: Padded token ids (B, T), on the CPU.
+        autocast: Context of a forward pass.
+        progress: Share of training that strategies are told.
+        trims: Whether masked models get trimmed captions.
+        pack_tokens: As `apply_masking` takes it.
+        compiles: Whether models go through `torch.compile`.
+        mask_ratio: For strategies that take one.
+    """
+
+    images: Tensor
+    captions: Tensor
+    autocast: Callable[[], AbstractContextManager]
+    progress: float = 0.0
+    trims: bool = True
+    pack_tokens: bool | None = None
+    compiles: bool = False
+    mask_ratio: float | None = None
+
+
+class Setup:
+    """One model of a comparison, which shares its weights with the others.
+
+    Args:
+        model: A plain model; a copy of it is made that owns everything but the weights.
+        conditions: What all setups share.
+        spec: The strategy; None leaves the model and its captions as OpenCLIP has them.
+
+    Attributes:
+        title: What it is called.
+        model: The copy.
+        runnable: The copy as it is run: compiled, or wrapped.
+        loss: Of both features and the logit scale.
+        texts: The captions as the model reads them, on the device.
+    """
+
+    def __init__(
+        self, model: CLIP | CustomTextCLIP, conditions: Conditions, spec: StrategySpec | None = None
+    ) -> None:
+        self.title = PLAIN_TITLE if spec is None else spec.title
+        self.conditions = conditions
+        self.model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).train()
+        self._trim: CaptionTrimmer | None = None
+        if spec is not None:
+            strategy = spec.build(mask_ratio=conditions.mask_ratio)
+            apply_masking(
+                allow_short_text(self.model), strategy, pack_tokens=conditions.pack_tokens
+            )
+            set_masking_progress(self.model, conditions.progress)
+            if conditions.trims:
+                # As training does: groups of several lengths are compiled for each combination.
+                shares = (1.0,) if conditions.compiles else GROUP_SHARES
+                self._trim = caption_trimmer(self.model, shares=shares)
+        self.texts: Tensor | CaptionGroups
+        self.read(conditions.captions)
+        self.runnable: nn.Module = self.model
+        if conditions.compiles:
+            self.runnable = torch.compile(self.model)  # type: ignore[assignment]
+        self.loss = ClipLoss()
+
+    def read(self, captions: Tensor) -> None:
+        """Go on with other captions (B, T), on the CPU, trimmed as the setup trims them."""
+        texts = captions if self._trim is None else self._trim(captions)
+        self.texts = texts.to(self.conditions.images.device)
+
+    def forward(self) -> Tensor:
+        """Run the model and the loss."""
+        with self.conditions.autocast():
+            features = self.runnable(self.conditions.images, self.texts)
+            return self.loss(*features[:3])
+
+    def selection(self) -> Callable[[], object] | None:
+        """Return what chooses patches, by itself and ready to run; None where nothing does."""
+        masking = masking_or_none(self.model)
+        if masking is None or not masking.is_active(training=True):
+            return None
+        images = self.conditions.images
+        with torch.no_grad(), self.conditions.autocast():
+            tokens = self.model.visual.embed_patches(images)
+
+        def select() -> object:
+            with torch.no_grad(), self.conditions.autocast():
+                return masking.select(images, tokens)
+
+        return select
+
+    def text_tokens(self) -> float:
+        """Return how many tokens the text tower reads per caption, on average."""
+        if isinstance(self.texts, CaptionGroups):
+            return self.texts.mean_length()
+        return float(self.texts.shape[1])
+
+    def step_flops(self) -> float:
+        """Count the operations of a step: forward, backward and selection of the whole batch.
+
+        Matrix products and convolutions count, a multiply-add as two operations. The similarity
+        matrix of the loss and the optimizer are left out; they are small.
+        """
+        images = self.conditions.images
+        groups = self.texts.tokens if isinstance(self.texts, CaptionGroups) else (self.texts,)
+        total = len(images) * self._flops_each(self.model.encode_image, images[:_SOME])
+        return total + sum(
+            len(g) * self._flops_each(self.model.encode_text, g[:_FEW]) for g in groups
+        )
+
+    def _flops_each(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
+        def run() -> list[Tensor]:
+            with self.conditions.autocast():
+                return [encode(inputs)]
+
+        return sum(count_pass(self.model, run)) / len(inputs)
+
+
+# The measurement
+
+
+def time_parts(device: torch.device, *parts: Callable[[], object]) -> list[float]:
+    """Run the parts of a computation one after the other and return the seconds of each.
+
+    A GPU is timed by its own events, so that nothing waits in between; one thread of a CPU by
+    processor time, which other processes do not lengthen; several threads by the clock.
+    """
+    clock = process_time if torch.get_num_threads() == 1 else perf_counter
+
+    def mark() -> Any:
+        if device.type != "cuda":
+            return clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    marks = [mark()]
+    for part in parts:
+        part()
+        marks.append(mark())
+    if device.type != "cuda":
+        return [max(second - first, TICK) for first, second in pairwise(marks)]
+    torch.cuda.synchronize(device)
+    return [first.elapsed_time(second) / 1000 for first, second in pairwise(marks)]
+
+
+@dataclass
+class Timings:
+    """What the steps of a setup took, one number per round.
+
+    Attributes:
+        title: The setup's.
+        text_tokens: See `Setup.text_tokens`.
+        flops: See `Setup.step_flops`.
+        seconds: Of each of `PARTS`; `selection` is measured by itself, and is inside `forward` too.
+        steps: Seconds of whole steps.
+        peak_bytes: Highest memory of the GPU during a step; None on a CPU.
+    """
+
+    title: str
+    text_tokens: float
+    flops: float
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
+    steps: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+
+def time_steps(
+    setups: Sequence[Setup],
+    optimizer: torch.optim.Optimizer,
+    *,
+    num_rounds: int,
+    progress: Callable[[], object] | None = None,
+) -> list[Timings]:
+    """Count the operations of training steps, and time them: in every round, one of each setup.
+
+    Args:
+        setups: They share their weights.
+        optimizer: Of these weights.
+        num_rounds: Rounds that count; one more comes first.
+        progress: Called after every step.
+    """
+    device = setups[0].conditions.images.device
+    selections = [setup.selection() for setup in setups]
+    losses: list[Tensor] = []
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    all_timings = [Timings(s.title, s.text_tokens(), s.step_flops()) for s in setups]
+    for round_number in range(num_rounds + 1):
+        for setup, select, timings in zip(setups, selections, all_timings, strict=True):
+            seconds = [0.0] if select is None else time_parts(device, select)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
+
+            def forward(setup: Setup = setup) -> None:
+                losses.append(setup.forward())
+
+            seconds += time_parts(device, forward, lambda: losses.pop().backward(), update)
+            if round_number > 0:
+                for part, taken in zip(PARTS, seconds, strict=True):
+                    timings.seconds[part].append(taken)
+                timings.steps.append(sum(seconds[1:]))
+            if device.type == "cuda":
+                timings.peak_bytes = torch.cuda.max_memory_allocated(device)
+            if progress is not None:
+                progress()
+    return all_timings
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A device's highest rate.
+
+    Args:
+        flops: Operations per second.
+        source: Where the number comes from.
+    """
+
+    flops: float
+    source: str
+
+
+def known_peak(device_name: str, *, is_half: bool) -> Peak | None:
+    """Return a GPU's peak out of its data sheet, None for one that is not listed.
+
+    Args:
+        device_name: As `torch.cuda.get_device_name` gives it.
+        is_half: Whether matrix products run at 16 bits; else they count as TF32.
+    """
+    for name, half, tf32, source in _TENSOR_CORES:
+        if name in device_name:
+            return Peak(1e12 * (half if is_half else tf32), source)
+    return None
+
+
+def measured_peak(device: torch.device) -> Peak:
+    """Measure the rate of a large matrix product, with as many threads as torch uses now."""
+    factor = torch.randn(_PEAK_SIDE, _PEAK_SIDE, device=device)
+    seconds = time_parts(device, *[lambda: factor @ factor] * (_PEAK_REPEATS + 1))
+    # The first one warms up.
+    rate = 2 * _PEAK_SIDE**3 / median(seconds[1:])
+    return Peak(rate, f"measured, a product of {_PEAK_SIDE} x {_PEAK_SIDE} matrices")
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """How often a compiled model leaves its graph or needs another.
+
+    Attributes:
+        graph_breaks: Places where it leaves its graph.
+        recompilations: Graphs that were added after three batches, whose longest captions differ,
+            by six batches whose longest captions differ again.
+    """
+
+    graph_breaks: int
+    recompilations: int
+
+
+def watch_compilation(setup: Setup, *, vocab_size: int) -> Compilation:
+    """Run a setup's model on captions of many lengths, forward.
+
+    Breaks and guards are found before code is made of a graph, which would take minutes; so none
+    is made here, and nothing of it is left for the compiled model.
+
+    Args:
+        setup: Its weights stay as they are, and its captions come back.
+        vocab_size: Token ids are below it.
+    """
+    own, runnable = setup.conditions.captions, setup.runnable
+    batch_size, context_length = own.shape
+
+    def run(share: float) -> None:
+        """Read captions the longest of which fills a share of the context."""
+        longest = max(_SHORTEST, round(share * context_length))
+        short = draw_captions(
+            "web", batch_size=batch_size, context_length=longest, vocab_size=vocab_size
+        )
+        short[0] = 1
+        short[0, -1] = vocab_size - 1
+        setup.read(nn.functional.pad(short, (0, context_length - longest)))
+        setup.forward()
+
+    torch._dynamo.reset()
+    counters.clear()
+    setup.runnable = torch.compile(setup.model, backend="eager")  # type: ignore[assignment]
+    try:
+        for share in _WARM_UP:
+            run(share)
+        graphs_before = counters["frames"]["total"]
+        for share in _LATER:
+            run(share)
+        recompilations = counters["frames"]["total"] - graphs_before
+        return Compilation(sum(counters["graph_break"].values()), recompilations)
+    finally:
+        setup.runnable = runnable
+        setup.read(own)
+        torch._dynamo.reset()
+
+
+# The results
+
+
+@dataclass(frozen=True)
+class Row:
+    """The cost of a training step; all seconds are medians over rounds.
+
+    Attributes:
+        title: The setup's.
+        text_tokens: Tokens that the text tower reads per caption, on average.
+        selection: Seconds of choosing patches, measured by itself; part of `forward`.
+        selection_share: Its share of the step.
+        forward: Seconds of model and loss.
+        backward: Seconds of the gradients.
+        update: Seconds of the optimizer.
+        step: Seconds of the three together.
+        samples_per_second: Batch size over `step`.
+        peak_gib: Highest memory of the GPU during a step, weights included; None on a CPU.
+        flops: Operations of a step.
+        time_over_first: Step time over the first setup's, median of the rounds' ratios.
+        flops_over_first: Operations over the first setup's.
+        time_over_ideal: `time_over_first` over `flops_over_first`: 1 turns every saved operation
+            into saved time.
+        utilisation: Operations per second as a share of the peak; None where that is not known.
+        graph_breaks: See `Compilation`; None for a model that is not compiled.
+        recompilations: See `Compilation`.
+    """
+
+    title: str
+    text_tokens: float
+    selection: float
+    selection_share: float
+    forward: float
+    backward: float
+    update: float
+    step: float
+    samples_per_second: float
+    peak_gib: float | None
+    flops: float
+    time_over_first: float
+    flops_over_first: float
+    time_over_ideal: float
+    utilisation: float | None
+    graph_breaks: int | None = None
+    recompilations: int | None = None
+
+
+def make_rows(timings: Sequence[Timings], *, batch_size: int, peak: Peak | None) -> list[Row]:
+    """Sum up setups, the first of which is what the others are compared with."""
+    rows, first = [], timings[0]
+    for one in timings:
+        parts = {part: median(seconds) for part, seconds in one.seconds.items()}
+        step = median(one.steps)
+        time_ratio = median(a / b for a, b in zip(one.steps, first.steps, strict=True))
+        flops_ratio = one.flops / first.flops
+        row = Row(
+            title=one.title,
+            text_tokens=one.text_tokens,
+            selection_share=parts["selection"] / step,
+            step=step,
+            samples_per_second=batch_size / step,
+            peak_gib=None if one.peak_bytes is None else one.peak_bytes / 2**30,
+            flops=one.flops,
+            time_over_first=time_ratio,
+            flops_over_first=flops_ratio,
+            time_over_ideal=time_ratio / flops_ratio,
+            utilisation=None if peak is None else one.flops / step / peak.flops,
+            selection=parts["selection"],
+            forward=parts["forward"],
+            backward=parts["backward"],
+            update=parts["update"],
+        )
+        rows.append(row)
+    return rows
+
+
+def cost_table(rows: Sequence[Row], *, batch_size: int) -> str:
+    """Return a table with a line per setup; compiled models have two more columns."""
+    lines = [_cells(row, batch_size) for row in rows]
+    return Table.of(list(lines[0]), [list(line.values()) for line in lines]).text()
+
+
+def _cells(row: Row, batch_size: int) -> dict[str, Cell]:
+    cells = {
+        "": Cell(row.title),
+        "tokens": _cell(row.text_tokens, "{:.1f}"),
+        "selection": _cell(1000 * row.selection or None, "{:.2f}"),
+        "share": _cell(row.selection_share or None, "{:.2%}"),
+        "forward": _cell(1000 * row.forward, "{:.1f}"),
+        "backward": _cell(1000 * row.backward, "{:.1f}"),
+        "update": _cell(1000 * row.update, "{:.1f}"),
+        "step": _cell(1000 * row.step, "{:.1f}"),
+        "samples/s": _cell(row.samples_per_second, "{:.1f}"),
+        "GiB": _cell(row.peak_gib, "{:.2f}"),
+        "GFLOPs": _cell(row.flops / batch_size / 1e9, "{:.2f}"),
+        "time": _cell(row.time_over_first, "{:.3f}"),
+        "FLOPs": _cell(row.flops_over_first, "{:.3f}"),
+        "ideal": _cell(row.time_over_ideal, "{:.3f}"),
+        "peak": _cell(row.utilisation, "{:.0%}"),
+    }
+    if row.graph_breaks is not None:
+        cells |= {"breaks": Cell(row.graph_breaks), "recompiled": Cell(row.recompilations)}
+    return cells
+
+
+def _cell(value: float | None, form: str) -> Cell:
+    return Cell(value, "-" if value is None else form.format(value).replace("%", " %"))
+
+
+def plot_cost(
+    rows: Sequence[Row], path: Path, *, batch_size: int, peak: Peak | None, title: str
+) -> None:
+    """Draw a point per setup into a PNG file.
+
+    On a line, samples per second times operations per sample is one rate: the device's peak, and
+    what the first setup reaches. A point below the latter loses saved operations again.
+
+    Args:
+        rows: What was measured.
+        path: File to write.
+        batch_size: Samples per step.
+        peak: The device's, where it is known.
+        title: Stands above.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    from clip_pgs import plots
+
+    flops = [row.flops / batch_size for row in rows]
+    rates = {f"rate of {rows[0].title}": (rows[0].flops / rows[0].step, "--")}
+    if peak is not None:
+        rates["peak"] = (peak.flops, "-")
+    ends = (min(flops) / _ROOM, max(flops) * _ROOM)
+    with plots.plot_style():
+        drawing = Figure(figsize=(6.4, 5.4), layout="constrained")
+        axes = drawing.subplots()
+        for label, (rate, style) in rates.items():
+            axes.plot(
+                [end / 1e9 for end in ends],
+                [rate / end for end in ends],
+                linestyle=style,
+                color=plots.MIDDLE,
+                linewidth=1.2,
+                label=f"{label}: {rate / 1e9:.0f} GFLOP/s",
+            )
+        for number, (row, count) in enumerate(zip(rows, flops, strict=True)):
+            place = (number - 1) % len(plots.COLORS)
+            axes.plot(
+                [count / 1e9],
+                [row.samples_per_second],
+                linestyle="none",
+                color=plots.COLORS[place] if number else plots.INK,
+                marker=plots.MARKERS[place],
+                markersize=7,
+                label=plots.legend_label(row.title),
+            )
+        axes.set(xscale="log", yscale="log", ylabel="samples per second")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}")
+        axes.set_xlabel("GFLOPs per sample, forward and backward")
+        axes.set_title(title)
+        drawing.legend(loc="outside lower center", ncols=3, fontsize=8)
+        with atomic_file(path) as file:
+            file.write(plots.picture(drawing, "png"))
+
+
+# The command
+
+
+def run_cost(args: argparse.Namespace) -> None:
+    """Measure, print the table and write the files.
+
+    Raises:
+        ValueError: If an option is wrong, or a file cannot be written.
+    """
+    fill_in_defaults(args)
+    specs = parse_specs(args.maskings, mask_ratio=args.mask_ratio)
+    if args.output is not None:
+        check_writable(args.output / "cost.json", args.output / "cost.png")
+    benchmark = Benchmark(args.model, args.image_size, args.device, args.precision, args.seed)
+    model = benchmark.build()
+    conditions = benchmark.conditions(
+        model,
+        args.captions,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        progress=args.progress,
+        trims=not args.no_trimming,
+        pack_tokens=args.pack_tokens,
+        compiles=args.compile,
+        mask_ratio=args.mask_ratio,
+    )
+    setups = [Setup(model, conditions, spec) for spec in (None, *specs)]
+    peak = None
+    if args.device.type == "cuda":
+        device_name = torch.cuda.get_device_name(args.device)
+        peak = known_peak(device_name, is_half=args.precision != "fp32")
+    elif args.precision == "fp32":
+        # A CPU's data sheet says little about a virtual machine's share of it.
+        peak = measured_peak(args.device)
+    compilations: list[Compilation] = []
+    if args.compile:
+        compilations = [watch_compilation(s, vocab_size=model.vocab_size) for s in setups]
+        # A graph of each model, which share their code. Past its limit the compiler runs code
+        # uncompiled without a word.
+        torch._dynamo.config.recompile_limit += len(setups)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    total = (args.steps + 1) * len(setups)
+    with tqdm(total=total, leave=False, disable=not sys.stderr.isatty()) as bar:
+        timings = time_steps(setups, optimizer, num_rounds=args.steps, progress=bar.update)
+    rows = make_rows(timings, batch_size=args.batch_size, peak=peak)
+    if args.compile:
+        pairs = zip(rows, compilations, strict=True)
+        rows = [replace(row, **asdict(compilation)) for row, compilation in pairs]
+    height, width = conditions.images.shape[2:]
+    device = describe_device(args.device)
+    title = (
+        f"{args.model} at {height} x {width}, batch {args.batch_size}, {args.precision}, "
+        f"{device}{', compiled' if args.compile else ''}"
+    )
+    sys.stdout.write(
+        f"{title}\n\n{cost_table(rows, batch_size=args.batch_size)}\n"
+        "tokens: read by the text tower per caption; share: of the step that selection takes; "
+        "times in ms; GFLOPs: per sample;\ntime, FLOPs: over the first line's; ideal: time over "
+        "FLOPs; peak: share of the device's "
+        f"{'peak' if peak is None else f'{peak.flops / 1e9:.0f} GFLOP/s, {peak.source}'}\n"
+    )
+    if args.compile:
+        sys.stdout.write(
+            "breaks: of the graph; recompiled: graphs added by captions of other lengths, after "
+            "three\n"
+        )
+    if args.output is None:
+        return
+    facts = {
+        "model": args.model,
+        "image_size": [height, width],
+        "batch_size": args.batch_size,
+        "device": device,
+        "precision": args.precision,
+        "is_compiled": args.compile,
+        "captions": args.captions,
+        "is_trimmed": not args.no_trimming,
+        "is_packed": args.pack_tokens,
+        "mask_ratio": args.mask_ratio,
+        "progress": args.progress,
+        "rounds": args.steps,
+        "reference": PLAIN_TITLE,
+        "peak_flops": None if peak is None else peak.flops,
+        "peak_source": None if peak is None else peak.source,
+        "torch": torch.__version__,
+        "open_clip": open_clip.__version__,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "results": [asdict(row) for row in rows],
+    }
+    write_json(args.output / "cost.json", facts)
+    picture = args.output / "cost.png"
+    plot_cost(rows, picture, batch_size=args.batch_size, peak=peak, title=title)
+    sys.stdout.write(f"\n{args.output}: cost.json, cost.png\n")
+
+
+def fill_in_defaults(args: argparse.Namespace) -> None:
+    """Give options that were left out the device's values; the device becomes torch's.
+
+    Raises:
+        ValueError: If the device is not there.
+    """
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        args.device = torch.device(name)
+        torch.empty(0, device=args.device)
+    # torch raises either, or an AssertionError where it was built without the backend.
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name} is not available on this machine") from None
+    if args.device.type not in DEFAULTS:
+        raise ValueError(f"--device takes {' or '.join(DEFAULTS)}, got {name}")
+    for option, value in DEFAULTS[args.device.type].items():
+        if getattr(args, option) is None:
+            setattr(args, option, value)
+
+
+def describe_device(device: torch.device) -> str:
+    """Return what a device is, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write plain types as JSON into a folder that is made.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -1,1 +1,0 @@
-"""How much of an annotated foreground a masking keeps."""
