@@ -22,9 +22,8 @@ from pathlib import Path
 
 import torch
 
-from clip_pgs.training.checkpoints.checkpoint import load_checkpoint
-from clip_pgs.training.checkpoints.checkpoint_files import find_latest
-from clip_pgs.training.checkpoints.checkpoint_store import CheckpointStore
+from clip_pgs.training.checkpoint import load_checkpoint
+from clip_pgs.training.checkpoint_store import CheckpointStore, find_latest
 
 STEPS_PER_EPOCH = 5
 LONGEST_WAIT = 0.12

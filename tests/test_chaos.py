@@ -10,6 +10,8 @@ from support.ranks import output, train_together
 from support.resuming import differences, last_checkpoint
 from support.runs import flags, write_shards
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS, SAMPLES_PER_STEP = 32, 8
 
 

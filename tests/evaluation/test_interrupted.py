@@ -47,7 +47,7 @@ def score(color_model, six, tmp_path):
     return run
 
 
-class AskedToLeave(BaseException):
+class StopRequest(BaseException):
     """What a signal raises in a training run."""
 
 
@@ -55,11 +55,11 @@ def test_a_signal_ends_the_evaluation_and_a_later_call_measures_the_set(
     score, color_model, tmp_path, monkeypatch
 ):
     def leave(pixels):
-        raise AskedToLeave
+        raise StopRequest
 
     with monkeypatch.context() as patch:
         patch.setitem(vars(color_model.model), "encode_image", leave)
-        with pytest.raises(AskedToLeave):
+        with pytest.raises(StopRequest):
             evaluate(color_model, score.eval_sets, workers=0, output=tmp_path / "out")
     assert not list(tmp_path.glob("out/*.json"))
     (result,), num_seen = score()

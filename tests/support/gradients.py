@@ -1,14 +1,14 @@
 """Gradients of one training step, for a batch in one piece or in several."""
 
 import math
+from types import SimpleNamespace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from clip_pgs.training.build import build_loss, build_model
-from clip_pgs.training.masks import StepMasks
+from clip_pgs.training.masks import StepMasks, micro_batch_rows
 from clip_pgs.training.options import parse_options
-from clip_pgs.training.seeding import micro_batch_rows
 from clip_pgs.training.step import compute_gradients
 from support.runs import flags
 
@@ -60,14 +60,14 @@ def step_gradients(
     masks = None
     batch_size = GLOBAL_BATCH // accum_freq // world_size
     if args.masking != "none":
-        masks = StepMasks(
-            model,
+        options = SimpleNamespace(
             seed=1,
             batch_size=batch_size,
             accum_freq=accum_freq,
             rank=rank,
             world_size=world_size,
         )
+        masks = StepMasks(model, options)
         masks.start_step(3, total_steps=6, device=torch.device("cpu"))
     images, texts = global_batch()
     rows = [

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-_PRELOADED = ["clip_pgs.training.__main__", "clip_pgs.training.loop", "clip_pgs.training.checks"]
+_PRELOADED = ["clip_pgs.training.__main__", "clip_pgs.training.trainer", "clip_pgs.training.checks"]
 _LAUNCH_SECONDS = 90
 
 
@@ -102,7 +102,7 @@ def _train(
     import torch
 
     from clip_pgs.training.__main__ import main
-    from clip_pgs.training.survival.leaving import leave
+    from clip_pgs.training.stop import leave
 
     if trouble is not None and trouble.rank == rank:
         _prepare(trouble)
@@ -113,12 +113,11 @@ def _train(
 
 
 def _prepare(trouble: Stop | Hang) -> None:
-    from clip_pgs.training.checkpoints.saving import RunSaver
-    from clip_pgs.training.phase_trainer import PhaseTrainer
+    from clip_pgs.training.trainer import PhaseTrainer, Trainer
     from clip_pgs.training.validation import Validation
 
     if isinstance(trouble, Stop):
-        _replace(RunSaver, "save_due", after=lambda *_, step: _signal_at(trouble, step))
+        _replace(Trainer, "save_if_due", after=lambda run, _: _signal_at(trouble, run.step))
     elif trouble.activity in ("trains", "stopped"):
         # The first step has more patience.
         _replace(PhaseTrainer, "train_step", after=lambda trainer, _: _hang_after(trainer, trouble))

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_pgs.training.checkpoints.saving import RunSaver
-from clip_pgs.training.survival.exits import StoppedError
+from clip_pgs.training.stop import StoppedError
+from clip_pgs.training.trainer import Trainer
 from support.runs import run
 
-_save_due = RunSaver.save_due
+_save_if_due = Trainer.save_if_due
 
 
 def last_checkpoint(folder: Path):
@@ -59,16 +59,16 @@ def run_with_stops(folder, steps, *, by="signal", **options):
     """
     waiting = list(steps)
 
-    def save_due(self, trainer, *, step):
-        _save_due(self, trainer, step=step)
-        if waiting and step == waiting[0]:
+    def save_if_due(self, trainer):
+        _save_if_due(self, trainer)
+        if waiting and self.step == waiting[0]:
             waiting.pop(0)
             if by == "death":
                 raise KilledError
             os.kill(os.getpid(), signal.SIGUSR1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunSaver, "save_due", save_due)
+        patch.setattr(Trainer, "save_if_due", save_if_due)
         for _ in steps:
             with pytest.raises((StoppedError, KilledError)):
                 run(folder, resume="latest", **options)

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from clip_pgs.training.checks import check_options
-from clip_pgs.training.loop import train
 from clip_pgs.training.options import parse_options
+from clip_pgs.training.trainer import train
 
 MODEL = {
     "embed_dim": 32,

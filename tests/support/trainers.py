@@ -5,8 +5,8 @@ import torch
 from clip_pgs.training.build import build_model
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.options import parse_options
-from clip_pgs.training.phase_trainer import PhaseTrainer
 from clip_pgs.training.phases import plan_phases
+from clip_pgs.training.trainer import PhaseTrainer
 from support.runs import flags
 
 

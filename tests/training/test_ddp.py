@@ -10,6 +10,8 @@ from support.gradients import relative_difference, step_gradients
 from support.processes import TESTS, torchrun
 from support.runs import COCA, flags, run, write_model, write_shards
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

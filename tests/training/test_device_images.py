@@ -18,8 +18,10 @@ def stored_images(trainer):
 
 
 def received_images(trainer):
-    steps = trainer.start_epoch(0)
-    received = [images for _ in range(steps) for images, _ in trainer.next_batches()[0]]
+    trainer.start_epoch(0)
+    received = [
+        images for _ in range(trainer.steps_left) for images, _ in trainer.next_batches()[0]
+    ]
     trainer.phase.stream.close()
     return received
 

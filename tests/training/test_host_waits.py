@@ -1,12 +1,14 @@
 """Between two log lines nothing makes the host wait for the device, so that it runs ahead of it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from clip_pgs.integrations.open_clip.apply import masking_or_none
 from clip_pgs.masking import list_maskings
-from clip_pgs.training.survival.bad_steps import BadSteps
-from clip_pgs.training.telemetry.telemetry import Cost, Telemetry
+from clip_pgs.training.sinks import Sinks
+from clip_pgs.training.telemetry import Cost, Telemetry
 from support.host_waits import noting_host_waits
 from support.trainers import open_trainer
 
@@ -18,13 +20,11 @@ CALIBRATED = {"cluster": {"masking_option": "threshold=0.5"}}
 def take_steps(trainer, *, num_steps=3):
     """Return what would have waited in the steps behind an epoch's first."""
     telemetry = Telemetry(
-        sinks=[],
-        cost=Cost(),
-        world_size=1,
-        bad_steps=BadSteps(CPU, max_in_row=9),
-        total_steps=9,
-        log_every=99,
-        is_active=True,
+        SimpleNamespace(rank=0, world_size=1, log_every_n_steps=99, max_bad_steps=9),
+        Sinks(None, None, first_step=0),
+        Cost(),
+        device=torch.device("cpu"),
+        total_steps=7,
     )
     telemetry.start_phase(
         num_patches=trainer.masks.num_patches if trainer.masks else 0,
@@ -41,14 +41,13 @@ def take_steps(trainer, *, num_steps=3):
     for _ in range(num_steps):
         batches, seconds = trainer.next_batches()
         with noting_host_waits() as waits:
-            result, lr = trainer.train_step(batches)
+            result = trainer.train_step(batches)
             telemetry.step(
                 result,
                 model=trainer.model,
                 epoch=0,
                 done=trainer.position,
                 is_last=False,
-                lr=lr,
                 data_seconds=seconds,
             )
         all_waits += waits

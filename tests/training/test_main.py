@@ -28,6 +28,7 @@ def test_bad_input_is_one_sentence_exit_code_2_and_nothing_created(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_check_only_prints_one_line_and_creates_nothing(tmp_path):
     done = run(tmp_path, *VALID, "--masking", "pgs", "--name", "demo", "--check-only")
     assert (done.returncode, done.stderr) == (0, "")
@@ -35,6 +36,7 @@ def test_check_only_prints_one_line_and_creates_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_another_rank_says_nothing_and_leaves_alike(tmp_path):
     done = run(tmp_path, "--model", "ViT-B-16", RANK="1", WORLD_SIZE="2")
     assert (done.returncode, done.stderr, done.stdout) == (2, "", "")
@@ -50,7 +52,7 @@ def test_an_interrupted_run_leaves_with_130(monkeypatch):
     def interrupt(args, **_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clip_pgs.training.loop.train", interrupt)
+    monkeypatch.setattr("clip_pgs.training.trainer.train", interrupt)
     assert main(VALID) == 130
 
 

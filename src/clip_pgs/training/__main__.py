@@ -11,16 +11,22 @@ from typing import TYPE_CHECKING, Any
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from clip_pgs.common import one_sentence
-from clip_pgs.training.survival.interrupts import AskedToLeave, Interrupts
-from clip_pgs.training.survival.leaving import leave
-
-if TYPE_CHECKING:
-    from clip_pgs.training.options import TrainOptions
-
-BAD_INPUT = 2
+from clip_pgs.training.stop import (
+    BAD_INPUT,
+    FAILED,
+    ExitReport,
+    StopRequest,
+    StopSignals,
+    expected_code,
+    leave,
+    sentence_of,
+)
 
 # Where training fits, this fits; a larger one would make no evaluation faster.
 _EVAL_BATCH_SIZE = 256
+
+if TYPE_CHECKING:
+    from clip_pgs.training.options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
@@ -36,25 +42,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         before the start), 85 for a signal that asked to leave, 130 for Ctrl-C, 1 for what else
         ends a run in one sentence.
     """
-    interrupts = Interrupts()
-    with interrupts.caught():
+    signals = StopSignals()
+    with signals.caught():
         try:
-            with interrupts.breakable():
-                started = _start(sys.argv[1:] if argv is None else argv)
-        except AskedToLeave:
-            return _leave_early(interrupts)
-        if isinstance(started, int):
-            return started
-        return _train(*started, interrupts)
+            with signals.interruptible():
+                checked = _check(sys.argv[1:] if argv is None else argv)
+        except StopRequest:
+            return _leave_early(signals)
+        if isinstance(checked, int):
+            return checked
+        options, hooks = checked
+        from clip_pgs.training.trainer import train
+
+        try:
+            train(options, signals=signals, **hooks)
+        except BaseException as error:
+            code = expected_code(error)
+            if code is None:
+                raise
+            if code in (FAILED, BAD_INPUT):
+                sys.stderr.write(f"error: {_speaker()}{sentence_of(error)}\n")
+            elif _is_first_process():
+                sys.stderr.write(f"{sentence_of(error)}\n")
+            return code
+    return 0
 
 
-def _start(argv: Sequence[str]) -> int | tuple[TrainOptions, dict[str, Any]]:
+def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, dict[str, Any]]:
     """Return checked options and what the loop calls of other packages, or an exit code."""
     try:
         from clip_pgs.data.preflight import preflight
         from clip_pgs.training.checks import check_options, option_warnings
         from clip_pgs.training.options import parse_options
-        from clip_pgs.training.survival.restarts import follow_restart
+        from clip_pgs.training.run_folder import follow_restart
     except ModuleNotFoundError as error:
         return _refuse(f"training needs {error.name}: pip install 'clip-pgs[training]'")
 
@@ -76,31 +96,12 @@ def _start(argv: Sequence[str]) -> int | tuple[TrainOptions, dict[str, Any]]:
     return args, hooks
 
 
-def _train(args: TrainOptions, hooks: dict[str, Any], interrupts: Interrupts) -> int:
-    from clip_pgs.training.loop import train
-    from clip_pgs.training.survival import exits
-
-    try:
-        train(args, interrupts=interrupts, **hooks)
-    except exits.EXPECTED as error:
-        code = exits.expected_code(error)
-        assert code is not None
-        if code in (exits.FAILED, exits.BAD_INPUT):
-            sys.stderr.write(f"error: {_speaker()}{exits.sentence_of(error)}\n")
-        elif _is_first_process():
-            sys.stderr.write(f"{exits.sentence_of(error)}\n")
-        return code
-    return 0
-
-
-def _leave_early(interrupts: Interrupts) -> int:
-    from clip_pgs.training.survival.exits import ExitReport
-
-    sentence = f"stopped by {interrupts.name} before the start"
-    ExitReport(interrupts, rank=int(os.environ.get("RANK", "0"))).write(interrupts.code, sentence)
+def _leave_early(signals: StopSignals) -> int:
+    sentence = f"stopped by {signals.name} before the start"
+    ExitReport(signals, rank=int(os.environ.get("RANK", "0"))).write(signals.code, sentence)
     if _is_first_process():
         sys.stderr.write(f"{sentence}\n")
-    return interrupts.code
+    return signals.code
 
 
 def _hooks(args: TrainOptions) -> dict[str, Any]:
@@ -112,8 +113,7 @@ def _hooks(args: TrainOptions) -> dict[str, Any]:
     if args.eval_suite is None:
         return {}
     from clip_pgs.evaluation.in_training import EvaluationInTraining
-    from clip_pgs.training.launch import default_name
-    from clip_pgs.training.run_folder import run_folder
+    from clip_pgs.training.run_folder import default_name, run_folder
 
     # The loop would name the run only after this needs its folder.
     args.name = args.name or default_name(args)
@@ -132,10 +132,8 @@ def _refuse(sentence: str, *, is_before_start: bool = False) -> int:
     if _is_first_process():
         sys.stderr.write(f"error: {one_sentence(sentence)}\n")
     if is_before_start:
-        from clip_pgs.training.survival.exits import ExitReport
-
         rank = int(os.environ.get("RANK", "0"))
-        ExitReport(Interrupts(), rank=rank).write(BAD_INPUT, sentence)
+        ExitReport(StopSignals(), rank=rank).write(BAD_INPUT, sentence)
     return BAD_INPUT
 
 

@@ -25,8 +25,8 @@ from clip_pgs.integrations.open_clip import (
     is_text_trimming_lossless,
 )
 from clip_pgs.integrations.open_clip.compat import weights_read_by
+from clip_pgs.training.masks import seed_everything
 from clip_pgs.training.options import TrainOptions
-from clip_pgs.training.seeding import seed_everything
 
 _logger = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,51 +14,53 @@ from open_clip_train.distributed import init_distributed_device
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clip_pgs.training.options import TrainOptions
+
 
 @contextmanager
-def process_group(args: argparse.Namespace) -> Iterator[torch.device]:
+def join_processes(options: TrainOptions) -> Iterator[tuple[torch.device, ProcessGroup]]:
     """Join the run's other processes, where a launcher started any, and leave them at the end.
 
     Args:
-        args: Options; `rank`, `local_rank`, `world_size`, `distributed` and `device` are set.
+        options: `rank`, `local_rank`, `world_size`, `distributed` and `device` are set.
 
     Yields:
-        This process's device.
+        This process's device, and the group of all processes.
     """
     with warnings.catch_warnings():
         # It warns of what the run's log says: which device it fell back to.
         warnings.simplefilter("ignore")
-        openclip = args.openclip
+        openclip = options.openclip
         device = init_distributed_device(openclip)
     for name in ("distributed", "rank", "local_rank", "world_size", "device"):
-        setattr(args, name, getattr(openclip, name))
+        setattr(options, name, getattr(openclip, name))
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     # Not after an error: taking leave of processes that are gone can take for ever.
-    yield device
+    yield device, ProcessGroup(is_distributed=options.distributed)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-class Meeting:
-    """A place where all processes wait for the slowest, as long as it takes.
+class ProcessGroup:
+    """All processes of a run, which wait here for the slowest, as long as it takes.
 
     NCCL gives up after ten minutes, which an evaluation on rank 0 can exceed, so that a group of
-    its own with gloo does the waiting.
+    its own with gloo does the waiting. One process alone waits for nobody.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, *, is_distributed: bool) -> None:
         self._group = None
-        if args.distributed:
+        if is_distributed:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=2))
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return when every process has arrived."""
         if self._group is not None:
             dist.barrier(group=self._group)
 
-    def add_up(self, values: list[int]) -> list[int]:
+    def sum(self, values: list[int]) -> list[int]:
         """Return the sum over all processes of each number; every process gives as many."""
         if self._group is None:
             return values
@@ -67,7 +68,7 @@ class Meeting:
         dist.all_reduce(total, group=self._group)
         return total.tolist()
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's value on every rank; plain Python objects only."""
         if self._group is None:
             return value
@@ -90,29 +91,29 @@ def mean_over_ranks(value: float, device: torch.device) -> float:
     return total.item() / dist.get_world_size()
 
 
-def parallelize(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
+def parallelize(model: nn.Module, options: TrainOptions, device: torch.device) -> nn.Module:
     """Wrap a model for training: compiled with `--torchcompile`, in DDP with several processes.
 
     The parameters are shared with `model`, whose own state dict keeps plain names.
 
     Args:
         model: The plain model on its device.
-        args: Options.
+        options: The run's.
         device: This process's device.
     """
     wrapped = model
-    if args.torchcompile:
-        if args.grad_checkpointing and args.distributed:
+    if options.torchcompile:
+        if options.grad_checkpointing and options.distributed:
             # DDP's graph splitting cannot cut through a checkpointed block.
             torch._dynamo.config.optimize_ddp = False
         wrapped = torch.compile(model)  # type: ignore[assignment]
-    if args.distributed:
+    if options.distributed:
         # Device ids are for GPUs alone: DDP raises when it is given the CPU.
         device_ids = [device] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(
-            _Trained(wrapped), device_ids=device_ids, static_graph=args.ddp_static_graph
+            _Trained(wrapped), device_ids=device_ids, static_graph=options.ddp_static_graph
         )
-        if not args.ddp_static_graph:
+        if not options.ddp_static_graph:
             _lay_out_buckets(wrapped)
     return wrapped
 

@@ -25,7 +25,7 @@ from open_clip.tokenizer import HFTokenizer
 from clip_pgs.checkpoint_io import newest_checkpoint
 from clip_pgs.common import CHECKPOINTS_NAME, sync, unfinished_path
 from clip_pgs.training.build import logit_options
-from clip_pgs.training.checkpoints.checkpoint import find_non_finite, load_checkpoint
+from clip_pgs.training.checkpoint import find_non_finite, load_checkpoint
 from clip_pgs.training.model_card import write_model_card
 from clip_pgs.training.options import TrainOptions
 

@@ -1,60 +1,88 @@
-"""The masks of a step: which sample sees which, on any number of ranks and micro-batches."""
+"""The random numbers of a run, the masks of each step drawn from them, and pictures of masks.
+
+A number is keyed by what it is for, not by when it is drawn: the weights by the seed alone, a
+rank's stream by (seed, rank, step), the masks of a step by (seed, step) and a sample's row in the
+global batch. Accumulation, world size and resuming thus change no mask.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import logging
+import random
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from open_clip import CLIP
 from torch import Tensor, nn
+from torchvision.utils import make_grid, save_image
 
+from clip_pgs.common import atomic_file
+from clip_pgs.data.plan import stable_seed
 from clip_pgs.integrations.open_clip import (
     calibrate_masking,
     last_selection,
     load_masking_state,
     masking_state,
     num_patches,
+    patch_size,
+    pixel_dtype,
     set_mask_ratio,
     set_masking_noise,
     set_masking_progress,
     update_masking,
 )
 from clip_pgs.masking import masking_options
+from clip_pgs.masking.sampling import paint_kept
 from clip_pgs.masking.schedule import scheduled_ratio
 from clip_pgs.training.distributed import mean_over_ranks
 from clip_pgs.training.options import TrainOptions
-from clip_pgs.training.seeding import micro_batch_rows, step_noise
+from clip_pgs.training.sinks import BestEffort
+
+_NUM_PICTURES = 8
+_IMAGES_NAME = "images.pt"
+
+_logger = logging.getLogger(__name__)
 
 
-def masks_of_run(args: TrainOptions, model: nn.Module) -> StepMasks | None:
-    """Return the masks of a run's steps, None where nothing is masked."""
-    if args.masking == "none":
-        return None
-    return StepMasks(
-        model,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        accum_freq=args.accum_freq,
-        rank=args.rank,
-        world_size=args.world_size,
-        ratio_at=ratio_schedule(args),
-    )
+def seed_everything(seed: int) -> None:
+    """Seed the global streams of Python, NumPy and torch, on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
-def ratio_schedule(args: TrainOptions) -> Callable[..., float] | None:
-    """Return the mask ratio by `progress` in [0, 1], None where it stays what it is."""
-    if args.mask_schedule == "constant":
-        return None
-    assert args.mask_ratio_end is not None
-    defaults = masking_options(args.masking)
-    return partial(
-        scheduled_ratio,
-        args.masking_options.get("mask_ratio", defaults["mask_ratio"]),
-        args.mask_ratio_end,
-        kind=args.mask_schedule,
-        num_levels=args.mask_schedule_steps,
-    )
+def step_noise(
+    seed: int, step: int, *, num_samples: int, num_patches: int, device: torch.device
+) -> Tensor:
+    """Draw the numbers behind all masks of one optimizer step.
+
+    Args:
+        seed: The run's seed.
+        step: Optimizer steps completed before this one.
+        num_samples: Samples of the step over all ranks and micro-batches.
+        num_patches: Patches per image.
+        device: Where to draw. The CPU and CUDA draw different numbers.
+
+    Returns:
+        Uniform numbers in [0, 1), the same on every rank. Shape (num_samples, num_patches),
+        float32.
+    """
+    generator = torch.Generator(device).manual_seed(stable_seed(seed, "masks", step))
+    return torch.rand((num_samples, num_patches), generator=generator, device=device)
+
+
+def micro_batch_rows(*, micro_batch: int, rank: int, world_size: int, batch_size: int) -> slice:
+    """Return which rows of the global batch one rank's micro-batch holds.
+
+    The order is micro-batch, rank, sample: two ranks without accumulation and one process with
+    two micro-batches that read the same samples give them the same rows.
+    """
+    start = (micro_batch * world_size + rank) * batch_size
+    return slice(start, start + batch_size)
 
 
 class StepMasks:
@@ -62,33 +90,14 @@ class StepMasks:
 
     Args:
         model: The plain masked model.
-        seed: The run's seed.
-        batch_size: Samples of a micro-batch on one rank.
-        accum_freq: Micro-batches of a step.
-        rank: This process.
-        world_size: Processes.
-        ratio_at: Gives the mask ratio at a `progress` in [0, 1]; None leaves it alone.
+        options: The phase's: `seed`, `batch_size` (of a micro-batch on one rank), `accum_freq`,
+            `rank`, `world_size`, `mask_schedule` and what belongs to it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        seed: int,
-        batch_size: int,
-        accum_freq: int,
-        rank: int,
-        world_size: int,
-        ratio_at: Callable[..., float] | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, options: TrainOptions) -> None:
         self.num_patches = num_patches(model)
         self._model = model
-        self._seed = seed
-        self._batch_size = batch_size
-        self._accum_freq = accum_freq
-        self._rank = rank
-        self._world_size = world_size
-        self._ratio_at = ratio_at
+        self._options = options
         self._ratio: float | None = None
         self._noise: Tensor | None = None
         self._kept: dict[int, Tensor] = {}
@@ -96,9 +105,20 @@ class StepMasks:
 
     def follow_schedule(self, step: int, *, total_steps: int) -> bool:
         """Set the ratio of a step, where a schedule asks for another; return whether it did."""
-        if self._ratio_at is None:
+        options = self._options
+        if options.mask_schedule == "constant":
             return False
-        ratio = self._ratio_at(progress=min(step / total_steps, 1.0))
+        assert options.mask_ratio_end is not None
+        start = options.masking_options.get(
+            "mask_ratio", masking_options(options.masking)["mask_ratio"]
+        )
+        ratio = scheduled_ratio(
+            start,
+            options.mask_ratio_end,
+            progress=min(step / total_steps, 1.0),
+            kind=options.mask_schedule,
+            num_levels=options.mask_schedule_steps,
+        )
         if ratio == self._ratio:
             return False
         set_mask_ratio(self._model, ratio)
@@ -108,23 +128,24 @@ class StepMasks:
     def start_step(self, step: int, *, total_steps: int, device: torch.device) -> None:
         """Draw a step's numbers and tell the strategy how far the run is."""
         set_masking_progress(self._model, min(step / total_steps, 1.0))
+        options = self._options
         self._noise = step_noise(
-            self._seed,
+            options.seed,
             step,
-            num_samples=self._batch_size * self._accum_freq * self._world_size,
+            num_samples=options.batch_size * options.accum_freq * options.world_size,
             num_patches=self.num_patches,
             device=device,
         )
         self._kept, self._current = {}, None
 
-    def calibrate(self, images: list[Tensor]) -> None:
-        """Let the strategy look at a step's images, one (B, 3, H, W) per micro-batch, if it asks.
+    def calibrate(self, images: Tensor) -> None:
+        """Let the strategy look at a step's first micro-batch, (B, 3, H, W), if it asks to.
 
-        The strategy sees the first micro-batch of every rank and takes the mean over ranks.
+        It sees that of every rank and takes the mean over ranks.
         """
         set_masking_noise(self._model, self._rows(0))
-        average = partial(mean_over_ranks, device=images[0].device)
-        calibrate_masking(self._model, images[0], average=average)
+        average = partial(mean_over_ranks, device=images.device)
+        calibrate_masking(self._model, images, average=average)
 
     def give(self, micro_batch: int) -> None:
         """Make the coming forward pass choose patches by this micro-batch's numbers."""
@@ -155,9 +176,9 @@ class StepMasks:
         assert self._noise is not None
         rows = micro_batch_rows(
             micro_batch=micro_batch,
-            rank=self._rank,
-            world_size=self._world_size,
-            batch_size=self._batch_size,
+            rank=self._options.rank,
+            world_size=self._options.world_size,
+            batch_size=self._options.batch_size,
         )
         return self._noise[rows]
 
@@ -166,3 +187,94 @@ class StepMasks:
             selection = last_selection(self._model)
             assert selection is not None
             self._kept[self._current] = selection.kept_counts()
+
+
+class MaskPictures:
+    """Pictures of what the masking keeps of the first images that a run ever saw.
+
+    What cannot be written is told once, and the run goes on.
+
+    Args:
+        folder: The run's folder of pictures, where the images are kept for a resumed run.
+        model: The plain masked model; its mode, its random streams and its weights stay as they
+            are, and the noise given to it is forgotten.
+        seed: The run's seed: the same images show the same masks of the same scores.
+    """
+
+    def __init__(self, folder: Path, model: CLIP, *, seed: int) -> None:
+        self._folder = folder
+        self._model = model
+        self._seed = seed
+        self._images: Tensor | None = None
+        self._best_effort = BestEffort("masks")
+
+    def choose(self, candidates: Tensor) -> None:
+        """Draw up to 8 of these images, (B, 3, H, W) as the model receives them, from now on.
+
+        Those that an earlier launch chose go before.
+        """
+        path = self._folder / _IMAGES_NAME
+        images = _read_images(path) if path.is_file() else None
+        with self._best_effort:
+            if images is None:
+                images = candidates[:_NUM_PICTURES].float().cpu()
+                content = io.BytesIO()
+                # Not to the file: torch tells of a full disk as of a wrong position.
+                torch.save(images, content)
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with atomic_file(path) as file:
+                    file.write(content.getbuffer())
+            self._images = images.to(candidates.device)
+
+    def draw(self, epoch: int) -> Tensor | None:
+        """Save `epoch_N.png` and return it: shape (3, H', W'), in [0, 1]; None without images."""
+        if self._images is None:
+            return None
+        picture = draw_masks(self._model, self._images, seed=self._seed)
+        with self._best_effort:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_image(picture, self._folder / f"epoch_{epoch}.png")
+        return picture
+
+
+def draw_masks(model: CLIP, images: Tensor, *, seed: int) -> Tensor:
+    """Draw images above what the masking keeps of them at its present progress.
+
+    Args:
+        model: As for `MaskPictures`.
+        images: As the model receives them. Shape (B, 3, H, W).
+        seed: The same seed gives the same masks of the same scores.
+
+    Returns:
+        A picture of shape (3, H', W'), in [0, 1], on the CPU.
+    """
+    noise = step_noise(
+        seed, -1, num_samples=len(images), num_patches=num_patches(model), device=images.device
+    )
+    tower = model.visual
+    was_training = tower.training
+    devices = [images.device] if images.device.type == "cuda" else []
+    set_masking_noise(model, noise)
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        tower.train()
+        tower(images.to(pixel_dtype(model)))
+        tower.train(was_training)
+    set_masking_noise(model, None)
+    selection = last_selection(model)
+    assert selection is not None
+
+    mean, std = (images.new_tensor(v)[:, None, None] for v in (tower.image_mean, tower.image_std))
+    pixels = (images * std + mean).clamp(0, 1)
+    painted = paint_kept(pixels, selection, patch_size(model))
+    return make_grid(torch.cat([pixels, painted]).cpu(), nrow=len(images), pad_value=1.0)
+
+
+def _read_images(path: Path) -> Tensor | None:
+    """Return the images that an earlier launch chose, None where the file is damaged."""
+    try:
+        images = torch.load(path, weights_only=True)
+    # What a damaged file makes torch raise depends on where the damage lies.
+    except Exception as error:
+        _logger.warning("%s cannot be read: %s; it begins anew", path, type(error).__name__)
+        return None
+    return images if isinstance(images, Tensor) and images.ndim == 4 else None

@@ -1,73 +1,172 @@
-"""What a run folder remembers of its options, and which of them a resumed run may change."""
+"""A run's folder: its name, what it remembers of its options, and who may go on in it.
+
+`options.json` holds what a resumed run is compared with, the files of its data among it, and which
+launch made it: torchrun's `--max-restarts` and Slurm's requeueing use a run's name again without
+being told to, and nobody else may.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.training.options import IDENTITY, RECIPE, TrainOptions, names_of
+import torch
+from torch import nn
 
-OPTIONS_FILE = "options.json"
+import clip_pgs
+from clip_pgs.common import (
+    CHECKPOINTS_NAME,
+    LOG_NAME,
+    OPTIONS_NAME,
+    PARAMS_NAME,
+    write_text,
+)
+from clip_pgs.training.environment import describe_environment, device_name, save_environment
+from clip_pgs.training.export import open_clip_config, tokenizer_source
+from clip_pgs.training.options import IDENTITY, RECIPE, TrainOptions, names_of
+from clip_pgs.training.stop import LAUNCH_FOLDER
+
+_logger = logging.getLogger(__name__)
+
 _FILES = "train_files"
 _MAX_NAMED = 4
+_RESTARTS = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm": "SLURM_RESTART_COUNT"}
+_LAUNCHES = {"torchrun": "TORCHELASTIC_RUN_ID", "slurm": "SLURM_JOB_ID"}
+
+# What a checkpoint says of how its run was trained, as far as the run has such a part.
+_DATA = ("train_data", "dataset_type", "dataset_resampled", "pretrained")
+_RECORDED = (
+    "epochs",
+    "batch_size",
+    "accum_freq",
+    "lr",
+    "lr_scheduler",
+    "warmup",
+    "wd",
+    "opt",
+    "precision",
+    "siglip",
+    "seed",
+)
+_MASK_SCHEDULE = ("mask_schedule", "mask_ratio_end", "mask_schedule_steps")
+_TEXT = ("text_masking", "text_tokens", "text_masking_options")
+_UNMASKED = (
+    "unmasked_epochs",
+    "unmasked_lr",
+    "unmasked_warmup",
+    "unmasked_batch_size",
+    "unmasked_accum_freq",
+)
 
 
-def run_folder(args: TrainOptions) -> Path | None:
+def default_name(options: TrainOptions) -> str:
+    """Return the name of a run that was given none: date, model and recipe, as OpenCLIP's."""
+    parts = [
+        datetime.now().strftime("%Y_%m_%d-%H_%M_%S"),
+        f"model_{options.model.replace('/', '-').replace(':', '-')}",
+        f"lr_{options.lr}",
+        f"b_{options.batch_size}",
+        f"j_{options.workers}",
+        f"p_{options.precision}",
+    ]
+    return "-".join(parts)
+
+
+def run_folder(options: TrainOptions) -> Path | None:
     """Return the folder of a named run, None where it has no name yet or keeps nothing."""
-    if args.name is None or not keeps_logs(args):
+    if options.name is None or not keeps_logs(options):
         return None
-    return Path(args.logs) / args.name
+    return Path(options.logs) / options.name
 
 
-def keeps_logs(args: TrainOptions) -> bool:
+def keeps_logs(options: TrainOptions) -> bool:
     """Return whether a run writes a folder at all (OpenCLIP: `--logs none` does not)."""
-    return bool(args.logs) and args.logs.lower() != "none"
+    return bool(options.logs) and options.logs.lower() != "none"
 
 
 def holds_run(folder: Path) -> bool:
     """Return whether a training run has written into a folder, ours or OpenCLIP's."""
-    return any((folder / name).exists() for name in (OPTIONS_FILE, "out.log", "checkpoints"))
+    return any((folder / name).exists() for name in (OPTIONS_NAME, LOG_NAME, CHECKPOINTS_NAME))
 
 
-def save_options(
-    args: TrainOptions,
-    folder: Path,
-    *,
-    files: Sequence[str] = (),
-    launch: Mapping[str, str] | None = None,
-) -> None:
-    """Write the options that a resumed run is compared with to `folder/options.json`.
+def follow_restart(options: TrainOptions) -> None:
+    """Let a run that its launcher started again go on from its last checkpoint.
 
     Args:
-        args: Options.
-        folder: The run's folder.
-        files: The training data, file by file.
-        launch: Who started it, as `made_by` returns it.
+        options: `name` and `resume` are set where a launcher restarted this run.
     """
-    options = {
-        name: getattr(args, name) for name in (*names_of(IDENTITY), *names_of(RECIPE), "train_data")
+    kinds = [kind for kind, name in _RESTARTS.items() if int(os.environ.get(name, "0")) > 0]
+    if not kinds or not keeps_logs(options):
+        return
+    name_file = _launch_name_file()
+    if options.name is None and name_file is not None and name_file.is_file():
+        options.name = name_file.read_text(encoding="utf-8")
+    folder = run_folder(options)
+    if folder is None or not folder.is_dir():
+        return
+    made_by = _saved_options(folder).get("launch")
+    if not isinstance(made_by, dict):
+        return
+    launch = _launch()
+    if any(kind in launch and made_by.get(kind) == launch[kind] for kind in kinds):
+        options.resume_instead = None if options.resume == "latest" else options.resume
+        options.resume = "latest"
+
+
+def _launch() -> dict[str, str]:
+    """Return what torchrun and Slurm call this launch; both keep it when they restart it."""
+    return {kind: os.environ[name] for kind, name in _LAUNCHES.items() if name in os.environ}
+
+
+def _launch_name_file() -> Path | None:
+    """Return where later attempts of this launch find the run's name, if its launcher cares."""
+    folder = os.environ.get(LAUNCH_FOLDER)
+    return Path(folder) / "run_name" if folder else None
+
+
+def write_run_files(
+    options: TrainOptions, folder: Path, device: torch.device, *, files: Sequence[str]
+) -> None:
+    """Write what a run was started with: `options.json`, `params.txt`, `env.json`.
+
+    Args:
+        options: The run's.
+        folder: Its folder.
+        device: This process's device.
+        files: The training data, file by file.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    (folder / CHECKPOINTS_NAME).mkdir(parents=True, exist_ok=True)
+    save_options(options, folder, files=files)
+    name_file = _launch_name_file()
+    if name_file is not None:
+        name_file.write_text(folder.name, encoding="utf-8")
+    lines = [f"{name}: {value}\n" for name, value in options.values().items()]
+    (folder / PARAMS_NAME).write_text("".join(lines))
+    save_environment(describe_environment(device=device, world_size=options.world_size), folder)
+
+
+def save_options(options: TrainOptions, folder: Path, *, files: Sequence[str] = ()) -> None:
+    """Write the options that a resumed run is compared with to `folder/options.json`."""
+    saved = {
+        name: getattr(options, name)
+        for name in (*names_of(IDENTITY), *names_of(RECIPE), "train_data")
     }
-    options[_FILES] = list(files)
-    options["launch"] = dict(launch or {})
-    # A crash between two writes must not leave half a file.
-    unfinished = folder / f"{OPTIONS_FILE}.tmp"
-    unfinished.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / OPTIONS_FILE)
-
-
-def made_by(folder: Path) -> dict[str, str]:
-    """Return what the launchers called the launch that last wrote into a folder, by launcher."""
-    launch = _saved_options(folder).get("launch")
-    return launch if isinstance(launch, dict) else {}
+    saved |= {_FILES: list(files), "launch": _launch()}
+    write_text(folder / OPTIONS_NAME, json.dumps(saved, indent=2) + "\n")
 
 
 def damaged_options(folder: Path) -> str | None:
     """Say what is wrong with a folder's `options.json`; None where it is whole, or not there."""
-    path = folder / OPTIONS_FILE
+    path = folder / OPTIONS_NAME
     if not path.exists():
         return None
     try:
@@ -77,21 +176,21 @@ def damaged_options(folder: Path) -> str | None:
     return None if isinstance(saved, dict) else f"{path} holds no options"
 
 
-def changed_options(args: TrainOptions, folder: Path, *, files: Sequence[str] = ()) -> list[str]:
+def changed_options(options: TrainOptions, folder: Path, *, files: Sequence[str] = ()) -> list[str]:
     """Return the changes that make it another experiment, such as "seed 0 -> 1".
 
     Args:
-        args: Options.
+        options: The run's.
         folder: The run's folder.
         files: The training data, file by file: its name, without the folder, comes first.
     """
     saved = _saved_options(folder).get(_FILES)
     if isinstance(saved, list):
-        return _changes(args, folder, names_of(IDENTITY)) + _changed_files(
+        return _changes(options, folder, names_of(IDENTITY)) + _changed_files(
             [str(file) for file in saved], list(files)
         )
     # A run of before, which kept the pattern alone.
-    return _changes(args, folder, [*names_of(IDENTITY), "train_data"])
+    return _changes(options, folder, [*names_of(IDENTITY), "train_data"])
 
 
 def _changed_files(saved: list[str], now: list[str]) -> list[str]:
@@ -113,16 +212,16 @@ def _changed_files(saved: list[str], now: list[str]) -> list[str]:
     return [f"train_data {change}" for change in changes]
 
 
-def changed_recipe(args: TrainOptions, folder: Path) -> list[str]:
+def changed_recipe(options: TrainOptions, folder: Path) -> list[str]:
     """Return the changes of schedule, batch, precision and the like, such as "lr 0.1 -> 0.2"."""
-    return _changes(args, folder, names_of(RECIPE))
+    return _changes(options, folder, names_of(RECIPE))
 
 
-def _changes(args: TrainOptions, folder: Path, names: Sequence[str]) -> list[str]:
+def _changes(options: TrainOptions, folder: Path, names: Sequence[str]) -> list[str]:
     saved = _saved_options(folder)
     changes = []
     for name in names:
-        now = _plain(getattr(args, name))
+        now = _plain(getattr(options, name))
         if name in saved and saved[name] != now:
             changes.append(f"{name} {saved[name]!r} -> {now!r}")
     return changes
@@ -130,12 +229,67 @@ def _changes(args: TrainOptions, folder: Path, names: Sequence[str]) -> list[str
 
 def _saved_options(folder: Path) -> dict[str, Any]:
     """Return what was saved; nothing where the file is damaged, which `damaged_options` tells."""
-    path = folder / OPTIONS_FILE
+    path = folder / OPTIONS_NAME
     if not path.exists() or damaged_options(folder) is not None:
         return {}
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON gives it back: tuples become lists."""
-    return json.loads(json.dumps(value))
+    """Return a value as JSON gives it back: tuples become lists, what else there is its text."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def describe_run(
+    options: TrainOptions, model: nn.Module, device: torch.device, *, num_samples: int | None
+) -> dict[str, Any]:
+    """Return what a checkpoint says of its run: enough to export and describe it, in plain types.
+
+    Args:
+        options: The run's, with `world_size`.
+        model: The plain model.
+        device: This process's device.
+        num_samples: Samples of an epoch.
+    """
+    recipe = [
+        *(_MASK_SCHEDULE if options.mask_schedule != "constant" else ()),
+        *(_TEXT if options.text_masking != "none" else ()),
+        *_RECORDED,
+        *(_UNMASKED if options.unmasked_epochs > 0 else ()),
+    ]
+    data = {name: getattr(options, name) for name in _DATA}
+    return {
+        "version": clip_pgs.__version__,
+        "model": options.model,
+        "open_clip_config": open_clip_config(options, model),
+        "tokenizer": tokenizer_source(options),
+        "masking": options.masking,
+        "masking_options": _plain(options.masking_options),
+        "text_masking": options.text_masking,
+        "data": _plain({**data, "samples per epoch": num_samples}),
+        "recipe": _plain({name: getattr(options, name) for name in recipe}),
+        "device": device_name(device),
+        "world_size": options.world_size,
+    }
+
+
+def warn_of_changes(options: TrainOptions, record: dict[str, Any], *, is_ordered: bool) -> None:
+    """Log what another number of processes or batch size changes for a run that goes on.
+
+    Args:
+        options: The run's, with `world_size`.
+        record: Of the checkpoint that it goes on from.
+        is_ordered: Whether the order of the samples is the same for any of them.
+    """
+    earlier = {**record.get("recipe", {}), "world_size": record.get("world_size")}
+    changes = [
+        f"{name} {earlier[name]} -> {getattr(options, name)}"
+        for name in ("batch_size", "accum_freq", "world_size")
+        if earlier.get(name) not in (None, getattr(options, name))
+    ]
+    if changes:
+        _logger.warning(
+            "The run goes on with %s: from the same number of samples, %s, in other steps",
+            ", ".join(changes),
+            "in the order that they had" if is_ordered else "in another order",
+        )

@@ -1,4 +1,4 @@
-"""One optimiser step: gradients of the whole batch, clipping, update.
+"""One optimizer step: gradients of the whole batch, clipping, update.
 
 Accumulation caches feature gradients (GradCache, https://arxiv.org/abs/2101.06983): a first pass
 without autograd computes the features of every micro-batch, one backward through the loss gives
@@ -37,12 +37,14 @@ class StepResult:
         grad_norm: Norm of all gradients before clipping. Scalar.
         kept_counts: Patches kept of each image; empty without masking. One (B,) per micro-batch.
         is_bad: 1.0 where the step was skipped as its numbers are not finite, else 0.0. Scalar.
+        lr: The step's learning rate.
     """
 
     losses: dict[str, Tensor]
     grad_norm: Tensor | None = None
     kept_counts: list[Tensor] = field(default_factory=list)
     is_bad: Tensor | None = None
+    lr: float = 0.0
 
 
 def compute_gradients(
@@ -70,27 +72,14 @@ def compute_gradients(
     Returns:
         Each loss term and their sum under "loss", detached.
     """
-    before_forward = before_forward or _do_nothing
-    if len(batches) > 1:
-        return _compute_cached_gradients(
-            model, batches, loss, before_forward=before_forward, autocast=autocast, scaler=scaler
-        )
-    before_forward(0)
-    with autocast():
-        losses = _total_loss(loss, model(*batches[0]))
-    _backward(losses["loss"], scaler)
-    return {name: value.detach() for name, value in losses.items()}
+    before_forward = before_forward or (lambda micro_batch: None)
+    if len(batches) == 1:
+        before_forward(0)
+        with autocast():
+            losses, scaled, seed = _total_loss(loss, model(*batches[0]), scaler)
+        scaled.backward(gradient=seed)
+        return {name: value.detach() for name, value in losses.items()}
 
-
-def _compute_cached_gradients(
-    model: nn.Module,
-    batches: list[Batch],
-    loss: nn.Module,
-    *,
-    before_forward: Callable[[int], None],
-    autocast: Callable[[], AbstractContextManager],
-    scaler: torch.amp.GradScaler | None,
-) -> dict[str, Tensor]:
     device = batches[0][0].device
     # DDP averages at the end of a backward whose forward went through it, so that the last one
     # alone does. `no_sync` would do the same, but for a static graph, where it fails.
@@ -105,8 +94,8 @@ def _compute_cached_gradients(
     del outputs
 
     with autocast():
-        losses = _total_loss(loss, leaves)
-    _backward(losses["loss"], scaler)
+        losses, scaled, seed = _total_loss(loss, leaves, scaler)
+    scaled.backward(gradient=seed)
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     shared = {name: gradients.pop(name) for name in _SHARED_OUTPUTS if name in gradients}
     chunks = {name: gradient.chunk(len(batches)) for name, gradient in gradients.items()}
@@ -136,21 +125,18 @@ def _joined_leaves(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return leaves
 
 
-def _total_loss(loss: nn.Module, output: dict[str, Tensor]) -> dict[str, Tensor]:
+def _total_loss(
+    loss: nn.Module, output: dict[str, Tensor], scaler: torch.amp.GradScaler | None
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Return each term and their sum, the sum scaled, and the gradient that backward starts with.
+
+    The latter is NaN for a loss that is not finite: one rank's bad loss thus reaches the gradients
+    of all, which skip the step together.
+    """
     losses = dict(loss(**output, output_dict=True))
-    losses["loss"] = torch.stack([value.float() for value in losses.values()]).sum()
-    return losses
-
-
-def _backward(loss: Tensor, scaler: torch.amp.GradScaler | None) -> None:
-    # One rank's bad loss thus reaches the gradients of all, which skip the step together.
-    seed = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-    scaled = loss if scaler is None else scaler.scale(loss)
-    scaled.backward(gradient=seed)
-
-
-def _do_nothing(micro_batch: int) -> None:
-    return None
+    losses["loss"] = total = torch.stack([value.float() for value in losses.values()]).sum()
+    seed = torch.where(total.detach().isfinite(), 1.0, torch.nan)
+    return losses, total if scaler is None else scaler.scale(total), seed
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -174,11 +160,11 @@ def update_weights(
 ) -> tuple[Tensor, Tensor]:
     """Clip the gradients, update the weights, and keep the logit scale within [1, 100].
 
-    Weights and optimiser stay as they are where the gradients are not finite.
+    Weights and optimizer stay as they are where the gradients are not finite.
 
     Args:
         model: The plain model, with gradients.
-        optimizer: Its optimiser.
+        optimizer: Its optimizer.
         scaler: What scaled the loss, if anything did.
         grad_clip_norm: Largest norm of all gradients together; None does not clip.
 
@@ -205,7 +191,7 @@ def update_weights(
 
 
 def _step_unless(is_bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Take a step where `is_bad` is 0; fused optimisers decide on the device.
+    """Take a step where `is_bad` is 0; fused optimizers decide on the device.
 
     They do what a GradScaler asks them to by these attributes. For any other the host waits.
     """

@@ -1,57 +1,183 @@
-"""The course of a training run: its phases and epochs, and what follows each."""
+"""A training run from its start to its export: processes, phases, epochs, steps.
+
+`train` joins the run's processes and takes its folder; `Trainer.run` goes through phases, epochs
+and steps, and saves, measures and leaves between them; `PhaseTrainer` holds the model, optimizer
+and samples of a phase and takes its steps. The gradients of a step are in `step.py`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
+from time import monotonic, perf_counter
+from typing import Any, NoReturn
 
 import torch
+from open_clip import get_input_dtype
+from open_clip_train.precision import get_autocast
+from torch import Tensor
 
-from clip_pgs.training.build import build_model
-from clip_pgs.training.checkpoints.checkpoint import restore
-from clip_pgs.training.checkpoints.saving import RunSaver
-from clip_pgs.training.distributed import Meeting
-from clip_pgs.training.launch import load_start, open_sinks, say_what_changed
+from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MASKS_NAME
+from clip_pgs.data.decoding import pixel_normalizer
+from clip_pgs.data.plan import stable_seed
+from clip_pgs.data.skips import StalledDataError, UnusableDataError
+from clip_pgs.integrations.open_clip import CaptionGroups, remove_masking
+from clip_pgs.integrations.open_clip.flops import SampleFlops, count_sample_flops, few_texts
+from clip_pgs.training.build import (
+    ModelParts,
+    build_loss,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    build_trimmer,
+)
+from clip_pgs.training.checkpoint import (
+    pack_checkpoint,
+    restore,
+    restore_optimizer,
+)
+from clip_pgs.training.checkpoint_store import CheckpointStore, load_start
+from clip_pgs.training.checks import option_warnings
+from clip_pgs.training.checks.data import has_training_data, training_files
+from clip_pgs.training.distributed import ProcessGroup, join_processes, parallelize
+from clip_pgs.training.export import write_export
+from clip_pgs.training.masks import MaskPictures, StepMasks, seed_everything
 from clip_pgs.training.options import TrainOptions
-from clip_pgs.training.phase_trainer import PhaseTrainer
 from clip_pgs.training.phases import Phase, plan_phases, total_epochs
-from clip_pgs.training.precision import create_scaler
-from clip_pgs.training.record import describe_run
-from clip_pgs.training.step import Batch
-from clip_pgs.training.steps import Steps
-from clip_pgs.training.survival.bad_steps import BadSteps
-from clip_pgs.training.survival.exits import UnwrittenError
-from clip_pgs.training.survival.gate import Gate
-from clip_pgs.training.survival.interrupts import AskedToLeave, Interrupts
-from clip_pgs.training.survival.signs import EVALUATING, EXPORTING
-from clip_pgs.training.survival.watchdog import Watchdog
-from clip_pgs.training.telemetry.lenient import Lenient
-from clip_pgs.training.telemetry.skip_log import SkipLog
-from clip_pgs.training.telemetry.telemetry import Cost, Telemetry
+from clip_pgs.training.precision import create_scaler, supported_precision
+from clip_pgs.training.run_folder import (
+    default_name,
+    describe_run,
+    run_folder,
+    warn_of_changes,
+    write_run_files,
+)
+from clip_pgs.training.sinks import BestEffort, Sinks, SkipLog, logging_to
+from clip_pgs.training.step import Batch, StepResult, Texts, compute_gradients, update_weights
+from clip_pgs.training.stop import (
+    FAILED,
+    BadNumbersError,
+    ExitReport,
+    OtherProcessError,
+    StoppedError,
+    StopRequest,
+    StopSignals,
+    UnwrittenError,
+    Verdict,
+    as_bad_input,
+    run_lock,
+    stop_vote,
+    writing,
+)
+from clip_pgs.training.telemetry import Cost, Telemetry
 from clip_pgs.training.validation import (
     RESULTS_NAME,
     Evaluate,
     Validation,
     describe_metrics,
+    evaluate_only,
     save_results,
 )
-from clip_pgs.training.writer import RunWriter
+from clip_pgs.training.watchdog import Activity, Watchdog
+
+# The first step compiles, and finds the fastest convolutions.
+_FIRST_STEP_PATIENCE = 4.0
+# A signal to all processes may reach those that load data first.
+_SIGNAL_SECONDS = 1.0
+# Samples that are longer in coming are not waited for by who is asked to leave.
+_BATCH_SECONDS = 5.0
+# Images may keep different counts, whose mean a few tell well enough.
+_FLOP_SAMPLES = 16
 
 _logger = logging.getLogger(__name__)
+
+
+def train(
+    options: TrainOptions,
+    *,
+    evaluate: Evaluate | None = None,
+    signals: StopSignals | None = None,
+) -> Path | None:
+    """Train a model, or only evaluate one where no training data is given.
+
+    Args:
+        options: From `parse_options`, checked by `check_options`; they are not changed.
+        evaluate: Measures more on rank 0, every `--eval-every` epochs and at the end.
+        signals: Where the caller catches them already.
+
+    Returns:
+        The run's folder, None with `--logs none`.
+
+    Raises:
+        BadInputError: If the data does not fill one step, `--resume` names no checkpoint that
+            fits, or another process trains this run.
+        StoppedError: If a signal asked the run to leave; it has saved where it is.
+        UnwrittenError: If its folder cannot be written.
+        UnusableDataError, StalledDataError, BadNumbersError, OtherProcessError: See `Trainer.run`.
+    """
+    asked_device = options.device
+    options = dataclasses.replace(options)
+    signals = signals or StopSignals()
+    report = ExitReport(signals)
+    with signals.caught(), report, join_processes(options) as (device, group):
+        is_main = options.rank == 0
+        report.rank = options.rank
+        options.name = group.broadcast(options.name or default_name(options))
+        folder = run_folder(options)
+        sentences = option_warnings(options) if is_main else []
+        with run_lock(folder if is_main else None):
+            if folder is not None and is_main:
+                report.folder = folder
+                report.forget()
+                files = training_files(options) if has_training_data(options) else []
+                with writing("the run's folder"):
+                    write_run_files(options, folder, device, files=files)
+            # From here on each process may fail on its own.
+            group.barrier()
+            report.folder = folder
+            with logging_to(options, folder):
+                _logger.info("Process %d of %d on %s", options.rank, options.world_size, device)
+                for sentence in sentences:
+                    _logger.warning("%s", sentence)
+                if torch.device(asked_device).type != device.type:
+                    _logger.warning("%s is not available: running on %s", asked_device, device)
+                options.precision = supported_precision(options.precision, device)
+                if has_training_data(options):
+                    watchdog = Watchdog(options, on_hang=report.write_error)
+                    with watchdog.watching(options):
+                        with as_bad_input():
+                            trainer = Trainer(
+                                options,
+                                device,
+                                folder,
+                                group,
+                                signals=signals,
+                                watchdog=watchdog,
+                                evaluate=evaluate,
+                            )
+                        trainer.run()
+                else:
+                    evaluate_only(options, device, folder, group, signals, evaluate=evaluate)
+                group.barrier()
+    return folder
 
 
 class Trainer:
     """A run in one process.
 
     Args:
-        args: Options, with `rank`, `world_size` and `distributed`.
+        options: The run's, with `rank`, `world_size` and `distributed`.
         device: This process's device.
         folder: The run's folder; rank 0 alone writes there, but for what is skipped. None keeps
             nothing.
-        meeting: Where processes wait for each other.
-        interrupts: Signals to this process.
-        watchdog: Is told where this process is.
+        group: All processes.
+        signals: Signals to this process.
+        watchdog: Is told what this process does.
         evaluate: Measures more than OpenCLIP does.
 
     Raises:
@@ -60,95 +186,81 @@ class Trainer:
 
     def __init__(
         self,
-        args: TrainOptions,
+        options: TrainOptions,
         device: torch.device,
         folder: Path | None,
-        meeting: Meeting,
+        group: ProcessGroup,
         *,
-        interrupts: Interrupts,
+        signals: StopSignals,
         watchdog: Watchdog,
         evaluate: Evaluate | None,
     ) -> None:
-        self._args = args
+        self._options = options
         self._device = device
-        self._interrupts = interrupts
+        self._group = group
+        self._signals = signals
         self._watchdog = watchdog
-        self._is_main = args.rank == 0
-        self._folder = folder if self._is_main else None
+        is_main = options.rank == 0
+        self._folder = folder if is_main else None
+        # Why this process cannot go on; the others hear of it at the next vote.
+        self._error: Exception | None = None
 
-        self._parts = build_model(args, device)
-        self._scaler = create_scaler(args.precision, device)
-        self._checkpoint = load_start(args, folder, meeting)
+        self._parts = build_model(options, device)
+        self._scaler = create_scaler(options.precision, device)
+        self._checkpoint = load_start(options, folder, group)
         self._first_epoch = self._first_position = 0
         if self._checkpoint is not None:
             self._first_epoch = restore(
                 self._checkpoint, model=self._parts.model, scaler=self._scaler
             )
             self._first_position = self._checkpoint.get("position", 0)
-        has_begun = (self._first_epoch, self._first_position) > (0, 0)
+        # A place that is saved, or was never trained, needs no file of its own.
+        self._saved_place = (self._first_epoch, self._first_position)
+        self._saved_at = monotonic()
+        has_begun = self._saved_place > (0, 0)
         earlier = (self._checkpoint or {}).get("clip_pgs", {}) if has_begun else {}
         self._metrics: dict[str, float] = dict(earlier.get("metrics", {}))
 
-        self._lenient = Lenient(RESULTS_NAME)
-        self._skips = SkipLog(folder, rank=args.rank)
-        self._phases = plan_phases(args, self._parts, on_skip=self._skips)
-        if self._checkpoint is not None and has_begun:
-            is_ordered = self._phases[0].stream.is_ordered
-            say_what_changed(args, self._checkpoint, is_ordered=is_ordered)
-        self._validation = (
-            Validation(args, self._parts, evaluate=evaluate) if self._is_main else None
+        self._skips = SkipLog(folder, rank=options.rank)
+        self._phases = plan_phases(options, self._parts, on_skip=self._skips)
+        if has_begun:
+            warn_of_changes(options, earlier, is_ordered=self._phases[0].stream.is_ordered)
+        self._results_effort = BestEffort(RESULTS_NAME)
+        self._is_measured = any(
+            (options.val_data, options.imagenet_val, options.imagenet_v2, evaluate)
         )
-        self._telemetry = self._open_telemetry(Cost(**earlier.get("cost", {})))
-        self._writer = None if self._folder is None else self._open_writer(self._folder)
-        self._saver = RunSaver(
-            self._writer,
-            args,
-            telemetry=self._telemetry,
-            metrics=self._metrics,
-            is_measured=any((args.val_data, args.imagenet_val, args.imagenet_v2, evaluate)),
-        )
-        self._saver.start_from(self._first_epoch, self._first_position)
-        self._gate = Gate(meeting, interrupts, self._saver)
-        self._steps = Steps(
-            self._gate,
-            interrupts,
-            watchdog,
-            telemetry=self._telemetry,
-            saver=self._saver,
-            skips=self._skips,
-            on_first_batch=self._draw_first_masks,
-        )
-
-    def _open_telemetry(self, cost: Cost) -> Telemetry:
+        self._validation = Validation(options, self._parts, evaluate=evaluate) if is_main else None
+        cost = Cost(**earlier.get("cost", {}))
         if cost.steps == 0 and self._first_epoch > 0:
             # OpenCLIP's checkpoints do not say how many steps they took.
             begun = [phase for phase in self._phases if phase.first_epoch < self._first_epoch]
             cost.steps = begun[-1].steps_before(self._first_epoch)
         self._skips.open(step=cost.steps)
-        return Telemetry(
-            sinks=open_sinks(self._args, self._folder, first_step=cost.steps),
-            cost=cost,
-            world_size=self._args.world_size,
-            bad_steps=BadSteps(self._device, max_in_row=self._args.max_bad_steps),
+        self._telemetry = Telemetry(
+            options,
+            Sinks(options, self._folder, first_step=cost.steps),
+            cost,
+            device=device,
             total_steps=sum(phase.num_steps for phase in self._phases),
-            log_every=self._args.log_every_n_steps,
-            is_active=self._is_main,
         )
+        self._store: CheckpointStore | None = None
+        self._pictures: MaskPictures | None = None
+        if self._folder is not None:
+            samples = self._phases[0].stream.num_samples
+            self._record = describe_run(options, self._parts.model, device, num_samples=samples)
+            self._store = CheckpointStore(
+                self._folder / CHECKPOINTS_NAME,
+                keep_last=options.keep_checkpoints,
+                delete_previous=options.delete_previous_checkpoint,
+            )
+            self._pictures = MaskPictures(
+                self._folder / MASKS_NAME, self._parts.model, seed=options.seed
+            )
 
-    def _open_writer(self, folder: Path) -> RunWriter:
-        return RunWriter(
-            folder,
-            self._args,
-            model=self._parts.model,
-            scaler=self._scaler,
-            record=describe_run(
-                self._args,
-                self._parts.model,
-                self._device,
-                num_samples=self._phases[0].stream.num_samples,
-            ),
-            keep_last=self._args.keep_checkpoints,
-        )
+    @property
+    def step(self) -> int:
+        """The optimizer steps that the run has behind it."""
+        return self._telemetry.next_step
 
     def run(self) -> None:
         """Train the epochs that are left, then export the model.
@@ -158,18 +270,23 @@ class Trainer:
             UnusableDataError, StalledDataError: If the data lets it down.
             BadNumbersError: If no step changes the weights any more.
             OtherProcessError: If another process raised one of these.
+            UnwrittenError: If the export or the last checkpoint cannot be written.
         """
-        _logger.debug("Model:\n%s", self._parts.model)
         try:
             for phase in self._phases:
-                if self._first_epoch < phase.end_epoch:
-                    self._train_phase(phase)
-            if self._writer is not None:
-                self._finish(self._writer)
+                if self._first_epoch >= phase.end_epoch:
+                    continue
+                trainer = self._start_phase(phase)
+                for epoch in range(max(phase.first_epoch, self._first_epoch), phase.end_epoch):
+                    for batches, data_seconds in self._fetch_epoch(trainer, epoch):
+                        result = trainer.train_step(batches)
+                        self._finish_step(trainer, result, data_seconds)
+                    self._finish_epoch(trainer, epoch)
+            self._export()
         except BaseException:
             # What is being saved is finished, whatever ended the run.
-            if self._writer is not None:
-                self._writer.close()
+            if self._store is not None:
+                self._store.close()
             raise
         finally:
             for phase in self._phases:
@@ -178,16 +295,15 @@ class Trainer:
                 self._validation.close()
             self._telemetry.close()
 
-    def _train_phase(self, phase: Phase) -> None:
-        first_epoch = max(phase.first_epoch, self._first_epoch)
+    def _start_phase(self, phase: Phase) -> PhaseTrainer:
         _logger.info(
             "Training %sepochs %d to %d of %d steps each",
             "" if phase.name == "masked" else f"{phase.name} ",
-            first_epoch,
+            max(phase.first_epoch, self._first_epoch),
             phase.end_epoch,
             phase.steps_per_epoch,
         )
-        # A checkpoint at a phase's beginning holds the optimiser of the phase before.
+        # A checkpoint at a phase's beginning holds the optimizer of the phase before.
         has_begun = phase.begins_before(self._first_epoch, self._first_position)
         trainer = PhaseTrainer(
             phase,
@@ -202,68 +318,207 @@ class Trainer:
             samples_per_step=phase.samples_per_step,
             steps_per_epoch=phase.steps_per_epoch,
         )
-        self._steps.start_phase()
-        for epoch in range(first_epoch, phase.end_epoch):
-            position = self._first_position if epoch == self._first_epoch else 0
-            self._steps.train_epoch(trainer, epoch, position)
-            self._finish_epoch(trainer, epoch)
+        return trainer
 
-    def _draw_first_masks(self, trainer: PhaseTrainer, batch: Batch, epoch: int) -> None:
-        if self._writer is not None and trainer.masks is not None:
-            self._writer.choose_images(batch[0])
-            self._draw_masks(epoch)
+    def _fetch_epoch(
+        self, trainer: PhaseTrainer, epoch: int
+    ) -> Iterator[tuple[list[Batch], float]]:
+        """Yield each step's batches, and the seconds they took, once all processes have theirs."""
+        trainer.start_epoch(epoch, self._first_position if epoch == self._first_epoch else 0)
+        self._telemetry.start_epoch()
+        while trainer.steps_left:
+            is_first = not trainer.has_begun
+            patience = _FIRST_STEP_PATIENCE if is_first else 1.0
+            self._skips.step = self.step
+            self._watchdog.note(Activity.FETCHING, step=self.step, patience=patience)
+            batches: list[Batch] = []
+            seconds = 0.0
+            try:
+                with self._signals.interruptible(patience=_BATCH_SECONDS):
+                    batches, seconds = trainer.next_batches()
+            except StopRequest:
+                pass
+            except (UnusableDataError, StalledDataError) as error:
+                self._signals.wait(_SIGNAL_SECONDS)
+                if not self._signals.code:
+                    self._error = error
+            self._watchdog.note(Activity.VOTING, step=self.step, patience=patience)
+            place = (trainer.epoch, trainer.position)
+            verdict = self._vote(trainer, place, num_skipped=self._skips.take_count())
+            self._telemetry.skip_samples(verdict.num_skipped)
+            self._watchdog.note(Activity.TRAINING, step=self.step, patience=patience)
+            if (trainer.follow_schedule() or is_first) and self._telemetry.is_active:
+                self._telemetry.report_flops(trainer.count_flops(*batches[0]))
+            if is_first and trainer.masks is not None and self._pictures is not None:
+                self._pictures.choose(batches[0][0])
+                self._draw_masks(epoch)
+            yield batches, seconds
 
-    def _draw_masks(self, epoch: int) -> None:
-        picture = self._writer.draw_masks(epoch) if self._writer is not None else None
-        if picture is not None:
-            self._telemetry.picture("masks", picture)
+    def _finish_step(self, trainer: PhaseTrainer, result: StepResult, data_seconds: float) -> None:
+        self._watchdog.note(Activity.SAVING, step=self.step)
+        try:
+            self._telemetry.step(
+                result,
+                model=trainer.model,
+                epoch=trainer.epoch,
+                done=trainer.position,
+                is_last=trainer.steps_left == 0,
+                data_seconds=data_seconds,
+            )
+            self.save_if_due(trainer)
+        except BadNumbersError as error:
+            # Rank 0 alone looks; the others hear of it before the next step.
+            self._error = error
+
+    def save_if_due(self, trainer: PhaseTrainer) -> None:
+        """Save after a step where `--save-every-steps` or `--save-every-minutes` asks for it.
+
+        Raises:
+            BadNumbersError: If the last steps were not good enough to be saved.
+        """
+        options = self._options
+        if self._store is None:
+            return
+        every = options.save_every_steps
+        is_due = every is not None and self.step % every == 0
+        seconds = 60 * (options.save_every_minutes or 0)
+        if seconds and monotonic() - self._saved_at >= seconds:
+            # One that is late by the disk's fault does not hold the run up.
+            is_due = is_due or not self._store.is_busy
+        # At an epoch's end its own save follows at once, where nothing is measured before.
+        is_epoch_saved = any(self._epoch_names(trainer, trainer.epoch + 1).values())
+        is_saved_next = trainer.steps_left == 0 and not self._is_measured and is_epoch_saved
+        if is_due and not is_saved_next:
+            self._telemetry.check_numbers()
+            self._save(trainer, (trainer.epoch, trainer.position), as_step=True)
+
+    def _epoch_names(self, trainer: PhaseTrainer, epoch: int) -> dict[str, bool]:
+        """Return as what to save after `epoch` epochs; a phase's last always is saved."""
+        every, is_phase_end = self._options.save_frequency, epoch == trainer.phase.end_epoch
+        is_kept = is_phase_end or (every > 0 and epoch % every == 0)
+        return {"as_epoch": is_kept, "as_most_recent": self._options.save_most_recent}
+
+    def _save(self, trainer: PhaseTrainer, place: tuple[int, int], **names: bool) -> None:
+        """Save a place in the run: completed epochs, and samples of the one under way."""
+        if self._store is None or not any(names.values()):
+            return
+        epoch, position = place
+        content = pack_checkpoint(
+            epoch=epoch,
+            step=self.step,
+            position=position,
+            name=self._options.name or "",
+            model=self._parts.model,
+            optimizer=trainer.optimizer,
+            scaler=self._scaler,
+            masking_state=trainer.masks.state() if trainer.masks is not None else {},
+            record=self._record_now(),
+        )
+        self._store.save(content, **names)
+        self._saved_at, self._saved_place = monotonic(), place
+
+    def _record_now(self) -> dict[str, Any]:
+        cost = asdict(self._telemetry.cost)
+        return {**self._record, "cost": cost, "metrics": dict(self._metrics)}
+
+    def _vote(
+        self,
+        trainer: PhaseTrainer,
+        place: tuple[int, int],
+        *,
+        num_skipped: int = 0,
+        is_done: bool = False,
+    ) -> Verdict:
+        """Go on where all processes do, else save `place` and leave."""
+        verdict = stop_vote(
+            self._group,
+            self._signals,
+            has_failed=self._error is not None,
+            is_done=is_done,
+            num_skipped=num_skipped,
+        )
+        if verdict.stops:
+            self._leave(trainer, place, verdict)
+        return verdict
+
+    def _leave(self, trainer: PhaseTrainer, place: tuple[int, int], verdict: Verdict) -> NoReturn:
+        # Rank 0 finds bad numbers, and rank 0 saves.
+        if not isinstance(self._error, BadNumbersError) and place != self._saved_place:
+            self._save(trainer, place, as_step=True)
+        is_saved = self._group.broadcast(self._store is None or self._store.wait())
+        if self._error is not None:
+            raise self._error
+        if verdict.has_failed:
+            raise OtherProcessError("another process of the run cannot go on")
+        name = self._signals.name or "a signal to another process"
+        where = f"sample {place[1]} of epoch {place[0]}"
+        if not is_saved:
+            raise StoppedError(f"stopped by {name}; {where} could not be saved", FAILED)
+        raise StoppedError(
+            f"stopped by {name} at {where}; --resume latest goes on there", verdict.code
+        )
 
     def _finish_epoch(self, trainer: PhaseTrainer, epoch: int) -> None:
         """Draw, measure and save after an epoch; nobody goes on, or leaves, before rank 0 has."""
-        self._watchdog.let(self._telemetry.next_step, EVALUATING)
+        epochs = total_epochs(self._options)
+        self._watchdog.allow(Activity.EVALUATING, step=self.step)
         place = (epoch, trainer.position)
-        self._gate.go_through(trainer, place)
-        self._telemetry.finish_epoch(epoch + 1, total_epochs(self._args))
+        self._vote(trainer, place)
+        self._telemetry.finish_epoch(epoch + 1, epochs)
         is_done = True
         if self._validation is not None:
             try:
-                with self._interrupts.breakable():
-                    self._measure(self._validation, trainer, epoch + 1)
-                self._saver.save_epoch(trainer, epoch + 1)
-            except AskedToLeave:
+                with self._signals.interruptible():
+                    if trainer.masks is not None:
+                        self._draw_masks(epoch + 1)
+                    self._measure(self._validation, epoch + 1, epochs)
+                self._save(trainer, (epoch + 1, 0), **self._epoch_names(trainer, epoch + 1))
+            except StopRequest:
                 is_done = False
         place = (epoch + 1, 0) if is_done else place
-        is_last = epoch + 1 == total_epochs(self._args)
-        self._gate.go_through(trainer, place, is_done=is_done and is_last)
+        self._vote(trainer, place, is_done=is_done and epoch + 1 == epochs)
 
-    def _measure(self, validation: Validation, trainer: PhaseTrainer, epoch: int) -> None:
-        if trainer.masks is not None:
-            self._draw_masks(epoch)
-        metrics = validation.run(epoch=epoch, epochs=total_epochs(self._args))
-        if metrics:
-            self._metrics.clear()
-            self._metrics.update(metrics)
-            for line in describe_metrics(metrics):
-                _logger.info("After epoch %d: %s", epoch, line)
-            self._telemetry.validation(metrics, epoch=epoch)
-            if self._folder is not None:
-                with self._lenient:
-                    save_results(metrics, self._folder / "checkpoints")
+    def _measure(self, validation: Validation, epoch: int, epochs: int) -> None:
+        metrics = validation.run(epoch=epoch, epochs=epochs)
+        if not metrics:
+            return
+        self._metrics = metrics
+        for line in describe_metrics(metrics):
+            _logger.info("After epoch %d: %s", epoch, line)
+        self._telemetry.validation(metrics, epoch=epoch)
+        if self._folder is not None:
+            with self._results_effort:
+                save_results(metrics, self._folder / CHECKPOINTS_NAME)
 
-    def _finish(self, writer: RunWriter) -> None:
-        cost = self._telemetry.cost
-        self._watchdog.let(cost.steps, EXPORTING)
+    def _draw_masks(self, epoch: int) -> None:
+        picture = self._pictures.draw(epoch) if self._pictures is not None else None
+        if picture is not None:
+            self._telemetry.picture("masks", picture)
+
+    def _export(self) -> None:
+        """Write the finished model as OpenCLIP's files, once its checkpoint is on the disk."""
+        if self._store is None or self._folder is None:
+            return
+        self._watchdog.allow(Activity.EXPORTING, step=self.step)
+        is_saved = self._store.wait()
+        checkpoint = pack_checkpoint(
+            epoch=total_epochs(self._options),
+            name=self._options.name or "",
+            model=self._parts.model,
+            record=self._record_now(),
+        )
         try:
-            export = writer.export(cost=cost, metrics=self._metrics)
+            export = write_export(checkpoint, self._folder / EXPORT_NAME)
         except OSError as error:
             cure = f"python -m clip_pgs.training.export {self._folder} makes it from the checkpoint"
-            if not writer.wait():
+            if not is_saved:
                 cure = "nor could the last checkpoint be; --resume latest makes both"
             raise UnwrittenError(f"the export cannot be written: {error}; {cure}") from error
-        if not writer.close():
+        if not self._store.close():
             raise UnwrittenError(
                 f"the last checkpoint could not be written or is gone; the export is in {export}"
             )
+        cost = self._telemetry.cost
         _logger.info(
             "Done: %d steps, %d samples, %.3g FLOPs in %s",
             cost.steps,
@@ -273,3 +528,161 @@ class Trainer:
         )
         _logger.info("Checkpoints, curves and mask pictures are in %s", self._folder)
         _logger.info("OpenCLIP opens the model as local-dir:%s", export)
+
+
+class PhaseTrainer:
+    """Trains the model through one phase, whose model, optimizer and samples it sets up.
+
+    Args:
+        phase: The phase; where it masks nothing, the model's masking is removed for good.
+        parts: The model, as the phase before left it.
+        device: This process's device.
+        scaler: The run's loss scaler, if there is one.
+        checkpoint: A checkpoint out of this phase to go on from; None starts the phase.
+
+    Attributes:
+        has_begun: Whether this launch has taken a step of the phase.
+        epoch: The epoch under way, counted from the run's beginning.
+        position: Samples of it, over all ranks, that the run has behind it.
+        steps_left: Its steps that are not taken yet.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        parts: ModelParts,
+        device: torch.device,
+        *,
+        scaler: torch.amp.GradScaler | None,
+        checkpoint: dict[str, Any] | None,
+    ) -> None:
+        options = phase.args
+        self.phase = phase
+        self._options = options
+        self._device = device
+        self.model = parts.model
+        self._scaler = scaler
+        if phase.removes_masking:
+            remove_masking(self.model)
+        self.optimizer = build_optimizer(options, self.model)
+        self.masks = StepMasks(self.model, options) if options.masking != "none" else None
+        if checkpoint is not None:
+            restore_optimizer(self.optimizer, checkpoint["optimizer"])
+            if self.masks is not None:
+                self.masks.load_state(checkpoint.get("masking_state", {}))
+        self._schedule = build_schedule(
+            options, self.optimizer, steps_per_epoch=phase.steps_per_epoch
+        )
+        self._loss = build_loss(options, self.model)
+        self._trim = build_trimmer(options, self.model)
+        self._parallel = parallelize(self.model, options, device)
+        self._autocast = get_autocast(options.precision, device_type=device.type)
+        self._input_dtype = get_input_dtype(options.precision)
+        self._normalize = pixel_normalizer(parts.train_transform, device=device)
+        self._samples: Iterator[Batch] = iter(())
+        self._next_step = 0
+        self.has_begun = False
+        self.epoch = self.position = self.steps_left = 0
+
+    def start_epoch(self, epoch: int, position: int = 0) -> None:
+        """Begin one of the phase's epochs, or go on in it.
+
+        Args:
+            epoch: Counted from the run's beginning.
+            position: Samples of it, over all ranks, that the run has behind it.
+        """
+        seed_everything(stable_seed(self._options.seed, "epoch", epoch, self._options.rank))
+        stream = self.phase.stream
+        stream.start_at(epoch, position)
+        self.model.train()
+        self._samples = self._on_device(iter(stream))
+        self.epoch, self.position = epoch, position
+        self.steps_left = (stream.num_batches_left or 0) // self._options.accum_freq
+        self._next_step = self.phase.steps_before(epoch, position)
+
+    def next_batches(self) -> tuple[list[Batch], float]:
+        """Return the coming step's micro-batches, and the seconds it waited for them.
+
+        Raises:
+            StalledDataError: If no sample comes, or if the data ended before the epoch.
+            UnusableDataError: If too many samples, or all, cannot be used.
+        """
+        started = perf_counter()
+        batches = list(islice(self._samples, self._options.accum_freq))
+        if len(batches) < self._options.accum_freq:
+            raise StalledDataError(
+                f"the training data ended at sample {self.position} of epoch {self.epoch}, at step "
+                f"{self._next_step - self.phase.steps_before(self.epoch)} of "
+                f"{self.phase.steps_per_epoch}"
+            )
+        return batches, perf_counter() - started
+
+    def follow_schedule(self) -> bool:
+        """Set the coming step's mask ratio; return whether it changed."""
+        return self.masks is not None and self.masks.follow_schedule(
+            self._next_step - self.phase.first_step, total_steps=self.phase.num_steps
+        )
+
+    def train_step(self, batches: list[Batch]) -> StepResult:
+        """Take one optimizer step; return what it measured."""
+        step = self._next_step
+        step_in_phase, num_steps = step - self.phase.first_step, self.phase.num_steps
+        masks = self.masks
+        self.has_begun = True
+        self._next_step += 1
+        self.steps_left -= 1
+        self.position += self.phase.samples_per_step
+        lr = self._schedule(step_in_phase)
+        # Dropout draws from the global stream; keyed by the step, it survives a resume.
+        torch.manual_seed(stable_seed(self._options.seed, "step", step, self._options.rank))
+        if masks is not None:
+            masks.start_step(step_in_phase, total_steps=num_steps, device=self._device)
+            masks.calibrate(batches[0][0])
+        losses = compute_gradients(
+            self._parallel,
+            batches,
+            self._loss,
+            before_forward=masks.give if masks else None,
+            autocast=self._autocast,
+            scaler=self._scaler,
+        )
+        grad_norm, is_bad = update_weights(
+            self.model,
+            self.optimizer,
+            scaler=self._scaler,
+            grad_clip_norm=self._options.grad_clip_norm,
+        )
+        if masks is not None:
+            masks.follow_weights(step_in_phase, total_steps=num_steps)
+        kept_counts = masks.finish_step() if masks else []
+        return StepResult(losses, grad_norm, kept_counts, is_bad, lr)
+
+    def count_flops(self, images: Tensor, texts: Texts) -> SampleFlops:
+        """Count what one sample of such a batch costs, at the mask ratio of the coming step."""
+        some_texts = few_texts(texts, _FLOP_SAMPLES)
+        return count_sample_flops(
+            self.model,
+            images[: len(some_texts)],
+            some_texts,
+            is_masked=self.masks is not None,
+            autocast=self._autocast,
+            extra_forward=self._options.accum_freq > 1,
+        )
+
+    def _on_device(self, samples: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
+        for images, texts in samples:
+            # It reads lengths, which on a device would wait for it.
+            trimmed = texts if self._trim is None else self._trim(texts)
+            pixels = images.to(self._device, non_blocking=True)
+            if self._normalize is not None:
+                pixels = self._normalize(pixels)
+            if self._device.type == "cuda":
+                # What was trimmed is no longer in pinned memory: the copy would wait for the GPU.
+                trimmed = _pinned(trimmed)
+            yield pixels.to(dtype=self._input_dtype), trimmed.to(self._device, non_blocking=True)
+
+
+def _pinned(texts: Texts) -> Texts:
+    if isinstance(texts, Tensor):
+        return texts.pin_memory()
+    return CaptionGroups(tuple(t.pin_memory() for t in texts.tokens), texts.order.pin_memory())

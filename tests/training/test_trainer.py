@@ -112,6 +112,7 @@ def test_coca_trains_with_both_losses(tmp_path, world):
     assert "val_generative_loss" in metrics(folder, "val")[-1]
 
 
+@pytest.mark.slow
 def test_compiled_training_saves_plain_names(tmp_path, world, monkeypatch):
     # Code without vector instructions compiles in a third of the time.
     monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 1)

@@ -1,4 +1,4 @@
-"""What a run says about itself while it trains, on rank 0: log lines, curves, progress bar."""
+"""What a run measures of itself while it trains, on rank 0: averages, costs, progress."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
+import torch
 from open_clip import CLIP
 from torch import Tensor
 from tqdm import tqdm
 
 from clip_pgs.integrations.open_clip.flops import SampleFlops
+from clip_pgs.training.options import TrainOptions
+from clip_pgs.training.sinks import Sinks
 from clip_pgs.training.step import StepResult
-from clip_pgs.training.survival.bad_steps import BadSteps
-from clip_pgs.training.telemetry.meter import WindowMeter
-from clip_pgs.training.telemetry.sinks import Sink
+from clip_pgs.training.stop import BadNumbersError
 
 _logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class Cost:
     """What a run has spent since its very beginning, resumed launches included.
 
     Args:
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         samples: Image-caption pairs over all ranks.
         flops: Floating-point operations over all ranks.
         selection_flops: Of these, what choosing patches took.
@@ -46,52 +47,167 @@ class Cost:
     skipped_samples: int = 0
 
 
+class SkippedSteps:
+    """Counts skipped steps without making any of them wait.
+
+    The counts are the same on every rank, as the decision to skip is.
+
+    Args:
+        device: Where the decisions are made.
+        max_in_row: So many skipped steps without one good one between them end the run.
+    """
+
+    def __init__(self, device: torch.device, *, max_in_row: int) -> None:
+        self._max_in_row = max_in_row
+        self._total = torch.zeros((), device=device)
+        self._in_row = torch.zeros((), device=device)
+        self._most_in_row = torch.zeros((), device=device)
+
+    def add(self, is_bad: Tensor) -> None:
+        """Take in a step's decision, a scalar of 0 or 1."""
+        self._total += is_bad
+        self._in_row = (self._in_row + is_bad) * is_bad
+        torch.maximum(self._most_in_row, self._in_row, out=self._most_in_row)
+
+    def count(self) -> int:
+        """Return the number of steps skipped so far; it waits for the device."""
+        return int(self._total)
+
+    def check(self) -> None:
+        """Refuse too many skipped steps in a row; it waits for the device.
+
+        Raises:
+            BadNumbersError: If there were.
+        """
+        most = int(self._most_in_row)
+        if most >= self._max_in_row:
+            raise BadNumbersError(
+                f"the loss or its gradient was not finite in {most} steps in a row "
+                f"(--max-bad-steps {self._max_in_row}); no weight was changed by them"
+            )
+
+
+class WindowMeter:
+    """Average what the steps of a window measured, without making any step wait.
+
+    Args:
+        num_patches: Patches per image; 0 without masking.
+        samples_per_step: Samples of one step over all ranks.
+
+    Attributes:
+        num_steps: Steps of the window up to now.
+    """
+
+    def __init__(self, *, num_patches: int, samples_per_step: int) -> None:
+        self.num_patches = num_patches
+        self.samples_per_step = samples_per_step
+        self.start()
+
+    def start(self) -> None:
+        """Begin an empty window now."""
+        self._sums: dict[str, Tensor] = {}
+        self._kept_bounds: tuple[Tensor, Tensor] | None = None
+        self.num_steps = 0
+        self._num_good: Tensor | float = 0.0
+        self._data_seconds = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, result: StepResult, *, data_seconds: float) -> None:
+        """Add one step.
+
+        Args:
+            result: What the step returned.
+            data_seconds: How long it waited for its samples.
+        """
+        self.num_steps += 1
+        self._data_seconds += data_seconds
+        values = dict(result.losses)
+        if result.grad_norm is not None:
+            values["grad_norm"] = result.grad_norm
+        if result.kept_counts:
+            kept = torch.cat(result.kept_counts)
+            values["tokens_kept"] = kept.float().mean()
+            low, high = kept.min(), kept.max()
+            if self._kept_bounds is not None:
+                low = torch.minimum(low, self._kept_bounds[0])
+                high = torch.maximum(high, self._kept_bounds[1])
+            self._kept_bounds = (low, high)
+        # What a skipped step measured would be all that a mean shows.
+        if result.is_bad is not None:
+            is_bad = result.is_bad > 0
+            values = {name: value.masked_fill(is_bad, 0.0) for name, value in values.items()}
+        self._num_good += 1.0 if result.is_bad is None else 1.0 - result.is_bad
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def read(self, *, world_size: int) -> dict[str, float]:
+        """Return the window's values by name and begin the next; waits for the device once.
+
+        Losses, gradient norm and patches kept are means over the window's steps on this rank, less
+        those that were skipped, NaN where all were;
+        `mask_ratio_min` and `mask_ratio_max` are over its images.
+        """
+        tensors = [total.float() / self._num_good for total in self._sums.values()]
+        if self._kept_bounds is not None:
+            tensors += [bound.float() for bound in self._kept_bounds]
+        numbers = torch.stack(tensors).tolist()
+        values = dict(zip(self._sums, numbers, strict=False))
+        if self._kept_bounds is not None:
+            fewest, most = numbers[-2:]
+            values["mask_ratio_mean"] = 1 - values["tokens_kept"] / self.num_patches
+            values["mask_ratio_min"] = 1 - most / self.num_patches
+            values["mask_ratio_max"] = 1 - fewest / self.num_patches
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        values["data_time"] = self._data_seconds / self.num_steps
+        values["batch_time"] = seconds / self.num_steps
+        values["data_wait_share"] = self._data_seconds / seconds
+        values["samples_per_second"] = self.num_steps * self.samples_per_step / seconds
+        values["samples_per_second_per_gpu"] = values["samples_per_second"] / world_size
+        self.start()
+        return values
+
+
 class Telemetry:
     """Measures steps and hands the measurements to sinks.
 
     Args:
-        sinks: Where measurements go; empty where nothing is kept.
+        options: The run's: `rank`, of which 0 alone says anything, `world_size`,
+            `log_every_n_steps`, `max_bad_steps`.
+        sinks: Where measurements go.
         cost: What earlier launches spent; counted on from there.
-        world_size: Processes.
-        bad_steps: Counts the steps that are skipped.
-        total_steps: Optimiser steps in the run.
-        log_every: Steps in a logging window.
-        is_active: False on ranks that say nothing.
+        device: Where steps measure.
+        total_steps: Optimizer steps in the run.
 
     Attributes:
-        flops: What a sample costs at present.
-        is_active: As above.
+        is_active: Whether this rank says anything.
     """
 
     def __init__(
         self,
-        *,
-        sinks: list[Sink],
+        options: TrainOptions,
+        sinks: Sinks,
         cost: Cost,
-        world_size: int,
-        bad_steps: BadSteps,
+        *,
+        device: torch.device,
         total_steps: int,
-        log_every: int,
-        is_active: bool,
     ) -> None:
-        self.flops = SampleFlops()
+        self._flops = SampleFlops()
         self._sinks = sinks
         self._cost = cost
         self._meter = WindowMeter(num_patches=0, samples_per_step=0)
-        self._world_size = world_size
-        self._bad_steps = bad_steps
+        self._options = options
+        self._skipped_steps = SkippedSteps(device, max_in_row=options.max_bad_steps)
         self._earlier_skipped_steps = cost.skipped_steps
         self._samples_per_epoch = 0
         self._epoch_losses: list[float] = []
-        self._log_every = log_every
-        self.is_active = is_active
+        self.is_active = options.rank == 0
         self._started = time.perf_counter() - cost.seconds
         self._epoch_started = time.perf_counter()
         self._bar = tqdm(
             total=total_steps,
             initial=cost.steps,
             unit="step",
-            disable=not (is_active and sys.stderr.isatty()),
+            disable=not (self.is_active and sys.stderr.isatty()),
         )
 
     @property
@@ -111,16 +227,17 @@ class Telemetry:
         Args:
             num_patches: Patches per image; 0 without masking.
             samples_per_step: Samples of one step over all ranks.
-            steps_per_epoch: Optimiser steps in an epoch.
+            steps_per_epoch: Optimizer steps in an epoch.
         """
         self._meter = WindowMeter(num_patches=num_patches, samples_per_step=samples_per_step)
         self._samples_per_epoch = steps_per_epoch * samples_per_step
 
-    def report_flops(self) -> None:
-        """Say what a sample costs from now on."""
-        share = self.flops.selection / self.flops.total
+    def report_flops(self, flops: SampleFlops) -> None:
+        """Say, and count, what a sample costs from now on."""
+        self._flops = flops
+        share = flops.selection / flops.total
         masks = f", {100 * share:.1f} % of them to choose its patches" if share > 0 else ""
-        _logger.info("One sample takes %.4g FLOPs%s", self.flops.total, masks)
+        _logger.info("One sample takes %.4g FLOPs%s", flops.total, masks)
 
     def skip_samples(self, number: int) -> None:
         """Count samples that all ranks together could not use."""
@@ -151,7 +268,6 @@ class Telemetry:
         epoch: int,
         done: int,
         is_last: bool,
-        lr: float,
         data_seconds: float,
     ) -> None:
         """Take in one step, and report at the end of each window.
@@ -162,7 +278,6 @@ class Telemetry:
             epoch: Completed epochs.
             done: Samples of this one, over all ranks, that the run has behind it.
             is_last: Whether the step ends the epoch.
-            lr: The step's learning rate.
             data_seconds: How long the step waited for its samples.
 
         Raises:
@@ -171,21 +286,21 @@ class Telemetry:
         samples = self._meter.samples_per_step
         self._cost.steps += 1
         self._cost.samples += samples
-        self._cost.flops += samples * self.flops.total
-        self._cost.selection_flops += samples * self.flops.selection
+        self._cost.flops += samples * self._flops.total
+        self._cost.selection_flops += samples * self._flops.selection
         if not self.is_active:
             return
         if result.is_bad is not None:
-            self._bad_steps.add(result.is_bad)
+            self._skipped_steps.add(result.is_bad)
         self._meter.add(result, data_seconds=data_seconds)
         self._bar.update()
         step_in_epoch = done // samples - 1
-        if step_in_epoch % self._log_every == 0 or is_last:
-            self._report_window(model, epoch=epoch, done=done, lr=lr)
+        if step_in_epoch % self._options.log_every_n_steps == 0 or is_last:
+            self._report_window(model, epoch=epoch, done=done, lr=result.lr)
 
     def _report_window(self, model: CLIP, *, epoch: int, done: int, lr: float) -> None:
         num_steps = self._meter.num_steps
-        values = self._meter.read(world_size=self._world_size)
+        values = self._meter.read(world_size=self._options.world_size)
         if math.isfinite(values["loss"]):
             self._epoch_losses += num_steps * [values["loss"]]
         values = {name: value for name, value in values.items() if math.isfinite(value)}
@@ -199,13 +314,13 @@ class Telemetry:
         masks = ""
         skipped = self._read_skipped(values)
         if "mask_ratio_mean" in values:
-            values["selection_flops_share"] = self.flops.selection / self.flops.total
+            values["selection_flops_share"] = self._flops.selection / self._flops.total
             masks = (
                 f"Masked: {values['mask_ratio_mean']:.3f} "
                 f"({values['mask_ratio_min']:.3f}-{values['mask_ratio_max']:.3f}) "
             )
-        for sink in self._sinks:
-            sink.train(values, epoch=epoch, step=self._cost.steps - 1)
+        step = self._cost.steps - 1
+        self._sinks.each(lambda sink: sink.train(values, epoch=epoch, step=step))
         losses = " ".join(
             f"{name.capitalize()}: {value:#.5g}"
             for name, value in values.items()
@@ -248,7 +363,7 @@ class Telemetry:
         return f" Skipped: {words}" if words else ""
 
     def _count_skipped_steps(self) -> int:
-        self._cost.skipped_steps = self._earlier_skipped_steps + self._bad_steps.count()
+        self._cost.skipped_steps = self._earlier_skipped_steps + self._skipped_steps.count()
         return self._cost.skipped_steps
 
     def check_numbers(self) -> None:
@@ -258,20 +373,19 @@ class Telemetry:
             BadNumbersError: If too many steps in a row were skipped.
         """
         self._count_skipped_steps()
-        self._bad_steps.check()
+        self._skipped_steps.check()
 
     def validation(self, values: Mapping[str, float], *, epoch: int) -> None:
         """Hand on what was measured on held-out data after `epoch` epochs."""
-        for sink in self._sinks:
-            sink.validation(values, epoch=epoch, cost=asdict(self.cost))
+        cost = asdict(self.cost)
+        self._sinks.each(lambda sink: sink.validation(values, epoch=epoch, cost=cost))
 
     def picture(self, name: str, pixels: Tensor) -> None:
         """Hand on a picture of shape (3, H, W) in [0, 1]."""
-        for sink in self._sinks:
-            sink.picture(name, pixels, step=self._cost.steps)
+        step = self._cost.steps
+        self._sinks.each(lambda sink: sink.picture(name, pixels, step=step))
 
     def close(self) -> None:
         """Close the bar and the sinks."""
         self._bar.close()
-        for sink in self._sinks:
-            sink.close()
+        self._sinks.each(lambda sink: sink.close())

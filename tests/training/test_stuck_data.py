@@ -9,6 +9,8 @@ import pytest
 from support.chaos import Launch, num_steps
 from support.runs import flags, write_csv
 
+pytestmark = pytest.mark.slow
+
 # Who waits for such workers one after the other, as torch does, waits five seconds for each.
 NUM_WORKERS, SECONDS_TO_LEAVE = 6, 25
 

@@ -6,11 +6,11 @@ import shutil
 import pytest
 
 from clip_pgs.training.__main__ import main
-from clip_pgs.training.checkpoints.saving import RunSaver
+from clip_pgs.training.trainer import Trainer
 from support.resuming import last_checkpoint
 from support.runs import flags, run
 
-_save_due = RunSaver.save_due
+_save_if_due = Trainer.save_if_due
 DAMAGE = {
     "metrics.jsonl": b'\xff\xfe{"step": 1}\n[1, 2]\n{"step": "x"}\n',
     "skipped.jsonl": b"\xff\n17\n",
@@ -65,14 +65,13 @@ def test_a_run_whose_checkpoints_are_all_damaged_begins_no_more(tmp_path, world,
 
 
 def remove_at(monkeypatch, step, remove):
-    def save_due(self, trainer, *, step):
-        _save_due(self, trainer, step=step)
-        if step == at:
-            self.wait()
+    def save_if_due(self, trainer):
+        _save_if_due(self, trainer)
+        if self.step == step:
+            self._store.wait()
             remove()
 
-    at = step
-    monkeypatch.setattr(RunSaver, "save_due", save_due)
+    monkeypatch.setattr(Trainer, "save_if_due", save_if_due)
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "."])

@@ -5,22 +5,32 @@ import signal
 
 import pytest
 
-from clip_pgs.training.survival.signs import FETCHING, TRAINING, VOTING, Sign, name_hanging
+from clip_pgs.training.watchdog import Activity, WorkerStatus, name_hanging
 from support.ranks import Hang, output, train_together
 from support.runs import flags
 
 TIMEOUT = 3
 
 
-def sign(*, step=5, activity=VOTING):
-    return Sign(beat=1, step=step, activity=activity, seconds=9.0, host="node-a", process=77)
+def sign(*, step=5, activity=Activity.VOTING):
+    return WorkerStatus(
+        beat=1, step=step, activity=activity, seconds=9.0, host="node-a", process=77
+    )
 
 
 @pytest.mark.parametrize(
     ("signs", "silent", "beginning"),
     [
-        ({0: sign(), 1: sign(activity=FETCHING)}, {}, "rank 1 hangs: for 9 s where it waits for"),
-        ({0: sign(), 1: sign(step=4, activity=TRAINING)}, {}, "rank 1 hangs: for 9 s where it t"),
+        (
+            {0: sign(), 1: sign(activity=Activity.FETCHING)},
+            {},
+            "rank 1 hangs: for 9 s where it waits",
+        ),
+        (
+            {0: sign(), 1: sign(step=4, activity=Activity.TRAINING)},
+            {},
+            "rank 1 hangs: for 9 s where it t",
+        ),
         ({0: sign(), 1: sign()}, {1: 30.0}, "rank 1 hangs: no sign of life for 30 s, last seen"),
         ({0: sign()}, {1: 30.0}, "rank 1 hangs: no sign of life for 30 s, and none before"),
         ({0: sign(), 1: sign()}, {}, "no rank gets on: each waits for the others at step 5"),
@@ -36,6 +46,7 @@ def train(folder, world, *, num_processes, trouble):
     return codes, json.loads((folder / "logs" / "run" / "exit.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activity", ["trains", "evaluates"])
 def test_a_single_process_that_hangs_is_ended_in_a_sentence(tmp_path, world, activity):
     trouble = Hang(rank=0, activity=activity)
@@ -47,18 +58,21 @@ def test_a_single_process_that_hangs_is_ended_in_a_sentence(tmp_path, world, act
     assert end["reason"] in output(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_step_on_a_cpu_that_works_takes_as_long_as_it_takes(tmp_path, world):
     trouble = Hang(rank=0, activity="trains", busy_seconds=2.5 * TIMEOUT)
     codes, end = train(tmp_path, world, num_processes=1, trouble=trouble)
     assert (codes, end["code"]) == ([0], 0), output(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_works_takes_as_long_as_it_takes(tmp_path, world):
     trouble = Hang(rank=0, activity="evaluates", busy_seconds=2.5 * TIMEOUT)
     codes, end = train(tmp_path, world, num_processes=2, trouble=trouble)
     assert (codes, end["code"]) == ([0, 0], 0), output(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_hangs_is_named_and_ends_all(tmp_path, world):
     trouble = Hang(rank=0, activity="evaluates")
     codes, end = train(tmp_path, world, num_processes=2, trouble=trouble)
@@ -67,6 +81,7 @@ def test_an_evaluation_that_hangs_is_named_and_ends_all(tmp_path, world):
     assert " where it evaluates at step 4 " in end["reason"]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_stopped_is_named_by_the_other(tmp_path, world):
     codes, end = train(tmp_path, world, num_processes=2, trouble=Hang(rank=1, activity="stopped"))
     assert codes == [1, -signal.SIGKILL]

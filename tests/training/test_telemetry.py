@@ -1,18 +1,19 @@
+"""What a run measures of itself, and where it goes."""
+
 import io
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from clip_pgs.training.sinks import JsonLines, Sinks
 from clip_pgs.training.step import StepResult
-from clip_pgs.training.survival.bad_steps import BadSteps
-from clip_pgs.training.telemetry.meter import WindowMeter
-from clip_pgs.training.telemetry.sinks import JsonLines
-from clip_pgs.training.telemetry.telemetry import Cost, Telemetry
+from clip_pgs.training.telemetry import Cost, Telemetry, WindowMeter
 
 OPEN_CLIP_TAGS = {
     "train/loss",
@@ -152,13 +153,11 @@ class Terminal(io.StringIO):
 def test_a_progress_bar_is_for_terminals_alone(monkeypatch, stream, is_shown):
     monkeypatch.setattr(sys, "stderr", stream)
     telemetry = Telemetry(
-        sinks=[],
-        cost=Cost(),
-        world_size=1,
-        bad_steps=BadSteps(torch.device("cpu"), max_in_row=1),
+        SimpleNamespace(rank=0, world_size=1, log_every_n_steps=99, max_bad_steps=9),
+        Sinks(None, None, first_step=0),
+        Cost(),
+        device=torch.device("cpu"),
         total_steps=7,
-        log_every=1,
-        is_active=True,
     )
     telemetry.close()
     assert ("0/7" in stream.getvalue()) == is_shown

@@ -1,3 +1,5 @@
+"""What a checkpoint holds, who reads it, and how a run takes it up again."""
+
 import os
 import pickle
 import shutil
@@ -7,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from clip_pgs.training.checkpoints.checkpoint import load_checkpoint, pack_checkpoint, restore
-from clip_pgs.training.checkpoints.checkpoint_files import write_checkpoint
+from clip_pgs.training.checkpoint import load_checkpoint, pack_checkpoint, restore
+from clip_pgs.training.checkpoint_store import write_checkpoint
 from support.runs import run, write_csv, write_model
 
 
@@ -125,6 +127,7 @@ def test_a_checkpoint_of_open_clip_under_ddp_continues_here(tmp_path, world, fin
     assert sorted(path.name for path in (folder / "checkpoints").glob("*.pt")) == ["epoch_2.pt"]
 
 
+@pytest.mark.slow
 def test_the_trainer_of_open_clip_continues_our_run_and_we_read_what_it_saves(
     tmp_path, finished_run
 ):

@@ -32,6 +32,7 @@ def train(folder, world, *, num_kilobytes=None, **options):
     return ended.returncode, ended.stderr
 
 
+@pytest.mark.slow
 def test_logs_curves_and_pictures_that_cannot_be_written_are_named_once(tmp_path, world):
     code, said = train(
         tmp_path,
@@ -55,6 +56,7 @@ def test_logs_curves_and_pictures_that_cannot_be_written_are_named_once(tmp_path
     assert end["reason"] in said.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_from_the_start_is_one_sentence(tmp_path, world):
     code, said = train(tmp_path, world, num_kilobytes=0)
     assert code == 1
@@ -62,6 +64,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_sentence(tmp_path, world):
     assert said.splitlines()[-1].startswith("error: the run's folder cannot be written: ")
 
 
+@pytest.mark.slow
 def test_an_export_that_cannot_be_written_can_be_made_later(tmp_path, world):
     folder = tmp_path / "logs" / "run"
     # Where its folder would be there is a file that nobody removes.

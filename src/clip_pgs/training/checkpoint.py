@@ -2,7 +2,7 @@
 
 It holds tensors and plain types only, so that `torch.load(weights_only=True)` opens it, and
 weights under the plain model's names, whatever wrapped it while training. "epoch" counts completed
-epochs, "step" the run's optimiser steps, "position" the samples of the epoch under way that all
+epochs, "step" the run's optimizer steps, "position" the samples of the epoch under way that all
 ranks together have seen. Under "clip_pgs" lies the run's record, from which
 `clip_pgs.training.export` makes an export without the run, under "masking_state" what a masking
 learned beside the weights.
@@ -11,6 +11,7 @@ learned beside the weights.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ def pack_checkpoint(
         name: The run's name.
         model: The plain model.
         record: Plain types that describe the run; stored under "clip_pgs".
-        step: Optimiser steps of the run.
+        step: Optimizer steps of the run.
         position: Samples of the epoch under way that all ranks together have seen.
-        optimizer: Its optimiser.
+        optimizer: Its optimizer.
         scaler: The loss scaler.
         masking_state: What the masking learned and no weight holds, such as a teacher.
     """
@@ -108,8 +109,18 @@ def restore(
     return checkpoint["epoch"]
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's state, also that of one with the same numbers that was not fused."""
+    now = optimizer.state_dict()["param_groups"]
+    groups = [
+        {**group, "fused": fresh["fused"]} if "fused" in fresh else group
+        for group, fresh in zip(state["param_groups"], now, strict=False)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
+
 def find_non_finite(checkpoint: Mapping[str, Any]) -> str | None:
-    """Say which weight, or number of the optimiser, is NaN or infinite; None if none is."""
+    """Say which weight, or number of the optimizer, is NaN or infinite; None if none is."""
     for part in ("state_dict", "optimizer"):
         for name, tensor in named_tensors(checkpoint.get(part), part):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -128,3 +139,59 @@ def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, (list, tuple)):
         for number, item in enumerate(value):
             yield from named_tensors(item, f"{name}/{number}")
+
+
+class HostCopy:
+    """Copies a checkpoint into host memory, so that training goes on while it is written.
+
+    Memory that is kept costs no page faults when it is used again, and memory that is pinned
+    takes a GPU's content at the full speed of the bus.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], Tensor] = {}
+
+    def take(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a copy, which the next call overwrites.
+
+        Args:
+            content: Tensors and plain types, in dicts, lists and tuples.
+
+        Raises:
+            ValueError: If it holds anything else, which no reader would accept.
+        """
+        used: dict[tuple[Any, ...], Tensor] = {}
+        copied = self._copy(content, (), used)
+        self._kept = used
+        if any(tensor.is_pinned() for tensor in used.values()):
+            torch.cuda.synchronize()
+        return copied
+
+    def _copy(self, value: Any, path: tuple[Any, ...], used: dict[tuple[Any, ...], Tensor]) -> Any:
+        if isinstance(value, Tensor):
+            used[path] = self._copy_tensor(value.detach(), self._kept.get(path))
+            return used[path]
+        if isinstance(value, Mapping):
+            return {key: self._copy(item, (*path, key), used) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            items = [self._copy(item, (*path, i), used) for i, item in enumerate(value)]
+            return items if isinstance(value, list) else tuple(items)
+        if value is None or isinstance(value, (bool, str)):
+            return value
+        # Numbers of numpy's are such numbers, too, but no reader of plain types takes them.
+        if isinstance(value, Integral):
+            return int(value)
+        if isinstance(value, Real):
+            return float(value)
+        where = "/".join(map(str, path))
+        raise ValueError(
+            f"a checkpoint holds tensors and plain types only, got a {type(value).__name__} "
+            f"at {where}"
+        )
+
+    @staticmethod
+    def _copy_tensor(tensor: Tensor, kept: Tensor | None) -> Tensor:
+        wanted = (tensor.shape, tensor.dtype, tensor.stride())
+        if kept is None or (kept.shape, kept.dtype, kept.stride()) != wanted:
+            kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return kept.copy_(tensor, non_blocking=True)

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from clip_pgs.training.phase_trainer import PhaseTrainer
 from clip_pgs.training.step import update_weights
-from clip_pgs.training.survival.exits import BadNumbersError
+from clip_pgs.training.stop import BadNumbersError
+from clip_pgs.training.trainer import PhaseTrainer
 from support.models import small_clip
 from support.resuming import last_checkpoint
 from support.runs import run

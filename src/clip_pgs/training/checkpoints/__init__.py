@@ -1,1 +1,0 @@
-"""Checkpoints: their content, their files, and writing them in the background."""

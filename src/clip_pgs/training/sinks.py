@@ -1,0 +1,398 @@
+"""Where a run says what it does: log lines, curves, and the samples that it could not use.
+
+A disk that is full ends none of it: what only tells of a run is written as far as it can be.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from clip_pgs.common import (
+    LOG_NAME,
+    METRICS_NAME,
+    PARAMS_NAME,
+    SKIPPED_NAME,
+    append_line,
+    write_text,
+)
+from clip_pgs.data.skips import Skip
+from clip_pgs.training.options import TrainOptions
+
+_FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
+_DATE_FORMAT = "%Y-%m-%d,%H:%M:%S"
+_CHATTY = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "PIL", "fsspec")
+
+_logger = logging.getLogger(__name__)
+
+
+class BestEffort:
+    """Lets blocks go on that cannot write something, and says so the first time.
+
+    Args:
+        what: What they write, as a sentence begins with it.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._is_told = False
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, OSError):
+            return False
+        if not self._is_told:
+            self._is_told = True
+            _logger.warning(
+                "%s cannot be written: %s; the run goes on", self._what, error.strerror or error
+            )
+        return True
+
+
+class Sink:
+    """Takes measurements of rank 0; this one does nothing with them."""
+
+    def train(self, values: Mapping[str, float], *, epoch: int, step: int) -> None:
+        """Take a training window's values, by OpenCLIP's names without "train/"."""
+
+    def validation(
+        self, values: Mapping[str, float], *, epoch: int, cost: Mapping[str, float]
+    ) -> None:
+        """Take a validation's values after `epoch` epochs.
+
+        Args:
+            values: By OpenCLIP's names without "val/".
+            epoch: Completed epochs.
+            cost: What was spent so far: "steps", "samples", "flops", "seconds".
+        """
+
+    def picture(self, name: str, pixels: Tensor, *, step: int) -> None:
+        """Take a picture of shape (3, H, W) in [0, 1]."""
+
+    def close(self) -> None:
+        """Write out what is left."""
+
+
+class JsonLines(Sink):
+    """One JSON object per measurement, for programs: `metrics.jsonl`.
+
+    Args:
+        path: The file; lines of steps that a resumed run is about to repeat are dropped.
+        first_step: The step this launch starts at.
+    """
+
+    def __init__(self, path: Path, *, first_step: int) -> None:
+        self._path = path
+        keep_lines_before(path, first_step)
+
+    def train(self, values: Mapping[str, float], *, epoch: int, step: int) -> None:
+        """Append a line of kind "train"."""
+        self._append({"kind": "train", "epoch": epoch, "step": step, **values})
+
+    def validation(
+        self, values: Mapping[str, float], *, epoch: int, cost: Mapping[str, float]
+    ) -> None:
+        """Append a line of kind "val"; its step is the last one taken."""
+        entry = {"kind": "val", "epoch": epoch, "step": int(cost["steps"]) - 1}
+        spent = {name: cost[name] for name in ("samples", "flops", "seconds")}
+        self._append({**entry, **spent, **values})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        append_line(self._path, json.dumps(entry))
+
+
+class TensorBoard(Sink):
+    """OpenCLIP's tags, and validation curves against samples and FLOPs.
+
+    Args:
+        folder: Where event files go.
+        first_step: The step this launch starts at; later points of an earlier launch are hidden.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge_step = first_step if first_step > 0 else None
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def train(self, values: Mapping[str, float], *, epoch: int, step: int) -> None:
+        """Write `train/...` against steps."""
+        for name, value in values.items():
+            self._writer.add_scalar(f"train/{name}", value, step)
+
+    def validation(
+        self, values: Mapping[str, float], *, epoch: int, cost: Mapping[str, float]
+    ) -> None:
+        """Write `val/...` against epochs, as OpenCLIP does, samples and 10**9 operations."""
+        for name, value in values.items():
+            self._writer.add_scalar(f"val/{name}", value, epoch)
+            self._writer.add_scalar(f"val_by_samples/{name}", value, int(cost["samples"]))
+            self._writer.add_scalar(f"val_by_gflops/{name}", value, int(cost["flops"] / 1e9))
+
+    def picture(self, name: str, pixels: Tensor, *, step: int) -> None:
+        """Write a picture."""
+        self._writer.add_image(name, pixels, step)
+
+    def close(self) -> None:
+        """Write out what is left."""
+        self._writer.close()
+
+
+class WeightsAndBiases(Sink):
+    """OpenCLIP's names in one Weights & Biases run.
+
+    Args:
+        options: The run's; its name is its id.
+        params_file: `params.txt`, stored with the run.
+    """
+
+    def __init__(self, options: TrainOptions, params_file: Path) -> None:
+        import wandb
+
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=options.wandb_project_name,
+            name=options.name,
+            id=options.name,
+            notes=options.wandb_notes,
+            resume="auto" if options.resume else None,
+            config=options.values(),
+        )
+        wandb.save(str(params_file))
+
+    def train(self, values: Mapping[str, float], *, epoch: int, step: int) -> None:
+        """Log `train/...` at a step."""
+        self._run.log({f"train/{k}": v for k, v in values.items()} | {"step": step}, step=step)
+
+    def validation(
+        self, values: Mapping[str, float], *, epoch: int, cost: Mapping[str, float]
+    ) -> None:
+        """Log `val/...` with the epoch and the cost, any of which can be the curve's x axis."""
+        entry = {f"val/{name}": value for name, value in values.items()}
+        self._run.log(entry | {"epoch": epoch, **cost}, step=int(cost["steps"]))
+
+    def picture(self, name: str, pixels: Tensor, *, step: int) -> None:
+        """Log a picture."""
+        self._run.log({name: self._wandb.Image(pixels)}, step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class Sinks:
+    """Where this process's measurements go.
+
+    A sink that cannot be written says so once, and the run goes on.
+
+    Args:
+        options: The run's.
+        folder: The run's folder on rank 0; None, elsewhere, has no sink.
+        first_step: The step this launch starts at.
+    """
+
+    def __init__(self, options: TrainOptions, folder: Path | None, *, first_step: int) -> None:
+        self._sinks: list[tuple[Sink, BestEffort]] = []
+        if folder is None:
+            return
+        targets = {target.strip() for target in options.report_to.split(",")}
+        makers: dict[str, Callable[[], Sink]] = {
+            METRICS_NAME: lambda: JsonLines(folder / METRICS_NAME, first_step=first_step)
+        }
+        if targets & {"tensorboard", "all"}:
+            makers["tensorboard"] = lambda: TensorBoard(
+                folder / "tensorboard", first_step=first_step
+            )
+        if targets & {"wandb", "all"}:
+            makers["wandb"] = lambda: WeightsAndBiases(options, folder / PARAMS_NAME)
+        for name, make in makers.items():
+            with BestEffort(name):
+                self._sinks.append((make(), BestEffort(name)))
+
+    def each(self, write: Callable[[Sink], None]) -> None:
+        """Let each sink write something."""
+        for sink, best_effort in self._sinks:
+            with best_effort:
+                write(sink)
+
+
+class SkipLog:
+    """`skipped.jsonl`: every sample and shard that a process of the run could not use.
+
+    Args:
+        folder: The run's folder, in which all processes share the file; None counts only.
+        rank: This process.
+
+    Attributes:
+        step: The optimizer step that samples are being fetched for.
+    """
+
+    def __init__(self, folder: Path | None, *, rank: int) -> None:
+        self.step = 0
+        self._path = None if folder is None else folder / SKIPPED_NAME
+        self._rank = rank
+        self._is_open = False
+        self._waiting: list[Skip] = []
+        self._shards: set[tuple[str | None, str | None]] = set()
+        self._num_new = 0
+        self._best_effort = BestEffort(SKIPPED_NAME)
+
+    def open(self, *, step: int) -> None:
+        """Begin at a step, from which on an earlier launch's lines are dropped by rank 0."""
+        self.step = step
+        self._is_open = True
+        if self._path is not None and self._rank == 0:
+            with self._best_effort:
+                kept = keep_lines_before(self._path, step)
+                self._shards = {(e.get("shard"), e.get("reason")) for e in kept if not e.get("key")}
+        for skip in self._waiting:
+            self(skip)
+        self._waiting.clear()
+
+    def __call__(self, skip: Skip) -> None:
+        """Take in one; those that come before `open` wait for it."""
+        if not self._is_open:
+            self._waiting.append(skip)
+            return
+        if not skip.key:
+            # A bad shard is found anew by each launch and each phase.
+            if (skip.shard, skip.reason) in self._shards:
+                return
+            self._shards.add((skip.shard, skip.reason))
+        self._num_new += 1
+        if self._path is not None:
+            entry = {"step": self.step, "rank": self._rank, **vars(skip)}
+            with self._best_effort:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                append_line(self._path, json.dumps(entry))
+
+    def take_count(self) -> int:
+        """Return how many came since the last call."""
+        count, self._num_new = self._num_new, 0
+        return count
+
+
+def keep_lines_before(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines of a file that a resumed run is about to repeat, and what is no line.
+
+    Args:
+        path: JSON objects with a "step", one a line; it need not be there.
+        step: The first step that is repeated.
+
+    Returns:
+        The lines that are left.
+
+    Raises:
+        OSError: If the file cannot be read or written; it is as it was.
+    """
+    if not path.is_file():
+        return []
+    entries = [_read_line(line) for line in path.read_bytes().splitlines()]
+    kept = [entry for entry in entries if entry is not None and entry["step"] < step]
+    if entries.count(None):
+        # A killed run can leave half a line, a damaged disk anything.
+        _logger.warning("%s: dropped %d lines that are none", path, entries.count(None))
+    if len(kept) < len(entries):
+        write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+    return kept
+
+
+def _read_line(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_line = isinstance(entry, dict) and isinstance(entry.get("step"), (int, float))
+    return entry if is_line else None
+
+
+class _AboveProgressBar(logging.Handler):
+    """Writes lines to standard error without breaking a progress bar there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # OpenCLIP tells its steps through the root logger: a matter for the file.
+        if record.name == "root" and record.levelno < logging.WARNING:
+            return
+        # Where nobody listens any more, there is nobody to tell.
+        with suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _RunFile(logging.FileHandler):
+    """Writes lines to the run's file; where it cannot, it says so once, elsewhere."""
+
+    _is_told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._is_told:
+            self._is_told = True
+            name = Path(self.baseFilename).name
+            _logger.warning("%s cannot be written: %s; the run goes on", name, error.strerror)
+
+    def close(self) -> None:
+        # What could not be written is tried again.
+        with suppress(OSError):
+            super().close()
+
+
+@contextmanager
+def logging_to(options: TrainOptions, folder: Path | None) -> Iterator[None]:
+    """Log to standard error, and to a file in the run's folder, in OpenCLIP's form.
+
+    Threads that cannot write, such as TensorBoard's, end without a traceback meanwhile: whoever
+    gave them something to write is told by an error of its own.
+
+    Args:
+        options: The run's; ranks other than 0 log errors alone, and a file with `--log-local`.
+        folder: The run's folder, which is made; None for no file.
+    """
+    handlers: list[logging.Handler] = [_AboveProgressBar()]
+    has_file = options.local_rank == 0 if options.log_local else options.rank == 0
+    if folder is not None and has_file:
+        with BestEffort(LOG_NAME):
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"out-{options.rank}" if options.log_local else LOG_NAME
+            handlers.append(_RunFile(folder / name))
+    root = logging.getLogger()
+    level_before, hook_before = root.level, threading.excepthook
+    is_quiet = options.rank != 0 and len(handlers) == 1
+    root.setLevel(logging.ERROR if is_quiet else logging.DEBUG if options.debug else logging.INFO)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # A library that logs through the root logger before the run makes it print each line twice.
+    others = [handler for handler in root.handlers if type(handler) is logging.StreamHandler]
+    for other in others:
+        root.removeHandler(other)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(_FORMAT, datefmt=_DATE_FORMAT))
+        root.addHandler(handler)
+
+    def on_thread_end(ended: threading.ExceptHookArgs) -> None:
+        if not isinstance(ended.exc_value, OSError):
+            hook_before(ended)
+
+    threading.excepthook = on_thread_end
+    try:
+        yield
+    finally:
+        threading.excepthook = hook_before
+        root.setLevel(level_before)
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
+        for other in others:
+            root.addHandler(other)

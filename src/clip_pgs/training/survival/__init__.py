@@ -1,1 +1,0 @@
-"""What ends a run, what it leaves behind, and who hears of it."""

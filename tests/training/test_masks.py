@@ -1,0 +1,94 @@
+"""The masks of a run's steps, and the pictures of them."""
+
+import torch
+
+from clip_pgs.data.plan import stable_seed
+from clip_pgs.integrations.open_clip import apply_masking
+from clip_pgs.training.masks import MaskPictures, draw_masks, micro_batch_rows, step_noise
+from support.images import smooth_images
+from support.models import small_clip
+
+
+def masked_model():
+    model = apply_masking(small_clip(), "random", mask_ratio=0.5)
+    model.visual.image_mean, model.visual.image_std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    return model
+
+
+def test_half_of_each_image_is_grey_below_the_whole_one():
+    images = smooth_images(3, height=64, width=64) * 0.3
+    picture = draw_masks(masked_model(), images, seed=0)
+    whole, painted = picture[:, 2:66, 2:66], picture[:, 68:132, 2:66]
+    assert torch.allclose(whole, (images[0] * 0.25 + 0.5).clamp(0, 1))
+    is_grey = (painted == 0.5).all(dim=0)
+    assert is_grey.float().mean().item() == 0.5
+    assert torch.equal(painted[:, ~is_grey], whole[:, ~is_grey])
+
+
+def test_drawing_leaves_model_and_random_stream_alone():
+    model = masked_model().eval()
+    state = torch.get_rng_state()
+    draw_masks(model, smooth_images(2, height=64, width=64), seed=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_run_killed_while_it_kept_its_images_keeps_others_when_it_goes_on(tmp_path):
+    (tmp_path / ".images.pt.unfinished").write_bytes(b"half")
+    MaskPictures(tmp_path, masked_model(), seed=0).choose(smooth_images(12, seed=0))
+    assert [path.name for path in tmp_path.iterdir()] == ["images.pt"]
+
+
+def test_a_resumed_run_draws_on_the_images_of_its_start(tmp_path):
+    model = masked_model()
+    pictures = []
+    for seed in (0, 1):
+        run = MaskPictures(tmp_path, model, seed=0)
+        run.choose(smooth_images(12, height=64, width=64, seed=seed))
+        pictures.append(run.draw(0))
+    assert torch.equal(*pictures)
+    assert len(torch.load(tmp_path / "images.pt", weights_only=True)) == 8
+
+
+CPU = torch.device("cpu")
+
+
+def noise(*, seed=0, step=5, num_samples=16):
+    return step_noise(seed, step, num_samples=num_samples, num_patches=9, device=CPU)
+
+
+def test_noise_is_keyed_by_seed_and_step():
+    assert torch.equal(noise(), noise())
+    assert not torch.equal(noise(), noise(seed=1))
+    assert not torch.equal(noise(), noise(step=6))
+
+
+def test_noise_leaves_the_global_stream_alone():
+    state = torch.get_rng_state()
+    noise()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_noise_is_uniform_in_the_unit_interval():
+    values = noise(num_samples=4000)
+    assert values.dtype == torch.float32
+    assert values.min() >= 0
+    assert values.max() < 1
+    assert abs(values.mean().item() - 0.5) < 0.01
+
+
+def test_micro_batches_of_all_ranks_cover_the_global_batch_once():
+    rows = [
+        row
+        for micro_batch in range(3)
+        for rank in range(2)
+        for row in range(16)[
+            micro_batch_rows(micro_batch=micro_batch, rank=rank, world_size=2, batch_size=2)
+        ]
+    ]
+    assert rows == list(range(12))
+
+
+def test_keys_are_not_sums():
+    # Seed 0 on rank 1 and seed 1 on rank 0 share a stream in OpenCLIP.
+    assert stable_seed(0, "step", 0, 1) != stable_seed(1, "step", 0, 0)

@@ -1,0 +1,336 @@
+"""Signals, exit codes and their reasons, who may use a run's name, two launches of one run."""
+
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+
+from clip_pgs.data import preflight
+from clip_pgs.data.skips import Skip, UnusableDataError
+from clip_pgs.training import stop
+from clip_pgs.training.__main__ import main
+from clip_pgs.training.sinks import SkipLog
+from clip_pgs.training.stop import StoppedError, StopRequest, StopSignals
+from clip_pgs.training.trainer import Trainer
+from support.disk import files_limited_to
+from support.ranks import output, train_together
+from support.runs import flags, run, write_shards
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+
+
+@pytest.fixture
+def caught(monkeypatch):
+    monkeypatch.setattr(stop, "_ECHO_SECONDS", 0.05)
+    # Who runs the tests in the background may have Ctrl-C ignored, which would stay so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    found = StopSignals()
+    with found.caught():
+        yield found
+    signal.signal(signal.SIGINT, before)
+
+
+def send_and_sleep(caught, number):
+    with caught.interruptible(patience=0.3):
+        os.kill(os.getpid(), number)
+        time.sleep(20)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_block_is_broken_off_when_its_patience_is_over(caught, number):
+    started = time.monotonic()
+    with pytest.raises(StopRequest):
+        send_and_sleep(caught, number)
+    assert 0.3 <= time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_nothing_reminds_a_block_that_has_ended(caught, number):
+    with caught.interruptible(patience=0.3):
+        os.kill(os.getpid(), number)
+    # Were it reminded, Ctrl-C would break off the save that follows.
+    time.sleep(0.6)
+    assert caught.name == signal.Signals(number).name
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(caught):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def tell(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [4, 8])
+def test_a_run_with_validation_workers_ends_with_0_and_without_a_traceback(
+    tmp_path, world, batch_size
+):
+    data = {"train_data": world.train_data, "val_data": world.val_data}
+    argv = flags(tmp_path, **data, workers=3, batch_size=batch_size, epochs=1)
+    assert train_together(tmp_path, argv, num_processes=1) == [0], output(tmp_path)
+    assert "Traceback" not in output(tmp_path)
+    assert "After epoch 1: clip_val_loss " in output(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_that_only_evaluates_with_workers_ends_with_0(tmp_path, world):
+    argv = flags(tmp_path, val_data=world.val_data, workers=2, batch_size=4)
+    assert train_together(tmp_path, argv, num_processes=1) == [0], output(tmp_path)
+    assert "Traceback" not in output(tmp_path)
+
+
+def swallow(**_):
+    """Evaluate as code does that lets nothing pass."""
+    try:
+        tell()
+        time.sleep(20)
+    except Exception:
+        return {"accuracy": 0.0}
+    return {"accuracy": 0.5}
+
+
+class Fragile:
+    def __del__(self):
+        tell()
+        time.sleep(0.01)
+
+
+def lose_in_a_destructor(**_):
+    """Evaluate where the first interruption is lost."""
+    fragile = Fragile()
+    del fragile
+    time.sleep(20)
+    return {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize("evaluate", [swallow, lose_in_a_destructor])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_no_evaluation_swallows_a_signal(tmp_path, world, evaluate, monkeypatch):
+    monkeypatch.setattr(stop, "_AGAIN_SECONDS", 0.3)
+    started = time.monotonic()
+    with pytest.raises(StoppedError, match="stopped by SIGTERM at sample 32 of epoch 0"):
+        run(tmp_path, train_data=world.train_data, epochs=1, evaluate=evaluate)
+    assert time.monotonic() - started < 15
+    folder = run(
+        tmp_path,
+        train_data=world.train_data,
+        epochs=1,
+        resume="latest",
+        evaluate=lambda **_: {"accuracy": 0.25},
+    )
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["accuracy"] for line in lines if line["kind"] == "val"] == [0.25]
+
+
+def test_an_evaluation_without_training_leaves_when_told_to(tmp_path, world):
+    with pytest.raises(StoppedError) as stopped:
+        run(tmp_path, val_data=world.val_data, evaluate=swallow)
+    assert stopped.value.code == 85
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGINT, 130)])
+def test_a_signal_before_the_start_has_its_exit_code_and_creates_nothing(
+    tmp_path, world, number, code, monkeypatch, capfd
+):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(preflight, "preflight", lambda *_, **__: tell(number))
+    assert main(flags(tmp_path, train_data=world.train_data)) == code
+    signal.signal(signal.SIGINT, before)
+    assert capfd.readouterr().err == f"stopped by {number.name} before the start\n"
+    assert not (tmp_path / "logs").exists()
+
+
+def test_an_evaluation_that_cannot_write_ends_no_run(tmp_path, world, capfd):
+    def evaluate(**_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    data = {"train_data": world.train_data, "val_data": world.val_data}
+    folder = run(tmp_path, **data, epochs=1, evaluate=evaluate)
+    said = capfd.readouterr().err
+    assert "evaluation after epoch 1 could not be finished" in said
+    assert "After epoch 1: clip_val_loss" in said
+    assert (folder / "export").is_dir()
+
+
+def test_a_user_sees_what_each_epoch_brought(tmp_path, world, capfd):
+    def evaluate(*, epoch, **_):
+        return {"zeroshot/shapes/acc1": 0.5 + epoch / 100, "zeroshot/average/acc1": 0.25}
+
+    data = {"train_data": world.train_data, "val_data": world.val_data}
+    run(tmp_path, **data, epochs=2, evaluate=evaluate)
+    said = capfd.readouterr().err
+    for epoch in (1, 2):
+        assert f"Epoch {epoch} of 2: mean loss " in said
+        assert f"After epoch {epoch}: clip_val_loss " in said
+        assert f"After epoch {epoch}: zeroshot/shapes acc1 0.5{epoch}" in said
+        assert f"After epoch {epoch}: zeroshot/average acc1 0.25" in said
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from clip_pgs.training.stop import run_lock
+with run_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "logs" / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_run_that_trains_is_left_alone(tmp_path, world, holder, monkeypatch, capfd):
+    monkeypatch.setattr(stop, "LOCK_SECONDS", 0.3)
+    folder = tmp_path / "logs" / "run"
+    before = contents(folder)
+    argv = flags(tmp_path, train_data=world.train_data, resume="latest")
+    assert main(argv) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "is being trained" in line]
+    assert f"{folder} is being trained by process {holder.pid} on " in line
+    assert contents(folder) == before
+
+
+def test_a_launch_goes_on_when_the_one_before_is_gone(tmp_path, world, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (
+        run(tmp_path, train_data=world.train_data, resume="latest", epochs=1) / "export"
+    ).is_dir()
+
+
+def spoil_shard(path, *, num_good):
+    """Overwrite a shard with some good pairs and as many whose image is none."""
+    with tarfile.open(path) as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar]
+    with tarfile.open(path, "w") as tar:
+        for number, (name, content) in enumerate(members):
+            info = tarfile.TarInfo(name)
+            if name.endswith(".png") and number // 2 >= num_good:
+                content = b"no image"
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_each_skip_is_a_line_and_the_totals_are_logged(tmp_path):
+    data = write_shards(tmp_path / "train")
+    spoil_shard(tmp_path / "train" / "00001.tar", num_good=13)
+    folder = run(tmp_path, train_data=data, epochs=2, workers=1)
+    lines = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    keys = sorted(line["key"] for line in lines)
+    assert keys == sorted(2 * ["00013", "00014", "00015"])
+    assert {line["reason"] for line in lines} == {"unreadable image"}
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])[
+        "skipped_samples"
+    ] == len(lines)
+
+
+def test_too_many_bad_samples_end_the_run_with_code_2_after_it_saved(tmp_path, capfd):
+    data = write_shards(tmp_path / "train")
+    spoil_shard(tmp_path / "train" / "00001.tar", num_good=2)
+    assert main(flags(tmp_path, train_data=data, epochs=4)) == 2
+    assert "more than --max-bad-share 0.1 allows" in capfd.readouterr().err
+    folder = tmp_path / "logs" / "run"
+    assert json.loads((folder / "exit.json").read_text())["code"] == 2
+    assert (folder / "checkpoints" / "latest").exists()
+    with pytest.raises(UnusableDataError):
+        run(tmp_path, train_data=data, epochs=4, resume="latest")
+    assert run(tmp_path, train_data=data, epochs=4, resume="latest", max_bad_share=0.9)
+
+
+def test_lines_that_a_resumed_run_repeats_are_dropped(tmp_path):
+    log = SkipLog(tmp_path, rank=0)
+    shard = Skip("a.tar", "", "empty shard")
+    log(shard)
+    log.open(step=0)
+    for log.step in (1, 2, 3):
+        log(Skip("b.tar", str(log.step), "no caption"))
+    again = SkipLog(tmp_path, rank=0)
+    again(shard)
+    again.open(step=3)
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == ["", "1", "2"]
+    assert (log.take_count(), again.take_count()) == (4, 0)
+
+
+def test_lines_that_cannot_be_dropped_on_a_full_disk_stay_as_they_are(tmp_path, caplog):
+    log = SkipLog(tmp_path, rank=0)
+    log.open(step=0)
+    for log.step in (1, 2, 3):
+        log(Skip("b.tar", str(log.step), "no caption"))
+    before = (tmp_path / "skipped.jsonl").read_text()
+    with files_limited_to(10):
+        SkipLog(tmp_path, rank=0).open(step=3)
+    assert (tmp_path / "skipped.jsonl").read_text() == before
+    assert "skipped.jsonl cannot be written: File too large; the run goes on" in caplog.text
+
+
+@pytest.fixture
+def begun(tmp_path, world, monkeypatch):
+    """Return the flags of a run whose first epoch a launch named "job-1" has done."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-1")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    argv = flags(tmp_path, train_data=world.train_data, epochs=1)
+    assert main(argv) == 0
+    return argv
+
+
+@pytest.mark.parametrize(
+    ("environment", "code"),
+    [
+        ({}, 2),
+        ({"TORCHELASTIC_RESTART_COUNT": "1"}, 0),
+        ({"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "job-2"}, 2),
+        ({"SLURM_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "job-2"}, 0),
+        ({"SLURM_RESTART_COUNT": "1", "SLURM_JOB_ID": "8"}, 2),
+    ],
+)
+def test_a_name_may_be_used_again_by_the_launch_that_was_restarted(
+    begun, monkeypatch, capfd, environment, code
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(begun) == code
+    if code:
+        assert capfd.readouterr().err.count("exists; use --resume latest to continue it") == 1
+
+
+def test_changed_options_are_accepted_when_told_to(tmp_path, world, capfd):
+    argv = flags(tmp_path, train_data=world.train_data, epochs=1)
+    assert main(argv) == 0
+    more = [*argv, "--epochs", "2", "--resume", "latest", "--seed", "5"]
+    assert main(more) == 2
+    assert "seed 0 -> 5" in capfd.readouterr().err
+    assert main([*more, "--accept-changes"]) == 0
+
+
+def test_a_run_goes_on_with_another_batch_size_from_the_same_sample(tmp_path, world, caplog):
+    options = {"train_data": world.train_data, "epochs": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "save_if_due", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(StoppedError, match="at sample 8 of epoch 0"):
+            run(tmp_path, **options)
+    folder = run(tmp_path, resume="latest", **{**options, "batch_size": 4})
+    assert "batch_size 8 -> 4: from the same number of samples, in the order" in caplog.text
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["samples"] for line in lines] == [8, 12, 16, 20, 24, 28, 32]
