@@ -84,6 +84,28 @@ def test_the_commands_of_the_recipe_run(folder, command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
+def test_training_and_inspection_take_the_import_path(folder):
+    (line,) = [line for line in RECIPE.splitlines() if line.startswith("bash clip-train.sh")]
+    arguments = shlex.split(line)[2:]
+    data = arguments.index("--train-data")
+    arguments[data : data + 2] = ["--dataset-type", "synthetic", "--train-num-samples", "64"]
+    command = [sys.executable, "-m", "clip_pgs.training", *arguments, "--check-only"]
+    done = run([*command, "--batch-size", "8", "--warmup", "1"], folder)
+    assert done.returncode == 0, done.stderr
+    specs = """
+from clip_pgs.inspection.model_input import parse_specs
+plain, changed, known = parse_specs(
+    ["bright:BrightMasking", "bright:BrightMasking:mask_ratio=0.25", "random:mask_ratio=0.3"]
+)
+assert (plain.name, plain.options) == ("bright:BrightMasking", {})
+assert (changed.name, changed.options) == ("bright:BrightMasking", {"mask_ratio": 0.25})
+assert (known.name, known.options) == ("random", {"mask_ratio": 0.3})
+"""
+    done = run([sys.executable, "-W", "ignore", "-c", specs], folder)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", list_maskings())
 def test_the_readme_says_of_each_strategy_what_it_declares(name):
     table = README.partition("| `--masking` | ")[2].partition("\n\n")[0]
