@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
 from typing import NamedTuple, Protocol
 
@@ -51,7 +52,7 @@ class Source(Protocol):
         """Return the place of a sample in words."""
 
 
-class WorkerStatus:
+class DataWorkerStatus:
     """What each worker is reading, for when it reads for ever or dies of it.
 
     Args:
@@ -92,67 +93,53 @@ class BatchRequest(NamedTuple):
     stop: int
 
 
-class BatchPositions:
-    """The positions of one rank's batches, from wherever an epoch is entered.
+@dataclass(frozen=True)
+class Batching:
+    """How the samples of an epoch become batches.
 
     The order of the samples of a step is micro-batch, rank, sample, so that neither accumulation
     nor the number of processes changes what a step sees.
 
     Args:
-        num_samples: Samples of an epoch.
         batch_size: Samples of a batch.
-        num_per_step: Batches that make a step; an epoch gives whole steps. None gives every
-            sample, for one process, the last ones in a partial batch.
+        per_step: Batches that make a step; an epoch gives whole steps, and another sample takes
+            the place of a bad one. None gives every usable sample, for one process, the last ones
+            in a partial batch.
         rank: The process.
         world_size: Number of processes.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        *,
-        batch_size: int,
-        num_per_step: int | None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.num_per_step = num_per_step
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self.position = 0
+    batch_size: int
+    per_step: int | None
+    rank: int = 0
+    world_size: int = 1
 
-    def __len__(self) -> int:
-        """Return the number of batches left in the epoch."""
-        num_left = max(0, self.num_samples - self.position)
-        if self.num_per_step is None:
-            return math.ceil(num_left / self.batch_size)
-        samples_per_step = self.batch_size * self.num_per_step * self.world_size
-        return num_left // samples_per_step * self.num_per_step
+    def num_batches(self, num_samples: int) -> int:
+        """Return the batches on each rank that so many samples, over all ranks, give."""
+        if self.per_step is None:
+            return math.ceil(num_samples / self.batch_size)
+        return num_samples // (self.batch_size * self.per_step * self.world_size) * self.per_step
 
-    def __iter__(self) -> Iterator[BatchRequest]:
-        for index in range(len(self)):
-            start = (index * self.world_size + self.rank) * self.batch_size + self.position
-            stop = start + self.batch_size
-            if self.num_per_step is None:
-                stop = min(stop, self.num_samples)
-            yield BatchRequest(self.epoch, start, stop)
+    def num_samples(self, num_samples: int) -> int:
+        """Return how many of so many samples are in batches, over all ranks."""
+        if self.per_step is None:
+            return num_samples
+        return self.num_batches(num_samples) * self.batch_size * self.world_size
 
 
 class PlannedBatches(Dataset[Batch]):
-    """The batches of an epoch by their positions.
+    """The batches of an epoch by their positions, which it gives to torch's loader as a sampler.
+
+    Another sample of the epoch takes the place of a bad one, chosen from (seed, epoch, position,
+    attempt) alone, so that no other sample moves.
 
     Args:
         source: Where samples come from.
         plan: Which sample has which position; it must have some.
         decode: Makes tensors of them.
-        positions: The batches to be asked for.
-        status: Where workers note what they are reading.
-        refill: Whether another sample of the epoch takes the place of a bad one, chosen from
-            (seed, epoch, position, attempt) alone, so that no other sample moves. Else a batch
-            is smaller where samples are bad.
+        batching: Which positions make a batch.
+        num_samples: Samples of an epoch; it may enter the plan's next pass.
+        num_workers: Loading processes, no more than there are batches.
     """
 
     def __init__(
@@ -160,32 +147,39 @@ class PlannedBatches(Dataset[Batch]):
         source: Source,
         plan: EpochPlan,
         decode: SampleDecoder,
-        positions: BatchPositions,
-        status: WorkerStatus,
+        batching: Batching,
         *,
-        refill: bool,
+        num_samples: int,
+        num_workers: int,
     ) -> None:
         self.source = source
         self.plan = plan
         self.decode = decode
-        self.positions = positions
-        self.status = status
-        self.refill = refill
-
-    @property
-    def sampler(self) -> BatchPositions:
-        """What torch's loader draws its requests from."""
-        return self.positions
+        self.batching = batching
+        self.num_workers = min(num_workers, batching.num_batches(num_samples))
+        self.status = DataWorkerStatus(self.num_workers)
+        self.sampler = self
+        self.num_samples = batching.num_samples(num_samples)
+        self._num_planned = num_samples
+        self._epoch = self._position = 0
 
     @property
     def num_batches(self) -> int:
         """Batches left in the epoch on this rank."""
-        return len(self.positions)
+        return self.batching.num_batches(max(0, self._num_planned - self._position))
 
     def start_at(self, epoch: int, position: int) -> None:
         """Enter an epoch after so many samples over all ranks."""
-        self.positions.epoch = epoch
-        self.positions.position = position
+        self._epoch, self._position = epoch, position
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        size, batching = self.batching.batch_size, self.batching
+        for index in range(self.num_batches):
+            start = (index * batching.world_size + batching.rank) * size + self._position
+            yield BatchRequest(self._epoch, start, min(start + size, self._num_planned))
 
     def describe(self, shard: int, number: int) -> str:
         """Return a place that a worker noted, in words."""
@@ -201,7 +195,7 @@ class PlannedBatches(Dataset[Batch]):
             example = self._example(self.plan.sample_at(request.epoch, position), request.epoch)
             if isinstance(example, Skip):
                 skips.append(example)
-                if not self.refill:
+                if self.batching.per_step is None:
                     continue
                 found = self._find_other(request.epoch, position)
                 if isinstance(found, list):

@@ -38,15 +38,12 @@ class SampleStream:
     Args:
         batches: The batches of an epoch.
         account: Counts what is skipped.
-        num_workers: Loading processes; 0 loads in this one.
-        num_samples: Samples of an epoch over all ranks; None if not known.
-        num_batches: Batches of an epoch on each rank; None if not known.
         timeout: Seconds to wait for a batch; 0 waits for ever.
 
     Attributes:
-        num_samples: As above.
-        num_batches: As above.
-        num_workers: As above, after what the data allows.
+        num_samples: Samples of an epoch over all ranks; None if not known.
+        num_batches: Batches of an epoch on each rank; None if not known.
+        num_workers: Loading processes, after what the data allows; 0 loads in this one.
     """
 
     def __init__(
@@ -54,14 +51,11 @@ class SampleStream:
         batches: PlannedBatches | StreamingBatches,
         account: SkipAccount,
         *,
-        num_workers: int,
-        num_samples: int | None,
-        num_batches: int | None,
         timeout: float = 0.0,
     ) -> None:
-        self.num_workers = num_workers
-        self.num_samples = num_samples
-        self.num_batches = num_batches
+        self.num_workers = batches.num_workers
+        self.num_samples = batches.num_samples
+        self.num_batches = batches.num_batches
         self._batches = batches
         self._account = account
         self._timeout = timeout

@@ -12,15 +12,14 @@ from __future__ import annotations
 import argparse
 import io
 import logging
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
-from clip_pgs.data.batches import BatchPositions, PlannedBatches, Source, WorkerStatus
+from clip_pgs.data.batches import Batching, PlannedBatches, Source
 from clip_pgs.data.decoding import faster_transform
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.plan import (
@@ -34,14 +33,7 @@ from clip_pgs.data.plan import (
 from clip_pgs.data.samples import RawSample, SampleDecoder, Tokenize, Transform
 from clip_pgs.data.shards import count_samples, expand_shards, is_seekable, upsampling_weights
 from clip_pgs.data.skips import OnSkip, Skip, SkipAccount
-from clip_pgs.data.streaming import (
-    OrderedShards,
-    ResampledShards,
-    ShuffledShards,
-    StreamingBatches,
-    StreamingSource,
-    check_enough_shards,
-)
+from clip_pgs.data.streaming import StreamingBatches, StreamingSource, check_enough_shards
 from clip_pgs.data.tables import PairTable, TableSource, read_pairs
 from clip_pgs.data.tar import ShardSource, index_shards, size_shards
 from clip_pgs.data.text_masking import create_text_masking
@@ -126,51 +118,41 @@ def build_train_stream(
     decode = SampleDecoder(
         faster_transform(transform), shorten, args.seed, _caption_key(args, kind)
     )
-
-    if _is_seekable(kind, args.train_data):
-        data = _plan_training(args, kind, transform)
-        _require_samples(data)
-        num_batches = _num_batches(args, data.num_samples, world_size=world_size)
-        account = _training_account(args, on_skip, num_batches=num_batches)
-        if rank == 0:
-            account.add(data.failures, num_tried=0)
+    batching = Batching(args.batch_size, args.accum_freq, rank, world_size)
+    failures: list[Skip] = []
+    batches: PlannedBatches | StreamingBatches
+    if _is_indexed(kind, args.train_data):
+        data = _indexed_data(args, kind, transform, trains=True)
         if isinstance(data.source, ShardSource):
             shards = data.source.shards
             index_shards(shards, start=len(shards) * rank // world_size)
-        positions = BatchPositions(
-            data.num_samples,
-            batch_size=args.batch_size,
-            num_per_step=args.accum_freq,
-            rank=rank,
-            world_size=world_size,
-        )
-        num_workers = min(args.workers, num_batches)
-        batches: PlannedBatches | StreamingBatches = PlannedBatches(
-            data.source, data.plan, decode, positions, WorkerStatus(num_workers), refill=True
+        failures = data.failures if rank == 0 else []
+        _check_one_step(args, data.num_samples, world_size)
+        batches = PlannedBatches(
+            data.source,
+            data.plan,
+            decode,
+            batching,
+            num_samples=data.num_samples,
+            num_workers=args.workers,
         )
     else:
-        source = _streaming_source(args, world_size=world_size)
-        num_batches = _num_batches(args, _stated_samples(args), world_size=world_size)
-        account = _training_account(args, on_skip, num_batches=num_batches)
-        num_workers = _num_streaming_workers(args, source, num_batches, world_size)
-        batches = StreamingBatches(
-            source,
-            decode,
-            WorkerStatus(num_workers),
-            batch_size=args.batch_size,
-            batches_per_epoch=num_batches,
-            batches_per_step=args.accum_freq,
-            rank=rank,
-            world_size=world_size,
+        source = _streaming_source(args, world_size)
+        num_samples = _stated_samples(args)
+        _check_one_step(args, num_samples, world_size)
+        num_workers = _num_streaming_workers(
+            args, source, batching.num_batches(num_samples), world_size
         )
-    return SampleStream(
-        batches,
-        account,
-        num_workers=num_workers,
-        num_samples=num_batches * args.batch_size * world_size,
-        num_batches=num_batches,
-        timeout=args.data_timeout,
+        batches = StreamingBatches(
+            source, decode, batching, num_samples=num_samples, num_workers=num_workers
+        )
+    account = SkipAccount(
+        on_skip=on_skip,
+        max_bad_share=args.max_bad_share,
+        epoch_size=(batches.num_batches or 0) * args.batch_size,
     )
+    account.add(failures, num_tried=0)
+    return SampleStream(batches, account, timeout=args.data_timeout)
 
 
 def build_val_stream(
@@ -195,37 +177,30 @@ def build_val_stream(
     """
     kind = dataset_kind(args.dataset_type, args.val_data, flag="--val-data")
     decode = SampleDecoder(transform, tokenize, args.seed, _caption_key(args, kind))
+    batching = Batching(args.batch_size, per_step=None)
     account = SkipAccount()
-    num_samples: int | None
-    if _is_seekable(kind, args.val_data):
-        data = _plan_validation(args, kind, transform)
-        _require_samples(data)
+    batches: PlannedBatches | StreamingBatches
+    if _is_indexed(kind, args.val_data):
+        data = _indexed_data(args, kind, transform, trains=False)
         account.add(data.failures, num_tried=0)
-        num_samples = data.num_samples
-        positions = BatchPositions(num_samples, batch_size=args.batch_size, num_per_step=None)
-        num_workers = min(args.workers, len(positions))
-        batches: PlannedBatches | StreamingBatches = PlannedBatches(
-            data.source, data.plan, decode, positions, WorkerStatus(num_workers), refill=False
+        batches = PlannedBatches(
+            data.source,
+            data.plan,
+            decode,
+            batching,
+            num_samples=data.num_samples,
+            num_workers=args.workers,
         )
     else:
         shards = expand_shards(args.val_data)
-        num_samples = args.val_num_samples or count_samples(shards)
-        num_workers = args.workers
         batches = StreamingBatches(
-            OrderedShards(shards, batch_size=args.batch_size, use_json=bool(args.caption_key)),
+            StreamingSource(shards, "ordered", use_json=bool(args.caption_key)),
             decode,
-            WorkerStatus(num_workers),
-            batch_size=args.batch_size,
-            batches_per_epoch=None,
+            batching,
+            num_samples=args.val_num_samples or count_samples(shards),
+            num_workers=args.workers,
         )
-    return SampleStream(
-        batches,
-        account,
-        num_workers=num_workers,
-        num_samples=num_samples,
-        num_batches=None if num_samples is None else math.ceil(num_samples / args.batch_size),
-        timeout=args.data_timeout,
-    )
+    return SampleStream(batches, account, timeout=args.data_timeout)
 
 
 def read_table(args: argparse.Namespace, path: str) -> PairTable:
@@ -242,101 +217,74 @@ def _caption_key(args: argparse.Namespace, kind: DatasetKind) -> str | None:
     return args.caption_key if kind == "webdataset" else None
 
 
-def _is_seekable(kind: DatasetKind, path: str) -> bool:
+def _is_indexed(kind: DatasetKind, path: str) -> bool:
     return kind != "webdataset" or all(map(is_seekable, expand_shards(path)))
 
 
-def _require_samples(data: _PlannedData) -> None:
-    if data.plan.num_samples == 0:
-        account = SkipAccount()
-        account.add(data.failures, num_tried=0)
-        raise account.no_usable_sample([])
-
-
-def _num_batches(args: argparse.Namespace, num_samples: int, *, world_size: int) -> int:
-    """Return the batches of each rank in the whole steps of an epoch."""
-    samples_per_step = args.batch_size * args.accum_freq * world_size
-    num_steps = num_samples // samples_per_step
-    if num_steps == 0:
+def _check_one_step(args: argparse.Namespace, num_samples: int, world_size: int) -> None:
+    needed = args.batch_size * args.accum_freq * world_size
+    if num_samples < needed:
         raise ValueError(
-            f"{num_samples} training samples do not fill one step of {samples_per_step}: "
+            f"{num_samples} training samples do not fill one step of {needed}: "
             f"--batch-size {args.batch_size} x --accum-freq {args.accum_freq} x {world_size} "
             "processes"
         )
-    return num_steps * args.accum_freq
-
-
-def _training_account(
-    args: argparse.Namespace, on_skip: OnSkip | None, *, num_batches: int
-) -> SkipAccount:
-    return SkipAccount(
-        on_skip=on_skip,
-        max_bad_share=args.max_bad_share,
-        epoch_size=num_batches * args.batch_size,
-    )
 
 
 @dataclass(frozen=True)
-class _PlannedData:
+class _IndexedData:
     source: Source
     plan: EpochPlan
     num_samples: int  # of an epoch, whether or not the plan has as many
-    failures: list[Skip] = field(default_factory=list)
+    failures: list[Skip]  # of whole shards
 
 
-def _plan_training(
-    args: argparse.Namespace, kind: DatasetKind, transform: Callable
-) -> _PlannedData:
+def _indexed_data(
+    args: argparse.Namespace, kind: DatasetKind, transform: Callable, *, trains: bool
+) -> _IndexedData:
+    """Return data to train on, shuffled, or to measure on, in order."""
+    path = args.train_data if trains else args.val_data
     if kind == "csv":
-        table = read_table(args, args.train_data)
-        plan: EpochPlan = RowPlan(len(table), seed=args.seed)
-        return _PlannedData(TableSource(table), plan, len(table))
+        table = read_table(args, path)
+        plan: EpochPlan = OrderedPlan([len(table)])
+        if trains:
+            plan = RowPlan(len(table), seed=args.seed)
+        return _IndexedData(TableSource(table), plan, len(table), [])
+    num_samples = args.train_num_samples
     if kind == "synthetic":
-        return _blank_data(args.train_num_samples, transform)
+        if not trains and args.val_num_samples is not None:
+            num_samples = args.val_num_samples
+        if num_samples is None or num_samples < 1:
+            raise ValueError(
+                f"--dataset-type synthetic needs --train-num-samples >= 1, got {num_samples}"
+            )
+        source = _BlankSource(_image_size(transform))
+        return _IndexedData(source, OrderedPlan([num_samples]), num_samples, [])
 
-    shards = expand_shards(args.train_data)
-    sizes, failures = size_shards(shards)
-    if args.dataset_resampled:
-        factors = args.train_data_upsampling_factors
-        weights = None if factors is None else upsampling_weights(args.train_data, factors)
-        plan = ResampledPlan(sizes, weights=weights, seed=args.seed)
+    shards = expand_shards(path)
+    # In a measurement each sample counts, whatever is stated beside the shards.
+    sizes, failures = size_shards(shards, use_stated=trains)
+    if not trains:
+        plan = OrderedPlan(sizes)
+    elif args.dataset_resampled:
+        plan = ResampledPlan(sizes, weights=_shard_weights(args), seed=args.seed)
     else:
         plan = ShardPlan(sizes, seed=args.seed)
-    num_samples = args.train_num_samples
-    if num_samples is None:
+    if num_samples is None or not trains:
         num_samples = sum(sizes)
     elif num_samples < 1:
         raise ValueError(f"--train-num-samples must be >= 1, got {num_samples}")
-    source = ShardSource(shards, use_json=bool(args.caption_key))
-    return _PlannedData(source, plan, num_samples, failures)
+    if plan.num_samples == 0:
+        account = SkipAccount()
+        account.add(failures, num_tried=0)
+        raise account.no_usable_sample([])
+    shard_source = ShardSource(shards, use_json=bool(args.caption_key))
+    return _IndexedData(shard_source, plan, num_samples, failures)
 
 
-def _plan_validation(
-    args: argparse.Namespace, kind: DatasetKind, transform: Callable
-) -> _PlannedData:
-    if kind == "csv":
-        table = read_table(args, args.val_data)
-        return _PlannedData(TableSource(table), OrderedPlan([len(table)]), len(table))
-    if kind == "synthetic":
-        num_samples = args.val_num_samples
-        return _blank_data(
-            args.train_num_samples if num_samples is None else num_samples, transform
-        )
-    shards = expand_shards(args.val_data)
-    # Each sample counts in a measurement, whatever is stated beside the shards.
-    sizes, failures = size_shards(shards, use_stated=False)
-    source = ShardSource(shards, use_json=bool(args.caption_key))
-    return _PlannedData(source, OrderedPlan(sizes), sum(sizes), failures)
-
-
-def _blank_data(num_samples: int | None, transform: Callable) -> _PlannedData:
-    if num_samples is None or num_samples < 1:
-        raise ValueError(
-            f"--dataset-type synthetic needs --train-num-samples >= 1, got {num_samples}"
-        )
-    return _PlannedData(
-        _BlankSource(_image_size(transform)), OrderedPlan([num_samples]), num_samples
-    )
+def _shard_weights(args: argparse.Namespace) -> list[float] | None:
+    factors = args.train_data_upsampling_factors
+    return None if factors is None else upsampling_weights(args.train_data, factors)
 
 
 def _image_size(transform: Callable) -> tuple[int, int]:
@@ -368,14 +316,12 @@ class _BlankSource:
         return f"synthetic: {number}"
 
 
-def _streaming_source(args: argparse.Namespace, *, world_size: int) -> StreamingSource:
+def _streaming_source(args: argparse.Namespace, world_size: int) -> StreamingSource:
     shards, use_json = expand_shards(args.train_data), bool(args.caption_key)
     if args.dataset_resampled:
-        factors = args.train_data_upsampling_factors
-        weights = None if factors is None else upsampling_weights(args.train_data, factors)
-        return ResampledShards(shards, weights=weights, seed=args.seed, use_json=use_json)
+        return StreamingSource(shards, "resampled", args.seed, _shard_weights(args), use_json)
     check_enough_shards(len(shards), world_size)
-    return ShuffledShards(shards, seed=args.seed, use_json=use_json)
+    return StreamingSource(shards, "shuffled", args.seed, use_json=use_json)
 
 
 def _stated_samples(args: argparse.Namespace) -> int:

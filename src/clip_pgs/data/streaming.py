@@ -10,16 +10,15 @@ from __future__ import annotations
 import logging
 import math
 import random
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from multiprocessing.sharedctypes import RawArray
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from clip_pgs.data.batches import Batch, Example, WorkerStatus, collate, decode_item
+from clip_pgs.data.batches import Batch, Batching, DataWorkerStatus, Example, collate, decode_item
 from clip_pgs.data.plan import shuffled, stable_seed
 from clip_pgs.data.samples import RawSample, SampleDecoder
 from clip_pgs.data.skips import Skip
@@ -55,34 +54,72 @@ class Worker:
     num_workers: int = 1
 
 
-class StreamingSource(ABC):
-    """What a loader's workers read through.
+@dataclass(frozen=True)
+class StreamingSource:
+    """What a loader's workers read through, in passes.
 
     Args:
         shards: Expanded shards.
+        order: "shuffled": each shard once a pass, dealt to ranks and workers anew each epoch, and
+            samples mixed. "resampled": every worker draws as many shards as there are, with
+            replacement, and mixes samples. "ordered": all workers of one process read all shards
+            and hand on their own batches, so that batches are the same for any number of workers:
+            a validation loss depends on what shares a batch.
         seed: Seed of the order.
+        weights: Drawing weight of each shard, or None for equal ones.
         use_json: Take the side-car JSON for the caption.
     """
 
-    def __init__(self, shards: list[str], *, seed: int = 0, use_json: bool = False) -> None:
-        self.shards = shards
-        self.seed = seed
-        self.use_json = use_json
+    shards: list[str]
+    order: Literal["shuffled", "resampled", "ordered"]
+    seed: int = 0
+    weights: list[float] | None = None
+    use_json: bool = False
 
-    @abstractmethod
     def read(
-        self, worker: Worker, status: WorkerStatus, *, epoch: int, pass_index: int
+        self,
+        worker: Worker,
+        status: DataWorkerStatus,
+        batch_size: int,
+        *,
+        epoch: int,
+        pass_index: int,
     ) -> Iterator[RawSample | Skip]:
         """Yield the samples of one pass of a worker; every shard yields at least one item."""
+        items = self._read_all(self._turns(worker, epoch, pass_index), status)
+        if self.order == "ordered":
+            return _own_batches(items, worker, batch_size)
+        place = (worker.rank, worker.world_size, worker.index, worker.num_workers, pass_index)
+        seed = stable_seed("mix", self.seed, epoch, *place)
+        return shuffled_stream(items, seed, buffer_size=_BUFFER_SIZE, initial_size=_INITIAL_SIZE)
 
     def has_tried_all(self, shards: set[str]) -> bool:
         """Return whether passes that gave these shards can give no others."""
-        return True
+        weights = self.weights or [1.0] * len(self.shards)
+        drawn = [shard for shard, weight in zip(self.shards, weights, strict=True) if weight]
+        return self.order != "resampled" or shards.issuperset(drawn)
+
+    def _turns(self, worker: Worker, epoch: int, pass_index: int) -> list[tuple[int, int]]:
+        """Return the shards of a pass, each with what tells its repetitions apart."""
+        numbers = range(len(self.shards))
+        if self.order == "ordered":
+            return [(shard, pass_index) for shard in numbers]
+        if self.order == "shuffled":
+            dealt = shuffled(numbers, "deal", self.seed, epoch)
+            mine = dealt[worker.rank :: worker.world_size][worker.index :: worker.num_workers]
+            if pass_index > 0:
+                mine = shuffled(mine, "repeat", self.seed, epoch, pass_index)
+            return [(shard, pass_index) for shard in mine]
+        index = worker.rank * worker.num_workers + worker.index
+        rng = random.Random(stable_seed("draw", self.seed, epoch, index, pass_index))
+        drawn = rng.choices(numbers, weights=self.weights, k=len(numbers))
+        # Distinct over the epoch, so that a shard drawn twice is augmented in two ways.
+        num_readers, first = worker.world_size * worker.num_workers, pass_index * len(numbers)
+        return [(shard, (first + draw) * num_readers + index) for draw, shard in enumerate(drawn)]
 
     def _read_all(
-        self, turns: Iterable[tuple[int, int]], status: WorkerStatus
+        self, turns: list[tuple[int, int]], status: DataWorkerStatus
     ) -> Iterator[RawSample | Skip]:
-        """Read shards one after the other, each given with what tells its repetitions apart."""
         for shard, repeat in turns:
             status.note(shard, 0)
             items = read_shard(self.shards[shard], repeat=repeat, use_json=self.use_json)
@@ -90,131 +127,20 @@ class StreamingSource(ABC):
                 yield item
                 status.note(shard, number)
 
-    def _read_mixed(
-        self,
-        turns: Iterable[tuple[int, int]],
-        worker: Worker,
-        status: WorkerStatus,
-        epoch: int,
-        pass_index: int,
-    ) -> Iterator[RawSample | Skip]:
-        place = (worker.rank, worker.world_size, worker.index, worker.num_workers, pass_index)
-        seed = stable_seed("mix", self.seed, epoch, *place)
-        return shuffled_stream(
-            self._read_all(turns, status),
-            seed,
-            buffer_size=_BUFFER_SIZE,
-            initial_size=_INITIAL_SIZE,
-        )
-
-
-class ShuffledShards(StreamingSource):
-    """Each shard once a pass, dealt to ranks and workers anew each epoch; samples shuffled."""
-
-    def read(
-        self, worker: Worker, status: WorkerStatus, *, epoch: int, pass_index: int
-    ) -> Iterator[RawSample | Skip]:
-        """Yield each sample of the worker's shards once."""
-        dealt = shuffled(range(len(self.shards)), "deal", self.seed, epoch)
-        mine = dealt[worker.rank :: worker.world_size][worker.index :: worker.num_workers]
-        if pass_index > 0:
-            mine = shuffled(mine, "repeat", self.seed, epoch, pass_index)
-        turns = [(shard, pass_index) for shard in mine]
-        return self._read_mixed(turns, worker, status, epoch, pass_index)
-
-
-class ResampledShards(StreamingSource):
-    """Shards drawn with replacement; a pass draws as many as there are.
-
-    Args:
-        shards: Expanded shards.
-        weights: Drawing weight of each shard, or None for equal ones.
-        seed: Seed of the draws.
-        use_json: Take the side-car JSON for the caption.
-    """
-
-    def __init__(
-        self,
-        shards: list[str],
-        *,
-        weights: list[float] | None,
-        seed: int,
-        use_json: bool = False,
-    ) -> None:
-        super().__init__(shards, seed=seed, use_json=use_json)
-        self.weights = weights
-
-    def read(
-        self, worker: Worker, status: WorkerStatus, *, epoch: int, pass_index: int
-    ) -> Iterator[RawSample | Skip]:
-        """Yield the samples of the shards drawn; every worker draws from all of them."""
-        index = worker.rank * worker.num_workers + worker.index
-        num_draws = len(self.shards)
-        rng = random.Random(stable_seed("draw", self.seed, epoch, index, pass_index))
-        drawn = rng.choices(range(num_draws), weights=self.weights, k=num_draws)
-        # Distinct over the epoch, so that a shard drawn twice is augmented in two ways.
-        num_readers = worker.world_size * worker.num_workers
-        turns = [
-            (shard, (pass_index * num_draws + draw) * num_readers + index)
-            for draw, shard in enumerate(drawn)
-        ]
-        return self._read_mixed(turns, worker, status, epoch, pass_index)
-
-    def has_tried_all(self, shards: set[str]) -> bool:
-        """Return whether these are all the shards that can be drawn."""
-        weights = self.weights or [1.0] * len(self.shards)
-        return all(
-            shard in shards for shard, weight in zip(self.shards, weights, strict=True) if weight
-        )
-
-
-class OrderedShards(StreamingSource):
-    """Each shard once a pass, in order, for one process.
-
-    Every worker reads all shards and hands on its own batches, so that batches are the same for
-    any number of workers: a validation loss depends on what shares a batch.
-
-    Args:
-        shards: Expanded shards.
-        batch_size: Samples that one worker takes in a row.
-        use_json: Take the side-car JSON for the caption.
-    """
-
-    def __init__(self, shards: list[str], *, batch_size: int, use_json: bool = False) -> None:
-        super().__init__(shards, use_json=use_json)
-        self.batch_size = batch_size
-
-    def read(
-        self, worker: Worker, status: WorkerStatus, *, epoch: int, pass_index: int
-    ) -> Iterator[RawSample | Skip]:
-        """Yield the samples of the worker's batches."""
-        position = 0
-        turns = [(shard, pass_index) for shard in range(len(self.shards))]
-        for item in self._read_all(turns, status):
-            if isinstance(item, Skip):
-                if worker.index == 0:
-                    yield item
-                continue
-            if position // self.batch_size % worker.num_workers == worker.index:
-                yield item
-            position += 1
-
 
 class StreamingBatches(IterableDataset[Batch]):
     """The batches of an epoch, each worker its own.
 
+    Workers make the batches of a rank in turn. In training they go through their shards again as
+    need be, and bad samples' places are taken by others of the same batch, so that each batch
+    takes as many pairs.
+
     Args:
         source: Where samples come from.
         decode: Makes tensors of them.
-        status: Where workers note what they are reading.
-        batch_size: Samples per batch.
-        batches_per_epoch: Batches of a whole epoch on this rank, made by its workers in turn;
-            they go through their shards again as need be, and bad samples' places are taken by
-            others of the same batch, so that each batch takes as many pairs. None for one pass
-            in which bad samples are left out, with a partial last batch.
-        batches_per_step: Batches that make a step.
-        rank: The process.
-        world_size: Number of processes.
+        batching: How samples become batches.
+        num_samples: Samples of an epoch over all ranks, None if not known.
+        num_workers: Loading processes.
     """
 
     sampler = None
@@ -223,36 +149,32 @@ class StreamingBatches(IterableDataset[Batch]):
         self,
         source: StreamingSource,
         decode: SampleDecoder,
-        status: WorkerStatus,
+        batching: Batching,
         *,
-        batch_size: int,
-        batches_per_epoch: int | None,
-        batches_per_step: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
+        num_samples: int | None,
+        num_workers: int,
     ) -> None:
         self.source = source
         self.decode = decode
-        self.status = status
-        self.batch_size = batch_size
-        self.batches_per_epoch = batches_per_epoch
-        self.batches_per_step = batches_per_step
-        self.rank = rank
-        self.world_size = world_size
+        self.batching = batching
+        self.num_workers = num_workers
+        self.status = DataWorkerStatus(num_workers)
+        self.num_samples = None if num_samples is None else batching.num_samples(num_samples)
         # Epoch and first batch. Persistent workers hold copies of the data set; this reaches them.
         self._start = RawArray("q", 2)
 
     @property
     def num_batches(self) -> int | None:
         """Batches left in the epoch on this rank; None if not known."""
-        if self.batches_per_epoch is None:
+        if self.num_samples is None:
             return None
-        num_left = self.batches_per_epoch - self._start[1]
-        return max(0, num_left // self.batches_per_step * self.batches_per_step)
+        per_step = self.batching.per_step or 1
+        num_left = self.batching.num_batches(self.num_samples) - self._start[1]
+        return max(0, num_left // per_step * per_step)
 
     def start_at(self, epoch: int, position: int) -> None:
         """Enter an epoch after so many samples over all ranks, at the next whole batch."""
-        first_batch = math.ceil(position / (self.batch_size * self.world_size))
+        first_batch = math.ceil(position / (self.batching.batch_size * self.batching.world_size))
         if first_batch:
             logger.info(
                 "these shards can only be read from the beginning: each worker reads up to its "
@@ -260,8 +182,7 @@ class StreamingBatches(IterableDataset[Batch]):
                 "workers and samples per batch",
                 position,
             )
-        self._start[0] = epoch
-        self._start[1] = first_batch
+        self._start[:] = [epoch, first_batch]
 
     def describe(self, shard: int, number: int) -> str:
         """Return a place that a worker noted, in words."""
@@ -271,30 +192,35 @@ class StreamingBatches(IterableDataset[Batch]):
         info = get_worker_info()
         index, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
         epoch, first_batch = self._start
-        if self.num_batches is None:
-            yield from self._one_pass(Worker(self.rank, self.world_size, index, num_workers), epoch)
+        ranks = self.batching.rank, self.batching.world_size
+        if self.batching.per_step is None:
+            yield from self._one_pass(Worker(*ranks, index, num_workers), epoch)
             return
         # The loader asks its first worker first, whoever made the batch before.
         index = (index + first_batch) % num_workers
-        worker = Worker(self.rank, self.world_size, index, num_workers)
         num_skipped = len(range(index, first_batch, num_workers))
-        quota = len(range(index, first_batch + self.num_batches, num_workers))
+        quota = len(range(index, first_batch + (self.num_batches or 0), num_workers))
         if quota > num_skipped:
+            worker = Worker(*ranks, index, num_workers)
             yield from self._full_batches(worker, epoch, num_skipped, quota)
+
+    def _read(self, worker: Worker, epoch: int, pass_index: int) -> Iterator[RawSample | Skip]:
+        size = self.batching.batch_size
+        return self.source.read(worker, self.status, size, epoch=epoch, pass_index=pass_index)
 
     def _one_pass(self, worker: Worker, epoch: int) -> Iterator[Batch]:
         examples: list[Example] = []
         skips: list[Skip] = []
         num_tried = 0
-        for item in self.source.read(worker, self.status, epoch=epoch, pass_index=0):
+        for item in self._read(worker, epoch, 0):
             num_tried += 1
             example = decode_item(item, self.decode, epoch)
             if isinstance(example, Skip):
                 skips.append(example)
             else:
                 examples.append(example)
-            if len(examples) == self.batch_size or len(skips) == _MAX_PENDING_SKIPS:
-                full = len(examples) == self.batch_size
+            if len(examples) == self.batching.batch_size or len(skips) == _MAX_PENDING_SKIPS:
+                full = len(examples) == self.batching.batch_size
                 yield collate(examples if full else [], num_tried, skips)
                 examples, skips, num_tried = [] if full else examples, [], 0
         self.status.clear()
@@ -304,7 +230,7 @@ class StreamingBatches(IterableDataset[Batch]):
     def _full_batches(
         self, worker: Worker, epoch: int, num_skipped: int, quota: int
     ) -> Iterator[Batch]:
-        pairs_to_skip = num_skipped * self.batch_size
+        pairs_to_skip = num_skipped * self.batching.batch_size
         examples: list[Example | None] = []
         good: list[RawSample] = []
         skips: list[Skip] = []
@@ -312,7 +238,7 @@ class StreamingBatches(IterableDataset[Batch]):
         num_done, num_tried, num_bad_in_row = num_skipped, 0, 0
         for pass_index in count():
             num_usable = 0
-            for item in self.source.read(worker, self.status, epoch=epoch, pass_index=pass_index):
+            for item in self._read(worker, epoch, pass_index):
                 if pairs_to_skip:
                     is_pair = isinstance(item, RawSample)
                     pairs_to_skip -= is_pair
@@ -332,9 +258,9 @@ class StreamingBatches(IterableDataset[Batch]):
                     examples.append(example)
                     good.append(item)
                 # A batch without one good pair has nothing to fill its places with.
-                if good and len(examples) >= self.batch_size:
+                if good and len(examples) >= self.batching.batch_size:
                     place = (epoch, worker.rank, worker.index, num_done)
-                    filled = self._fill(examples[-self.batch_size :], good, place)
+                    filled = self._fill(examples[-self.batching.batch_size :], good, place)
                     self.status.clear()
                     yield collate(filled, num_tried, skips)
                     examples, good, skips, num_tried = [], [], [], 0
@@ -366,6 +292,20 @@ class StreamingBatches(IterableDataset[Batch]):
                 example = self.decode(other, epoch=place[0])
             filled.append(example)
         return filled
+
+
+def _own_batches(
+    items: Iterator[RawSample | Skip], worker: Worker, batch_size: int
+) -> Iterator[RawSample | Skip]:
+    position = 0
+    for item in items:
+        if isinstance(item, Skip):
+            if worker.index == 0:
+                yield item
+            continue
+        if position // batch_size % worker.num_workers == worker.index:
+            yield item
+        position += 1
 
 
 def shuffled_stream(

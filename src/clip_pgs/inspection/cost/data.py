@@ -23,7 +23,7 @@ from tqdm import tqdm
 from webdataset.autodecode import imagehandler
 
 from clip_pgs.common import check_writable
-from clip_pgs.data.batches import BatchPositions, PlannedBatches, WorkerStatus
+from clip_pgs.data.batches import Batching, PlannedBatches
 from clip_pgs.data.decoding import UnreadableImageError, faster_transform, open_image
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.plan import RowPlan, SampleRef
@@ -230,17 +230,11 @@ def measure_loader_speed(
         JpegSource(images),
         RowPlan(len(images), seed=0),
         our_decoder(image_size),
-        BatchPositions(num_samples, batch_size=batch_size, num_per_step=1),
-        WorkerStatus(num_workers),
-        refill=True,
-    )
-    stream = SampleStream(
-        batches,
-        SkipAccount(),
-        num_workers=num_workers,
+        Batching(batch_size, per_step=1),
         num_samples=num_samples,
-        num_batches=num_first + num_batches,
+        num_workers=num_workers,
     )
+    stream = SampleStream(batches, SkipAccount())
 
     def waiting(pause: float) -> float:
         """Return how long an epoch's batches were waited for, in seconds."""
