@@ -196,14 +196,8 @@ class ShardReport:
 
     def add(self, other: ShardReport) -> None:
         """Add another report to this one."""
-        self.num_samples += other.num_samples
-        self.num_usable += other.num_usable
-        self.num_images += other.num_images
-        self.num_captions += other.num_captions
-        self.caption_lengths += other.caption_lengths
-        self.widths += other.widths
-        self.heights += other.heights
-        self.bad += other.bad
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 def check_shard(shard: str, *, caption_key: str | None = None) -> ShardReport:

@@ -19,7 +19,7 @@ from clip_pgs.data.skips import BadSampleError, NoUsableSampleError, Skip, Stall
 from clip_pgs.data.stream import dataset_kind, read_table
 from clip_pgs.data.streaming import check_enough_shards
 from clip_pgs.data.tables import TableSource
-from clip_pgs.data.tar import index_shard, read_shard, size_shards, unreadable_shard
+from clip_pgs.data.tar import index_shards, read_shard, size_shards, unreadable_shard
 
 _NUM_READERS = 8
 # Of thousands of shards, all are opened, but only so many are read in.
@@ -161,11 +161,13 @@ def _check_amount(args: argparse.Namespace, shards: list[str], world_size: int) 
         if not args.dataset_resampled:
             check_enough_shards(len(shards), world_size)
         return []
-    num_samples = sum(size_shards(shards)[0])
+    sizes, _ = size_shards(shards)
+    num_samples = sum(sizes)
     warnings = []
-    for index in _spread(len(shards), _MAX_COUNTED):
-        stated = size_shards([shards[index]])[0][0]
-        counted = len(index_shard(shards[index]))
+    chosen = _spread(len(shards), _MAX_COUNTED)
+    counts = index_shards([shards[index] for index in chosen])
+    for index in chosen:
+        stated, counted = sizes[index], counts[shards[index]][0]
         if stated != counted:
             path = Path(shards[index])
             warnings.append(

@@ -162,7 +162,7 @@ class ShardIndex:
 
     Args:
         shard: Its path.
-        samples: Of type `sample_type`, shape (S,).
+        samples: Of type `_sample_type`, shape (S,).
         texts: Offset and size of the C texts, shape (C, 2), int64.
         suffixes: What members pairs have, which a sample refers to by number.
         failure: Why there are no more pairs, where there should be.
@@ -223,14 +223,14 @@ class ShardSource:
     def __init__(self, shards: list[str], *, use_json: bool = False) -> None:
         self.shards = shards
         self.use_json = use_json
-        self._open: OrderedDict[int, tuple[ShardIndex, int | None]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[ShardIndex, int]] = OrderedDict()
         # Others in this process need files too.
         self._max_open = min(_MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
     def read(self, ref: SampleRef) -> RawSample | Skip:
         """Read one sample of a shard."""
         index, file = self._opened(ref.shard)
-        if file is not None and ref.number < len(index):
+        if ref.number < len(index):
             return index.read(file, ref.number, repeat=ref.repeat, use_json=self.use_json)
         key = f"sample {ref.number + 1}"
         if index.failure is not None:
@@ -242,18 +242,11 @@ class ShardSource:
         """Return the shard and the number of the sample."""
         return f"{self.shards[shard]}: sample {number + 1}"
 
-    def _opened(self, number: int) -> tuple[ShardIndex, int | None]:
+    def _opened(self, number: int) -> tuple[ShardIndex, int]:
         if number not in self._open:
             while len(self._open) >= self._max_open:
-                _, file = self._open.popitem(last=False)[1]
-                if file is not None:
-                    os.close(file)
-            shard = self.shards[number]
-            try:
-                file = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
-                self._open[number] = index_file(shard, file), file
-            except (OSError, ValueError) as error:
-                self._open[number] = _empty_index(unreadable_shard(shard, error)), None
+                _close(self._open.popitem(last=False)[1][1])
+            self._open[number] = _open_shard(self.shards[number])
         self._open.move_to_end(number)
         return self._open[number]
 
@@ -331,24 +324,28 @@ def _state_of(shard: str) -> tuple[str, int, int]:
 
 def index_shard(shard: str) -> ShardIndex:
     """Find the pairs of a local shard that is not compressed; what is wrong is in `failure`."""
+    index, file = _open_shard(shard)
+    _close(file)
+    return index
+
+
+def _open_shard(shard: str) -> tuple[ShardIndex, int]:
+    """Return a shard's index and its file descriptor, -1 where it cannot be read."""
     try:
         file = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
-        return _empty_index(unreadable_shard(shard, error))
-    try:
-        return index_file(shard, file)
-    finally:
+        no_samples, no_texts = np.empty(0, _sample_type(1)), np.empty((0, 2), np.int64)
+        return ShardIndex(shard, no_samples, no_texts, [], unreadable_shard(shard, error)), -1
+    return _index_file(shard, file), file
+
+
+def _close(file: int) -> None:
+    if file >= 0:
         os.close(file)
 
 
-def _empty_index(failure: Skip) -> ShardIndex:
-    """Return the index of a shard that cannot be read."""
-    no_texts = np.empty((0, 2), np.int64)
-    return ShardIndex(failure.shard, np.empty(0, sample_type(1)), no_texts, [], failure)
-
-
-def index_file(shard: str, file: int) -> ShardIndex:
-    """Find the pairs of an open shard, from its cached index where that is still true."""
+def _index_file(shard: str, file: int) -> ShardIndex:
+    """Find the pairs of an open shard, in its cached index where that is still true."""
     status = os.fstat(file)
     state = {"version": _CACHE_VERSION, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
     for path in cache_paths(shard):
@@ -373,7 +370,7 @@ def cache_paths(shard: str) -> tuple[Path, Path]:
     return path.with_name(f".{path.name}.index"), home / "clip_pgs" / "shards" / f"{digest}.index"
 
 
-def sample_type(key_bytes: int) -> np.dtype:
+def _sample_type(key_bytes: int) -> np.dtype:
     """Return how an index holds a sample: its name, members, and where its texts end."""
     extent = ("<i8", (2,))
     return np.dtype(
@@ -565,7 +562,7 @@ def _make_index(shard: str, file: int, file_size: int) -> ShardIndex:
         image, side_car = _image_of(group) or _ABSENT, group.get(JSON_SUFFIX, _ABSENT)
         kind = suffixes.setdefault(_describe_suffixes(group), len(suffixes))
         samples.append((key.encode("utf-8", "surrogateescape"), image, side_car, len(texts), kind))
-    rows = np.array(samples, sample_type(max((len(sample[0]) for sample in samples), default=1)))
+    rows = np.array(samples, _sample_type(max((len(sample[0]) for sample in samples), default=1)))
     return ShardIndex(shard, rows, np.array(texts, np.int64).reshape(-1, 2), [*suffixes], failure)
 
 
@@ -585,7 +582,7 @@ def _read_cache(shard: str, path: Path, state: dict[str, int]) -> ShardIndex:
     """Read a cached index; raise anything where it is not whole, or of another state."""
     line, _, body = path.read_bytes().partition(b"\n")
     head = json.loads(line)
-    samples = np.frombuffer(body, sample_type(head["key_bytes"]), count=head["samples"])
+    samples = np.frombuffer(body, _sample_type(head["key_bytes"]), count=head["samples"])
     texts = np.frombuffer(body, "<i8", offset=samples.nbytes).reshape(-1, 2)
     suffixes, ends, kinds = list(map(str, head["suffixes"])), samples["end"], samples["suffixes"]
     if (
