@@ -10,9 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
+import shlex
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +27,12 @@ from torch import nn
 import clip_pgs
 from clip_pgs.common import (
     CHECKPOINTS_NAME,
+    ENVIRONMENT_NAME,
     LOG_NAME,
     OPTIONS_NAME,
     PARAMS_NAME,
     write_text,
 )
-from clip_pgs.training.environment import describe_environment, device_name, save_environment
 from clip_pgs.training.export import open_clip_config, tokenizer_source
 from clip_pgs.training.options import IDENTITY, RECIPE, TrainOptions, names_of
 from clip_pgs.training.stop import LAUNCH_FOLDER
@@ -36,6 +41,7 @@ _logger = logging.getLogger(__name__)
 
 _FILES = "train_files"
 _MAX_NAMED = 4
+_PACKAGES = ("open_clip_torch", "timm", "torchvision", "webdataset", "numpy")
 _RESTARTS = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm": "SLURM_RESTART_COUNT"}
 _LAUNCHES = {"torchrun": "TORCHELASTIC_RUN_ID", "slurm": "SLURM_JOB_ID"}
 
@@ -110,7 +116,7 @@ def follow_restart(options: TrainOptions) -> None:
     folder = run_folder(options)
     if folder is None or not folder.is_dir():
         return
-    made_by = _saved_options(folder).get("launch")
+    made_by = _read_options(folder)[0].get("launch")
     if not isinstance(made_by, dict):
         return
     launch = _launch()
@@ -166,14 +172,19 @@ def save_options(options: TrainOptions, folder: Path, *, files: Sequence[str] = 
 
 def damaged_options(folder: Path) -> str | None:
     """Say what is wrong with a folder's `options.json`; None where it is whole, or not there."""
+    return _read_options(folder)[1]
+
+
+def _read_options(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """Return what was saved, and what is wrong with the file; nothing and None without one."""
     path = folder / OPTIONS_NAME
     if not path.exists():
-        return None
+        return {}, None
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        return f"{path} cannot be read: {error}"
-    return None if isinstance(saved, dict) else f"{path} holds no options"
+        return {}, f"{path} cannot be read: {error}"
+    return (saved, None) if isinstance(saved, dict) else ({}, f"{path} holds no options")
 
 
 def changed_options(options: TrainOptions, folder: Path, *, files: Sequence[str] = ()) -> list[str]:
@@ -184,7 +195,7 @@ def changed_options(options: TrainOptions, folder: Path, *, files: Sequence[str]
         folder: The run's folder.
         files: The training data, file by file: its name, without the folder, comes first.
     """
-    saved = _saved_options(folder).get(_FILES)
+    saved = _read_options(folder)[0].get(_FILES)
     if isinstance(saved, list):
         return _changes(options, folder, names_of(IDENTITY)) + _changed_files(
             [str(file) for file in saved], list(files)
@@ -218,21 +229,13 @@ def changed_recipe(options: TrainOptions, folder: Path) -> list[str]:
 
 
 def _changes(options: TrainOptions, folder: Path, names: Sequence[str]) -> list[str]:
-    saved = _saved_options(folder)
+    saved = _read_options(folder)[0]
     changes = []
     for name in names:
         now = _plain(getattr(options, name))
         if name in saved and saved[name] != now:
             changes.append(f"{name} {saved[name]!r} -> {now!r}")
     return changes
-
-
-def _saved_options(folder: Path) -> dict[str, Any]:
-    """Return what was saved; nothing where the file is damaged, which `damaged_options` tells."""
-    path = folder / OPTIONS_NAME
-    if not path.exists() or damaged_options(folder) is not None:
-        return {}
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _plain(value: Any) -> Any:
@@ -293,3 +296,69 @@ def warn_of_changes(options: TrainOptions, record: dict[str, Any], *, is_ordered
             ", ".join(changes),
             "in the order that they had" if is_ordered else "in another order",
         )
+
+
+def describe_environment(*, device: torch.device, world_size: int) -> dict[str, Any]:
+    """Return versions, commit, device, processes, command line and date, as plain types."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "clip_pgs": clip_pgs.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: _version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "device": device_name(device),
+        "world_size": world_size,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return what people call a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()} ({torch.get_num_threads()} threads)"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def save_environment(environment: dict[str, Any], folder: Path) -> None:
+    """Write `env.json`; a resumed run keeps its earlier launches under "earlier_launches"."""
+    path = folder / ENVIRONMENT_NAME
+    earlier: list[dict[str, Any]] = []
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            earlier = [*before.pop("earlier_launches", []), before]
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            _logger.warning("%s cannot be read: %s; it begins anew", path, error)
+    text = json.dumps({**environment, "earlier_launches": earlier}, indent=2) + "\n"
+    write_text(path, text)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Return the commit of this package's own checkout, None where it is installed elsewhere."""
+    package = Path(clip_pgs.__file__).resolve().parent
+    command = ["git", "-C", str(package), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    top, commit = answer.splitlines()
+    # An environment inside someone else's repository must not pass for ours.
+    return commit if Path(top).resolve() / "src" / "clip_pgs" == package else None

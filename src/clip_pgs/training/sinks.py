@@ -32,6 +32,8 @@ _FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
 _DATE_FORMAT = "%Y-%m-%d,%H:%M:%S"
 _CHATTY = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "PIL", "fsspec")
 
+Numbers = Mapping[str, float]
+
 _logger = logging.getLogger(__name__)
 
 
@@ -63,12 +65,10 @@ class BestEffort:
 class Sink:
     """Takes measurements of rank 0; this one does nothing with them."""
 
-    def train(self, values: Mapping[str, float], *, epoch: int, step: int) -> None:
+    def train(self, values: Numbers, *, epoch: int, step: int) -> None:
         """Take a training window's values, by OpenCLIP's names without "train/"."""
 
-    def validation(
-        self, values: Mapping[str, float], *, epoch: int, cost: Mapping[str, float]
-    ) -> None:
+    def validation(self, values: Numbers, *, epoch: int, cost: Numbers) -> None:
         """Take a validation's values after `epoch` epochs.
 
         Args:
@@ -96,13 +96,11 @@ class JsonLines(Sink):
         self._path = path
         keep_lines_before(path, first_step)
 
-    def train(self, values: Mapping[str, float], *, epoch: int, step: int) -> None:
+    def train(self, values: Numbers, *, epoch: int, step: int) -> None:
         """Append a line of kind "train"."""
         self._append({"kind": "train", "epoch": epoch, "step": step, **values})
 
-    def validation(
-        self, values: Mapping[str, float], *, epoch: int, cost: Mapping[str, float]
-    ) -> None:
+    def validation(self, values: Numbers, *, epoch: int, cost: Numbers) -> None:
         """Append a line of kind "val"; its step is the last one taken."""
         entry = {"kind": "val", "epoch": epoch, "step": int(cost["steps"]) - 1}
         spent = {name: cost[name] for name in ("samples", "flops", "seconds")}
@@ -126,14 +124,12 @@ class TensorBoard(Sink):
         purge_step = first_step if first_step > 0 else None
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
-    def train(self, values: Mapping[str, float], *, epoch: int, step: int) -> None:
+    def train(self, values: Numbers, *, epoch: int, step: int) -> None:
         """Write `train/...` against steps."""
         for name, value in values.items():
             self._writer.add_scalar(f"train/{name}", value, step)
 
-    def validation(
-        self, values: Mapping[str, float], *, epoch: int, cost: Mapping[str, float]
-    ) -> None:
+    def validation(self, values: Numbers, *, epoch: int, cost: Numbers) -> None:
         """Write `val/...` against epochs, as OpenCLIP does, samples and 10**9 operations."""
         for name, value in values.items():
             self._writer.add_scalar(f"val/{name}", value, epoch)
@@ -171,13 +167,11 @@ class WeightsAndBiases(Sink):
         )
         wandb.save(str(params_file))
 
-    def train(self, values: Mapping[str, float], *, epoch: int, step: int) -> None:
+    def train(self, values: Numbers, *, epoch: int, step: int) -> None:
         """Log `train/...` at a step."""
         self._run.log({f"train/{k}": v for k, v in values.items()} | {"step": step}, step=step)
 
-    def validation(
-        self, values: Mapping[str, float], *, epoch: int, cost: Mapping[str, float]
-    ) -> None:
+    def validation(self, values: Numbers, *, epoch: int, cost: Numbers) -> None:
         """Log `val/...` with the epoch and the cost, any of which can be the curve's x axis."""
         entry = {f"val/{name}": value for name, value in values.items()}
         self._run.log(entry | {"epoch": epoch, **cost}, step=int(cost["steps"]))
