@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +13,8 @@ from clip_pgs.inspection.__main__ import main as inspection
 from support.bad_files import model_configs
 from support.bad_flags import FILES, OPTION_NAMES, numbers, texts
 from support.fuzzing import accepts, fuzz, run_command
+
+pytestmark = pytest.mark.slow
 
 # A command that the user types is run, and a URL is fetched.
 words = st.one_of(texts, st.sampled_from([*FILES, "photo.png"]), numbers.map(str)).filter(

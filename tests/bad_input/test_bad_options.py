@@ -5,6 +5,7 @@
 
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 
 from clip_pgs.training.checks import check_options, option_warnings
@@ -12,6 +13,8 @@ from clip_pgs.training.options import parse_options
 from support.bad_files import model_configs, yaml_files
 from support.bad_flags import command_lines
 from support.fuzzing import accepts, fuzz
+
+pytestmark = pytest.mark.slow
 
 SYNTHETIC = ["--dataset-type", "synthetic", "--train-num-samples", "1000"]
 BASE = ["--model", "ViT-B-32", *SYNTHETIC]

@@ -158,6 +158,7 @@ def test_members_that_lead_elsewhere_are_read_and_never_written(tmp_path, capsys
     assert {parts[3] for parts in written if len(parts) == 4} == {"run"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [

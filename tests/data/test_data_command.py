@@ -22,6 +22,7 @@ def table(tmp_path, make_image):
     return tmp_path / "pairs.tsv"
 
 
+@pytest.mark.slow
 def test_packed_shards_pass_the_check_in_processes_of_their_own(table, tmp_path):
     packed = run("pack", table, tmp_path / "out", "--shard-size", 2)
     assert (packed.returncode, packed.stderr) == (0, "")

@@ -62,6 +62,7 @@ def test_malformed_pattern_is_refused(pattern):
         expand_shards(pattern)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pattern",
     [

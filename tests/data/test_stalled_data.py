@@ -25,6 +25,7 @@ def ended_workers():
     gc.collect()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_shard_that_gives_nothing_ends_the_stream_by_its_name(args, workers):
     path = args.train_data.replace("{0..2}", "1")
@@ -37,6 +38,7 @@ def test_shard_that_gives_nothing_ends_the_stream_by_its_name(args, workers):
     assert f"is at {path}: sample " in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_command_that_gives_nothing_ends_the_stream_by_its_name(args, workers):
     shard = args.train_data.replace("{0..2}", "0")

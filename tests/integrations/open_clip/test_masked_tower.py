@@ -254,6 +254,7 @@ def test_autocast_leaves_the_selection_alone():
     assert torch.equal(last_selection(model).index, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"mask_ratio_min": 0.25}])
 def test_the_tower_compiles_into_one_graph(options):
     model = apply_masking(small_clip(), "pgs", mask_ratio=0.5, **options).train()
@@ -265,6 +266,7 @@ def test_the_tower_compiles_into_one_graph(options):
     torch.testing.assert_close(compiled(image_batch()), expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_progress_recompiles_a_few_times_and_then_no_more():
     model = apply_masking(small_clip(), "pgs", mask_ratio=0.5).train()
     torch._dynamo.reset()
@@ -279,6 +281,7 @@ def test_progress_recompiles_a_few_times_and_then_no_more():
     assert torch._dynamo.utils.counters["frames"]["total"] == 0
 
 
+@pytest.mark.slow
 def test_a_schedule_of_mask_ratios_compiles_two_graphs():
     model = apply_masking(small_clip(), "pgs", mask_ratio=0.5, mask_ratio_min=0.3).train()
     torch._dynamo.reset()

@@ -160,6 +160,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_no_selection():
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [small_clip, small_timm_clip], ids=["open_clip", "timm"])
 def test_the_tower_and_its_teacher_compile_into_one_graph(build):
     model = attentive(build(), resolution=0.5)

@@ -211,6 +211,7 @@ def test_a_compiled_model_on_the_cpu_pads_and_compiles_once():
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_a_compiled_model_with_the_kernel_compiles_no_more_after_two_steps(monkeypatch, on_kernel):
     # Like the kernel, an operation that torch.compile does not look into.
     monkeypatch.setattr(tokens, "varlen_attn", opaque_block_diagonal)
