@@ -15,11 +15,8 @@ from typing import Any
 from clip_pgs.common import SentenceParser, number_in, one_sentence
 from clip_pgs.masking import list_maskings
 
-MASKING_HELP = (
-    f"of {', '.join(list_maskings())}, or package.module:Class; options follow a colon, as in "
-    "pgs:edges=false,temperature=0.2"
-)
 _count, _share = number_in(int, 1, 10**6), number_in(float, 0, 1)
+_pixels = number_in(int, 1, 2**14)
 _seed = number_in(int, -(2**63), 2**63 - 1)
 
 
@@ -61,11 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_masks(commands: Any) -> None:
     parser = _command(
         commands,
-        "masks",
         "masks:run_masks",
-        help="draw what each strategy keeps of some images",
-        description="Draw images and, beside them, what each strategy keeps; masked patches are "
-        "gray, and the measured mask ratio stands below. cluster is fitted to these images.",
+        "draw what each strategy keeps of some images",
+        "Masked patches are gray, and the measured mask ratio stands below. cluster is fitted to "
+        "these images.",
     )
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
@@ -73,11 +69,7 @@ def _add_masks(commands: Any) -> None:
     _add_maskings(parser, "random", "pgs")
     add("--mask-ratio", type=float, metavar="F", help="share of patches dropped, in [0, 1)")
     add("--mask-ratio-min", type=float, metavar="F", help="lower bound of an adaptive count")
-    add(
-        "--stages",
-        action="store_true",
-        help="draw the steps of pgs before its column: edges, candidates, plan, score",
-    )
+    add("--stages", action="store_true", help="draw the steps of pgs before its column")
     add("--seed", type=_seed, default=0, metavar="N", help="of the random draw (default: 0)")
     _add_view(parser)
 
@@ -85,22 +77,16 @@ def _add_masks(commands: Any) -> None:
 def _add_kept(commands: Any) -> None:
     parser = _command(
         commands,
-        "kept",
         "kept:run_kept",
-        help="measure how much of the foreground each strategy keeps",
-        description="Measure the share of foreground patches that strategies keep: mean over "
-        "images and seeds, and standard deviation over seeds. A patch is foreground above half "
-        "of its area. cluster is fitted to these images at each ratio.",
+        "measure how much of the foreground each strategy keeps",
+        "The share of foreground patches, mean over images and seeds, and standard deviation over "
+        "seeds. A patch is foreground above half of its area. cluster is fitted to these images "
+        "at each ratio.",
     )
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    add(
-        "--foreground",
-        required=True,
-        metavar="MASKS",
-        help="folder with a mask for each image, NAME.png for NAME.jpg and of its size; any value "
-        "but 0 is foreground",
-    )
+    mask_help = "folder with a mask NAME.png for each NAME.jpg; any value but 0 is foreground"
+    add("--foreground", required=True, metavar="MASKS", help=mask_help)
     _add_maskings(parser, "random", "gaussian", "cluster", "pgs")
     add(
         "--mask-ratios",
@@ -111,13 +97,8 @@ def _add_kept(commands: Any) -> None:
         metavar="F",
         help="shares of patches dropped, in [0, 1) (default: 0.3 0.5 0.75)",
     )
-    add(
-        "--seeds",
-        type=number_in(int, 1, 10_000),
-        default=20,
-        metavar="N",
-        help="random draws (default: 20)",
-    )
+    seeds = number_in(int, 1, 10_000)
+    add("--seeds", type=seeds, default=20, metavar="N", help="random draws (default: 20)")
     _add_output(parser, "kept.json", "kept.csv", "kept.png")
     _add_view(parser)
 
@@ -125,41 +106,25 @@ def _add_kept(commands: Any) -> None:
 def _add_cost(commands: Any) -> None:
     parser = _command(
         commands,
-        "cost",
         "cost.step:run_cost",
-        help="measure what a training step costs with each strategy",
-        description="Time training steps on random data: plain CLIP as OpenCLIP runs it, with the "
-        "whole context of text tokens, and each strategy with trimmed captions. In every round "
-        "each takes one step, and ratios are medians over rounds.",
+        "measure what a training step costs with each strategy",
+        "Training steps on random data: plain CLIP as OpenCLIP runs it, with the whole context of "
+        "text tokens, and each strategy with trimmed captions. In every round each takes one "
+        "step, and ratios are medians over rounds.",
     )
     _add_benchmark(parser)
     add = parser.add_argument
     add("--batch-size", type=_count, metavar="B", help="default: 16 on a CPU, 256 on a GPU")
-    add("--steps", type=_count, metavar="N", help="rounds (default: 5 on a CPU, else 20)")
+    add("--steps", type=_count, metavar="N", help="rounds (default: 5 on a CPU, 20 on a GPU)")
     add("--seed", type=_seed, default=0, metavar="N", help="of weights and data (default: 0)")
     _add_maskings(parser, "none", "random", "pgs", "pgs:mask_ratio_min=0.3")
     add("--mask-ratio", type=float, default=0.5, metavar="F", help="in [0, 1) (default: 0.5)")
-    add(
-        "--progress",
-        type=_share,
-        default=0.0,
-        metavar="T",
-        help="share of training that strategies are told; above 0 some look at embeddings as well "
-        "(default: 0)",
-    )
-    add(
-        "--captions",
-        choices=("flickr8k", "web"),
-        default="flickr8k",
-        help="whose lengths captions have (default: flickr8k)",
-    )
+    _add_progress(parser, ", which strategies are told; above 0 some look at embeddings as well")
+    kinds = ("flickr8k", "web")
+    add("--captions", choices=kinds, default="flickr8k", help="whose lengths they have")
     add("--no-trimming", action="store_true", help="give every model the whole context of tokens")
-    add(
-        "--pack-tokens",
-        action=argparse.BooleanOptionalAction,
-        help="whether maskings that keep different counts run as one sequence, as "
-        "`apply_masking` has it (default: where training does)",
-    )
+    pack_help = "run maskings that keep different counts as one sequence (default: as training)"
+    add("--pack-tokens", action=argparse.BooleanOptionalAction, help=pack_help)
     add("--compile", action="store_true", help="run the models through torch.compile")
     _add_output(parser, "cost.json", "cost.png")
 
@@ -167,38 +132,21 @@ def _add_cost(commands: Any) -> None:
 def _add_scaling(commands: Any) -> None:
     parser = _command(
         commands,
-        "scaling",
         "cost.scaling:run_scaling",
-        help="measure how the time of a PGS selection, and of a step of many processes, grows",
-        description="Time selections by pgs at 16 x 16 pixels per patch while patches, candidates "
-        "or images grow. An exponent of 1 is linear growth. With --processes, also time "
-        "data-parallel training steps of 1, 2, 4 and so on processes on this machine, each with "
-        "a batch of its own and, on GPUs, a GPU of its own.",
+        "measure how the time of a PGS selection, and of a step of many processes, grows",
+        "Selections by pgs at 16 x 16 pixels per patch while patches, candidates or images grow. "
+        "An exponent of 1 is linear growth. With --processes, also data-parallel training steps "
+        "of 1, 2, 4 and so on processes on this machine, each with a batch of its own and, on "
+        "GPUs, a GPU of its own.",
     )
     _add_benchmark(parser)
     add = parser.add_argument
-    add(
-        "--batch-size",
-        type=_count,
-        default=16,
-        metavar="B",
-        help="images of a selection, and samples per process of a step (default: 16)",
-    )
+    batch_help = "images of a selection, and samples per process of a step (default: 16)"
+    add("--batch-size", type=_count, default=16, metavar="B", help=batch_help)
     add("--steps", type=_count, default=9, metavar="N", help="rounds that count (default: 9)")
-    add(
-        "--progress",
-        type=_share,
-        default=0.0,
-        metavar="T",
-        help="share of training; above 0 embeddings are compared too (default: 0)",
-    )
-    add(
-        "--processes",
-        type=number_in(int, 1, 1024),
-        metavar="P",
-        help="time steps of up to so many processes; of the options above, model, image size and "
-        "precision are theirs",
-    )
+    _add_progress(parser, "; above 0 embeddings are compared too")
+    world_help = "time steps of up to so many; model, image size and precision are theirs"
+    add("--processes", type=number_in(int, 1, 1024), metavar="P", help=world_help)
     add("--masking", default="pgs", metavar="NAME", help="of a step (default: pgs)")
     _add_output(parser, "scaling.json")
 
@@ -206,105 +154,84 @@ def _add_scaling(commands: Any) -> None:
 def _add_data(commands: Any) -> None:
     parser = _command(
         commands,
-        "data",
         "cost.data:run_data",
-        help="measure how fast JPEG files become training crops, and whether steps wait for them",
-        description="Decode and crop JPEG files with one core, as training does and as OpenCLIP's "
-        "trainer does, in turns. With --workers, also through training's loader, and with "
+        "measure how fast JPEG files become training crops, and whether steps wait for them",
+        "JPEG files decoded and cropped with one core, as training does and as OpenCLIP's trainer "
+        "does, in turns. With --workers, also through training's loader, and with "
         "--step-seconds, beside training steps of that length; a step is a pause, which leaves "
         "the cores to the workers, as a GPU's step does.",
     )
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="JPEG files, folders of them, or tar shards")
-    size = number_in(int, 1, 2**14)
-    add("--image-size", type=size, default=224, metavar="PIXELS", help="of a crop (default: 224)")
-    add(
-        "--min-side",
-        type=number_in(int, 0, 2**16),
-        default=0,
-        metavar="PIXELS",
-        help="leave out images whose longer side is shorter (default: 0)",
-    )
+    add("--image-size", type=_pixels, default=224, metavar="PIXELS", help="default: 224")
+    side_help = "leave out images whose longer side is shorter (default: 0)"
+    add("--min-side", type=number_in(int, 0, 2**16), default=0, metavar="PIXELS", help=side_help)
     add("--limit", type=_count, default=512, metavar="N", help="images at most (default: 512)")
     add("--steps", type=_count, default=7, metavar="N", help="rounds that count (default: 7)")
     add("--workers", type=number_in(int, 1, 1024), metavar="W", help="loading processes")
     add("--batch-size", type=_count, default=64, metavar="B", help="of the loader (default: 64)")
     add("--batches", type=_count, default=24, metavar="N", help="that count (default: 24)")
-    add(
-        "--step-seconds",
-        type=number_in(float, 1e-6, 3600),
-        metavar="S",
-        help="how long a step takes that wants a batch",
-    )
+    seconds = number_in(float, 1e-6, 3600)
+    add("--step-seconds", type=seconds, metavar="S", help="length of a step that wants a batch")
     _add_output(parser, "data.json")
 
 
-def _command(commands: Any, name: str, run: str, **texts: str) -> argparse.ArgumentParser:
-    """Add a command that is run by "module:function" of this package."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, allow_abbrev=False, **texts)
+def _command(commands: Any, run: str, summary: str, description: str) -> argparse.ArgumentParser:
+    """Add a command that "module:run_NAME" of this package runs."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        run.partition(":run_")[2],
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. {description}",
+        allow_abbrev=False,
+    )
     parser.set_defaults(run=run)
     return parser
 
 
 def _add_maskings(parser: argparse.ArgumentParser, *default: str) -> None:
+    text = (
+        f"of {', '.join(list_maskings())}, or package.module:Class; options follow a colon, as in "
+        f"pgs:edges=false,temperature=0.2 (default: {' '.join(default)})"
+    )
+    names = list(default)
     parser.add_argument(
-        "--maskings",
-        "--masking",
-        nargs="+",
-        default=list(default),
-        metavar="NAME",
-        help=f"{MASKING_HELP} (default: {' '.join(default)})",
+        "--maskings", "--masking", nargs="+", default=names, metavar="NAME", help=text
     )
 
 
 def _add_output(parser: argparse.ArgumentParser, *names: str) -> None:
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help=f"folder for {', '.join(names)}; made if it does not exist",
-    )
+    text = f"folder for {', '.join(names)}; made if it does not exist"
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help=text)
+
+
+def _add_progress(parser: argparse.ArgumentParser, text: str) -> None:
+    text = f"share of training, in [0, 1]{text} (default: 0)"
+    parser.add_argument("--progress", type=_share, default=0.0, metavar="T", help=text)
 
 
 def _add_view(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how a model sees images."""
     add = parser.add_argument
-    add(
-        "--model",
-        metavar="RUN_OR_CONFIG",
-        help="take image size, patch size and normalization from a run folder, a checkpoint file, "
-        "a model config (JSON) or a model that open_clip knows",
+    text = (
+        "take image size, patch size and normalization from a run folder, a checkpoint file, a "
+        "model config (JSON) or a model that open_clip knows"
     )
+    add("--model", metavar="RUN_OR_CONFIG", help=text)
     add("--image-size", type=int, metavar="PIXELS", help="default: the model's, or 224")
     add("--patch-size", type=int, metavar="PIXELS", help="default: the model's, or 16")
-    add(
-        "--progress",
-        type=_share,
-        default=0.0,
-        metavar="T",
-        help="see images as after this share of training, in [0, 1]; above 0, strategies that "
-        "compare patches compare the embeddings of --model RUN as well (default: 0)",
-    )
+    text = "; above 0, strategies that compare patches compare the embeddings of --model RUN too"
+    _add_progress(parser, text)
 
 
 def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which model runs where."""
     add = parser.add_argument
-    add(
-        "--model",
-        metavar="NAME",
-        help="a model that open_clip knows, or a model config (JSON) "
-        "(default: ViT-S-16 on a CPU, ViT-B-16 on a GPU)",
-    )
-    size = number_in(int, 1, 2**14)
-    add("--image-size", type=size, metavar="PIXELS", help="default: the model's")
+    text = "a model that open_clip knows, or a config (JSON); default: ViT-S-16, on a GPU ViT-B-16"
+    add("--model", metavar="NAME", help=text)
+    add("--image-size", type=_pixels, metavar="PIXELS", help="default: the model's")
     add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
-    add(
-        "--precision",
-        choices=("fp32", "amp_bf16"),
-        help="default: fp32 on a CPU, amp_bf16 on a GPU",
-    )
+    text = "default: fp32 on a CPU, amp_bf16 on a GPU"
+    add("--precision", choices=("fp32", "amp_bf16"), help=text)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.plan import RowPlan, SampleRef
 from clip_pgs.data.samples import RawSample, SampleDecoder
 from clip_pgs.data.skips import Skip, SkipAccount
-from clip_pgs.inspection.cost.step import TICK, write_json
-from clip_pgs.tables import Cell, Table
+from clip_pgs.inspection.cost.step import TICK, number_cell, write_json
+from clip_pgs.tables import Table
 
 CAPTION = b"a dog runs over the grass with a ball in its mouth"
 JPEG_SUFFIXES = (".jpg", ".jpeg")
@@ -287,11 +287,8 @@ def run_data(args: argparse.Namespace) -> None:
     with tqdm(total=total, leave=False, disable=not sys.stderr.isatty()) as bar:
         speed = measure_data_speed(images, image_size=size, num_rounds=args.steps, tick=bar.update)
     lines = [
-        [name, Cell(rate, f"{rate:.0f}"), Cell(ratio, f"{ratio:.2f}")]
-        for name, rate, ratio in (
-            ("OpenCLIP", speed.open_clip, 1.0),
-            ("clip-pgs", speed.ours, speed.ratio),
-        )
+        ["OpenCLIP", number_cell(speed.open_clip, "{:.0f}"), number_cell(1.0, "{:.2f}")],
+        ["clip-pgs", number_cell(speed.ours, "{:.0f}"), number_cell(speed.ratio, "{:.2f}")],
     ]
     sys.stdout.write(
         f"{speed.num_images} JPEG files to crops of {size} x {size} pixels, one core\n\n"
@@ -319,18 +316,14 @@ def _run_loader(args: argparse.Namespace, images: list[bytes]) -> dict[str, Any]
             tick=bar.update,
         )
     cells = {
-        "workers": str(speed.num_workers),
-        "images/s": f"{speed.images_per_second:.0f}",
-        "per worker": f"{speed.images_per_second_per_worker:.0f}",
-        "s per batch": f"{speed.batch_size / speed.images_per_second:.3f}",
+        "workers": number_cell(speed.num_workers, "{}"),
+        "images/s": number_cell(speed.images_per_second, "{:.0f}"),
+        "per worker": number_cell(speed.images_per_second_per_worker, "{:.0f}"),
+        "s per batch": number_cell(speed.batch_size / speed.images_per_second, "{:.3f}"),
     }
     if speed.waiting_share is not None:
-        cells |= {
-            "s per step": f"{speed.step_seconds:g}",
-            "waiting": f"{100 * speed.waiting_share:.1f} %",
-        }
-    sys.stdout.write(
-        f"\nTraining's loader, batches of {speed.batch_size}\n\n"
-        f"{Table.of(list(cells), [list(cells.values())]).text()}"
-    )
+        cells["s per step"] = number_cell(speed.step_seconds, "{:g}")
+        cells["waiting"] = number_cell(speed.waiting_share, "{:.1%}")
+    table = Table.of(list(cells), [list(cells.values())]).text()
+    sys.stdout.write(f"\nTraining's loader, batches of {speed.batch_size}\n\n{table}")
     return asdict(speed)

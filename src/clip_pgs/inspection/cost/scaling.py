@@ -30,12 +30,13 @@ from clip_pgs.inspection.cost.step import (
     describe_device,
     draw_images,
     fill_in_defaults,
+    number_cell,
     time_parts,
     write_json,
 )
 from clip_pgs.inspection.model_input import parse_specs
 from clip_pgs.masking import PatchInputs, create_masking
-from clip_pgs.tables import Cell, Table
+from clip_pgs.tables import Table
 
 PATCH_SIZE, EMBED_DIM = 16, 768
 SWEEPS = ("patches", "candidates", "images")
@@ -326,20 +327,19 @@ def run_scaling(args: argparse.Namespace) -> None:
             tick=bar.update,
         )
     device = describe_device(args.device)
-    header = ["more", "N", "C", "B", "ms", "us per image", "exponent"]
     lines = [
         [
             row.sweep,
             row.num_patches,
             row.num_candidates,
             row.num_images,
-            Cell(row.seconds, f"{1e3 * row.seconds:.2f}"),
-            Cell(row.seconds, f"{1e6 * row.seconds / row.num_images:.0f}"),
-            Cell(row.exponent, "-" if row.exponent is None else f"{row.exponent:.2f}"),
+            number_cell(1e3 * row.seconds, "{:.2f}"),
+            number_cell(1e6 * row.seconds / row.num_images, "{:.0f}"),
+            number_cell(row.exponent, "{:.2f}"),
         ]
         for row in rows
     ]
-    table = Table.of(header, lines).text()
+    table = Table.of(["more", "N", "C", "B", "ms", "us per image", "exponent"], lines).text()
     sys.stdout.write(f"PGS selection, {device}, progress {args.progress}\n\n{table}")
     facts: dict[str, Any] = {
         "device": device,
@@ -374,10 +374,10 @@ def _run_processes(args: argparse.Namespace) -> dict[str, Any]:
     lines = [
         [
             row.num_processes,
-            Cell(row.seconds, f"{1e3 * row.seconds:.1f}"),
-            Cell(row.samples_per_second, f"{row.samples_per_second:.1f}"),
-            Cell(row.samples_per_second_per_process, f"{row.samples_per_second_per_process:.1f}"),
-            Cell(row.efficiency, f"{row.efficiency:.2f}"),
+            number_cell(1e3 * row.seconds, "{:.1f}"),
+            number_cell(row.samples_per_second, "{:.1f}"),
+            number_cell(row.samples_per_second_per_process, "{:.1f}"),
+            number_cell(row.efficiency, "{:.2f}"),
         ]
         for row in rows
     ]

@@ -595,27 +595,28 @@ def cost_table(rows: Sequence[Row], *, batch_size: int) -> str:
 def _cells(row: Row, batch_size: int) -> dict[str, Cell]:
     cells = {
         "": Cell(row.title),
-        "tokens": _cell(row.text_tokens, "{:.1f}"),
-        "selection": _cell(1000 * row.selection or None, "{:.2f}"),
-        "share": _cell(row.selection_share or None, "{:.2%}"),
-        "forward": _cell(1000 * row.forward, "{:.1f}"),
-        "backward": _cell(1000 * row.backward, "{:.1f}"),
-        "update": _cell(1000 * row.update, "{:.1f}"),
-        "step": _cell(1000 * row.step, "{:.1f}"),
-        "samples/s": _cell(row.samples_per_second, "{:.1f}"),
-        "GiB": _cell(row.peak_gib, "{:.2f}"),
-        "GFLOPs": _cell(row.flops / batch_size / 1e9, "{:.2f}"),
-        "time": _cell(row.time_over_first, "{:.3f}"),
-        "FLOPs": _cell(row.flops_over_first, "{:.3f}"),
-        "ideal": _cell(row.time_over_ideal, "{:.3f}"),
-        "peak": _cell(row.utilisation, "{:.0%}"),
+        "tokens": number_cell(row.text_tokens, "{:.1f}"),
+        "selection": number_cell(1000 * row.selection or None, "{:.2f}"),
+        "share": number_cell(row.selection_share or None, "{:.2%}"),
+        "forward": number_cell(1000 * row.forward, "{:.1f}"),
+        "backward": number_cell(1000 * row.backward, "{:.1f}"),
+        "update": number_cell(1000 * row.update, "{:.1f}"),
+        "step": number_cell(1000 * row.step, "{:.1f}"),
+        "samples/s": number_cell(row.samples_per_second, "{:.1f}"),
+        "GiB": number_cell(row.peak_gib, "{:.2f}"),
+        "GFLOPs": number_cell(row.flops / batch_size / 1e9, "{:.2f}"),
+        "time": number_cell(row.time_over_first, "{:.3f}"),
+        "FLOPs": number_cell(row.flops_over_first, "{:.3f}"),
+        "ideal": number_cell(row.time_over_ideal, "{:.3f}"),
+        "peak": number_cell(row.utilisation, "{:.0%}"),
     }
     if row.graph_breaks is not None:
         cells |= {"breaks": Cell(row.graph_breaks), "recompiled": Cell(row.recompilations)}
     return cells
 
 
-def _cell(value: float | None, form: str) -> Cell:
+def number_cell(value: float | None, form: str) -> Cell:
+    """Return a number as `form` shows it, a dash for None."""
     return Cell(value, "-" if value is None else form.format(value).replace("%", " %"))
 
 
