@@ -102,7 +102,7 @@ class PGSReleasedMasking(MaskingStrategy):
         """Mark what resembles a candidate, then keep a fixed count, unmarked patches first."""
         assert isinstance(inputs.patch_size, tuple)
         noise_BN = draw_noise(inputs, generator)
-        patches_BNF = _standardised(patchify(inputs.pixels.float(), inputs.patch_size))
+        patches_BNF = _standardized(patchify(inputs.pixels.float(), inputs.patch_size))
         candidate_index = self._candidates(noise_BN, patches_BNF, inputs.grid_size)
         similarity_BNN = self._similarity(inputs, patches_BNF)
         if self.transport:
@@ -156,7 +156,7 @@ def balance(similarity: Tensor) -> Tensor:
     return similarity
 
 
-def _standardised(patches_BNF: Tensor) -> Tensor:
+def _standardized(patches_BNF: Tensor) -> Tensor:
     std_BN1, mean_BN1 = torch.std_mean(patches_BNF, dim=2, keepdim=True)
     return (patches_BNF - mean_BN1) / (std_BN1 + _EPSILON)
 

@@ -60,19 +60,19 @@ def candidate_similarity(features: Tensor, candidate_index: Tensor) -> Tensor:
     """
     features = features.detach().float()
     mean_BN1 = features.mean(dim=-1, keepdim=True)
-    centred_BNF = features - mean_BN1
-    scale_BN = _inverse_norm(centred_BNF.norm(dim=-1), mean_BN1[..., 0], features.shape[-1])
+    centered_BNF = features - mean_BN1
+    scale_BN = _inverse_norm(centered_BNF.norm(dim=-1), mean_BN1[..., 0], features.shape[-1])
     index_BCF = candidate_index[:, :, None].expand(-1, -1, features.shape[-1])
     # Scaling the C x N products is less work than scaling the features.
     with torch.autocast(device_type=features.device.type, enabled=False):
-        product_BCN = torch.bmm(centred_BNF.gather(1, index_BCF), centred_BNF.transpose(1, 2))
+        product_BCN = torch.bmm(centered_BNF.gather(1, index_BCF), centered_BNF.transpose(1, 2))
     similarity_BCN = product_BCN * scale_BN.gather(1, candidate_index)[:, :, None]
     similarity_BCN = similarity_BCN * scale_BN[:, None]
     return similarity_BCN.scatter(2, candidate_index[:, :, None], 1.0)
 
 
-def _inverse_norm(centred_norm: Tensor, mean: Tensor, num_features: int) -> Tensor:
+def _inverse_norm(centered_norm: Tensor, mean: Tensor, num_features: int) -> Tensor:
     """Return what brings centred vectors to length 1, and 0 for those that are rounding noise."""
-    norm = (centred_norm.square() + num_features * mean.square()).sqrt()
-    is_flat = centred_norm <= _NOISE_RATIO * norm + _TINY_NORM
-    return torch.where(is_flat, 0.0, 1.0 / torch.where(is_flat, 1.0, centred_norm))
+    norm = (centered_norm.square() + num_features * mean.square()).sqrt()
+    is_flat = centered_norm <= _NOISE_RATIO * norm + _TINY_NORM
+    return torch.where(is_flat, 0.0, 1.0 / torch.where(is_flat, 1.0, centered_norm))

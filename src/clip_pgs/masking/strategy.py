@@ -316,7 +316,8 @@ class MaskingDeclaration:
             below `mask_ratio`.
         requires: See `MaskingStrategy`.
         variants: Further sets of options that the contract tests run with.
-        options: Its options, in the order of its constructor.
+        aliases: Other spellings of options, with the option that each stands for.
+        source: The class whose signature and docstring have the options.
     """
 
     name: str
@@ -326,7 +327,20 @@ class MaskingDeclaration:
     adaptive: bool
     requires: frozenset[str]
     variants: tuple[Mapping[str, Any], ...]
-    options: tuple[MaskingOption, ...]
+    aliases: Mapping[str, str]
+    source: type
+
+    @property
+    def options(self) -> tuple[MaskingOption, ...]:
+        """The options, in the order of the constructor."""
+        is_dataclass = "__dataclass_fields__" in vars(self.source)
+        hints = get_type_hints(self.source if is_dataclass else self.source.__init__)
+        explained = _explained_options(self.source)
+        return tuple(
+            MaskingOption(option, parameter.default, explained.get(option, ""), hints.get(option))
+            for option, parameter in inspect.signature(self.source).parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        )
 
 
 def register_masking(
@@ -362,16 +376,18 @@ def register_masking(
 
     def register(strategy_class: StrategyClass) -> StrategyClass:
         strategy_class.requires = frozenset(requires)
-        return _REGISTRY.register(
-            name,
+        declared = MaskingDeclaration(
+            name=name,
             keeps=keeps,
             paper=paper,
             random=random,
             adaptive=adaptive,
-            options=options or strategy_class,
-            aliases=dict(aliases or {}),
+            requires=strategy_class.requires,
             variants=tuple(variants),
-        )(strategy_class)
+            aliases=aliases or {},
+            source=options or strategy_class,
+        )
+        return _REGISTRY.register(name, declared=declared)(strategy_class)
 
     return register
 
@@ -390,22 +406,7 @@ def describe_masking(name: str) -> MaskingDeclaration:
     Raises:
         ValueError: If there is no such strategy.
     """
-    declared = dict(_REGISTRY.declaration(name))
-    del declared["aliases"]
-    source = declared.pop("options")
-    hints = get_type_hints(source if "__dataclass_fields__" in vars(source) else source.__init__)
-    explained = _explained_options(source)
-    options = [
-        MaskingOption(option, parameter.default, explained.get(option, ""), hints.get(option))
-        for option, parameter in inspect.signature(source).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    ]
-    return MaskingDeclaration(
-        name=_REGISTRY.name(name),
-        requires=_REGISTRY.get(name).requires,
-        options=tuple(options),
-        **declared,
-    )
+    return _REGISTRY.declaration(name)["declared"]
 
 
 def masking_options(name: str) -> dict[str, Any]:
@@ -431,11 +432,11 @@ def create_masking(name: str, **options: Any) -> MaskingStrategy:
         ValueError: If there is no such strategy, or an option is unknown, missing, of the wrong
             type or out of its range.
     """
-    aliases = _REGISTRY.declaration(name)["aliases"]
-    known = {option.name: option for option in describe_masking(name).options}
+    declared = describe_masking(name)
+    known = {option.name: option for option in declared.options}
     given: dict[str, Any] = {}
     for typed, value in options.items():
-        option = aliases.get(typed, typed)
+        option = declared.aliases.get(typed, typed)
         if option in given:
             raise ValueError(f"masking {name!r}: {option} is given twice")
         if option not in known:
