@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 DATA_TYPES = ("classification", "multilabel", "retrieval")
 CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -320,15 +320,8 @@ def _compare_shards(location: str, split: str, count: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class CaptionPair:
-    """One item.
-
-    Attributes:
-        file_name: Of the image, in `IMAGE_FOLDER`.
-        caption: What it shows.
-        negative: What it does not.
-    """
+class CaptionPair(NamedTuple):
+    """An image, by its name in `IMAGE_FOLDER`, what it shows, and what it does not."""
 
     file_name: str
     caption: str
@@ -395,14 +388,8 @@ def _is_item(item: object) -> bool:
     return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in _PAIR_KEYS)
 
 
-@dataclass(frozen=True)
-class Presence:
-    """Whether a data set can be evaluated.
-
-    Attributes:
-        state: "present", "incomplete" or "missing".
-        reason: What is not there; None where all is.
-    """
+class Presence(NamedTuple):
+    """Whether a data set can be evaluated, one of `PRESENT`, ..., and what is not there."""
 
     state: str
     reason: str | None = None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import hashlib
 import json
 import logging
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,31 +84,10 @@ def load_model(
             or the weights do not fit it.
     """
     source = str(source)
-    check_source(source, model=model, model_config=model_config, pretrained=pretrained)
-    path = Path(source.removeprefix("local-dir:"))
+    build, origin = _resolve(source, model, model_config, pretrained)
+    built, transform, tokenizer = build()
     name = model_name(source, pretrained=pretrained)
-
-    if path.is_file():
-        checkpoint = _read(path)
-        architecture = _find_architecture(checkpoint, model=model, model_config=model_config)
-        with _weights_follow():
-            built, transform, tokenizer = _create(
-                architecture.name,
-                load_weights=False,
-                pretrained_text=False,
-                **architecture.options,
-            )
-        _load_weights(built, checkpoint, architecture=architecture.name)
-    elif path.is_dir():
-        folder = _export_folder(path)
-        built, transform, tokenizer = _create(f"local-dir:{folder}")
-        source = str(folder)
-    elif source.startswith("hf-hub:"):
-        built, transform, tokenizer = _create(source)
-    else:
-        built, transform, tokenizer = _create(source, pretrained=pretrained)
-        source = f"{source},{pretrained}"
-    return LoadedModel(built.to(device).eval(), transform, tokenizer, name, source)
+    return LoadedModel(built.to(device).eval(), transform, tokenizer, name, origin)
 
 
 def check_source(
@@ -129,18 +108,33 @@ def check_source(
     Raises:
         ValueError: As `load_model` does, except for weights that do not fit.
     """
+    _resolve(source, model, model_config, pretrained)
+
+
+Built = tuple[nn.Module, Any, Any]  # a model, its transform and its tokenizer
+
+
+def _resolve(
+    source: str, model: str | None, model_config: str | Path | None, pretrained: str | None
+) -> tuple[Callable[[], Built], str]:
+    """Return what builds the model of a source, and where its weights come from."""
     path = Path(source.removeprefix("local-dir:"))
     if path.is_file():
-        _find_architecture(_read(path), model=model, model_config=model_config)
-    elif path.is_dir():
-        _export_folder(path)
-    elif source in open_clip.list_models():
-        tags = open_clip.list_pretrained_tags_by_model(source)
-        if pretrained not in tags:
-            choices = f"one of {', '.join(tags)}" if tags else "but open_clip knows none"
-            raise ValueError(f"{source} needs published weights, --pretrained TAG, {choices}")
-    elif not source.startswith("hf-hub:"):
+        checkpoint = _read(path)
+        architecture = _find_architecture(checkpoint, model=model, model_config=model_config)
+        return partial(_build_checkpoint, checkpoint, architecture), source
+    if path.is_dir():
+        folder = _export_folder(path)
+        return partial(_create, f"local-dir:{folder}"), str(folder)
+    if source.startswith("hf-hub:"):
+        return partial(_create, source), source
+    if source not in open_clip.list_models():
         raise ValueError(f"no run, export or checkpoint at {source}, and no open_clip model")
+    tags = open_clip.list_pretrained_tags_by_model(source)
+    if pretrained not in tags:
+        choices = f"one of {', '.join(tags)}" if tags else "but open_clip knows none"
+        raise ValueError(f"{source} needs published weights, --pretrained TAG, {choices}")
+    return partial(_create, source, pretrained=pretrained), f"{source},{pretrained}"
 
 
 def model_name(source: str, *, pretrained: str | None = None) -> str:
@@ -156,8 +150,8 @@ def model_name(source: str, *, pretrained: str | None = None) -> str:
         return f"{last_part}_{pretrained}" if pretrained else last_part
     path = path.resolve()
     if path.is_dir():
-        return path.parent.name if path.name == "export" else path.name
-    if path.parent.name == "checkpoints":
+        return path.parent.name if path.name == EXPORT_NAME else path.name
+    if path.parent.name == CHECKPOINTS_NAME:
         return f"{path.parent.parent.name}_{path.stem}"
     return path.stem
 
@@ -177,19 +171,7 @@ def _export_folder(path: Path) -> Path:
     raise ValueError(f"{path} is no run and no export: it holds no {MODEL_CONFIG_NAME}")
 
 
-@contextlib.contextmanager
-def _weights_follow() -> Iterator[None]:
-    """Silence open_clip's warning that a model has no weights yet."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-
-
-def _create(name: str, **options: Any) -> tuple[nn.Module, Any, Any]:
+def _create(name: str, **options: Any) -> Built:
     try:
         model, _, transform = open_clip.create_model_and_transforms(name, **options)
         return model, transform, open_clip.get_tokenizer(name)
@@ -216,12 +198,21 @@ def _read(path: Path) -> _Checkpoint:
     return _Checkpoint(path, content["state_dict"], config)
 
 
-def _load_weights(model: nn.Module, checkpoint: _Checkpoint, *, architecture: str) -> None:
-    """Copy the weights of a checkpoint into a model.
+def _build_checkpoint(checkpoint: _Checkpoint, architecture: _Architecture) -> Built:
+    """Build a model and copy the weights of a checkpoint into it.
 
     Unlike open_clip's own loading it never resizes a position embedding: a wrong image size
     would change the scores in silence.
     """
+    # open_clip warns that a model has no weights yet.
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        model, transform, tokenizer = _create(
+            architecture.name, load_weights=False, pretrained_text=False, **architecture.options
+        )
+    finally:
+        logging.disable(disabled)
     check_sum(checkpoint.path)
     state_dict = dict(checkpoint.state_dict)
     if "logit_bias" in state_dict and getattr(model, "logit_bias", None) is None:
@@ -229,8 +220,9 @@ def _load_weights(model: nn.Module, checkpoint: _Checkpoint, *, architecture: st
     try:
         state_dict = fit_weights(state_dict, model)
     except ValueError as error:
-        raise ValueError(f"{checkpoint.path} does not fit {architecture}: {error}") from None
+        raise ValueError(f"{checkpoint.path} does not fit {architecture.name}: {error}") from None
     model.load_state_dict(state_dict)
+    return model, transform, tokenizer
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Result:
         model: Short name of the model.
         pretrained: Where its weights came from.
         weights_digest: SHA-256 of the weights; see `weights_digest`.
-        identity: SHA-256 of all that the numbers depend on; see `Identity`. Empty where unknown.
+        identity: SHA-256 of all that the numbers depend on. Empty where unknown.
         settings: Device, precision and batch size.
         versions: Of the packages that the numbers depend on.
         date: When the data set was finished, UTC, ISO 8601.

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -297,14 +297,8 @@ def _paths_of_all_splits(folder: Path) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-@dataclass(frozen=True)
-class ListLine:
-    """A line of a data set list.
-
-    Attributes:
-        name: The data set.
-        suite: The suite the line is marked for, or None.
-    """
+class ListLine(NamedTuple):
+    """A line of a data set list: the set, and the suite that it is marked for, or None."""
 
     name: str
     suite: str | None
@@ -365,9 +359,9 @@ def load_suite(
         raise ValueError(f"unknown data set list {datasets!r}; choose demo, paper or a list file")
     if not eval_sets:
         raise ValueError(f"{datasets} names no data set of the suite {name}")
-    clashes = [stem for stem, count in Counter(s.file_stem for s in eval_sets).items() if count > 1]
+    by_stem: dict[str, EvalSet] = {}
     for eval_set in eval_sets:
-        if eval_set.file_stem in clashes:
+        if by_stem.setdefault(eval_set.file_stem, eval_set) is not eval_set:
             raise ValueError(f"{datasets} has two data sets named {eval_set.name}")
     return eval_sets
 
@@ -385,19 +379,17 @@ def read_list(path: Path) -> list[ListLine]:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the data set list {path}: {error}") from error
-    texts = [line.split("#")[0].strip() for line in content.splitlines()]
-    lines = [_read_line(text) for text in texts if text]
+    lines = []
+    for text in content.splitlines():
+        name = text.split("#")[0].strip()
+        mark, colon, rest = (part.strip() for part in name.partition(":"))
+        # A colon may also be a path's; only a suite before it makes it a mark.
+        is_marked = bool(colon) and mark in SUITES.names()
+        if name:
+            lines.append(ListLine(rest, mark) if is_marked else ListLine(name, None))
     if not lines:
         raise ValueError(f"{path} names no data set")
     return lines
-
-
-def _read_line(text: str) -> ListLine:
-    mark, colon, name = text.partition(":")
-    # A colon may also be a path's; only a suite before it makes it a mark.
-    if colon and mark.strip() in SUITES.names():
-        return ListLine(name.strip(), mark.strip())
-    return ListLine(text, None)
 
 
 def _check_marks(types: dict[ListLine, str], datasets: str) -> None:
