@@ -49,3 +49,11 @@ def test_every_linked_file_is_there(path):
 )
 def test_every_named_config_is_there(config):
     assert (README.parent / config).is_file()
+
+
+def test_every_file_of_the_tree_is_there():
+    tree = README.read_text().split("## Where things are")[1].split("```")[1]
+    sources = {path.name for path in (README.parent / "src" / "clip_pgs").rglob("*")}
+    named = re.findall(r"\w+\.py|\w+(?=/)", tree.split("src/clip_pgs/")[1].split("\ntests/")[0])
+    assert len(named) > 10
+    assert set(named) <= sources
