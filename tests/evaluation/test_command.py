@@ -181,6 +181,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_scores_equal_those_of_the_clip_benchmark_command(run, options, data_root):
     assert main([str(run), *options]) == 0
     tasks = {"six": "zeroshot_classification", "pairs": "zeroshot_retrieval"}
@@ -196,6 +197,7 @@ def test_scores_equal_those_of_the_clip_benchmark_command(run, options, data_roo
         assert ours == theirs
 
 
+@pytest.mark.slow
 def test_shell_command_hands_over_arguments_and_exit_code(run, options, dataset_list):
     dataset_list.write_text("pairs\nnot/here\n")
     venv_bin = Path(sys.executable).parent

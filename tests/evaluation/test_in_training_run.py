@@ -36,6 +36,7 @@ def test_a_run_scores_a_suite_every_n_epochs_and_at_the_end(argv, tmp_path):
     assert curve[3]["zeroshot-classification/six/acc1"] == content["metrics"]["acc1"]
 
 
+@pytest.mark.slow
 def test_evaluation_changes_nothing_that_is_trained(argv, tmp_path):
     losses = []
     for name, suite in (("with", "zeroshot-classification"), ("without", None)):

@@ -211,6 +211,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_continues_where_it_stopped(
     finished_run, sets, dataset_list, tmp_path, caplog
 ):

@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_sets_and_one_tells_the_result(
     finished_run, data_root, damaged_folder, tmp_path
 ):

@@ -266,6 +266,7 @@ def test_no_kill_leaves_a_latest_that_does_not_load(tmp_path):
     assert "0 unreadable" in ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("is_measured", "expected"),
     [

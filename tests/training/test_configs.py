@@ -54,6 +54,7 @@ def make_data(args):
         assert prepare(["words", str(table), "-o", args.text_masking_options["frequencies"]]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_a_valid_run(checkout, path):
     args = parse_options(["--config", str(path)])
@@ -131,6 +132,7 @@ def world(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.stem)
 def test_every_demo_config_trains_to_its_end(checkout, world, path):
     (checkout / "data").mkdir()

@@ -54,6 +54,7 @@ def take_steps(trainer, *, num_steps=3):
     return all_waits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

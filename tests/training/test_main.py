@@ -20,6 +20,7 @@ def run(folder, *argv, **environment):
     )
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_sentence_exit_code_2_and_nothing_created(tmp_path):
     done = run(tmp_path, *VALID, "--masking", "pgs", "--mask-ratio", "1.5", "--name", "demo")
     assert done.returncode == 2

@@ -52,6 +52,7 @@ def masked_and_unmasked(folder):
     )
 
 
+@pytest.mark.slow
 def test_steps_and_epochs_go_on_through_both_phases(tuned):
     lines = train_lines(tuned)
     assert [line["step"] for line in lines] == list(range(3 * 4 + 2 * 8))
@@ -118,6 +119,7 @@ def test_tuning_starts_with_a_fresh_optimizer(tuned):
     assert (steps(3), steps(4), steps(5)) == ({12}, {8}, {16})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [1, 3, 4])
 def test_a_run_resumed_in_either_phase_ends_bit_equal(tmp_path, tuned, tuned_options, epoch):
     copied = tmp_path / "logs" / "run"
@@ -162,6 +164,7 @@ def test_a_calibrated_threshold_is_kept_and_carried_on(tmp_path, world):
     assert all(torch.equal(again[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_a_caption_model_is_tuned_after_short_captions(tmp_path, world):
     model = write_model(tmp_path, name="captioner", config=COCA)
     options = {"text_tokens": 6, "masking": "random", "unmasked_epochs": 1, "epochs": 1}
@@ -169,6 +172,7 @@ def test_a_caption_model_is_tuned_after_short_captions(tmp_path, world):
     assert train_lines(folder)[-1]["caption_loss"] > 0
 
 
+@pytest.mark.slow
 def test_text_alone_can_be_masked_and_each_phases_last_epoch_is_kept(tmp_path, world):
     options = {"text_tokens": 4, "epochs": 2, "unmasked_epochs": 1, "save_frequency": 0}
     folder = run(tmp_path, train_data=world.train_data, **options)

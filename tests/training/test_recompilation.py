@@ -26,6 +26,7 @@ def draw_captions(longest, *, batch_size=16):
     return ids.scatter(1, lengths[:, None] - 1, 49407)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -45,6 +45,7 @@ def whole(request, tmp_path_factory, world):
     return options, run(tmp_path_factory.mktemp("whole"), **options)
 
 
+@pytest.mark.slow
 def test_signals_at_any_step_change_nothing(tmp_path, whole):
     options, expected = whole
     folder = run_with_stops(tmp_path, [1, 4, 6], **options)
@@ -52,6 +53,7 @@ def test_signals_at_any_step_change_nothing(tmp_path, whole):
     assert steps_and_samples(folder) == steps_and_samples(expected)
 
 
+@pytest.mark.slow
 def test_deaths_repeat_steps_and_change_nothing(tmp_path, whole):
     options, expected = whole
     folder = run_with_stops(tmp_path, [1, 5], by="death", save_every_steps=3, **options)
@@ -59,6 +61,7 @@ def test_deaths_repeat_steps_and_change_nothing(tmp_path, whole):
     assert steps_and_samples(folder) == steps_and_samples(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [7, 8, 9, 13])
 def test_unmasked_tuning_goes_on_at_any_step(tmp_path, world, tuned, step):
     options, expected = tuned

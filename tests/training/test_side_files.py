@@ -22,6 +22,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 def test_damaged_side_files_are_named_and_stop_no_resume(tmp_path, world, caplog):
     options = {"train_data": world.train_data, "masking": "random"}
     folder = run(tmp_path, **options, epochs=1)
@@ -38,6 +39,7 @@ def test_damaged_side_files_are_named_and_stop_no_resume(tmp_path, world, caplog
     assert json.loads((folder / "exit.json").read_text())["code"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["{", "[]", '{"launch": 3, "train_files": 7}', "\udcff"])
 def test_options_of_another_shape_are_none(tmp_path, world, content):
     options = {"train_data": world.train_data, "epochs": 1}
@@ -47,6 +49,7 @@ def test_options_of_another_shape_are_none(tmp_path, world, content):
     assert main(flags(tmp_path, **options, resume="latest")) == 0
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_damaged_begins_no_more(tmp_path, world, capfd):
     options = {"train_data": world.train_data, "save_every_steps": 2, "epochs": 1}
     folder = run(tmp_path, **options)
@@ -74,6 +77,7 @@ def remove_at(monkeypatch, step, remove):
     monkeypatch.setattr(Trainer, "save_if_due", save_if_due)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["checkpoints", "."])
 def test_a_folder_that_was_removed_in_mid_run_is_made_again(tmp_path, world, monkeypatch, name):
     folder = tmp_path / "logs" / "run"

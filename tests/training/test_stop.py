@@ -114,6 +114,7 @@ def lose_in_a_destructor(**_):
     return {"accuracy": 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evaluate", [swallow, lose_in_a_destructor])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_evaluation_swallows_a_signal(tmp_path, world, evaluate, monkeypatch):
@@ -200,6 +201,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_is_left_alone(tmp_path, world, holder, monkeypatch, capfd):
     monkeypatch.setattr(stop, "LOCK_SECONDS", 0.3)
     folder = tmp_path / "logs" / "run"
@@ -211,6 +213,7 @@ def test_a_run_that_trains_is_left_alone(tmp_path, world, holder, monkeypatch, c
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_a_launch_goes_on_when_the_one_before_is_gone(tmp_path, world, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -232,6 +235,7 @@ def spoil_shard(path, *, num_good):
             tar.addfile(info, io.BytesIO(content))
 
 
+@pytest.mark.slow
 def test_each_skip_is_a_line_and_the_totals_are_logged(tmp_path):
     data = write_shards(tmp_path / "train")
     spoil_shard(tmp_path / "train" / "00001.tar", num_good=13)
@@ -245,6 +249,7 @@ def test_each_skip_is_a_line_and_the_totals_are_logged(tmp_path):
     ] == len(lines)
 
 
+@pytest.mark.slow
 def test_too_many_bad_samples_end_the_run_with_code_2_after_it_saved(tmp_path, capfd):
     data = write_shards(tmp_path / "train")
     spoil_shard(tmp_path / "train" / "00001.tar", num_good=2)
@@ -295,6 +300,7 @@ def begun(tmp_path, world, monkeypatch):
     return argv
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "code"),
     [
@@ -315,6 +321,7 @@ def test_a_name_may_be_used_again_by_the_launch_that_was_restarted(
         assert capfd.readouterr().err.count("exists; use --resume latest to continue it") == 1
 
 
+@pytest.mark.slow
 def test_changed_options_are_accepted_when_told_to(tmp_path, world, capfd):
     argv = flags(tmp_path, train_data=world.train_data, epochs=1)
     assert main(argv) == 0
@@ -324,6 +331,7 @@ def test_changed_options_are_accepted_when_told_to(tmp_path, world, capfd):
     assert main([*more, "--accept-changes"]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_batch_size_from_the_same_sample(tmp_path, world, caplog):
     options = {"train_data": world.train_data, "epochs": 1}
     with pytest.MonkeyPatch.context() as patch:

@@ -25,6 +25,7 @@ def are_equal(first, second):
     return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(tmp_path, world):
     options = {"train_data": world.train_data, "epochs": 1, "masking": "random", "workers": 1}
     first = run(tmp_path, name="first", **options)
@@ -43,6 +44,7 @@ def test_a_run_leaves_what_its_folder_promises(finished_run):
     assert masks == {"epoch_0.png", "epoch_1.png", "epoch_2.png"}
 
 
+@pytest.mark.slow
 def test_training_learns(tmp_path, world):
     folder = run(tmp_path, train_data=world.train_data, epochs=8, masking="pgs", seed=2)
     losses = [entry["loss"] for entry in metrics(folder, "train")]
@@ -54,6 +56,7 @@ def test_resume_latest_on_a_new_name_starts_fresh(tmp_path, world):
     assert [entry["step"] for entry in metrics(folder, "train")] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_no_line_of_its_curves(tmp_path, world):
     options = {"train_data": world.train_data, "save_most_recent": True}
     folder = run(tmp_path, **options)
@@ -81,6 +84,7 @@ def test_the_run_writes_into_a_folder_of_its_own_name(tmp_path, world):
     assert "model_tiny-lr_0.001-b_8" in folder.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -103,6 +107,7 @@ def test_a_variant_trains_to_its_end(tmp_path, world, options):
     assert (folder / "export" / "open_clip_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_coca_trains_with_both_losses(tmp_path, world):
     model = write_model(tmp_path, name="captioner", config=COCA)
     options = {"masking": "pgs", "mask_ratio_min": 0.2, "val_data": world.val_data}

@@ -76,6 +76,7 @@ def test_a_curve_is_the_mean_over_shared_sets_and_seeds(tmp_path):
     assert make_panel("linear-probe", models) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "is_shown"), [((1, 2), True), ((2,), False)])
 def test_a_curve_of_two_points_or_more_is_drawn(tmp_path, epochs, is_shown):
     run = save_run(tmp_path / "logs")

@@ -144,6 +144,7 @@ def test_weights_of_any_name_stop_no_report(tmp_path, path):
     assert "shape" in sets_of(tmp_path / "eval")
 
 
+@pytest.mark.slow
 def test_names_of_anything_are_shown_and_do_nothing(tmp_path):
     (tmp_path / "eval").mkdir()
     for number, name in enumerate(NAMES):
@@ -190,6 +191,7 @@ def test_suite_that_the_report_does_not_know_is_shown_like_the_others(tmp_path):
     assert "counting, other data sets" in (folder / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_curve_of_a_suite_that_the_report_does_not_know_is_drawn(tmp_path):
     run_folder = save_run(tmp_path)
     for epoch in (1, 2):

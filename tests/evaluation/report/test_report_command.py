@@ -5,6 +5,7 @@ from clip_pgs.evaluation.report.command import run
 from support.reports import save_run
 
 
+@pytest.mark.slow
 def test_command_writes_all_files_and_names_the_page(tmp_path, capsys):
     output = tmp_path / "out" / "report"
     assert run([str(save_run(tmp_path / "logs")), "-o", str(output)]) == 0
@@ -13,6 +14,7 @@ def test_command_writes_all_files_and_names_the_page(tmp_path, capsys):
     assert names == {"report.html", "report.md", "results.csv", "figures"}
 
 
+@pytest.mark.slow
 def test_evaluation_hands_its_report_command_on(tmp_path):
     output = tmp_path / "report"
     assert main(["report", str(save_run(tmp_path / "logs")), "-o", str(output)]) == 0

@@ -18,6 +18,7 @@ from support.reports import (
 BLANK = "\N{EN DASH}"
 
 
+@pytest.mark.slow
 def test_seeds_are_one_row_with_mean_and_standard_deviation(page):
     table = page.table("Zero-shot classification, top-1 accuracy, percent; no published")
     header, demo = table[0], next(row for row in table if row[0].startswith("demo "))
@@ -138,6 +139,7 @@ def test_appendix_has_digest_date_and_versions(page):
     assert {"d2", "2", "2026-11-22T03:00:00+00:00", "torch 2.11.0"} <= set(demo)
 
 
+@pytest.mark.slow
 def test_report_of_demo_sets_alone_has_the_papers_tables_for_reference(tmp_path):
     report = write_report([save_run(tmp_path / "logs")], tmp_path / "report")
     page = Page((report / "report.html").read_text())

@@ -23,6 +23,7 @@ def fewer(tmp_path):
     return tmp_path / "few"
 
 
+@pytest.mark.slow
 def test_figures_that_a_second_report_does_not_show_are_removed(folder, fewer):
     assert len(names(folder / "figures")) > 8
     write_report([fewer], folder)
@@ -31,6 +32,7 @@ def test_figures_that_a_second_report_does_not_show_are_removed(folder, fewer):
     assert names(folder) == {"report.html", "report.md", "results.csv", "figures"}
 
 
+@pytest.mark.slow
 def test_files_of_others_stay(folder, fewer):
     figures = folder / "figures"
     # A copy of a figure, one's own picture under a name of ours, notes, a link and a folder.
@@ -58,6 +60,7 @@ def test_files_of_others_stay(folder, fewer):
     assert (folder / "mine.md").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_the_same_report_twice_is_the_same_folder(folder, tmp_path):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     write_report([tmp_path / "logs"], folder)
@@ -65,6 +68,7 @@ def test_the_same_report_twice_is_the_same_folder(folder, tmp_path):
     assert after == before
 
 
+@pytest.mark.slow
 def test_no_earlier_figure_goes_where_the_new_report_cannot_be_made(folder, tmp_path):
     before = names(folder / "figures")
     (tmp_path / "broken.json").write_text('{"weights_digest": "x"}')

@@ -333,6 +333,7 @@ def test_captions_of_the_web_and_bfloat16_run(config, capsys):
     assert "amp_bf16" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "value"),
     [

@@ -42,6 +42,7 @@ def test_numbers_out_of_their_range_are_refused(flag, value, rule):
     assert message.startswith(f"{flag} must be {rule}, got ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "part"),
     [

@@ -30,6 +30,7 @@ def renamed(model, prefix):
     return {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("path", ["weights.pt", "weights.ckpt", "weights"])
 def test_weights_that_evaluation_opens_start_a_run(model, prefix, path):
@@ -119,6 +120,7 @@ def test_a_run_goes_on_from_a_file_of_an_older_trainer(model):
     accept(*argv, "--resume", "weights.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resumes", ["file", "folder", "latest"])
 @pytest.mark.parametrize("flag", ["--lock-image", "--opt=timm/sgd"])
 def test_a_run_does_not_go_on_with_an_optimizer_of_other_parameters(model, tmp_path, resumes, flag):
@@ -160,6 +162,7 @@ def test_a_file_of_another_model_is_not_resumed(model):
     assert "weights.pt does not fit" in refusal(*argv, "--resume", "weights.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--resume", "--pretrained"])
 def test_a_run_folder_stands_for_its_newest_checkpoint(model, tmp_path, flag):
     argv, weights = model
