@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import io
 import pickle
 
@@ -6,10 +8,16 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import Compose, Grayscale
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms import Compose, Grayscale, Normalize, ToTensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from clip_pgs.data.decoding import RandomCrop, faster_transform, pixel_normalizer, rgb_pixels
+from clip_pgs.data.decoding import (
+    PixelNormalizer,
+    RandomCrop,
+    faster_transform,
+    pixel_normalizer,
+    rgb_pixels,
+)
 from support.images import smooth_images
 
 SIZE = 32
@@ -151,3 +159,38 @@ def test_a_file_cut_short_is_refused_as_pillow_refuses_it():
     data = encoded(photo(300, 300))[:-900]
     with pytest.raises(OSError, match="truncated"):
         rgb_pixels(Image.open(io.BytesIO(data)), data)
+
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
+CPU = torch.device("cpu")
+LEVELS = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).expand(3, 16, 16)
+
+
+def test_every_level_becomes_what_torchvision_makes_of_it():
+    expected = Compose([ToTensor(), Normalize(MEAN, STD)])(to_pil_image(LEVELS))
+    got = PixelNormalizer(MEAN, STD, device=CPU)(LEVELS)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+
+
+def test_a_batch_gives_the_bits_of_its_images():
+    normalize = PixelNormalizer(MEAN, STD, device=CPU)
+    batch = torch.stack([LEVELS, LEVELS.flip(1), LEVELS // 2])
+    assert torch.equal(normalize(batch), torch.stack([normalize(image) for image in batch]))
+
+
+def test_the_bytes_stay_as_they_are():
+    levels = LEVELS.clone()
+    PixelNormalizer(MEAN, STD, device=CPU)(levels)
+    assert torch.equal(levels, LEVELS)
+
+
+def test_floats_are_refused():
+    with pytest.raises(ValueError, match=r"pixels must be of type uint8, got torch\.float32"):
+        PixelNormalizer(MEAN, STD, device=CPU)(LEVELS.float())
+
+
+@pytest.mark.parametrize(("is_train", "normalises"), [(True, True), (False, False)])
+def test_only_crops_that_come_as_bytes_are_left_to_the_device(is_train, normalises):
+    transform = open_clip.image_transform(16, is_train=is_train)
+    assert (pixel_normalizer(transform, device=CPU) is not None) == normalises

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import bz2
 import io
+import json
 import lzma
 import os
 import subprocess
@@ -10,8 +11,9 @@ import tarfile
 import pytest
 
 from clip_pgs.data import tar
+from clip_pgs.data.samples import RawSample
 from clip_pgs.data.skips import Skip
-from clip_pgs.data.tar import cache_paths, index_shard, index_shards, read_shard
+from clip_pgs.data.tar import cache_paths, index_shard, index_shards, read_shard, size_shards
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 LONG = "folder/" * 20 + "name" * 30
@@ -291,3 +293,133 @@ def test_shards_are_indexed_in_several_processes_with_the_same_result(large, mon
     together = index_shards(shards, start=4)
     assert {shard: together[shard] for shard in shards} == alone
     assert "indexed 6 of 6 shards" in caplog.text
+
+
+def test_pairs_come_in_order_with_used_members_alone(tmp_path, make_tar):
+    path = str(tmp_path / "0.tar")
+    members = [
+        ("dir/a.mask.png", b"mask"),
+        ("dir/a.JPG", b"image a"),
+        ("dir/a.txt", b"text a"),
+        ("dir/a.json", b"{}"),
+        ("b.txt", b"text b"),
+        ("b.webp", b"image b"),
+        ("c.json", b"{}"),
+    ]
+    make_tar(tmp_path / "0.tar", members)
+    assert list(read_shard(path, repeat=2)) == [
+        RawSample(path, "dir/a", b"image a", (b"text a",), 2, ".jpg .json .mask.png .txt"),
+        RawSample(path, "b", b"image b", (b"text b",), 2, ".txt .webp"),
+        RawSample(path, "c", None, (), 2, ".json"),
+    ]
+
+
+def test_captions_come_without_images(tmp_path, make_tar):
+    make_tar(tmp_path / "0.tar", [("a.jpg", b"1"), ("a.txt", b"text"), ("b.png", b"2")])
+    samples = list(read_shard(str(tmp_path / "0.tar"), with_images=False))
+    assert [(sample.key, sample.image, sample.captions) for sample in samples] == [
+        ("a", None, (b"text",)),
+        ("b", None, ()),
+    ]
+
+
+def test_same_name_twice_in_a_row_is_two_pairs(tmp_path, make_tar):
+    make_tar(
+        tmp_path / "0.tar", [("a.jpg", b"1"), ("a.txt", b"1"), ("a.jpg", b"2"), ("a.txt", b"2")]
+    )
+    samples = list(read_shard(str(tmp_path / "0.tar")))
+    assert [(sample.image, sample.captions) for sample in samples] == [
+        (b"1", (b"1",)),
+        (b"2", (b"2",)),
+    ]
+
+
+def test_folders_links_and_metadata_are_no_pairs(tmp_path, make_tar):
+    make_tar(tmp_path / "0.tar", [("__meta__/a.txt", b"x"), (".hidden", b"x"), ("README", b"x")])
+    assert [skip.reason for skip in read_shard(str(tmp_path / "0.tar"))] == ["empty shard"]
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_shard_cut_anywhere_is_noticed_and_keeps_what_came_before(make_shards, piped):
+    path = make_shards([3]) / "0.tar"
+    data = path.read_bytes()
+    shard = f"pipe:cat '{path}'" if piped else str(path)
+    whole = list(read_shard(shard))
+    # The last pair's own bytes end before the zeros with which a tar file ends.
+    for length in range(100, len(data.rstrip(b"\0")), 700):
+        path.write_bytes(data[:length])
+        *samples, failure = read_shard(shard)
+        assert isinstance(failure, Skip)
+        assert failure.reason == "unreadable shard"
+        found = [(sample.key, sample.captions) for sample in samples if sample.captions]
+        assert found == [(sample.key, sample.captions) for sample in whole][: len(found)]
+
+
+def test_damaged_header_is_not_taken_for_the_end(make_shards):
+    path = make_shards([9]) / "0.tar"
+    data = bytearray(path.read_bytes())
+    start = data.index(b"00004.jpg")
+    data[start : start + 512] = b"\xff" * 512
+    path.write_bytes(data)
+    *samples, failure = read_shard(str(path))
+    assert [sample.key for sample in samples] == ["00000", "00001", "00002", "00003"]
+    assert failure.reason == "unreadable shard"
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tar file" * 100])
+def test_file_that_is_no_tar_is_one_skip(tmp_path, content):
+    (tmp_path / "0.tar").write_bytes(content)
+    (skip,) = read_shard(str(tmp_path / "0.tar"))
+    assert (skip.key, skip.reason) == ("", "unreadable shard")
+
+
+@pytest.mark.parametrize("shard", ["missing.tar", "nosuch://host/0.tar", "pipe:exit 3"])
+def test_shard_that_cannot_be_opened_is_one_skip(shard):
+    (skip,) = read_shard(shard)
+    assert skip.reason == "unreadable shard"
+    assert skip.detail
+
+
+def test_command_is_read_like_a_file(make_shards):
+    path = make_shards([4]) / "0.tar"
+    piped = [sample.image for sample in read_shard(f"pipe:cat '{path}'")]
+    assert piped == [sample.image for sample in read_shard(str(path))]
+
+
+@pytest.fixture
+def shards(make_shards):
+    folder = make_shards([3, 5, 2])
+    return [folder / f"{number}.tar" for number in range(3)]
+
+
+def sizes(shards, **options):
+    return size_shards([str(shard) for shard in shards], **options)[0]
+
+
+def test_stated_sizes_are_believed(shards):
+    (shards[0].parent / "sizes.json").write_text('{"0.tar": 30, "1.tar": 50, "2.tar": 20}')
+    assert sizes(shards) == [30, 50, 20]
+    assert sizes(shards, use_stated=False) == [3, 5, 2]
+
+
+@pytest.mark.parametrize("stated", [None, {}, {"1.tar": 50}])
+def test_what_is_not_stated_is_counted(shards, stated):
+    file = shards[0].parent / "sizes.json"
+    file.unlink()
+    if stated is not None:
+        file.write_text(json.dumps(stated))
+    assert sizes(shards) == [3, 50 if stated else 5, 2]
+
+
+def test_changed_shard_is_counted_again(shards):
+    assert sizes(shards, use_stated=False) == [3, 5, 2]
+    shards[0].write_bytes(shards[1].read_bytes())
+    assert sizes(shards, use_stated=False) == [5, 5, 2]
+
+
+def test_shard_that_cannot_be_counted_is_empty_and_named_once(shards):
+    shards[1].write_bytes(b"no tar")
+    named = [str(shards[number]) for number in (0, 1, 1)]
+    found, failures = size_shards(named, use_stated=False)
+    assert found == [3, 0, 0]
+    assert [(skip.shard, skip.reason) for skip in failures] == [(named[1], "unreadable shard")]
