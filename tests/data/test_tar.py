@@ -278,6 +278,17 @@ def test_index_that_is_damaged_is_made_anew(large):
         assert cached.read_bytes() == good
 
 
+def test_index_that_cannot_be_kept_is_made_all_the_same_and_told(large, monkeypatch, caplog):
+    for path in cache_paths(str(large)):
+        path.mkdir(parents=True)
+    assert by_index(large) == list(read_shard(str(large)))
+    assert "can be kept neither in" in caplog.text
+
+
+def test_a_shard_that_is_named_twice_is_indexed_once(large):
+    assert index_shards([str(large)] * 3) == {str(large): (6, None)}
+
+
 def test_shards_are_indexed_in_several_processes_with_the_same_result(large, monkeypatch, caplog):
     shards = []
     for number in range(6):

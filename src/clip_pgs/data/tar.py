@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from time import monotonic
 from typing import Any, BinaryIO, Literal, TypeVar
@@ -286,7 +287,7 @@ def index_shards(shards: list[str], *, start: int = 0) -> dict[str, tuple[int, S
     Returns:
         Samples of each shard, and what is wrong with it.
     """
-    order = [*shards[start:], *shards[:start]]
+    order = list(dict.fromkeys([*shards[start:], *shards[:start]]))
     found: dict[str, tuple[int, Skip | None]] = {}
     begun = reported = monotonic()
     while len(found) < len(order) and monotonic() - begun < _SECONDS_ALONE:
@@ -294,14 +295,19 @@ def index_shards(shards: list[str], *, start: int = 0) -> dict[str, tuple[int, S
         found[shard] = _count(shard)
     rest = order[len(found) :]
     if rest:
-        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        num_processes = max(1, len(os.sched_getaffinity(0)) // num_ranks)
-        with ProcessPoolExecutor(min(num_processes, len(rest))) as executor:
-            for shard, counted in zip(rest, executor.map(_count, rest), strict=True):
-                found[shard] = counted
+        num_processes = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        executor = ProcessPoolExecutor(min(max(1, num_processes - 1), len(rest)))
+        try:
+            futures = [(shard, executor.submit(_count, shard)) for shard in rest]
+            # This process works, too: from the other end.
+            for shard, future in reversed(futures):
+                found[shard] = _count(shard) if future.cancel() else future.result()
                 if monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
                     reported = monotonic()
-                    logger.info("indexed %d of %d shards", len(found), len(order))
+                    num_left = sum(not future.done() for _, future in futures)
+                    logger.info("indexed %d of %d shards", len(order) - num_left, len(order))
+        finally:
+            executor.shutdown(cancel_futures=True)
     _counted.update((_state_of(shard), counted) for shard, counted in found.items())
     return found
 
@@ -359,6 +365,8 @@ def _index_file(shard: str, file: int) -> ShardIndex:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _write_cache(index, path, state)
                 break
+        else:
+            _warn_of_cache(*(str(path.parent) for path in cache_paths(shard)))
     return index
 
 
@@ -533,6 +541,15 @@ def _assemble(
     except BadSampleError as error:
         return Skip(shard, key, error.reason, error.detail)
     return RawSample(shard, key, data, texts, repeat, suffixes)
+
+
+@lru_cache
+def _warn_of_cache(*folders: str) -> None:
+    logger.warning(
+        "the index of a shard can be kept neither in %s nor in %s, so that each worker makes its "
+        "own; XDG_CACHE_HOME names another folder",
+        *folders,
+    )
 
 
 def _make_index(shard: str, file: int, file_size: int) -> ShardIndex:
