@@ -21,7 +21,7 @@ from clip_pgs.data.decoding import (
 from support.images import smooth_images
 
 SIZE = 32
-STD = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None] * 255
+LEVEL_STD = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None] * 255
 
 
 def transform(**options):
@@ -57,7 +57,7 @@ def normalised(pixels, plain):
 
 def levels_apart(one, other):
     """Return how far two results lie apart, in steps of 8-bit images."""
-    return ((one - other) * STD).abs()
+    return ((one - other) * LEVEL_STD).abs()
 
 
 @pytest.mark.parametrize("aug_cfg", [{}, {"scale": (0.08, 1.0)}])

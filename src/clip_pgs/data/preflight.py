@@ -87,15 +87,12 @@ def _look_at_rows(source: TableSource) -> list[_Look]:
 def _look_at_shards(shards: list[str], caption_key: str | None) -> list[_Look]:
     local = [shard for shard in shards if not is_remote(shard)]
     chosen = {local[index] for index in _spread(len(local), _MAX_DECODED)}
+
+    def look(shard: str) -> _Look | None:
+        return _look_into(shard, caption_key) if shard in chosen else _try_to_open(shard)
+
     with ThreadPoolExecutor(_NUM_READERS) as executor:
-        looks = list(
-            executor.map(
-                lambda shard: (
-                    _look_into(shard, caption_key) if shard in chosen else _try_to_open(shard)
-                ),
-                local,
-            )
-        )
+        looks = list(executor.map(look, local))
     remote = next((shard for shard in shards if is_remote(shard)), None)
     if remote is not None:
         stalled = StalledDataError(f"{remote} gave nothing for {_REMOTE_SECONDS:g} seconds")
