@@ -209,6 +209,12 @@ def test_numbers_of_numpy_and_whole_numbers_are_numbers():
     assert create_masking("pgs", num_iters=np.int64(3), threshold=None).options.num_iters == 3
 
 
+def test_an_older_spelling_stands_for_its_option_and_never_beside_it():
+    assert create_masking("pgs", neighbourhood=2).options.neighborhood == 2
+    with pytest.raises(ValueError, match="'pgs': neighborhood is given twice"):
+        create_masking("pgs", neighbourhood=2, neighborhood=2)
+
+
 def test_a_taken_name_is_refused():
     with pytest.raises(ValueError, match="masking 'random' is registered already"):
 

@@ -334,7 +334,8 @@ class MaskingDeclaration:
     def options(self) -> tuple[MaskingOption, ...]:
         """The options, in the order of the constructor."""
         is_dataclass = "__dataclass_fields__" in vars(self.source)
-        hints = get_type_hints(self.source if is_dataclass else self.source.__init__)
+        annotated: Any = self.source
+        hints = get_type_hints(annotated if is_dataclass else annotated.__init__)
         explained = _explained_options(self.source)
         return tuple(
             MaskingOption(option, parameter.default, explained.get(option, ""), hints.get(option))
@@ -448,9 +449,9 @@ def create_masking(name: str, **options: Any) -> MaskingStrategy:
         if problem:
             raise ValueError(f"masking {name!r}: {option} takes {problem}, got {value!r}")
         given[option] = value
-    for option in known.values():
-        if option.default is inspect.Parameter.empty and option.name not in given:
-            raise ValueError(f"masking {name!r} needs the option {option.name}")
+    for option in known:
+        if known[option].default is inspect.Parameter.empty and option not in given:
+            raise ValueError(f"masking {name!r} needs the option {option}")
     return _REGISTRY.get(name)(**given)
 
 
