@@ -10,7 +10,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ def legend_label(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def picture(drawing: Figure, form: Literal["svg", "png"], *, mark: str | None = None) -> bytes:
+def picture(drawing: Figure, form: str, *, mark: str | None = None) -> bytes:
     """Return a figure as a file's content, the same for the same figure: without any date.
 
     Args:

@@ -24,7 +24,7 @@ PUBLISHED = "published"  # the kind of rows that are set in italics
 
 _ASCII = str.maketrans({PLUS_MINUS: "+-", BLANK: "-"})  # for terminals that have no more
 _GROUP = ' class="group"'
-_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~#!$&])")
 # A spreadsheet computes a cell that begins so; one that parts cells at semicolons or tabs, each.
 _FORMULA = r"(?=[\s']*[=+\-@\t\uff0b\uff0d\uff1d\uff20])"
@@ -285,10 +285,10 @@ def scaled(value: float | None, unit: str = "") -> str:
     if value is None:
         return ""
     power = 0
-    while abs(value) >= 999.5 and power < len(_PREFIXES) - 1:
+    while abs(value) >= 999.5 and power < len(PREFIXES) - 1:
         value, power = value / 1000, power + 1
     digits = f"{value:.3g}" if power else f"{value:g}"
-    return f"{digits} {_PREFIXES[power]}{unit}".strip()
+    return f"{digits} {PREFIXES[power]}{unit}".strip()
 
 
 def duration(seconds: float | None) -> str:

@@ -259,11 +259,7 @@ def suite_table(
     columns = [Column("model")]
     cells: list[list[Cell]] = [[Cell(entry.name)] for entry in entries]
     for place in places:
-        label = set_label(place)
-        if is_single:
-            columns.append(Column(label, is_average=place.is_average))
-        else:
-            columns.append(Column(metric_label(suite, place.metric), label, place.is_average))
+        columns.append(column_of(place, is_single=is_single))
         members = num_members(place, entries)
         best = {kind: _best(place, kind, entries) for kind in (PUBLISHED, RUN)}
         for entry, row in zip(entries, cells, strict=True):
@@ -292,9 +288,17 @@ def num_members(place: Place, entries: Iterable[Entry]) -> int:
     return max((e.scores[place].num_members for e in entries if place in e.scores), default=1)
 
 
-def is_partial(score: Score, members: int) -> bool:
+def is_partial(score: Score, place: Place, entries: Iterable[Entry]) -> bool:
     """Say whether a score is an average that leaves sets out, and so compares with no other."""
-    return len(score.sets) < members
+    return len(score.sets) < num_members(place, entries)
+
+
+def column_of(place: Place, *, is_single: bool) -> Column:
+    """Return the heading of a place, where its suite shows a single metric or several."""
+    name = set_label(place)
+    if is_single:
+        return Column(name, is_average=place.is_average)
+    return Column(metric_label(place.suite, place.metric), name, place.is_average)
 
 
 def reference_tables(paper: Paper, *, without: Collection[str] = ()) -> list[Table]:
@@ -321,7 +325,8 @@ def reference_tables(paper: Paper, *, without: Collection[str] = ()) -> list[Tab
     caption = f"Training time as a multiple of CLIP's; published in {paper.source('cost')}"
     tables.append(Table([Column("model"), Column("relative time")], times, caption))
     places = dict.fromkeys(place for cells in paper.ablation.values() for place in cells)
-    labels = [_COLUMN_TITLES.get(place, f"{place[0]} {place[1]}") for place in places]
+    recalls = suite_of("zeroshot-retrieval").metrics
+    labels = [_COLUMN_TITLES.get(p, f"{p[0]} {recalls.get(p[1], p[1])}") for p in places]
     variants = [
         Row([Cell(variant), *(_percent_cell(cells.get(place)) for place in places)], PUBLISHED)
         for variant, cells in paper.ablation.items()
@@ -446,9 +451,9 @@ def _plain(value: Any) -> str:
 
 def _best(place: Place, kind: str, entries: Sequence[Entry]) -> float | None:
     """Return the best number of a column as it is printed, so that equal ones tie."""
-    members = num_members(place, entries)
     scores = [e.scores[place] for e in entries if e.kind == kind and place in e.scores]
-    values = [float(percent(score.mean)) for score in scores if not is_partial(score, members)]
+    whole = [score for score in scores if not is_partial(score, place, entries)]
+    values = [float(percent(score.mean)) for score in whole]
     return max(values) if len(values) > 1 else None
 
 
@@ -459,10 +464,10 @@ def _score_cell(entry: Entry, place: Place, best: float | None, members: int) ->
     notes = [] if score.spread is None else [spread_text(score.spread)]
     if score.num_runs < entry.num_runs:
         notes.append(f"({score.num_runs} of {entry.num_runs} seeds)")
-    if is_partial(score, members):
+    if len(score.sets) < members:
         notes.append(f"({len(score.sets)} of {members} sets)")
     text = percent(score.mean)
-    is_best = float(text) == best and not is_partial(score, members)
+    is_best = float(text) == best and len(score.sets) == members
     return Cell(score.mean, text, " ".join(notes), is_best)
 
 
