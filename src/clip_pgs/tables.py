@@ -315,7 +315,7 @@ def _with_note(cell: Cell) -> str:
 
 def _csv_cell(value: Any) -> Any:
     if not isinstance(value, str) or _NUMBER.fullmatch(value):
-        return value
+        return int(value) if isinstance(value, bool) else value
     text = "".join(
         c
         if c.isprintable() or c == "\t" or unicodedata.category(c) == "Zs"

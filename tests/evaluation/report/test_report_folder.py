@@ -5,6 +5,8 @@ import pytest
 from clip_pgs.evaluation.report.command import write_report
 from support.reports import make_result, save_results, save_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path):

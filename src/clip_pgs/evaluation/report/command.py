@@ -1,4 +1,4 @@
-"""Command line: `python -m clip_pgs.evaluation report RESULTS... -o report/`."""
+"""Reports: `python -m clip_pgs.evaluation report RESULTS... -o report/`, from results to files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ import base64
 import re
 import sys
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from clip_pgs.common import SentenceParser, one_sentence, write_text
-from clip_pgs.evaluation.results import CSV_NAME
+from clip_pgs.evaluation.report import results_table, scores
+from clip_pgs.evaluation.report.gather import Model, gather_runs, group_by_seed
+from clip_pgs.evaluation.report.published import Paper, read_paper
+from clip_pgs.evaluation.report.scores import AXES, Axis, Entry, Family, Place
+from clip_pgs.evaluation.results import CSV_NAME, DONE
+from clip_pgs.tables import counted, markdown_text, percent, plain
 
 MARKDOWN_NAME, HTML_NAME, FIGURES_NAME = "report.md", "report.html", "figures"
 EXIT_DONE, EXIT_BAD_INPUT = 0, 2
@@ -31,20 +38,13 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or 2 on bad input, after one sentence on stderr.
     """
-    parser = SentenceParser(
-        prog="python -m clip_pgs.evaluation report",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "results",
-        nargs="+",
-        metavar="RESULTS",
-        help="run folders, folders of results, or result files (JSON, results.csv)",
-    )
-    parser.add_argument(
-        "-o", "--output", default="report", metavar="DIR", help="where it goes (default: report)"
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    name = "python -m clip_pgs.evaluation report"
+    parser = SentenceParser(prog=name, description=_DESCRIPTION, formatter_class=layout)
+    help_text = "run folders, folders of results, or result files (JSON, results.csv)"
+    parser.add_argument("results", nargs="+", metavar="RESULTS", help=help_text)
+    help_text = "where it goes (default: report)"
+    parser.add_argument("-o", "--output", default="report", metavar="DIR", help=help_text)
     args = parser.parse_args(argv)
     try:
         folder = write_report(args.results, args.output)
@@ -71,50 +71,140 @@ def write_report(results: Sequence[str | Path], output: str | Path = "report") -
     Raises:
         ValueError: If there are no results, one cannot be read, `output` is a file, or a package
             is missing that draws or writes.
+        OSError: If a file cannot be written.
     """
     try:
         import jinja2
 
-        from clip_pgs.evaluation.report.content import make_report
-        from clip_pgs.evaluation.report.figures import is_own_figure
+        from clip_pgs.evaluation.report import figures
     except ModuleNotFoundError as error:
         raise ValueError(
             f"the report needs the package {error.name}; install clip-pgs with its extra 'eval'"
         ) from error
-    from clip_pgs.evaluation.report.gather import gather_runs
-    from clip_pgs.tables import markdown_text, plain
-
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the output {folder} is not a folder")
     if not results:
         raise ValueError("a report needs results, got none")
-    report = make_report(gather_runs(results))
+
+    runs, paper = gather_runs(results), read_paper()
+    models = group_by_seed(runs)
+    families = scores.make_families(models, paper)
+    overview = figures.overview_figures(models, families, paper)
+    suites = scores.ordered_suites(suite for family in families for suite in family.suites)
+    sections: list[dict[str, Any]] = [
+        {
+            "title": _title(suite, family),
+            "table": results_table.family_table(suite, family, paper),
+            "figure": figures.suite_figure(suite, family),
+        }
+        for suite in suites
+        for family in families
+        if suite in family.suites
+    ]
+    drawn = [*overview, *(section["figure"] for section in sections)]
+    beside = {suite for family in families if family.is_paper for suite in family.suites}
+    content = {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "summary": _summary(models, families, paper),
+        "cards": [
+            _card(model, entry, family)
+            for model in models
+            for family in families
+            if (entry := family.entry(model.name)) is not None and entry.scores
+        ],
+        "overview": overview,
+        "trouble": results_table.trouble_table(runs),
+        "models": results_table.models_table(models),
+        "sections": sections,
+        "reference_title": f"Published, for reference: {paper.training}",
+        "reference": results_table.reference_tables(paper, without=beside),
+        "details": results_table.details_tables(runs),
+        "provenance": results_table.provenance_table(runs),
+    }
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("clip_pgs.evaluation.report", "templates"),
         autoescape=lambda name: name is not None and name.startswith(HTML_NAME),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    templates.filters.update(
-        plain=plain,
-        md=markdown_text,
-        anchor=lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-"),
-        base64=lambda data: base64.b64encode(data).decode("ascii"),
-    )
-    markdown, page = (
-        templates.get_template(f"{name}.jinja").render(report=report)
-        for name in (MARKDOWN_NAME, HTML_NAME)
-    )
+    templates.filters.update(plain=plain, md=markdown_text, anchor=_anchor, base64=_base64)
+    names = (MARKDOWN_NAME, HTML_NAME)
+    markdown, page = (templates.get_template(f"{n}.jinja").render(report=content) for n in names)
+
     (folder / FIGURES_NAME).mkdir(parents=True, exist_ok=True)
-    files = {f"{figure.name}.svg": figure.svg for figure in report.figures}
-    files |= {f"{figure.name}.png": figure.png for figure in report.figures}
+    files = {f"{figure.name}.svg": figure.svg for figure in drawn}
+    files |= {f"{figure.name}.png": figure.png for figure in drawn}
     for path in (folder / FIGURES_NAME).iterdir():
-        if path.name not in files and is_own_figure(path):
+        if path.name not in files and figures.is_own_figure(path):
             path.unlink()
-    for name, content in files.items():
-        (folder / FIGURES_NAME / name).write_bytes(content)
-    write_text(folder / CSV_NAME, report.scores)
+    for name, picture in files.items():
+        (folder / FIGURES_NAME / name).write_bytes(picture)
+    write_text(folder / CSV_NAME, results_table.scores_csv(models, families, paper))
     write_text(folder / MARKDOWN_NAME, re.sub(r"\n{3,}", "\n\n", markdown).rstrip() + "\n")
     write_text(folder / HTML_NAME, page)
     return folder
+
+
+def _anchor(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _title(suite: str, family: Family) -> str:
+    kind = "the paper's" if family.is_paper else "other"
+    return f"{scores.suite_of(suite).title}, {kind} data sets"
+
+
+def _card(model: Model, entry: Entry, family: Family) -> dict[str, Any]:
+    """Return the summary of a model on one family of data sets: what it is, and three numbers."""
+    parts = [model.training.architecture, entry.facts, entry.more]
+    sets = "the paper's data sets" if family.is_paper else "data sets that are not the paper's"
+    return {
+        "name": model.name,
+        "sentence": f"{', '.join(part for part in parts if part)}; scored on {sets}.",
+        "headlines": [_headline(entry, axis, family) for axis in AXES],
+    }
+
+
+def _headline(entry: Entry, axis: Axis, family: Family) -> dict[str, str]:
+    """Return a number of a summary: what it is over, and how others do on the same sets."""
+    score = axis.score(entry)
+    if score is None:
+        return {"title": axis.title, "value": "", "standing": "not measured"}
+    place = Place(axis.suite, axis.average, axis.metric, is_average=True)
+    members = results_table.num_members(place, family.entries)
+    lacking = f"{len(score.sets)} of " if len(score.sets) < members else ""
+    others = [
+        f"{other.name} {percent(mean)}"
+        for other in family.entries
+        if other.name in scores.COMPARED and other.kind != scores.RUN
+        if (mean := axis.mean_over(other, score.sets)) is not None
+    ]
+    over = f"over {lacking}{counted(members, 'set')}"
+    return {
+        "title": axis.title,
+        "value": percent(score.mean),
+        "spread": results_table.spread_text(score.spread),
+        "standing": "; ".join(filter(None, [over, ", ".join(others)])),
+    }
+
+
+def _summary(models: Sequence[Model], families: Sequence[Family], paper: Paper) -> str:
+    runs = [run for model in models for run in model.runs]
+    results = [result for run in runs for result in run.results]
+    sets = {(result.suite, result.dataset) for result in results}
+    num_runs = f" ({counted(len(runs), 'run')})" if len(runs) > len(models) else ""
+    suites = counted(len({suite for suite, _ in sets}), "suite")
+    models_text, sets_text = counted(len(models), "model"), counted(len(sets), "data set")
+    parts = [f"{models_text}{num_runs} on {sets_text} of {suites}"]
+    num_undone = sum(result.status != DONE for result in results)
+    if num_undone:
+        parts.append(f"{counted(num_undone, 'result')} missing or failed")
+    about = "none of the sets is one of the paper's, so that nothing here compares with it"
+    if any(family.is_paper for family in families):
+        about = f"published rows were trained on {paper.training}"
+    return "; ".join([*parts, about]) + "."

@@ -120,6 +120,15 @@ def is_own_figure(path: Path) -> bool:
         return _MARK.format(name=path.stem).encode() in file.read(_MARK_PLACE)
 
 
+def overview_figures(
+    models: Sequence[Model], families: Sequence[Family], paper: Paper
+) -> list[Figure]:
+    """Draw the figures on all suites, as far as there is something to draw."""
+    radar, cost = radar_figure(families, paper), cost_figure(models, families)
+    drawn = (radar, cost, epochs_figure(models, families))
+    return [figure for figure in drawn if figure is not None]
+
+
 def suite_figure(suite: str, family: Family) -> Figure:
     """Draw the results of a suite as bars: a group per data set or average, a bar per model.
 
@@ -186,10 +195,10 @@ def radar_figure(families: Sequence[Family], paper: Paper) -> Figure | None:
     if not panels:
         return None
     if not has_published:
-        rows = scores.published_entries(paper)
+        rows = scores.published_family(paper).entries
         means = [axis.score(rows[0]) for axis in AXES]
         sets = tuple(frozenset(mean.sets) for mean in means if mean is not None)
-        panels.append(("Published, for reference", _looks(rows), sets, rows))
+        panels.append(("Published, for reference", _looks(rows), sets, list(rows)))
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
     with plots.plot_style():

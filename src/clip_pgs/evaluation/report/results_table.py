@@ -6,53 +6,19 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from clip_pgs import tables
+from clip_pgs.evaluation.report import scores
 from clip_pgs.evaluation.report.gather import Model, Run
 from clip_pgs.evaluation.report.published import Paper
-from clip_pgs.evaluation.report.scores import (
-    PAPER_SETS,
-    RUN,
-    Average,
-    Entry,
-    Family,
-    Place,
-    Score,
-    averages,
-    ordered_suites,
-    published_entries,
-    shown_metrics,
-    suite_of,
-)
+from clip_pgs.evaluation.report.scores import RUN, Average, Entry, Family, Place, Score, suite_of
 from clip_pgs.evaluation.results import DONE, Result, ordered_metrics
-from clip_pgs.tables import (
-    BLANK,
-    PLUS_MINUS,
-    PUBLISHED,
-    Cell,
-    Column,
-    Row,
-    Table,
-    csv_text,
-    duration,
-    percent,
-    scaled,
-)
+from clip_pgs.tables import BLANK, PLUS_MINUS, PUBLISHED, Cell, Column, Row, Table, percent
 
 # The headings of a report's results.csv.
 CSV_COLUMNS = (
-    *(
-        "kind",
-        "model",
-        "suite",
-        "sets",
-        "name",
-        "is_average",
-        "metric",
-        "status",
-        "value",
-        "spread",
-    ),
-    *("runs", "printed", "source", "training_data", "samples_seen", "flops", "wall_seconds"),
-    *("masking", "seeds", "reason", "num_sets", "of_sets"),
+    *("kind", "model", "suite", "sets", "name", "is_average", "metric", "status", "value"),
+    *("spread", "runs", "printed", "source", "training_data", "samples_seen", "flops"),
+    *("wall_seconds", "masking", "seeds", "reason", "num_sets", "of_sets"),
 )
 # Shorter, as a terminal has 80 columns.
 _SHORT_LABELS = {"acc": "acc", "acc1": "acc1", "acc5": "acc5", "mean_per_class_recall": "recall"}
@@ -103,16 +69,16 @@ def format_table(results: Sequence[Result]) -> str:
     Raises:
         ValueError: If the results are those of several models.
     """
-    tables = []
+    shown = []
     for suite in dict.fromkeys(result.suite for result in results):
         members = [result for result in results if result.suite == suite]
         table = results_table(suite, members)
         if len(members) > 1:
             metrics = ordered_metrics(r for r in members if r.status == DONE)
-            means = _average_rows(averages(members), metrics, len(table.columns))
+            means = _average_rows(scores.averages(members), metrics, len(table.columns))
             table = replace(table, rows=[*table.rows, *means])
-        tables.append(table.text())
-    return "\n".join(tables)
+        shown.append(table.text())
+    return "\n".join(shown)
 
 
 def results_table(
@@ -136,9 +102,8 @@ def results_table(
         header = ["run", "data set", *(metric_label(suite, m) for m in metrics), unit, "details"]
     rows = []
     for number, result in enumerate(results):
-        cells = (
-            [Cell(result.dataset)] if runs is None else [Cell(runs[number]), Cell(result.dataset)]
-        )
+        cells = [Cell(name) for name in ([] if runs is None else [runs[number]])]
+        cells.append(Cell(result.dataset))
         if result.status != DONE:
             rows.append(Row([*cells, Cell(f"{result.status}: {reason(result)}")]))
             continue
@@ -162,7 +127,7 @@ def details_tables(runs: Sequence[Run]) -> list[Table]:
             [result for _, result in members if result.suite == suite],
             runs=[name for name, result in members if result.suite == suite],
         )
-        for suite in ordered_suites(result.suite for _, result in members)
+        for suite in scores.ordered_suites(result.suite for _, result in members)
     ]
 
 
@@ -202,9 +167,9 @@ def models_table(models: Sequence[Model]) -> Table:
         cells = [
             Cell(training.architecture),
             Cell(training.data),
-            Cell(samples, scaled(samples)),
-            Cell(flops, scaled(flops)),
-            Cell(seconds, duration(seconds)),
+            Cell(samples, tables.scaled(samples)),
+            Cell(flops, tables.scaled(flops)),
+            Cell(seconds, tables.duration(seconds)),
             Cell(training.hardware),
             Cell(training.masking),
             Cell(", ".join(map(str, model.seeds))),
@@ -231,7 +196,7 @@ def suite_places(suite: str, entries: Sequence[Entry], *, order: Sequence[str]) 
         entries: The models; a place is shown if one of them has it.
         order: Names of data sets to start with; others follow as they come.
     """
-    metrics = shown_metrics(suite, entries)
+    metrics = scores.shown_metrics(suite, entries)
     known = [place for entry in entries for place in entry.scores if place.suite == suite]
     sets = dict.fromkeys([*order, *(place.name for place in known if not place.is_average)])
     means = dict.fromkeys(place.name for place in known if place.is_average)
@@ -241,6 +206,15 @@ def suite_places(suite: str, entries: Sequence[Entry], *, order: Sequence[str]) 
         wanted += [Place(suite, name, metric, True) for name in means for metric in metrics]
     existing = set(known)
     return [place for place in wanted if place in existing]
+
+
+def family_table(suite: str, family: Family, paper: Paper) -> Table:
+    """Make the table of a suite on one family of data sets."""
+    about = "no published row is about these data sets"
+    if family.is_paper:
+        about = f"published rows are from {paper.source(suite)}"
+    caption, order = f"{suite_of(suite).title}, {suite_of(suite).unit}; {about}", family.sets
+    return suite_table(suite, family.rows(suite), caption=caption, order=order.get(suite, []))
 
 
 def suite_table(
@@ -308,31 +282,27 @@ def reference_tables(paper: Paper, *, without: Collection[str] = ()) -> list[Tab
         paper: The published figures.
         without: Suites whose published rows stand elsewhere in the report.
     """
-    entries = published_entries(paper)
-    tables = []
-    for suite in ordered_suites(paper.sizes):
+    published = scores.published_family(paper)
+    shown = []
+    for suite in scores.ordered_suites(paper.sizes):
         if suite not in without:
-            facts = suite_of(suite)
+            facts, order = suite_of(suite), list(paper.sizes[suite])
             caption = f"{facts.title}, {facts.unit}; published in {paper.source(suite)}"
-            of_suite = [e for e in entries if any(place.suite == suite for place in e.scores)]
-            order = list(paper.sizes[suite])
-            tables.append(suite_table(suite, of_suite, caption=caption, order=order))
-    times = [
-        Row([Cell(method.name), Cell(method.relative_time, f"{method.relative_time:g}")], PUBLISHED)
-        for method in paper.methods
-        if method.relative_time is not None
-    ]
+            entries = published.rows(suite)
+            shown.append(suite_table(suite, entries, caption=caption, order=order))
+    times = [(m.name, m.relative_time) for m in paper.methods if m.relative_time is not None]
+    rows = [Row([Cell(name), Cell(time, f"{time:g}")], PUBLISHED) for name, time in times]
     caption = f"Training time as a multiple of CLIP's; published in {paper.source('cost')}"
-    tables.append(Table([Column("model"), Column("relative time")], times, caption))
+    shown.append(Table([Column("model"), Column("relative time")], rows, caption))
     places = dict.fromkeys(place for cells in paper.ablation.values() for place in cells)
     recalls = suite_of("zeroshot-retrieval").metrics
     labels = [_COLUMN_TITLES.get(p, f"{p[0]} {recalls.get(p[1], p[1])}") for p in places]
-    variants = [
+    rows = [
         Row([Cell(variant), *(_percent_cell(cells.get(place)) for place in places)], PUBLISHED)
         for variant, cells in paper.ablation.items()
     ]
     caption = f"Ablation, percent; published in {paper.source('ablation')}"
-    return [*tables, Table([Column(label) for label in ("variant", *labels)], variants, caption)]
+    return [*shown, Table([Column(label) for label in ("variant", *labels)], rows, caption)]
 
 
 def scores_csv(models: Sequence[Model], families: Sequence[Family], paper: Paper) -> str:
@@ -344,51 +314,30 @@ def scores_csv(models: Sequence[Model], families: Sequence[Family], paper: Paper
     with its `status` and `reason`.
     """
     if not any(family.is_paper for family in families):
-        families = [*families, Family(PAPER_SETS, tuple(published_entries(paper)), {})]
-    facts: dict[str, dict[str, Any]] = {model.name: _csv_facts(model) for model in models}
+        families = [*families, scores.published_family(paper)]
+    facts = {model.name: _csv_facts(model) for model in models}
+    published = {"source": paper.address, "training_data": paper.training}
     rows: list[dict[str, Any]] = []
     for family in families:
         for entry in family.entries:
             about = facts[entry.name] if entry.kind == RUN else {}
-            if entry.kind == PUBLISHED:
-                about = {"source": paper.address, "training_data": paper.training}
+            about = published if entry.kind == PUBLISHED else about
             for place, score in entry.scores.items():
-                rows.append(
-                    {
-                        "kind": entry.kind,
-                        "model": entry.name,
-                        "suite": place.suite,
-                        "sets": family.name,
-                        "name": place.name,
-                        "is_average": int(place.is_average),
-                        "metric": place.metric,
-                        "status": DONE,
-                        "value": score.mean,
-                        "spread": score.spread,
-                        "runs": score.num_runs,
-                        "printed": entry.printed.get(place[:2]) if place.is_average else None,
-                        "num_sets": len(score.sets),
-                        "of_sets": num_members(place, family.entries),
-                        **about,
-                    }
-                )
+                row: dict[str, Any] = {"kind": entry.kind, "model": entry.name, "status": DONE}
+                row |= {"sets": family.name, **place._asdict()}
+                row |= {"value": score.mean, "spread": score.spread, "runs": score.num_runs}
+                row["printed"] = entry.printed.get(place[:2]) if place.is_average else None
+                row["num_sets"] = len(score.sets)
+                row["of_sets"] = num_members(place, family.entries)
+                rows.append({**row, **about})
     for model in models:
         for run in model.runs:
-            rows += [
-                {
-                    "kind": RUN,
-                    "model": run.name,
-                    "suite": result.suite,
-                    "name": result.dataset,
-                    "is_average": 0,
-                    "status": result.status,
-                    "reason": reason(result),
-                    **facts[model.name],
-                }
-                for result in run.results
-                if result.status != DONE
-            ]
-    return csv_text(CSV_COLUMNS, [[row.get(column) for column in CSV_COLUMNS] for row in rows])
+            for result in run.results:
+                if result.status != DONE:
+                    row = {"kind": RUN, "model": run.name, "status": result.status}
+                    row |= {"suite": result.suite, "name": result.dataset, "is_average": 0}
+                    rows.append({**row, "reason": reason(result), **facts[model.name]})
+    return tables.csv_text(CSV_COLUMNS, [[row.get(name) for name in CSV_COLUMNS] for row in rows])
 
 
 def _csv_facts(model: Model) -> dict[str, Any]:
@@ -451,8 +400,8 @@ def _plain(value: Any) -> str:
 
 def _best(place: Place, kind: str, entries: Sequence[Entry]) -> float | None:
     """Return the best number of a column as it is printed, so that equal ones tie."""
-    scores = [e.scores[place] for e in entries if e.kind == kind and place in e.scores]
-    whole = [score for score in scores if not is_partial(score, place, entries)]
+    known = [e.scores[place] for e in entries if e.kind == kind and place in e.scores]
+    whole = [score for score in known if not is_partial(score, place, entries)]
     values = [float(percent(score.mean)) for score in whole]
     return max(values) if len(values) > 1 else None
 
@@ -473,8 +422,8 @@ def _score_cell(entry: Entry, place: Place, best: float | None, members: int) ->
 
 def _notes(suite: str, entries: Sequence[Entry], places: Sequence[Place]) -> list[str]:
     notes = []
-    scores = [entry.scores[place] for entry in entries for place in places if place in entry.scores]
-    if any(score.spread is not None for score in scores):
+    shown = [entry.scores[place] for entry in entries for place in places if place in entry.scores]
+    if any(score.spread is not None for score in shown):
         notes.append(f"{PLUS_MINUS} is the standard deviation over seeds.")
     rivals = {PUBLISHED: "the best published row", RUN: "the best run"}
     best = [

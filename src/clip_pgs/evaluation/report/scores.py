@@ -287,37 +287,30 @@ def score_runs(runs: Sequence[Sequence[Result]]) -> dict[Place, Score]:
         taken within each run, over the sets that all runs of the suite have, as a mean over runs
         and their spread would otherwise mix data sets.
     """
-    values: dict[Place, list[float]] = {}
-    sets: dict[Place, tuple[str, ...]] = {}
-    num_members: dict[Place, int] = {}
+    # By place, of each run: the value, the sets it covers, and how many belong to it.
+    found: dict[Place, list[tuple[float, tuple[str, ...], int]]] = {}
     for results in runs:
         for result in results:
             for metric, value in result.metrics.items():
                 if result.status == DONE and value is not None:
                     place = Place(result.suite, result.dataset, metric)
-                    values.setdefault(place, []).append(value)
-                    sets[place] = (result.dataset,)
+                    found.setdefault(place, []).append((value, (result.dataset,), 1))
     for results in _on_shared_sets(runs):
         means = averages(results)
         doubled = {mean.suite for mean in means if mean.name == "id_average"}
         for mean in means:
-            if mean.name == "average" and mean.suite in doubled:
-                continue
-            place = Place(mean.suite, mean.name, mean.metric, is_average=True)
-            values.setdefault(place, []).append(mean.value)
-            sets[place] = mean.sets
-            members = len(mean.sets) + len(mean.missing)
-            num_members[place] = max(members, num_members.get(place, 0))
-    return {
-        place: Score(
-            mean=statistics.fmean(of_runs),
-            spread=statistics.stdev(of_runs) if len(of_runs) > 1 else None,
-            num_runs=len(of_runs),
-            sets=sets[place],
-            num_members=num_members.get(place, 1),
-        )
-        for place, of_runs in values.items()
-    }
+            if mean.name != "average" or mean.suite not in doubled:
+                place = Place(mean.suite, mean.name, mean.metric, is_average=True)
+                members = len(mean.sets) + len(mean.missing)
+                found.setdefault(place, []).append((mean.value, mean.sets, members))
+    scores = {}
+    for place, of_runs in found.items():
+        values = [value for value, _, _ in of_runs]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        members = max(number for _, _, number in of_runs)
+        score = Score(statistics.fmean(values), spread, len(values), of_runs[-1][1], members)
+        scores[place] = score
+    return scores
 
 
 def chance_results(results: Iterable[Result]) -> list[Result]:
@@ -398,12 +391,11 @@ def make_families(models: Sequence[Model], paper: Paper) -> list[Family]:
             continue
         rows = [_model_entry(model, runs) for model, runs in zip(models, of_models, strict=True)]
         if name == PAPER_SETS:
-            sets = {suite: list(of_suite) for suite, of_suite in paper.sizes.items()}
-            rows = [*published_entries(paper), *rows]
+            published = published_family(paper)
+            families.append(replace(published, entries=(*published.entries, *rows)))
         else:
-            sets = _set_order(everything, paper)
-            rows.append(Entry("chance", CHANCE, score_runs([chance_results(everything)])))
-        families.append(Family(name, tuple(rows), sets))
+            chance = Entry("chance", CHANCE, score_runs([chance_results(everything)]))
+            families.append(Family(name, (*rows, chance), _set_order(everything, paper)))
     return families
 
 
@@ -437,13 +429,15 @@ def group_by_sets(
     return groups
 
 
-def published_entries(paper: Paper) -> list[Entry]:
-    """Return the rows of a paper's methods."""
+def published_family(paper: Paper) -> Family:
+    """Return the rows of a paper's methods on its data sets."""
     facts = f"published, {paper.training.split(',')[0]}"
-    return [
+    entries = [
         Entry(m.name, PUBLISHED, score_runs([m.results]), facts, printed=m.averages)
         for m in paper.methods
     ]
+    sets = {suite: list(of_suite) for suite, of_suite in paper.sizes.items()}
+    return Family(PAPER_SETS, tuple(entries), sets)
 
 
 def shown_metrics(suite: str, entries: Iterable[Entry]) -> list[str]:
