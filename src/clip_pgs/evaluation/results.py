@@ -161,8 +161,11 @@ def read_csv(path: Path) -> list[Result]:
     Raises:
         ValueError: If the file is no such table, or has no row.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = tables.read_csv(file)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = tables.read_csv(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is no table of an evaluation: {error}") from error
     if not rows or not rows[0].keys() >= _REQUIRED:
         raise ValueError(
             f"{path} is no table of an evaluation; it needs a row, and the columns "

@@ -144,6 +144,14 @@ def test_weights_of_any_name_stop_no_report(tmp_path, path):
     assert "shape" in sets_of(tmp_path / "eval")
 
 
+@pytest.mark.parametrize("content", [b"suite\xff\n", b"a\0b\n", b'"' + b"x" * 200_000, b"a,b\n1\n"])
+def test_table_that_is_none_is_refused_by_its_name(tmp_path, capsys, content):
+    (tmp_path / "odd.csv").write_bytes(content)
+    assert run([str(tmp_path / "odd.csv"), "-o", str(tmp_path / "report")]) == 2
+    assert str(tmp_path / "odd.csv") in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
 @pytest.mark.slow
 def test_names_of_anything_are_shown_and_do_nothing(tmp_path):
     (tmp_path / "eval").mkdir()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clip_pgs.evaluation.report.gather import Model
 from clip_pgs.evaluation.report.published import Paper
@@ -43,16 +43,8 @@ def suite_of(name: str) -> Suite:
     """
     if name in SUITES.names():
         return get_suite(name)
-    return Suite(
-        name=name,
-        title=name,
-        summary="",
-        task="",
-        types=(),
-        metrics={},
-        main_metrics=(),
-        unit="percent",
-    )
+    blanks: dict[str, Any] = {"summary": "", "task": "", "types": (), "metrics": {}}
+    return Suite(name=name, title=name, unit="percent", main_metrics=(), **blanks)
 
 
 def ordered_suites(names: Iterable[str]) -> list[str]:
@@ -505,41 +497,32 @@ def _chance_metrics(result: Result) -> dict[str, float | None]:
 def _model_entry(model: Model, runs: Sequence[Sequence[Result]]) -> Entry:
     ties: dict[str, list[tuple[int, int]]] = {}
     for run in runs:
-        counted_sets = [r for r in run if r.status == DONE and "ties" in r.details]
-        for suite in dict.fromkeys(result.suite for result in counted_sets):
-            of_suite = [result for result in counted_sets if result.suite == suite]
+        tied = [result for result in run if result.status == DONE and "ties" in result.details]
+        for suite in dict.fromkeys(result.suite for result in tied):
+            of_suite = [result for result in tied if result.suite == suite]
             num_ties = sum(result.details["ties"] for result in of_suite)
             num_items = sum(result.details.get("items", result.samples) for result in of_suite)
             ties.setdefault(suite, []).append((num_ties, num_items))
+    data, masking = model.training.short_data or "training unknown", model.training.masking
+    samples, flops, seconds = map(model.mean, ("samples", "flops", "seconds"))
+    more = [
+        scaled(flops, "FLOP"),
+        duration(seconds),
+        f"masking {masking}" if masking else "",
+        counted(len(model.runs), "seed") if model.seeds else "",
+    ]
     return Entry(
         name=model.name,
         kind=RUN,
         scores=score_runs(runs),
-        facts=key_facts(model),
-        more=more_facts(model),
+        facts=data if samples is None else f"{data}, {scaled(samples)} samples seen",
+        more=", ".join(filter(None, more)),
         ties={
             suite: (statistics.fmean(t for t, _ in counts), statistics.fmean(n for _, n in counts))
             for suite, counts in ties.items()
         },
         num_runs=len(model.runs),
     )
-
-
-def key_facts(model: Model) -> str:
-    """Return what must be known to read a model's numbers: its data, and how much of it."""
-    data, samples = model.training.short_data or "training unknown", model.mean("samples")
-    return data if samples is None else f"{data}, {scaled(samples)} samples seen"
-
-
-def more_facts(model: Model) -> str:
-    """Return what else stands behind a model: its cost, masking and seeds."""
-    parts = [
-        scaled(model.mean("flops"), "FLOP"),
-        duration(model.mean("seconds")),
-        f"masking {model.training.masking}" if model.training.masking else "",
-        counted(len(model.runs), "seed") if model.seeds else "",
-    ]
-    return ", ".join(part for part in parts if part)
 
 
 def _set_order(results: Sequence[Result], paper: Paper) -> dict[str, list[str]]:
