@@ -10,6 +10,7 @@ from clip_pgs.data.world import draw_scene, make_scene
 from clip_pgs.inspection import ModelInput, draw_masks
 from clip_pgs.inspection.figure import CAPTION_SIZE, GAP, MARGIN, TITLE_SIZE
 from clip_pgs.inspection.model_input import parse_specs
+from clip_pgs.masking.strategy import _REGISTRY
 
 SMALL = ModelInput(image_size=(64, 64), patch_size=(8, 8))
 # 64 px are enlarged fourfold, to reach 224.
@@ -167,3 +168,29 @@ def test_cluster_reaches_the_mean_ratio_on_the_images_shown():
 def test_a_ratio_that_no_strategy_takes_is_refused():
     with pytest.raises(ValueError, match="mask_ratio_min has no effect on none, random"):
         create_strategies(["none", "random"], mask_ratio_min=0.2)
+
+
+def test_pictures_files_and_tensors_are_drawn_alike(tmp_path):
+    scene().save(tmp_path / "scene.png")
+    pixels = torch.from_numpy(np.asarray(scene()).copy()).permute(2, 0, 1)
+    images = [scene(), tmp_path / "scene.png", str(tmp_path / "scene.png"), pixels, pixels / 255]
+    strategies = create_strategies(["pgs"])
+    drawn = {draw_masks([one], strategies, model_input=SMALL).tobytes() for one in images}
+    batch = draw_masks(pixels[None], strategies, model_input=SMALL)
+    assert drawn == {batch.tobytes()}
+
+
+def test_a_strategy_outside_the_package_is_named_by_its_import_path(tmp_path, monkeypatch):
+    (tmp_path / "outside_masking.py").write_text(
+        "from clip_pgs.masking import register_masking\n"
+        "from clip_pgs.masking.baselines import RandomMasking\n"
+        "@register_masking('outside')\n"
+        "class Outside(RandomMasking):\n"
+        "    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    # What registers here is forgotten with the test.
+    for name in ("_entries", "_declarations"):
+        monkeypatch.setattr(_REGISTRY, name, dict(getattr(_REGISTRY, name)))
+    text = "outside_masking:Outside:mask_ratio=0.25"
+    assert create_strategies([text])[text].mask_ratio == 0.25
