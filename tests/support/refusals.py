@@ -2,7 +2,8 @@
 
 import pytest
 
-from clip_pgs.training.checks import check_options, option_warnings
+from clip_pgs.training.checks import check_options
+from clip_pgs.training.effects import option_warnings
 from clip_pgs.training.options import parse_options
 
 PGS = ("--masking", "pgs")

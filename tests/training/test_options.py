@@ -1,11 +1,24 @@
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 from open_clip_train.params import parse_args as parse_trainer_args
 
 from clip_pgs.data.text_masking import TEXT_MASKINGS
 from clip_pgs.integrations.open_clip.compat import check_versions, trainer_actions, trainer_parser
 from clip_pgs.masking import describe_masking, list_maskings, masking_options
-from clip_pgs.training.options import REFUSED_FLAGS, option_flags, parse_options
+from clip_pgs.training.checks import check_options
+from clip_pgs.training.options import (
+    REFUSED_FLAGS,
+    TrainOptions,
+    flag_of,
+    option_flags,
+    option_parser,
+    parse_options,
+)
 from support.options import VALID, write_model_config
+
+README = Path(__file__).parents[2] / "README.md"
 
 
 def refusal(argv):
@@ -276,3 +289,26 @@ def test_another_open_clip_is_refused(monkeypatch):
     monkeypatch.setattr("open_clip.__version__", "4.0.0")
     with pytest.raises(ValueError, match=r"open_clip_torch>=3\.3,<4, found 4\.0\.0"):
         check_versions()
+
+
+OWN = [option for option in fields(TrainOptions) if "heading" in option.metadata]
+
+
+@pytest.mark.parametrize("option", OWN, ids=lambda option: option.name)
+def test_every_option_of_ours_is_explained_in_help_and_listed_in_the_readme(option):
+    flag = flag_of(option.name)
+    action = next(a for a in option_parser()._actions if flag in a.option_strings)
+    assert action.help
+    assert flag in README.read_text()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+@pytest.mark.parametrize(
+    "option",
+    [option for option in OWN if option.metadata["metavar"] in ("N", "F", "S", "M", "K")],
+    ids=lambda option: option.name,
+)
+def test_no_number_of_ours_is_taken_that_is_none(option, value):
+    argv = [*VALID, "--masking", "pgs", "--mask-schedule", "linear", "--mask-ratio-end", "0.2"]
+    with pytest.raises(ValueError, match=r"\S"):
+        check_options(parse_options([*argv, f"{flag_of(option.name)}={value}"]))

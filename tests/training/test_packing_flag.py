@@ -3,7 +3,8 @@ import torch
 
 from clip_pgs.integrations.open_clip.apply import tower_masking
 from clip_pgs.training.build import build_model
-from clip_pgs.training.checks import check_options, option_warnings
+from clip_pgs.training.checks import check_options
+from clip_pgs.training.effects import option_warnings
 from clip_pgs.training.options import IDENTITY, RECIPE, names_of, parse_options
 from support.options import SYNTHETIC, VALID, write_model_config
 

@@ -47,7 +47,7 @@ def test_steps_keep_their_graphs_whole_and_few(tmp_path, monkeypatch, options):
         torchcompile=True,
         **options,
     )
-    trim = build_trimmer(trainer.phase.args, trainer.model)
+    trim = build_trimmer(trainer.phase.options, trainer.model)
     trainer.start_epoch(0)
     torch._dynamo.reset()
     counters.clear()

@@ -72,7 +72,8 @@ def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, dict[str, Any]]:
     """Return checked options and what the loop calls of other packages, or an exit code."""
     try:
         from clip_pgs.data.preflight import preflight
-        from clip_pgs.training.checks import check_options, option_warnings
+        from clip_pgs.training.checks import check_options
+        from clip_pgs.training.effects import option_warnings
         from clip_pgs.training.options import parse_options
         from clip_pgs.training.run_folder import follow_restart
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Model, optimiser, schedule and loss of a run, all made by OpenCLIP from its own options."""
+"""Model, optimizer, schedule and loss of a run, all made by OpenCLIP from its own options."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 from torch import Tensor, nn
 
 from clip_pgs.checkpoint_io import check_sum, find_checkpoint, fit_weights, read_checkpoint
+from clip_pgs.common import MODEL_CONFIG_NAME, one_sentence
 from clip_pgs.integrations.open_clip import (
     CaptionTrimmer,
     allow_short_text,
@@ -25,8 +26,14 @@ from clip_pgs.integrations.open_clip import (
     is_text_trimming_lossless,
 )
 from clip_pgs.integrations.open_clip.compat import weights_read_by
+from clip_pgs.integrations.open_clip.model_config import (
+    MISFITS,
+    check_model_config,
+    check_preprocessing,
+    read_json_object,
+)
 from clip_pgs.training.masks import seed_everything
-from clip_pgs.training.options import TrainOptions
+from clip_pgs.training.options import MODEL_SCHEMAS, TrainOptions
 
 _logger = logging.getLogger(__name__)
 
@@ -48,42 +55,41 @@ class ModelParts:
     tokenize: Callable
 
 
-def build_model(args: TrainOptions, device: torch.device) -> ModelParts:
+def build_model(options: TrainOptions, device: torch.device) -> ModelParts:
     """Create the model, lock what is to be locked, mask its image tower, let captions be short.
 
     Args:
-        args: Options; the weights depend on `args.seed`, on no rank.
+        options: Options; the weights depend on `options.seed`, on no rank.
         device: Where the model goes.
     """
-    seed_everything(args.seed)
-    model, train_transform, val_transform = create_model(args, device)
-    has_weights = args.pretrained or args.model.startswith(("hf-hub:", "local-dir:"))
+    seed_everything(options.seed)
+    model, train_transform, val_transform = create_model(options, device)
+    has_weights = options.pretrained or options.model.startswith(MODEL_SCHEMAS)
     if is_coca(model) and not has_weights:
         # OpenCLIP leaves this parameter as the memory it finds, other in each process.
         projection = model.text_decoder.text_projection
         nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
-    if args.use_bn_sync and args.distributed:
+    if options.use_bn_sync and options.distributed:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if args.masking != "none":
-        apply_masking(model, args.masking, pack_tokens=args.pack_tokens, **args.masking_options)
+    if options.masking != "none":
+        apply_masking(
+            model, options.masking, pack_tokens=options.pack_tokens, **options.masking_options
+        )
     allow_short_text(model)
-    if args.text_tokens is not None and not is_text_trimming_lossless(model):
+    if options.text_tokens is not None and not is_text_trimming_lossless(model):
         _logger.warning(
             "The text tower of %s looks at padding too: --text-tokens changes what it makes of "
             "a caption that is short anyway",
-            args.model,
+            options.model,
         )
-    tokenize = open_clip.get_tokenizer(
-        args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
-    )
-    return ModelParts(model, train_transform, val_transform, tokenize)
+    return ModelParts(model, train_transform, val_transform, make_tokenizer(options))
 
 
-def create_model(args: TrainOptions, device: torch.device) -> tuple[Any, Callable, Callable]:
+def create_model(options: TrainOptions, device: torch.device) -> tuple[Any, Callable, Callable]:
     """Create OpenCLIP's model with the weights it starts from, and lock what is to be locked.
 
     Args:
-        args: Options.
+        options: Options.
         device: Where it goes; "meta" tries everything without memory for weights.
 
     Returns:
@@ -93,43 +99,42 @@ def create_model(args: TrainOptions, device: torch.device) -> tuple[Any, Callabl
         ValueError: If weights cannot be read or do not fit.
         RuntimeError, OSError: If something of it cannot be fetched.
     """
-    size = args.force_image_size
-    pretrained = args.pretrained
+    pretrained = options.pretrained
     if pretrained and Path(pretrained).is_dir():
         pretrained = str(find_checkpoint(pretrained))
     on_meta = device if device.type == "meta" else contextlib.nullcontext()
     with weights_read_by(_read_weights, _explain_misfit), on_meta:
         model, train_transform, val_transform = open_clip.create_model_and_transforms(
-            args.model,
+            options.model,
             pretrained,
-            precision=args.precision,
+            precision=options.precision,
             device=device,
-            force_quick_gelu=args.force_quick_gelu,
-            force_custom_text=args.force_custom_text,
-            force_patch_dropout=args.force_patch_dropout,
-            force_image_size=size[0] if size is not None and len(size) == 1 else size,
-            force_context_length=args.force_context_length,
-            image_mean=args.image_mean,
-            image_std=args.image_std,
-            image_interpolation=args.image_interpolation,
-            image_resize_mode=args.image_resize_mode,
-            aug_cfg=args.aug_cfg,
-            pretrained_image=args.pretrained_image,
+            force_quick_gelu=options.force_quick_gelu,
+            force_custom_text=options.force_custom_text,
+            force_patch_dropout=options.force_patch_dropout,
+            force_image_size=image_size(options),
+            force_context_length=options.force_context_length,
+            image_mean=options.image_mean,
+            image_std=options.image_std,
+            image_interpolation=options.image_interpolation,
+            image_resize_mode=options.image_resize_mode,
+            aug_cfg=options.aug_cfg,
+            pretrained_image=options.pretrained_image,
             output_dict=True,
-            cache_dir=args.cache_dir,
-            **logit_options(args),
+            cache_dir=options.cache_dir,
+            **logit_options(options),
         )
-    if args.lock_image:
+    if options.lock_image:
         model.lock_image_tower(
-            unlocked_groups=args.lock_image_unlocked_groups,
-            freeze_bn_stats=args.lock_image_freeze_bn_stats,
+            unlocked_groups=options.lock_image_unlocked_groups,
+            freeze_bn_stats=options.lock_image_freeze_bn_stats,
         )
-    if args.lock_text:
+    if options.lock_text:
         model.lock_text_tower(
-            unlocked_layers=args.lock_text_unlocked_layers,
-            freeze_layer_norm=args.lock_text_freeze_layer_norm,
+            unlocked_layers=options.lock_text_unlocked_layers,
+            freeze_layer_norm=options.lock_text_freeze_layer_norm,
         )
-    if args.grad_checkpointing:
+    if options.grad_checkpointing:
         model.set_grad_checkpointing()
     return model, train_transform, val_transform
 
@@ -151,14 +156,84 @@ def _explain_misfit(model: nn.Module, path: str, error: Exception) -> str:
     return f"{path} does not fit: {error}"
 
 
+def make_tokenizer(options: TrainOptions) -> Callable:
+    """Return the model's tokenizer.
+
+    Raises:
+        ValueError: If it has to be fetched and cannot be.
+    """
+    try:
+        return open_clip.get_tokenizer(
+            options.model, cache_dir=options.cache_dir, context_length=options.force_context_length
+        )
+    except (*MISFITS, OSError) as error:
+        raise ValueError(
+            f"the tokenizer of --model {options.model} cannot be read: {one_sentence(error)}"
+        ) from None
+
+
+def read_model_config(name: str) -> dict[str, Any]:
+    """Return open_clip's config of a model.
+
+    Raises:
+        ValueError: If there is none, or it cannot be read.
+    """
+    what = f"the config of --model {name}"
+    if name.startswith("local-dir:"):
+        path = Path(name.removeprefix("local-dir:"), MODEL_CONFIG_NAME)
+        content = read_json_object(path, what=f"{what}, {path},")
+        config = content.get("model_cfg", content)
+        check_preprocessing(content.get("preprocess_cfg", {}), what=what)
+    else:
+        try:
+            config = open_clip.get_model_config(name)
+        # Hugging Face's errors are OSErrors, or a ValueError for a name that cannot be.
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{what} cannot be read: {one_sentence(error)}") from None
+    if not config or "vision_cfg" not in config:
+        raise ValueError(f"{what} has no vision_cfg")
+    check_model_config(config, what=what)
+    return config
+
+
+def image_size(options: TrainOptions) -> int | list[int] | None:
+    """Return `--force-image-size` as OpenCLIP takes it."""
+    size = options.force_image_size
+    return size[0] if size is not None and len(size) == 1 else size
+
+
+def context_length(options: TrainOptions) -> int:
+    """Return how many tokens the text tower takes."""
+    default = open_clip.CLIPTextCfg().context_length
+    recorded = read_model_config(options.model)["text_cfg"].get("context_length", default)
+    return options.force_context_length or recorded
+
+
+def supported_precision(precision: str, device: torch.device) -> str:
+    """Return the precision a device trains in when `precision` is asked for.
+
+    Float16 autocast ("amp", OpenCLIP's default) is for GPUs: on a CPU it is slower than float32
+    and loses range, so the CPU trains in float32 and the log says so.
+    """
+    if precision == "amp" and device.type == "cpu":
+        _logger.warning("--precision amp needs a GPU: training in fp32 on the CPU")
+        return "fp32"
+    return precision
+
+
+def create_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | None:
+    """Return the loss scaler that float16 autocast needs, or None for any other precision."""
+    return torch.amp.GradScaler(device.type) if precision == "amp" else None
+
+
 def is_coca(model: nn.Module) -> bool:
     """Return whether a model also writes captions (CoCa, https://arxiv.org/abs/2205.01917)."""
     return isinstance(model, open_clip.CoCa)
 
 
-def logit_options(args: TrainOptions) -> dict[str, float]:
+def logit_options(options: TrainOptions) -> dict[str, float]:
     """Return the model options that set how logits start: SigLIP's with `--siglip`."""
-    return {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if args.siglip else {}
+    return {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if options.siglip else {}
 
 
 def optimizer_misfit(optimizer: torch.optim.Optimizer, state: Any) -> str | None:
@@ -191,53 +266,47 @@ def optimizer_misfit(optimizer: torch.optim.Optimizer, state: Any) -> str | None
     return None
 
 
-def build_trimmer(args: TrainOptions, model: nn.Module) -> CaptionTrimmer | None:
+def build_trimmer(options: TrainOptions, model: nn.Module) -> CaptionTrimmer | None:
     """Return what cuts captions to what reaches their features, None where padding does, too."""
     # Groups of several lengths are compiled anew for each combination.
-    return caption_trimmer(model, shares=(1.0,)) if args.torchcompile else caption_trimmer(model)
+    return caption_trimmer(model, shares=(1.0,)) if options.torchcompile else caption_trimmer(model)
 
 
-def build_loss(args: TrainOptions, model: nn.Module) -> nn.Module:
-    """Create OpenCLIP's loss for a model; args needs `rank` and `world_size`."""
+def build_loss(options: TrainOptions, model: nn.Module) -> nn.Module:
+    """Create OpenCLIP's loss for a model; options needs `rank` and `world_size`."""
     # OpenCLIP goes by the name, which says nothing where the model comes from one's own file.
-    name = "coca" if is_coca(model) else args.model.lower().replace("coca", "")
-    return open_clip.create_loss(argparse.Namespace(**{**vars(args.openclip), "model": name}))
+    name = "coca" if is_coca(model) else options.model.lower().replace("coca", "")
+    return open_clip.create_loss(argparse.Namespace(**{**vars(options.openclip), "model": name}))
 
 
-def build_optimizer(args: TrainOptions, model: nn.Module) -> torch.optim.Optimizer:
-    """Create the optimiser: AdamW with OpenCLIP's groups, or any of timm's as `timm/NAME`.
-
-    Raises:
-        ValueError: If `args.opt` is neither.
-    """
-    opt = args.opt.lower()
+def build_optimizer(options: TrainOptions, model: nn.Module) -> torch.optim.Optimizer:
+    """Create the optimizer: AdamW with OpenCLIP's groups, or any of timm's as `timm/NAME`."""
+    opt = options.opt.lower()
     if opt.startswith("timm/"):
         from timm.optim import create_optimizer_v2
 
-        options: dict[str, Any] = {}
-        if args.beta1 is not None and args.beta2 is not None:
-            options["betas"] = (args.beta1, args.beta2)
-        if args.momentum is not None:
-            options["momentum"] = args.momentum
-        if args.eps is not None:
-            options["eps"] = args.eps
+        settings: dict[str, Any] = {}
+        if options.beta1 is not None and options.beta2 is not None:
+            settings["betas"] = (options.beta1, options.beta2)
+        if options.momentum is not None:
+            settings["momentum"] = options.momentum
+        if options.eps is not None:
+            settings["eps"] = options.eps
         return create_optimizer_v2(
-            model, opt.removeprefix("timm/"), lr=args.lr, weight_decay=args.wd, **options
+            model, opt.removeprefix("timm/"), lr=options.lr, weight_decay=options.wd, **settings
         )
-    if opt != "adamw":
-        raise ValueError(f"--opt must be adamw or timm/NAME, got {args.opt!r}")
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in trained if not _decays(name, p)], "weight_decay": 0.0},
-        {"params": [p for name, p in trained if _decays(name, p)], "weight_decay": args.wd},
+        {"params": [p for name, p in trained if _decays(name, p)], "weight_decay": options.wd},
     ]
     # OpenCLIP's parser gives them their defaults.
-    assert args.beta1 is not None
-    assert args.beta2 is not None
-    assert args.eps is not None
+    assert options.beta1 is not None
+    assert options.beta2 is not None
+    assert options.eps is not None
     # Fused: fastest, and it can skip a step without the host (see `update_weights`).
     return torch.optim.AdamW(
-        groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True
+        groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
     )
 
 
@@ -247,47 +316,19 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
     )
 
 
-def count_steps(args: TrainOptions, *, num_batches: int | None) -> int:
-    """Return the optimiser steps of an epoch, of which a rank reads `num_batches` micro-batches.
-
-    Raises:
-        ValueError: If they do not fill one step.
-    """
-    steps = (num_batches or 0) // args.accum_freq
-    if steps == 0:
-        raise ValueError(
-            f"--train-data gives {num_batches} batches per process and epoch, fewer than one step "
-            f"of --accum-freq {args.accum_freq} takes"
-        )
-    return steps
-
-
 def build_schedule(
-    args: TrainOptions, optimizer: torch.optim.Optimizer, *, steps_per_epoch: int
+    options: TrainOptions, optimizer: torch.optim.Optimizer, *, steps_per_epoch: int
 ) -> Callable[[int], float]:
-    """Create the learning-rate schedule: called with a step, it sets and returns the rate.
-
-    Raises:
-        ValueError: If `args.lr_scheduler` is unknown.
-    """
-    if args.skip_scheduler:
+    """Create the learning-rate schedule: called with a step, it sets and returns the rate."""
+    if options.skip_scheduler:
         return lambda step: optimizer.param_groups[0]["lr"]
-    total_steps = steps_per_epoch * args.epochs
-    if args.lr_scheduler == "cosine":
-        return cosine_lr(optimizer, args.lr, args.warmup, total_steps)
-    if args.lr_scheduler == "const":
-        return const_lr(optimizer, args.lr, args.warmup, total_steps)
-    if args.lr_scheduler == "const-cooldown":
-        assert args.epochs_cooldown is not None
+    common = (optimizer, options.lr, options.warmup, steps_per_epoch * options.epochs)
+    if options.lr_scheduler == "const-cooldown":
+        assert options.epochs_cooldown is not None
         return const_lr_cooldown(
-            optimizer,
-            args.lr,
-            args.warmup,
-            total_steps,
-            steps_per_epoch * args.epochs_cooldown,
-            args.lr_cooldown_power,
-            args.lr_cooldown_end,
+            *common,
+            steps_per_epoch * options.epochs_cooldown,
+            options.lr_cooldown_power,
+            options.lr_cooldown_end,
         )
-    raise ValueError(
-        f"--lr-scheduler must be cosine, const or const-cooldown, got {args.lr_scheduler!r}"
-    )
+    return cosine_lr(*common) if options.lr_scheduler == "cosine" else const_lr(*common)

@@ -7,14 +7,14 @@ run's latest checkpoint. `open_clip.create_model_and_transforms("local-dir:RUN/e
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +23,75 @@ import safetensors.torch
 from open_clip.tokenizer import HFTokenizer
 
 from clip_pgs.checkpoint_io import newest_checkpoint
-from clip_pgs.common import CHECKPOINTS_NAME, sync, unfinished_path
+from clip_pgs.common import (
+    CHECKPOINTS_NAME,
+    EXPORT_NAME,
+    MODEL_CONFIG_NAME,
+    WEIGHTS_NAME,
+    SentenceParser,
+    one_sentence,
+    sync,
+    unfinished_path,
+)
 from clip_pgs.training.build import logit_options
 from clip_pgs.training.checkpoint import find_non_finite, load_checkpoint
-from clip_pgs.training.model_card import write_model_card
 from clip_pgs.training.options import TrainOptions
 
-FOLDER_NAME = "export"
-WEIGHTS_NAME = "open_clip_model.safetensors"
-CONFIG_NAME = "open_clip_config.json"
 CARD_NAME = "README.md"
+
+_TEMPLATE = """\
+---
+library_name: open_clip
+pipeline_tag: zero-shot-image-classification
+tags:
+- clip
+- {masking}
+---
+# {name}
+
+A {model} model for [OpenCLIP](https://github.com/mlfoundations/open_clip), trained by clip-pgs
+{version} {how}.
+
+```python
+import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:PATH_TO_THIS_FOLDER")
+tokenizer = open_clip.get_tokenizer("local-dir:PATH_TO_THIS_FOLDER")
+```
+
+## Training
+
+{training}
+
+## Cost
+
+{cost}
+
+## Measurements
+
+{metrics}
+"""
 
 _logger = logging.getLogger(__name__)
 
 
-def open_clip_config(args: TrainOptions, model: open_clip.CLIP) -> dict[str, Any]:
+def open_clip_config(options: TrainOptions, model: open_clip.CLIP) -> dict[str, Any]:
     """Return the config that rebuilds a model as the options built it, as plain types.
 
     Args:
-        args: The run's options.
+        options: The run's options.
         model: The plain model.
     """
-    config = copy.deepcopy(open_clip.get_model_config(args.model))
-    config.update(logit_options(args))
-    if args.force_quick_gelu:
+    config = copy.deepcopy(open_clip.get_model_config(options.model))
+    config.update(logit_options(options))
+    if options.force_quick_gelu:
         config["quick_gelu"] = True
-    if args.force_custom_text:
+    if options.force_custom_text:
         config["custom_text"] = True
-    if args.force_context_length is not None:
-        config["text_cfg"]["context_length"] = args.force_context_length
-    if args.force_image_size is not None:
-        size = args.force_image_size
+    if options.force_context_length is not None:
+        config["text_cfg"]["context_length"] = options.force_context_length
+    if options.force_image_size is not None:
+        size = options.force_image_size
         config["vision_cfg"]["image_size"] = size[0] if len(size) == 1 else list(size)
     # Weights come from our file; base weights would be downloaded for nothing.
     for tower, key in (("vision_cfg", "timm_model"), ("text_cfg", "hf_model")):
@@ -102,7 +140,7 @@ def write_export(checkpoint: dict[str, Any], folder: Path) -> Path:
 
 
 def _write_files(checkpoint: dict[str, Any], record: dict[str, Any], folder: Path) -> None:
-    config_path = folder / CONFIG_NAME
+    config_path = folder / MODEL_CONFIG_NAME
     config_path.write_text(json.dumps(record["open_clip_config"], indent=2) + "\n")
     # A copy of its own for each name: safetensors refuses tied weights.
     weights = {name: t.detach().cpu().clone() for name, t in checkpoint["state_dict"].items()}
@@ -119,12 +157,83 @@ def _write_files(checkpoint: dict[str, Any], record: dict[str, Any], folder: Pat
         sync(path)
 
 
-def tokenizer_source(args: TrainOptions) -> str | None:
+def tokenizer_source(options: TrainOptions) -> str | None:
     """Return which Hugging Face tokenizer a model uses; None for OpenCLIP's own."""
-    name = open_clip.get_model_config(args.model)["text_cfg"].get("hf_tokenizer_name")
-    if name and args.model.startswith("local-dir:"):
-        return args.model.removeprefix("local-dir:")
+    name = open_clip.get_model_config(options.model)["text_cfg"].get("hf_tokenizer_name")
+    if name and options.model.startswith("local-dir:"):
+        return options.model.removeprefix("local-dir:")
     return name or None
+
+
+def write_model_card(name: str, record: Mapping[str, Any]) -> str:
+    """Describe a model in Markdown.
+
+    Args:
+        name: The run's name.
+        record: What the run stored under "clip_pgs" in its checkpoint.
+    """
+    cost = record["cost"]
+    masking = record["masking"]
+    return _TEMPLATE.format(
+        name=name,
+        masking=f"masking-{masking}",
+        model=record["model"],
+        version=record["version"],
+        how=_course(record),
+        training=_table(
+            {
+                "masking": masking,
+                **{f"masking option `{key}`": v for key, v in record["masking_options"].items()},
+                **record["data"],
+                **record["recipe"],
+            }
+        ),
+        cost=_table(
+            {
+                "hardware": f"{record['world_size']} x {record['device']}",
+                "samples seen": f"{cost['samples']:,}",
+                "optimiser steps": f"{cost['steps']:,}",
+                "floating-point operations": f"{cost['flops']:.3g}",
+                "of them to choose patches": _share(cost.get("selection_flops", 0), cost["flops"]),
+                "wall time": str(timedelta(seconds=round(cost["seconds"]))),
+            }
+        ),
+        metrics=_table(record["metrics"]) if record["metrics"] else "None were taken.",
+    )
+
+
+def _course(record: Mapping[str, Any]) -> str:
+    """Say what was masked, and for how long."""
+    parts = [f"the masking `{record['masking']}` of the image tower's patches"]
+    if record["masking"] == "none":
+        parts = ["no masking of the image tower's patches"]
+    text_masking = record.get("text_masking", "none")
+    if text_masking != "none":
+        parts.append(f"the masking `{text_masking}` of its captions")
+    how = f"with {' and '.join(parts)}"
+    recipe = record["recipe"]
+    if recipe.get("unmasked_epochs"):
+        how = (
+            f"for {recipe['epochs']} epochs {how}, then for {recipe['unmasked_epochs']} "
+            f"without any, at a learning rate of up to {recipe['unmasked_lr']:g}"
+        )
+    return how
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.2g} %" if part else ""
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    lines = [
+        f"| {key} | {_cell(value)} |" for key, value in rows.items() if value not in (None, "")
+    ]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|")
 
 
 def export_run(run_folder: Path) -> Path:
@@ -136,7 +245,7 @@ def export_run(run_folder: Path) -> Path:
     path = newest_checkpoint(run_folder / CHECKPOINTS_NAME)
     if path is None:
         raise ValueError(f"{str(run_folder)!r} has no checkpoint to export")
-    return write_export(load_checkpoint(path), run_folder / FOLDER_NAME)
+    return write_export(load_checkpoint(path), run_folder / EXPORT_NAME)
 
 
 def push_to_hub(export_folder: Path, repo_id: str, *, private: bool = False) -> str:
@@ -154,7 +263,7 @@ def push_to_hub(export_folder: Path, repo_id: str, *, private: bool = False) -> 
 
     api = HfApi()
     address = api.create_repo(repo_id, private=private, exist_ok=True)
-    config_path = export_folder / CONFIG_NAME
+    config_path = export_folder / MODEL_CONFIG_NAME
     config = json.loads(config_path.read_text())
     if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
         # The tokenizer's files travel with the model.
@@ -168,25 +277,27 @@ def push_to_hub(export_folder: Path, repo_id: str, *, private: bool = False) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = SentenceParser(
         prog="python -m clip_pgs.training.export", description=export_run.__doc__
     )
     parser.add_argument("run", type=Path, help="a run folder, such as logs/demo")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the export as well")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
-    args = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        folder = export_run(args.run)
+        folder = export_run(arguments.run)
     except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_sentence(error)}\n")
         return 2
     except OSError as error:
         sys.stderr.write(f"error: the export cannot be written: {error}\n")
         return 1
     _logger.info("export: %s", folder)
-    if args.push_to_hub:
-        _logger.info("uploaded: %s", push_to_hub(folder, args.push_to_hub, private=args.private))
+    if arguments.push_to_hub:
+        _logger.info(
+            "uploaded: %s", push_to_hub(folder, arguments.push_to_hub, private=arguments.private)
+        )
     return 0
 
 

@@ -132,6 +132,8 @@ def _text_maskings() -> str:
 class TrainOptions(argparse.Namespace):
     """Everything that a training run is told.
 
+    It is a namespace by name, too, since `clip_pgs.data`, which lies below, reads its attributes.
+
     Args:
         config: options to start from, named like the flags; flags on the command line win
         check_only: check every option, print one line and leave; nothing is created

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.skips import OnSkip
 from clip_pgs.data.stream import build_train_stream
-from clip_pgs.training.build import ModelParts, count_steps
+from clip_pgs.training.build import ModelParts
 from clip_pgs.training.options import TrainOptions
 
 _WARMUP_EPOCHS = 0.1
@@ -29,16 +29,16 @@ class Phase:
 
     Args:
         name: "masked" or "unmasked".
-        args: The options as they are in this phase; `epochs` counts its own.
+        options: The options as they are in this phase; `epochs` counts its own.
         stream: Its training samples.
-        steps_per_epoch: Optimiser steps of an epoch.
+        steps_per_epoch: Optimizer steps of an epoch.
         removes_masking: Whether the phase before it masked the image tower.
         first_epoch: Epochs of the run before it.
-        first_step: Optimiser steps of the run before it.
+        first_step: Optimizer steps of the run before it.
     """
 
     name: str
-    args: TrainOptions
+    options: TrainOptions
     stream: SampleStream
     steps_per_epoch: int
     removes_masking: bool = False
@@ -48,20 +48,20 @@ class Phase:
     @property
     def end_epoch(self) -> int:
         """Epochs of the run up to its end."""
-        return self.first_epoch + self.args.epochs
+        return self.first_epoch + self.options.epochs
 
     @property
     def num_steps(self) -> int:
-        """Its optimiser steps."""
-        return self.steps_per_epoch * self.args.epochs
+        """Its optimizer steps."""
+        return self.steps_per_epoch * self.options.epochs
 
     @property
     def samples_per_step(self) -> int:
         """Samples of a step over all ranks and micro-batches."""
-        return self.args.batch_size * self.args.accum_freq * self.args.world_size
+        return self.options.batch_size * self.options.accum_freq * self.options.world_size
 
     def steps_before(self, epoch: int, position: int = 0) -> int:
-        """Return the run's optimiser steps before a place in this phase.
+        """Return the run's optimizer steps before a place in this phase.
 
         Args:
             epoch: One of its epochs, or its end.
@@ -75,78 +75,84 @@ class Phase:
         return (self.first_epoch, 0) < (epoch, position)
 
 
-def total_epochs(args: TrainOptions) -> int:
+def total_epochs(options: TrainOptions) -> int:
     """Return the epochs of a whole run."""
-    return args.epochs + args.unmasked_epochs
+    return options.epochs + options.unmasked_epochs
 
 
-def phase_options(args: TrainOptions) -> list[TrainOptions]:
+def phase_options(options: TrainOptions) -> list[TrainOptions]:
     """Return the options of each phase of a run; the first are the run's own."""
-    return [args, unmasked_options(args)] if args.unmasked_epochs > 0 else [args]
+    return [options, unmasked_options(options)] if options.unmasked_epochs > 0 else [options]
 
 
 def plan_phases(
-    args: TrainOptions, parts: ModelParts, *, on_skip: OnSkip | None = None
+    options: TrainOptions, parts: ModelParts, *, on_skip: OnSkip | None = None
 ) -> list[Phase]:
     """Return the phases of a run in their order, with the samples of each.
 
     Args:
-        args: Options, with `rank` and `world_size`.
+        options: Options, with `rank` and `world_size`.
         parts: The model's transforms and tokenizer.
         on_skip: Is told what of the data cannot be used.
 
     Raises:
         ValueError: If the data does not fill one step of a phase.
     """
-    masked = Phase("masked", args, *_samples(args, parts, on_skip))
-    if args.unmasked_epochs == 0:
+    masked = Phase("masked", options, *_samples(options, parts, on_skip))
+    if options.unmasked_epochs == 0:
         return [masked]
-    options = unmasked_options(args)
-    stream, steps_per_epoch = _samples(options, parts, on_skip)
-    if args.unmasked_warmup is None:
-        options.warmup = math.ceil(_WARMUP_EPOCHS * steps_per_epoch)
+    tuning = unmasked_options(options)
+    stream, steps_per_epoch = _samples(tuning, parts, on_skip)
+    if options.unmasked_warmup is None:
+        tuning.warmup = math.ceil(_WARMUP_EPOCHS * steps_per_epoch)
     unmasked = Phase(
         "unmasked",
-        options,
+        tuning,
         stream,
         steps_per_epoch,
-        removes_masking=args.masking != "none",
+        removes_masking=options.masking != "none",
         first_epoch=masked.end_epoch,
         first_step=masked.num_steps,
     )
     return [masked, unmasked]
 
 
-def unmasked_options(args: TrainOptions) -> TrainOptions:
+def unmasked_options(options: TrainOptions) -> TrainOptions:
     """Return a run's options as they are while nothing is masked; the warm-up may be None."""
     return dataclasses.replace(
-        args,
+        options,
         masking="none",
         masking_options={},
         mask_schedule="constant",
         text_masking="none",
         text_tokens=None,
         text_masking_options={},
-        epochs=args.unmasked_epochs,
-        lr=args.unmasked_lr,
+        epochs=options.unmasked_epochs,
+        lr=options.unmasked_lr,
         lr_scheduler="cosine",
         # None stands for a share of an epoch, which is not known yet.
-        warmup=args.unmasked_warmup,  # type: ignore[arg-type]
-        batch_size=args.unmasked_batch_size or args.batch_size,
-        accum_freq=args.unmasked_accum_freq or args.accum_freq,
+        warmup=options.unmasked_warmup,  # type: ignore[arg-type]
+        batch_size=options.unmasked_batch_size or options.batch_size,
+        accum_freq=options.unmasked_accum_freq or options.accum_freq,
     )
 
 
 def _samples(
-    args: TrainOptions, parts: ModelParts, on_skip: OnSkip | None
+    options: TrainOptions, parts: ModelParts, on_skip: OnSkip | None
 ) -> tuple[SampleStream, int]:
-    """Return the training samples and the optimiser steps of an epoch."""
+    """Return the training samples and the optimizer steps of an epoch."""
     stream = build_train_stream(
-        args,
+        options,
         transform=parts.train_transform,
         tokenize=parts.tokenize,
-        rank=args.rank,
-        world_size=args.world_size,
+        rank=options.rank,
+        world_size=options.world_size,
         on_skip=on_skip,
     )
-    return stream, count_steps(args, num_batches=stream.num_batches)
+    steps = (stream.num_batches or 0) // options.accum_freq
+    if steps == 0:
+        raise ValueError(
+            f"--train-data gives {stream.num_batches} batches per process and epoch, fewer than "
+            f"one step of --accum-freq {options.accum_freq} takes"
+        )
+    return stream, steps

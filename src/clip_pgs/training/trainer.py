@@ -35,6 +35,8 @@ from clip_pgs.training.build import (
     build_optimizer,
     build_schedule,
     build_trimmer,
+    create_scaler,
+    supported_precision,
 )
 from clip_pgs.training.checkpoint import (
     pack_checkpoint,
@@ -42,14 +44,13 @@ from clip_pgs.training.checkpoint import (
     restore_optimizer,
 )
 from clip_pgs.training.checkpoint_store import CheckpointStore, load_start
-from clip_pgs.training.checks import option_warnings
-from clip_pgs.training.checks.data import has_training_data, training_files
+from clip_pgs.training.data_checks import has_training_data, training_files
 from clip_pgs.training.distributed import ProcessGroup, join_processes, parallelize
+from clip_pgs.training.effects import option_warnings
 from clip_pgs.training.export import write_export
 from clip_pgs.training.masks import MaskPictures, StepMasks, seed_everything
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.phases import Phase, plan_phases, total_epochs
-from clip_pgs.training.precision import create_scaler, supported_precision
 from clip_pgs.training.run_folder import (
     default_name,
     describe_run,
@@ -556,7 +557,7 @@ class PhaseTrainer:
         scaler: torch.amp.GradScaler | None,
         checkpoint: dict[str, Any] | None,
     ) -> None:
-        options = phase.args
+        options = phase.options
         self.phase = phase
         self._options = options
         self._device = device

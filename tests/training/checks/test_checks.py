@@ -86,7 +86,7 @@ def test_numbers_out_of_their_range_are_refused(flag, value, rule):
         (["--opt", "timm/fusedadam", "--lr", "1"], "--opt timm/fusedadam cannot be made"),
         (["--name", ".."], "--name must be one folder name"),
         (["--imagenet-val", "nowhere"], "--imagenet-val 'nowhere' is not a folder"),
-        (["--batch-size", "1001"], "1000 training samples are less than one optimiser step"),
+        (["--batch-size", "1001"], "1000 training samples are less than one optimizer step"),
         (["--batch-size", "500", "--accum-freq", "3"], "takes 1500"),
     ],
 )

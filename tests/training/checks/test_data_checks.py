@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from clip_pgs.training.checks import memory
+from clip_pgs.training import data_checks
 from support.options import SYNTHETIC, VALID, write_shards
 from support.refusals import accept, refusal
 
@@ -27,7 +27,7 @@ def test_shards_without_sizes_are_counted(tmp_path):
     pattern = write_shards(tmp_path / "train")
     (tmp_path / "train" / "sizes.json").unlink()
     argv = ["--model", "ViT-B-16", "--train-data", pattern]
-    assert "0 training samples are less than one optimiser step" in refusal(*argv)
+    assert "0 training samples are less than one optimizer step" in refusal(*argv)
 
 
 def test_commands_need_the_number_of_samples():
@@ -76,7 +76,7 @@ def test_a_step_of_one_sample_is_refused(monkeypatch, flags):
 def test_workers_whose_batches_do_not_fit_into_shared_memory_are_refused(monkeypatch, argv, free):
     data = ["--model", "ViT-B-16", "--dataset-type", "synthetic", "--train-num-samples", "5000"]
     usage = shutil.disk_usage("/")._replace(free=int(free))
-    monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(data_checks.shutil, "disk_usage", lambda _: usage)
     message = refusal(*data, *argv)
     assert "--shm-size" in message
     assert "--workers" in message
@@ -87,7 +87,7 @@ def test_workers_whose_batches_do_not_fit_into_shared_memory_are_refused(monkeyp
 def test_held_out_images_count_as_floats(tmp_path, monkeypatch):
     shards = ["--val-data", write_shards(tmp_path / "val"), "--workers", "1", "--batch-size", "64"]
     usage = shutil.disk_usage("/")._replace(free=int(64e6))
-    monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(data_checks.shutil, "disk_usage", lambda _: usage)
     assert "--shm-size" in refusal("--model", "ViT-B-16", *shards)
 
 

@@ -1,0 +1,433 @@
+"""Everything about a run's options that can be found out before anything is created."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import logging
+import math
+import os
+import warnings
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm.optim
+import torch
+from PIL import Image
+from torch import nn
+
+from clip_pgs.checkpoint_io import (
+    check_sum,
+    find_checkpoint,
+    fit_weights,
+    newest_checkpoint,
+    read_checkpoint,
+)
+from clip_pgs.common import CHECKPOINTS_NAME, one_sentence
+from clip_pgs.data.text_masking import create_text_masking
+from clip_pgs.integrations.open_clip import apply_masking
+from clip_pgs.integrations.open_clip.compat import check_versions
+from clip_pgs.integrations.open_clip.model_config import (
+    MISFITS,
+    build_on_meta,
+    check_model_runs,
+    largest_memory,
+)
+from clip_pgs.masking import create_masking
+from clip_pgs.training.build import (
+    build_optimizer,
+    context_length,
+    create_model,
+    image_size,
+    make_tokenizer,
+    optimizer_misfit,
+    read_model_config,
+)
+from clip_pgs.training.data_checks import (
+    check_data,
+    check_shared_memory,
+    has_training_data,
+    training_files,
+)
+from clip_pgs.training.options import MODEL_SCHEMAS, TrainOptions, flag_of
+from clip_pgs.training.run_folder import changed_options, holds_run, keeps_logs, run_folder
+
+LR_SCHEDULERS = ("cosine", "const", "const-cooldown")
+REPORT_TARGETS = ("tensorboard", "wandb", "all")
+SIGLIP_LOSS_IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
+
+# Beyond it floats pass over whole numbers.
+_LARGEST = 2**53
+# What file systems take.
+_LONGEST_NAME = 255
+# OpenCLIP's byte-pair vocabulary, of which the last token ends every caption.
+_NUM_TOKENS = 49408
+_TRIED_SIZE = 32
+
+
+def check_options(options: TrainOptions) -> None:
+    """Refuse options that could not make a run.
+
+    Args:
+        options: From `parse_options`.
+
+    Raises:
+        ValueError: With one sentence, for the first thing that is wrong.
+    """
+    try:
+        check_versions()
+        _check_ranges(options)
+        _check_recipe(options)
+        model, optimizer = _check_model(options)
+        _check_masking(options, model)
+        _check_text_masking(options)
+        check_data(options)
+        check_shared_memory(options)
+        _check_device(options)
+        _check_reports(options)
+        _check_folder(options)
+        _check_resumed(options, model, optimizer)
+    except OSError as error:
+        # A path that cannot be looked up: too long, not permitted, a loop of links.
+        raise ValueError(f"cannot look up {error.filename!r}: {error.strerror or error}") from None
+
+
+def _check_ranges(options: TrainOptions) -> None:
+    for option in dataclasses.fields(TrainOptions):
+        rule, value = option.metadata.get("rule"), getattr(options, option.name)
+        if rule is None or value is None or (abs(value) <= _LARGEST and rule.holds(value)):
+            continue
+        if isinstance(value, int) and value > _LARGEST:
+            raise ValueError(f"{flag_of(option.name)} must be at most 2**53, got {value}")
+        raise ValueError(f"{flag_of(option.name)} must be {rule.text}, got {value}")
+    for flag, values in (("--image-mean", options.image_mean), ("--image-std", options.image_std)):
+        if values is not None and not (len(values) == 3 and all(map(math.isfinite, values))):
+            raise ValueError(f"{flag} takes 3 finite numbers, got {values}")
+    if options.image_std is not None and min(options.image_std) <= 0:
+        raise ValueError(f"--image-std must be > 0, got {options.image_std}")
+    size = options.force_image_size
+    if size is not None and (len(size) > 2 or min(size) < 1):
+        raise ValueError(f"--force-image-size takes 1 or 2 sizes >= 1, got {size}")
+
+
+def _check_choice(flag: str, value: str | None, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{flag} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_recipe(options: TrainOptions) -> None:
+    """Refuse optimizers, schedules and losses that do not exist or lack a setting."""
+    opt = options.opt.lower()
+    if opt.startswith("timm/"):
+        if opt.removeprefix("timm/").removeprefix("lookahead_") not in timm.optim.list_optimizers():
+            raise ValueError(f"timm has no optimizer of --opt {options.opt!r}")
+        if options.lr is None:
+            raise ValueError(f"--opt {options.opt} has no default learning rate; set --lr")
+        if (options.beta1 is None) != (options.beta2 is None):
+            raise ValueError(f"--opt {options.opt} needs both --beta1 and --beta2, or neither")
+    elif opt != "adamw":
+        raise ValueError(f"--opt must be adamw or timm/NAME, got {options.opt!r}")
+    _check_choice("--lr-scheduler", options.lr_scheduler, LR_SCHEDULERS)
+    if options.lr_scheduler == "const-cooldown" and not options.skip_scheduler:
+        if options.epochs_cooldown is None:
+            raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown")
+        if options.epochs_cooldown > options.epochs:
+            raise ValueError(
+                f"--epochs-cooldown must be at most --epochs = {options.epochs}, "
+                f"got {options.epochs_cooldown}"
+            )
+    if options.siglip and options.loss_dist_impl is not None:
+        _check_choice("--loss-dist-impl", options.loss_dist_impl, SIGLIP_LOSS_IMPLEMENTATIONS)
+
+
+def _check_model(options: TrainOptions) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Refuse a model, weights or augmentation that open_clip could not make.
+
+    Returns:
+        The model as the run will make it, unmasked and, as a rule, on the device "meta", and its
+        optimizer.
+    """
+    config, name = read_model_config(options.model), options.model
+    text = config["text_cfg"]
+    is_text_of_hub = bool(text.get("hf_model_name"))
+    brings_weights = name.startswith(MODEL_SCHEMAS)
+    if options.lock_text and not options.lock_text_freeze_layer_norm and not is_text_of_hub:
+        raise ValueError(
+            f"--lock-text needs --lock-text-freeze-layer-norm: the text tower of {name} locks its "
+            "LayerNorm with the rest"
+        )
+    has_other_tokenizer = text.get("hf_tokenizer_name") or is_text_of_hub
+    num_tokens = text.get("vocab_size", _NUM_TOKENS)
+    if num_tokens < _NUM_TOKENS and not has_other_tokenizer and "siglip" not in name.lower():
+        raise ValueError(
+            f"the config of --model {name} has a vocab_size of {num_tokens}, less than the "
+            f"{_NUM_TOKENS} tokens of OpenCLIP's tokenizer"
+        )
+    is_own = options.model_config is not None or brings_weights
+    if is_own or options.force_image_size is not None or options.force_context_length is not None:
+        model = build_on_meta(
+            config,
+            name=name,
+            image_size=image_size(options),
+            context_length=options.force_context_length,
+        )
+        if not is_text_of_hub:
+            check_model_runs(model, name=name, context_length=context_length(options))
+    is_tag = open_clip.get_pretrained_cfg(name, options.pretrained)
+    if options.pretrained and not (brings_weights or is_tag or Path(options.pretrained).exists()):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ValueError(
+            f"--pretrained {options.pretrained!r} is neither a file nor a tag of {name} "
+            f"(tags: {tags})"
+        )
+    _check_batch(options, config)
+    _check_augmentation(options)
+    # transformers makes no model with its weights on the device "meta".
+    fetches_text = is_text_of_hub and not (options.pretrained or brings_weights)
+    return _try_model(options, torch.device("cpu" if fetches_text else "meta"))
+
+
+def _try_model(
+    options: TrainOptions, device: torch.device
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Make the model with everything that has to be read or fetched for it."""
+    with _silence():
+        try:
+            model, _, _ = create_model(options, device)
+        except (*MISFITS, OSError) as error:
+            weights = f" with --pretrained {options.pretrained}" if options.pretrained else ""
+            raise ValueError(
+                f"open_clip cannot make {options.model}{weights}: {one_sentence(error)}"
+            ) from None
+        make_tokenizer(options)
+        try:
+            return model, build_optimizer(options, model)
+        except MISFITS as error:
+            raise ValueError(f"--opt {options.opt} cannot be made: {one_sentence(error)}") from None
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep to ourselves what libraries say of a model that is only tried; the run says it again."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _check_batch(options: TrainOptions, config: dict[str, Any]) -> None:
+    """Refuse batches of which not even the pixels fit into this machine."""
+    size = image_size(options) or config["vision_cfg"].get("image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    batch_size = max(options.batch_size, options.unmasked_batch_size or 0)
+    num_bytes = 4 * 3 * height * width * batch_size
+    if num_bytes > largest_memory():
+        raise ValueError(
+            f"the pixels of a batch of {batch_size} images of {height} x {width} take "
+            f"{num_bytes / 2**30:.0f} GiB, more than this machine has"
+        )
+
+
+def _check_augmentation(options: TrainOptions) -> None:
+    """Refuse `--aug-cfg` with options, or values, that OpenCLIP cannot augment with."""
+    known = [field.name for field in dataclasses.fields(open_clip.AugmentationCfg)]
+    for key in options.aug_cfg:
+        if key not in known:
+            raise ValueError(f"--aug-cfg has no {key!r}; it takes {', '.join(known)}")
+    if not options.aug_cfg:
+        return
+    try:
+        augment = open_clip.image_transform(_TRIED_SIZE, is_train=True, aug_cfg={**options.aug_cfg})
+        augment(Image.new("RGB", (_TRIED_SIZE, _TRIED_SIZE)))
+    except MISFITS as error:
+        raise ValueError(
+            f"OpenCLIP cannot augment with --aug-cfg {options.aug_cfg}: {one_sentence(error)}"
+        ) from None
+
+
+def _check_masking(options: TrainOptions, model: nn.Module) -> None:
+    """Refuse a strategy, its schedule, or an image tower that it cannot mask; the model is masked.
+
+    Args:
+        options: Options.
+        model: The model of the run.
+    """
+    if "masking" not in options.given:
+        for name in ("mask_ratio", "mask_ratio_min", "masking_option", "mask_schedule"):
+            if name in options.given:
+                raise ValueError(f"{flag_of(name)} needs --masking NAME")
+    strategy = create_masking(options.masking, **options.masking_options)
+    _check_schedule(options)
+    if strategy.keeps_all:
+        return
+    dropout = options.force_patch_dropout
+    if dropout is None:
+        dropout = read_model_config(options.model)["vision_cfg"].get("patch_dropout", 0.0)
+    if dropout > 0:
+        raise ValueError(
+            f"--masking {options.masking} cannot work beside OpenCLIP's patch dropout of "
+            f"{dropout}; set --force-patch-dropout 0"
+        )
+    try:
+        apply_masking(model, strategy)
+    except ValueError as error:
+        raise ValueError(f"--masking {options.masking} on {options.model}: {error}") from None
+
+
+def _check_schedule(options: TrainOptions) -> None:
+    name, end = options.mask_schedule, options.mask_ratio_end
+    if name == "constant":
+        if end is not None:
+            raise ValueError("--mask-ratio-end needs --mask-schedule linear or cosine")
+        return
+    if end is None:
+        raise ValueError(f"--mask-schedule {name} needs --mask-ratio-end F")
+    try:
+        create_masking(options.masking, **options.masking_options).set_mask_ratio(end)
+    except ValueError as error:
+        raise ValueError(
+            f"--mask-schedule {name} on --masking {options.masking}: {error}"
+        ) from None
+
+
+def _check_text_masking(options: TrainOptions) -> None:
+    if options.text_masking == "none":
+        for name in ("text_tokens", "text_masking_option"):
+            if name in options.given:
+                raise ValueError(f"{flag_of(name)} needs --text-masking NAME other than none")
+        return
+    create_text_masking(
+        options.text_masking,
+        tokenizer=make_tokenizer(options),
+        num_tokens=options.text_tokens,
+        **options.text_masking_options,
+    )
+
+
+def _check_device(options: TrainOptions) -> None:
+    """Refuse a device, or a way to reach other processes, that is not there.
+
+    OpenCLIP's default, "cuda", falls back to the CPU; one that was asked for does not.
+    """
+    if options.dist_backend is not None:
+        backends = [name for name in torch.distributed.Backend.backend_list if name != "undefined"]
+        _check_choice("--dist-backend", options.dist_backend, backends)
+    if options.dist_url is not None and "://" not in options.dist_url:
+        raise ValueError(
+            f"--dist-url must be like env:// or tcp://HOST:PORT, got {options.dist_url}"
+        )
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        raise ValueError(f"--device {options.device!r} is no device torch knows") from None
+    if "device" not in options.given:
+        return
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    count = counts.get(device.type)
+    if count is None:
+        # Not "meta", which computes nothing, nor one that this torch was built without.
+        count = int(device.type != "meta" and _has_memory(device))
+    if (device.index or 0) >= count:
+        raise ValueError(f"--device {options.device} is not available on this machine")
+
+
+def _has_memory(device: torch.device) -> bool:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError):
+        return False
+    return True
+
+
+def _check_reports(options: TrainOptions) -> None:
+    """Refuse loggers that are unknown or not installed."""
+    for target in filter(None, map(str.strip, options.report_to.split(","))):
+        _check_choice("--report-to, names joined by commas,", target, REPORT_TARGETS)
+        for package in ("tensorboard", "wandb") if target == "all" else (target,):
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(
+                    f"--report-to {options.report_to} needs the package {package}, which is not "
+                    "installed"
+                )
+
+
+def _check_folder(options: TrainOptions) -> None:
+    """Refuse a name that is no folder name, a taken one, and a resume from nothing."""
+    name = options.name
+    if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
+        raise ValueError(f"--name must be one folder name without separators, got {name!r}")
+    if name is not None and len(os.fsencode(name)) > _LONGEST_NAME:
+        raise ValueError(f"--name must be at most {_LONGEST_NAME} bytes long, got {name!r}")
+    if options.resume == "latest" and name is None:
+        raise ValueError("--resume latest needs the --name of the run to continue")
+    if not keeps_logs(options):
+        if options.resume == "latest":
+            raise ValueError("--resume latest needs the run's --logs folder, got none")
+        return
+    logs = Path(options.logs)
+    if logs.exists() and not logs.is_dir():
+        raise ValueError(f"{logs} is a file where the folder of the run should go")
+    folder = run_folder(options)
+    if folder is None:
+        return
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"{place} is a file where a folder on the way to {folder} should go")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"the run's folder {folder} needs leave to write in {place}")
+    if not holds_run(folder):
+        return
+    if options.resume != "latest":
+        raise ValueError(
+            f"run {folder} exists; use --resume latest to continue it or another --name"
+        )
+    files = training_files(options) if has_training_data(options) else []
+    changes = changed_options(options, folder, files=files)
+    if changes and not options.accept_changes:
+        raise ValueError(
+            f"run {folder} cannot continue with other options or data ({', '.join(changes)}); "
+            "use another --name, or --accept-changes"
+        )
+
+
+def _check_resumed(
+    options: TrainOptions, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Refuse a checkpoint of another model, or of one that was trained otherwise."""
+    # One process speaks for all of them; the file may be large.
+    if options.resume is None or os.environ.get("RANK", "0") != "0":
+        return
+    path: Path | None
+    if options.resume == "latest":
+        folder = run_folder(options)
+        assert folder is not None
+        path = newest_checkpoint(folder / CHECKPOINTS_NAME, on_damage=lambda path, error: None)
+        if path is None:
+            return
+    else:
+        path = find_checkpoint(options.resume)
+    try:
+        checkpoint = read_checkpoint(path, use_mmap=True)
+        check_sum(path)
+    except ValueError as error:
+        raise ValueError(f"--resume: {error}") from None
+    try:
+        fit_weights(checkpoint["state_dict"], model)
+    except ValueError as error:
+        raise ValueError(f"--resume: {path} does not fit {options.model}: {error}") from None
+    has_begun = (checkpoint.get("epoch", 0), checkpoint.get("position", 0)) > (0, 0)
+    if has_begun and has_training_data(options):
+        misfit = optimizer_misfit(optimizer, checkpoint.get("optimizer"))
+        if misfit is not None:
+            raise ValueError(f"--resume: {path} cannot go on: {misfit}")

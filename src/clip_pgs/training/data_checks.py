@@ -1,0 +1,245 @@
+"""Training, validation and ImageNet data: there, of a known kind, and enough for one step."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip_train.distributed import world_info_from_env
+
+from clip_pgs.data.decoding import pixel_normalizer
+from clip_pgs.data.shards import (
+    count_samples,
+    expand_shards,
+    is_remote,
+    is_seekable,
+    upsampling_weights,
+)
+from clip_pgs.data.stream import DatasetKind, dataset_kind
+from clip_pgs.data.streaming import check_enough_shards
+from clip_pgs.data.tables import PairTable, read_pairs
+from clip_pgs.data.tar import size_shards
+from clip_pgs.training.build import image_size, read_model_config
+from clip_pgs.training.options import TrainOptions
+from clip_pgs.training.phases import phase_options
+
+# Through it go the batches of data workers, and containers have little of it.
+SHARED_MEMORY = Path("/dev/shm")
+
+# What torch's loaders fetch ahead for each worker.
+_PREFETCH = 2
+_FLOAT_BYTES = 4
+# Their order is drawn in memory, 8 bytes each.
+_MAX_SYNTHETIC = 2**28
+
+
+def check_data(options: TrainOptions) -> None:
+    """Refuse data that is missing, of an unknown kind, or too little for one optimizer step."""
+    if has_training_data(options):
+        _check_training_data(options)
+    elif not (options.val_data or options.imagenet_val or options.imagenet_v2):
+        raise ValueError("there is no data; give --train-data (or --dataset-type synthetic)")
+    if options.val_data is not None:
+        _check_files(options, options.val_data, flag="--val-data")
+    _check_imagenet(options)
+
+
+def has_training_data(options: TrainOptions) -> bool:
+    """Return whether a run trains; else it only evaluates, as OpenCLIP does."""
+    return options.train_data is not None or options.dataset_type == "synthetic"
+
+
+def training_kind(options: TrainOptions) -> DatasetKind:
+    """Return the kind of the training data."""
+    return dataset_kind(options.dataset_type, options.train_data, flag="--train-data")
+
+
+def num_training_samples(options: TrainOptions) -> int | None:
+    """Return the samples of one epoch, None where nothing states them."""
+    if training_kind(options) == "csv":
+        return len(_read_table(options, options.train_data or ""))
+    if options.train_num_samples is not None or training_kind(options) == "synthetic":
+        return options.train_num_samples
+    shards = expand_shards(options.train_data or "")
+    if all(map(is_seekable, shards)):
+        return sum(size_shards(shards)[0])
+    return count_samples(shards)
+
+
+def training_files(options: TrainOptions) -> list[str]:
+    """Return what identifies the training data: each file's name, bytes and samples, in order.
+
+    A run may find the same files in another folder.
+    """
+    kind = training_kind(options)
+    if kind == "synthetic":
+        return []
+    if kind == "csv":
+        return [
+            _describe_file(
+                options.train_data or "", len(_read_table(options, options.train_data or ""))
+            )
+        ]
+    shards = expand_shards(options.train_data or "")
+    if options.dataset_resampled or not all(map(is_seekable, shards)):
+        return [_describe_file(shard) for shard in shards]
+    sizes, _ = size_shards(shards)
+    return [_describe_file(shard, size) for shard, size in zip(shards, sizes, strict=True)]
+
+
+def _describe_file(path: str, num_samples: int | None = None) -> str:
+    if path.startswith("pipe:"):
+        return path
+    samples = "" if num_samples is None else f", {num_samples} samples"
+    name = path.rpartition("/")[2]
+    return name if is_remote(path) else f"{name}: {os.path.getsize(path)} bytes{samples}"
+
+
+def samples_per_step(options: TrainOptions) -> int:
+    """Return the samples of one optimizer step over all processes."""
+    return options.batch_size * options.accum_freq * _num_processes()
+
+
+def _num_processes() -> int:
+    return world_info_from_env()[2]
+
+
+def _check_training_data(options: TrainOptions) -> None:
+    kind = training_kind(options)
+    _check_files(options, options.train_data, flag="--train-data")
+    if options.dataset_resampled and kind != "webdataset":
+        raise ValueError(f"--dataset-resampled draws shards; it does not apply to {kind} data")
+    if options.train_data_upsampling_factors is not None:
+        if not options.dataset_resampled:
+            raise ValueError("--train-data-upsampling-factors needs --dataset-resampled")
+        upsampling_weights(options.train_data or "", options.train_data_upsampling_factors)
+    if kind == "webdataset" and not options.dataset_resampled:
+        shards = expand_shards(options.train_data or "")
+        if not all(map(is_seekable, shards)):
+            check_enough_shards(len(shards), _num_processes())
+
+    num_samples = num_training_samples(options)
+    if kind == "synthetic" and (num_samples or 0) > _MAX_SYNTHETIC:
+        raise ValueError(
+            f"--train-num-samples of synthetic data must be at most {_MAX_SYNTHETIC}, "
+            f"got {num_samples}"
+        )
+    if num_samples is None:
+        reason = (
+            "synthetic data has no size of its own"
+            if kind == "synthetic"
+            else f"no sizes.json beside {options.train_data} says how many samples there are"
+        )
+        raise ValueError(f"{reason}; give --train-num-samples")
+    damage = _first_damage(options, kind) if num_samples == 0 else ""
+    for phase in phase_options(options):
+        needed = samples_per_step(phase)
+        prefix = "--" if phase is options else "--unmasked-"
+        if needed == 1:
+            raise ValueError(
+                f"{prefix}batch-size 1 x {prefix}accum-freq 1 x 1 process is a step of one sample, "
+                "whose contrastive loss is 0: there is nothing to tell it from"
+            )
+        if num_samples < needed:
+            raise ValueError(
+                f"{num_samples} training samples are less than one optimizer step, which takes "
+                f"{needed} ({prefix}batch-size {phase.batch_size} x {prefix}accum-freq "
+                f"{phase.accum_freq} x {_num_processes()} processes){damage}"
+            )
+
+
+def _first_damage(options: TrainOptions, kind: DatasetKind) -> str:
+    """Say what is wrong with the first shard that holds no sample."""
+    shards = expand_shards(options.train_data or "") if kind == "webdataset" else []
+    if not shards or not all(map(is_seekable, shards)):
+        return ""
+    return next((f"; {skip}" for skip in size_shards(shards)[1]), "")
+
+
+def _check_files(options: TrainOptions, path: str | None, *, flag: str) -> None:
+    kind = dataset_kind(options.dataset_type, path, flag=flag)
+    if kind == "synthetic":
+        return
+    assert path is not None
+    try:
+        if kind == "csv":
+            _read_table(options, path)
+        else:
+            expand_shards(path)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
+
+
+def _read_table(options: TrainOptions, path: str) -> PairTable:
+    return read_pairs(
+        Path(path),
+        image_key=options.csv_img_key,
+        caption_key=options.csv_caption_key,
+        separator=options.csv_separator,
+    )
+
+
+def _check_imagenet(options: TrainOptions) -> None:
+    folders = {"--imagenet-val": options.imagenet_val, "--imagenet-v2": options.imagenet_v2}
+    for flag, folder in folders.items():
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"{flag} {folder!r} is not a folder")
+    if options.imagenet_val is not None and not any(
+        child.is_dir() for child in Path(options.imagenet_val).iterdir()
+    ):
+        raise ValueError(f"--imagenet-val {options.imagenet_val!r} holds no folder per class")
+    if options.imagenet_v2 is not None and importlib.util.find_spec("imagenetv2_pytorch") is None:
+        raise ValueError("--imagenet-v2 needs the package imagenetv2_pytorch, not installed")
+
+
+def check_shared_memory(options: TrainOptions) -> None:
+    """Refuse batches of which the workers' cannot be kept in shared memory at the same time."""
+    if options.workers == 0 or not SHARED_MEMORY.is_dir():
+        return
+    size = image_size(options) or read_model_config(options.model)["vision_cfg"].get(
+        "image_size", 224
+    )
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = 3 * height * width
+    num_batches, batch_size, num_bytes, processes = max(
+        _loaders(options, pixels, size), key=lambda loader: loader[0] * loader[2] * loader[3]
+    )
+    needed, free = num_batches * num_bytes * processes, shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise ValueError(
+            f"{processes} x {num_batches} batches of {batch_size} images of {height} x {width} on "
+            f"their way from --workers {options.workers} need {needed / 1e6:.0f} MB of shared "
+            f"memory, and {SHARED_MEMORY} has {free / 1e6:.0f} MB: give the container more "
+            f"(docker run --shm-size {needed // 2**30 + 1}g), or take fewer --workers or a smaller "
+            "--batch-size"
+        )
+
+
+def _loaders(
+    options: TrainOptions, pixels: int, size: int | list[int]
+) -> list[tuple[int, int, int, int]]:
+    """Return (batches ahead, batch size, bytes of a batch, processes) of each loader of a run."""
+    ahead = _PREFETCH * options.workers + 1
+    held_out = min(options.batch_size, 256) if options.eval_suite else 0
+    if options.val_data or options.imagenet_val or options.imagenet_v2:
+        held_out = options.batch_size
+    loaders = [(ahead, held_out, held_out * pixels * _FLOAT_BYTES, 1)]
+    if not has_training_data(options):
+        return loaders
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    transform = open_clip.image_transform(
+        tuple(size) if isinstance(size, list) else size,
+        is_train=True,
+        aug_cfg=dict(options.aug_cfg),
+    )
+    is_bytes = pixel_normalizer(transform, device=torch.device("cpu")) is not None
+    num_samples = num_training_samples(options) or 0
+    for phase in phase_options(options):
+        num_bytes = phase.batch_size * pixels * (1 if is_bytes else _FLOAT_BYTES)
+        num_batches = min(ahead, num_samples // (phase.batch_size * processes))
+        loaders.append((num_batches, phase.batch_size, num_bytes, processes))
+    return loaders
