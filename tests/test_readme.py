@@ -51,6 +51,13 @@ def test_every_named_config_is_there(config):
     assert (README.parent / config).is_file()
 
 
+@pytest.mark.parametrize("page", [README, *sorted((README.parent / "docs").glob("*.md"))])
+def test_every_file_that_a_page_names_is_there(page):
+    roots = README.parent, README.parent / "src" / "clip_pgs"
+    named = re.findall(r"`([a-z_]+/[A-Za-z0-9_/.]+\.(?:py|sh|yaml|txt))`", page.read_text())
+    assert [name for name in named if not any((root / name).exists() for root in roots)] == []
+
+
 def test_every_file_of_the_tree_is_there():
     tree = README.read_text().split("## Where things are")[1].split("```")[1]
     sources = {path.name for path in (README.parent / "src" / "clip_pgs").rglob("*")}

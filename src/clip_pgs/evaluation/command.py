@@ -40,6 +40,7 @@ from clip_pgs.evaluation.report.results_table import format_table
 from clip_pgs.evaluation.results import CSV_NAME, DONE, MISSING, Result, result_files
 from clip_pgs.evaluation.runner import ERRORS_NAME, Ranks, evaluate, join_ranks
 from clip_pgs.evaluation.suites import load_suite, suites
+from clip_pgs.tables import plain
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +259,8 @@ def _evaluate_source(
         ranks=ranks,
     )
     if ranks.is_main:
-        sys.stdout.write(f"\n{loaded.name} ({loaded.source})\n\n{format_table(results)}\n")
+        source = plain(f"{loaded.name} ({loaded.source})")
+        sys.stdout.write(f"\n{source}\n\n{format_table(results)}\n")
         sys.stdout.write(f"In percent; files are in {output}, the table as {CSV_NAME}\n")
         if any(result.status not in (DONE, MISSING) for result in results):
             sys.stdout.write(f"What failed is told in full in {output / ERRORS_NAME}\n")

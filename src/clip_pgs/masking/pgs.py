@@ -1,10 +1,11 @@
 """Patch generation-to-selection (CLIP-PGS, https://arxiv.org/abs/2503.17080, CVPR 2025).
 
 A few random candidate patches are drawn, edges protect the objects, and the similarity of every
-patch to the candidates, balanced by optimal transport, decides what is masked. This page has the
-steps in the paper's order: edges and candidates, similarity, transport, score, selection. What
-goes beyond the method stands below it. docs/method.md sets each equation beside its function, and
-says where the authors' released code (`pgs_released.py`) computes something else.
+patch to the candidates, balanced by optimal transport, decides what is masked. This page puts the
+steps together in the order in which they happen: edges, candidates, similarity and transport,
+score, selection. `edges.py`, `similarity.py` and `sinkhorn.py` hold the mathematics of one step
+each. What goes beyond the method stands below it. docs/method.md sets each equation beside its
+function, and says where the authors' released code (`pgs_released.py`) computes something else.
 """
 
 from __future__ import annotations
@@ -133,13 +134,101 @@ class PGSOptions:
         return {name: getattr(self, name) for name in names}
 
 
+def edge_strength(inputs: PatchInputs, options: PGSOptions) -> Tensor | None:
+    """Return the edge strength of each patch, shape (B, N), None where edges are left out."""
+    if not options.edges:
+        return None
+    return EDGE_DETECTORS[options.edge_detector](inputs.pixels, inputs.patch_size)
+
+
+def draw_candidates(
+    inputs: PatchInputs, noise: Tensor, edges: Tensor | None, options: PGSOptions
+) -> Tensor:
+    """Draw candidates without replacement, with odds exp(-edge_protection * edge).
+
+    The C highest of Gumbel numbers shifted by the log of the odds are such a draw.
+
+    Args:
+        inputs: Whose patches are drawn.
+        noise: Uniform numbers in [0, 1), shape (B, N), float32.
+        edges: Edge strength in [0, 1], shape (B, N); None draws uniformly.
+        options: See `PGSOptions`.
+
+    Returns:
+        Positions of the candidates, in no order, shape (B, C), int64.
+    """
+    keys_BN = gumbel(noise)
+    if edges is not None:
+        keys_BN = keys_BN - options.edge_protection * edges
+    keys_BN = _prefer_border(_spare_center(keys_BN, inputs, options), inputs, options)
+    num_candidates = drawn_count(inputs.num_patches, options.candidate_ratio)
+    return keys_BN.topk(num_candidates, dim=1).indices
+
+
+def balanced_similarity(
+    inputs: PatchInputs, candidate_index: Tensor, options: PGSOptions
+) -> Tensor:
+    """Measure how well the candidates stand for every patch: its redundancy.
+
+    With transport each candidate may absorb only its fair share of the image: column j of the
+    plan, times N, sums to 1 and weighs the similarities of patch j. Without, it is the highest of
+    them.
+
+    Args:
+        inputs: Pixels and, where `progress` > 0, tokens.
+        candidate_index: Positions of the candidates. Shape (B, C), int64.
+        options: See `PGSOptions`.
+
+    Returns:
+        Redundancy in [-1, 1] up to rounding, shape (B, N), float32.
+    """
+    if options.neighborhood is not None:
+        return _balanced_in_reach(inputs, candidate_index, options)
+    similarity_BCN = mixed_similarity(inputs, candidate_index, name="pgs")
+    if not options.transport:
+        return similarity_BCN.amax(dim=1)
+    return plan_average(similarity_BCN, **options.sinkhorn())
+
+
+def patch_scores(
+    inputs: PatchInputs, candidate_index: Tensor, edges: Tensor | None, options: PGSOptions
+) -> Tensor:
+    """Score every patch: its redundancy less what edges protect.
+
+    Args:
+        inputs: Pixels and, where `progress` > 0, tokens.
+        candidate_index: Positions of the candidates. Shape (B, C), int64.
+        edges: Edge strength in [0, 1], shape (B, N); None leaves the edge term out.
+        options: See `PGSOptions`.
+
+    Returns:
+        Scores of shape (B, N), float32, without the bonus that `select` gives candidates.
+    """
+    scores_BN = balanced_similarity(inputs, candidate_index, options)
+    if edges is not None:
+        scores_BN = scores_BN - options.edge_weight * edges
+    if options.center_weight:
+        scores_BN = scores_BN - options.center_weight * _center_strength(inputs)
+    return scores_BN
+
+
+def calibrated_threshold(progress: float, *, center_weight: float = 0.0) -> float:
+    """Return the adaptive threshold at a training progress in [0, 1].
+
+    Straight lines join the points of `CALIBRATED_THRESHOLDS`, and those of `CENTER_SHIFTS`.
+    """
+    shift = interpolate(CENTER_SHIFTS, center_weight)
+    return interpolate(CALIBRATED_THRESHOLDS, progress) - shift
+
+
 class PGSSteps(NamedTuple):
     """What PGS finds on its way to a selection.
 
     Attributes:
         edges: Edge strength in [0, 1], shape (B, N). None where edges are left out.
         candidate_index: Positions of the candidates, in no order, shape (B, C), int64.
-        scores: How redundant each patch is; candidates are not lifted. Shape (B, N).
+        scores: How redundant each patch is, without the bonus that `select` gives candidates. Shape
+            (B, N).
     """
 
     edges: Tensor | None
@@ -212,107 +301,20 @@ class PGSMasking(MaskingStrategy):
             progress: Completed share of the masked training steps, in [0, 1].
         """
         options = self.options
-        # A candidate scores at least -1 less both weights, any other patch at most 1.
-        lift = 3.0 + options.edge_weight + options.center_weight
-        lift_BN = torch.zeros_like(scores).scatter(1, candidate_index, lift)
+        # Puts candidates first: they score at least -1 less both weights, any other at most 1.
+        bonus = 3.0 + options.edge_weight + options.center_weight
+        bonus_BN = torch.zeros_like(scores).scatter(1, candidate_index, bonus)
         num_patches = scores.shape[1]
         num_mask_max = mask_count(num_patches, self.mask_ratio)
         num_mask_min = mask_count(num_patches, self.mask_ratio_min)
         if num_mask_min == num_mask_max:
-            return mask_top(scores + lift_BN, num_mask=num_mask_max)
+            return mask_top(scores + bonus_BN, num_mask=num_mask_max)
         threshold = options.threshold
         if threshold is None:
             threshold = calibrated_threshold(progress, center_weight=options.center_weight)
-        above_BN = (scores > threshold) | (lift_BN > 0)
+        above_BN = (scores > threshold) | (bonus_BN > 0)
         num_mask_B = above_BN.sum(dim=1).clamp(num_mask_min, num_mask_max)
-        return mask_top_counts(scores + lift_BN, num_mask=num_mask_B, num_mask_min=num_mask_min)
-
-
-def edge_strength(inputs: PatchInputs, options: PGSOptions) -> Tensor | None:
-    """Return the edge strength of each patch, shape (B, N), None where edges are left out."""
-    if not options.edges:
-        return None
-    return EDGE_DETECTORS[options.edge_detector](inputs.pixels, inputs.patch_size)
-
-
-def draw_candidates(
-    inputs: PatchInputs, noise: Tensor, edges: Tensor | None, options: PGSOptions
-) -> Tensor:
-    """Draw candidates without replacement, with odds exp(-edge_protection * edge).
-
-    The C highest of Gumbel numbers shifted by the log of the odds are such a draw.
-
-    Args:
-        inputs: Whose patches are drawn.
-        noise: Uniform numbers in [0, 1), shape (B, N), float32.
-        edges: Edge strength in [0, 1], shape (B, N); None draws uniformly.
-        options: See `PGSOptions`.
-
-    Returns:
-        Positions of the candidates, in no order, shape (B, C), int64.
-    """
-    keys_BN = gumbel(noise)
-    if edges is not None:
-        keys_BN = keys_BN - options.edge_protection * edges
-    keys_BN = _prefer_border(_spare_center(keys_BN, inputs, options), inputs, options)
-    num_candidates = drawn_count(inputs.num_patches, options.candidate_ratio)
-    return keys_BN.topk(num_candidates, dim=1).indices
-
-
-def balanced_similarity(
-    inputs: PatchInputs, candidate_index: Tensor, options: PGSOptions
-) -> Tensor:
-    """Measure how well the candidates stand for every patch: its redundancy.
-
-    With transport each candidate may absorb only its fair share of the image: column j of the
-    plan, times N, sums to 1 and weighs the similarities of patch j. Without, it is the highest of
-    them.
-
-    Args:
-        inputs: Pixels and, where `progress` > 0, tokens.
-        candidate_index: Positions of the candidates. Shape (B, C), int64.
-        options: See `PGSOptions`.
-
-    Returns:
-        Redundancy in [-1, 1] up to rounding, shape (B, N), float32.
-    """
-    if options.neighborhood is not None:
-        return _balanced_in_reach(inputs, candidate_index, options)
-    similarity_BCN = mixed_similarity(inputs, candidate_index, name="pgs")
-    if not options.transport:
-        return similarity_BCN.amax(dim=1)
-    return plan_average(similarity_BCN, **options.sinkhorn())
-
-
-def patch_scores(
-    inputs: PatchInputs, candidate_index: Tensor, edges: Tensor | None, options: PGSOptions
-) -> Tensor:
-    """Score every patch: its redundancy less what edges protect.
-
-    Args:
-        inputs: Pixels and, where `progress` > 0, tokens.
-        candidate_index: Positions of the candidates. Shape (B, C), int64.
-        edges: Edge strength in [0, 1], shape (B, N); None leaves the edge term out.
-        options: See `PGSOptions`.
-
-    Returns:
-        Scores of shape (B, N), float32; candidates are not lifted.
-    """
-    scores_BN = balanced_similarity(inputs, candidate_index, options)
-    if edges is not None:
-        scores_BN = scores_BN - options.edge_weight * edges
-    if options.center_weight:
-        scores_BN = scores_BN - options.center_weight * _center_strength(inputs)
-    return scores_BN
-
-
-def calibrated_threshold(progress: float, *, center_weight: float = 0.0) -> float:
-    """Return the adaptive threshold at a training progress in [0, 1].
-
-    Straight lines join the points of `CALIBRATED_THRESHOLDS`, and those of `CENTER_SHIFTS`.
-    """
-    shift = interpolate(CENTER_SHIFTS, center_weight)
-    return interpolate(CALIBRATED_THRESHOLDS, progress) - shift
+        return mask_top_counts(scores + bonus_BN, num_mask=num_mask_B, num_mask_min=num_mask_min)
 
 
 def pgs_scores(inputs: PatchInputs, candidate_index: Tensor, **options: Any) -> Tensor:
@@ -324,8 +326,8 @@ def pgs_scores(inputs: PatchInputs, candidate_index: Tensor, **options: Any) -> 
         **options: See `PGSOptions`; those of candidates and counts have no effect.
 
     Returns:
-        Scores of shape (B, N), float32; candidates are not lifted. With a `neighborhood`, a patch
-        that no candidate reaches scores below all others.
+        Scores of shape (B, N), float32, without the bonus that `select` gives candidates. With a
+        `neighborhood`, a patch that no candidate reaches scores below all others.
 
     Raises:
         ValueError: If `progress` > 0 without tokens, or an option is out of its range.

@@ -140,10 +140,11 @@ class TrainOptions(argparse.Namespace):
         model: a model open_clip knows, or local-dir:FOLDER, or hf-hub:OWNER/NAME
         model_config: a model of your own, as an open_clip model config; its name is the file's
         masking: how patches are chosen, or package.module:Class of a strategy of your own
-        mask_ratio: share of patches dropped, in [0, 1); the upper bound where the count adapts (the
-            papers use 0.5 and 0.75 for random, 0.5 for pgs)
-        mask_ratio_min: lower bound of a count that adapts to the image, for pgs, pgs-released and
-            cluster (CLIP-PGS-0.3: 0.3, with --mask-ratio 0.5)
+        mask_ratio: share of patches dropped, in [0, 1), by default the strategy's 0.5; the most
+            that an image drops where the count adapts, the average for cluster, a threshold of
+            similarity for pgs-released (the papers use 0.5 and 0.75 for random, 0.5 for pgs)
+        mask_ratio_min: the least that an image drops, for pgs and cluster (CLIP-PGS-0.3: 0.3, with
+            --mask-ratio 0.5); the share that every image drops for pgs-released
         masking_option: any other option of the strategy; can be repeated
         mask_schedule: how the mask ratio goes from --mask-ratio to --mask-ratio-end over the masked
             epochs: constant, linear or cosine
