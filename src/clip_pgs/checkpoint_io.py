@@ -49,6 +49,8 @@ _TEXT_TOWER = (
     "ln_final",
 )
 _COUNTS = ("epoch", "step", "position")
+# Further than any run counts.
+_MAX_COUNT = 2**53
 # What a damaged file makes torch raise depends on where the damage lies.
 _DAMAGE = (
     UnpicklingError,
@@ -106,11 +108,26 @@ def read_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, An
     state_dict = content.get("state_dict") if isinstance(content, dict) else None
     if not state_dict or not _is_state_dict(state_dict):
         raise ValueError(f"checkpoint {str(path)!r} cannot be read: it holds no state dict")
+    for name, weight in state_dict.items():
+        trouble = _oddness(weight)
+        if trouble:
+            raise ValueError(f"checkpoint {str(path)!r} cannot be read: {name} {trouble}")
     for name in _COUNTS:
         count = content.get(name, 0)
-        if type(count) is not int or count < 0:
+        if type(count) is not int or not 0 <= count <= _MAX_COUNT:
             raise ValueError(f"checkpoint {str(path)!r} cannot be read: its {name} is {count!r}")
     return {**content, "state_dict": _plain_names(state_dict)}
+
+
+def _oddness(weight: Tensor) -> str:
+    """Say why a tensor is no array of real numbers, as the rest of a sentence; "" if it is."""
+    if weight.is_meta:
+        return "has a shape and no numbers (it was saved on the meta device)"
+    if weight.layout != torch.strided:
+        return f"is no dense tensor ({str(weight.layout).removeprefix('torch.')})"
+    if weight.is_complex() or weight.is_quantized:
+        return f"holds no real numbers ({str(weight.dtype).removeprefix('torch.')})"
+    return ""
 
 
 def _absence(path: Path) -> str:

@@ -24,7 +24,13 @@ from pathlib import Path
 
 import torch
 
-from clip_pgs.common import EVAL_NAME, EXPORT_NAME, SentenceParser, one_sentence
+from clip_pgs.common import (
+    EVAL_NAME,
+    EXPORT_NAME,
+    SentenceParser,
+    check_writable,
+    one_sentence,
+)
 from clip_pgs.evaluation.datasets import (
     PRESENT,
     EvalSet,
@@ -231,6 +237,7 @@ def _output_folders(args: argparse.Namespace) -> dict[str, Path]:
             folder = Path("eval_results", name)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"the output {folder} is not a folder")
+        check_writable(folder / CSV_NAME)
         if folder in folders.values():
             raise ValueError(f"two models would write to {folder}; evaluate them apart")
         folders[source] = folder

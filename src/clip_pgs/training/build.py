@@ -32,6 +32,7 @@ from clip_pgs.integrations.open_clip.model_config import (
     check_preprocessing,
     read_json_object,
 )
+from clip_pgs.training.checkpoint import find_non_finite
 from clip_pgs.training.masks import seed_everything
 from clip_pgs.training.options import MODEL_SCHEMAS, TrainOptions
 
@@ -142,6 +143,9 @@ def create_model(options: TrainOptions, device: torch.device) -> tuple[Any, Call
 def _read_weights(path: str) -> dict[str, Tensor]:
     weights = read_checkpoint(path, use_mmap=True)["state_dict"]
     check_sum(Path(path))
+    trouble = find_non_finite({"state_dict": weights})
+    if trouble is not None:
+        raise ValueError(f"{path} cannot be trained on: {trouble}")
     return weights
 
 

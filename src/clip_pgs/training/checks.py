@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from clip_pgs.training.build import (
     optimizer_misfit,
     read_model_config,
 )
+from clip_pgs.training.checkpoint import find_non_finite
 from clip_pgs.training.data_checks import (
     check_data,
     check_shared_memory,
@@ -422,6 +423,9 @@ def _check_resumed(
         check_sum(path)
     except ValueError as error:
         raise ValueError(f"--resume: {error}") from None
+    trouble = find_non_finite(checkpoint) or _damaged_record(checkpoint)
+    if trouble is not None:
+        raise ValueError(f"--resume: {path} cannot go on: {trouble}")
     try:
         fit_weights(checkpoint["state_dict"], model)
     except ValueError as error:
@@ -431,3 +435,16 @@ def _check_resumed(
         misfit = optimizer_misfit(optimizer, checkpoint.get("optimizer"))
         if misfit is not None:
             raise ValueError(f"--resume: {path} cannot go on: {misfit}")
+
+
+def _damaged_record(checkpoint: Mapping[str, Any]) -> str | None:
+    """Say which of the entries beside the weights is not what a trainer writes."""
+    record = checkpoint.get("clip_pgs", {})
+    entries = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "masking_state")}
+    entries["clip_pgs"] = record
+    if isinstance(record, dict):
+        entries |= {f"clip_pgs/{name}": record.get(name) for name in ("cost", "metrics", "recipe")}
+    for name, entry in entries.items():
+        if entry is not None and not isinstance(entry, dict):
+            return f"its {name} holds {type(entry).__name__}, and not a mapping of names"
+    return None

@@ -172,3 +172,43 @@ def test_a_run_folder_stands_for_its_newest_checkpoint(model, tmp_path, flag):
     assert "holds no checkpoint" in refusal(*argv, flag, "theirs")
     save(weights.state_dict(), folder / "epoch_1.pt", **begun(weights))
     accept(*argv, flag, "theirs")
+
+
+def with_weight(state_dict, change):
+    """Return a state dict whose class embedding is changed."""
+    name = "visual.class_embedding"
+    return {**state_dict, name: change(state_dict[name].clone())}
+
+
+ODD_WEIGHTS = {
+    "sparse": lambda weight: weight.to_sparse(),
+    "meta": lambda weight: weight.to("meta"),
+    "complex": lambda weight: weight.to(torch.complex64),
+    "NaN": lambda weight: weight * torch.nan,
+    "infinite": lambda weight: weight / 0.0,
+}
+
+
+@pytest.mark.parametrize("flag", ["--pretrained", "--resume"])
+@pytest.mark.parametrize("change", ODD_WEIGHTS.values(), ids=ODD_WEIGHTS)
+def test_weights_that_are_no_finite_numbers_are_refused_by_name(model, flag, change):
+    argv, weights = model
+    path = save(with_weight(weights.state_dict(), change))
+    assert "visual.class_embedding" in refusal(*argv, flag, path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"clip_pgs": "text"},
+        {"clip_pgs": {"cost": [1]}},
+        {"clip_pgs": {"metrics": 3}},
+        {"masking_state": [1]},
+        {"epoch": 10**30},
+    ],
+    ids=str,
+)
+def test_a_damaged_entry_beside_the_weights_is_refused_by_name(model, content):
+    argv, weights = model
+    name = next(iter(content))
+    assert name in refusal(*argv, "--resume", save(weights.state_dict(), **content))
