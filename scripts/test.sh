@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Set up .venv, then run every check; arguments go to pytest. Ends non-zero if any check failed.
-#   bash scripts/test.sh           all, with the coverage of the tests' own processes
-#   bash scripts/test.sh --fast    without the slow tests, mypy and coverage
+#   bash scripts/test.sh              all
+#   bash scripts/test.sh --fast       without the slow tests and mypy
+#   bash scripts/test.sh --coverage   all, and which lines the tests' own processes ran; slower
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -29,7 +30,10 @@ if [[ "${1:-}" == --fast ]]; then
     check pytest python -m pytest -m "not slow" "${@:2}"
 else
     check mypy python -m mypy
-    check pytest python -m pytest --cov "$@"
+    if [[ "${1:-}" == --coverage ]]; then
+        set -- --cov "${@:2}"
+    fi
+    check pytest python -m pytest "$@"
 fi
 
 if [[ -n "$failed" ]]; then
