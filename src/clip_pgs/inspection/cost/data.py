@@ -248,7 +248,7 @@ def measure_loader_speed(
             started = perf_counter()
         return sum(waits[num_first:])
 
-    rate = num_batches * batch_size / waiting(0.0)
+    rate = num_batches * batch_size / max(waiting(0.0), TICK)
     waiting_share = None
     if step_seconds is not None:
         waited = waiting(step_seconds)
