@@ -55,8 +55,10 @@ def test_a_run_that_waits_for_data_leaves_when_told_to(hanging, tmp_path):
     launch = hanging(data_timeout=0)
     before = -1
     while before != (before := num_steps(tmp_path / "logs" / "run")):
-        time.sleep(1)
+        time.sleep(2)
     launch.process.send_signal(signal.SIGTERM)
     assert wait_for(launch) == 85
     assert "stopped by SIGTERM at sample" in launch.output().splitlines()[-1]
-    assert (tmp_path / "logs" / "run" / "checkpoints" / f"step_{before}.pt").is_file()
+    # On a slow machine a step may have ended in between.
+    last = num_steps(tmp_path / "logs" / "run")
+    assert (tmp_path / "logs" / "run" / "checkpoints" / f"step_{last}.pt").is_file()
