@@ -187,7 +187,7 @@ def test_truncation_without_a_budget_is_told(caplog):
 
 def test_syntax_without_nltk_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "nltk", None)
-    with pytest.raises(ValueError, match="needs nltk, which is not installed; `pip install nltk`"):
+    with pytest.raises(ValueError, match=r"needs nltk .* not installed; `pip install nltk`"):
         create_text_masking("syntax", tokenizer=CLIP, num_tokens=8)
 
 
@@ -223,7 +223,9 @@ def install_nltk(tmp_path, monkeypatch):
 
 def test_syntax_without_its_data_is_one_sentence(install_nltk):
     install_nltk(NLTK.replace("return [", "raise LookupError('Resource not found.')\n    return ["))
-    with pytest.raises(ValueError, match="two data sets of nltk, which are not installed; `python"):
+    with pytest.raises(
+        ValueError, match=r"two data sets of nltk, which are not installed; .*`python"
+    ):
         create_text_masking("syntax", tokenizer=CLIP, num_tokens=8)
 
 
@@ -351,10 +353,10 @@ def test_filling_prefers_words_as_the_released_code_ranks_them(make_masking):
         ({"frequencies": None}, "needs the option frequencies=FILE"),
         ({"frequencies": 3}, "needs the option frequencies=FILE"),
         ({"frequencies": "nowhere.json"}, "'nowhere.json' do not exist"),
-        ({"threshold": 0.0}, r"threshold must be in \(0, 1\], got 0.0"),
-        ({"threshold": 1.5}, r"threshold must be in \(0, 1\], got 1.5"),
-        ({"threshold": float("nan")}, r"threshold must be in \(0, 1\], got nan"),
-        ({"threshold": "low"}, "threshold must be a number, got 'low'"),
+        ({"threshold": 0.0}, r"threshold must be a number in \(0, 1\], got 0.0"),
+        ({"threshold": 1.5}, r"threshold must be a number in \(0, 1\], got 1.5"),
+        ({"threshold": float("nan")}, r"threshold must be a number in \(0, 1\], got nan"),
+        ({"threshold": "low"}, "threshold must be a number in .*, got 'low'"),
         ({"fill": 1}, "fill must be true or false, got 1"),
         ({"fill": True}, "give one with --text-tokens"),
     ],

@@ -184,7 +184,7 @@ def _run_words(args: argparse.Namespace) -> int:
                 shards,
                 caption_key=args.caption_key,
                 num_workers=num_workers,
-                progress=lambda num_done: bar.update(),
+                progress=bar.update,
             )
     frequencies = count.frequencies(min_count=args.min_count)
     write_word_frequencies(frequencies, args.out)

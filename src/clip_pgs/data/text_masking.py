@@ -15,7 +15,7 @@ import inspect
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +60,17 @@ def create_text_masking(
             raise ValueError(f"text masking {name!r} has no option {option!r}; it takes {choices}")
     if num_tokens is None and TEXT_MASKINGS.declaration(name)["needs_budget"]:
         raise ValueError(f"--text-masking {name} needs a budget; give it with --text-tokens")
-    if num_tokens is not None:
-        _check_budget(num_tokens, context_length=getattr(tokenizer, "context_length", None))
-    return build(tokenizer, num_tokens, **options)
-
-
-def _check_budget(num_tokens: int, *, context_length: int | None) -> None:
-    if num_tokens < 3:
+    longest = getattr(tokenizer, "context_length", None)
+    if num_tokens is not None and num_tokens < 3:
         raise ValueError(
             "--text-tokens must be >= 3, for a start token, a word and an end token, "
             f"got {num_tokens}"
         )
-    if context_length is not None and num_tokens > context_length:
+    if num_tokens is not None and longest is not None and num_tokens > longest:
         raise ValueError(
-            f"--text-tokens must be at most the model's context length, {context_length}, "
-            f"got {num_tokens}"
+            f"--text-tokens must be at most the model's context length, {longest}, got {num_tokens}"
         )
+    return build(tokenizer, num_tokens, **options)
 
 
 @TEXT_MASKINGS.register(
@@ -85,8 +80,8 @@ def _check_budget(num_tokens: int, *, context_length: int | None) -> None:
     needs_budget=False,
     needs="",
 )
-def _cut(tokenizer: Tokenize, num_tokens: int | None) -> Tokenize:
-    return tokenizer if num_tokens is None else _Truncation(tokenizer, num_tokens)
+def _cut(tokenizer: Any, num_tokens: int | None) -> Tokenize:
+    return tokenizer if num_tokens is None else partial(tokenizer, context_length=num_tokens)
 
 
 @TEXT_MASKINGS.register(
@@ -98,17 +93,8 @@ def _truncate(tokenizer: Tokenize, num_tokens: int | None) -> Tokenize:
     return _cut(tokenizer, num_tokens)
 
 
-@dataclass(frozen=True)
-class _Truncation:
-    tokenizer: Any
-    num_tokens: int
-
-    def __call__(self, captions: list[str]) -> Tensor:
-        return self.tokenizer(captions, context_length=self.num_tokens)
-
-
 def _register_reduction(
-    name: str, open_clip_name: str, *, summary: str, source: str, needs: str = ""
+    name: str, open_clip_name: str, source: str, summary: str, needs: str = ""
 ) -> None:
     """Register one of OpenCLIP's reduction masks."""
 
@@ -124,37 +110,21 @@ def _register_reduction(
         # Streams that do without open_clip are made without it.
         from clip_pgs.integrations.open_clip.compat import text_reduction
 
-        return _Reduction(text_reduction(open_clip_name), tokenizer, num_tokens)
-
-
-_register_reduction("block", "simple", summary="a run of tokens from a random place", source=_CLIPA)
-_register_reduction("random", "random", summary="random tokens in order", source=_CLIPA)
-_register_reduction(
-    "shuffle", "shuffle", summary="random tokens in random order", source="OpenCLIP"
-)
-_register_reduction(
-    "syntax",
-    "syntax",
-    summary="nouns, then adjectives, then verbs",
-    source=_CLIPA,
-    needs="nltk and its data",
-)
-
-
-@dataclass(frozen=True)
-class _Reduction:
-    reduce: Callable[..., Tensor]
-    tokenizer: Any
-    num_tokens: int
-
-    def __call__(self, captions: list[str]) -> Tensor:
-        return self.reduce(
-            captions,
-            context_length=self.num_tokens,
-            sot_token_id=self.tokenizer.sot_token_id,
-            eot_token_id=self.tokenizer.eot_token_id,
-            encode_fn=self.tokenizer.encode,
+        return partial(
+            text_reduction(open_clip_name),
+            context_length=num_tokens,
+            sot_token_id=tokenizer.sot_token_id,
+            eot_token_id=tokenizer.eot_token_id,
+            encode_fn=tokenizer.encode,
         )
+
+
+_register_reduction("block", "simple", _CLIPA, "a run of tokens from a random place")
+_register_reduction("random", "random", _CLIPA, "random tokens in order")
+_register_reduction("shuffle", "shuffle", "OpenCLIP", "random tokens in random order")
+_register_reduction(
+    "syntax", "syntax", _CLIPA, "nouns, then adjectives, then verbs", "nltk and its data"
+)
 
 
 def _check_tagger() -> None:
@@ -162,14 +132,10 @@ def _check_tagger() -> None:
         import nltk
 
         nltk.pos_tag(nltk.tokenize.word_tokenize("a dog"))
-    except ImportError as error:
+    except (ImportError, LookupError) as error:
         raise ValueError(
-            "--text-masking syntax needs nltk, which is not installed; `pip install nltk`, then "
-            "`python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng`"
-        ) from error
-    except LookupError as error:
-        raise ValueError(
-            "--text-masking syntax needs two data sets of nltk, which are not installed; "
+            "--text-masking syntax needs nltk and two data sets of nltk, which are not installed; "
+            "`pip install nltk`, then "
             "`python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng`"
         ) from error
 
@@ -192,16 +158,13 @@ def _drop_frequent(
     shorten = FrequencyMasking(
         frequencies=frequencies, threshold=threshold, fill=fill, num_tokens=num_tokens
     )
-    return _FrequencyTokenizer(shorten, _cut(tokenizer, num_tokens))
+    return partial(_tokenize_shortened, shorten=shorten, tokenizer=_cut(tokenizer, num_tokens))
 
 
-@dataclass(frozen=True)
-class _FrequencyTokenizer:
-    shorten: FrequencyMasking
-    tokenizer: Tokenize
-
-    def __call__(self, captions: list[str]) -> Tensor:
-        return self.tokenizer([self.shorten(caption) for caption in captions])
+def _tokenize_shortened(
+    captions: list[str], *, shorten: FrequencyMasking, tokenizer: Tokenize
+) -> Tensor:
+    return tokenizer([shorten(caption) for caption in captions])
 
 
 class FrequencyMasking:
@@ -243,10 +206,9 @@ class FrequencyMasking:
                 "text masking 'frequency' needs the option frequencies=FILE, a file from "
                 f"`python -m clip_pgs.data words`, got {frequencies!r}"
             )
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-            raise ValueError(f"threshold must be a number, got {threshold!r}")
-        if not 0.0 < threshold <= 1.0:
-            raise ValueError(f"threshold must be in (0, 1], got {threshold}")
+        is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+        if not is_number or not 0.0 < threshold <= 1.0:
+            raise ValueError(f"threshold must be a number in (0, 1], got {threshold!r}")
         if not isinstance(fill, bool):
             raise ValueError(f"fill must be true or false, got {fill!r}")
         if fill and num_tokens is None:
@@ -267,7 +229,9 @@ class FrequencyMasking:
     def __call__(self, caption: str) -> str:
         """Return the caption without the words that are dropped this time."""
         words = find_words(caption)
-        margins = [random.random() - self.drop_probabilities.get(word.text, 0.0) for word in words]
+        margins = [
+            random.random() - self.drop_probabilities.get(word[0].lower(), 0.0) for word in words
+        ]
         num_kept = self.num_filled
         if num_kept is None:
             num_kept = max(1, sum(margin >= 0.0 for margin in margins))

@@ -14,13 +14,13 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import regex
 
@@ -36,26 +36,12 @@ _NUMBERS = ("num_captions", "num_words", "min_count")
 _WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+(?:['\u2019][\p{L}\p{M}\p{N}]+)*|[^\s\p{L}\p{M}\p{N}]+")
 
 
-class Word(NamedTuple):
-    """A word in its place.
-
-    Args:
-        text: The word in lower case, as it is counted.
-        start: Where it begins in the caption.
-        end: Where it ends there.
-    """
-
-    text: str
-    start: int
-    end: int
+def find_words(caption: str) -> list[regex.Match[str]]:
+    """Return where the words of a caption are, in order; they are counted in lower case."""
+    return list(_WORD.finditer(caption))
 
 
-def find_words(caption: str) -> list[Word]:
-    """Return the words of a caption in order."""
-    return [Word(match[0].lower(), *match.span()) for match in _WORD.finditer(caption)]
-
-
-def keep_words(caption: str, words: Sequence[Word], kept: Sequence[int]) -> str:
+def keep_words(caption: str, words: Sequence[regex.Match[str]], kept: Sequence[int]) -> str:
     """Return a caption with only some of its words.
 
     Words keep their case. Two of them stand without a space between them only where they did.
@@ -65,15 +51,11 @@ def keep_words(caption: str, words: Sequence[Word], kept: Sequence[int]) -> str:
         words: All its words, from `find_words`.
         kept: Which of them stay, ascending.
     """
-    pieces: list[str] = []
-    end = -1
-    for index in kept:
-        word = words[index]
-        if pieces and word.start != end:
-            pieces.append(" ")
-        pieces.append(caption[word.start : word.end])
-        end = word.end
-    return "".join(pieces)
+    shorter, end = "", 0
+    for word in (words[index] for index in kept):
+        shorter += (" " if shorter and word.start() != end else "") + word[0]
+        end = word.end()
+    return shorter
 
 
 @dataclass(frozen=True)
@@ -119,13 +101,8 @@ def write_word_frequencies(frequencies: WordFrequencies, path: Path) -> None:
         frequencies: What to write.
         path: A new file, or one to replace; missing folders are made.
     """
-    record = {
-        "version": _VERSION,
-        "num_captions": frequencies.num_captions,
-        "num_words": frequencies.num_words,
-        "min_count": frequencies.min_count,
-        "counts": frequencies.counts,
-    }
+    record = {"version": _VERSION, **{name: getattr(frequencies, name) for name in _NUMBERS}}
+    record["counts"] = frequencies.counts
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(record, ensure_ascii=False, indent=0) + "\n")
 
@@ -148,9 +125,7 @@ def read_word_frequencies(path: Path) -> WordFrequencies:
     fault = _find_fault(record)
     if fault is not None:
         raise ValueError(f"word frequencies {str(path)!r} are of no use: {fault}")
-    return WordFrequencies(
-        record["counts"], *(record[name] for name in ("num_words", "num_captions", "min_count"))
-    )
+    return WordFrequencies(record["counts"], **{name: record[name] for name in _NUMBERS})
 
 
 def _find_fault(record: Any) -> str | None:
@@ -158,22 +133,17 @@ def _find_fault(record: Any) -> str | None:
         return "`python -m clip_pgs.data words` did not write them"
     if record["version"] != _VERSION:
         return f"they have version {record['version']!r}, this package reads {_VERSION}"
-    for name in _NUMBERS:
-        if not _is_count(record.get(name)):
-            return f"{name} must be a whole number >= 1, got {record.get(name)!r}"
     counts = record.get("counts")
     if not isinstance(counts, dict):
         return f"counts must map words to counts, got {type(counts).__name__}"
-    for word, count in counts.items():
-        if not _is_count(count):
-            return f"the count of {word!r} must be a whole number >= 1, got {count!r}"
+    numbers = {name: record.get(name) for name in _NUMBERS}
+    numbers |= {f"the count of {word!r}": count for word, count in counts.items()}
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            return f"{name} must be a whole number >= 1, got {number!r}"
     if sum(counts.values()) > record["num_words"]:
         return f"the counts add up to more than num_words, {record['num_words']}"
     return None
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass
@@ -189,19 +159,6 @@ class CaptionCount:
     words: Counter[str] = field(default_factory=Counter)
     num_captions: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
-
-    def add_sample(self, item: RawSample | Skip, *, caption_key: str | None = None) -> None:
-        """Count all captions of a picture, or the reason why they cannot be used."""
-        try:
-            if isinstance(item, Skip):
-                raise BadSampleError(item.reason)
-            captions = decode_captions(item, caption_key=caption_key)
-        except BadSampleError as error:
-            self.skipped[error.reason] += 1
-            return
-        for caption in captions:
-            self.words.update(word.text for word in find_words(caption))
-        self.num_captions += len(captions)
 
     def add(self, other: CaptionCount) -> None:
         """Add other captions to these."""
@@ -225,17 +182,34 @@ class CaptionCount:
         return WordFrequencies(dict(ordered), self.words.total(), self.num_captions, min_count)
 
 
-def count_shard(shard: str, *, caption_key: str | None = None) -> CaptionCount:
-    """Count the captions of one shard; its images are not read.
+def count_captions(
+    items: Iterable[RawSample | Skip], *, caption_key: str | None = None
+) -> CaptionCount:
+    """Count all captions of pictures, or the reasons why they cannot be used.
 
     Args:
-        shard: An expanded shard.
+        items: What `read_shard` gives; images are not looked at.
         caption_key: See `SampleDecoder`.
     """
     count = CaptionCount()
-    for item in read_shard(shard, use_json=caption_key is not None, with_images=False):
-        count.add_sample(item, caption_key=caption_key)
+    for item in items:
+        try:
+            if isinstance(item, Skip):
+                raise BadSampleError(item.reason)
+            captions = decode_captions(item, caption_key=caption_key)
+        except BadSampleError as error:
+            count.skipped[error.reason] += 1
+            continue
+        count.num_captions += len(captions)
+        for caption in captions:
+            count.words.update(word[0].lower() for word in find_words(caption))
     return count
+
+
+def count_shard(shard: str, *, caption_key: str | None = None) -> CaptionCount:
+    """Count the captions of an expanded shard; its images are not read."""
+    items = read_shard(shard, use_json=caption_key is not None, with_images=False)
+    return count_captions(items, caption_key=caption_key)
 
 
 def count_shards(
@@ -243,7 +217,7 @@ def count_shards(
     *,
     caption_key: str | None = None,
     num_workers: int = 1,
-    progress: Callable[[int], object] = lambda num_done: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> CaptionCount:
     """Count the captions of shards.
 
@@ -251,7 +225,7 @@ def count_shards(
         shards: Expanded shards.
         caption_key: See `SampleDecoder`.
         num_workers: Processes; the result does not depend on them.
-        progress: Is told the number of finished shards after each of them.
+        progress: Is called after each shard.
 
     Raises:
         ValueError: If `num_workers` < 1.
@@ -259,11 +233,12 @@ def count_shards(
     if num_workers < 1:
         raise ValueError(f"--workers must be >= 1, got {num_workers}")
     total = CaptionCount()
-    with _mapping(min(num_workers, len(shards))) as count_each:
-        count_one = partial(count_shard, caption_key=caption_key)
-        for num_done, count in enumerate(count_each(count_one, shards), start=1):
+    num_workers = min(num_workers, len(shards))
+    with ProcessPoolExecutor(num_workers) if num_workers > 1 else nullcontext() as executor:
+        count_each = executor.map if executor is not None else map
+        for count in count_each(partial(count_shard, caption_key=caption_key), shards):
             total.add(count)
-            progress(num_done)
+            progress()
     return total
 
 
@@ -278,13 +253,9 @@ def count_table(path: Path, *, caption_key: str, separator: str | None = None) -
     Raises:
         ValueError: If the table cannot be read.
     """
-    count = CaptionCount()
-    captions = read_captions(
-        path, caption_key=caption_key, separator=separator or default_separator(path)
-    )
-    for caption in captions:
-        count.add_sample(RawSample(str(path), "", None, (caption.encode(),)))
-    return count
+    separator = separator or default_separator(path)
+    captions = read_captions(path, caption_key=caption_key, separator=separator)
+    return count_captions(RawSample(str(path), "", None, (text.encode(),)) for text in captions)
 
 
 def describe_skipped(skipped: Counter[str]) -> str:
@@ -295,13 +266,3 @@ def describe_skipped(skipped: Counter[str]) -> str:
     ordered = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     reasons = ", ".join(f"{reason}: {number}" for reason, number in ordered)
     return f"{skipped.total()} left out ({reasons})"
-
-
-@contextmanager
-def _mapping(num_workers: int) -> Iterator[Callable[..., Iterable[CaptionCount]]]:
-    """Give a `map` that runs in several processes, or in this one."""
-    if num_workers <= 1:
-        yield map
-        return
-    with ProcessPoolExecutor(num_workers) as executor:
-        yield executor.map
