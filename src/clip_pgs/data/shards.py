@@ -10,8 +10,6 @@ import re
 from itertools import islice
 from pathlib import Path
 
-from braceexpand import braceexpand
-
 logger = logging.getLogger(__name__)
 
 MAX_SHARDS = 2**18
@@ -179,6 +177,9 @@ def _count(value: object) -> int:
 
 
 def _expand_braces(source: str) -> list[str]:
+    # An evaluation reads shards without it.
+    from braceexpand import braceexpand
+
     # A range is a list before the first of its numbers comes out.
     is_too_long = any(
         max(len(first), len(last)) > _MAX_DIGITS or abs(int(last) - int(first)) >= MAX_SHARDS

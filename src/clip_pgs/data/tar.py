@@ -12,7 +12,7 @@ wrong is a `Skip`.
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import logging
 import lzma
 import os
@@ -21,7 +21,7 @@ import resource
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,14 +31,13 @@ from time import monotonic
 from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
-from webdataset.gopen import gopen
 
 from clip_pgs.common import atomic_file
 from clip_pgs.data.decoding import MAX_IMAGE_BYTES
 from clip_pgs.data.plan import MAX_LANES, SampleRef
 from clip_pgs.data.samples import CAPTION_SUFFIX, IMAGE_SUFFIXES, JSON_SUFFIX, RawSample
 from clip_pgs.data.shards import is_remote, is_seekable, stated_sizes
-from clip_pgs.data.skips import BadSampleError, Skip, StalledDataError
+from clip_pgs.data.skips import Skip
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +84,9 @@ _FOREIGN = {
 }
 _HEAD_BYTES = 512
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 # A smaller shard is indexed in a moment.
 _MIN_CACHED = 200
-_ABSENT = (-1, 0)
 # One for each lane, and for some that change over from one shard to the next.
 _MAX_OPEN = MAX_LANES + 64
 _SECONDS_ALONE = 2.0
@@ -108,43 +106,35 @@ def read_shard(
         shard: A local file, a URL or a `pipe:` command.
         repeat: Passed on to the samples.
         use_json: Take the side-car JSON for the caption.
-        with_images: Read the images too; without them, captions come without the wait.
+        with_images: Read the images too; else they are empty, and captions come without the wait.
 
     Yields:
         Pairs, each possibly without image or caption, or a `Skip` in the place of one that is too
         large. At least one item: a `Skip` without key says that the shard is empty, or cannot be
         read from here on.
     """
+    # An evaluation reads shards without it.
+    from webdataset.gopen import gopen
 
     def members() -> Iterator[tuple[str, str, bytes | int]]:
         with (
             gopen(shard) if is_remote(shard) else open(shard, "rb") as file,
             _open_tar(file, shard) as tar,
         ):
-            for key, suffix, member in _regular_members(tar):
+            for key, suffix, member in regular_members(tar):
                 data: bytes | int = member.size
-                is_image = suffix in IMAGE_SUFFIXES
-                is_used = (is_image and with_images) or _is_caption(suffix, use_json=use_json)
-                if is_used and member.size <= _most_bytes(is_image):
+                if not with_images and suffix in IMAGE_SUFFIXES:
+                    data = b""
+                elif _is_read(suffix, member.size, use_json):
                     extracted = tar.extractfile(member)
                     data = extracted.read() if extracted else b""
                 yield key, suffix, data
 
-    def get(data: bytes | int, is_image: bool) -> bytes:
-        if isinstance(data, int):
-            raise _too_large(data, is_image)
-        return data
-
     for item in _group_members(shard, members()):
         if isinstance(item, Skip):
             yield item
-            continue
-        key, group = item
-        image = _image_of(group) if with_images else None
-        suffixes = _describe_suffixes(group)
-        yield _assemble(
-            shard, key, image, _captions_of(group, use_json=use_json), get, repeat, suffixes
-        )
+        else:
+            yield _make_sample(shard, *item, repeat, use_json)
 
 
 def unreadable_shard(shard: str, error: Exception, *, key: str = "") -> Skip:
@@ -156,61 +146,51 @@ def unreadable_shard(shard: str, error: Exception, *, key: str = "") -> Skip:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the pairs of a shard lie, in the order of `read_shard`.
-
-    An offset of -1 stands for no member; below that, for one with holes whose header is at
-    `-2 - offset`.
+    """Where the members of a shard's pairs lie, in the order of `read_shard`.
 
     Args:
         shard: Its path.
-        samples: Of type `_sample_type`, shape (S,).
-        texts: Offset and size of the C texts, shape (C, 2), int64.
-        suffixes: What members pairs have, which a sample refers to by number.
+        keys: Names of the S pairs as bytes, shape (S,).
+        ends: Where the members of each end, shape (S,), int64.
+        members: Number of the suffix, offset and size of the M members, shape (M, 3), int64; the
+            offset `-1 - H` stands for a member with holes whose header is at H.
+        suffixes: By their numbers.
         failure: Why there are no more pairs, where there should be.
     """
 
     shard: str
-    samples: np.ndarray
-    texts: np.ndarray
+    keys: np.ndarray
+    ends: np.ndarray
+    members: np.ndarray
     suffixes: list[str]
     failure: Skip | None = None
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.keys)
 
     def read(
-        self, file: int, number: int, *, repeat: int = 0, use_json: bool = False
+        self, file: BinaryIO, number: int, *, repeat: int = 0, use_json: bool = False
     ) -> RawSample | Skip:
         """Read one pair.
 
         Args:
-            file: File descriptor of the shard.
+            file: The shard, opened.
             number: Which, in [0, S).
             repeat: Passed on to the sample.
             use_json: Take the side-car JSON for the caption.
         """
-        sample = self.samples[number]
-        start = self.samples[number - 1]["end"] if number else 0
-        captions = [sample["json"]] if use_json else [*self.texts[start : sample["end"]]]
-        key = bytes(sample["key"]).decode("utf-8", "surrogateescape")
-
-        def get(extent: np.ndarray, is_image: bool) -> bytes:
-            offset, size = map(int, extent)
-            if size > _most_bytes(is_image):
-                raise _too_large(size, is_image)
-            if offset < 0:
-                return _read_with_holes(file, -2 - offset)
-            return _read_exactly(file, offset, size)
-
-        image = None if sample["image"][0] == _ABSENT[0] else sample["image"]
-        captions = [extent for extent in captions if extent[0] != _ABSENT[0]]
-        suffixes = self.suffixes[sample["suffixes"]]
+        key = bytes(self.keys[number]).decode("utf-8", "surrogateescape")
+        start = self.ends[number - 1] if number else 0
+        group: dict[str, bytes | int] = {}
         try:
-            return _assemble(self.shard, key, image, captions, get, repeat, suffixes)
-        except StalledDataError:
-            raise
+            for kind, offset, size in self.members[start : self.ends[number]].tolist():
+                suffix = self.suffixes[kind]
+                group[suffix] = size
+                if _is_read(suffix, size, use_json):
+                    group[suffix] = _read_member(file, offset, size)
         except _READING_ERRORS as error:
             return unreadable_shard(self.shard, error, key=key)
+        return _make_sample(self.shard, key, group, repeat, use_json)
 
 
 class ShardSource:
@@ -224,7 +204,7 @@ class ShardSource:
     def __init__(self, shards: list[str], *, use_json: bool = False) -> None:
         self.shards = shards
         self.use_json = use_json
-        self._open: OrderedDict[int, tuple[ShardIndex, int]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[ShardIndex, BinaryIO]] = OrderedDict()
         # Others in this process need files too.
         self._max_open = min(_MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
@@ -243,10 +223,10 @@ class ShardSource:
         """Return the shard and the number of the sample."""
         return f"{self.shards[shard]}: sample {number + 1}"
 
-    def _opened(self, number: int) -> tuple[ShardIndex, int]:
+    def _opened(self, number: int) -> tuple[ShardIndex, BinaryIO]:
         if number not in self._open:
             while len(self._open) >= self._max_open:
-                _close(self._open.popitem(last=False)[1][1])
+                self._open.popitem(last=False)[1][1].close()
             self._open[number] = _open_shard(self.shards[number])
         self._open.move_to_end(number)
         return self._open[number]
@@ -331,39 +311,44 @@ def _state_of(shard: str) -> tuple[str, int, int]:
 def index_shard(shard: str) -> ShardIndex:
     """Find the pairs of a local shard that is not compressed; what is wrong is in `failure`."""
     index, file = _open_shard(shard)
-    _close(file)
+    file.close()
     return index
 
 
-def _open_shard(shard: str) -> tuple[ShardIndex, int]:
-    """Return a shard's index and its file descriptor, -1 where it cannot be read."""
+def _open_shard(shard: str) -> tuple[ShardIndex, BinaryIO]:
+    """Return a shard's index and its file, an empty one where it cannot be opened."""
     try:
-        file = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+        file = open(shard, "rb")  # noqa: SIM115 - it stays open while it is in use
     except (OSError, ValueError) as error:
-        no_samples, no_texts = np.empty(0, _sample_type(1)), np.empty((0, 2), np.int64)
-        return ShardIndex(shard, no_samples, no_texts, [], unreadable_shard(shard, error)), -1
+        return _to_index(shard, [unreadable_shard(shard, error)]), io.BytesIO()
     return _index_file(shard, file), file
 
 
-def _close(file: int) -> None:
-    if file >= 0:
-        os.close(file)
-
-
-def _index_file(shard: str, file: int) -> ShardIndex:
+def _index_file(shard: str, file: BinaryIO) -> ShardIndex:
     """Find the pairs of an open shard, in its cached index where that is still true."""
-    status = os.fstat(file)
-    state = {"version": _CACHE_VERSION, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    status = os.fstat(file.fileno())
+    state = [_CACHE_VERSION, status.st_size, status.st_mtime_ns]
     for path in cache_paths(shard):
         # Whatever is wrong with such a file, it is made anew.
-        with suppress(Exception):
-            return _read_cache(shard, path, state)
+        with suppress(Exception), np.load(path, allow_pickle=False) as kept:
+            if kept["state"].tolist() == state:
+                names = str(kept["suffixes"]).split("/")
+                return ShardIndex(shard, kept["keys"], kept["ends"], kept["members"], names)
     index = _make_index(shard, file, status.st_size)
     if index.failure is None and len(index) >= _MIN_CACHED:
+        arrays: dict[str, Any] = {
+            "state": state,
+            "keys": index.keys,
+            "ends": index.ends,
+            "members": index.members,
+            # None holds a slash.
+            "suffixes": "/".join(index.suffixes),
+        }
         for path in cache_paths(shard):
             with suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _write_cache(index, path, state)
+                with atomic_file(path) as new:
+                    np.savez(new, **arrays)
                 break
         else:
             _warn_of_cache(*(str(path.parent) for path in cache_paths(shard)))
@@ -378,25 +363,11 @@ def cache_paths(shard: str) -> tuple[Path, Path]:
     return path.with_name(f".{path.name}.index"), home / "clip_pgs" / "shards" / f"{digest}.index"
 
 
-def _sample_type(key_bytes: int) -> np.dtype:
-    """Return how an index holds a sample: its name, members, and where its texts end."""
-    extent = ("<i8", (2,))
-    return np.dtype(
-        [
-            ("key", f"S{max(key_bytes, 1)}"),
-            ("image", *extent),
-            ("json", *extent),
-            ("end", "<i8"),
-            ("suffixes", "<i4"),
-        ]
-    )
-
-
-class _StrictTarInfo(tarfile.TarInfo):
+class StrictTarInfo(tarfile.TarInfo):
     """Raise where tarfile would take a damaged header for the end, or believe an absurd size."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictTarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> StrictTarInfo:
         """Make a member of its header."""
         try:
             member = super().frombuf(buf, encoding, errors)
@@ -430,10 +401,10 @@ def _open_tar(file: BinaryIO, shard: str) -> tarfile.TarFile:
     try:
         if is_remote(shard):
             stream: Any = _Rewound(head, file)
-            return tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo)
+            return tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictTarInfo)
         file.seek(0)
         mode: Literal["r:", "r:*"] = "r:" if is_seekable(shard) else "r:*"
-        return tarfile.open(fileobj=file, mode=mode, tarinfo=_StrictTarInfo)
+        return tarfile.open(fileobj=file, mode=mode, tarinfo=StrictTarInfo)
     except tarfile.TarError:
         start = head.lstrip().lower()
         for magic, what in _FOREIGN.items():
@@ -442,8 +413,8 @@ def _open_tar(file: BinaryIO, shard: str) -> tarfile.TarFile:
         raise
 
 
-def _regular_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Yield key, suffix and header of each file that belongs to a pair."""
+def regular_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yield key (the name up to its first dot), suffix and header of each file of a pair."""
     # In an archive without members, Python 3.10 would look in front of the file for the next one.
     if tar.offset == 0:
         return
@@ -470,77 +441,56 @@ def _group_members(
     key = ""
     group: dict[str, T] = {}
     failure: Skip | None = None
-    is_empty = True
-    while failure is None:
-        try:
-            name, suffix, member = next(members)
-        except StopIteration:
-            break
-        except StalledDataError:
-            raise
-        except _READING_ERRORS as error:
-            failure = unreadable_shard(shard, error)
-            break
-        # Shards written by a merge may hold two pairs of one name in a row.
-        if key and (name != key or suffix in group):
-            yield key, group
-            group = {}
-        key, is_empty = name, False
-        group[suffix] = member
+    try:
+        for name, suffix, member in members:
+            # Shards written by a merge may hold two pairs of one name in a row.
+            if key and (name != key or suffix in group):
+                yield key, group
+                group = {}
+            key = name
+            group[suffix] = member
+    except _READING_ERRORS as error:
+        failure = unreadable_shard(shard, error)
     if key:
         yield key, group
-    if is_empty and failure is None:
+    elif failure is None:
         failure = Skip(shard, "", "empty shard")
     if failure is not None:
         yield failure
 
 
-def _is_caption(suffix: str, *, use_json: bool) -> bool:
+def _is_caption(suffix: str, use_json: bool) -> bool:
     if use_json:
         return suffix == JSON_SUFFIX
     return suffix.rpartition(".")[2] == CAPTION_SUFFIX
 
 
-def _image_of(group: dict[str, T]) -> T | None:
-    return next((group[suffix] for suffix in IMAGE_SUFFIXES if suffix in group), None)
+def _is_read(suffix: str, size: int, use_json: bool) -> bool:
+    if suffix in IMAGE_SUFFIXES:
+        return size <= MAX_IMAGE_BYTES
+    return size <= MAX_CAPTION_BYTES and _is_caption(suffix, use_json)
 
 
-def _captions_of(group: dict[str, T], *, use_json: bool) -> list[T]:
-    """Return the caption, or where there is no KEY.txt the texts KEY.*.txt in their order."""
-    if not use_json and CAPTION_SUFFIX in group:
-        return [group[CAPTION_SUFFIX]]
-    return [group[suffix] for suffix in sorted(group) if _is_caption(suffix, use_json=use_json)]
-
-
-def _describe_suffixes(group: dict[str, T]) -> str:
-    return " ".join(f".{suffix}" for suffix in sorted(group))[:200]
-
-
-def _most_bytes(is_image: bool) -> int:
-    return MAX_IMAGE_BYTES if is_image else MAX_CAPTION_BYTES
-
-
-def _too_large(size: int, is_image: bool) -> BadSampleError:
-    what = "image" if is_image else "caption"
-    return BadSampleError(f"too large {what}", f"{size} bytes, more than {_most_bytes(is_image)}")
-
-
-def _assemble(
-    shard: str,
-    key: str,
-    image: T | None,
-    captions: list[T],
-    get: Callable[[T, bool], bytes],
-    repeat: int,
-    suffixes: str,
+def _make_sample(
+    shard: str, key: str, group: dict[str, bytes | int], repeat: int, use_json: bool
 ) -> RawSample | Skip:
-    """Make a sample of its members' bytes, which `get` gives; it takes whether one is an image."""
-    try:
-        data = None if image is None else get(image, True)
-        texts = tuple(get(caption, False) for caption in captions)
-    except BadSampleError as error:
-        return Skip(shard, key, error.reason, error.detail)
-    return RawSample(shard, key, data, texts, repeat, suffixes)
+    """Make a sample of its members by suffix: bytes, or the size of one that was not read."""
+    image = next((group[suffix] for suffix in IMAGE_SUFFIXES if suffix in group), None)
+    if isinstance(image, int):
+        return Skip(shard, key, "too large image", f"{image} bytes, more than {MAX_IMAGE_BYTES}")
+    # Where there is no KEY.txt, the texts are KEY.*.txt in their order.
+    has_one = not use_json and CAPTION_SUFFIX in group
+    captions: list[bytes] = []
+    for suffix in [CAPTION_SUFFIX] if has_one else sorted(group):
+        caption = group[suffix]
+        if not _is_caption(suffix, use_json):
+            continue
+        if isinstance(caption, int):
+            detail = f"{caption} bytes, more than {MAX_CAPTION_BYTES}"
+            return Skip(shard, key, "too large caption", detail)
+        captions.append(caption)
+    suffixes = " ".join(f".{suffix}" for suffix in sorted(group))[:200]
+    return RawSample(shard, key, image, tuple(captions), repeat, suffixes)
 
 
 @lru_cache
@@ -552,84 +502,62 @@ def _warn_of_cache(*folders: str) -> None:
     )
 
 
-def _make_index(shard: str, file: int, file_size: int) -> ShardIndex:
+def _make_index(shard: str, file: BinaryIO, file_size: int) -> ShardIndex:
     def extents() -> Iterator[tuple[str, str, tuple[int, int]]]:
-        with open(file, "rb", closefd=False) as stream:
-            stream.seek(0)
-            for key, suffix, member in _regular_members(_open_tar(stream, shard)):
-                # Typeshed knows the list of what is between holes as bytes.
-                pieces: Any = member.sparse
-                stored = member.size if pieces is None else sum(size for _, size in pieces)
-                is_used = suffix in IMAGE_SUFFIXES or _is_caption(suffix, use_json=False)
-                if is_used and member.offset_data + stored > file_size:
-                    raise tarfile.ReadError("unexpected end of data")
-                offset = member.offset_data if pieces is None else -2 - member.offset
-                yield key, suffix, (offset, member.size)
+        for key, suffix, member in regular_members(_open_tar(file, shard)):
+            # Typeshed knows the list of what is between holes as bytes.
+            pieces: Any = member.sparse
+            stored = member.size if pieces is None else sum(size for _, size in pieces)
+            is_used = suffix in IMAGE_SUFFIXES or _is_caption(suffix, use_json=False)
+            if is_used and member.offset_data + stored > file_size:
+                raise tarfile.ReadError("unexpected end of data")
+            offset = member.offset_data if pieces is None else -1 - member.offset
+            yield key, suffix, (offset, member.size)
 
-    samples: list[tuple] = []
-    texts: list[tuple[int, int]] = []
-    suffixes: dict[str, int] = {}
+    return _to_index(shard, _group_members(shard, extents()))
+
+
+def _to_index(
+    shard: str, items: Iterable[tuple[str, dict[str, tuple[int, int]]] | Skip]
+) -> ShardIndex:
+    keys: list[bytes] = []
+    ends: list[int] = []
+    members: list[tuple[int, int, int]] = []
+    kinds: dict[str, int] = {}
     failure: Skip | None = None
-    for item in _group_members(shard, extents()):
+    for item in items:
         if isinstance(item, Skip):
             failure = item
             continue
         key, group = item
-        texts += _captions_of(group, use_json=False)
-        image, side_car = _image_of(group) or _ABSENT, group.get(JSON_SUFFIX, _ABSENT)
-        kind = suffixes.setdefault(_describe_suffixes(group), len(suffixes))
-        samples.append((key.encode("utf-8", "surrogateescape"), image, side_car, len(texts), kind))
-    rows = np.array(samples, _sample_type(max((len(sample[0]) for sample in samples), default=1)))
-    return ShardIndex(shard, rows, np.array(texts, np.int64).reshape(-1, 2), [*suffixes], failure)
+        keys.append(key.encode("utf-8", "surrogateescape"))
+        members += [(kinds.setdefault(each, len(kinds)), *group[each]) for each in group]
+        ends.append(len(members))
+    table = np.array(members, np.int64).reshape(-1, 3)
+    return ShardIndex(
+        shard, np.array(keys, "S"), np.array(ends, np.int64), table, [*kinds], failure
+    )
 
 
-def _write_cache(index: ShardIndex, path: Path, state: dict[str, int]) -> None:
-    head = {
-        **state,
-        "key_bytes": index.samples.dtype["key"].itemsize,
-        "samples": len(index.samples),
-        "suffixes": index.suffixes,
-    }
-    with atomic_file(path) as file:
-        file.write(json.dumps(head).encode() + b"\n")
-        file.write(index.samples.tobytes() + index.texts.astype("<i8").tobytes())
-
-
-def _read_cache(shard: str, path: Path, state: dict[str, int]) -> ShardIndex:
-    """Read a cached index; raise anything where it is not whole, or of another state."""
-    line, _, body = path.read_bytes().partition(b"\n")
-    head = json.loads(line)
-    samples = np.frombuffer(body, _sample_type(head["key_bytes"]), count=head["samples"])
-    texts = np.frombuffer(body, "<i8", offset=samples.nbytes).reshape(-1, 2)
-    suffixes, ends, kinds = list(map(str, head["suffixes"])), samples["end"], samples["suffixes"]
-    if (
-        {name: head[name] for name in state} != state
-        or (np.diff(ends, prepend=0) < 0).any()
-        or len(texts) != (ends[-1] if len(ends) else 0)
-        or not ((kinds >= 0) & (kinds < len(suffixes))).all()
-    ):
-        raise ValueError
-    return ShardIndex(shard, samples, texts, suffixes)
-
-
-def _read_exactly(file: int, offset: int, size: int) -> bytes:
-    data = os.pread(file, size, offset)
+def _read_member(file: BinaryIO, offset: int, size: int) -> bytes:
+    if offset < 0:
+        return _read_with_holes(file, -1 - offset)
+    data = os.pread(file.fileno(), size, offset)
     while len(data) < size:
         # A call may give less.
-        more = os.pread(file, size - len(data), offset + len(data))
+        more = os.pread(file.fileno(), size - len(data), offset + len(data))
         if not more:
             raise EOFError("the shard was cut short after it was first read")
         data += more
     return data
 
 
-def _read_with_holes(file: int, header: int) -> bytes:
+def _read_with_holes(file: BinaryIO, header: int) -> bytes:
     """Read a sparse member, whose map of holes tarfile follows."""
-    with open(file, "rb", closefd=False) as stream:
-        stream.seek(header)
-        with tarfile.open(fileobj=stream, mode="r:", tarinfo=_StrictTarInfo) as tar:
-            member = tar.next()
-            extracted = tar.extractfile(member) if member is not None else None
-            if extracted is None:
-                raise EOFError("the shard changed after it was first read")
-            return extracted.read()
+    file.seek(header)
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=StrictTarInfo) as tar:
+        member = tar.next()
+        extracted = tar.extractfile(member) if member is not None else None
+        if extracted is None:
+            raise EOFError("the shard changed after it was first read")
+        return extracted.read()

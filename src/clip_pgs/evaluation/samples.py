@@ -20,7 +20,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from clip_pgs.common import one_sentence
 from clip_pgs.data.decoding import open_image
+from clip_pgs.data.tar import StrictTarInfo, regular_members
 from clip_pgs.evaluation.datasets import (
     DamagedDataError,
     declared_type,
@@ -38,14 +39,8 @@ from clip_pgs.evaluation.datasets import (
     read_class_names,
 )
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 PICTURE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
 _TARGET_SUFFIXES = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
-# A sample is all files with the same path up to the first dot of the name.
-_NAME = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)")
-_META_NAME = re.compile(r"__[^/]*__(?:/|$)")
 _LABEL = re.compile(rb"\s*([0-9]{1,9})\s*")
 _MAX_PICTURE_BYTES, _MAX_TARGET_BYTES = 2**28, 2**20
 
@@ -217,20 +212,6 @@ def _refuse(key: str, shard: str, reason: str) -> NoReturn:
     raise DamagedDataError(f"sample {key!r} of {shard} {reason}")
 
 
-class _StrictHeader(tarfile.TarInfo):
-    """A header that is damaged or cut off ends the reading, not the archive in silence."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            # Two blocks of zeros are the end.
-            if len(buf) == tarfile.BLOCKSIZE and not buf.strip(b"\0"):
-                raise
-            raise tarfile.ReadError(str(error)) from error
-
-
 def _read_members(
     location: str, shard: str, suffixes: set[str]
 ) -> Iterator[tuple[str, str, bytes]]:
@@ -238,14 +219,9 @@ def _read_members(
     try:
         with (
             open_file(location, shard) as file,
-            tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictHeader) as tar,
+            tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as tar,
         ):
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]
-                name = _NAME.fullmatch(member.name)
-                if name is None or not member.isreg() or _META_NAME.match(member.name):
-                    continue
-                key, suffix = name[1], name[2].lower()
+            for key, suffix, member in regular_members(tar):
                 if suffix not in suffixes:
                     continue
                 limit = _MAX_PICTURE_BYTES if suffix in PICTURE_SUFFIXES else _MAX_TARGET_BYTES
