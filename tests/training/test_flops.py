@@ -43,6 +43,22 @@ def test_forward_equals_the_count_by_hand():
     assert count(model, extra_forward=True) - count(model) == by_hand
 
 
+def test_merged_tokens_count():
+    width, kept, groups = VISION["width"], 4, 4
+
+    def forward(model):
+        return count(model, extra_forward=True) - count(model)
+
+    plain, merged = (
+        forward(apply_masking(small_model(), "random", mask_ratio=0.75, merge=merge))
+        for merge in ("none", "2x2")
+    )
+    extra = (VISION["layers"] - 1) * (block(1 + kept + groups, width) - block(1 + kept, width)) + (
+        last_block(1 + kept + groups, width) - last_block(1 + kept, width)
+    )
+    assert merged - plain == extra + 2 * groups * 16 * width
+
+
 def test_masking_costs_less_than_seeing_everything():
     assert count(apply_masking(small_model(), "pgs", mask_ratio=0.5)) < 0.75 * count(small_model())
 

@@ -267,6 +267,7 @@ class PGSMasking(MaskingStrategy):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options = PGSOptions(**options)
+        self.weighs_candidates = self.options.transport
         self.mask_ratio = self.options.mask_ratio
         self.mask_ratio_min = lower_bound(self.mask_ratio, self.options.mask_ratio_min)
 
@@ -275,7 +276,10 @@ class PGSMasking(MaskingStrategy):
     ) -> PatchSelection:
         """Draw candidates, score every patch against them and mask the highest scores."""
         _, candidate_index, scores_BN = self.steps(inputs, draw_noise(inputs, generator))
-        return self.select(scores_BN, candidate_index, progress=inputs.progress)
+        selection = self.select(scores_BN, candidate_index, progress=inputs.progress)
+        if inputs.wants_candidate_weights:
+            selection.candidate_weights = candidate_weights(inputs, candidate_index, self.options)
+        return selection
 
     def steps(self, inputs: PatchInputs, noise: Tensor) -> PGSSteps:
         """Draw candidates and score every patch against them; all but the selection.
@@ -337,8 +341,23 @@ def pgs_scores(inputs: PatchInputs, candidate_index: Tensor, **options: Any) -> 
 
 
 # ------------------------------------------------------------------------------------------------
-# Beyond the method: the paper's windows, a prior of the center, candidates from the border
+# Beyond the method: the paper's windows, a prior of the center, candidates from the border, merging
 # ------------------------------------------------------------------------------------------------
+
+
+def candidate_weights(inputs: PatchInputs, candidate_index: Tensor, options: PGSOptions) -> Tensor:
+    """Return how much of each patch each candidate absorbs, N * Pi, for `clip_pgs.masking.merge`.
+
+    Args:
+        inputs: Pixels and, where `progress` > 0, tokens.
+        candidate_index: Positions of the candidates. Shape (B, C), int64.
+        options: See `PGSOptions`.
+
+    Returns:
+        Weights of shape (B, C, N), float32. Columns sum to 1, to 0 where no candidate reaches.
+    """
+    similarity_BCN = reached_similarity(inputs, candidate_index, options.neighborhood)
+    return inputs.num_patches * sinkhorn_plan(similarity_BCN, **options.sinkhorn())
 
 
 def reached_similarity(

@@ -37,6 +37,7 @@ class PatchInputs:
         noise: Uniform numbers in [0, 1) that replace the strategy's own draw, so that a caller
             decides which sample sees which mask. Shape (B, N), float32.
         attention: How much a teacher attends to each patch, in any scale. Shape (B, N), float32.
+        wants_candidate_weights: Asks for `candidate_weights` of the selection.
 
     Attributes:
         grid_size: Patches per column and per row, (h, w).
@@ -51,6 +52,7 @@ class PatchInputs:
     progress: float = 0.0
     noise: Tensor | None = None
     attention: Tensor | None = None
+    wants_candidate_weights: bool = False
     grid_size: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,11 +105,15 @@ class PatchSelection:
             repeats the last kept patch of its row, so that gathering it reads no masked patch.
         similar: True where a kept patch resembles a candidate. It serves the attention bias of
             `pgs-released` alone, and is None elsewhere. Shape (B, K), bool.
+        candidate_weights: How much of each patch each candidate absorbs: the transport plan times
+            N, columns summing to 1, or to 0 where no candidate reaches. `pgs` gives it, where it is
+            asked for. Shape (B, C, N), float32.
     """
 
     index: Tensor
     valid: Tensor | None = None
     similar: Tensor | None = None
+    candidate_weights: Tensor | None = None
 
     def kept_counts(self) -> Tensor:
         """Return the number of kept patches of each image, shape (B,), int64."""
@@ -162,6 +168,7 @@ class MaskingStrategy(nn.Module):
         requires: Optional inputs it reads: "tokens" once `progress` > 0, "attention" always.
         keeps_all: True for the strategy that masks nothing; a tower then skips masking.
         attention_bias: True asks the tower for the attention bias of the released CLIP-PGS code.
+        weighs_candidates: Whether it gives the `candidate_weights` of a selection.
         mask_ratio: Share of patches dropped, in [0, 1), where the strategy has such an option.
         mask_ratio_min: Lower bound of an adaptive share, where the strategy has such an option.
     """
@@ -169,6 +176,7 @@ class MaskingStrategy(nn.Module):
     requires: ClassVar[frozenset[str]] = frozenset()
     keeps_all: ClassVar[bool] = False
     attention_bias: bool = False
+    weighs_candidates: bool = False
 
     mask_ratio: float
     mask_ratio_min: float

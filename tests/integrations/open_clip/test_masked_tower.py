@@ -7,16 +7,18 @@ from open_clip.transformer import ResidualAttentionBlock
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clip_pgs import PatchSelection
+from clip_pgs import PatchSelection, list_maskings
 from clip_pgs.integrations.open_clip import (
     apply_masking,
     force_selection,
     last_selection,
     set_mask_ratio,
+    set_masking_noise,
 )
 from clip_pgs.integrations.open_clip.open_clip_vit import masked_block
 from clip_pgs.masking.sampling import kept_patches
-from support.models import image_batch, small_clip, small_timm_clip
+from support.host_waits import noting_host_waits
+from support.models import image_batch, small_clip, small_coca, small_timm_clip, text_batch
 
 OPEN_CLIP_TOWERS = {
     "class token": {},
@@ -294,3 +296,212 @@ def test_a_schedule_of_mask_ratios_compiles_two_graphs():
         num_slots.append(last_selection(model).index.shape[1])
     assert num_slots == [12, 14, 9, 11, 12]
     assert torch._dynamo.utils.counters["frames"]["total"] == 2
+
+
+# ------------------------------------------------------------------------------------------------
+# Dropped patches merged into further tokens
+# ------------------------------------------------------------------------------------------------
+
+# Cell by cell of a 2 x 2 grid over the 4 x 4 patches.
+CELLS = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+# The first image keeps a whole cell, whose group is empty; the others keep fewer patches.
+WITH_EMPTY_GROUP = torch.tensor([[0, 1, 4, 5], [1, 2, 2, 2], [7, 8, 9, 9]])
+WEIGHTS = torch.rand(3, 2, 16, generator=torch.Generator().manual_seed(3)).softmax(dim=1)
+MERGED = {
+    "fixed": PatchSelection(WITH_EMPTY_GROUP[:1].repeat(3, 1), candidate_weights=WEIGHTS),
+    "adaptive": PatchSelection(WITH_EMPTY_GROUP, ADAPTIVE.valid, candidate_weights=WEIGHTS),
+}
+GROUPINGS = {"2x2": True, "candidates": False, "2x2+candidates": True}
+
+
+def alone(model, image, kept, groups, *, repeats=False):
+    """Encode one image whose tokens are laid out one by one, without any mask.
+
+    Args:
+        model: A masked model in float64.
+        image: Shape (3, 64, 64).
+        kept: Its kept patches.
+        groups: For each group, {patch: weight}.
+        repeats: Repeat a merged token as often as there are patches in it, which is what counts in
+            the logits stand for.
+    """
+    tower = model.visual
+    tokens = tower.add_positions(tower.embed_patches(image[None]))[0]
+    sequence = [tokens[j] for j in kept]
+    for group in groups:
+        members = {j: weight for j, weight in group.items() if j not in kept}
+        if members:
+            mean = sum(w * tokens[j] for j, w in members.items()) / sum(members.values())
+            sequence += [mean] * (len(members) if repeats else 1)
+    x = tower.add_prefix(torch.stack(sequence)[None])
+    for block in tower.blocks():
+        x = block(x)
+    features = tower.read_out(x, None)
+    return features[0] if isinstance(features, tuple) else features
+
+
+def groups_of(merge, i):
+    groups = [dict.fromkeys(cell, 1.0) for cell in CELLS] if GROUPINGS[merge] else []
+    if merge.endswith("candidates"):
+        groups += [dict(enumerate(row)) for row in WEIGHTS[i].double().tolist()]
+    return groups
+
+
+@every_tower
+@pytest.mark.parametrize("merge", GROUPINGS)
+@pytest.mark.parametrize(
+    ("selection", "pack_tokens"),
+    [("fixed", None), ("adaptive", False), ("adaptive", True)],
+    ids=["fixed", "padded", "packed"],
+)
+def test_merged_tokens_equal_a_sequence_laid_out_token_by_token(
+    build, merge, selection, pack_tokens
+):
+    selection = MERGED[selection]
+    strategy = "pgs" if "candidates" in merge else "random"
+    model = apply_masking(build(), strategy, merge=merge, pack_tokens=pack_tokens).double().train()
+    images = image_batch().double()
+    together = encode(model, images, selection)[0]
+    for i, count in enumerate(selection.kept_counts().tolist()):
+        kept = selection.index[i, :count].tolist()
+        expected = alone(model, images[i], kept, groups_of(merge, i))[0]
+        got = together[i]
+        if got.ndim == 2:
+            # All tokens come out, and padding is zero.
+            got = got[(got != 0).any(dim=1)]
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("selection", MERGED)
+@pytest.mark.parametrize(
+    "build",
+    [
+        small_clip,
+        partial(small_clip, qk_norm=True),
+        partial(small_clip, output_tokens=True),
+        partial(small_timm_clip, qk_norm=True),
+        partial(small_timm_clip, block_fn=ParallelScalingBlock),
+    ],
+)
+def test_counts_weigh_a_merged_token_as_often_as_it_has_patches(build, selection):
+    selection = MERGED[selection]
+    model = apply_masking(build(), "random", merge="2x2", merge_counts=True).double().train()
+    images = image_batch().double()
+    together = encode(model, images, selection)[0]
+    for i, count in enumerate(selection.kept_counts().tolist()):
+        kept = selection.index[i, :count].tolist()
+        expected = alone(model, images[i], kept, groups_of("2x2", i), repeats=True)[0]
+        torch.testing.assert_close(together[i], expected, atol=1e-6, rtol=1e-5)
+
+
+@every_tower
+@pytest.mark.parametrize("counts", [False, True])
+def test_merging_nothing_equals_open_clip_in_train_mode(build, counts):
+    plain = build().train()
+    masked = apply_masking(
+        copy.deepcopy(plain), "random", mask_ratio=0.0, merge="2x2", merge_counts=counts
+    )
+    expected = plain.visual(image_batch())
+    got = masked.visual(image_batch())
+    if isinstance(expected, tuple):
+        torch.testing.assert_close(got[1][:, :16], expected[1], atol=1e-5, rtol=1e-5)
+        assert (got[1][:, 16:] == 0).all()
+        got, expected = got[0], expected[0]
+    if expected.ndim == 3:
+        got = got[:, : expected.shape[1]]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in list_maskings() if name != "none"])
+def test_every_strategy_merges_what_it_drops_and_eval_mode_stays_plain(name):
+    plain = small_clip()
+    model = apply_masking(copy.deepcopy(plain), name, merge="2x2", merge_counts=True)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(model.eval().visual(image_batch()), plain.eval().visual(image_batch()))
+    images = image_batch().requires_grad_()
+    model.train().visual(images).square().sum().backward()
+    kept = kept_patches(last_selection(model), 16)
+    patches = images.grad.reshape(3, 3, 4, 16, 4, 16).abs().sum(dim=(1, 3, 5)).reshape(3, 16)
+    assert torch.isfinite(images.grad).all()
+    assert not kept.all()
+    assert (patches[~kept] > 0).all()
+
+
+def test_masked_inference_merges_as_training_does():
+    features = []
+    for when in ("train", "always"):
+        model = apply_masking(small_clip(), "pgs", merge="2x2+candidates", when=when)
+        model.train(when == "train")
+        set_masking_noise(model, torch.rand(3, 16, generator=torch.Generator().manual_seed(0)))
+        features.append(model.visual(image_batch()))
+    torch.testing.assert_close(*features, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"mask_ratio_min": 0.25}])
+@pytest.mark.parametrize("counts", [False, True])
+def test_merging_repeats_itself_with_checkpointing_and_a_second_pass(options, counts):
+    gradients = []
+    for checkpointing in (False, True):
+        model = apply_masking(
+            small_clip(), "pgs", merge="2x2+candidates", merge_counts=counts, **options
+        ).train()
+        model.set_grad_checkpointing(checkpointing)
+        set_masking_noise(model, torch.rand(3, 16, generator=torch.Generator().manual_seed(0)))
+        features = model.visual(image_batch())
+        assert torch.equal(model.visual(image_batch()), features)
+        features.square().sum().backward()
+        gradients.append([p.grad for p in model.visual.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("build", [small_clip, partial(small_timm_clip, global_pool="map")])
+@pytest.mark.parametrize("counts", [False, True])
+def test_merging_trains_in_bf16_and_under_autocast(build, counts):
+    options = {"merge": "2x2+candidates", "merge_counts": counts, "mask_ratio_min": 0.25}
+    model = apply_masking(build(), "pgs", **options).train()
+    exact = encode(model, image_batch(), MERGED["adaptive"])[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = encode(model, image_batch(), MERGED["adaptive"])[0]
+    assert (rough - exact).norm() < 0.05 * exact.norm()
+    model.to(torch.bfloat16).visual(image_batch().bfloat16()).float().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.visual.parameters() if p.requires_grad)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_tower_that_merges_compiles_into_one_graph(counts):
+    options = {"merge": "2x2+candidates", "merge_counts": counts, "mask_ratio_min": 0.25}
+    model = apply_masking(small_clip(), "pgs", pack_tokens=False, **options).train()
+    set_masking_noise(model, torch.rand(3, 16, generator=torch.Generator().manual_seed(0)))
+    with noting_host_waits() as waits:
+        expected = model.visual(image_batch())
+    assert not waits
+    torch._dynamo.reset()
+    compiled = torch.compile(model.visual, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(image_batch()), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_output_tokens_hold_the_merged_ones_after_the_kept():
+    model = apply_masking(small_clip(output_tokens=True), "random", merge="2x2").train()
+    _, tokens = encode(model, image_batch(), MERGED["adaptive"])
+    assert tokens.shape == (3, 4 + 4, 64)
+    assert (tokens[0, 4] == 0).all()
+    assert (tokens[1, 2:4] == 0).all()
+    assert (tokens[:, 5:] != 0).any(dim=2).all()
+
+
+def test_a_selection_without_weights_cannot_be_merged_by_candidate():
+    model = apply_masking(small_clip(), "pgs", merge="candidates").train()
+    with pytest.raises(ValueError, match="candidate_weights"):
+        encode(model, image_batch(), FIXED)
+
+
+def test_merging_is_refused_where_padding_would_be_read_or_a_bias_is_set():
+    with pytest.raises(ValueError, match="text decoder, which would read the padding"):
+        apply_masking(small_coca(attentional_pool=False), "random", merge="2x2")
+    apply_masking(small_coca(), "random", merge="2x2").train()(image_batch(), text_batch())
+    with pytest.raises(ValueError, match="merge and attention_bias"):
+        apply_masking(small_clip(), "pgs-released", attention_bias=True, merge="2x2")
+    with pytest.raises(ValueError, match="merge must be at most as fine"):
+        apply_masking(small_clip(), "random", merge="2x5")

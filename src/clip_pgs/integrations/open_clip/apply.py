@@ -22,6 +22,7 @@ from clip_pgs.integrations.open_clip.open_clip_vit import MaskedVisionTransforme
 from clip_pgs.integrations.open_clip.teacher import START_MOMENTUM, Teacher, teacher_momentum
 from clip_pgs.integrations.open_clip.timm_vit import MaskedTimmModel
 from clip_pgs.masking import MaskingStrategy, PatchSelection, create_masking
+from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.strategy import check_choice, check_range
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,6 +36,8 @@ def apply_masking(
     *,
     when: str = "train",
     pack_tokens: bool | None = None,
+    merge: str = "none",
+    merge_counts: bool = False,
     **options: Any,
 ) -> Model:
     """Mask the patches of a model's image tower.
@@ -55,15 +58,21 @@ def apply_masking(
             needs the usual blocks, without dropout or drop path; on a CPU a model that is not
             compiled; on CUDA float16 or bfloat16, where it costs one synchronisation per step,
             since the host has to know how many tokens there are, and is not yet measured. Where
-            one of these is missing, images are padded.
+            one of these is missing, or `merge_counts` is set, images are padded.
+        merge: Groups of dropped patches whose mean is one more token each, after the kept ones: the
+            cells of a grid, "2x2" (rows x columns); "candidates", a group for each of `pgs`'s, with
+            the transport plan's weights; or both, "2x2+candidates". "none" loses what is dropped.
+            Where the tower pools by mean, maximum or a query, a merged token counts as one.
+        merge_counts: Let the blocks' attention weigh a merged token by the number of patches that
+            it stands for (ToMe, https://arxiv.org/abs/2210.09461).
         **options: The strategy's options, with a name alone.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If the tower cannot be masked or drops patches by itself, or if the name or
-            an option is wrong.
+        ValueError: If the tower cannot be masked or drops patches by itself, if the name or an
+            option is wrong, or if `merge` does not fit the strategy or the model.
     """
     check_versions()
     check_choice(when, WHEN, name="when")
@@ -74,7 +83,8 @@ def apply_masking(
         raise ValueError(f"options go with a masking's name, got {', '.join(options)} beside one")
     else:
         strategy = masking
-    _check_fit(model, strategy)
+    merging = Merge.parse(merge, counts=merge_counts)
+    _check_fit(model, strategy, merging)
 
     remove_masking(model)
     tower.__class__ = kind
@@ -86,7 +96,12 @@ def apply_masking(
             momentum=getattr(strategy, "momentum", START_MOMENTUM),
         )
     tower.masking = TowerMasking(
-        strategy, kind.patch_grid(tower), when=when, teacher=teacher, pack_tokens=pack_tokens
+        strategy,
+        kind.patch_grid(tower),
+        when=when,
+        teacher=teacher,
+        pack_tokens=pack_tokens,
+        merge=merging,
     )
     if teacher is not None:
         tower.masking.load_hook = tower.register_load_state_dict_post_hook(_load_into_teacher)
@@ -109,8 +124,12 @@ def remove_masking(model: Model) -> Model:
     return model
 
 
-def _check_fit(model: nn.Module, strategy: MaskingStrategy) -> None:
+def _check_fit(model: nn.Module, strategy: MaskingStrategy, merge: Merge | None) -> None:
     tower, kind = image_tower(model)
+    if merge is not None:
+        merge.check(strategy, kind.patch_grid(tower).size)
+        if strategy.attention_bias:
+            raise ValueError("merge and attention_bias do not go together; set one of them")
     if "attention" in strategy.requires:
         reason = kind.attention_refusal(tower)
         if reason is not None:
@@ -127,16 +146,22 @@ def _check_fit(model: nn.Module, strategy: MaskingStrategy) -> None:
         None,
         getattr(strategy, "mask_ratio", None),
     )
-    if (
-        is_adaptive
-        and isinstance(unwrap(model), CoCa)
+    if not (
+        isinstance(unwrap(model), CoCa)
         and isinstance(tower, VisionTransformer)
         and tower.attn_pool is None
     ):
+        return
+    reads = "this CoCa hands patch tokens to its text decoder, which would read the padding of"
+    if is_adaptive:
         raise ValueError(
-            "this CoCa hands patch tokens to its text decoder, which would read the padding of an "
-            f"adaptive mask; set mask_ratio_min to mask_ratio = {strategy.mask_ratio} or build the "
-            "model with attentional_pool"
+            f"{reads} an adaptive mask; set mask_ratio_min to mask_ratio = {strategy.mask_ratio} "
+            "or build the model with attentional_pool"
+        )
+    if merge is not None:
+        raise ValueError(
+            f"{reads} a group that merge finds empty; leave out merge or build the model with "
+            "attentional_pool"
         )
 
 

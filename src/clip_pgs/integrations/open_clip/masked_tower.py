@@ -21,6 +21,7 @@ from clip_pgs.integrations.open_clip.tokens import (
     packs_by_default,
     released_attention_bias,
 )
+from clip_pgs.masking.merge import Merge, merge_tokens
 from clip_pgs.masking.sampling import gather_tokens
 from clip_pgs.masking.strategy import MaskingStrategy, PatchInputs, PatchSelection, check_choice
 
@@ -54,6 +55,7 @@ class TowerMasking(nn.Module):
         when: "train" masks in train mode, "always" in eval mode as well.
         teacher: Scores the patches of a strategy that requires attention.
         pack_tokens: Whether tokens of adaptive selections are packed; see `apply_masking`.
+        merge: How dropped patches are merged into further tokens; None drops them.
 
     Attributes:
         progress: Completed share of the masked training steps, in [0, 1].
@@ -75,6 +77,7 @@ class TowerMasking(nn.Module):
         when: str = "train",
         teacher: Teacher | None = None,
         pack_tokens: bool | None = None,
+        merge: Merge | None = None,
     ) -> None:
         super().__init__()
         check_choice(when, WHEN, name="when")
@@ -83,6 +86,7 @@ class TowerMasking(nn.Module):
         self.when = when
         self.teacher = teacher
         self.pack_tokens = pack_tokens
+        self.merge = merge
         self.progress = 0.0
         self.noise: Tensor | None = None
         self.forced_selection: PatchSelection | None = None
@@ -111,6 +115,7 @@ class TowerMasking(nn.Module):
             progress=self.progress,
             noise=self.noise,
             attention=None if self.teacher is None else self.teacher.scores(pixels),
+            wants_candidate_weights=self.merge is not None and self.merge.by_candidate,
         )
 
     @torch.no_grad()
@@ -155,17 +160,31 @@ class MaskedTower:
 
         Returns:
             What the plain tower returns: features (B, D); where it also returns tokens, those of
-            the kept patches (B, K, D), zero in padding slots.
+            the kept patches (B, K, D), then the merged ones, zero in padding slots. A tower that
+            pools its tokens pools the merged ones too, each as one token.
         """
         if not self.masking.is_active(training=self.training):
             return super().forward(x)  # type: ignore[misc]
         tokens_BND = self.embed_patches(x)
         selection = self.masking.select(x, tokens_BND)
-        kept_BKD = gather_tokens(self.add_positions(tokens_BND), selection)
-        x = self.add_prefix(kept_BKD)
-        # Class token and registers stand first and are always valid.
-        key_mask = _key_mask(selection, num_prefix=x.shape[1] - kept_BKD.shape[1])
-        return self.read_out(*self._run_blocks(x, selection, key_mask))
+        placed_BND = self.add_positions(tokens_BND)
+        patches, valid = gather_tokens(placed_BND, selection), selection.valid
+        if (merge := self.masking.merge) is not None:
+            weights_BGN = merge.weights(selection, self.masking.grid.size)
+            if valid is None:
+                valid = torch.ones_like(selection.index, dtype=torch.bool)
+            patches = torch.cat([patches, merge_tokens(placed_BND, weights_BGN)], dim=1)
+            counts_BG = weights_BGN.sum(dim=2)
+            valid = torch.cat([valid, counts_BG > 0], dim=1)
+        x = self.add_prefix(patches)
+        key_mask = key_bias = None
+        if valid is not None:
+            # Class token and registers stand first and are always valid.
+            num_prefix = x.shape[1] - patches.shape[1]
+            key_mask = functional.pad(valid, (num_prefix, 0), value=True)[:, None, None, :]
+            if merge is not None and merge.counts:
+                key_bias = _count_bias(counts_BG, key_mask, x.dtype)
+        return self.read_out(*self._run_blocks(x, selection, key_mask, key_bias))
 
     @staticmethod
     def refusal(tower: Any) -> str | None:
@@ -231,8 +250,8 @@ class MaskedTower:
             block: One of `blocks()`.
             x: Tokens of shape (B, T, D).
             attn_mask: Boolean, True where a token may be attended to, shape (B, 1, 1, T); or, in
-                towers that take an attention bias, what is added to the logits, shape
-                (B, H, T, T). None for neither.
+                the dtype of the tokens, what is added to the logits, of that shape or, in towers
+                that take an attention bias, (B, H, T, T). None for neither.
 
         Returns:
             Tokens of shape (B, T, D); those in padding slots are finite and without meaning.
@@ -287,22 +306,27 @@ class MaskedTower:
         raise NotImplementedError
 
     def _run_blocks(
-        self, x: Tensor, selection: PatchSelection, key_mask: Tensor | None
+        self,
+        x: Tensor,
+        selection: PatchSelection,
+        key_mask: Tensor | None,
+        key_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the blocks over padded tokens (B, T, D).
+        """Run the blocks over padded tokens (B, T, D), with the bias, if any, for the mask.
 
         Returns:
             Tokens of the same shape and their key mask; or, where the tower reads nothing else,
             the first token of each image, (B, 1, D), and None.
         """
         batch_size = len(x)
-        layout: Tensor | PackedTokens | None = key_mask
+        layout: Tensor | PackedTokens | None = key_mask if key_bias is None else key_bias
         is_first_enough = self.reads_first_token()
         if selection.similar is not None:
             num_heads = self.num_heads()
             layout = released_attention_bias(selection.similar, num_heads=num_heads, dtype=x.dtype)
             is_first_enough = False
-        elif key_mask is not None and self._packs_tokens(x):
+        elif selection.valid is not None and key_bias is None and self._packs_tokens(x):
+            assert key_mask is not None
             layout = PackedTokens.of(key_mask[:, 0, 0])
             x = layout.pack(x)
         *others, last = self.blocks()
@@ -349,10 +373,10 @@ def _known(parts: BlockParts | None) -> BlockParts:
     return parts
 
 
-def _key_mask(selection: PatchSelection, *, num_prefix: int) -> Tensor | None:
-    if selection.valid is None:
-        return None
-    return functional.pad(selection.valid, (num_prefix, 0), value=True)[:, None, None, :]
+def _count_bias(counts_BG: Tensor, key_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the logits where the last G keys stand for several patches each."""
+    bias_BT = functional.pad(counts_BG.log(), (key_mask.shape[-1] - counts_BG.shape[1], 0))
+    return bias_BT[:, None, None].masked_fill(~key_mask, -torch.inf).to(dtype)
 
 
 def _resize_positions(

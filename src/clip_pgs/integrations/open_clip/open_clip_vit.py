@@ -169,8 +169,9 @@ def masked_block(block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tenso
     Args:
         block: A `ResidualAttentionBlock` or `CustomResidualAttentionBlock`.
         x: Tokens of shape (B, T, D).
-        attn_mask: Boolean, True where a token may be attended to, shape (B, 1, 1, T); or, in any
-            float dtype, what is added to the logits, shape (B, H, T, T). None for neither.
+        attn_mask: Boolean, True where a token may be attended to, shape (B, 1, 1, T); or, in the
+            tokens' dtype, what is added to the logits, of that shape or (B, H, T, T). None for
+            neither.
 
     Returns:
         Tokens of shape (B, T, D); those in padding slots are finite and without meaning.

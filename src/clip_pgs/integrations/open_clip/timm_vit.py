@@ -110,7 +110,9 @@ class MaskedTimmModel(MaskedTower, TimmModel):
 
     def run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         """Run a block over tokens (B, T, D), leaving out keys that are padding."""
-        return block(x) if attn_mask is None else block(x, attn_mask=_logit_mask(attn_mask, x))
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = _logit_mask(attn_mask, x)
+        return block(x) if attn_mask is None else block(x, attn_mask=attn_mask)
 
     def block_parts(self, block: Any) -> BlockParts | None:
         """Return the parts of timm's usual block with its usual attention."""

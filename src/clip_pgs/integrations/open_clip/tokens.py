@@ -37,7 +37,8 @@ class PaddedTokens:
     """Tokens (B, T, D) of which some may be padding; a layout for `BlockParts`.
 
     Attributes:
-        key_mask: True where a token may be attended to, shape (B, 1, 1, T); None for all.
+        key_mask: True where a token may be attended to, or what is added to its logits, shape
+            (B, 1, 1, T); None for all.
     """
 
     key_mask: Tensor | None
