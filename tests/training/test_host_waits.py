@@ -67,6 +67,9 @@ def take_steps(trainer, *, num_steps=3):
         pytest.param({"masking": "pgs", "precision": "amp_bf16"}, id="bfloat16"),
         pytest.param({"masking": "random", "siglip": True}, id="siglip"),
         pytest.param({"masking": "pgs", "grad_checkpointing": True}, id="checkpointing"),
+        pytest.param(
+            {"masking": "pgs", "merge": "2x2+candidates", "merge_counts": True}, id="merge"
+        ),
         *(
             pytest.param({"masking": name, **CALIBRATED.get(name, {})}, id=name)
             for name in list_maskings()

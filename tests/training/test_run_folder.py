@@ -65,6 +65,8 @@ def test_the_same_options_resume_without_a_warning(demo):
         (["--model", "ViT-S-16"], "model 'ViT-B-16' -> 'ViT-S-16'"),
         (["--masking", "random"], "masking 'pgs' -> 'random'"),
         (["--mask-ratio", "0.25"], "masking_options {'mask_ratio': 0.5} -> {'mask_ratio': 0.25}"),
+        (["--merge", "2x2"], "merge 'none' -> '2x2'"),
+        (["--merge", "2x2", "--merge-counts"], "merge_counts False -> True"),
         (["--train-num-samples", "999"], "train_num_samples 1000 -> 999"),
         (["--siglip"], "siglip False -> True"),
     ],

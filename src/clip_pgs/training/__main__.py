@@ -158,6 +158,8 @@ def _summary(args: TrainOptions) -> str:
         args.model,
         f"masking {args.masking} ({options})" if options else f"masking {args.masking}",
     ]
+    if args.merge != "none":
+        parts.append(f"merge {args.merge}")
     if args.text_masking != "none":
         parts.append(f"text masking {args.text_masking}")
     parts.append(f"{args.epochs} epochs")

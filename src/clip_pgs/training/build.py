@@ -74,7 +74,12 @@ def build_model(options: TrainOptions, device: torch.device) -> ModelParts:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if options.masking != "none":
         apply_masking(
-            model, options.masking, pack_tokens=options.pack_tokens, **options.masking_options
+            model,
+            options.masking,
+            pack_tokens=options.pack_tokens,
+            merge=options.merge,
+            merge_counts=options.merge_counts,
+            **options.masking_options,
         )
     allow_short_text(model)
     if options.text_tokens is not None and not is_text_trimming_lossless(model):

@@ -261,12 +261,13 @@ def _check_masking(options: TrainOptions, model: nn.Module) -> None:
         model: The model of the run.
     """
     if "masking" not in options.given:
-        for name in ("mask_ratio", "mask_ratio_min", "masking_option", "mask_schedule"):
+        ratios = ("mask_ratio", "mask_ratio_min", "mask_schedule")
+        for name in (*ratios, "masking_option", "merge", "merge_counts"):
             if name in options.given:
                 raise ValueError(f"{flag_of(name)} needs --masking NAME")
     strategy = create_masking(options.masking, **options.masking_options)
     _check_schedule(options)
-    if strategy.keeps_all:
+    if strategy.keeps_all and options.merge == "none" and not options.merge_counts:
         return
     dropout = options.force_patch_dropout
     if dropout is None:
@@ -277,7 +278,7 @@ def _check_masking(options: TrainOptions, model: nn.Module) -> None:
             f"{dropout}; set --force-patch-dropout 0"
         )
     try:
-        apply_masking(model, strategy)
+        apply_masking(model, strategy, merge=options.merge, merge_counts=options.merge_counts)
     except ValueError as error:
         raise ValueError(f"--masking {options.masking} on {options.model}: {error}") from None
 

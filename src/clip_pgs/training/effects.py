@@ -84,6 +84,7 @@ def _idle_groups(options: TrainOptions) -> list[tuple[bool, str, str]]:
             "pack_tokens",
             f"with --masking {options.masking} that keeps as many patches of every image",
         ),
+        (options.merge_counts, "pack_tokens", "with --merge-counts"),
         (is_on_cpu and options.torchcompile, "pack_tokens", "with --torchcompile on a CPU"),
         (
             not is_on_cpu and options.precision == "fp32",

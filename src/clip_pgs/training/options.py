@@ -151,6 +151,11 @@ class TrainOptions(argparse.Namespace):
         mask_ratio_end: the mask ratio that a schedule ends at, in [0, 1)
         mask_schedule_steps: different ratios a schedule takes; each is one compiled graph with
             --torchcompile
+        merge: average what is dropped in groups, each one more token: the cells of a grid
+            (2x2: rows x columns), candidates (of pgs, with the transport plan's weights), or both
+            (2x2+candidates)
+        merge_counts: let attention weigh a merged token by the number of patches that it stands for
+            (ToMe, arXiv 2210.09461)
         pack_tokens: where images keep different numbers of patches, run all their patches as one
             sequence instead of padding images to the longest: on CUDA in half precision, at the
             price of one synchronization per step; on a CPU without --torchcompile (default: on a
@@ -215,6 +220,8 @@ class TrainOptions(argparse.Namespace):
     mask_schedule: str = _ours("constant", IMAGE, "NAME", IDENTITY, choices=SCHEDULES)
     mask_ratio_end: float | None = _ours(None, IMAGE, "F", IDENTITY, rule=BELOW_1)
     mask_schedule_steps: int = _ours(5, IMAGE, "N", IDENTITY, rule=AT_LEAST_2)
+    merge: str = _ours("none", IMAGE, "GROUPS", IDENTITY)
+    merge_counts: bool = _ours(False, IMAGE, part=IDENTITY)
     pack_tokens: bool | None = _ours(None, IMAGE)
     text_masking: str = _ours("none", TEXT, "NAME", IDENTITY, details=_text_maskings)
     caption_key: str | None = _ours(None, TEXT, "KEY", IDENTITY)

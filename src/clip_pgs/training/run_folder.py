@@ -61,6 +61,7 @@ _RECORDED = (
     "seed",
 )
 _MASK_SCHEDULE = ("mask_schedule", "mask_ratio_end", "mask_schedule_steps")
+_MERGE = ("merge", "merge_counts")
 _TEXT = ("text_masking", "text_tokens", "text_masking_options")
 _UNMASKED = (
     "unmasked_epochs",
@@ -256,6 +257,7 @@ def describe_run(
     """
     recipe = [
         *(_MASK_SCHEDULE if options.mask_schedule != "constant" else ()),
+        *(_MERGE if options.merge != "none" else ()),
         *(_TEXT if options.text_masking != "none" else ()),
         *_RECORDED,
         *(_UNMASKED if options.unmasked_epochs > 0 else ()),

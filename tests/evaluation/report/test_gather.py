@@ -107,6 +107,9 @@ def test_facts_come_from_the_logs_where_the_checkpoint_is_gone(tmp_path):
     assert (facts.samples, facts.flops, facts.seconds) == (640, 2.5e9, None)
     assert (facts.masking, facts.seed) == ("pgs 0.3-0.5 edges=False", 4)
     assert facts.short_data == "data/cc12m"
+    (run / "options.json").write_text(json.dumps({**options, "merge": "2x2"}))
+    (found,) = gather_runs([run])
+    assert found.training.masking == "pgs 0.3-0.5 edges=False merge=2x2"
 
 
 def test_facts_of_an_evaluated_checkpoint_are_its_own(tmp_path):

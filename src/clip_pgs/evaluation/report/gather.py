@@ -338,7 +338,7 @@ def _facts(
     return TrainingFacts(
         architecture=str(choices.get("model") or ""),
         data=" + ".join(map(str, shards)) if isinstance(shards, list) else str(shards),
-        masking=_masking_name(choices),
+        masking=_masking_name({**recipe, **choices}),
         samples=_number(spent.get("samples")),
         flops=_number(spent.get("flops")),
         seconds=_number(spent.get("seconds")),
@@ -375,6 +375,10 @@ def _masking_name(options: dict[str, Any]) -> str:
     chosen = options.get("masking_options") or {}
     chosen = dict(chosen) if isinstance(chosen, dict) else {"options": chosen}
     ratio, lowest = chosen.pop("mask_ratio", None), chosen.pop("mask_ratio_min", None)
+    if options.get("merge", "none") != "none":
+        chosen["merge"] = options["merge"]
+    if options.get("merge_counts"):
+        chosen["merge_counts"] = True
     parts = [str(options.get("masking") or "")]
     if ratio is not None:
         parts.append(f"{lowest}-{ratio}" if lowest is not None else f"{ratio}")
