@@ -7,6 +7,7 @@ read are there whole or not at all, whenever the process, or the machine, dies.
 from __future__ import annotations
 
 import argparse
+import ast
 import errno
 import importlib
 import os
@@ -64,6 +65,37 @@ class SentenceParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Leave with exit code 2."""
         self.exit(2, f"error: {one_sentence(message)}\n")
+
+
+def literal(text: str) -> Any:
+    """Read a Python literal, or true, false, none and null in any case; else keep the text."""
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+class Pairs(argparse.Action):
+    """Collects KEY=VALUE pairs from every occurrence of a flag; a later one wins."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Add the pairs of one occurrence."""
+        pairs = dict(getattr(namespace, self.dest, None) or {})
+        for pair in values:
+            key, separator, text = pair.partition("=")
+            if not separator or not key:
+                parser.error(f"{option_string} takes KEY=VALUE, got {pair!r}")
+            pairs[key.replace("-", "_")] = literal(text)
+        setattr(namespace, self.dest, pairs)
 
 
 def number_in(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:

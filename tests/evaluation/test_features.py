@@ -1,12 +1,10 @@
 """Features: what they are, and when they are computed again."""
 
 import shutil
-import tarfile
 
 import pytest
 import torch
 from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
-from PIL import Image
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
@@ -17,7 +15,7 @@ from clip_pgs.evaluation.features import (
     transform_description,
 )
 from clip_pgs.evaluation.suites import get_suite
-from support.encoding import count_images, encode, make_encoder
+from support.encoding import count_images, encode, images_of, make_encoder
 
 
 @pytest.fixture
@@ -28,14 +26,6 @@ def six(data_root):
 @pytest.fixture
 def pairs(data_root):
     return get_suite("zeroshot-retrieval").eval_set("pairs", str(data_root / "pairs"))
-
-
-def images_of(folder):
-    for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.endswith(".png"):
-                    yield Image.open(tar.extractfile(member)).convert("RGB")
 
 
 def test_features_are_those_of_the_model_image_by_image(finished_run, six, data_root):

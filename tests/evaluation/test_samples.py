@@ -328,7 +328,7 @@ def test_samples_come_as_from_clip_benchmark(tmp_path, color_model, workers, num
     expected = torch.utils.data.DataLoader(theirs.batched(3), batch_size=None, num_workers=workers)
     reading = Reading(color_model.transform, batch_size=3, workers=workers)
     ours = open_samples(str(tmp_path / "set"), "test", reading, num_shards=num_shards, title="set")
-    for (pictures, labels), (their_pictures, their_labels) in zip(ours, expected, strict=True):
+    for (pictures, labels, _), (their_pictures, their_labels) in zip(ours, expected, strict=True):
         assert torch.equal(pictures, their_pictures)
         assert torch.equal(labels, torch.as_tensor(their_labels))
 

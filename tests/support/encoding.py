@@ -1,5 +1,9 @@
 """Image features of a data set, and how many images it took to get them."""
 
+import tarfile
+
+from PIL import Image
+
 from clip_pgs.evaluation.features import Encoder
 
 
@@ -23,3 +27,12 @@ def count_images(loaded):
     # Not among the plain attributes that make a model's fingerprint.
     loaded.model.__dict__["encode_image"] = counted
     return counts
+
+
+def images_of(folder):
+    """Yield the pictures of a split, shard by shard."""
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".png"):
+                    yield Image.open(tar.extractfile(member)).convert("RGB")

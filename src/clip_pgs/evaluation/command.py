@@ -21,12 +21,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from clip_pgs.common import (
     EVAL_NAME,
     EXPORT_NAME,
+    Pairs,
     SentenceParser,
     check_writable,
     one_sentence,
@@ -46,7 +48,7 @@ from clip_pgs.evaluation.report.results_table import format_table
 from clip_pgs.evaluation.results import CSV_NAME, DONE, MISSING, Result, result_files
 from clip_pgs.evaluation.runner import ERRORS_NAME, Ranks, evaluate, join_ranks
 from clip_pgs.evaluation.suites import load_suite, suites
-from clip_pgs.tables import plain
+from clip_pgs.tables import plain, scaled
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +142,21 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--model-config", metavar="FILE", help="the same, as an OpenCLIP model config (JSON)")
     add("--pretrained", metavar="TAG", help="published weights of an open_clip model")
     _add_data_flags(parser)
+    add(
+        "--inference-masking",
+        metavar="NAME",
+        help="encode images through a masking, named as in training, or run for the one that the "
+        "model was trained with (default: whole images); results stand beside the unmasked ones",
+    )
+    add("--inference-mask-ratio", type=float, metavar="F", help="its share of dropped patches")
+    add(
+        "--inference-masking-option",
+        nargs="+",
+        action=Pairs,
+        default={},
+        metavar="KEY=VALUE",
+        help="any other option of it; can be repeated",
+    )
     add("--output", metavar="DIR", help="default: RUN/eval for a run, else eval_results/MODEL")
     add("--force", action="store_true", help="redo what is done")
     add(
@@ -219,8 +236,16 @@ def _device(name: str | None, ranks: Ranks) -> str:
     return name
 
 
-def _model_choice(args: argparse.Namespace) -> dict[str, str | None]:
-    return {name: getattr(args, name) for name in ("model", "model_config", "pretrained")}
+def _model_choice(args: argparse.Namespace) -> dict[str, Any]:
+    ratio = args.inference_mask_ratio
+    options = {} if ratio is None else {"mask_ratio": ratio}
+    if options.keys() & args.inference_masking_option.keys():
+        raise ValueError("mask_ratio is given twice: as a flag and as --inference-masking-option")
+    options |= args.inference_masking_option
+    if options and args.inference_masking is None:
+        raise ValueError(f"{', '.join(options)} at inference needs --inference-masking NAME")
+    names = ("model", "model_config", "pretrained", "inference_masking")
+    return {name: getattr(args, name) for name in names} | {"inference_options": options}
 
 
 def _output_folders(args: argparse.Namespace) -> dict[str, Path]:
@@ -266,13 +291,21 @@ def _evaluate_source(
         ranks=ranks,
     )
     if ranks.is_main:
-        source = plain(f"{loaded.name} ({loaded.source})")
+        source = plain(f"{loaded.name} ({loaded.source}){_cost(results)}")
         sys.stdout.write(f"\n{source}\n\n{format_table(results)}\n")
         sys.stdout.write(f"In percent; files are in {output}, the table as {CSV_NAME}\n")
         if any(result.status not in (DONE, MISSING) for result in results):
             sys.stdout.write(f"What failed is told in full in {output / ERRORS_NAME}\n")
         sys.stdout.flush()
     return results
+
+
+def _cost(results: Sequence[Result]) -> str:
+    """Say how images were encoded, and what that takes, as the end of a title."""
+    masking, flops = results[0].inference_masking, results[0].flops_per_image
+    parts = [f"through {masking}"] if masking else []
+    parts += [f"{scaled(flops, 'FLOP')} per image"] if flops else []
+    return "".join(f", {part}" for part in parts)
 
 
 def _write_report(scored: Sequence[tuple[Path, list[Result]]], args: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
 """Image and text features of one model, computed once and shared by every suite.
 
 What is kept goes by content. A key is a digest of the weights, the architecture, the transform, the
-data, the precision, the device type and the versions of the packages at work: a path takes no part
-in it, so that another checkpoint under an old name finds nothing.
+data, the precision, the device type, the versions of the packages at work, and the mask if images
+are encoded through one: a path takes no part in it, so that another checkpoint under an old name
+finds nothing.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ from torch.nn.functional import normalize
 
 from clip_pgs.common import one_sentence
 from clip_pgs.evaluation.datasets import EvalSet, count_shards, is_remote
+from clip_pgs.evaluation.inference import Place
 from clip_pgs.evaluation.models import LoadedModel, weights_digest
 from clip_pgs.evaluation.samples import Reading, open_pictures, open_samples
+from clip_pgs.integrations.open_clip import num_patches, set_masking_noise
+from clip_pgs.integrations.open_clip.flops import count_image_flops
 
 logger = logging.getLogger(__name__)
 
@@ -112,10 +116,10 @@ class Encoder:
             )
             targets: list[Any] = []
 
-            def pixels() -> Iterator[Tensor]:
-                for pixels_BCHW, target in samples:
+            def pixels() -> Iterator[tuple[Tensor, Sequence[Place]]]:
+                for pixels_BCHW, target, places in samples:
                     targets.append(target)
-                    yield pixels_BCHW
+                    yield pixels_BCHW, places
 
             images_ND = self._encode_images(pixels(), title)
             if isinstance(targets[0], Tensor):
@@ -141,7 +145,11 @@ class Encoder:
         key = self.cache.key("caption pairs", files_fingerprint(folder, paths))
 
         def encode() -> Features:
-            batches = open_pictures(paths, self.reading, title=folder.name)
+            names = iter(path.name for path in paths)
+            batches = (
+                (pixels_BCHW, [(name,) for name in itertools.islice(names, len(pixels_BCHW))])
+                for pixels_BCHW in open_pictures(paths, self.reading, title=folder.name)
+            )
             return Features(self._encode_images(batches, f"the images in {folder.name}"))
 
         return self.cache.get_or_make(key, encode).images
@@ -193,12 +201,21 @@ class Encoder:
             self._classes[key] = normalize(mean_CD, dim=-1)
         return self._classes[key]
 
-    def _encode_images(self, batches: Iterable[Tensor], title: str) -> Tensor:
-        with self._inference() as model:
-            features = [
-                model.encode_image(pixels_BCHW.to(self.device)).float().cpu()
-                for pixels_BCHW in batches
-            ]
+    def flops_per_image(self) -> float | None:
+        """Return the operations of encoding an image, mask included; see `count_image_flops`."""
+        with self._inference(is_masked=True) as model:
+            return count_image_flops(model)
+
+    def _encode_images(
+        self, batches: Iterable[tuple[Tensor, Sequence[Place]]], title: str
+    ) -> Tensor:
+        masking, features = self.loaded.masking, []
+        with self._inference(is_masked=True) as model:
+            for pixels_BCHW, places in batches:
+                if masking is not None:
+                    noise_BN = masking.noise(places, num_patches=num_patches(model))
+                    set_masking_noise(model, noise_BN.to(self.device))
+                features.append(model.encode_image(pixels_BCHW.to(self.device)).float().cpu())
         features_ND = torch.cat(features)
         self._check(features_ND, title)
         return features_ND
@@ -212,14 +229,18 @@ class Encoder:
             )
 
     @contextlib.contextmanager
-    def _inference(self) -> Iterator[Any]:
-        model = self.loaded.model
+    def _inference(self, *, is_masked: bool = False) -> Iterator[Any]:
+        model, masking = self.loaded.model, self.loaded.masking
         was_training = model.training
         model.eval()
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)
         try:
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=self.amp):
+            with (
+                masking.applied(model) if is_masked and masking else contextlib.nullcontext(),
+                torch.no_grad(),
+                torch.autocast(self.device.type, enabled=self.amp),
+            ):
                 yield model
         finally:
             model.train(was_training)
@@ -248,6 +269,8 @@ class FeatureCache:
         self.fingerprint = model_fingerprint(loaded.model)
         self._model = [self.fingerprint, self.transform, device.type, amp]
         self._model += [version(package) for package in _PACKAGES]
+        if loaded.masking is not None:
+            self._model.append(loaded.masking.description())
         self._kept: dict[str, Features] = {}
 
     def key(self, kind: str, data: str) -> str:

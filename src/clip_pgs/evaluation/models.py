@@ -8,7 +8,7 @@ import json
 import logging
 import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from clip_pgs.checkpoint_io import check_sum, fit_weights, newest_checkpoint, read_checkpoint
 from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MODEL_CONFIG_NAME, PARAMS_NAME
+from clip_pgs.evaluation.inference import InferenceMasking, choose_masking
 from clip_pgs.integrations.open_clip.model_config import (
     check_buildable,
     check_preprocessing,
@@ -51,6 +52,7 @@ class LoadedModel:
         tokenizer: From a list of texts to the (num_texts, context_length) tensor it takes.
         name: A short name, for tables and folders.
         source: Where the weights came from, for the record.
+        masking: How images are masked before they are encoded; None leaves them whole.
     """
 
     model: nn.Module
@@ -58,6 +60,7 @@ class LoadedModel:
     tokenizer: Callable[[list[str]], torch.Tensor]
     name: str
     source: str
+    masking: InferenceMasking | None = None
 
 
 def load_model(
@@ -67,6 +70,8 @@ def load_model(
     model_config: str | Path | None = None,
     pretrained: str | None = None,
     device: str = "cpu",
+    inference_masking: str | None = None,
+    inference_options: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Open a model in float32 and eval mode.
 
@@ -78,16 +83,25 @@ def load_model(
         model_config: The same as an OpenCLIP model config, a JSON file.
         pretrained: open_clip's tag of published weights, for `source` an open_clip model.
         device: Where the model goes.
+        inference_masking: A strategy through which images are encoded, or "run"; see
+            `choose_masking`. The model itself stays a plain one.
+        inference_options: Its options, such as {"mask_ratio": 0.5}.
 
     Raises:
         ValueError: If there is nothing at `source`, the architecture of a checkpoint is unknown,
-            or the weights do not fit it.
+            the weights do not fit it, or its images cannot be masked so.
     """
     source = str(source)
     build, origin = _resolve(source, model, model_config, pretrained)
+    masking = choose_masking(inference_masking, inference_options, weights=origin)
     built, transform, tokenizer = build()
+    built = built.to(device).eval()
+    if masking is not None:
+        # Whether the tower can be masked shows before any image is read.
+        with masking.applied(built):
+            pass
     name = model_name(source, pretrained=pretrained)
-    return LoadedModel(built.to(device).eval(), transform, tokenizer, name, origin)
+    return LoadedModel(built, transform, tokenizer, name, origin, masking)
 
 
 def check_source(
@@ -96,6 +110,8 @@ def check_source(
     model: str | None = None,
     model_config: str | Path | None = None,
     pretrained: str | None = None,
+    inference_masking: str | None = None,
+    inference_options: Mapping[str, Any] | None = None,
 ) -> None:
     """Check the arguments of `load_model` without building a model.
 
@@ -104,11 +120,14 @@ def check_source(
         model: The same.
         model_config: The same.
         pretrained: The same.
+        inference_masking: The same.
+        inference_options: The same.
 
     Raises:
-        ValueError: As `load_model` does, except for weights that do not fit.
+        ValueError: As `load_model` does, except for what the model's weights and tower decide.
     """
-    _resolve(source, model, model_config, pretrained)
+    _, origin = _resolve(source, model, model_config, pretrained)
+    choose_masking(inference_masking, inference_options, weights=origin)
 
 
 Built = tuple[nn.Module, Any, Any]  # a model, its transform and its tokenizer

@@ -28,7 +28,8 @@ DONE, MISSING, FAILED = "done", "missing", "failed"
 CSV_NAME = "results.csv"
 
 _TEXT_COLUMNS = {"suite", "dataset", "status", "error", "model", "pretrained", "weights_digest"}
-_OTHER_COLUMNS = {"samples", "seconds", "date", "task", "location", "language"}
+_MASK_COLUMNS = ("inference_masking", "flops_per_image")
+_OTHER_COLUMNS = {"samples", "seconds", "date", "task", "location", "language", *_MASK_COLUMNS}
 _EPOCH = re.compile(r"epoch_(\d+)")
 _REQUIRED = {"suite", "dataset", "status", "samples", "model", "weights_digest"}
 
@@ -59,6 +60,9 @@ class Result:
         versions: Of the packages that the numbers depend on.
         date: When the data set was finished, UTC, ISO 8601.
         language: Of class names and prompts.
+        inference_masking: The mask that images were encoded through, such as "pgs 0.5"; "" for
+            whole images.
+        flops_per_image: Floating-point operations of encoding an image; None where unknown.
     """
 
     suite: str
@@ -79,6 +83,13 @@ class Result:
     versions: dict[str, str] = field(default_factory=dict)
     date: str = ""
     language: str = "en"
+    inference_masking: str = ""
+    flops_per_image: float | None = None
+
+    @property
+    def model_key(self) -> tuple[str, str]:
+        """What tells one scored model from another: the weights, and how images are masked."""
+        return self.weights_digest, self.inference_masking
 
 
 # What a result file holds of each type; all others are dicts.
@@ -87,6 +98,7 @@ _KINDS: dict[str, Any] = {
     "int": int,
     "float": (int, float),
     "str | None": (str, NoneType),
+    "float | None": (int, float, NoneType),
 }
 
 
@@ -146,7 +158,7 @@ def write_csv(results: Iterable[Result], path: Path) -> None:
     results = list(results)
     metric_names = ordered_metrics(results)
     before = ("suite", "dataset", "status", "samples")
-    after = ("error", "model", "pretrained", "weights_digest", "seconds", "date")
+    after = ("error", "model", "pretrained", "weights_digest", "seconds", "date", *_MASK_COLUMNS)
     rows = []
     for result in results:
         metrics = [result.metrics.get(name) for name in metric_names]
@@ -188,6 +200,8 @@ def read_csv(path: Path) -> list[Result]:
                 pretrained=row.get("pretrained") or "",
                 weights_digest=row["weights_digest"],
                 date=row.get("date") or "",
+                inference_masking=row.get("inference_masking") or "",
+                flops_per_image=float(row.get("flops_per_image") or 0) or None,
             )
             for row in rows
         ]

@@ -196,10 +196,16 @@ class _Evaluation:
             _tokenizer_description(loaded.tokenizer),
             encoder.amp,
         ]
+        masking = loaded.masking
+        self._ending = "" if masking is None else masking.file_ending
+        if masking is not None:
+            self._model_identity.append(masking.description())
         self._record: dict[str, Any] = {
             "model": loaded.name,
             "pretrained": loaded.source,
             "weights_digest": weights_digest(loaded.model),
+            "inference_masking": "" if masking is None else masking.label,
+            "flops_per_image": encoder.flops_per_image(),
             "settings": {
                 "device": str(encoder.device),
                 "amp": encoder.amp,
@@ -320,8 +326,7 @@ class _Evaluation:
         present = replace(
             kept,
             **_origin(eval_set),
-            model=self._record["model"],
-            pretrained=self._record["pretrained"],
+            **{name: self._record[name] for name in ("model", "pretrained", "flops_per_image")},
             details={**details, **_role(eval_set)},
         )
         return kept if present == kept else self._write(present, eval_set)
@@ -339,7 +344,7 @@ class _Evaluation:
             # A disk that is not mounted today takes no finished number away.
             return result
         try:
-            write_result(result, self._folder / f"{eval_set.file_stem}.json")
+            write_result(result, self._path(self._folder, eval_set))
         except OSError as error:
             reason = f"cannot write the result: {error}"
             return replace(result, status=FAILED, error=reason)
@@ -348,7 +353,10 @@ class _Evaluation:
     def _read(self, eval_set: EvalSet) -> Result | None:
         if self._folder is None:
             return None
-        return read_result(self._folder / f"{eval_set.file_stem}.json")
+        return read_result(self._path(self._folder, eval_set))
+
+    def _path(self, folder: Path, eval_set: EvalSet) -> Path:
+        return folder / f"{eval_set.file_stem}{self._ending}.json"
 
     def _keep_traceback(self, eval_set: EvalSet) -> None:
         try:

@@ -63,7 +63,7 @@ class Reading:
 
 def open_samples(
     location: str, split: str, reading: Reading, *, num_shards: int, title: str
-) -> Iterator[tuple[Tensor, Any]]:
+) -> Iterator[tuple[Tensor, Any, list[tuple[int, int]]]]:
     """Yield batches of a split in clip_benchmark's webdataset layout.
 
     Args:
@@ -75,7 +75,8 @@ def open_samples(
 
     Yields:
         Pictures, shape (B, C, H, W), and their classes, shape (B,), int64; which classes they
-        show, shape (B, C); or a list of captions for each.
+        show, shape (B, C); or a list of captions for each. And the place of each: the number of
+        its shard, and its own in there.
 
     Raises:
         DamagedDataError: If a shard or a sample is not as it should be.
@@ -86,9 +87,9 @@ def open_samples(
     shards = _Shards(location, split, reading, num_shards, suffix, num_classes)
     total = _estimate_samples(location, split) if sys.stderr.isatty() else None
     is_empty = True
-    for pictures_BCHW, targets in _load(shards, min(reading.workers, num_shards), title, total):
+    for batch in _load(shards, min(reading.workers, num_shards), title, total):
         is_empty = False
-        yield pictures_BCHW, targets
+        yield batch
     if is_empty:
         raise DamagedDataError(
             f"{location}/{split} has no sample with a picture ({', '.join(PICTURE_SUFFIXES)}) and "
@@ -131,17 +132,18 @@ class _Shards(IterableDataset):
         samples = itertools.chain.from_iterable(map(self._read_shard, numbers))
         try:
             while batch := list(itertools.islice(samples, self.reading.batch_size)):
-                pictures, targets = zip(*batch, strict=True)
+                pictures, targets, places = map(list, zip(*batch, strict=True))
                 is_text = self.target_suffix == "txt"
-                yield torch.stack(pictures), list(targets) if is_text else torch.stack(targets)
+                yield torch.stack(pictures), targets if is_text else torch.stack(targets), places
         except DamagedDataError as error:
             yield error
 
-    def _read_shard(self, number: int) -> Iterator[tuple[Tensor, Any]]:
+    def _read_shard(self, number: int) -> Iterator[tuple[Tensor, Any, tuple[int, int]]]:
         shard = f"{self.split}/{number}.tar"
         wanted = {*PICTURE_SUFFIXES, self.target_suffix}
         members = _read_members(self.location, shard, wanted)
-        for key, group in itertools.groupby(members, key=lambda member: member[0]):
+        samples = itertools.groupby(members, key=lambda member: member[0])
+        for place, (key, group) in enumerate(samples):
             files: dict[str, bytes] = {}
             for _, suffix, content in group:
                 if suffix in files:
@@ -157,7 +159,8 @@ class _Shards(IterableDataset):
             # What is in the file can be anything.
             except Exception as error:
                 _refuse(key, shard, f"has no usable .{self.target_suffix}: {one_sentence(error)}")
-            yield _decode(picture, self.reading, f"{key!r} of {shard}"), target
+            pixels_CHW = _decode(picture, self.reading, f"{key!r} of {shard}")
+            yield pixels_CHW, target, (number, place)
 
     def _read_target(self, content: bytes) -> Any:
         if self.target_suffix == "txt":

@@ -10,7 +10,6 @@ this trainer obeys it, and what holds of its values here; without a field it is 
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
 import inspect
 import re
@@ -24,6 +23,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import open_clip
 from open_clip_train.params import get_default_params
 
+from clip_pgs.common import Pairs
 from clip_pgs.data.text_masking import TEXT_MASKINGS
 from clip_pgs.integrations.open_clip.compat import is_bundled_model, trainer_actions
 from clip_pgs.integrations.open_clip.model_config import check_model_config, read_json_object
@@ -408,36 +408,6 @@ class _Parser(argparse.ArgumentParser):
         raise _RefusedError(message)
 
 
-class _Pairs(argparse.Action):
-    """Collects KEY=VALUE pairs from every occurrence of a flag; a later one wins."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        pairs = dict(getattr(namespace, self.dest, None) or {})
-        for pair in values:
-            key, separator, text = pair.partition("=")
-            if not separator or not key:
-                parser.error(f"{option_string} takes KEY=VALUE, got {pair!r}")
-            pairs[key.replace("-", "_")] = _literal(text)
-        setattr(namespace, self.dest, pairs)
-
-
-def _literal(text: str) -> Any:
-    """Read a Python literal, or true, false, none and null in any case; else keep the text."""
-    words = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def option_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags; what nobody gave is not in its namespace."""
     parser = _Parser(
@@ -499,7 +469,7 @@ def _argument(option: Field, hint: Any, text: str) -> dict[str, Any]:
         return {**argument, "action": argparse.BooleanOptionalAction}
     argument["metavar"] = metadata["metavar"]
     if get_origin(hint) is dict:
-        return {**argument, "nargs": "+", "action": _Pairs}
+        return {**argument, "nargs": "+", "action": Pairs}
     if "choices" in metadata:
         return {**argument, "choices": list(metadata["choices"])}
     if kinds != [str]:

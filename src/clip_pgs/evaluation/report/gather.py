@@ -80,10 +80,11 @@ class TrainingFacts:
 
 @dataclass(frozen=True)
 class Run:
-    """One model as it was evaluated: one set of weights.
+    """One model as it was evaluated: one set of weights, and one way to mask images or none.
 
     Attributes:
-        name: Of the model; with the start of the digest where two models share a name.
+        name: Of the model; with the start of the digest where two models share a name, and with
+            the mask that images were encoded through.
         results: A result per suite and data set.
         training: What is known of its training.
         epochs: Results of evaluations in training, by the number of completed epochs.
@@ -99,10 +100,20 @@ class Run:
         """SHA-256 of the weights."""
         return self.results[0].weights_digest
 
+    @property
+    def inference_masking(self) -> str:
+        """The mask that images were encoded through; "" for whole images."""
+        return self.results[0].inference_masking
+
+    @property
+    def flops_per_image(self) -> float | None:
+        """Floating-point operations of encoding an image; None where no result tells."""
+        return max(result.flops_per_image or 0 for result in self.results) or None
+
 
 @dataclass(frozen=True)
 class Model:
-    """Runs with the same recipe and different seeds, or one run.
+    """Runs with the same recipe and different seeds, masked alike at inference, or one run.
 
     Attributes:
         name: What the names of the runs have in common.
@@ -122,6 +133,16 @@ class Model:
         """The seeds that are known."""
         return [run.training.seed for run in self.runs if run.training.seed is not None]
 
+    @property
+    def inference_masking(self) -> str:
+        """The mask that images were encoded through; "" for whole images."""
+        return self.runs[0].inference_masking
+
+    @property
+    def flops_per_image(self) -> float | None:
+        """Floating-point operations of encoding an image; None where unknown."""
+        return self.runs[0].flops_per_image
+
     def mean(self, fact: str) -> float | None:
         """Return the mean over the runs of "samples", "flops" or "seconds"; None if unknown."""
         values = [getattr(run.training, fact) for run in self.runs]
@@ -135,34 +156,37 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
     Args:
         sources: Run folders (their `eval`), folders of result files, folders of such folders,
             result files (JSON) or tables (`results.csv`). Where two hold a result of the same
-            weights on the same data set, the later date counts.
+            weights, masked alike, on the same data set, the later date counts.
 
     Returns:
-        One run per set of weights, in the order of the sources. What a run scored in training
-        (`eval/epoch_N`) is no run of its own; the last epoch stands for a run that was not
-        evaluated afterwards.
+        One run per set of weights and mask at inference, in the order of the sources. What a run
+        scored in training (`eval/epoch_N`) is no run of its own; the last epoch stands for a run
+        that was not evaluated afterwards.
 
     Raises:
         ValueError: If a source does not exist, holds no result or cannot be read.
     """
-    found: dict[str, dict[tuple[str, str], Result]] = {}
-    folders: dict[str, Path] = {}
+    found: dict[tuple[str, str], dict[tuple[str, str], Result]] = {}
+    folders: dict[tuple[str, str], Path] = {}
     for source in sources:
         for place, results in _read_source(Path(source)):
             for result in results:
-                by_set = found.setdefault(result.weights_digest, {})
+                by_set = found.setdefault(result.model_key, {})
                 earlier = by_set.get((result.suite, result.dataset))
                 if earlier is None or earlier.date <= result.date:
                     by_set[result.suite, result.dataset] = result
-                folders.setdefault(result.weights_digest, place)
-    names = [next(iter(by_set.values())).model for by_set in found.values()]
+                folders.setdefault(result.model_key, place)
+    digests: dict[str, set[str]] = {}
+    for (digest, _), by_set in found.items():
+        digests.setdefault(next(iter(by_set.values())).model, set()).add(digest)
     runs = []
-    for digest, by_set in found.items():
-        first = next(iter(by_set.values()))
-        name = first.model if names.count(first.model) == 1 else f"{first.model} @{digest[:6]}"
-        run = run_of_results(folders[digest])
+    for key, by_set in found.items():
+        (digest, mask), first = key, next(iter(by_set.values()))
+        name = first.model if len(digests[first.model]) == 1 else f"{first.model} @{digest[:6]}"
+        name += _through(mask)
+        run = run_of_results(folders[key])
         # Other checkpoints of a run have results elsewhere; the curve belongs to the run itself.
-        epochs = {} if run is None else _read_epochs(run)
+        epochs = {} if run is None else _read_epochs(run, mask)
         training = read_training_facts(run, first.pretrained)
         runs.append(Run(name, tuple(by_set.values()), training, epochs))
     return runs
@@ -182,12 +206,21 @@ def group_by_seed(runs: Sequence[Run]) -> list[Model]:
         for group in groups:
             seeds = [other.training.seed for other in group]
             recipe = group[0].training.recipe
-            if recipe and run.training.recipe == recipe and run.training.seed not in seeds:
+            is_alike = run.inference_masking == group[0].inference_masking
+            if (
+                recipe
+                and run.training.recipe == recipe
+                and run.training.seed not in seeds
+                and is_alike
+            ):
                 group.append(run)
                 break
         else:
             groups.append([run])
-    names = [_common_name([run.name for run in group]) for group in groups]
+    names = []
+    for group in groups:
+        mask = _through(group[0].inference_masking)
+        names.append(_common_name([run.name.removesuffix(mask) for run in group]) + mask)
     for place, name in enumerate(list(names)):
         earlier = names[:place].count(name)
         names[place] = f"{name} ({earlier + 1})" if earlier else name
@@ -255,14 +288,27 @@ def _read_folder(folder: Path) -> list[Result]:
     return [r for r in results if newest is not None and r.weights_digest == newest.weights_digest]
 
 
-def _read_epochs(run: Path) -> dict[int, list[Result]]:
-    """Return what a run scored in training, in the order of the epochs, under the run's name."""
-    epochs = {epoch: _read_files(folder) for epoch, folder in epoch_folders(run).items()}
-    return {
-        epoch: [replace(result, model=run.name) for result in results]
-        for epoch, results in epochs.items()
-        if results
+def _read_epochs(run: Path, mask: str | None = None) -> dict[int, list[Result]]:
+    """Return what a run scored in training, in the order of the epochs, under the run's name.
+
+    Args:
+        run: Its folder.
+        mask: That images were encoded through, "" for whole ones; None takes all.
+    """
+    epochs = {
+        epoch: [
+            replace(result, model=run.name)
+            for result in _read_files(folder)
+            if mask in (None, result.inference_masking)
+        ]
+        for epoch, folder in epoch_folders(run).items()
     }
+    return {epoch: results for epoch, results in epochs.items() if results}
+
+
+def _through(mask: str) -> str:
+    """Return what follows a model's name where images are encoded through a mask."""
+    return f", through {mask}" if mask else ""
 
 
 def _read_files(folder: Path) -> list[Result]:

@@ -19,6 +19,7 @@ CSV_COLUMNS = (
     *("kind", "model", "suite", "sets", "name", "is_average", "metric", "status", "value"),
     *("spread", "runs", "printed", "source", "training_data", "samples_seen", "flops"),
     *("wall_seconds", "masking", "seeds", "reason", "num_sets", "of_sets"),
+    *("inference_masking", "flops_per_image"),
 )
 # Shorter, as a terminal has 80 columns.
 _SHORT_LABELS = {"acc": "acc", "acc1": "acc1", "acc5": "acc5", "mean_per_class_recall": "recall"}
@@ -172,6 +173,8 @@ def models_table(models: Sequence[Model]) -> Table:
             Cell(seconds, tables.duration(seconds)),
             Cell(training.hardware),
             Cell(training.masking),
+            Cell(model.inference_masking or "none"),
+            Cell(model.flops_per_image, tables.scaled(model.flops_per_image)),
             Cell(", ".join(map(str, model.seeds))),
         ]
         cells = [cell if cell.shown else Cell(None, "unknown") for cell in cells]
@@ -181,7 +184,7 @@ def models_table(models: Sequence[Model]) -> Table:
     if any(len(model.runs) > 1 for model in models):
         notes.append("Runs that differ only in their seed are one row; costs are means of a run.")
     return Table.of(
-        [*header, "hardware", "masking", "seeds"],
+        [*header, "hardware", "masking", "masking at inference", "FLOP per image", "seeds"],
         rows,
         caption="What stands behind each model",
         notes=notes,
@@ -348,6 +351,8 @@ def _csv_facts(model: Model) -> dict[str, Any]:
         "flops": model.mean("flops"),
         "wall_seconds": model.mean("seconds"),
         "masking": model.training.masking,
+        "inference_masking": model.inference_masking,
+        "flops_per_image": model.flops_per_image,
         "seeds": " ".join(map(str, model.seeds)),
     }
 

@@ -244,9 +244,9 @@ def averages(results: Iterable[Result]) -> list[Average]:
         ValueError: If the results are those of several models, or of one set twice.
     """
     results = list(results)
-    digests = {result.weights_digest for result in results}
-    if len(digests) > 1:
-        raise ValueError(f"averages are of one model's results, got those of {len(digests)}")
+    keys = {result.model_key for result in results}
+    if len(keys) > 1:
+        raise ValueError(f"averages are of one model's results, got those of {len(keys)}")
     averaged = []
     for suite in dict.fromkeys(result.suite for result in results):
         members = [result for result in results if result.suite == suite]
@@ -322,7 +322,7 @@ def chance_results(results: Iterable[Result]) -> list[Result]:
     guesses: dict[tuple[str, str], Result] = {}
     for result in results:
         if result.status == DONE:
-            guess = replace(result, metrics={}, weights_digest="")
+            guess = replace(result, metrics={}, weights_digest="", inference_masking="")
             guess = guesses.setdefault((result.suite, result.dataset), guess)
             # A table of results does not tell the classes, and the next model's files may.
             guess.metrics.update(_chance_metrics(result))
@@ -509,6 +509,7 @@ def _model_entry(model: Model, runs: Sequence[Sequence[Result]]) -> Entry:
         scaled(flops, "FLOP"),
         duration(seconds),
         f"masking {masking}" if masking else "",
+        f"evaluated through {model.inference_masking}" if model.inference_masking else "",
         counted(len(model.runs), "seed") if model.seeds else "",
     ]
     return Entry(

@@ -47,6 +47,14 @@ def apply_masking(
     of the first. A strategy that requires attention gets a teacher, which starts from the weights
     the tower has now.
 
+    To encode images through the mask that a model was trained with:
+
+        apply_masking(model.eval(), "pgs", mask_ratio=0.5, when="always")
+        set_masking_progress(model, 1.0)  # similarities as at the end of training
+        features = model.encode_image(images)
+
+    Patches are then drawn anew in each pass, unless `set_masking_noise` gives the numbers.
+
     Args:
         model: An OpenCLIP model (CLIP, CustomTextCLIP, CoCa), also wrapped, whose image tower,
             `model.visual`, is OpenCLIP's own `VisionTransformer` or timm's.
@@ -122,6 +130,35 @@ def remove_masking(model: Model) -> Model:
         del tower.masking
         tower.__class__ = kind.plain_class
     return model
+
+
+@contextmanager
+def masked_inference(
+    model: nn.Module, masking: str | MaskingStrategy, **options: Any
+) -> Iterator[None]:
+    """Mask a model in eval mode inside a `with` block; what masked it before comes back.
+
+    Args:
+        model: As for `apply_masking`, masked or not; it must not be trained inside.
+        masking: As for `apply_masking`.
+        **options: As for `apply_masking`, without `when`.
+
+    Raises:
+        ValueError: As `apply_masking` does.
+    """
+    tower, kind = image_tower(model)
+    before = masking_or_none(model)
+    if before is not None:
+        del tower.masking
+        tower.__class__ = kind.plain_class
+    try:
+        apply_masking(model, masking, when="always", **options)
+        yield
+    finally:
+        remove_masking(model)
+        if before is not None:
+            tower.__class__ = kind
+            tower.masking = before
 
 
 def _check_fit(model: nn.Module, strategy: MaskingStrategy, merge: Merge | None) -> None:

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, counted once on a few samples."""
+"""Floating-point operations of a training step, and of encoding an image, counted once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from clip_pgs.integrations.open_clip.apply import force_selection, last_selection
+from clip_pgs.integrations.open_clip.apply import (
+    force_selection,
+    last_selection,
+    masking_or_none,
+)
 from clip_pgs.integrations.open_clip.text import CaptionGroups
 
 
@@ -103,6 +107,48 @@ def count_flops(
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
     return ((2 if extra_forward else 1) * forward + backward) / images.shape[0]
+
+
+def count_image_flops(model: nn.Module) -> float | None:
+    """Count what encoding one image costs, masking included where it is active.
+
+    Operations count as in `count_flops`. Where images keep different numbers of patches it is what
+    one costs that keeps the most.
+
+    Args:
+        model: The model, in the mode that it encodes in; its random streams stay as they are.
+
+    Returns:
+        Operations of one image; None where the model does not tell the size of its images.
+    """
+    visual: Any = getattr(model, "visual", None)
+    size = getattr(visual, "image_size", None)
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    weight = next(model.parameters())
+    image = torch.linspace(-1, 1, 3 * height * width, device=weight.device, dtype=weight.dtype)
+    masking = masking_or_none(model)
+    if masking is not None:
+        before = masking.noise, masking.pack_tokens
+        places = torch.arange(masking.grid.num_patches, device=weight.device)
+        masking.noise = places[None] / masking.grid.num_patches
+        masking.pack_tokens = False
+    # The fast path of torch's attention is one operation that the counter does not know.
+    is_fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            visual(image.reshape(1, 3, height, width))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_fast)
+        if masking is not None:
+            masking.noise, masking.pack_tokens = before
+    return float(counter.get_total_flops())
 
 
 def count_pass(model: nn.Module, run: Callable[[], Iterable[Tensor]]) -> tuple[int, int]:

@@ -1,0 +1,226 @@
+"""Masked inference: images encoded through a mask, for a score of their own.
+
+A model that was trained through a mask has seldom seen a whole image. Scored through a mask it is
+another model than unmasked: its features, its results and its rows stay apart. Texts are encoded
+as ever.
+
+The random numbers of an image are keyed by a seed and by its place in its set: shard and number
+within, or the file's name. Batch size, processes and order change no mask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import clip_pgs
+from clip_pgs.checkpoint_io import newest_checkpoint, read_checkpoint
+from clip_pgs.common import CHECKPOINTS_NAME, OPTIONS_NAME
+from clip_pgs.data.plan import stable_seed
+from clip_pgs.evaluation.results import run_of_weights
+from clip_pgs.integrations.open_clip import (
+    load_masking_state,
+    masked_inference,
+    set_masking_progress,
+)
+from clip_pgs.integrations.open_clip.model_config import read_json_object
+from clip_pgs.masking import create_masking, describe_masking, masking_options
+from clip_pgs.masking.schedule import scheduled_ratio
+
+# What stands for the strategy that a model was trained with.
+AS_TRAINED = "run"
+
+Place = tuple[int | str, ...]  # of an image in its set
+
+
+@dataclass(frozen=True)
+class InferenceMasking:
+    """How images are masked before they are encoded.
+
+    Attributes:
+        name: A strategy, or "package.module:Class".
+        options: Its options; those that are not given have its defaults.
+        progress: Completed share of the masked training steps, in [0, 1].
+        state: What training found, as `masking_state` returned it: a teacher, thresholds. Without
+            it a strategy has its defaults, and a teacher the weights of the model.
+        seed: Of the random numbers.
+
+    Raises:
+        ValueError: If there is no such strategy, or an option is wrong.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    progress: float = 1.0
+    state: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        create_masking(self.name, **self.options)
+
+    @property
+    def label(self) -> str:
+        """The strategy, its ratio and what else is not its default, such as "pgs 0.5"."""
+        strategy = create_masking(self.name, **self.options)
+        ratio = getattr(strategy, "mask_ratio", None)
+        bounds = dict.fromkeys([getattr(strategy, "mask_ratio_min", ratio), ratio])
+        ratios = [] if ratio is None else ["-".join(f"{bound:g}" for bound in bounds)]
+        aliases, defaults = describe_masking(self.name).aliases, masking_options(self.name)
+        others = {aliases.get(name, name): value for name, value in self.options.items()}
+        changed = [
+            f"{name}={value}"
+            for name, value in sorted(others.items())
+            if name not in ("mask_ratio", "mask_ratio_min") and value != defaults[name]
+        ]
+        return " ".join([self.name, *ratios, *changed, *(["as trained"] if self.state else [])])
+
+    @property
+    def file_ending(self) -> str:
+        """The label as the end of a file's name."""
+        return "@" + "".join(c if c.isalnum() or c in ".=-" else "_" for c in self.label)
+
+    def description(self) -> str:
+        """Return a text that is equal where equal images get equal masks."""
+        # The code of a strategy outside of this package has no version here.
+        module = sys.modules[type(create_masking(self.name, **self.options)).__module__]
+        is_ours = module.__name__.startswith("clip_pgs.")
+        code = clip_pgs.__version__ if is_ours else inspect.getsource(module)
+        parts = [self.label, code, self.progress, self.seed, _digest(self.state)]
+        return json.dumps(parts, default=str)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Mask a model in eval mode inside a `with` block; see `masked_inference`.
+
+        Raises:
+            ValueError: If its image tower cannot be masked so.
+        """
+        with masked_inference(model, self.name, **self.options):
+            load_masking_state(model, self.state)
+            set_masking_progress(model, self.progress)
+            yield
+
+    def noise(self, places: Sequence[Place], *, num_patches: int) -> Tensor:
+        """Return the random numbers of images, shape (B, N), float32, in [0, 1), on the CPU.
+
+        Args:
+            places: Of each image in its set.
+            num_patches: N.
+        """
+        generator = torch.Generator()
+        rows = []
+        for place in places:
+            generator.manual_seed(stable_seed(self.seed, "inference masks", *place))
+            rows.append(torch.rand(num_patches, generator=generator))
+        return torch.stack(rows)
+
+
+def choose_masking(
+    name: str | None, options: Mapping[str, Any] | None = None, *, weights: str
+) -> InferenceMasking | None:
+    """Return the masking that a user asks for; None where nothing is masked.
+
+    Args:
+        name: A strategy; "run" for the one that the weights were trained with, at the ratio they
+            were trained with last; None for none.
+        options: Options of the strategy; beside "run" they take the place of the run's, and what
+            its training found is not used.
+        weights: Where the weights lie: a checkpoint, an export, or a name. A checkpoint of this
+            trainer, or the newest of the run, tells how far training had come; otherwise it counts
+            as finished.
+
+    Raises:
+        ValueError: If there is no such strategy, an option is wrong, or nothing tells what the
+            weights were trained with.
+    """
+    options = dict(options or {})
+    if name is None:
+        if options:
+            raise ValueError(f"{', '.join(options)} of masked inference needs a masking's name")
+        return None
+    told, checkpoint = _read_training(weights)
+    progress = _progress(told, checkpoint)
+    state: Mapping[str, Any] = {}
+    if name == AS_TRAINED:
+        if not isinstance(told.get("masking"), str):
+            raise ValueError(
+                f"nothing tells what {weights} was trained with: it is no checkpoint of this "
+                "trainer and lies in no run; name a masking instead"
+            )
+        name, trained = told["masking"], _trained_options(told, progress)
+        state = {} if options else checkpoint.get("masking_state") or {}
+        options = {**trained, **options}
+    masking = InferenceMasking(name, options, progress, state)
+    return None if create_masking(name, **options).keeps_all else masking
+
+
+def _read_training(weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the choices of the training behind some weights, and a checkpoint of it; or blanks."""
+    run = run_of_weights(weights)
+    path: Path | None = Path(weights)
+    if path is not None and not path.is_file():
+        path = None if run is None else newest_checkpoint(run / CHECKPOINTS_NAME)
+    checkpoint = {} if path is None else read_checkpoint(path, use_mmap=True)
+    options: dict[str, Any] = {}
+    if run is not None and (run / OPTIONS_NAME).is_file():
+        options = read_json_object(run / OPTIONS_NAME, what=str(run / OPTIONS_NAME))
+    record = checkpoint.get("clip_pgs")
+    if not isinstance(record, dict) or "masking" not in record:
+        return options, checkpoint
+    masking = record["masking"]
+    if ":" in str(masking) and masking != options.get("masking"):
+        # A stranger's file must not have a module imported.
+        raise ValueError(
+            f"{weights} says that it was trained with {masking}, code outside of this package; "
+            "name it if that is meant"
+        )
+    parts = [record.get(name) for name in ("recipe", "data")]
+    return {k: v for p in (*parts, record) if isinstance(p, dict) for k, v in p.items()}, checkpoint
+
+
+def _progress(told: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> float:
+    """Return the completed share of the masked epochs of a checkpoint; 1.0 where unknown."""
+    epochs, samples = (_positive(told.get(name)) for name in ("epochs", "samples per epoch"))
+    if "epoch" not in checkpoint or epochs is None:
+        return 1.0
+    part = 0.0 if samples is None else checkpoint.get("position", 0) / samples
+    return min((checkpoint["epoch"] + part) / epochs, 1.0)
+
+
+def _positive(value: Any) -> float | None:
+    return float(value) if type(value) in (int, float) and value > 0 else None
+
+
+def _trained_options(told: Mapping[str, Any], progress: float) -> dict[str, Any]:
+    """Return a strategy's options as training had them at a point, schedule included."""
+    options = dict(told.get("masking_options") or {})
+    kind = told.get("mask_schedule") or "constant"
+    if kind == "constant":
+        return options
+    strategy = create_masking(told["masking"], **options)
+    levels, end = told["mask_schedule_steps"], told["mask_ratio_end"]
+    strategy.set_mask_ratio(
+        scheduled_ratio(strategy.mask_ratio, end, progress=progress, kind=kind, num_levels=levels)
+    )
+    names = [name for name in ("mask_ratio", "mask_ratio_min") if hasattr(strategy, name)]
+    return {**options, **{name: getattr(strategy, name) for name in names}}
+
+
+def _digest(state: Any) -> str:
+    """Return a digest of tensors and plain types."""
+    if isinstance(state, Mapping):
+        state = {name: _digest(value) for name, value in sorted(state.items())}
+    if isinstance(state, Tensor):
+        raw = state.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
+    return json.dumps(state)

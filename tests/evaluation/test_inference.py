@@ -1,0 +1,300 @@
+"""Evaluation through a mask: what it computes, and that it stays apart from the unmasked one."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from clip_pgs.evaluation import evaluate, load_model
+from clip_pgs.evaluation.__main__ import main
+from clip_pgs.evaluation.features import Encoder
+from clip_pgs.evaluation.suites import get_suite
+from clip_pgs.integrations.open_clip import (
+    apply_masking,
+    last_selection,
+    set_masking_noise,
+    set_masking_progress,
+)
+from support.encoding import count_images, encode, images_of
+
+PGS = {"inference_masking": "pgs", "inference_options": {"mask_ratio": 0.5}}
+RANDOM = {"inference_masking": "random", "inference_options": {"mask_ratio": 0.5}}
+
+
+@pytest.fixture
+def run(finished_run, tmp_path, monkeypatch):
+    """A copy of the run in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished_run, tmp_path / "logs/tiny_run")
+    return Path("logs/tiny_run")
+
+
+@pytest.fixture
+def options(dataset_list, data_root):
+    sets = ["--datasets", str(dataset_list), "--data-root", str(data_root)]
+    return [*sets, "--workers", "0", "--no-report"]
+
+
+@pytest.fixture
+def six(data_root):
+    return get_suite("zeroshot-classification").eval_set("six", str(data_root / "six"))
+
+
+@pytest.fixture
+def add_att(data_root):
+    folder = data_root / "sugar_crepe"
+    return get_suite("compositionality").eval_set("sugar_crepe/add_att", str(folder))
+
+
+def say_trained_with(run, masking, options, **more):
+    """Write what training leaves: the options, and a record in the checkpoint."""
+    said = {"masking": masking, "masking_options": options}
+    (run / "options.json").write_text(json.dumps({**said, **more}))
+    path = run / "checkpoints/epoch_1.pt"
+    content = torch.load(path, weights_only=True)
+    record = {**said, "recipe": {"epochs": 4, **more}, "data": {}}
+    torch.save({**content, "clip_pgs": record}, path)
+    return path
+
+
+def results_in(folder):
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_features_are_those_of_a_model_masked_in_eval_mode_with_the_same_noise(
+    finished_run, six, data_root
+):
+    loaded = load_model(finished_run, **PGS)
+    features = encode(loaded, six)
+    noise_BN = loaded.masking.noise(
+        [(shard, place) for shard in range(2) for place in range(6)], num_patches=4
+    )
+    model = apply_masking(load_model(finished_run).model, "pgs", mask_ratio=0.5, when="always")
+    set_masking_progress(model, 1.0)
+    set_masking_noise(model, noise_BN)
+    images = [loaded.transform(image) for image in images_of(data_root / "six/test")]
+    with torch.no_grad():
+        expected = model.encode_image(torch.stack(images))
+    assert last_selection(model).index.shape == (12, 2)
+    torch.testing.assert_close(features.images, expected)
+    assert not torch.allclose(features.images, encode(load_model(finished_run), six).images)
+
+
+def test_a_ratio_of_0_gives_the_features_of_whole_images(finished_run, six, add_att):
+    masked = load_model(
+        finished_run, inference_masking="pgs", inference_options={"mask_ratio": 0.0}
+    )
+    whole = encode(load_model(finished_run), six).images
+    torch.testing.assert_close(encode(masked, six).images, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_masks_do_not_depend_on_batch_size_processes_or_order(finished_run, six):
+    loaded = load_model(finished_run, **RANDOM)
+    expected = Encoder(loaded, batch_size=12).images(six)
+    for batch_size, workers in ((5, 0), (4, 2)):
+        encoder = Encoder(loaded, batch_size=batch_size, workers=workers)
+        features = encoder.images(six)
+        # Two processes read a shard each, by turns.
+        order = sorted(range(12), key=lambda row: features.images[row].tolist())
+        other = sorted(range(12), key=lambda row: expected.images[row].tolist())
+        torch.testing.assert_close(features.images[order], expected.images[other])
+        assert features.labels[order].tolist() == expected.labels[other].tolist()
+
+
+def test_another_seed_masks_otherwise(finished_run):
+    masking = load_model(finished_run, **RANDOM).masking
+    noise_BN = masking.noise([(0, 0), (0, 1), ("a.png",)], num_patches=4)
+    assert noise_BN.shape == (3, 4)
+    assert len(noise_BN.flatten().unique()) == 12
+    other = type(masking)("random", seed=1).noise([(0, 0)], num_patches=4)
+    assert not torch.equal(other, noise_BN[:1])
+    assert torch.equal(masking.noise([(0, 1)], num_patches=4), noise_BN[1:2])
+
+
+def test_the_model_is_a_plain_one_before_and_after(finished_run, six, tmp_path):
+    loaded, plain = load_model(finished_run, **PGS), load_model(finished_run)
+    evaluate(loaded, [six], output=tmp_path, workers=0)
+    assert type(loaded.model.visual) is type(plain.model.visual)
+    assert list(loaded.model.state_dict()) == list(plain.model.state_dict())
+    assert "masking" not in dict(loaded.model.visual.named_modules())
+
+
+def test_unmasked_results_stay_done_and_nothing_of_either_is_computed_twice(
+    finished_run, six, add_att, tmp_path
+):
+    sets = [six, add_att]
+    plain = load_model(finished_run)
+    before = evaluate(plain, sets, output=tmp_path, workers=0)
+    masked = load_model(finished_run, **PGS)
+    through = evaluate(masked, sets, output=tmp_path, workers=0)
+    assert [r.inference_masking for r in (*before, *through)] == ["", "", "pgs 0.5", "pgs 0.5"]
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == [
+        "compositionality_sugar_crepe-add_att.json",
+        "compositionality_sugar_crepe-add_att@pgs_0.5.json",
+        "zeroshot_classification_six.json",
+        "zeroshot_classification_six@pgs_0.5.json",
+    ]
+    for loaded, results in ((plain, before), (masked, through)):
+        counts = count_images(loaded)
+        assert evaluate(loaded, sets, output=tmp_path, workers=0) == results
+        assert counts == []
+
+
+def test_results_of_before_masks_were_told_are_found_and_equal(finished_run, six, tmp_path):
+    loaded = load_model(finished_run)
+    (result,) = evaluate(loaded, [six], output=tmp_path, workers=0)
+    path = tmp_path / "zeroshot_classification_six.json"
+    content = json.loads(path.read_text())
+    for name in ("inference_masking", "flops_per_image"):
+        del content[name]
+    path.write_text(json.dumps(content))
+    counts = count_images(loaded)
+    assert evaluate(loaded, [six], output=tmp_path, workers=0) == [result]
+    assert counts == []
+
+
+def test_the_cache_never_gives_features_of_another_mask(finished_run, six, tmp_path):
+    found = [
+        encode(load_model(finished_run, **how), six, tmp_path).images
+        for how in ({}, PGS, RANDOM, {**PGS, "inference_options": {"mask_ratio": 0.75}})
+    ]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    for number, features_ND in enumerate(found):
+        assert not any(torch.equal(features_ND, other) for other in found[:number])
+
+
+def test_flops_per_image_fall_with_the_mask(finished_run, six):
+    flops = {}
+    for ratio in (0.0, 0.5):
+        how = {"inference_masking": "random", "inference_options": {"mask_ratio": ratio}}
+        (result,) = evaluate(load_model(finished_run, **how), [six], workers=0)
+        flops[ratio] = result.flops_per_image
+    (plain,) = evaluate(load_model(finished_run), [six], workers=0)
+
+    # Width 16, one block with an MLP of four times that, 4 patches of 8 x 8 x 3 and a class token.
+    def of_tokens(num):
+        return 2 * num * 16 * (4 * 16 + 2 * 4 * 16) + 2 * 2 * num * num * 16
+
+    patches, projection = 2 * 4 * 8 * 8 * 3 * 16, 2 * 16 * 8
+    assert plain.flops_per_image == patches + of_tokens(5) + projection
+    assert flops[0.5] < 0.75 * plain.flops_per_image
+    assert flops[0.5] >= patches + projection
+
+
+@pytest.mark.slow
+def test_command_keeps_masked_and_unmasked_apart_in_table_csv_and_report(run, options, capsys):
+    assert main([str(run), *options]) == 0
+    page = capsys.readouterr().out
+    assert "through" not in page
+    assert "FLOP per image" in page
+    mask = ["--inference-masking", "pgs", "--inference-mask-ratio", "0.5"]
+    assert main([str(run), *options[:-1], *mask]) == 0
+    assert "through pgs 0.5, " in capsys.readouterr().out
+    rows = results_in(run / "eval")
+    assert sorted((row["dataset"], row["inference_masking"]) for row in rows) == [
+        ("pairs", ""),
+        ("pairs", "pgs 0.5"),
+        ("six", ""),
+        ("six", "pgs 0.5"),
+    ]
+    report = results_in(run / "eval/report")
+    models = {(row["model"], row["inference_masking"]) for row in report if row["kind"] == "run"}
+    assert models == {("tiny_run", ""), ("tiny_run, through pgs 0.5", "pgs 0.5")}
+    by_model = {row["model"]: row for row in report if row["kind"] == "run"}
+    assert len({float(row["flops_per_image"]) for row in by_model.values()}) == 2
+    for name in ("report.md", "report.html"):
+        assert "run, through pgs 0.5" in (run / "eval/report" / name).read_text()
+
+
+def test_run_means_the_masking_of_training_with_another_ratio_if_given(run):
+    path = say_trained_with(run, "pgs", {"mask_ratio": 0.75, "edges": False})
+    for source in (run, path, run / "export"):
+        masking = load_model(source, inference_masking="run").masking
+        assert masking.label == "pgs 0.75 edges=False"
+        # One epoch of four.
+        assert masking.progress == 0.25
+    given = {"inference_masking": "run", "inference_options": {"mask_ratio": 0.5}}
+    assert load_model(run, **given).masking.label == "pgs 0.5 edges=False"
+
+
+def test_run_means_the_ratio_that_a_schedule_had_reached(run):
+    schedule = {"mask_schedule": "linear", "mask_ratio_end": 0.0, "mask_schedule_steps": 5}
+    path = say_trained_with(run, "random", {"mask_ratio": 0.8}, **schedule)
+    assert load_model(path, inference_masking="run").masking.label == "random 0.6"
+
+
+def test_run_of_a_model_trained_on_whole_images_masks_nothing(run):
+    say_trained_with(run, "none", {})
+    assert load_model(run, inference_masking="run").masking is None
+
+
+def test_a_finished_run_counts_as_finished(run):
+    assert load_model(run, **PGS).masking.progress == 1.0
+
+
+def test_attentive_takes_the_teacher_of_training_else_the_weights(run, six):
+    path = say_trained_with(run, "attentive", {"mask_ratio": 0.5})
+    own = load_model(path, inference_masking="run")
+    assert own.masking.label == "attentive 0.5"
+    teacher = {
+        name.removeprefix("visual."): torch.randn(weight.shape)
+        for name, weight in own.model.state_dict().items()
+        if name.startswith("visual.")
+    }
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "masking_state": {"teacher": teacher}}, path)
+    trained = load_model(path, inference_masking="run")
+    assert trained.masking.label == "attentive 0.5 as trained"
+    assert not torch.equal(encode(own, six).images, encode(trained, six).images)
+
+
+def test_a_strategy_of_ones_own_is_taken_by_its_import_path(run, six, monkeypatch):
+    Path("dim.py").write_text(
+        "from clip_pgs.masking import FixedRatioMasking, register_masking\n"
+        "from clip_pgs.masking.sampling import patchify, select_top\n\n\n"
+        "@register_masking('dim', keeps='the darkest', paper='none', random=False)\n"
+        "class DimMasking(FixedRatioMasking):\n"
+        "    def forward(self, inputs, *, generator=None):\n"
+        "        patches_BNF = patchify(inputs.pixels.float(), inputs.patch_size)\n"
+        "        scores_BN = -patches_BNF.mean(dim=2)\n"
+        "        return select_top(scores_BN, num_keep=self.num_keep(inputs))\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    loaded = load_model(run, inference_masking="dim:DimMasking")
+    assert loaded.masking.label == "dim:DimMasking 0.5"
+    (result,) = evaluate(loaded, [six], output="out", workers=0)
+    assert result.status == "done"
+    assert Path("out/zeroshot_classification_six@dim_DimMasking_0.5.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--inference-masking", "run"], "nothing tells what"),
+        (["--inference-masking", "pqs"], "unknown masking 'pqs'"),
+        (["--inference-masking", "pgs", "--inference-mask-ratio", "1"], "mask_ratio must be in"),
+        (["--inference-mask-ratio", "0.5"], "needs --inference-masking"),
+        (["--inference-masking", "random", "--inference-masking-option", "edges=0"], "edges"),
+    ],
+)
+def test_bad_input_gives_exit_code_2_one_sentence_and_no_files(
+    run, options, capsys, arguments, sentence
+):
+    before = sorted(Path().rglob("*"))
+    assert main([str(run), *options, *arguments]) == 2
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_checkpoint_cannot_have_a_module_imported(run):
+    path = say_trained_with(run, "antigravity:fly", {})
+    lone = shutil.copy(path, "lone.pt")
+    with pytest.raises(ValueError, match="antigravity:fly"):
+        load_model(lone, model="tiny-eval-vit", inference_masking="run")
