@@ -35,6 +35,13 @@ EVAL_NAME = "eval"
 MODEL_CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 
+# How a mask ratio can go over training; here, as options know it before torch is there.
+MASK_SCHEDULES = ("constant", "linear", "cosine")
+
+# An installed package carries its configs; a clone keeps them at its top.
+_PACKAGE = Path(__file__).resolve().parent
+CONFIGS = next(p / "configs" for p in (_PACKAGE, _PACKAGE.parents[1]) if (p / "configs").is_dir())
+
 UNFINISHED_ENDING = ".unfinished"
 
 _HEAD, _TAIL = 1500, 300
@@ -96,6 +103,29 @@ class Pairs(argparse.Action):
                 parser.error(f"{option_string} takes KEY=VALUE, got {pair!r}")
             pairs[key.replace("-", "_")] = literal(text)
         setattr(namespace, self.dest, pairs)
+
+
+def find_config(name: str, kind: str) -> str:
+    """Return the path of a config that a user names, or of the bundled one of that name.
+
+    Args:
+        name: A file; or, where there is none, that of a bundled config: "demo" or
+            "configs/train/demo.yaml".
+        kind: Folder of the bundled ones: "train" or "models".
+
+    Returns:
+        The path; `name` itself where nothing is found.
+    """
+    try:
+        if not Path(name).exists():
+            plain = [p for p in CONFIGS.joinpath(kind).iterdir() if name in (p.stem, p.name)]
+            path = CONFIGS.parent / name
+            if plain or (name.startswith(f"{CONFIGS.name}/") and path.is_file()):
+                return str(plain[0] if plain else path)
+    except (OSError, ValueError):
+        # A name that cannot be looked up; who opens the file says so.
+        pass
+    return name
 
 
 def number_in(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:

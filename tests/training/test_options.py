@@ -1,3 +1,6 @@
+import argparse
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -5,13 +8,15 @@ import pytest
 from open_clip_train.params import parse_args as parse_trainer_args
 
 from clip_pgs.data.text_masking import TEXT_MASKINGS
-from clip_pgs.integrations.open_clip.compat import check_versions, trainer_actions, trainer_parser
-from clip_pgs.masking import describe_masking, list_maskings, masking_options
+from clip_pgs.integrations.open_clip.compat import check_versions
+from clip_pgs.integrations.open_clip_trainer import trainer_actions, trainer_parser
+from clip_pgs.masking import describe_masking, list_maskings
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.options import (
     REFUSED_FLAGS,
     TrainOptions,
     flag_of,
+    help_text,
     option_flags,
     option_parser,
     parse_options,
@@ -214,45 +219,71 @@ def test_given_names_what_was_set():
     ]
 
 
-def test_help_shows_our_options_before_open_clips(capsys):
+def words_of(text):
+    """Return a text without white space: help breaks words at hyphens."""
+    return "".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def whole_help():
+    return help_text(is_short=False)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help", "--help-all"])
+def test_help_is_printed_and_leaves_with_0(capsys, flag):
     with pytest.raises(SystemExit) as left:
-        parse_options(["--help"])
-    text = capsys.readouterr().out
+        parse_options([flag])
     assert left.value.code == 0
-    assert text.index("--mask-ratio-min") < text.index("--train-data")
-    assert "2503.17080" in text
-    assert "--horovod" not in text
+    assert "--mask-ratio" in capsys.readouterr().out
+
+
+def test_short_help_is_a_part_that_names_the_whole(whole_help):
+    short = help_text(is_short=True)
+    assert len(short.splitlines()) < len(whole_help.splitlines()) / 3
+    for shown in ("--help-all", "--masking", "--batch-size", "--nproc", "85"):
+        assert shown in short
+    assert "--hang-timeout" not in short
+
+
+def test_help_shows_our_options_before_open_clips(whole_help):
+    for text in (whole_help, help_text(is_short=True)):
+        assert text.index("--mask-ratio-min") < text.index("--train-data")
+        assert "--horovod" not in text
 
 
 @pytest.mark.parametrize("name", list_maskings())
-def test_help_names_every_strategy_with_its_paper(capsys, name):
-    with pytest.raises(SystemExit):
-        parse_options(["--help"])
-    # Help breaks words at hyphens.
-    text = f"{name}: {describe_masking(name).paper}".replace(" ", "")
-    assert text in "".join(capsys.readouterr().out.split())
+def test_help_explains_every_option_of_every_strategy(whole_help, name):
+    declared = describe_masking(name)
+    assert words_of(declared.paper) in words_of(whole_help)
+    start = whole_help.index(f"\n  {name}: keeps")
+    section = words_of(whole_help[start : whole_help.find("\n\n", start)])
+    for option in declared.options:
+        assert option.help, option.name
+        assert words_of(f"{option.name}: {option.help}") in section
+        if option.default is not None:
+            assert words_of(f"(default: {option.default})") in section
 
 
-@pytest.mark.parametrize("name", list_maskings())
-def test_help_names_every_option_of_every_strategy_with_its_default(capsys, name):
-    with pytest.raises(SystemExit):
-        parse_options(["--help"])
-    # Help breaks words at hyphens.
-    text = "".join(capsys.readouterr().out.split())
-    for option, default in masking_options(name).items():
-        flag = f"--{option.replace('_', '-')}"
-        assert f"{option}={default}" in text or flag in text, option
-
-
-def test_help_names_text_maskings_and_unmasked_tuning_with_their_papers(capsys):
-    with pytest.raises(SystemExit):
-        parse_options(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
+def test_help_names_text_maskings_and_unmasked_tuning_with_their_papers(whole_help):
+    text = " ".join(whole_help.split())
     for name in TEXT_MASKINGS.names():
         declared = TEXT_MASKINGS.declaration(name)
         assert f"{name}: {declared['summary']} ({declared['source']}" in text
     for part in ("--unmasked-epochs", "2212.00794; GLIP, arXiv 2403.15837", "--target-mask-ratio"):
         assert part in text
+
+
+def test_the_whole_help_gives_a_default_of_every_option():
+    for action in option_parser()._actions:
+        if action.help != argparse.SUPPRESS and "--help" not in action.option_strings[-1]:
+            assert "default" in action.help.lower(), action.option_strings
+
+
+def test_names_read_from_the_source_are_those_that_are_registered():
+    script = "from clip_pgs.training.options import registered_names as names\n"
+    script += "print(names('masking'), names('data'))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == f"{list_maskings()} {TEXT_MASKINGS.names()}\n", done.stderr
 
 
 def test_a_token_budget_alone_truncates():

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clip_pgs.common import Registry
+from clip_pgs.common import CONFIGS, Registry
 from clip_pgs.evaluation.datasets import (
     CAPTION_PAIR_SPLITS,
     IMAGE_FOLDER,
@@ -338,7 +338,7 @@ def load_suite(
     eval_sets: list[EvalSet] = []
     if datasets in DEFAULT_ROOTS:
         for suite in chosen:
-            path = _lists_folder() / f"{suite.list_stem}_{datasets}.txt"
+            path = CONFIGS / "eval" / f"{suite.list_stem}_{datasets}.txt"
             # A suite of another package has none.
             if name != "all" or path.is_file():
                 eval_sets += _sets_of(suite, read_list(path), data_root)
@@ -418,10 +418,3 @@ def _type_of(name: str, data_root: str) -> str:
     except DamagedDataError:
         # Told when its turn comes.
         return by_name
-
-
-def _lists_folder() -> Path:
-    package = Path(__file__).resolve().parents[1]
-    # An installed package carries the lists; a clone keeps them at its top.
-    installed = package / "configs" / "eval"
-    return installed if installed.is_dir() else package.parents[1] / "configs" / "eval"

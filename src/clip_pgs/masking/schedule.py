@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 
+from clip_pgs.common import MASK_SCHEDULES
 from clip_pgs.masking.strategy import check_choice, check_mask_ratio, check_range
-
-SCHEDULES = ("constant", "linear", "cosine")
 
 
 def scheduled_ratio(
@@ -31,7 +30,7 @@ def scheduled_ratio(
     for name, ratio in (("start", start), ("end", end)):
         check_mask_ratio(ratio, name=name)
     check_range(progress, name="progress", low=0, high=1)
-    check_choice(kind, SCHEDULES, name="kind")
+    check_choice(kind, MASK_SCHEDULES, name="kind")
     if num_levels < 2:
         raise ValueError(f"num_levels must be >= 2, got {num_levels}")
     # 3 / 10 * 10 falls just short of 3 for some progress that means three tenths.

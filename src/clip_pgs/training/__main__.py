@@ -8,8 +8,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
 from clip_pgs.common import one_sentence
 from clip_pgs.training.stop import (
     BAD_INPUT,
@@ -71,20 +69,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, dict[str, Any]]:
     """Return checked options and what the loop calls of other packages, or an exit code."""
     try:
+        # Most of what is wrong is found before torch and open_clip, which take seconds to import.
+        from clip_pgs.training.options import check_values, read_options, register_model_config
+
+        args = read_options(argv)
+        check_values(args)
+
         from clip_pgs.data.preflight import preflight
         from clip_pgs.training.checks import check_options
         from clip_pgs.training.effects import option_warnings
-        from clip_pgs.training.options import parse_options
         from clip_pgs.training.run_folder import follow_restart
-    except ModuleNotFoundError as error:
-        return _refuse(f"training needs {error.name}: pip install 'clip-pgs[training]'")
 
-    try:
-        args = parse_options(argv)
+        register_model_config(args)
         follow_restart(args)
         check_options(args)
         odd = preflight(args, world_size=_num_processes()) if _is_first_process() else []
         hooks = _hooks(args)
+    except ModuleNotFoundError as error:
+        return _refuse(f"training needs {error.name}: pip install 'clip-pgs[train]'")
     except ValueError as error:
         return _refuse(str(error), is_before_start=True)
     for sentence in odd:
@@ -169,5 +171,10 @@ def _summary(args: TrainOptions) -> str:
 
 
 if __name__ == "__main__":
-    # Tells torchrun what went wrong, which shows it for the process that failed first.
-    leave(record(main)() or 0)
+    start = main
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        # Tells torchrun what went wrong, which shows it for the process that failed first.
+        start = record(main)
+    leave(start() or 0)

@@ -6,10 +6,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import logging
-import math
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +52,15 @@ from clip_pgs.training.data_checks import (
     has_training_data,
     training_files,
 )
-from clip_pgs.training.options import MODEL_SCHEMAS, TrainOptions, flag_of
+from clip_pgs.training.options import (
+    MODEL_SCHEMAS,
+    TrainOptions,
+    check_choice,
+    check_values,
+    flag_of,
+)
 from clip_pgs.training.run_folder import changed_options, holds_run, keeps_logs, run_folder
 
-LR_SCHEDULERS = ("cosine", "const", "const-cooldown")
-REPORT_TARGETS = ("tensorboard", "wandb", "all")
-SIGLIP_LOSS_IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
-
-# Beyond it floats pass over whole numbers.
-_LARGEST = 2**53
-# What file systems take.
-_LONGEST_NAME = 255
 # OpenCLIP's byte-pair vocabulary, of which the last token ends every caption.
 _NUM_TOKENS = 49408
 _TRIED_SIZE = 32
@@ -80,7 +77,7 @@ def check_options(options: TrainOptions) -> None:
     """
     try:
         check_versions()
-        _check_ranges(options)
+        check_values(options)
         _check_recipe(options)
         model, optimizer = _check_model(options)
         _check_masking(options, model)
@@ -96,29 +93,6 @@ def check_options(options: TrainOptions) -> None:
         raise ValueError(f"cannot look up {error.filename!r}: {error.strerror or error}") from None
 
 
-def _check_ranges(options: TrainOptions) -> None:
-    for option in dataclasses.fields(TrainOptions):
-        rule, value = option.metadata.get("rule"), getattr(options, option.name)
-        if rule is None or value is None or (abs(value) <= _LARGEST and rule.holds(value)):
-            continue
-        if isinstance(value, int) and value > _LARGEST:
-            raise ValueError(f"{flag_of(option.name)} must be at most 2**53, got {value}")
-        raise ValueError(f"{flag_of(option.name)} must be {rule.text}, got {value}")
-    for flag, values in (("--image-mean", options.image_mean), ("--image-std", options.image_std)):
-        if values is not None and not (len(values) == 3 and all(map(math.isfinite, values))):
-            raise ValueError(f"{flag} takes 3 finite numbers, got {values}")
-    if options.image_std is not None and min(options.image_std) <= 0:
-        raise ValueError(f"--image-std must be > 0, got {options.image_std}")
-    size = options.force_image_size
-    if size is not None and (len(size) > 2 or min(size) < 1):
-        raise ValueError(f"--force-image-size takes 1 or 2 sizes >= 1, got {size}")
-
-
-def _check_choice(flag: str, value: str | None, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{flag} must be one of {', '.join(choices)}, got {value!r}")
-
-
 def _check_recipe(options: TrainOptions) -> None:
     """Refuse optimizers, schedules and losses that do not exist or lack a setting."""
     opt = options.opt.lower()
@@ -131,7 +105,6 @@ def _check_recipe(options: TrainOptions) -> None:
             raise ValueError(f"--opt {options.opt} needs both --beta1 and --beta2, or neither")
     elif opt != "adamw":
         raise ValueError(f"--opt must be adamw or timm/NAME, got {options.opt!r}")
-    _check_choice("--lr-scheduler", options.lr_scheduler, LR_SCHEDULERS)
     if options.lr_scheduler == "const-cooldown" and not options.skip_scheduler:
         if options.epochs_cooldown is None:
             raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown")
@@ -140,8 +113,6 @@ def _check_recipe(options: TrainOptions) -> None:
                 f"--epochs-cooldown must be at most --epochs = {options.epochs}, "
                 f"got {options.epochs_cooldown}"
             )
-    if options.siglip and options.loss_dist_impl is not None:
-        _check_choice("--loss-dist-impl", options.loss_dist_impl, SIGLIP_LOSS_IMPLEMENTATIONS)
 
 
 def _check_model(options: TrainOptions) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -320,7 +291,7 @@ def _check_device(options: TrainOptions) -> None:
     """
     if options.dist_backend is not None:
         backends = [name for name in torch.distributed.Backend.backend_list if name != "undefined"]
-        _check_choice("--dist-backend", options.dist_backend, backends)
+        check_choice("--dist-backend", options.dist_backend, backends)
     if options.dist_url is not None and "://" not in options.dist_url:
         raise ValueError(
             f"--dist-url must be like env:// or tcp://HOST:PORT, got {options.dist_url}"
@@ -353,9 +324,8 @@ def _has_memory(device: torch.device) -> bool:
 
 
 def _check_reports(options: TrainOptions) -> None:
-    """Refuse loggers that are unknown or not installed."""
+    """Refuse loggers that are not installed."""
     for target in filter(None, map(str.strip, options.report_to.split(","))):
-        _check_choice("--report-to, names joined by commas,", target, REPORT_TARGETS)
         for package in ("tensorboard", "wandb") if target == "all" else (target,):
             if importlib.util.find_spec(package) is None:
                 raise ValueError(
@@ -365,14 +335,7 @@ def _check_reports(options: TrainOptions) -> None:
 
 
 def _check_folder(options: TrainOptions) -> None:
-    """Refuse a name that is no folder name, a taken one, and a resume from nothing."""
-    name = options.name
-    if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
-        raise ValueError(f"--name must be one folder name without separators, got {name!r}")
-    if name is not None and len(os.fsencode(name)) > _LONGEST_NAME:
-        raise ValueError(f"--name must be at most {_LONGEST_NAME} bytes long, got {name!r}")
-    if options.resume == "latest" and name is None:
-        raise ValueError("--resume latest needs the --name of the run to continue")
+    """Refuse a run that exists already, one that cannot be made, and a resume from nothing."""
     if not keeps_logs(options):
         if options.resume == "latest":
             raise ValueError("--resume latest needs the run's --logs folder, got none")

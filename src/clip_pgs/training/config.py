@@ -13,8 +13,10 @@ from typing import Any
 
 import yaml
 
+from clip_pgs.common import find_config
+
 # These say what to do with a config or with one call; none of them describes a run.
-COMMAND_LINE_ONLY = frozenset({"--config", "--check-only", "--help"})
+COMMAND_LINE_ONLY = frozenset({"--config", "--check-only", "--help", "--help-all", "--nproc"})
 _PAIR_FLAGS = frozenset({"--aug-cfg", "--masking-option", "--text-masking-option"})
 # Either names the model; a config's own word replaces its base's, whichever it uses.
 _MODEL_FLAGS = frozenset({"--model", "--model-config"})
@@ -29,7 +31,8 @@ def config_arguments(
     """Read options from a YAML file, and from the file that its key `base` names.
 
     Args:
-        path: File whose keys are flags without their dashes; hyphens and underscores are equal.
+        path: File whose keys are flags without their dashes, or the name of a bundled one; hyphens
+            and underscores are equal.
             `base` names another such file, relative to this one; this one's values win, and null
             takes a value of the base back.
         parser: Knows every flag, and refuses a value in one sentence.
@@ -44,7 +47,7 @@ def config_arguments(
             one, gives a value of the wrong type, or is its own base.
     """
     options: dict[str, Any] = {}
-    for file, content in reversed(_with_bases(path)):
+    for file, content in reversed(_with_bases(find_config(path, "train"))):
         own = _checked(file, content, parser)
         if _MODEL_FLAGS & own.keys():
             options = {flag: value for flag, value in options.items() if flag not in _MODEL_FLAGS}

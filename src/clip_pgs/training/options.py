@@ -12,23 +12,23 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
+import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-import open_clip
-from open_clip_train.params import get_default_params
-
-from clip_pgs.common import Pairs
-from clip_pgs.data.text_masking import TEXT_MASKINGS
-from clip_pgs.integrations.open_clip.compat import is_bundled_model, trainer_actions
-from clip_pgs.integrations.open_clip.model_config import check_model_config, read_json_object
-from clip_pgs.masking import describe_masking, list_maskings, masking_options
-from clip_pgs.masking.schedule import SCHEDULES
+from clip_pgs.common import MASK_SCHEDULES, Pairs, find_config
+from clip_pgs.integrations.open_clip_trainer import (
+    bundled_models,
+    default_optimization,
+    known_models,
+    trainer_actions,
+)
 from clip_pgs.training.config import config_arguments, nearest_names
 
 # Models that bring their own weights, from a folder or from the Hugging Face Hub.
@@ -82,9 +82,10 @@ _BELOW_HEADINGS = {
 }
 
 
-def _theirs(part: str = "", rule: Rule | None = None) -> Any:
+def _theirs(part: str = "", rule: Rule | None = None, *, is_basic: bool = False) -> Any:
     """Define a flag of OpenCLIP's that this trainer obeys."""
-    return field(metadata={"is_theirs": True, "part": part, "rule": rule})
+    metadata = {"is_theirs": True, "part": part, "rule": rule, "is_basic": is_basic}
+    return field(metadata=metadata)
 
 
 def _ours(
@@ -97,35 +98,14 @@ def _ours(
         heading: Where it stands in `--help`.
         metavar: What stands for its value there.
         part: IDENTITY, RECIPE or neither.
-        **more: `rule`, the range of its numbers; `choices`, the names it takes; `details`, what
-            else there is to say of it in `--help`.
+        **more: `rule`, the range of its numbers; `choices`, the names it takes; `is_basic`, whether
+            `--help` shows it, and not only `--help-all`; `registered`, the package whose modules
+            register what it names.
     """
     metadata = {"heading": heading, "metavar": metavar, "part": part, **more}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-def _papers() -> str:
-    return "; ".join(f"{name}: {describe_masking(name).paper}" for name in list_maskings())
-
-
-def _strategies_options() -> str:
-    texts = []
-    for name in list_maskings():
-        options = masking_options(name).items()
-        own = [f"{key}={value}" for key, value in options if not key.startswith("mask_ratio")]
-        texts += [f"{name}: {', '.join(own)}"] if own else []
-    return "; ".join(texts)
-
-
-def _text_maskings() -> str:
-    meanings = []
-    for name in TEXT_MASKINGS.names():
-        declared = TEXT_MASKINGS.declaration(name)
-        needs = f", needs {declared['needs']}" if declared["needs"] else ""
-        meanings.append(f"{name}: {declared['summary']} ({declared['source']}{needs})")
-    return "; ".join(meanings)
 
 
 @dataclass(kw_only=True)
@@ -135,17 +115,18 @@ class TrainOptions(argparse.Namespace):
     It is a namespace by name, too, since `clip_pgs.data`, which lies below, reads its attributes.
 
     Args:
-        config: options to start from, named like the flags; flags on the command line win
+        config: options to start from, named like the flags; flags on the command line win; the name
+            of a file of configs/train, such as demo, is found where there is no such file
         check_only: check every option, print one line and leave; nothing is created
         model: a model open_clip knows, or local-dir:FOLDER, or hf-hub:OWNER/NAME
         model_config: a model of your own, as an open_clip model config; its name is the file's
-        masking: how patches are chosen, or package.module:Class of a strategy of your own
-        mask_ratio: share of patches dropped, in [0, 1), by default the strategy's 0.5; the most
-            that an image drops where the count adapts, the average for cluster, a threshold of
-            similarity for pgs-released (the papers use 0.5 and 0.75 for random, 0.5 for pgs)
+        masking: how patches are chosen; package.module:Class is a strategy of your own
+        mask_ratio: share of patches dropped, in [0, 1); the most that an image drops where the
+            count adapts, the average for cluster, a threshold of similarity for pgs-released; the
+            papers use 0.5 and 0.75 for random, 0.5 for pgs (default: the strategy's, 0.5)
         mask_ratio_min: the least that an image drops, for pgs and cluster (CLIP-PGS-0.3: 0.3, with
             --mask-ratio 0.5); the share that every image drops for pgs-released
-        masking_option: any other option of the strategy; can be repeated
+        masking_option: any other option of the strategy (--help-all lists them); can be repeated
         mask_schedule: how the mask ratio goes from --mask-ratio to --mask-ratio-end over the masked
             epochs: constant, linear or cosine
         mask_ratio_end: the mask ratio that a schedule ends at, in [0, 1)
@@ -160,8 +141,8 @@ class TrainOptions(argparse.Namespace):
             sequence instead of padding images to the longest: on CUDA in half precision, at the
             price of one synchronization per step; on a CPU without --torchcompile (default: on a
             CPU, unless the model is tiny)
-        text_masking: what stays of a training caption, or package.module:function of your own;
-            truncate with --text-tokens alone
+        text_masking: what stays of a training caption; package.module:function is one of your own
+            (default: none, truncate with --text-tokens alone)
         caption_key: in shards, the field of the side-car .json that holds the caption, or a list of
             captions of which one is drawn each epoch; several fields are joined by commas (default:
             captions are .txt; of NAME.0.txt, NAME.1.txt, ... one is drawn each epoch)
@@ -209,35 +190,35 @@ class TrainOptions(argparse.Namespace):
         upstream: what OpenCLIP's parser knows beside these; read `openclip` instead
     """
 
-    config: str | None = _ours(None, GENERAL, "FILE.yaml")
-    check_only: bool = _ours(False, GENERAL)
-    model: str = _ours("", GENERAL, "NAME", IDENTITY)
-    model_config: str | None = _ours(None, GENERAL, "FILE.json")
-    masking: str = _ours("none", IMAGE, "NAME", IDENTITY, details=_papers)
-    mask_ratio: float | None = _ours(None, IMAGE, "F")
-    mask_ratio_min: float | None = _ours(None, IMAGE, "F")
-    masking_option: dict[str, Any] = _ours({}, IMAGE, "KEY=VALUE", details=_strategies_options)
-    mask_schedule: str = _ours("constant", IMAGE, "NAME", IDENTITY, choices=SCHEDULES)
+    config: str | None = _ours(None, GENERAL, "NAME|FILE.yaml", is_basic=True)
+    check_only: bool = _ours(False, GENERAL, is_basic=True)
+    model: str = _ours("", GENERAL, "NAME", IDENTITY, is_basic=True)
+    model_config: str | None = _ours(None, GENERAL, "FILE.json", is_basic=True)
+    masking: str = _ours("none", IMAGE, "NAME", IDENTITY, is_basic=True, registered="masking")
+    mask_ratio: float | None = _ours(None, IMAGE, "F", is_basic=True)
+    mask_ratio_min: float | None = _ours(None, IMAGE, "F", is_basic=True)
+    masking_option: dict[str, Any] = _ours({}, IMAGE, "KEY=VALUE", is_basic=True)
+    mask_schedule: str = _ours("constant", IMAGE, "NAME", IDENTITY, choices=MASK_SCHEDULES)
     mask_ratio_end: float | None = _ours(None, IMAGE, "F", IDENTITY, rule=BELOW_1)
     mask_schedule_steps: int = _ours(5, IMAGE, "N", IDENTITY, rule=AT_LEAST_2)
     merge: str = _ours("none", IMAGE, "GROUPS", IDENTITY)
     merge_counts: bool = _ours(False, IMAGE, part=IDENTITY)
     pack_tokens: bool | None = _ours(None, IMAGE)
-    text_masking: str = _ours("none", TEXT, "NAME", IDENTITY, details=_text_maskings)
+    text_masking: str = _ours("none", TEXT, "NAME", IDENTITY, is_basic=True, registered="data")
     caption_key: str | None = _ours(None, TEXT, "KEY", IDENTITY)
-    text_tokens: int | None = _ours(None, TEXT, "N", IDENTITY)
+    text_tokens: int | None = _ours(None, TEXT, "N", IDENTITY, is_basic=True)
     text_masking_option: dict[str, Any] = _ours({}, TEXT, "KEY=VALUE")
-    unmasked_epochs: int = _ours(0, UNMASKED, "N", RECIPE, rule=AT_LEAST_0)
+    unmasked_epochs: int = _ours(0, UNMASKED, "N", RECIPE, rule=AT_LEAST_0, is_basic=True)
     unmasked_lr: float = _ours(1e-5, UNMASKED, "F", RECIPE, rule=ABOVE_0)
     unmasked_warmup: int | None = _ours(None, UNMASKED, "N", RECIPE, rule=AT_LEAST_0)
     unmasked_batch_size: int | None = _ours(None, UNMASKED, "N", RECIPE, rule=AT_LEAST_1)
     unmasked_accum_freq: int | None = _ours(None, UNMASKED, "N", RECIPE, rule=AT_LEAST_1)
-    eval_suite: str | None = _ours(None, EVALUATION, "NAME")
+    eval_suite: str | None = _ours(None, EVALUATION, "NAME", is_basic=True)
     eval_datasets: str = _ours("demo", EVALUATION, "demo|paper|FILE")
     eval_data_root: str | None = _ours(None, EVALUATION, "DIR")
     eval_every: int = _ours(1, EVALUATION, "N", rule=AT_LEAST_1)
     save_every_steps: int | None = _ours(None, SAVING, "N", rule=AT_LEAST_1)
-    save_every_minutes: float | None = _ours(None, SAVING, "M", rule=ABOVE_0)
+    save_every_minutes: float | None = _ours(None, SAVING, "M", rule=ABOVE_0, is_basic=True)
     keep_checkpoints: int = _ours(3, SAVING, "K", rule=AT_LEAST_1)
     accept_changes: bool = _ours(False, SAVING)
     max_bad_steps: int = _ours(10, ENDING, "N", rule=AT_LEAST_1)
@@ -251,26 +232,26 @@ class TrainOptions(argparse.Namespace):
     use_otn: bool = _ours(False, RELEASED)
 
     # OpenCLIP's: data.
-    train_data: str | None = _theirs()
+    train_data: str | None = _theirs(is_basic=True)
     train_data_upsampling_factors: str | None = _theirs(IDENTITY)
-    val_data: str | None = _theirs()
-    train_num_samples: int | None = _theirs(IDENTITY, AT_LEAST_1)
+    val_data: str | None = _theirs(is_basic=True)
+    train_num_samples: int | None = _theirs(IDENTITY, AT_LEAST_1, is_basic=True)
     val_num_samples: int | None = _theirs(rule=AT_LEAST_1)
-    dataset_type: str = _theirs(IDENTITY)
+    dataset_type: str = _theirs(IDENTITY, is_basic=True)
     dataset_resampled: bool = _theirs(IDENTITY)
     csv_separator: str = _theirs()
     csv_img_key: str = _theirs()
     csv_caption_key: str = _theirs()
     imagenet_val: str | None = _theirs()
     imagenet_v2: str | None = _theirs()
-    workers: int = _theirs(rule=WORKERS)
+    workers: int = _theirs(rule=WORKERS, is_basic=True)
     image_mean: list[float] | None = _theirs(RECIPE)
     image_std: list[float] | None = _theirs(RECIPE)
     image_interpolation: str | None = _theirs(RECIPE)
     image_resize_mode: str | None = _theirs()
     aug_cfg: dict[str, Any] = _theirs(RECIPE)
     # OpenCLIP's: model.
-    pretrained: str = _theirs(IDENTITY)
+    pretrained: str = _theirs(IDENTITY, is_basic=True)
     pretrained_image: bool = _theirs()
     cache_dir: str | None = _theirs()
     lock_image: bool = _theirs(RECIPE)
@@ -286,7 +267,7 @@ class TrainOptions(argparse.Namespace):
     force_custom_text: bool = _theirs(IDENTITY)
     grad_checkpointing: bool = _theirs()
     torchcompile: bool = _theirs()
-    precision: str = _theirs(RECIPE)
+    precision: str = _theirs(RECIPE, is_basic=True)
     # OpenCLIP's: loss.
     local_loss: bool = _theirs(RECIPE)
     gather_with_grad: bool = _theirs(RECIPE)
@@ -295,38 +276,38 @@ class TrainOptions(argparse.Namespace):
     coca_caption_loss_weight: float = _theirs(rule=AT_LEAST_0)
     coca_contrastive_loss_weight: float = _theirs(rule=AT_LEAST_0)
     # OpenCLIP's: optimization.
-    batch_size: int = _theirs(RECIPE, AT_LEAST_1)
-    accum_freq: int = _theirs(RECIPE, AT_LEAST_1)
-    epochs: int = _theirs(RECIPE, AT_LEAST_1)
+    batch_size: int = _theirs(RECIPE, AT_LEAST_1, is_basic=True)
+    accum_freq: int = _theirs(RECIPE, AT_LEAST_1, is_basic=True)
+    epochs: int = _theirs(RECIPE, AT_LEAST_1, is_basic=True)
     epochs_cooldown: int | None = _theirs(RECIPE, AT_LEAST_1)
-    lr: float = _theirs(RECIPE, ABOVE_0)
+    lr: float = _theirs(RECIPE, ABOVE_0, is_basic=True)
     beta1: float | None = _theirs(RECIPE, BELOW_1)
     beta2: float | None = _theirs(RECIPE, BELOW_1)
     eps: float | None = _theirs(RECIPE, ABOVE_0)
     wd: float = _theirs(RECIPE, AT_LEAST_0)
     momentum: float | None = _theirs(RECIPE, BELOW_1)
-    warmup: int = _theirs(RECIPE, AT_LEAST_0)
+    warmup: int = _theirs(RECIPE, AT_LEAST_0, is_basic=True)
     opt: str = _theirs(IDENTITY)
     skip_scheduler: bool = _theirs(RECIPE)
     lr_scheduler: str = _theirs(RECIPE)
     lr_cooldown_end: float = _theirs(RECIPE, AT_LEAST_0)
     lr_cooldown_power: float = _theirs(RECIPE, ABOVE_0)
     grad_clip_norm: float | None = _theirs(RECIPE, ABOVE_0)
-    seed: int = _theirs(IDENTITY, SEED)
+    seed: int = _theirs(IDENTITY, SEED, is_basic=True)
     # OpenCLIP's: processes and devices.
-    device: str = _theirs()
+    device: str = _theirs(is_basic=True)
     dist_url: str | None = _theirs()
     dist_backend: str | None = _theirs()
     no_set_device_rank: bool = _theirs()
     ddp_static_graph: bool = _theirs()
     use_bn_sync: bool = _theirs()
     # OpenCLIP's: run folder, logging, checkpoints.
-    logs: str = _theirs()
+    logs: str = _theirs(is_basic=True)
     log_local: bool = _theirs()
-    name: str | None = _theirs()
+    name: str | None = _theirs(is_basic=True)
     debug: bool = _theirs()
     log_every_n_steps: int = _theirs(rule=AT_LEAST_1)
-    report_to: str = _theirs()
+    report_to: str = _theirs(is_basic=True)
     wandb_notes: str = _theirs()
     wandb_project_name: str = _theirs()
     save_frequency: int = _theirs(rule=AT_LEAST_0)
@@ -334,7 +315,7 @@ class TrainOptions(argparse.Namespace):
     delete_previous_checkpoint: bool = _theirs()
     zeroshot_frequency: int = _theirs(rule=AT_LEAST_0)
     val_frequency: int = _theirs(rule=AT_LEAST_0)
-    resume: str | None = _theirs()
+    resume: str | None = _theirs(is_basic=True)
 
     # What follows from these, and who this process is.
     masking_options: dict[str, Any] = field(default_factory=dict, metadata={"part": IDENTITY})
@@ -375,6 +356,25 @@ REFUSED_FLAGS = {
     "--copy-codebase": "the run folder's env.json records the versions and the commit",
 }
 
+LR_SCHEDULERS = ("cosine", "const", "const-cooldown")
+REPORT_TARGETS = ("tensorboard", "wandb", "all")
+SIGLIP_LOSS_IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
+
+# Beyond it floats pass over whole numbers.
+_LARGEST = 2**53
+# What file systems take.
+_LONGEST_NAME = 255
+_REGISTRATION = re.compile(
+    r'^(?:@register_masking|@TEXT_MASKINGS\.register|_register_reduction)\(\s*"([\w-]+)"', re.M
+)
+_EXIT_CODES = """\
+Exit codes: 0 done, 2 bad input, 85 told to leave by SIGTERM or SIGUSR1, and saved, 130 Ctrl-C,
+1 anything else. --resume latest goes on after any of them.
+"""
+_BELOW_SHORT_HELP = f"""\
+--help-all lists all options, those of each strategy and those of OpenCLIP's trainer.
+{_EXIT_CODES}"""
+
 
 def is_theirs(option: Field) -> bool:
     """Return whether a field of `TrainOptions` is a flag of OpenCLIP's."""
@@ -408,43 +408,109 @@ class _Parser(argparse.ArgumentParser):
         raise _RefusedError(message)
 
 
-def option_parser() -> argparse.ArgumentParser:
-    """Return the parser of all flags; what nobody gave is not in its namespace."""
+def option_parser(*, is_short: bool = False) -> argparse.ArgumentParser:
+    """Return the parser of all flags; what nobody gave is not in its namespace.
+
+    Args:
+        is_short: Whether its help shows only what most runs are told.
+    """
     parser = _Parser(
-        prog="python -m clip_pgs.training",
-        usage="%(prog)s [--config FILE.yaml] [options]",
+        prog="clip-pgs train",
+        usage="%(prog)s [CONFIG] [--nproc N] [options]",
         description="Train a CLIP model whose image tower sees only some patches of each image.",
         allow_abbrev=False,
         add_help=False,
         argument_default=argparse.SUPPRESS,
     )
     hints, texts = get_type_hints(TrainOptions), _explained_options()
+    ours = [f for f in fields(TrainOptions) if "heading" in f.metadata]
     groups: dict[str, Any] = {}
-    for option in (f for f in fields(TrainOptions) if "heading" in f.metadata):
+    for option in ours:
         heading = option.metadata["heading"]
         if heading not in groups:
-            groups[heading] = parser.add_argument_group(heading, _BELOW_HEADINGS.get(heading))
+            below = None if is_short else _BELOW_HEADINGS.get(heading)
+            groups[heading] = parser.add_argument_group(heading, below)
         argument = _argument(option, hints[option.name], texts.get(option.name, ""))
+        if is_short and not option.metadata.get("is_basic"):
+            argument["help"] = argparse.SUPPRESS
         groups[heading].add_argument(flag_of(option.name), **argument)
-    groups[GENERAL].add_argument("-h", "--help", action="help", help="print this text and leave")
+    add = groups[GENERAL].add_argument
+    add(
+        "--nproc",
+        metavar="N",
+        help="processes on this machine, which torchrun starts (default: NPROC_PER_NODE, or the "
+        "number of its GPUs, or 1)",
+    )
+    add("-h", "--help", action="help", help="print what most runs need and leave")
+    add("--help-all", action="help", help="print every option, those of each strategy, and leave")
 
     theirs = parser.add_argument_group(
         "OpenCLIP's options, with OpenCLIP's meaning",
         "Each switch also has a --no- form, which takes back what a config set.",
     )
-    obeyed = option_flags(are_theirs=True)
+    obeyed = {flag_of(f.name): f for f in fields(TrainOptions) if is_theirs(f)}
     for flag, original in trainer_actions().items():
         if flag == "--model":
             continue
         action = copy.copy(original)
         action.default = argparse.SUPPRESS
-        action.help = original.help if flag in obeyed else argparse.SUPPRESS
+        action.help = argparse.SUPPRESS
+        if flag in obeyed and (obeyed[flag].metadata["is_basic"] or not is_short):
+            action.help = f"{original.help or ''}{_their_default(original)}".strip()
         theirs._add_action(action)
         if action.nargs == 0:
             theirs.add_argument(
                 f"--no-{flag[2:]}", dest=action.dest, action="store_false", help=argparse.SUPPRESS
             )
     return parser
+
+
+def _their_default(action: argparse.Action) -> str:
+    """Return what the help of a flag of OpenCLIP's ends with."""
+    value: Any = action.default
+    if "(default: " in (action.help or ""):
+        return ""
+    if value is None and action.dest in (by_model := default_optimization("ViT")):
+        return f" (default: OpenCLIP's for the model, {by_model[action.dest]:g} for a ViT)"
+    if value in (None, "", {}):
+        value = "none"
+    if isinstance(value, bool):
+        value = "on" if value else "off"
+    return f" (default: {value})"
+
+
+def help_text(*, is_short: bool) -> str:
+    """Return what `--help` or `--help-all` prints; the latter imports torch for the strategies."""
+    text = option_parser(is_short=is_short).format_help()
+    if is_short:
+        return f"{text}\n{_BELOW_SHORT_HELP}"
+    from clip_pgs.data.text_masking import TEXT_MASKINGS
+    from clip_pgs.masking import describe_masking, list_maskings
+
+    lines = ["", "Strategies (--masking NAME), with options (--masking-option KEY=VALUE):"]
+    for declared in map(describe_masking, list_maskings()):
+        lines += ["", *_wrapped(f"{declared.name}: keeps {declared.keeps} ({declared.paper})", 2)]
+        for option in declared.options:
+            # None stands for a value that depends on others, which the text says.
+            has_default = option.default not in (None, inspect.Parameter.empty)
+            default = f" (default: {option.default})" if has_default else ""
+            lines += _wrapped(f"{option.name}: {option.help}{default}", 4)
+    lines += ["", "Text maskings (--text-masking NAME) leave of a caption:", ""]
+    for name in TEXT_MASKINGS.names():
+        declaration = TEXT_MASKINGS.declaration(name)
+        needs = f", needs {declaration['needs']}" if declaration["needs"] else ""
+        lines += _wrapped(f"{name}: {declaration['summary']} ({declaration['source']}{needs})", 2)
+    return "\n".join([text.rstrip(), *lines, "", _EXIT_CODES])
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(
+        " ".join(text.split()),
+        98,
+        initial_indent=" " * indent,
+        subsequent_indent=" " * (indent + 4),
+        break_on_hyphens=False,
+    )
 
 
 def _explained_options() -> dict[str, str]:
@@ -457,13 +523,16 @@ def _explained_options() -> dict[str, str]:
 def _argument(option: Field, hint: Any, text: str) -> dict[str, Any]:
     """Return what argparse is told of one of our flags."""
     metadata, default = option.metadata, option.default
-    if "details" in metadata:
-        text += f". {metadata['details']()}"
-    if "(default: " not in text and default and isinstance(default, (str, int, float)):
-        text += (
-            f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
-        )
-    argument = {"help": text.replace("%", "%%")}
+    if "registered" in metadata:
+        text = f"{', '.join(registered_names(metadata['registered']))}: {text}"
+    if "(default: " not in text:
+        said = "off" if default is False else default
+        if isinstance(default, float):
+            said = f"{default:g}"
+        # A dictionary's default is made by a factory.
+        is_none = default in (None, "") or not isinstance(default, (str, int, float))
+        text += f" (default: {'none' if is_none else said})"
+    argument: dict[str, Any] = {"help": text.replace("%", "%%")}
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
     if kinds == [bool]:
         return {**argument, "action": argparse.BooleanOptionalAction}
@@ -475,6 +544,20 @@ def _argument(option: Field, hint: Any, text: str) -> dict[str, Any]:
     if kinds != [str]:
         return {**argument, "type": _or_none(kinds[0]) if default is None else kinds[0]}
     return argument
+
+
+def registered_names(package: str) -> list[str]:
+    """Return the names that the modules of a package of ours register, sorted.
+
+    They are read from the modules' text, unless this process has imported them anyway: importing
+    them takes torch, and with it seconds.
+    """
+    if package == "masking" and "clip_pgs.masking" in sys.modules:
+        return sys.modules["clip_pgs.masking"].list_maskings()
+    if package == "data" and "clip_pgs.data.text_masking" in sys.modules:
+        return sys.modules["clip_pgs.data.text_masking"].TEXT_MASKINGS.names()
+    texts = (path.read_text() for path in Path(__file__).parents[1].joinpath(package).glob("*.py"))
+    return sorted(name for text in texts for name in _REGISTRATION.findall(text))
 
 
 def _or_none(kind: type) -> Callable[[str], Any]:
@@ -498,17 +581,27 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
     Raises:
         ValueError: If an option is unknown, abbreviated, refused or malformed, or if the model
             is not named or not known.
-        SystemExit: For `--help`.
+        SystemExit: For `--help` and `--help-all`.
     """
+    options = read_options(argv)
+    register_model_config(options)
+    return options
+
+
+def read_options(argv: Sequence[str]) -> TrainOptions:
+    """Do what `parse_options` does without torch, which is everything but the model config."""
+    for flag in ("--help", "-h", "--help-all"):
+        if flag in argv:
+            sys.stdout.write(help_text(is_short=flag != "--help-all"))
+            raise SystemExit(0)
     parser = option_parser()
-    if {"-h", "--help"} & set(argv):
-        sys.stdout.write(parser.format_help())
-        raise SystemExit(0)
     said = _parse(parser, argv)
     if "config" in said:
         configured = config_arguments(said["config"], parser, said)
         said = _parse(parser, [*configured, *argv])
 
+    if "nproc" in said:
+        raise ValueError("--nproc is for `clip-pgs train`, which starts processes; this is one")
     obeyed = {f.name for f in fields(TrainOptions) if is_theirs(f)}
     upstream = {action.dest: action.default for action in trainer_actions().values()}
     for name in sorted(said.keys() & upstream.keys() - obeyed - {"model"}):
@@ -518,10 +611,12 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
     # What is None, or a switch that is off, is as if nobody had said it; a ratio of 0 is said.
     said = {name: value for name, value in said.items() if value is not None and value != {}}
     given = {name for name, value in said.items() if value is not False}
+    if "model_config" in said:
+        said["model_config"] = find_config(said["model_config"], "models")
     said["model"] = choose_model(said.get("model"), said.get("model_config"))
     theirs = {name: said.get(name, upstream[name]) for name in obeyed}
     if "timm" not in theirs["opt"]:
-        defaults = get_default_params(said["model"])
+        defaults = default_optimization(said["model"])
         theirs |= {name: value for name, value in defaults.items() if theirs[name] is None}
     options = TrainOptions(**{**theirs, **said, "upstream": {**upstream, **theirs}})
 
@@ -563,7 +658,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, An
 
 
 def choose_model(model: str | None, model_config: str | None) -> str:
-    """Return the model's name; a config of the user's own is registered in open_clip.
+    """Return the model's name, which is that of the file for a config of the user's own.
 
     OpenCLIP's trainer takes RN50 where nothing is named, and passes over a broken config file.
 
@@ -572,8 +667,8 @@ def choose_model(model: str | None, model_config: str | None) -> str:
         model_config: The value of `--model-config`, or None.
 
     Raises:
-        ValueError: If both are missing or disagree, the model is unknown, or the file is no
-            model config or takes the name of a model of open_clip.
+        ValueError: If both are missing or disagree, the model is unknown, or the file takes the
+            name of a model of open_clip.
     """
     if model_config is not None:
         path, what = Path(model_config), f"--model-config {model_config}"
@@ -584,20 +679,87 @@ def choose_model(model: str | None, model_config: str | None) -> str:
             )
         if path.suffix != ".json":
             raise ValueError(f"--model-config must end in .json, got {model_config}")
-        check_model_config(read_json_object(path, what=what), what=what)
-        if is_bundled_model(path.stem):
+        if path.stem in bundled_models():
             raise ValueError(f"{what} has the name of a model of open_clip; rename the file")
-        open_clip.add_model_config(path.resolve())
         return path.stem
     if model is None:
         raise ValueError("no model is named; give --model NAME or --model-config FILE.json")
-    if not model.startswith(MODEL_SCHEMAS) and model not in open_clip.list_models():
-        near = nearest_names(model, open_clip.list_models())
+    if not model.startswith(MODEL_SCHEMAS) and model not in known_models():
+        near = nearest_names(model, known_models())
         raise ValueError(
             f"open_clip knows no model {model!r} ({near}); a config of your own goes "
             "after --model-config"
         )
     return model
+
+
+def register_model_config(options: TrainOptions) -> None:
+    """Make open_clip know the model of `--model-config`, if there is one.
+
+    Raises:
+        ValueError: If the file is no model config.
+    """
+    if options.model_config is None:
+        return
+    import open_clip
+
+    from clip_pgs.integrations.open_clip.model_config import check_model_config, read_json_object
+
+    path, what = Path(options.model_config), f"--model-config {options.model_config}"
+    check_model_config(read_json_object(path, what=what), what=what)
+    open_clip.add_model_config(path.resolve())
+
+
+def check_values(options: TrainOptions) -> None:
+    """Refuse what can be told to be wrong without torch: numbers out of range, unknown names.
+
+    Args:
+        options: From `read_options` or `parse_options`.
+
+    Raises:
+        ValueError: With one sentence, for the first thing that is wrong.
+    """
+    _check_ranges(options)
+    for option in fields(TrainOptions):
+        registered, name = option.metadata.get("registered"), getattr(options, option.name)
+        if registered is not None and ":" not in name:
+            check_choice(flag_of(option.name), name, registered_names(registered))
+    check_choice("--lr-scheduler", options.lr_scheduler, LR_SCHEDULERS)
+    if options.siglip and options.loss_dist_impl is not None:
+        check_choice("--loss-dist-impl", options.loss_dist_impl, SIGLIP_LOSS_IMPLEMENTATIONS)
+    for target in filter(None, map(str.strip, options.report_to.split(","))):
+        check_choice("--report-to, names joined by commas,", target, REPORT_TARGETS)
+    name = options.name
+    if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
+        raise ValueError(f"--name must be one folder name without separators, got {name!r}")
+    if name is not None and len(name.encode(errors="surrogateescape")) > _LONGEST_NAME:
+        raise ValueError(f"--name must be at most {_LONGEST_NAME} bytes long, got {name!r}")
+    if options.resume == "latest" and name is None:
+        raise ValueError("--resume latest needs the --name of the run to continue")
+
+
+def _check_ranges(options: TrainOptions) -> None:
+    for option in fields(TrainOptions):
+        rule, value = option.metadata.get("rule"), getattr(options, option.name)
+        if rule is None or value is None or (abs(value) <= _LARGEST and rule.holds(value)):
+            continue
+        if isinstance(value, int) and value > _LARGEST:
+            raise ValueError(f"{flag_of(option.name)} must be at most 2**53, got {value}")
+        raise ValueError(f"{flag_of(option.name)} must be {rule.text}, got {value}")
+    for flag, values in (("--image-mean", options.image_mean), ("--image-std", options.image_std)):
+        if values is not None and not (len(values) == 3 and all(map(math.isfinite, values))):
+            raise ValueError(f"{flag} takes 3 finite numbers, got {values}")
+    if options.image_std is not None and min(options.image_std) <= 0:
+        raise ValueError(f"--image-std must be > 0, got {options.image_std}")
+    size = options.force_image_size
+    if size is not None and (len(size) > 2 or min(size) < 1):
+        raise ValueError(f"--force-image-size takes 1 or 2 sizes >= 1, got {size}")
+
+
+def check_choice(flag: str, value: str | None, choices: Collection[str]) -> None:
+    """Refuse a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{flag} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _constructor_options(options: TrainOptions, released: dict[str, Any]) -> dict[str, Any]:

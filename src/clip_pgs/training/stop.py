@@ -31,8 +31,6 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, NoReturn
 
-from torch.distributed import DistError
-
 from clip_pgs.common import EXIT_NAME, LOCK_NAME
 
 if TYPE_CHECKING:
@@ -359,8 +357,12 @@ class ExitReport:
 
 def _is_lost_connection(error: BaseException) -> bool:
     """Return whether an error only says that another process is gone."""
-    if isinstance(error, DistError):
-        return True
+    # Where torch was never imported, the error is not its own.
+    if "torch.distributed" in sys.modules:
+        from torch.distributed import DistError
+
+        if isinstance(error, DistError):
+            return True
     return isinstance(error, RuntimeError) and bool(_LOST_CONNECTION.search(str(error)))
 
 

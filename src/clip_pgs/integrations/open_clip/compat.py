@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import functools
-import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import open_clip
 import open_clip.factory
 import open_clip.tokenizer
-import open_clip_train.params
 from open_clip.tokenizer import get_reduction_mask_fn, syntax_mask_tokenize
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
@@ -34,59 +29,12 @@ def check_versions() -> None:
         raise ValueError(f"clip-pgs needs open_clip_torch>=3.3,<4, found {found}")
 
 
-def is_bundled_model(name: str) -> bool:
-    """Return whether open_clip itself ships a model config of this name."""
-    return (Path(open_clip.__file__).parent / "model_configs" / f"{name}.json").exists()
-
-
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside DDP and `torch.compile`."""
     # DDP wraps as `module`, torch.compile as `_orig_mod`.
     for wrapper in ("_orig_mod", "module", "_orig_mod"):
         model = getattr(model, wrapper, model)
     return model
-
-
-class _ParserBuilt(Exception):  # noqa: N818 - a signal, not an error
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        super().__init__()
-        self.parser = parser
-
-
-class _ReportingParser(argparse.ArgumentParser):
-    """Hands itself over at the moment in which it is asked to parse."""
-
-    def parse_args(self, *_args: Any, **_options: Any) -> NoReturn:
-        raise _ParserBuilt(self)
-
-
-@functools.cache
-def trainer_parser() -> argparse.ArgumentParser:
-    """Return the parser of OpenCLIP's trainer, for its flags, types, choices and help texts.
-
-    OpenCLIP builds its parser inside `parse_args` and never returns it. For the length of one
-    call, the name `argparse` of that one module stands for a module whose parser reports itself
-    instead of parsing; nobody else's `argparse` changes.
-    """
-    params = open_clip_train.params
-    params.argparse = types.SimpleNamespace(ArgumentParser=_ReportingParser)
-    try:
-        params.parse_args([])
-    except _ParserBuilt as built:
-        return built.parser
-    finally:
-        params.argparse = argparse
-    raise RuntimeError("open_clip_train.params.parse_args no longer builds an ArgumentParser")
-
-
-@functools.cache
-def trainer_actions() -> dict[str, argparse.Action]:
-    """Return what each flag of OpenCLIP's trainer does, by its long name ("--train-data")."""
-    return {
-        action.option_strings[-1]: action
-        for action in trainer_parser()._actions
-        if action.option_strings and action.dest != "help"
-    }
 
 
 @contextlib.contextmanager
