@@ -227,6 +227,24 @@ def test_run_means_the_ratio_that_a_schedule_had_reached(run):
     assert load_model(path, inference_masking="run").masking.label == "random 0.6"
 
 
+def test_run_merges_as_training_did_unless_told_otherwise(run, six):
+    path = say_trained_with(run, "random", {"mask_ratio": 0.5}, merge="2x2", merge_counts=True)
+    merged = load_model(path, inference_masking="run")
+    assert merged.masking.label == "random 0.5 merge=2x2 merge_counts=True"
+    given = {"inference_options": {"merge": "none"}}
+    dropped = load_model(path, inference_masking="run", **given)
+    assert dropped.masking.label == "random 0.5"
+    model = load_model(path).model
+    apply_masking(model, "random", mask_ratio=0.5, merge="2x2", merge_counts=True, when="always")
+    places = [(shard, place) for shard in range(2) for place in range(6)]
+    set_masking_noise(model, merged.masking.noise(places, num_patches=4))
+    images = [merged.transform(image) for image in images_of(Path(six.location) / "test")]
+    with torch.no_grad():
+        expected = model.encode_image(torch.stack(images))
+    torch.testing.assert_close(encode(merged, six).images, expected)
+    assert not torch.allclose(encode(dropped, six).images, expected)
+
+
 def test_run_of_a_model_trained_on_whole_images_masks_nothing(run):
     say_trained_with(run, "none", {})
     assert load_model(run, inference_masking="run").masking is None
@@ -278,6 +296,8 @@ def test_a_strategy_of_ones_own_is_taken_by_its_import_path(run, six, monkeypatc
         (["--inference-masking", "pqs"], "unknown masking 'pqs'"),
         (["--inference-masking", "pgs", "--inference-mask-ratio", "1"], "mask_ratio must be in"),
         (["--inference-mask-ratio", "0.5"], "needs --inference-masking"),
+        (["--inference-masking", "pgs", "--inference-merge", "two"], "merge must be none"),
+        (["--inference-masking", "pgs", "--inference-merge-counts"], "merge_counts needs merge"),
         (["--inference-masking", "random", "--inference-masking-option", "edges=0"], "edges"),
     ],
 )

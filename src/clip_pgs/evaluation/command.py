@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_DONE, EXIT_INCOMPLETE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 REPORT_NAME = "report"
+_INFERENCE_FLAGS = ("mask_ratio", "merge", "merge_counts")
 
 _HINTS = {
     "demo": "make the demo data with `python -m clip_pgs.data world data/demo`",
@@ -150,6 +151,16 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     add("--inference-mask-ratio", type=float, metavar="F", help="its share of dropped patches")
     add(
+        "--inference-merge",
+        metavar="GROUPS",
+        help="merge what it drops, as --merge does in training; run merges as the run did",
+    )
+    add(
+        "--inference-merge-counts",
+        action=argparse.BooleanOptionalAction,
+        help="the same of --merge-counts",
+    )
+    add(
         "--inference-masking-option",
         nargs="+",
         action=Pairs,
@@ -237,10 +248,10 @@ def _device(name: str | None, ranks: Ranks) -> str:
 
 
 def _model_choice(args: argparse.Namespace) -> dict[str, Any]:
-    ratio = args.inference_mask_ratio
-    options = {} if ratio is None else {"mask_ratio": ratio}
-    if options.keys() & args.inference_masking_option.keys():
-        raise ValueError("mask_ratio is given twice: as a flag and as --inference-masking-option")
+    flags = {name: getattr(args, f"inference_{name}") for name in _INFERENCE_FLAGS}
+    options = {name: value for name, value in flags.items() if value is not None}
+    for name in options.keys() & args.inference_masking_option.keys():
+        raise ValueError(f"{name} is given as a flag and as --inference-masking-option; keep one")
     options |= args.inference_masking_option
     if options and args.inference_masking is None:
         raise ValueError(f"{', '.join(options)} at inference needs --inference-masking NAME")

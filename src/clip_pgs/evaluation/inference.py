@@ -35,6 +35,7 @@ from clip_pgs.integrations.open_clip import (
 )
 from clip_pgs.integrations.open_clip.model_config import read_json_object
 from clip_pgs.masking import create_masking, describe_masking, masking_options
+from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.schedule import scheduled_ratio
 
 # What stands for the strategy that a model was trained with.
@@ -51,6 +52,8 @@ class InferenceMasking:
         name: A strategy, or "package.module:Class".
         options: Its options; those that are not given have its defaults.
         progress: Completed share of the masked training steps, in [0, 1].
+        merge: Groups of dropped patches that become tokens, as `apply_masking` takes it.
+        merge_counts: The same.
         state: What training found, as `masking_state` returned it: a teacher, thresholds. Without
             it a strategy has its defaults, and a teacher the weights of the model.
         seed: Of the random numbers.
@@ -62,11 +65,14 @@ class InferenceMasking:
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     progress: float = 1.0
+    merge: str = "none"
+    merge_counts: bool = False
     state: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
         create_masking(self.name, **self.options)
+        Merge.parse(self.merge, counts=self.merge_counts)
 
     @property
     def label(self) -> str:
@@ -82,12 +88,14 @@ class InferenceMasking:
             for name, value in sorted(others.items())
             if name not in ("mask_ratio", "mask_ratio_min") and value != defaults[name]
         ]
+        changed += [f"merge={self.merge}"] if self.merge != "none" else []
+        changed += ["merge_counts=True"] if self.merge_counts else []
         return " ".join([self.name, *ratios, *changed, *(["as trained"] if self.state else [])])
 
     @property
     def file_ending(self) -> str:
         """The label as the end of a file's name."""
-        return "@" + "".join(c if c.isalnum() or c in ".=-" else "_" for c in self.label)
+        return "@" + "".join(c if c.isalnum() or c in ".=-+" else "_" for c in self.label)
 
     def description(self) -> str:
         """Return a text that is equal where equal images get equal masks."""
@@ -105,7 +113,8 @@ class InferenceMasking:
         Raises:
             ValueError: If its image tower cannot be masked so.
         """
-        with masked_inference(model, self.name, **self.options):
+        merging = {"merge": self.merge, "merge_counts": self.merge_counts}
+        with masked_inference(model, self.name, **merging, **self.options):
             load_masking_state(model, self.state)
             set_masking_progress(model, self.progress)
             yield
@@ -133,8 +142,9 @@ def choose_masking(
     Args:
         name: A strategy; "run" for the one that the weights were trained with, at the ratio they
             were trained with last; None for none.
-        options: Options of the strategy; beside "run" they take the place of the run's, and what
-            its training found is not used.
+        options: Options of the strategy, and `merge` and `merge_counts` as `apply_masking` takes
+            them; beside "run" they take the place of the run's, and what its training found is
+            not used.
         weights: Where the weights lie: a checkpoint, an export, or a name. A checkpoint of this
             trainer, or the newest of the run, tells how far training had come; otherwise it counts
             as finished.
@@ -157,10 +167,20 @@ def choose_masking(
                 f"nothing tells what {weights} was trained with: it is no checkpoint of this "
                 "trainer and lies in no run; name a masking instead"
             )
-        name, trained = told["masking"], _trained_options(told, progress)
+        name = told["masking"]
+        try:
+            trained = _trained_options(told, progress)
+        # A damaged record can hold anything.
+        except (TypeError, LookupError) as error:
+            raise ValueError(f"what {weights} was trained with cannot be read: {error}") from None
+        if options.get("merge") == "none":
+            trained.pop("merge_counts", None)
         state = {} if options else checkpoint.get("masking_state") or {}
         options = {**trained, **options}
-    masking = InferenceMasking(name, options, progress, state)
+    merging = {key: options.pop(key) for key in ("merge", "merge_counts") if key in options}
+    if not isinstance(merging.get("merge", ""), str):
+        raise ValueError(f"merge takes a name, got {merging['merge']!r}")
+    masking = InferenceMasking(name, options, progress, state=state, **merging)
     return None if create_masking(name, **options).keeps_all else masking
 
 
@@ -204,16 +224,17 @@ def _positive(value: Any) -> float | None:
 def _trained_options(told: Mapping[str, Any], progress: float) -> dict[str, Any]:
     """Return a strategy's options as training had them at a point, schedule included."""
     options = dict(told.get("masking_options") or {})
+    merging = {key: told[key] for key in ("merge", "merge_counts") if key in told}
     kind = told.get("mask_schedule") or "constant"
     if kind == "constant":
-        return options
+        return options | merging
     strategy = create_masking(told["masking"], **options)
     levels, end = told["mask_schedule_steps"], told["mask_ratio_end"]
     strategy.set_mask_ratio(
         scheduled_ratio(strategy.mask_ratio, end, progress=progress, kind=kind, num_levels=levels)
     )
     names = [name for name in ("mask_ratio", "mask_ratio_min") if hasattr(strategy, name)]
-    return {**options, **{name: getattr(strategy, name) for name in names}}
+    return {**options, **merging, **{name: getattr(strategy, name) for name in names}}
 
 
 def _digest(state: Any) -> str:
