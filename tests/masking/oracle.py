@@ -150,12 +150,28 @@ def candidates(noise, edges, *, protection, count, places=None):
     return sorted(range(len(keys)), key=lambda j: (j not in first, -keys[j]))[:count]
 
 
-def kept(patch_scores, candidates, *, ratio_max, ratio_min, threshold):
-    """Return the positions that stay: candidates go first, then the highest scores."""
+def second_draw(noise):
+    """Return the numbers that a random share is drawn by, from those of one image."""
+    return [int(number * 2**24) * 10368889 % 2**24 / 2**24 for number in noise.tolist()]
+
+
+def kept(
+    patch_scores, candidates, *, ratio_max, ratio_min, threshold, random_share=0.0, noise=None
+):
+    """Return the positions that stay: candidates go first, then the highest scores.
+
+    A random share of them is drawn in the end, from all but the lowest scores.
+    """
     num_patches = len(patch_scores)
     most = math.floor(ratio_max * num_patches + 1e-9)
     fewest = math.floor(ratio_min * num_patches + 1e-9)
     above = [j for j in range(num_patches) if patch_scores[j] > threshold or j in candidates]
     num_mask = min(max(len(above), fewest), most)
     order = sorted(range(num_patches), key=lambda j: (j not in candidates, -patch_scores[j], j))
-    return sorted(order[num_mask:])
+    num_keep = num_patches - num_mask
+    num_lowest = round((1 - random_share) * num_keep)
+    others, lowest = order[: num_patches - num_lowest], order[num_patches - num_lowest :]
+    if num_lowest < num_keep:
+        draw = second_draw(noise)
+        others.sort(key=lambda j: (draw[j], -j))
+    return sorted(lowest + others[: num_keep - num_lowest])

@@ -27,7 +27,7 @@ def mean_ratio(strategy, inputs):
     return 1 - strategy(inputs).kept_counts().float().mean().item() / inputs.num_patches
 
 
-def kept_by_hand(inputs, i, *, threshold, ratio_min, anchor_ratio):
+def kept_by_hand(inputs, i, *, threshold, ratio_min, anchor_ratio, random_share):
     """Return the kept positions of image i by slow float64 loops."""
     noise, num_patches = inputs.noise[i].tolist(), inputs.num_patches
     by_noise = sorted(range(num_patches), key=lambda j: -noise[j])
@@ -44,14 +44,22 @@ def kept_by_hand(inputs, i, *, threshold, ratio_min, anchor_ratio):
         ratio_max=(num_patches - 1) / num_patches,
         ratio_min=ratio_min,
         threshold=threshold,
+        random_share=random_share,
+        noise=inputs.noise[i],
     )
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("threshold", [0.1, 0.6])
-def test_the_selection_equals_a_slow_float64_loop(progress, threshold):
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_selection_equals_a_slow_float64_loop(progress, threshold, share):
     inputs = make_inputs(3, grid_size=(7, 10), noise=noise_like(3, 70), progress=progress)
-    options = {"mask_ratio_min": 0.2, "anchor_ratio": 0.05, "threshold": threshold}
+    options = {
+        "mask_ratio_min": 0.2,
+        "anchor_ratio": 0.05,
+        "threshold": threshold,
+        "random_share": share,
+    }
     kept = rows(create_masking("cluster", **options)(inputs))
     options["ratio_min"] = options.pop("mask_ratio_min")
     for i in range(3):

@@ -13,10 +13,12 @@ from support.images import make_inputs, smooth_images, square_on_gradient
 
 @pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("ratio_min", [None, 0.3])
-def test_the_selection_equals_a_slow_float64_loop(progress, ratio_min):
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_selection_equals_a_slow_float64_loop(progress, ratio_min, share):
     noise = torch.rand(2, 70, generator=torch.Generator().manual_seed(1))
     inputs = make_inputs(2, grid_size=(7, 10), noise=noise, progress=progress)
-    selection = create_masking("pgs", mask_ratio=0.5, mask_ratio_min=ratio_min)(inputs)
+    options = {"mask_ratio": 0.5, "mask_ratio_min": ratio_min, "random_share": share}
+    selection = create_masking("pgs", **options)(inputs)
     kept = kept_patches(selection, 70)
     for i in range(2):
         image = inputs.pixels[i].double().numpy()
@@ -30,6 +32,8 @@ def test_the_selection_equals_a_slow_float64_loop(progress, ratio_min):
             ratio_max=0.5,
             ratio_min=0.5 if ratio_min is None else ratio_min,
             threshold=calibrated_threshold(progress),
+            random_share=share,
+            noise=noise[i],
         )
         assert kept[i].nonzero().flatten().tolist() == expected
 
@@ -86,6 +90,8 @@ def test_an_object_on_a_smooth_slope_is_kept():
         ({"temperature": 0}, "temperature must be in .*, got 0"),
         ({"num_iters": 0}, "num_iters must be in .*, got 0"),
         ({"solver": "emd"}, "solver must be one of log, pot, got 'emd'"),
+        ({"random_share": 1.1}, r"random_share must be in \[0, 1\], got 1.1"),
+        ({"random_share_end": -0.1}, r"random_share_end must be in \[0, 1\], got -0.1"),
     ],
 )
 def test_options_out_of_range_are_refused(options, sentence):
@@ -415,6 +421,46 @@ def test_options_that_scores_cannot_use_are_refused_there_too(options, sentence)
         create_masking("pgs", **options)
     with pytest.raises(ValueError, match=sentence):
         pgs_scores(make_inputs(2, grid_size=(7, 5)), CANDIDATES, **options)
+
+
+def kept_frequency(**options):
+    """Return how often each patch of one image stays, over 4000 draws."""
+    noise = torch.rand(4000, 49, generator=torch.Generator().manual_seed(6))
+    inputs = PatchInputs(smooth_images(1).expand(4000, -1, -1, -1), 8, noise=noise)
+    strategy = create_masking("pgs", mask_ratio=0.75, **options)
+    return kept_patches(strategy(inputs), 49).float().mean(dim=0).numpy()
+
+
+def test_all_at_random_keeps_every_patch_as_often_and_half_shows_each_now_and_then():
+    # 13 of 49 stay; binomial standard deviation 0.007, five of them.
+    np.testing.assert_allclose(kept_frequency(random_share=1.0), 13 / 49, atol=0.035)
+    assert kept_frequency().min() < 0.03
+    # Six of the others, fewer than 43, come back.
+    assert kept_frequency(random_share=0.5).min() > 6 / 43 - 0.035
+
+
+@pytest.mark.parametrize("options", [{}, {"mask_ratio_min": 0.3}], ids=["fixed", "adaptive"])
+def test_a_random_share_keeps_as_many_patches(options):
+    inputs = make_inputs(4, noise=torch.rand(4, 49, generator=torch.Generator().manual_seed(0)))
+    counts = [
+        create_masking("pgs", random_share=share, **options)(inputs).kept_counts().tolist()
+        for share in (0.0, 0.5, 1.0)
+    ]
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_a_random_share_goes_to_its_end_over_training_in_five_levels():
+    noise = torch.rand(2, 49, generator=torch.Generator().manual_seed(0))
+    strategy = create_masking("pgs", random_share=1.0, random_share_end=0.2)
+    for progress, share in ((0.0, 1.0), (0.19, 1.0), (0.2, 0.8), (0.5, 0.6), (0.9, 0.2)):
+        inputs = make_inputs(2, noise=noise, progress=progress)
+        constant = create_masking("pgs", random_share=share)
+        assert torch.equal(strategy(inputs).index, constant(inputs).index)
+
+
+def test_the_released_code_has_no_random_share():
+    with pytest.raises(ValueError, match="cluster, pgs would take 'random_share'"):
+        create_masking("pgs-released", random_share=0.5)
 
 
 NUM_PATCHES, NUM_CANDIDATES = 169, 8  # 13 x 13 patches, 5 percent of them

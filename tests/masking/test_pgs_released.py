@@ -47,7 +47,7 @@ def kept_by_hand(inputs, i, *, share, threshold, transport, ratio_min, candidate
     if transport:
         similarity = similarity + slow_balance(similarity)
     is_similar = (similarity[candidates] > threshold).any(axis=0)
-    second = (noise * 256) % 1.0
+    second = oracle.second_draw(inputs.noise[i])
     order = sorted(range(num_patches), key=lambda j: (is_similar[j], second[j]))
     # Nearer to the threshold, float32 may fall on its other side.
     assert np.abs(similarity[candidates] - threshold).min() > 1e-4

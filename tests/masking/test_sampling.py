@@ -14,7 +14,9 @@ from clip_pgs.masking.sampling import (
     mask_top_counts,
     paint_kept,
     patchify,
+    second_draw,
     select_top,
+    share_at_random,
 )
 from support.images import make_inputs
 
@@ -50,6 +52,58 @@ def test_gumbel_has_its_mean_and_stays_finite_at_zero():
     assert values.mean().item() == pytest.approx(0.5772, abs=0.01)
     assert values.std().item() == pytest.approx(math.pi / math.sqrt(6), abs=0.01)
     assert torch.isfinite(gumbel(torch.tensor([0.0, 1.0 - 2**-24]))).all()
+
+
+def test_a_second_draw_is_uniform_whatever_the_first_one_was():
+    first = torch.rand(2**20, generator=torch.Generator().manual_seed(0))
+    second = second_draw(first)
+    assert ((second >= 0) & (second < 1)).all()
+    # 2**20 numbers in 16 x 32 equal cells: 2048 in each, with a standard deviation of 45.
+    cells = torch.bincount((first * 16).long() * 32 + (second * 32).long(), minlength=512)
+    assert (cells - 2048).abs().max() < 5 * 45
+    pairs = torch.stack([first, second, first.roll(1)])
+    assert (torch.corrcoef(pairs) - torch.eye(3)).abs().max() < 5 / 2**10
+    # Among the few highest, as candidates are, too.
+    highest = second[first > 0.99]
+    assert highest.mean().item() == pytest.approx(0.5, abs=5 * 12**-0.5 / len(highest) ** 0.5)
+
+
+def test_a_second_draw_tells_neighboring_numbers_apart():
+    first = torch.arange(2**24 - 1000, 2**24) / 2**24
+    assert second_draw(first).unique().numel() == 1000
+
+
+SCORES = torch.rand(2000, 20, generator=torch.Generator().manual_seed(1))
+NOISE = torch.rand(2000, 20, generator=torch.Generator().manual_seed(2))
+
+
+def kept_at_random(share, *, num_mask=12):
+    scores = share_at_random(SCORES, NOISE, num_mask=num_mask, random_share=share)
+    return kept_patches(mask_top(scores, num_mask=num_mask), 20)
+
+
+@pytest.mark.parametrize(("share", "num_lowest"), [(0.25, 6), (0.5, 4), (0.8, 2), (1.0, 0)])
+def test_a_share_of_what_stays_is_uniform_among_all_but_the_lowest(share, num_lowest):
+    kept = kept_at_random(share).gather(1, SCORES.argsort(dim=1)).float()
+    assert (kept.sum(dim=1) == 8).all()
+    assert (kept[:, :num_lowest] == 1).all()
+    expected = (8 - num_lowest) / (20 - num_lowest)
+    # Five standard deviations of a binomial share.
+    deviation = 5 * (expected * (1 - expected) / 2000) ** 0.5
+    assert (kept[:, num_lowest:].mean(dim=0) - expected).abs().max() < deviation
+
+
+def test_a_share_of_each_images_own_count_is_drawn_like_that_of_the_same_fixed_count():
+    num_mask = torch.arange(2000) % 19 + 1
+    scores = share_at_random(SCORES, NOISE, num_mask=num_mask, random_share=0.3)
+    kept = kept_patches(mask_top_counts(scores, num_mask=num_mask, num_mask_min=1), 20)
+    for count in range(1, 20):
+        rows = num_mask == count
+        assert torch.equal(kept[rows], kept_at_random(0.3, num_mask=count)[rows])
+
+
+def test_no_random_share_changes_no_score():
+    assert share_at_random(SCORES, NOISE, num_mask=12, random_share=0.0) is SCORES
 
 
 SELECTION = PatchSelection(

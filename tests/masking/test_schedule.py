@@ -35,6 +35,10 @@ def test_the_first_and_the_last_level_are_exact(kind, num_levels):
     assert (ratios[0], ratios[-1]) == (0.1, 0.7)
 
 
+def test_without_an_end_the_start_holds():
+    assert {scheduled_ratio(0.7, None, progress=i / 10) for i in range(11)} == {0.7}
+
+
 def test_every_level_lasts_equally_long():
     ratios = [scheduled_ratio(0.0, 0.5, progress=i / 30, num_levels=3) for i in range(30)]
     assert [ratios.count(ratio) for ratio in (0.0, 0.25, 0.5)] == [10, 10, 10]
@@ -43,8 +47,8 @@ def test_every_level_lasts_equally_long():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"start": 1.0}, r"start must be in \[0, 1\), got 1\.0"),
-        ({"end": -0.1}, r"end must be in \[0, 1\), got -0\.1"),
+        ({"start": 1.1}, r"start must be in \[0, 1\], got 1\.1"),
+        ({"end": -0.1}, r"end must be in \[0, 1\], got -0\.1"),
         ({"progress": 1.1}, r"progress must be in \[0, 1\], got 1\.1"),
         ({"kind": "step"}, "kind must be one of constant, linear, cosine, got 'step'"),
         ({"num_levels": 1}, "num_levels must be >= 2, got 1"),

@@ -32,6 +32,10 @@ def draw_captions(longest, *, batch_size=16):
     [
         pytest.param({"masking": "pgs"}, id="pgs"),
         pytest.param({"masking": "pgs", "mask_ratio_min": 0.3}, id="adaptive"),
+        pytest.param(
+            {"masking": "pgs", "masking_option": ["random_share=1", "random_share_end=0.2"]},
+            id="share",
+        ),
     ],
 )
 def test_steps_keep_their_graphs_whole_and_few(tmp_path, monkeypatch, options):
@@ -42,6 +46,7 @@ def test_steps_keep_their_graphs_whole_and_few(tmp_path, monkeypatch, options):
         tmp_path,
         model=write_model(tmp_path, config={**MODEL, "text_cfg": text}),
         dataset_type="synthetic",
+        epochs=1,
         train_num_samples=160,
         batch_size=16,
         torchcompile=True,

@@ -165,7 +165,9 @@ def _score_column(strategy: PGSMasking, stages: Stages, canvas: _Canvas) -> Colu
         panels.append((picture, f"{low[number].item():.2f} to {high[number].item():.2f}"))
     text = "How redundant a patch is"
     text += ", less its edges." if strategy.options.edges else "."
-    text += " Candidates (framed) are masked first."
+    text += " Candidates (framed) are masked first"
+    is_part_random = strategy.options.random_share or strategy.options.random_share_end
+    text += ", save what is drawn at random." if is_part_random else "."
     return Column("4  score", panels, Legend(text, _heat_ramp(), ("kept", "masked")))
 
 

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from clip_pgs.masking.sampling import draw_noise, mask_top_counts
+from clip_pgs.masking.sampling import draw_noise, mask_top_counts, share_at_random
+from clip_pgs.masking.schedule import scheduled_ratio
 from clip_pgs.masking.similarity import mixed_similarity
 from clip_pgs.masking.strategy import (
     MaskingStrategy,
@@ -65,6 +66,7 @@ def default_threshold(mask_ratio: float) -> float:
     paper="E-CLIP, arXiv 2405.08815",
     adaptive=True,
     requires={"tokens"},
+    variants=[{"random_share": 0.5}, {"random_share": 1.0, "random_share_end": 0.2}],
 )
 class ClusterMasking(MaskingStrategy):
     """Mask random anchors and every patch that resembles one of them.
@@ -82,6 +84,10 @@ class ClusterMasking(MaskingStrategy):
         anchor_ratio: Share of patches drawn as anchors, in (0, 1]; at least one patch.
         threshold: Similarity above which a patch is masked. None starts from `default_threshold`
             and asks for calibration; a number stays as it is.
+        random_share: Share of the kept patches that is drawn uniformly from all but those most
+            unlike the anchors, in [0, 1] (ours; see `share_at_random`).
+        random_share_end: The random share at the end of training, in [0, 1], reached in five
+            equal levels. None keeps it constant.
 
     Raises:
         ValueError: If an option is out of its range.
@@ -94,13 +100,19 @@ class ClusterMasking(MaskingStrategy):
         mask_ratio_min: float = 0.3,
         anchor_ratio: float = 0.03,
         threshold: float | None = None,
+        random_share: float = 0.0,
+        random_share_end: float | None = None,
     ) -> None:
         super().__init__()
         self.mask_ratio = mask_ratio
         self.mask_ratio_min = lower_bound(mask_ratio, mask_ratio_min)
         check_share(anchor_ratio, name="anchor_ratio")
         check_range(threshold, name="threshold", low=-1e6, high=1e6)
+        check_range(random_share, name="random_share", low=0, high=1)
+        check_range(random_share_end, name="random_share_end", low=0, high=1)
         self.anchor_ratio = anchor_ratio
+        self.random_share = random_share
+        self.random_share_end = random_share_end
         self.is_calibrated_in_training = threshold is None
         self.threshold = default_threshold(mask_ratio) if threshold is None else threshold
         self.record = ThresholdRecord()
@@ -154,10 +166,13 @@ class ClusterMasking(MaskingStrategy):
         self, inputs: PatchInputs, *, generator: torch.Generator | None = None
     ) -> PatchSelection:
         """Draw anchors and mask what resembles them, in each image its own number of patches."""
-        scores_BN = self._score(inputs, draw_noise(inputs, generator))
+        noise_BN = draw_noise(inputs, generator)
+        scores_BN = self._score(inputs, noise_BN)
+        num_mask_B = self._count(scores_BN, self.threshold)
+        share = scheduled_ratio(self.random_share, self.random_share_end, progress=inputs.progress)
         return mask_top_counts(
-            scores_BN,
-            num_mask=self._count(scores_BN, self.threshold),
+            share_at_random(scores_BN, noise_BN, num_mask=num_mask_B, random_share=share),
+            num_mask=num_mask_B,
             num_mask_min=mask_count(inputs.num_patches, self.mask_ratio_min),
         )
 

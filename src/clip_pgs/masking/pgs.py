@@ -25,7 +25,9 @@ from clip_pgs.masking.sampling import (
     log_center_weight,
     mask_top,
     mask_top_counts,
+    share_at_random,
 )
+from clip_pgs.masking.schedule import scheduled_ratio
 from clip_pgs.masking.similarity import mixed_similarity
 from clip_pgs.masking.sinkhorn import check_sinkhorn_options, plan_average, sinkhorn_plan
 from clip_pgs.masking.strategy import (
@@ -92,6 +94,11 @@ class PGSOptions:
         solver: "log" or "pot"; see `sinkhorn_plan`.
         edges: False draws candidates uniformly and drops the edge term (the paper's ablation).
         transport: False takes the highest similarity to any candidate (the paper's ablation).
+        random_share: Share of the kept patches that is drawn uniformly from all but those that
+            stay for their low scores, in [0, 1]; what was masked may come back, so that training
+            sees background, too.
+        random_share_end: The random share at the end of training, in [0, 1], reached in five
+            equal levels. None keeps it constant.
 
     Raises:
         ValueError: If an option is out of its range, or two do not go together.
@@ -112,6 +119,8 @@ class PGSOptions:
     solver: str = "log"
     edges: bool = True
     transport: bool = True
+    random_share: float = 0.0
+    random_share_end: float | None = None
 
     def __post_init__(self) -> None:
         lower_bound(self.mask_ratio, self.mask_ratio_min)
@@ -120,6 +129,8 @@ class PGSOptions:
         check_choice(self.edge_detector, EDGE_DETECTORS, name="edge_detector")
         for name in ("edge_protection", "edge_weight", "center_weight"):
             check_range(getattr(self, name), name=name, low=0, high=_MAX_WEIGHT)
+        for name in ("random_share", "random_share_end"):
+            check_range(getattr(self, name), name=name, low=0, high=1)
         check_range(self.threshold, name="threshold", low=-_MAX_WEIGHT, high=_MAX_WEIGHT)
         check_sinkhorn_options(**self.sinkhorn())
         if not isinstance(self.neighborhood, Integral | None):
@@ -252,6 +263,8 @@ class PGSSteps(NamedTuple):
         {"neighborhood": 1},
         {"neighborhood": 2, "mask_ratio_min": 0.3},
         {"neighborhood": 2, "transport": False},
+        {"random_share": 0.5},
+        {"random_share": 1.0, "random_share_end": 0.2, "mask_ratio_min": 0.3},
     ],
 )
 class PGSMasking(MaskingStrategy):
@@ -275,8 +288,11 @@ class PGSMasking(MaskingStrategy):
         self, inputs: PatchInputs, *, generator: torch.Generator | None = None
     ) -> PatchSelection:
         """Draw candidates, score every patch against them and mask the highest scores."""
-        _, candidate_index, scores_BN = self.steps(inputs, draw_noise(inputs, generator))
-        selection = self.select(scores_BN, candidate_index, progress=inputs.progress)
+        noise_BN = draw_noise(inputs, generator)
+        _, candidate_index, scores_BN = self.steps(inputs, noise_BN)
+        selection = self.select(
+            scores_BN, candidate_index, noise=noise_BN, progress=inputs.progress
+        )
         if inputs.wants_candidate_weights:
             selection.candidate_weights = candidate_weights(inputs, candidate_index, self.options)
         return selection
@@ -293,7 +309,9 @@ class PGSMasking(MaskingStrategy):
         scores_BN = patch_scores(inputs, candidate_index, edges_BN, self.options)
         return PGSSteps(edges_BN, candidate_index, scores_BN)
 
-    def select(self, scores: Tensor, candidate_index: Tensor, *, progress: float) -> PatchSelection:
+    def select(
+        self, scores: Tensor, candidate_index: Tensor, *, noise: Tensor, progress: float
+    ) -> PatchSelection:
         """Mask the candidates and the highest scores: a fixed count, or each image its own.
 
         An adaptive count is that of the candidates and of the scores above the threshold, brought
@@ -302,6 +320,8 @@ class PGSMasking(MaskingStrategy):
         Args:
             scores: Shape (B, N).
             candidate_index: Shape (B, C), int64.
+            noise: Uniform numbers in [0, 1) for a random share, shape (B, N), float32; those that
+                the candidates were drawn by.
             progress: Completed share of the masked training steps, in [0, 1].
         """
         options = self.options
@@ -312,13 +332,15 @@ class PGSMasking(MaskingStrategy):
         num_mask_max = mask_count(num_patches, self.mask_ratio)
         num_mask_min = mask_count(num_patches, self.mask_ratio_min)
         if num_mask_min == num_mask_max:
-            return mask_top(scores + bonus_BN, num_mask=num_mask_max)
+            keys_BN = _share_at_random(scores + bonus_BN, noise, num_mask_max, progress, options)
+            return mask_top(keys_BN, num_mask=num_mask_max)
         threshold = options.threshold
         if threshold is None:
             threshold = calibrated_threshold(progress, center_weight=options.center_weight)
         above_BN = (scores > threshold) | (bonus_BN > 0)
         num_mask_B = above_BN.sum(dim=1).clamp(num_mask_min, num_mask_max)
-        return mask_top_counts(scores + bonus_BN, num_mask=num_mask_B, num_mask_min=num_mask_min)
+        keys_BN = _share_at_random(scores + bonus_BN, noise, num_mask_B, progress, options)
+        return mask_top_counts(keys_BN, num_mask=num_mask_B, num_mask_min=num_mask_min)
 
 
 def pgs_scores(inputs: PatchInputs, candidate_index: Tensor, **options: Any) -> Tensor:
@@ -341,7 +363,8 @@ def pgs_scores(inputs: PatchInputs, candidate_index: Tensor, **options: Any) -> 
 
 
 # ------------------------------------------------------------------------------------------------
-# Beyond the method: the paper's windows, a prior of the center, candidates from the border, merging
+# Beyond the method: the paper's windows, a prior of the center, candidates from the border,
+# merging, a share of the kept patches drawn at random
 # ------------------------------------------------------------------------------------------------
 
 
@@ -420,3 +443,15 @@ def _prefer_border(keys_BN: Tensor, inputs: PatchInputs, options: PGSOptions) ->
     center_protection = _CENTER_PROTECTION * options.center_weight
     below_all = _GUMBEL_SPAN + options.edge_protection + center_protection
     return keys_BN - below_all * ~is_outer_N
+
+
+def _share_at_random(
+    scores_BN: Tensor,
+    noise_BN: Tensor,
+    num_mask: int | Tensor,
+    progress: float,
+    options: PGSOptions,
+) -> Tensor:
+    """Let the share of kept patches that this point of training asks for be drawn."""
+    share = scheduled_ratio(options.random_share, options.random_share_end, progress=progress)
+    return share_at_random(scores_BN, noise_BN, num_mask=num_mask, random_share=share)

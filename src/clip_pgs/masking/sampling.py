@@ -12,6 +12,8 @@ from clip_pgs.masking.strategy import PatchInputs, PatchSelection
 
 # About 2 MB of float32, what a core's own cache holds.
 _BLOCK = 2**19
+# The odd number nearest to 2**24 over the golden ratio: its multiples modulo 2**24 lie evenly.
+_MULTIPLIER = 10_368_889
 
 
 def draw_noise(inputs: PatchInputs, generator: torch.Generator | None) -> Tensor:
@@ -28,10 +30,12 @@ def draw_noise(inputs: PatchInputs, generator: torch.Generator | None) -> Tensor
 def second_draw(noise: Tensor) -> Tensor:
     """Derive further uniform numbers in [0, 1) from given ones, of the same shape.
 
-    They are the low 16 of a random number's 24 bits, so that they have next to no correlation
-    with its size (1 / 256) and none with its neighbours.
+    A number's 24 bits are multiplied by a constant, modulo 2**24 (Knuth's multiplicative hashing,
+    The Art of Computer Programming 3, 6.4). That only reorders all the numbers of 24 bits, so that
+    the result is as uniform, and tells nothing about the size of what it was made of.
     """
-    return (noise * 256).frac()
+    bits = (noise * 2**24).long()
+    return (bits * _MULTIPLIER % 2**24).to(noise.dtype) / 2**24
 
 
 def gumbel(noise: Tensor) -> Tensor:
@@ -83,6 +87,39 @@ def mask_top_counts(scores: Tensor, *, num_mask: Tensor, num_mask_min: int) -> P
     last_B = valid_BK.sum(dim=1, keepdim=True) - 1
     index_BK = torch.where(valid_BK, slots_BK, slots_BK.gather(1, last_B))
     return PatchSelection(index=index_BK, valid=valid_BK)
+
+
+def share_at_random(
+    scores: Tensor, noise: Tensor, *, num_mask: int | Tensor, random_share: float
+) -> Tensor:
+    """Change scores so that a share of the patches that stay is drawn at random.
+
+    Of the K patches that an image keeps, `round((1 - random_share) * K)` remain those with the
+    lowest scores. The others are drawn uniformly from all patches but these.
+
+    Args:
+        scores: Shape (B, N).
+        noise: Uniform numbers in [0, 1), shape (B, N), float32. The draw is independent of their
+            order, which may have served before.
+        num_mask: Patches masked in every image, or in each its own number: shape (B,), int64.
+        random_share: Share of the kept patches that is drawn, in [0, 1]. 0 returns `scores`.
+
+    Returns:
+        What `mask_top` or `mask_top_counts` takes, with the same `num_mask`. Shape (B, N).
+    """
+    if random_share == 0:
+        return scores
+    num_patches = scores.shape[1]
+    num_lowest: int | Tensor
+    if isinstance(num_mask, Tensor):
+        # In float64, where halves fall as in Python.
+        num_keep_B1 = (num_patches - num_mask)[:, None].double()
+        num_lowest = ((1 - random_share) * num_keep_B1).round()
+    else:
+        num_lowest = round((1 - random_share) * (num_patches - num_mask))
+    order_BN = scores.sort(dim=1, descending=True, stable=True).indices
+    rank_BN = order_BN.argsort(dim=1)
+    return torch.where(rank_BN >= num_patches - num_lowest, -1.0, second_draw(noise))
 
 
 def patchify(pixels: Tensor, patch_size: tuple[int, int]) -> Tensor:
