@@ -1,0 +1,1 @@
+"""Studies: arms times seeds, trained and evaluated by one command, with paired statistics."""
