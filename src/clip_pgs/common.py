@@ -111,7 +111,7 @@ def find_config(name: str, kind: str) -> str:
     Args:
         name: A file; or, where there is none, that of a bundled config: "demo" or
             "configs/train/demo.yaml".
-        kind: Folder of the bundled ones: "train" or "models".
+        kind: Folder of the bundled ones: "train", "models" or "study".
 
     Returns:
         The path; `name` itself where nothing is found.

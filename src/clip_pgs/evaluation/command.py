@@ -73,7 +73,7 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         The exit code, see `__main__`. With `--exit-code-file` it is written there, and 0 returned.
     """
-    args = _make_parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("clip_pgs").setLevel(logging.INFO)
     with join_ranks() as ranks:
@@ -122,7 +122,8 @@ def run_sets(argv: Sequence[str]) -> int:
     return EXIT_INCOMPLETE if absent else EXIT_DONE
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     summaries = [f"{suite.name:23}  {suite.summary}" for suite in suites()]
     description, _, epilog = (__doc__ or "").partition("\n\n")
     parser = SentenceParser(

@@ -77,7 +77,7 @@ def _with_bases(path: str) -> list[tuple[str, dict[Any, Any]]]:
         path, next_path = next_path, None
         if Path(path).resolve() in files:
             raise ValueError(f"{path} is its own base")
-        content = _read_mapping(path)
+        content = read_mapping(path)
         files[Path(path).resolve()] = (path, content)
         if "base" in content:
             base = content.pop("base")
@@ -103,7 +103,12 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _read_mapping(path: str) -> dict[Any, Any]:
+def read_mapping(path: str) -> dict[Any, Any]:
+    """Read a YAML file of plain values that holds one mapping; an empty one is an empty mapping.
+
+    Raises:
+        ValueError: If it cannot be read, is no mapping, or says a thing twice.
+    """
     try:
         # A device never ends.
         if Path(path).exists() and not Path(path).is_file():

@@ -188,14 +188,19 @@ def _read_options(folder: Path) -> tuple[dict[str, Any], str | None]:
     return (saved, None) if isinstance(saved, dict) else ({}, f"{path} holds no options")
 
 
-def changed_options(options: TrainOptions, folder: Path, *, files: Sequence[str] = ()) -> list[str]:
+def changed_options(
+    options: TrainOptions, folder: Path, *, files: Sequence[str] | None = ()
+) -> list[str]:
     """Return the changes that make it another experiment, such as "seed 0 -> 1".
 
     Args:
         options: The run's.
         folder: The run's folder.
-        files: The training data, file by file: its name, without the folder, comes first.
+        files: The training data, file by file: its name, without the folder, comes first; None
+            leaves the data out.
     """
+    if files is None:
+        return _changes(options, folder, names_of(IDENTITY))
     saved = _read_options(folder)[0].get(_FILES)
     if isinstance(saved, list):
         return _changes(options, folder, names_of(IDENTITY)) + _changed_files(

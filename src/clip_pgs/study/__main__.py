@@ -1,0 +1,148 @@
+"""Command line: `python -m clip_pgs.study STUDY.yaml`, arms times seeds with paired statistics.
+
+It trains and evaluates what is missing, goes on after any interruption, and writes tables and
+plots into logs/study/NAME.
+
+exit codes: 0 all of it is there, 1 something failed, 2 bad input, 85 told to leave, 130 Ctrl-C
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clip_pgs.common import SentenceParser, find_config, number_in, one_sentence
+
+if TYPE_CHECKING:
+    from clip_pgs.study.plan import Study
+    from clip_pgs.training.stop import StopSignals
+
+BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments; None takes those of the process.
+
+    Returns:
+        The exit code, see above.
+    """
+    args = _make_parser().parse_args(argv)
+    try:
+        from clip_pgs.training.stop import StopRequest, StopSignals, leave
+    except ModuleNotFoundError as error:
+        return _refuse(f"a study needs {error.name}: pip install 'clip-pgs[training,eval]'")
+    signals = StopSignals()
+    with signals.caught():
+        try:
+            return _run(args, signals)
+        except StopRequest:
+            return signals.code
+        except KeyboardInterrupt:
+            leave(130)
+        except (ValueError, OSError) as error:
+            return _refuse(str(error))
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    description, _, epilog = (__doc__ or "").partition("\n\n")
+    parser = SentenceParser(
+        prog="python -m clip_pgs.study",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("study", metavar="STUDY.yaml", help="arms, seeds, evaluations and metrics")
+    add("--jobs", type=number_in(int, 1, 1024), default=1, metavar="N", help="runs at a time (1)")
+    add("--arms", nargs="+", metavar="ARM", help="run these alone")
+    add("--seeds", nargs="+", type=int, metavar="N", help="run these alone")
+    add("--report-only", action="store_true", help="run nothing; write the tables anew")
+    add("--check-only", action="store_true", help="check everything and leave")
+    add(
+        "--accept-changes",
+        action="store_true",
+        help="keep runs whose options, data or code are not the study's; the tables note it",
+    )
+    add("--logs", type=Path, default=Path("logs/study"), metavar="DIR", help="(logs/study)")
+    return parser
+
+
+def _run(args: argparse.Namespace, signals: StopSignals) -> int:
+    with signals.interruptible():
+        from clip_pgs.study.plan import check_study, read_study
+        from clip_pgs.study.record import read_code
+        from clip_pgs.study.runner import Pair, Runner, num_processes, refuse_other_runs
+
+        study = read_study(Path(find_config(args.study, "study")), root=args.logs)
+        arms = _chosen("--arms", args.arms, list(study.arms))
+        seeds = _chosen("--seeds", args.seeds, list(study.seeds))
+        if args.jobs > 1 and num_processes() > 1:
+            raise ValueError(
+                f"--jobs must be 1 where a run takes {num_processes()} processes, got {args.jobs}"
+            )
+        logging.getLogger("clip_pgs").setLevel(logging.ERROR)
+        if args.report_only:
+            return _report(study, args)
+        options = check_study(study)
+        # Seed by seed, so that pairs fill first.
+        pairs = [Pair(arm, seed) for seed in seeds for arm in arms]
+        code = read_code()
+        changed = refuse_other_runs(study, options, pairs, code)
+        if changed and not args.accept_changes:
+            pair, changes = next(iter(changed.items()))
+            more = f" (and {len(changed) - 1} others)" if len(changed) > 1 else ""
+            raise ValueError(
+                f"{study.run(pair.arm, pair.seed)}{more} was made with other options, data or "
+                f"code than the study's: {', '.join(changes)}; remove it, name another study, or "
+                "keep it with --accept-changes"
+            )
+        if args.check_only:
+            sys.stdout.write(f"the study is valid: {len(pairs)} runs\n")
+            return 0
+    runner = Runner(
+        study,
+        options,
+        pairs,
+        code,
+        jobs=args.jobs,
+        changed=changed,
+        accepts_changes=args.accept_changes,
+        signals=signals,
+    )
+    exit_code = runner.run()
+    _report(study, args)
+    return exit_code
+
+
+def _report(study: Study, args: argparse.Namespace) -> int:
+    """Write tables, plots and the page of what is there."""
+    from clip_pgs.study.results import write_results
+
+    page = write_results(study, command=shlex.join(["clip-pgs", "study", args.study]))
+    sys.stdout.write(f"{page}\n")
+    return 0
+
+
+def _chosen(flag: str, named: list | None, known: list) -> list:
+    for name in named or []:
+        if name not in known:
+            raise ValueError(f"{flag} takes of {', '.join(map(str, known))}, got {name}")
+    return [name for name in known if named is None or name in named]
+
+
+def _refuse(sentence: str) -> int:
+    sys.stderr.write(f"error: {one_sentence(sentence)}\n")
+    return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

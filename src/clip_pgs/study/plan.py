@@ -1,0 +1,392 @@
+"""A study file: what is trained and evaluated how often, and what is read off, said beforehand.
+
+    name: demo                       # results go to logs/study/demo
+    base: ../train/demo.yaml         # a training config, relative to this file
+    overrides: {mask-ratio: 0.75}    # for all arms
+    seeds: [0, 1, 2, 3, 4, 5]
+    evaluations:                     # for all arms; each is a call of clip-test.sh
+      - {suite: all, datasets: configs/eval/study_demo.txt, data-root: data/demo/eval}
+    arms:
+      random: {train: {masking: random}}
+      pgs:
+        train: {masking: pgs}
+        evaluate:                    # ways to evaluate the same run; by default one, `unmasked`
+          unmasked: {}
+          masked: {inference-masking: run}
+    reference: random                # an arm, or a list of arms
+    metrics:                         # means of SUITE/DATASET/METRIC; a list in a list is one value
+      shape: [zeroshot-classification/shape/acc1]
+    primary: shape
+
+Options are named like the flags of the two commands, and passed on as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clip_pgs.common import one_sentence
+from clip_pgs.evaluation.command import make_parser
+from clip_pgs.evaluation.datasets import PRESENT, EvalSet, check_presence
+from clip_pgs.evaluation.suites import get_suite, load_suite
+from clip_pgs.training.checks import check_options
+from clip_pgs.training.config import read_mapping
+from clip_pgs.training.options import SEED, TrainOptions, parse_options
+
+UNMASKED = "unmasked"
+CONFIG_NAME = "train.yaml"
+
+_KEYS = (
+    "name",
+    "about",
+    "base",
+    "overrides",
+    "seeds",
+    "evaluations",
+    "arms",
+    "reference",
+    "metrics",
+    "primary",
+)
+_OPTIONAL = ("about", "overrides")
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+# The study decides on these itself.
+_OWN_TRAIN = {"seed", "name", "logs", "resume", "accept-changes"}
+_OWN_EVALUATE = {"output", "force", "no-report", "exit-code-file", "model", "pretrained"}
+
+# A value `SUITE/DATASET/METRIC`, or the mean of such.
+Formula = str | list[Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things that are compared.
+
+    Attributes:
+        name: Its name and its folder's.
+        train: What it changes in the base config, the overrides for all arms included.
+        evaluations: The flags of each way to evaluate its runs, beside those for all arms.
+    """
+
+    name: str
+    train: dict[str, Any]
+    evaluations: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its file says it.
+
+    Attributes:
+        path: The file.
+        name: Its name and its folder's.
+        about: What it is for, in words.
+        base: The training config that all arms start from.
+        arms: By their names, in order.
+        seeds: Each is one run of every arm.
+        references: Arms that the others are compared with.
+        evaluations: Flags of evaluation for all arms, a set of them for each call.
+        metrics: By their names, in order.
+        primary: The metric that counts.
+        root: The folder of all studies.
+    """
+
+    path: Path
+    name: str
+    about: str
+    base: Path
+    arms: dict[str, Arm]
+    seeds: tuple[int, ...]
+    references: tuple[str, ...]
+    evaluations: tuple[dict[str, Any], ...]
+    metrics: dict[str, Formula]
+    primary: str
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of the study lies."""
+        return self.root / self.name
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """Arm and evaluation of each row of the tables."""
+        return [(arm.name, name) for arm in self.arms.values() for name in arm.evaluations]
+
+    def run(self, arm: str, seed: int) -> Path:
+        """Return the run folder of an arm and a seed."""
+        return self.folder / arm / f"seed_{seed}"
+
+    def results(self, arm: str, seed: int, evaluation: str) -> Path:
+        """Return the folder with the results of one evaluation of a run."""
+        return self.run(arm, seed) / f"eval-{evaluation}"
+
+    def train_arguments(self, arm: str, seed: int, config: Path) -> list[str]:
+        """Return the flags that train one run, given the arm's config."""
+        run = self.run(arm, seed)
+        said = {"config": config, "seed": seed, "logs": run.parent, "name": run.name}
+        return [f"--{name}={value}" for name, value in said.items()] + ["--resume=latest"]
+
+    def evaluate_arguments(self, arm: str, evaluation: str) -> list[list[str]]:
+        """Return the flags of each call that one evaluation of a run takes."""
+        own = self.arms[arm].evaluations[evaluation]
+        return [_words({**shared, **own}) for shared in self.evaluations]
+
+    def config_text(self, arm: str, folder: Path) -> str:
+        """Return the training config of an arm, as it is to lie in a folder."""
+        base = os.path.relpath(self.base, folder)
+        return yaml.safe_dump({"base": base, **self.arms[arm].train}, sort_keys=False)
+
+
+def read_study(path: Path, *, root: Path) -> Study:
+    """Read a study file; what the commands make of its options is for `check_study`.
+
+    Args:
+        path: A YAML file, see above.
+        root: The folder of all studies.
+
+    Raises:
+        ValueError: If it cannot be read, or does not say what a study is.
+    """
+    content = read_mapping(str(path))
+    try:
+        return _study(path, content, root)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _study(path: Path, content: dict[Any, Any], root: Path) -> Study:
+    for key in content:
+        if key not in _KEYS:
+            raise ValueError(f"a study has no {key!r}; it takes {', '.join(_KEYS)}")
+    for key in _KEYS:
+        if key not in content and key not in _OPTIONAL:
+            raise ValueError(f"a study needs {key!r}")
+    overrides = _options("overrides", content.get("overrides"), refused=_OWN_TRAIN)
+    arms = {
+        _name("an arm", name): _arm(name, said, overrides)
+        for name, said in _mapping("arms", content["arms"]).items()
+    }
+    base = path.parent / _text("base", content["base"])
+    if not base.is_file():
+        raise ValueError(f"'base' is a training config, and there is no {base}")
+    named = content["reference"]
+    references = tuple(named) if isinstance(named, list) else (named,)
+    for name in references:
+        if name not in arms:
+            raise ValueError(f"'reference' is one of {', '.join(arms)}, got {name!r}")
+    metrics = {
+        _text("a metric", name): _formula(name, said)
+        for name, said in _mapping("metrics", content["metrics"]).items()
+    }
+    if content["primary"] not in metrics:
+        raise ValueError(f"'primary' is one of {', '.join(metrics)}, got {content['primary']!r}")
+    return Study(
+        path=path,
+        name=_name("the study", content["name"]),
+        about=_text("about", content.get("about", "")),
+        base=base,
+        arms=arms,
+        seeds=_seeds(content["seeds"]),
+        references=references,
+        evaluations=_evaluations(content["evaluations"]),
+        metrics=metrics,
+        primary=content["primary"],
+        root=root,
+    )
+
+
+def _arm(name: str, said: Any, overrides: dict[str, Any]) -> Arm:
+    content = {} if said is None else said
+    if not isinstance(content, dict) or content.keys() - {"train", "evaluate"}:
+        raise ValueError(f"arm {name} takes 'train' and 'evaluate', got {said!r}")
+    train = _options(f"train of arm {name}", content.get("train"), refused=_OWN_TRAIN)
+    ways = content.get("evaluate") or {UNMASKED: {}}
+    evaluations = {
+        _name("an evaluation", way): _options(f"{way} of arm {name}", flags, refused=_OWN_EVALUATE)
+        for way, flags in _mapping(f"evaluate of arm {name}", ways).items()
+    }
+    return Arm(name, {**overrides, **train}, evaluations)
+
+
+def _evaluations(said: Any) -> tuple[dict[str, Any], ...]:
+    calls = [said] if isinstance(said, dict) else said
+    if not isinstance(calls, list) or not calls:
+        raise ValueError(f"'evaluations' is a list of mappings of flags, got {said!r}")
+    return tuple(_options("evaluations", call, refused=_OWN_EVALUATE) for call in calls)
+
+
+def _options(what: str, said: Any, *, refused: set[str]) -> dict[str, Any]:
+    """Return a mapping of flags, named with hyphens."""
+    content = {} if said is None else said
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"{what} must be a mapping of options, got {said!r}")
+    options = {name.replace("_", "-"): value for name, value in content.items()}
+    if len(options) < len(content):
+        raise ValueError(f"{what} gives an option twice, got {', '.join(content)}")
+    for name in sorted(options.keys() & refused):
+        raise ValueError(f"{what} cannot set {name!r}, which is the study's own")
+    return options
+
+
+def _mapping(what: str, said: Any) -> dict[Any, Any]:
+    if not isinstance(said, dict) or not said:
+        raise ValueError(f"{what} must be a mapping of names, got {said!r}")
+    return said
+
+
+def _name(what: str, said: Any) -> str:
+    if not isinstance(said, str) or not _NAME.fullmatch(said):
+        raise ValueError(f"the name of {what} takes letters, digits and . _ + -, got {said!r}")
+    return said
+
+
+def _text(what: str, said: Any) -> str:
+    if not isinstance(said, str):
+        raise ValueError(f"{what} must be a text, got {said!r}")
+    return said
+
+
+def _seeds(said: Any) -> tuple[int, ...]:
+    seeds = said if isinstance(said, list) else []
+    if not seeds or any(type(seed) is not int or not SEED.holds(seed) for seed in seeds):
+        raise ValueError(f"'seeds' is a list of whole numbers {SEED.text}, got {said!r}")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"'seeds' names one twice, got {said}")
+    return tuple(seeds)
+
+
+def _formula(name: str, said: Any) -> Formula:
+    if isinstance(said, str) and said.count("/") >= 2:
+        return said
+    if isinstance(said, list) and said:
+        return [_formula(name, part) for part in said]
+    raise ValueError(f"metric {name!r} is a list of SUITE/DATASET/METRIC, got {said!r}")
+
+
+def named_values(formula: Formula) -> Iterator[tuple[str, str, str]]:
+    """Yield suite, data set and metric of each value that a formula takes."""
+    if isinstance(formula, str):
+        suite, _, rest = formula.partition("/")
+        dataset, _, metric = rest.rpartition("/")
+        yield suite, dataset, metric
+    else:
+        for part in formula:
+            yield from named_values(part)
+
+
+def evaluate_formula(
+    formula: Formula, values: Mapping[tuple[str, str, str], float | None]
+) -> float | None:
+    """Return a metric, None where one of its values is not there.
+
+    Args:
+        formula: From a study.
+        values: By suite, data set and metric.
+    """
+    if isinstance(formula, str):
+        return values.get(next(named_values(formula)))
+    parts = [evaluate_formula(part, values) for part in formula]
+    known = [part for part in parts if part is not None]
+    return sum(known) / len(known) if len(known) == len(parts) else None
+
+
+def check_study(study: Study, *, are_data_needed: bool = True) -> dict[str, TrainOptions]:
+    """Refuse what the commands for training and evaluation would refuse; nothing is created.
+
+    Args:
+        study: From `read_study`.
+        are_data_needed: Whether training and evaluation data must be there.
+
+    Returns:
+        The options of each arm's runs, but for the seed.
+
+    Raises:
+        ValueError: With one sentence, for the first thing that is wrong.
+    """
+    for arm, way in study.rows:
+        sets: list[EvalSet] = []
+        for flags in study.evaluate_arguments(arm, way):
+            try:
+                args = _parse_evaluation(["RUN", *flags])
+                sets += load_suite(args.suite, datasets=args.datasets, data_root=args.data_root)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{study.path}: evaluation {way} of arm {arm}: {error}") from None
+        _check_sets(study, sets, are_data_needed=are_data_needed)
+    return {arm: _check_arm(study, arm, are_data_needed=are_data_needed) for arm in study.arms}
+
+
+def _check_arm(study: Study, arm: str, *, are_data_needed: bool) -> TrainOptions:
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, CONFIG_NAME)
+        config.write_text(study.config_text(arm, config.parent), encoding="utf-8")
+        try:
+            options = parse_options(study.train_arguments(arm, study.seeds[0], config))
+            if are_data_needed:
+                # Whether a run may go on is the study's own question.
+                check_options(replace(options, logs="none", resume=None))
+        except ValueError as error:
+            sentence = str(error).removeprefix(f"{config}: ")
+            raise ValueError(f"{study.path}: arm {arm}: {sentence}") from None
+    return options
+
+
+def _parse_evaluation(argv: Sequence[str]) -> argparse.Namespace:
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
+            return make_parser().parse_args(argv)
+    except SystemExit:
+        sentence = one_sentence(complaint.getvalue()).removeprefix("error: ")
+        raise ValueError(sentence) from None
+
+
+def _check_sets(study: Study, sets: Sequence[EvalSet], *, are_data_needed: bool) -> None:
+    """Refuse data sets that are not there, that two calls name, or that a metric lacks."""
+    names = [(eval_set.suite, eval_set.name) for eval_set in sets]
+    for suite, name in names:
+        if names.count((suite, name)) > 1:
+            raise ValueError(f"{study.path}: two evaluations name {suite}/{name}")
+    for metric, formula in study.metrics.items():
+        for suite, dataset, value in named_values(formula):
+            if (suite, dataset) not in names:
+                raise ValueError(
+                    f"{study.path}: metric {metric!r} takes {suite}/{dataset}, which is not "
+                    f"evaluated; there are {', '.join('/'.join(name) for name in names)}"
+                )
+            if value not in get_suite(suite).metrics:
+                known = ", ".join(get_suite(suite).metrics)
+                raise ValueError(
+                    f"{study.path}: metric {metric!r}: {suite} has no {value!r}; it has {known}"
+                )
+    for eval_set in sets if are_data_needed else ():
+        presence = check_presence(eval_set)
+        if presence.state != PRESENT:
+            reason = presence.reason or f"looked for in {eval_set.location}"
+            raise ValueError(f"{study.path}: {eval_set.name} is {presence.state}: {reason}")
+
+
+def _words(options: Mapping[str, Any]) -> list[str]:
+    """Return options as the words of a command line: a list gives several, a mapping pairs."""
+    words: list[str] = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        if isinstance(value, dict):
+            words += [f"--{name}", *(f"{key}={item}" for key, item in value.items())]
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words.append(f"--{name}" if value is True else f"--{name}={value}")
+    return words

@@ -1,0 +1,185 @@
+"""What a study remembers of each of its runs, and by which code a run was made.
+
+The run's own `options.json` says with which options and data it was trained; `study.json` beside
+it says what that file does not: digests of the code and of the model's config, the flags of each
+evaluation, seconds, why it failed, and which differences somebody accepted.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import clip_pgs
+from clip_pgs.common import EXIT_NAME, EXPORT_NAME, write_text
+from clip_pgs.training.build import read_model_config
+from clip_pgs.training.options import TrainOptions
+from clip_pgs.training.run_folder import changed_options, changed_recipe, holds_run
+
+RECORD_NAME = "study.json"
+
+# Files and folders of the package that a trained weight, or a score, depends on.
+_SHARED = ("common.py", "checkpoint_io.py", "masking", "integrations")
+_TRAINING = (*_SHARED, "training", "data", "study/controls.py")
+_EVALUATION = (*_SHARED, "evaluation", "study/controls.py")
+# Of these, what writes about results, and the demo world's maker, whose files are compared.
+_LEFT_OUT = ("evaluation/report", "data/world")
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Code:
+    """Digests of the code; comments, docstrings and layout do not count.
+
+    Attributes:
+        training: Of all that a run's weights depend on.
+        evaluation: Of all that its scores depend on.
+    """
+
+    training: str
+    evaluation: str
+
+
+@dataclass
+class Evaluated:
+    """One evaluation of a run that was done.
+
+    Attributes:
+        flags: Of each call.
+        code: By which code, see `Code`.
+        seconds: Wall time.
+    """
+
+    flags: list[list[str]]
+    code: str
+    seconds: float
+
+
+@dataclass
+class Record:
+    """What `study.json` holds.
+
+    Attributes:
+        version: Of the package when the run was begun.
+        code: Digests of the code by which it was trained; one, unless others were accepted.
+        model: Digest of the model's config.
+        seconds: Wall time of its launches.
+        evaluations: By name.
+        failed: Why training or an evaluation failed at last, "" if none did.
+        accepted: Differences from the study that somebody accepted, as sentences.
+    """
+
+    version: str = ""
+    code: list[str] = field(default_factory=list)
+    model: str = ""
+    seconds: float = 0.0
+    evaluations: dict[str, Evaluated] = field(default_factory=dict)
+    failed: str = ""
+    accepted: list[str] = field(default_factory=list)
+
+
+def read_record(run: Path) -> Record:
+    """Read the record of a run, an empty one where there is none.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    path = run / RECORD_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["evaluations"] = {
+            name: Evaluated(**said) for name, said in content["evaluations"].items()
+        }
+        return Record(**content)
+    except FileNotFoundError:
+        return Record()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; remove the run {run}") from None
+
+
+def write_record(record: Record, run: Path) -> None:
+    """Write the record of a run, whole or not at all."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / RECORD_NAME, json.dumps(asdict(record), indent=2) + "\n")
+
+
+def is_trained(run: Path) -> bool:
+    """Return whether a run went to its end."""
+    try:
+        ended = json.loads((run / EXIT_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return ended.get("code") == 0 and (run / EXPORT_NAME).is_dir()
+
+
+def read_code() -> Code:
+    """Return digests of the package's code as it is on the disk now."""
+    package = Path(clip_pgs.__file__).parent
+    return Code(_digest_files(package, _TRAINING), _digest_files(package, _EVALUATION))
+
+
+def _digest_files(package: Path, names: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    left_out = [package / name for name in _LEFT_OUT]
+    for name in names:
+        place = package / name
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            if not any(folder in path.parents for folder in left_out):
+                digest.update(f"\n{path.relative_to(package).as_posix()}\n".encode())
+                digest.update(_meaning(path.read_text(encoding="utf-8")).encode())
+    return digest.hexdigest()[:_SHOWN]
+
+
+def _meaning(source: str) -> str:
+    """Return a module without comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            kept = [part for part in body if not _is_text(part)]
+            node.body = kept or [ast.Pass()]  # type: ignore[attr-defined]
+    return ast.unparse(tree)
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Constant):
+        return False
+    return isinstance(statement.value.value, str)
+
+
+def model_digest(options: TrainOptions) -> str:
+    """Return a digest of the config of a run's model."""
+    config = json.dumps(read_model_config(options.model), sort_keys=True, default=str)
+    return hashlib.sha256(config.encode()).hexdigest()[:_SHOWN]
+
+
+def differences(
+    options: TrainOptions, run: Path, code: Code, *, files: list[str] | None
+) -> list[str]:
+    """Say how a run that was begun or finished differs from the one that its study means.
+
+    Args:
+        options: What the study means, the seed included.
+        run: The run's folder.
+        code: The code as it is now.
+        files: The training data, file by file; None leaves it out.
+
+    Returns:
+        Differences such as "lr 0.1 -> 0.2", none where nothing was begun.
+
+    Raises:
+        ValueError: If the run's record is damaged.
+    """
+    if not holds_run(run):
+        return []
+    record = read_record(run)
+    changes = changed_options(options, run, files=files) + changed_recipe(options, run)
+    if record.model != model_digest(options):
+        changes.append(f"model config {record.model or 'unknown'} -> {model_digest(options)}")
+    if code.training not in record.code:
+        known = ", ".join(record.code) or "unknown"
+        changes.append(f"code {known} -> {code.training}")
+    return changes

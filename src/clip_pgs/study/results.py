@@ -1,0 +1,502 @@
+"""What a study found: numbers of its runs, tables, plots and one page, from what lies there."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import FuncFormatter
+
+from clip_pgs import plots
+from clip_pgs.common import write_text
+from clip_pgs.evaluation.report.gather import TrainingFacts, read_training_facts
+from clip_pgs.evaluation.results import DONE, read_results
+from clip_pgs.study.plan import UNMASKED, Study, evaluate_formula
+from clip_pgs.study.record import is_trained, read_record
+from clip_pgs.study.statistics import MIN_SEEDS, Mean, holm, mean_with_interval, sign_flip_p
+from clip_pgs.tables import Cell, Table, counted, csv_text, percent, scaled
+
+JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME = (
+    "results.json",
+    "results.csv",
+    "results.md",
+    "index.html",
+)
+FIGURES_NAME = "figures"
+
+_MARK = "clip-pgs study"
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm evaluated in one way.
+
+    Attributes:
+        arm: Its name.
+        evaluation: The way's name.
+        values: Metrics in [0, 1] by seed, those alone that are complete.
+        training: What is known of the training of each of these seeds.
+        flops_per_image: Operations of encoding an image at inference; None where unknown.
+        lacking: Metrics that an evaluated seed has no value of, each once.
+    """
+
+    arm: str
+    evaluation: str
+    values: dict[int, dict[str, float]]
+    training: dict[int, TrainingFacts]
+    flops_per_image: float | None
+    lacking: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """How tables call it."""
+        return f"{self.arm} | {self.evaluation}"
+
+    def mean_of(self, fact: str) -> float | None:
+        """Return the mean of "flops" or "seconds" of training over the seeds, None if unknown."""
+        values = [getattr(facts, fact) for facts in self.training.values()]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known else None
+
+    def metric(self, name: str) -> Mean | None:
+        """Return a metric's mean over the seeds, None without any."""
+        values = [said[name] for said in self.values.values()]
+        return mean_with_interval(values) if values else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row less a reference on one metric, seed by seed.
+
+    Attributes:
+        row: The row's name.
+        reference: The reference's name.
+        metric: The metric's name.
+        differences: By the seeds that both have.
+        mean: Their mean.
+        p: Of sign flips.
+        p_holm: Corrected for the rows that are compared with this reference; None for metrics that
+            are not the primary one.
+    """
+
+    row: str
+    reference: str
+    metric: str
+    differences: dict[int, float]
+    mean: Mean
+    p: float
+    p_holm: float | None
+
+
+def read_rows(study: Study) -> list[Row]:
+    """Read what there is of a study, row by row."""
+    facts = {
+        (arm, seed): read_training_facts(study.run(arm, seed), "")
+        for arm in study.arms
+        for seed in study.seeds
+        if is_trained(study.run(arm, seed))
+    }
+    rows = []
+    for arm, evaluation in study.rows:
+        values: dict[int, dict[str, float]] = {}
+        flops: list[float] = []
+        lacking: list[str] = []
+        for seed in study.seeds:
+            # Only what the record has is of these weights and as the study says.
+            if evaluation not in read_record(study.run(arm, seed)).evaluations:
+                continue
+            results = read_results(study.results(arm, seed, evaluation))
+            found = {
+                (result.suite, result.dataset, name): value
+                for result in results
+                if result.status == DONE
+                for name, value in result.metrics.items()
+            }
+            metrics = {name: evaluate_formula(said, found) for name, said in study.metrics.items()}
+            known = {name: value for name, value in metrics.items() if value is not None}
+            if len(known) == len(metrics):
+                values[seed] = known
+            lacking += metrics.keys() - known.keys()
+            flops += [f for r in results if (f := r.flops_per_image) is not None]
+        training = {seed: facts[arm, seed] for seed in values if (arm, seed) in facts}
+        mean_flops = sum(flops) / len(flops) if flops else None
+        rows.append(Row(arm, evaluation, values, training, mean_flops, tuple(sorted(set(lacking)))))
+    return rows
+
+
+def compare(study: Study, rows: Sequence[Row]) -> list[Comparison]:
+    """Compare every row with each reference: an arm evaluated in its first way."""
+    found = []
+    for arm in study.references:
+        reference = next(row for row in rows if row.arm == arm)
+        others = [
+            row for row in rows if row is not reference and row.values.keys() & reference.values
+        ]
+        for metric in study.metrics:
+            differences = [
+                {
+                    seed: row.values[seed][metric] - reference.values[seed][metric]
+                    for seed in row.values
+                    if seed in reference.values
+                }
+                for row in others
+            ]
+            p_values = [sign_flip_p(list(said.values())) for said in differences]
+            corrected = holm(p_values) if metric == study.primary else [None] * len(p_values)
+            found += [
+                Comparison(
+                    row.name,
+                    reference.name,
+                    metric,
+                    said,
+                    mean_with_interval(list(said.values())),
+                    p,
+                    p_holm,
+                )
+                for row, said, p, p_holm in zip(
+                    others, differences, p_values, corrected, strict=True
+                )
+            ]
+    return found
+
+
+def write_results(study: Study, *, command: str) -> Path:
+    """Write `results.json`, `results.csv`, `results.md`, `index.html` and `figures/`.
+
+    Args:
+        study: Whose folder it goes to.
+        command: The command line that runs the study.
+
+    Returns:
+        The page.
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
+    rows = read_rows(study)
+    comparisons = compare(study, rows)
+    failed = _failed(study)
+    notes = _notes(study, rows, comparisons)
+    facts = _facts(study, rows, command)
+    tables = [
+        _means_table(study, rows),
+        *(_differences_table(study, name, comparisons) for name in _references(comparisons)),
+    ]
+    seeds_table = _seeds_table(study, rows, comparisons)
+    trouble = Table.of(["run", "reason"], failed, caption="Runs that failed.") if failed else None
+    figures = _draw_all(study, rows)
+
+    study.folder.mkdir(parents=True, exist_ok=True)
+    (study.folder / FIGURES_NAME).mkdir(exist_ok=True)
+    for name, _, svg, png in figures:
+        (study.folder / FIGURES_NAME / f"{name}.svg").write_bytes(svg)
+        (study.folder / FIGURES_NAME / f"{name}.png").write_bytes(png)
+    content = {
+        "study": study.name,
+        "about": study.about,
+        "facts": facts,
+        "primary": study.primary,
+        "metrics": study.metrics,
+        "seeds": study.seeds,
+        "rows": [_row_entry(study, row) for row in rows],
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "failed": [{"run": run, "reason": reason} for run, reason in failed],
+        "notes": notes,
+    }
+    write_text(study.folder / JSON_NAME, json.dumps(content, indent=2) + "\n")
+    header, lines = _csv_rows(study, rows, comparisons)
+    write_text(study.folder / CSV_NAME, csv_text(header, lines))
+    parts = [f"# Study {study.name}", study.about, *notes]
+    parts += [table.markdown() for table in [*([trouble] if trouble else []), *tables]]
+    parts += [f"![{alt}]({FIGURES_NAME}/{name}.png)" for name, alt, *_ in figures]
+    parts += [
+        seeds_table.markdown(),
+        "\n".join(f"- {name}: {said}" for name, said in facts.items()),
+    ]
+    text = "\n\n".join(part.strip() for part in parts if part)
+    write_text(study.folder / MARKDOWN_NAME, f"{text}\n")
+    page = _environment().get_template("study.html.jinja")
+    html = page.render(
+        study=study,
+        notes=notes,
+        facts=facts,
+        trouble=trouble,
+        tables=tables,
+        seeds_table=seeds_table,
+        figures=[(alt, base64.b64encode(svg).decode()) for _, alt, svg, _ in figures],
+    )
+    write_text(study.folder / HTML_NAME, html)
+    return study.folder / HTML_NAME
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.ChoiceLoader(
+            [
+                jinja2.PackageLoader("clip_pgs.study", "templates"),
+                # One style for all pages.
+                jinja2.PackageLoader("clip_pgs.evaluation.report", "templates"),
+            ]
+        ),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+
+
+def _failed(study: Study) -> list[tuple[str, str]]:
+    found = []
+    for seed in study.seeds:
+        for arm in study.arms:
+            reason = read_record(study.run(arm, seed)).failed
+            if reason:
+                found.append((f"{arm}, seed {seed}", reason))
+    return found
+
+
+def _references(comparisons: Iterable[Comparison]) -> list[str]:
+    return list(dict.fromkeys(comparison.reference for comparison in comparisons))
+
+
+def _notes(study: Study, rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list[str]:
+    """Return what must be known to read the tables, as sentences."""
+    notes = [
+        f"The primary metric, named before the first run, is {study.primary}; p is of exact sign "
+        "flips of the paired differences, two-sided, and Holm's p corrects it for all rows "
+        "compared with one reference. Intervals are 95 %, BCa bootstrap over seeds."
+    ]
+    fewest = min((len(said.differences) for said in comparisons), default=0)
+    if comparisons and fewest < MIN_SEEDS:
+        notes.append(
+            f"Some rows have {counted(fewest, 'paired seed')}: with fewer than {MIN_SEEDS} no p "
+            "below 0.05 is possible, and such a row carries no claim."
+        )
+    missing = [
+        f"{row.name} ({len(row.values)})" for row in rows if len(row.values) < len(study.seeds)
+    ]
+    if missing:
+        notes.append(f"Not all of {len(study.seeds)} seeds are there: {', '.join(missing)}.")
+    notes += [
+        f"{row.name} is left out where it has no value of {', '.join(row.lacking)}."
+        for row in rows
+        if row.lacking
+    ]
+    records = {
+        f"{arm}, seed {seed}": read_record(study.run(arm, seed))
+        for arm in study.arms
+        for seed in study.seeds
+    }
+    for part, digests in (
+        ("trained", {run: tuple(said.code) for run, said in records.items() if said.code}),
+        (
+            "evaluated",
+            {
+                f"{run}, {way}": (done.code,)
+                for run, said in records.items()
+                for way, done in said.evaluations.items()
+            },
+        ),
+    ):
+        by_code: dict[str, list[str]] = {}
+        for run, codes in digests.items():
+            by_code.setdefault(" then ".join(codes), []).append(run)
+        if len(by_code) > 1:
+            most = max(by_code, key=lambda code: len(by_code[code]))
+            others = [
+                f"{code}: {'; '.join(runs)}" for code, runs in by_code.items() if code != most
+            ]
+            notes.append(
+                f"Not all runs were {part} by the same code ({most}). {'. '.join(others)}."
+            )
+    for run, record in records.items():
+        if record.accepted:
+            notes.append(f"{run} was kept although it differs: {', '.join(record.accepted)}.")
+    return notes
+
+
+def _facts(study: Study, rows: Sequence[Row], command: str) -> dict[str, str]:
+    facts = [said for row in rows for said in row.training.values()]
+    hardware = sorted({said.hardware for said in facts if said.hardware})
+    trained = {
+        (row.arm, seed): said.seconds or 0.0 for row in rows for seed, said in row.training.items()
+    }
+    return {
+        "command": command,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "hardware": ", ".join(hardware) or "unknown",
+        "minutes of training in all": f"{sum(trained.values()) / 60:.0f}",
+        "arms": ", ".join(f"{arm.name} ({json.dumps(arm.train)})" for arm in study.arms.values()),
+    }
+
+
+def _row_entry(study: Study, row: Row) -> dict[str, Any]:
+    means = {name: row.metric(name) for name in study.metrics}
+    return {
+        "arm": row.arm,
+        "evaluation": row.evaluation,
+        "seeds": row.values,
+        "means": {name: asdict(mean) for name, mean in means.items() if mean is not None},
+        "training_flops": row.mean_of("flops"),
+        "training_seconds": row.mean_of("seconds"),
+        "flops_per_image": row.flops_per_image,
+    }
+
+
+def _shown(mean: Mean | None, *, is_difference: bool = False) -> Cell:
+    """Return a mean with its interval, in percent."""
+    if mean is None:
+        return Cell(None)
+    sign = "+" if is_difference and mean.mean > 0 else ""
+    interval = ""
+    if mean.low is not None and mean.high is not None:
+        interval = f"[{percent(mean.low)}, {percent(mean.high)}]"
+    return Cell(mean.mean, f"{sign}{percent(mean.mean)}", interval)
+
+
+def _means_table(study: Study, rows: Sequence[Row]) -> Table:
+    header = ["arm | evaluation", "seeds", "training FLOPs", "FLOPs per image", "minutes"]
+    lines = [
+        [
+            row.name,
+            len(row.values),
+            Cell(row.mean_of("flops"), scaled(row.mean_of("flops"))),
+            Cell(row.flops_per_image, scaled(row.flops_per_image)),
+            Cell(row.mean_of("seconds"), _minutes(row.mean_of("seconds"))),
+            *(_shown(row.metric(name)) for name in study.metrics),
+        ]
+        for row in rows
+    ]
+    return Table.of(
+        [*header, *study.metrics],
+        lines,
+        caption="Means over seeds with 95 % intervals, in percent; FLOPs and minutes per run.",
+    )
+
+
+def _minutes(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds / 60:.1f}"
+
+
+def _differences_table(study: Study, reference: str, comparisons: Sequence[Comparison]) -> Table:
+    own = [said for said in comparisons if said.reference == reference]
+    metrics = [study.primary, *(name for name in study.metrics if name != study.primary)]
+    lines, remarks = [], []
+    for name in dict.fromkeys(said.row for said in own):
+        by_metric = {said.metric: said for said in own if said.row == name}
+        primary = by_metric[study.primary]
+        cells: list[Any] = [name, len(primary.differences)]
+        for metric in metrics:
+            said = by_metric[metric]
+            cells += [_shown(said.mean, is_difference=True), Cell(said.p, f"{said.p:.3f}")]
+            if metric == study.primary:
+                cells.append(Cell(said.p_holm, f"{said.p_holm:.3f}"))
+            if said.mean.remark:
+                remarks.append(f"{name}, {metric}: {said.mean.remark}.")
+        lines.append(cells)
+    header = ["arm | evaluation", "pairs"]
+    for metric in metrics:
+        header += [metric, "p"] + (["p (Holm)"] if metric == study.primary else [])
+    return Table.of(
+        header,
+        lines,
+        caption=f"Difference to {reference}, paired by seed: mean with 95 % interval, in points.",
+        notes=remarks,
+    )
+
+
+def _csv_rows(
+    study: Study, rows: Sequence[Row], comparisons: Sequence[Comparison]
+) -> tuple[list[str], list[list[Any]]]:
+    """Return a line per row and seed: metrics, and their differences to each reference."""
+    references = _references(comparisons)
+    header = ["arm", "evaluation", "seed", *study.metrics]
+    header += [f"{metric} - {name}" for name in references for metric in study.metrics]
+    header += ["training_flops", "training_seconds", "flops_per_image"]
+    found = {(said.row, said.reference, said.metric): said.differences for said in comparisons}
+    lines = []
+    for row in rows:
+        for seed, values in row.values.items():
+            line = [row.arm, row.evaluation, seed, *(values[name] for name in study.metrics)]
+            line += [
+                found.get((row.name, name, metric), {}).get(seed)
+                for name in references
+                for metric in study.metrics
+            ]
+            facts = row.training.get(seed, TrainingFacts())
+            lines.append([*line, facts.flops, facts.seconds, row.flops_per_image])
+    return header, lines
+
+
+def _seeds_table(study: Study, rows: Sequence[Row], comparisons: Sequence[Comparison]) -> Table:
+    header, lines = _csv_rows(study, rows, comparisons)
+    shown = header[:-3]
+    cells = [
+        [*line[:3], *(Cell(value, percent(value)) for value in line[3 : len(shown)])]
+        for line in lines
+    ]
+    return Table.of(shown, cells, caption="Every run: metrics and differences, in percent.")
+
+
+def _draw_all(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, bytes, bytes]]:
+    """Return name, description, SVG and PNG of each plot that there is something to draw of."""
+    axes = (
+        ("training_flops", "training FLOPs", {row.name: row.mean_of("flops") for row in rows}),
+        ("inference_flops", "FLOPs per image", {row.name: row.flops_per_image for row in rows}),
+    )
+    drawn = []
+    for name, label, costs in axes:
+        points = [
+            (row, cost, mean)
+            for row in rows
+            if (cost := costs[row.name]) and (mean := row.metric(study.primary)) is not None
+        ]
+        if points:
+            alt = f"{study.primary} against {label}, mean and 95 % interval over seeds"
+            drawn.append((f"{study.primary}_by_{name}", alt, *_draw(study, label, points)))
+    return drawn
+
+
+def _draw(
+    study: Study, label: str, points: Sequence[tuple[Row, float, Mean]]
+) -> tuple[bytes, bytes]:
+    arms = list(dict.fromkeys(row.arm for row, *_ in points))
+    with plots.plot_style():
+        drawing = Drawing(figsize=(6.2, 3.6), layout="constrained")
+        axes = drawing.subplots()
+        plots.quiet_axis(axes)
+        for row, cost, mean in points:
+            place = arms.index(row.arm)
+            low = mean.mean if mean.low is None else mean.low
+            high = mean.mean if mean.high is None else mean.high
+            ways = list(study.arms[row.arm].evaluations)
+            is_first = row.evaluation == ways[0]
+            color = plots.COLORS[place % len(plots.COLORS)]
+            axes.errorbar(
+                cost,
+                100 * mean.mean,
+                # BCa intervals need not hold the mean.
+                yerr=[[100 * max(mean.mean - low, 0)], [100 * max(high - mean.mean, 0)]],
+                color=color,
+                marker=plots.MARKERS[(place + place // len(plots.COLORS)) % len(plots.MARKERS)],
+                markerfacecolor=color if is_first else "white",
+                linestyle="none",
+                elinewidth=1,
+                capsize=2.5,
+                label=plots.legend_label(row.arm if row.evaluation == UNMASKED else row.name),
+            )
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: scaled(value)))
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"{study.primary}, percent")
+        drawing.legend(loc="outside right upper")
+        return (
+            plots.picture(drawing, "svg", mark=_MARK),
+            plots.picture(drawing, "png", mark=_MARK),
+        )

@@ -1,0 +1,343 @@
+"""Trains and evaluates what a study lacks, in processes of their own, seed by seed across arms."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import clip_pgs
+from clip_pgs.common import write_text
+from clip_pgs.evaluation.results import DONE, read_results
+from clip_pgs.study.plan import CONFIG_NAME, Study
+from clip_pgs.study.record import (
+    Code,
+    Evaluated,
+    differences,
+    is_trained,
+    model_digest,
+    read_code,
+    read_record,
+    write_record,
+)
+from clip_pgs.tables import duration, plain
+from clip_pgs.training.data_checks import has_training_data, training_files
+from clip_pgs.training.options import TrainOptions
+from clip_pgs.training.stop import StopSignals
+
+OUTPUT_NAME = "study.log"
+
+_POLL_SECONDS = 0.2
+_LAUNCHERS = {"training": "clip-train.sh", "evaluation": "clip-test.sh"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One run: an arm and a seed."""
+
+    arm: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
+
+
+def num_processes() -> int:
+    """Return the processes of one run: NPROC_PER_NODE, else the GPUs of this machine, else 1."""
+    return int(os.environ.get("NPROC_PER_NODE") or max(1, torch.cuda.device_count()))
+
+
+def is_complete(study: Study, pair: Pair, code: Code, *, accepts_changes: bool = False) -> bool:
+    """Return whether a run is trained, and evaluated as its study says by the present code."""
+    run = study.run(pair.arm, pair.seed)
+    ways = study.arms[pair.arm].evaluations
+    return is_trained(run) and all(
+        is_evaluated(study, pair, way, code, accepts_changes=accepts_changes) for way in ways
+    )
+
+
+def is_evaluated(
+    study: Study, pair: Pair, way: str, code: Code, *, accepts_changes: bool = False
+) -> bool:
+    """Return whether one evaluation of a run is there as the study says, by the present code."""
+    done = read_record(study.run(pair.arm, pair.seed)).evaluations.get(way)
+    if done is None or done.flags != study.evaluate_arguments(pair.arm, way):
+        return False
+    return done.code == code.evaluation or accepts_changes
+
+
+def refuse_other_runs(
+    study: Study, options: dict[str, TrainOptions], pairs: Sequence[Pair], code: Code
+) -> dict[Pair, list[str]]:
+    """Return how runs that are there differ from those that the study means, by run."""
+    files = {
+        arm: training_files(said) if has_training_data(said) else []
+        for arm, said in options.items()
+    }
+    found = {
+        pair: differences(
+            replace(options[pair.arm], seed=pair.seed),
+            study.run(pair.arm, pair.seed),
+            code,
+            files=files[pair.arm],
+        )
+        for pair in pairs
+    }
+    return {pair: changes for pair, changes in found.items() if changes}
+
+
+class Runner:
+    """Runs what a study lacks.
+
+    Args:
+        study: What to run.
+        options: The options of each arm's runs, but for the seed.
+        pairs: The runs, in order.
+        code: The code as it was checked.
+        jobs: Runs at the same time.
+        changed: How runs that are there differ from what the study means; those are kept.
+        accepts_changes: Whether differences, of the code too, are taken note of and no reason to
+            stop.
+        signals: Signals to this process.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        options: dict[str, TrainOptions],
+        pairs: Sequence[Pair],
+        code: Code,
+        *,
+        jobs: int,
+        changed: dict[Pair, list[str]],
+        accepts_changes: bool,
+        signals: StopSignals,
+    ) -> None:
+        self._study = study
+        self._options = options
+        self._pairs = list(pairs)
+        self._code = code
+        self._jobs = jobs
+        self._changed = changed
+        self._accepts_changes = accepts_changes
+        self._signals = signals
+        self._threads = max(1, (os.cpu_count() or 1) // jobs)
+        self._lock = threading.Lock()
+        self._children: set[subprocess.Popen[bytes]] = set()
+        self._is_stopping = False
+        self._started: dict[Pair, float] = {}
+        self._ended: set[Pair] = set()
+        self._num_failed = 0
+        self._other_code = ""
+
+    def run(self) -> int:
+        """Train and evaluate what is missing.
+
+        Returns:
+            0 if all of it is there now, 1 if something failed, else the code of the signal that
+            ended it.
+
+        Raises:
+            KeyboardInterrupt: At a second Ctrl-C; the processes are killed.
+        """
+        for pair, changes in self._changed.items():
+            self._note_accepted(pair, changes)
+        missing = [
+            pair
+            for pair in self._pairs
+            if not is_complete(self._study, pair, self._code, accepts_changes=self._accepts_changes)
+        ]
+        self._ended = set(self._pairs) - set(missing)
+        self._say(f"{len(missing)} of {len(self._pairs)} runs are left{self._time_left()}")
+        with ThreadPoolExecutor(self._jobs) as pool:
+            ends = [pool.submit(self._complete, pair) for pair in missing]
+            try:
+                while wait(ends, timeout=_POLL_SECONDS).not_done:
+                    if self._signals.code and not self._is_stopping:
+                        self._say(f"{self._signals.name}: stopping; the same command goes on")
+                        self._stop(signal.SIGTERM)
+            except BaseException:
+                self._stop(signal.SIGKILL)
+                raise
+            for end in ends:
+                end.result()
+        if self._signals.code:
+            return self._signals.code
+        if self._other_code:
+            sys.stderr.write(f"error: {self._other_code}\n")
+        return 1 if self._num_failed or self._other_code else 0
+
+    def _stop(self, number: int) -> None:
+        self._is_stopping = True
+        with self._lock:
+            for child in self._children:
+                # What a launcher started is in its group; it passes on what asks it to leave.
+                with suppress(ProcessLookupError):
+                    if number == signal.SIGKILL:
+                        os.killpg(child.pid, number)
+                    else:
+                        child.send_signal(number)
+
+    def _complete(self, pair: Pair) -> None:
+        """Train and evaluate one run, as far as that is not done."""
+        if self._is_stopping or not self._is_same_code():
+            return
+        self._started[pair] = time.monotonic()
+        reason = self._train(pair)
+        for way in self._study.arms[pair.arm].evaluations:
+            if not reason and not self._is_stopping:
+                reason = self._evaluate(pair, way)
+        if self._is_stopping:
+            return
+        run = self._study.run(pair.arm, pair.seed)
+        write_record(replace(read_record(run), failed=reason), run)
+        with self._lock:
+            self._ended.add(pair)
+            self._num_failed += bool(reason)
+        spent = duration(time.monotonic() - self._started[pair])
+        outcome = f"failed: {reason}" if reason else f"done in {spent}"
+        count = f"[{len(self._ended)}/{len(self._pairs)}]"
+        self._say(f"{count} {pair}: {outcome}{self._time_left()}")
+
+    def _is_same_code(self) -> bool:
+        """Return whether processes that start now run the code that was checked."""
+        with self._lock:
+            if self._accepts_changes or self._other_code:
+                return not self._other_code
+            if read_code() != self._code:
+                self._other_code = (
+                    "the code changed while the study ran, which began nothing more; run it from "
+                    "a checkout that nobody edits, or go on with --accept-changes"
+                )
+        return not self._other_code
+
+    def _train(self, pair: Pair) -> str:
+        """Train a run, or go on with it; return why it failed, "" if it did not."""
+        study, run = self._study, self._study.run(pair.arm, pair.seed)
+        if is_trained(run):
+            return ""
+        config = run.parent / CONFIG_NAME
+        run.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            write_text(config, study.config_text(pair.arm, config.parent))
+        record = read_record(run)
+        code = read_code().training if self._accepts_changes else self._code.training
+        if code not in record.code:
+            record.code.append(code)
+        record.version = record.version or clip_pgs.__version__
+        record.model = record.model or model_digest(self._options[pair.arm])
+        write_record(record, run)
+        arguments = study.train_arguments(pair.arm, pair.seed, config)
+        if pair in self._changed:
+            arguments.append("--accept-changes")
+        start = time.monotonic()
+        exit_code, reason = self._launch("training", arguments, run)
+        record.seconds += time.monotonic() - start
+        write_record(record, run)
+        return reason if exit_code else ""
+
+    def _evaluate(self, pair: Pair, way: str) -> str:
+        """Evaluate a run in one way; return why that failed, "" if it did not."""
+        study, run = self._study, self._study.run(pair.arm, pair.seed)
+        accepts = self._accepts_changes
+        if is_evaluated(study, pair, way, self._code, accepts_changes=accepts):
+            return ""
+        if not self._is_same_code():
+            return self._other_code
+        record = read_record(run)
+        output = study.results(pair.arm, pair.seed, way)
+        calls = study.evaluate_arguments(pair.arm, way)
+        before = record.evaluations.pop(way, None)
+        write_record(record, run)
+        # What was scored by other code has the identity of what would be scored now.
+        redo = ["--force"] if before is not None or output.exists() else []
+        code = read_code().evaluation if accepts else self._code.evaluation
+        start = time.monotonic()
+        for flags in calls:
+            arguments = [str(run), f"--output={output}", "--no-report", *redo, *flags]
+            exit_code, reason = self._launch("evaluation", arguments, run)
+            if exit_code:
+                errors = [r.error for r in read_results(output) if r.status != DONE and r.error]
+                return f"evaluation {way}: {plain(errors[0]) if errors else reason}"
+        record.evaluations[way] = Evaluated(calls, code, round(time.monotonic() - start, 1))
+        write_record(record, run)
+        return ""
+
+    def _launch(self, package: str, arguments: list[str], run: Path) -> tuple[int, str]:
+        """Run one of the two commands; return its exit code, and its last words."""
+        environment = dict(os.environ)
+        if num_processes() > 1:
+            script = Path(clip_pgs.__file__).parents[2] / _LAUNCHERS[package]
+            command = ["bash", str(script), *arguments]
+        else:
+            command = [sys.executable, "-m", f"clip_pgs.{package}", *arguments]
+            environment.setdefault("OMP_NUM_THREADS", str(self._threads))
+        with (run / OUTPUT_NAME).open("ab") as output:
+            start = output.tell()
+            with self._lock:
+                if self._is_stopping:
+                    return 1, "stopped"
+                # In a group of its own, Ctrl-C reaches it once, by way of this process.
+                child = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+                self._children.add(child)
+            code = child.wait()
+            with self._lock:
+                self._children.discard(child)
+        if code < 0:
+            return code, f"it was ended by {signal.Signals(-code).name}"
+        return code, _last_words(run / OUTPUT_NAME, start)
+
+    def _note_accepted(self, pair: Pair, changes: list[str]) -> None:
+        run = self._study.run(pair.arm, pair.seed)
+        record = read_record(run)
+        accepted = list(dict.fromkeys([*record.accepted, *changes]))
+        write_record(replace(record, accepted=accepted), run)
+
+    def _time_left(self) -> str:
+        """Return how long the rest will take, from what runs of each arm took."""
+        seconds: dict[str, list[float]] = {}
+        for pair in self._pairs:
+            record = read_record(self._study.run(pair.arm, pair.seed))
+            if pair in self._ended and not record.failed:
+                evaluating = sum(done.seconds for done in record.evaluations.values())
+                seconds.setdefault(pair.arm, []).append(record.seconds + evaluating)
+        if not seconds:
+            return ""
+        means = {arm: sum(spent) / len(spent) for arm, spent in seconds.items()}
+        mean = sum(means.values()) / len(means)
+        now, left = time.monotonic(), 0.0
+        for pair in self._pairs:
+            if pair not in self._ended:
+                spent = now - self._started.get(pair, now)
+                left += max(means.get(pair.arm, mean) - spent, 0.0)
+        return f"; about {duration(left / self._jobs)} left" if left else ""
+
+    def _say(self, sentence: str) -> None:
+        sys.stdout.write(f"{sentence}\n")
+        sys.stdout.flush()
+
+
+def _last_words(path: Path, start: int) -> str:
+    """Return the last error that a process wrote from a place in a file on, or its last line."""
+    with path.open("rb") as file:
+        file.seek(start)
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return plain((errors or lines or ["it said nothing"])[-1])

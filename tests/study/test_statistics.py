@@ -1,0 +1,72 @@
+"""Statistics against what a slow count over everything gives, and numbers worked out by hand."""
+
+import itertools
+import statistics
+
+import pytest
+
+from clip_pgs.study.statistics import MIN_SEEDS, holm, mean_with_interval, sign_flip_p
+
+DIFFERENCES = {
+    "all up": [0.02, 0.05, 0.01, 0.08, 0.03, 0.04],
+    "one down": [0.02, 0.05, -0.01, 0.08, 0.03, 0.04],
+    "ties": [0.02, 0.02, -0.02, 0.02, 0.0, 0.02, 0.01],
+    "two": [0.1, 0.3],
+    "all equal": [0.1] * 6,
+    "nothing": [0.0] * 6,
+}
+
+
+@pytest.mark.parametrize("differences", DIFFERENCES.values(), ids=DIFFERENCES)
+def test_p_counts_the_patterns_of_signs_that_are_as_extreme(differences):
+    seen = abs(sum(differences))
+    patterns = list(itertools.product([1, -1], repeat=len(differences)))
+    extreme = [
+        signs
+        for signs in patterns
+        if abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= seen - 1e-12
+    ]
+    assert sign_flip_p(differences) == pytest.approx(len(extreme) / len(patterns))
+
+
+def test_six_seeds_are_the_fewest_that_can_give_a_p_below_0_05():
+    differences = [0.01 * (number + 1) for number in range(MIN_SEEDS)]
+    assert sign_flip_p(differences) == pytest.approx(2 / 64)
+    assert sign_flip_p(differences[1:]) == pytest.approx(2 / 32)
+    assert sign_flip_p(differences[:1]) == 1
+
+
+def test_holm_by_hand():
+    # Sorted: 0.005 x 4, 0.01 x 3, 0.03 x 2 and 0.04 x 1, each at least the one before it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_an_interval_lies_around_the_mean_of_its_values():
+    values = [0.1, 0.15, 0.12, 0.3, 0.18, 0.11]
+    found = mean_with_interval(values)
+    assert found.mean == pytest.approx(statistics.fmean(values))
+    assert min(values) < found.low < found.mean < found.high < max(values)
+    # The tail is above: so is the longer side of a corrected interval.
+    assert found.high - found.mean > found.mean - found.low
+    moved = mean_with_interval([value - 0.05 for value in values])
+    assert (moved.low, moved.high) == pytest.approx((found.low - 0.05, found.high - 0.05), abs=2e-3)
+    assert found.excludes_zero
+    assert not mean_with_interval([-0.2, 0.3, 0.1]).excludes_zero
+
+
+def test_the_interval_of_many_values_is_the_normal_one():
+    values = statistics.NormalDist(1.0, 2.0).samples(400, seed=0)
+    found = mean_with_interval(values)
+    half = 1.96 * statistics.stdev(values) / 20
+    assert (found.low, found.high) == pytest.approx(
+        (found.mean - half, found.mean + half), abs=0.03
+    )
+
+
+@pytest.mark.parametrize("values", [[0.3], [0.3] * 6], ids=["one value", "equal values"])
+def test_where_there_is_no_interval_words_say_why(values):
+    found = mean_with_interval(values)
+    assert (found.mean, found.low, found.high) == (pytest.approx(0.3), None, None)
+    assert found.remark

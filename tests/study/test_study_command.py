@@ -1,0 +1,132 @@
+"""The command: what it runs, goes on with and refuses."""
+
+import json
+import shutil
+
+import pytest
+
+from clip_pgs.study.__main__ import main
+from support.commands import refusal
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_where_a_signal_stopped_it(finished):
+    files, (code, trained), (second_code, out, error) = finished
+    assert code == 85
+    assert 1 <= len(trained) < 4
+    assert second_code == 0, error
+    assert "of 4 runs are left" in out
+    for arm in ("random", "pgs"):
+        for seed in (0, 1):
+            run = files.study / arm / f"seed_{seed}"
+            assert (run / "export").is_dir()
+            options = json.loads((run / "options.json").read_text())
+            assert (options["masking"], options["seed"]) == (arm, seed)
+            assert options["masking_options"] == {"mask_ratio": 0.5}
+            assert len(list((run / "eval-unmasked").glob("*.json"))) == 2
+
+
+@pytest.mark.slow
+def test_what_is_finished_is_not_run_again(finished):
+    files, *_ = finished
+    paths = [*files.study.rglob("out.log"), *files.study.rglob("eval-unmasked/*.json")]
+    before = {path: path.stat().st_mtime_ns for path in paths}
+    code, out, _ = files.run()
+    assert code == 0
+    assert "0 of 4 runs are left" in out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A finished study that a test may change."""
+    files, *_ = finished
+    shutil.copytree(files.study, tmp_path / "logs/tiny")
+    shutil.copy(files.path, tmp_path / "study.yaml")
+    files = type(files)(tmp_path)
+    files.change(base=str(finished[0].folder / "base.yaml"))
+    return files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parts", "named"),
+    [
+        ({"overrides": {"mask-ratio": 0.25}}, "mask_ratio"),
+        ({"overrides": {"lr": 2e-3}}, "lr 0.001"),
+    ],
+    ids=["masking", "recipe"],
+)
+def test_other_options_are_refused(copied, capsys, overrides, named):
+    copied.change(overrides=overrides)
+    assert named in refusal(main, copied.argv(), capsys)
+
+
+@pytest.mark.slow
+def test_other_code_is_refused_and_can_be_accepted(copied, capsys):
+    path = copied.study / "pgs/seed_1/study.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "code": ["0ld"]}))
+    assert "code 0ld" in refusal(main, copied.argv(), capsys)
+    assert main(copied.argv("--accept-changes")) == 0
+    assert "code 0ld" in copied.record("pgs", 1)["accepted"][0]
+    assert copied.record("random", 1)["accepted"] == []
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_told_and_the_others_are_run(study):
+    # Fits the checks, and fails when a step has no finite loss.
+    arms = {
+        "bad": {"train": {"masking": "random", "lr": 1e38, "max-bad-steps": 1, "epochs": 3}},
+        "good": {"train": {"masking": "random"}},
+    }
+    study.change(arms=arms, seeds=[0], reference="good")
+    code, out, error = study.run()
+    assert code == 1, error
+    assert "bad, seed 0: failed: the loss or its gradient was not finite" in out
+    assert "good, seed 0: done" in out
+    assert "not finite" in study.record("bad", 0)["failed"]
+    assert study.record("good", 0)["failed"] == ""
+
+
+BAD = {
+    "an unknown key": {"colour": 1},
+    "no metrics": {"metrics": None},
+    "an unknown primary": {"primary": "score-2"},
+    "an unknown reference": {"reference": "plain"},
+    "no such base": {"base": "nowhere.yaml"},
+    "a seed twice": {"seeds": [1, 1]},
+    "a text as seed": {"seeds": ["one"]},
+    "its own option": {"overrides": {"seed": 3}},
+    "an unknown option": {"overrides": {"mask-ration": 0.5}},
+    "an option out of range": {"overrides": {"mask-ratio": 1.5}},
+    "an unknown masking": {"arms": {"random": {"train": {"masking": "pgss"}}}},
+    "an unknown suite": {"evaluations": [{"suite": "zero"}]},
+    "an unknown flag of evaluation": {"evaluations": [{"sweet": "all"}]},
+    "a metric that is not evaluated": {"metrics": {"score": ["zeroshot-retrieval/four/acc1"]}},
+    "a metric that a suite lacks": {"metrics": {"score": ["zeroshot-classification/four/acc3"]}},
+    "a name with a slash": {"name": "a/b"},
+}
+
+
+@pytest.mark.parametrize("parts", BAD.values(), ids=BAD)
+def test_a_bad_study_is_refused_before_anything_starts(study, capsys, parts):
+    study.change(**parts)
+    refusal(main, study.argv(), capsys)
+    assert not study.root.exists()
+
+
+def test_missing_evaluation_data_is_refused(study, capsys):
+    shutil.rmtree(study.folder / "sets/pairs/test")
+    assert "pairs" in refusal(main, study.argv(), capsys)
+
+
+@pytest.mark.parametrize("flags", [["--arms", "plain"], ["--seeds", "7"], ["--jobs", "0"]], ids=str)
+def test_what_the_study_lacks_cannot_be_chosen(study, capsys, flags):
+    refusal(main, study.argv(*flags), capsys)
+
+
+def test_a_valid_study_says_so_and_leaves_nothing(study, capsys):
+    assert main(study.argv("--check-only", "--seeds", "1")) == 0
+    assert "2 runs" in capsys.readouterr().out
+    assert not study.root.exists()
