@@ -38,13 +38,13 @@ def check_model(content):
     return accepts(check, MASKED)
 
 
-@fuzz(400)
+@fuzz(200)
 @given(command_lines(BASE))
 def test_any_flags_are_valid_or_refused(argv):
     accepts(check, argv)
 
 
-@fuzz(400)
+@fuzz(100)
 @given(yaml_files)
 def test_any_config_is_valid_or_refused(content):
     check_config(content)

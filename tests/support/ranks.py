@@ -27,7 +27,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Hang:
-    """What one rank does for ever, or for some seconds of a processor's time.
+    """What one rank does once, for ever or for some seconds of a processor's time.
 
     Args:
         rank: The process.
@@ -119,7 +119,7 @@ def _prepare(trouble: Stop | Hang) -> None:
     if isinstance(trouble, Stop):
         _replace(Trainer, "save_if_due", after=lambda run, _: _signal_at(trouble, run.step))
     elif trouble.activity in ("trains", "stopped"):
-        # The first step has more patience.
+        # The first step has more patience, and a busy one goes on after the second.
         _replace(PhaseTrainer, "train_step", after=lambda trainer, _: _hang_after(trainer, trouble))
     else:
         _replace(Validation, "run", after=lambda *_, **__: _hang(trouble))
@@ -142,7 +142,7 @@ def _signal_at(stop: Stop, step: int) -> None:
 
 
 def _hang_after(trainer, hang: Hang) -> None:
-    if trainer.position > trainer.phase.samples_per_step:
+    if trainer.position == 2 * trainer.phase.samples_per_step:
         _hang(hang)
 
 

@@ -41,6 +41,7 @@ def send_and_sleep(caught, number):
     with caught.interruptible(patience=0.3):
         os.kill(os.getpid(), number)
         time.sleep(20)
+        pytest.fail("the block went on")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -48,7 +49,7 @@ def test_a_block_is_broken_off_when_its_patience_is_over(caught, number):
     started = time.monotonic()
     with pytest.raises(StopRequest):
         send_and_sleep(caught, number)
-    assert 0.3 <= time.monotonic() - started < 10
+    assert time.monotonic() - started >= 0.3
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -96,8 +97,8 @@ def swallow(**_):
         tell()
         time.sleep(20)
     except Exception:
-        return {"accuracy": 0.0}
-    return {"accuracy": 0.5}
+        pytest.fail("the signal was swallowed")
+    pytest.fail("the evaluation went on")
 
 
 class Fragile:
@@ -111,7 +112,7 @@ def lose_in_a_destructor(**_):
     fragile = Fragile()
     del fragile
     time.sleep(20)
-    return {"accuracy": 0.5}
+    pytest.fail("the evaluation went on")
 
 
 @pytest.mark.slow
@@ -119,10 +120,8 @@ def lose_in_a_destructor(**_):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_evaluation_swallows_a_signal(tmp_path, world, evaluate, monkeypatch):
     monkeypatch.setattr(stop, "_AGAIN_SECONDS", 0.3)
-    started = time.monotonic()
     with pytest.raises(StoppedError, match="stopped by SIGTERM at sample 32 of epoch 0"):
         run(tmp_path, train_data=world.train_data, epochs=1, evaluate=evaluate)
-    assert time.monotonic() - started < 15
     folder = run(
         tmp_path,
         train_data=world.train_data,
