@@ -14,7 +14,9 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 INK, FAINT, MIDDLE = "#1a1a1a", "#d9d9d9", "#808080"
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
@@ -62,6 +64,13 @@ def quiet_axis(axes: Axes) -> None:
     axes.set_axisbelow(True)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.tick_params(length=0)
+
+
+def log_ticks(axis: Axis) -> None:
+    """Give a logarithmic axis few ticks, in plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
 
 
 def legend_label(name: str) -> str:

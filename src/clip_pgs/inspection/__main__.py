@@ -122,10 +122,12 @@ def _add_cost(commands: Any) -> None:
     _add_progress(parser, ", which strategies are told; above 0 some look at embeddings as well")
     kinds = ("flickr8k", "web")
     add("--captions", choices=kinds, default="flickr8k", help="whose lengths they have")
-    add("--no-trimming", action="store_true", help="give every model the whole context of tokens")
+    trim_help = "give every model the whole context of tokens"
+    add("--no-trimming", dest="trims", action="store_false", help=trim_help)
     pack_help = "run maskings that keep different counts as one sequence (default: as training)"
     add("--pack-tokens", action=argparse.BooleanOptionalAction, help=pack_help)
-    add("--compile", action="store_true", help="run the models through torch.compile")
+    compile_help = "run the models through torch.compile"
+    add("--compile", dest="compiles", action="store_true", help=compile_help)
     _add_output(parser, "cost.json", "cost.png")
 
 

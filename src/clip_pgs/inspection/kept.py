@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from clip_pgs.inspection.model_input import (
     read_view,
     seeded_noise,
 )
-from clip_pgs.masking import MaskingStrategy, PatchInputs
 from clip_pgs.masking.sampling import kept_patches, patchify
 from clip_pgs.masking.strategy import check_mask_ratio
 from clip_pgs.tables import Table, csv_text
@@ -112,24 +112,20 @@ def pair_masks(images: Sequence[str | Path], masks: str | Path) -> list[tuple[Pa
 
 
 def read_foreground(
-    pairs: Sequence[tuple[Path, Path]],
-    model_input: ModelInput,
-    *,
-    progress: Callable[[], object] | None = None,
+    pairs: Sequence[tuple[Path, Path]], model_input: ModelInput
 ) -> ForegroundImages:
     """Read images and their masks, and crop both alike.
 
     Args:
         pairs: Image and mask files. In a mask, any value but 0 is foreground.
         model_input: How the model crops images and cuts them into patches.
-        progress: Called after every image.
 
     Raises:
         ValueError: If a file cannot be read, a mask has another size than its image, or no image
             has a foreground patch.
     """
     crops, foreground = [], []
-    for image_path, mask_path in pairs:
+    for image_path, mask_path in tqdm(pairs, leave=False, disable=None):
         image, mask = read_image(image_path), read_image(mask_path)
         if mask.size != image.size:
             raise ValueError(
@@ -140,8 +136,6 @@ def read_foreground(
         if is_foreground_N.any():
             crops.append(model_input.crop(image))
             foreground.append(is_foreground_N)
-        if progress is not None:
-            progress()
     if not crops:
         raise ValueError(
             f"none of the {len(pairs)} masks covers more than half of a patch; "
@@ -173,7 +167,6 @@ def measure_kept(
     *,
     view: View,
     num_seeds: int = 20,
-    progress: Callable[[], object] | None = None,
 ) -> list[Kept]:
     """Measure the share of foreground patches that strategies keep.
 
@@ -186,7 +179,6 @@ def measure_kept(
         mask_ratios: Each in [0, 1).
         view: How the strategies see the images.
         num_seeds: Seeds 0 to `num_seeds` - 1, at least 1.
-        progress: Called once for each strategy, ratio and seed.
 
     Returns:
         Strategies in their order, each with the ratios in theirs.
@@ -198,46 +190,35 @@ def measure_kept(
         raise ValueError(f"the number of seeds must be at least 1, got {num_seeds}")
     num_images, num_patches = images.foreground.shape
     noises = [seeded_noise(num_images, num_patches, seed=seed) for seed in range(num_seeds)]
+    starts = range(0, num_images, _CHUNK)
     rows = []
-    for spec in specs:
-        chunks = _look(images, view, spec.build(mask_ratio=mask_ratios[0]))
-        for mask_ratio in mask_ratios:
-            strategy = spec.build(mask_ratio=mask_ratio)
-            everything = (batch for noise in noises for batch in _with_noise(chunks, noise))
-            strategy = fit_strategy(strategy, everything, progress=view.progress)
-            seeds = []
-            for noise in noises:
-                batches = _with_noise(chunks, noise)
-                seeds.append(_measure(strategy, batches, images.foreground))
-                if progress is not None:
-                    progress()
-            dropped, kept = torch.tensor(seeds, dtype=torch.float64).unbind(1)
-            spread = kept.std().item() if num_seeds > 1 else 0.0
-            rows.append(
-                Kept(spec.title, mask_ratio, dropped.mean().item(), kept.mean().item(), spread)
+    for spec, mask_ratio in tqdm(list(product(specs, mask_ratios)), leave=False, disable=None):
+        strategy = spec.build(mask_ratio=mask_ratio)
+        if mask_ratio == mask_ratios[0]:
+            # What a strategy sees is the same at all ratios.
+            chunks = (images.crops[start : start + _CHUNK] for start in starts)
+            seen = [view.inputs(view.model_input.normalize(crops), strategy) for crops in chunks]
+        draws = [
+            [
+                replace(one, noise=noise)
+                for one, noise in zip(seen, noise_BN.split(_CHUNK), strict=True)
+            ]
+            for noise_BN in noises
+        ]
+        strategy = fit_strategy(strategy, chain.from_iterable(draws), progress=view.progress)
+        with torch.no_grad():
+            keep_mask_SBN = torch.stack(
+                [
+                    torch.cat([kept_patches(strategy(b), num_patches) for b in draw])
+                    for draw in draws
+                ]
             )
+        inside_SB = (keep_mask_SBN & images.foreground).sum(2) / images.foreground.sum(1)
+        kept_S = inside_SB.double().mean(1)
+        spread = kept_S.std().item() if num_seeds > 1 else 0.0
+        dropped = (1 - keep_mask_SBN.double().mean((1, 2))).mean().item()
+        rows.append(Kept(spec.title, mask_ratio, dropped, kept_S.mean().item(), spread))
     return rows
-
-
-def _look(images: ForegroundImages, view: View, strategy: MaskingStrategy) -> list[PatchInputs]:
-    """Return what a strategy sees of the images, in chunks and without noise."""
-    chunks = [images.crops[start : start + _CHUNK] for start in range(0, len(images.crops), _CHUNK)]
-    return [view.inputs(view.model_input.normalize(crops), strategy) for crops in chunks]
-
-
-def _with_noise(chunks: Sequence[PatchInputs], noise_BN: Tensor) -> Iterator[PatchInputs]:
-    for inputs, noise in zip(chunks, noise_BN.split(_CHUNK), strict=True):
-        yield replace(inputs, noise=noise)
-
-
-@torch.no_grad()
-def _measure(
-    strategy: MaskingStrategy, batches: Iterable[PatchInputs], foreground_BN: Tensor
-) -> tuple[float, float]:
-    """Return the share of patches dropped and of foreground patches kept, means over images."""
-    keep_mask_BN = torch.cat([kept_patches(strategy(b), b.num_patches) for b in batches])
-    kept_B = (keep_mask_BN & foreground_BN).sum(dim=1) / foreground_BN.sum(dim=1)
-    return 1 - keep_mask_BN.double().mean().item(), kept_B.double().mean().item()
 
 
 # The command
@@ -259,13 +240,8 @@ def run_kept(args: argparse.Namespace) -> None:
     if args.output is not None:
         check_writable(*(args.output / name for name in FILE_NAMES))
 
-    # Both files of a pair are read for one tick, and every selection of all images is one more.
-    total = len(pairs) + len(strategies) * args.seeds
-    with tqdm(total=total, leave=False, disable=not sys.stderr.isatty()) as bar:
-        images = read_foreground(pairs, view.model_input, progress=bar.update)
-        rows = measure_kept(
-            images, specs, mask_ratios, view=view, num_seeds=args.seeds, progress=bar.update
-        )
+    images = read_foreground(pairs, view.model_input)
+    rows = measure_kept(images, specs, mask_ratios, view=view, num_seeds=args.seeds)
     num_images, num_patches = images.foreground.shape
     facts: dict[str, Any] = {
         "num_images": num_images,

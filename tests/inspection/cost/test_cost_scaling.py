@@ -5,13 +5,13 @@ import torch
 
 from clip_pgs.inspection.__main__ import main
 from clip_pgs.inspection.cost.scaling import (
-    SharedStep,
     Size,
     default_sizes,
     measure_scaling,
     measure_world,
     world_sizes,
 )
+from clip_pgs.inspection.cost.step import Benchmark
 from support.commands import refusal
 from support.options import write_model_config
 
@@ -26,8 +26,8 @@ def test_sweeps_vary_one_size_each():
 def test_the_first_of_a_sweep_is_what_the_others_are_compared_with():
     sizes = [Size("images", side=2, num_images=n) for n in (1, 2)]
     first, second = measure_scaling(sizes, device=torch.device("cpu"), num_rounds=2)
-    assert first.exponent is None
-    assert 2**second.exponent == pytest.approx(second.seconds / first.seconds)
+    assert first["exponent"] is None
+    assert 2 ** second["exponent"] == pytest.approx(second["seconds"] / first["seconds"])
 
 
 def test_the_command_writes_its_rows(tmp_path, capsys):
@@ -39,18 +39,8 @@ def test_the_command_writes_its_rows(tmp_path, capsys):
     assert "processes" not in content
 
 
-def shared_step(model, **changes):
-    fields = {
-        "image_size": None,
-        "masking": "pgs",
-        "batch_size": 2,
-        "precision": "fp32",
-        "device_type": "cpu",
-        "num_threads": 1,
-        "num_steps": 2,
-        **changes,
-    }
-    return SharedStep(model, **fields)
+def step_of(model, device="cpu"):
+    return Benchmark(model, None, torch.device(device), "fp32", 2)
 
 
 @pytest.mark.parametrize(
@@ -78,15 +68,15 @@ def test_the_command_steps_on_one_process_and_on_two(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_what_a_process_raises_is_said_in_one_sentence(tmp_path):
-    step = shared_step(str(tmp_path / "none.json"))
+    step = step_of(str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match=r"a process failed, of 1: ValueError: .*none\.json"):
-        measure_world(step, [1])
+        measure_world(step, "pgs", [1], num_steps=2)
 
 
 def test_too_few_gpus_are_refused_before_anything_starts(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ValueError, match="2 processes need as many GPUs, and there are 1"):
-        measure_world(shared_step("ViT-B-16", device_type="cuda"), [1, 2])
+        measure_world(step_of("ViT-B-16", "cuda"), "pgs", [1, 2], num_steps=2)
 
 
 @pytest.mark.parametrize(

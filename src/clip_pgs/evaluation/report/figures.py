@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from clip_pgs import plots
 from clip_pgs.evaluation.report import results_table, scores
@@ -494,9 +494,7 @@ def _draw_costs(
     if high > 5 * low > 0:
         axes.set_xscale("log")
         axes.set_xlim(0.6 * low, 1.7 * high)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        plots.log_ticks(axes.xaxis)
     else:
         axes.set_xlim(0, 1.2 * high or 1)
 

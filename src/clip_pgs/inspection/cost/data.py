@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time, sleep
@@ -29,8 +29,7 @@ from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.plan import RowPlan, SampleRef
 from clip_pgs.data.samples import RawSample, SampleDecoder
 from clip_pgs.data.skips import Skip, SkipAccount
-from clip_pgs.inspection.cost.step import TICK, number_cell, write_json
-from clip_pgs.tables import Table
+from clip_pgs.inspection.cost.step import TICK, Columns, measured_table, write_json
 
 CAPTION = b"a dog runs over the grass with a ball in its mouth"
 JPEG_SUFFIXES = (".jpg", ".jpeg")
@@ -89,30 +88,9 @@ def our_decoder(image_size: int) -> SampleDecoder:
 # One core
 
 
-@dataclass(frozen=True)
-class DataSpeed:
-    """Images per second of one core, and how the two paths compare.
-
-    Attributes:
-        num_images: Images of a round.
-        ours: Images per second, this package's path, median over rounds.
-        open_clip: The same of OpenCLIP's.
-        ratio: `ours` over `open_clip`, median of the rounds' ratios.
-    """
-
-    num_images: int
-    ours: float
-    open_clip: float
-    ratio: float
-
-
 def measure_data_speed(
-    images: Sequence[bytes],
-    *,
-    image_size: int = 224,
-    num_rounds: int,
-    tick: Callable[[], object] | None = None,
-) -> DataSpeed:
+    images: Sequence[bytes], *, image_size: int = 224, num_rounds: int
+) -> dict[str, Any]:
     """Time both paths on the same images, in turns, with one thread.
 
     Both tokenize a caption, and draw crops in the same way; ours are left as bytes, which training
@@ -122,7 +100,11 @@ def measure_data_speed(
         images: JPEG files.
         image_size: Side of a crop in pixels.
         num_rounds: Rounds that count; one more comes first.
-        tick: Called after every round of a path.
+
+    Returns:
+        `num_images` of a round; images per second of this package's path, `ours`, and of
+        OpenCLIP's, `open_clip`, medians over rounds; and `ratio`, of the one over the other, median
+        of the rounds' ratios.
     """
     transform = open_clip.image_transform(image_size, is_train=True)
     tokenize = open_clip.get_tokenizer("ViT-B-16")
@@ -138,48 +120,25 @@ def measure_data_speed(
     torch.set_num_threads(1)
     ours: list[float] = []
     theirs: list[float] = []
+    paths = product(range(num_rounds + 1), ((run_ours, ours), (run_open_clip, theirs)))
     try:
-        for _ in range(num_rounds + 1):
-            for run, record in ((run_ours, ours), (run_open_clip, theirs)):
-                started = process_time()
-                for data in images:
-                    run(data)
-                record.append(max(process_time() - started, TICK))
-                if tick is not None:
-                    tick()
+        for _, (run, record) in tqdm(list(paths), leave=False, disable=None):
+            started = process_time()
+            for data in images:
+                run(data)
+            record.append(max(process_time() - started, TICK))
     finally:
         torch.set_num_threads(num_threads)
     del ours[0], theirs[0]
-    return DataSpeed(
-        num_images=len(images),
-        ours=len(images) / median(ours),
-        open_clip=len(images) / median(theirs),
-        ratio=median(other / own for own, other in zip(ours, theirs, strict=True)),
-    )
+    return {
+        "num_images": len(images),
+        "ours": len(images) / median(ours),
+        "open_clip": len(images) / median(theirs),
+        "ratio": median(other / own for own, other in zip(ours, theirs, strict=True)),
+    }
 
 
 # Training's loader
-
-
-@dataclass(frozen=True)
-class LoaderSpeed:
-    """What a loader gives, by the clock.
-
-    Attributes:
-        num_workers: Its processes.
-        batch_size: Images of a batch.
-        images_per_second: Where each batch is asked for as soon as the last one came.
-        images_per_second_per_worker: The same of one process.
-        step_seconds: What a step takes that wants a batch; None where none was tried.
-        waiting_share: Share of a step's time, waiting included, in which it waits for its batch.
-    """
-
-    num_workers: int
-    batch_size: int
-    images_per_second: float
-    images_per_second_per_worker: float
-    step_seconds: float | None
-    waiting_share: float | None
 
 
 class JpegSource:
@@ -209,8 +168,7 @@ def measure_loader_speed(
     batch_size: int,
     num_batches: int,
     step_seconds: float | None = None,
-    tick: Callable[[], object] | None = None,
-) -> LoaderSpeed:
+) -> dict[str, Any]:
     """Time a loader, at first alone and then beside steps of a given length.
 
     A step is a pause, which leaves the machine's cores to the workers, as a GPU's step does.
@@ -222,9 +180,15 @@ def measure_loader_speed(
         batch_size: Images of a batch.
         num_batches: Batches that count; those that workers make in advance come first.
         step_seconds: What a step takes; None leaves the second part out.
-        tick: Called after every batch.
+
+    Returns:
+        `num_workers`, `batch_size` and `step_seconds` as given; `images_per_second`, by the clock,
+        where each batch is asked for as soon as the last one came, and
+        `images_per_second_per_worker`; and `waiting_share`, the share of a step's time, waiting
+        included, in which it waits for its batch, None without steps.
     """
-    num_first = num_early_batches(num_workers)
+    # Each worker starts, and makes two batches in advance.
+    num_first = 3 * num_workers
     num_samples = (num_first + num_batches) * batch_size
     batches = PlannedBatches(
         JpegSource(images),
@@ -240,10 +204,8 @@ def measure_loader_speed(
         """Return how long an epoch's batches were waited for, in seconds."""
         waits = []
         started = perf_counter()
-        for _ in stream:
+        for _ in tqdm(stream, total=num_first + num_batches, leave=False, disable=None):
             waits.append(perf_counter() - started)
-            if tick is not None:
-                tick()
             sleep(pause)
             started = perf_counter()
         return sum(waits[num_first:])
@@ -254,19 +216,14 @@ def measure_loader_speed(
         waited = waiting(step_seconds)
         waiting_share = waited / (waited + num_batches * step_seconds)
     stream.close()
-    return LoaderSpeed(
-        num_workers=num_workers,
-        batch_size=batch_size,
-        images_per_second=rate,
-        images_per_second_per_worker=rate / num_workers,
-        step_seconds=step_seconds,
-        waiting_share=waiting_share,
-    )
-
-
-def num_early_batches(num_workers: int) -> int:
-    """Return how many batches do not count: each worker starts, and makes two in advance."""
-    return 3 * num_workers
+    return {
+        "num_workers": num_workers,
+        "batch_size": batch_size,
+        "images_per_second": rate,
+        "images_per_second_per_worker": rate / num_workers,
+        "step_seconds": step_seconds,
+        "waiting_share": waiting_share,
+    }
 
 
 # The command
@@ -283,47 +240,48 @@ def run_data(args: argparse.Namespace) -> None:
     if args.output is not None:
         check_writable(args.output / "data.json")
     images = read_jpegs(args.paths, min_side=args.min_side, limit=args.limit)
-    size, total = args.image_size, 2 * (args.steps + 1)
-    with tqdm(total=total, leave=False, disable=not sys.stderr.isatty()) as bar:
-        speed = measure_data_speed(images, image_size=size, num_rounds=args.steps, tick=bar.update)
-    lines = [
-        ["OpenCLIP", number_cell(speed.open_clip, "{:.0f}"), number_cell(1.0, "{:.2f}")],
-        ["clip-pgs", number_cell(speed.ours, "{:.0f}"), number_cell(speed.ratio, "{:.2f}")],
+    size = args.image_size
+    speed = measure_data_speed(images, image_size=size, num_rounds=args.steps)
+    paths = [
+        {"path": "OpenCLIP", "speed": speed["open_clip"], "ratio": 1.0},
+        {"path": "clip-pgs", "speed": speed["ours"], "ratio": speed["ratio"]},
     ]
+    columns: Columns = {
+        "": ("path", 1, "{}"),
+        "images/s": ("speed", 1, "{:.0f}"),
+        "ratio": ("ratio", 1, "{:.2f}"),
+    }
     sys.stdout.write(
-        f"{speed.num_images} JPEG files to crops of {size} x {size} pixels, one core\n\n"
-        f"{Table.of(['', 'images/s', 'ratio'], lines).text()}"
+        f"{len(images)} JPEG files to crops of {size} x {size} pixels, one core\n\n"
+        f"{measured_table(paths, columns)}"
     )
     loader = None if args.workers is None else _run_loader(args, images)
     if args.output is not None:
         path = args.output / "data.json"
-        write_json(path, {"image_size": size, **asdict(speed), "loader": loader})
+        write_json(path, {"image_size": size, **speed, "loader": loader})
         sys.stdout.write(f"\n{path}\n")
 
 
-def _run_loader(args: argparse.Namespace, images: list[bytes]) -> dict[str, Any]:
-    """Measure and print what the loader gives; return what the file says of it."""
-    num_passes = 1 if args.step_seconds is None else 2
-    total = num_passes * (num_early_batches(args.workers) + args.batches)
-    with tqdm(total=total, leave=False, disable=not sys.stderr.isatty()) as bar:
-        speed = measure_loader_speed(
-            images,
-            image_size=args.image_size,
-            num_workers=args.workers,
-            batch_size=args.batch_size,
-            num_batches=args.batches,
-            step_seconds=args.step_seconds,
-            tick=bar.update,
-        )
-    cells = {
-        "workers": number_cell(speed.num_workers, "{}"),
-        "images/s": number_cell(speed.images_per_second, "{:.0f}"),
-        "per worker": number_cell(speed.images_per_second_per_worker, "{:.0f}"),
-        "s per batch": number_cell(speed.batch_size / speed.images_per_second, "{:.3f}"),
+def _run_loader(args: argparse.Namespace, images: Sequence[bytes]) -> dict[str, Any]:
+    """Measure and print the loader's speed; return what the file says of it."""
+    speed = measure_loader_speed(
+        images,
+        image_size=args.image_size,
+        num_workers=args.workers,
+        batch_size=args.batch_size,
+        num_batches=args.batches,
+        step_seconds=args.step_seconds,
+    )
+    columns: Columns = {
+        "workers": ("num_workers", 1, "{}"),
+        "images/s": ("images_per_second", 1, "{:.0f}"),
+        "per worker": ("images_per_second_per_worker", 1, "{:.0f}"),
+        "s per batch": ("batch_seconds", 1, "{:.3f}"),
     }
-    if speed.waiting_share is not None:
-        cells["s per step"] = number_cell(speed.step_seconds, "{:g}")
-        cells["waiting"] = number_cell(speed.waiting_share, "{:.1%}")
-    table = Table.of(list(cells), [list(cells.values())]).text()
-    sys.stdout.write(f"\nTraining's loader, batches of {speed.batch_size}\n\n{table}")
-    return asdict(speed)
+    if args.step_seconds is not None:
+        columns["s per step"] = ("step_seconds", 1, "{:g}")
+        columns["waiting"] = ("waiting_share", 1, "{:.1%}")
+    row = speed | {"batch_seconds": args.batch_size / speed["images_per_second"]}
+    table = measured_table([row], columns)
+    sys.stdout.write(f"\nTraining's loader, batches of {args.batch_size}\n\n{table}")
+    return speed

@@ -8,8 +8,9 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -26,17 +27,17 @@ from tqdm import tqdm
 from clip_pgs.common import check_writable
 from clip_pgs.inspection.cost.step import (
     Benchmark,
+    Columns,
     Setup,
     describe_device,
     draw_images,
     fill_in_defaults,
-    number_cell,
+    measured_table,
     time_parts,
     write_json,
 )
 from clip_pgs.inspection.model_input import parse_specs
 from clip_pgs.masking import PatchInputs, create_masking
-from clip_pgs.tables import Table
 
 PATCH_SIZE, EMBED_DIM = 16, 768
 SWEEPS = ("patches", "candidates", "images")
@@ -72,28 +73,6 @@ class Size:
         return num_patches, max(1, round(self.candidate_ratio * num_patches)), self.num_images
 
 
-@dataclass(frozen=True)
-class ScalingRow:
-    """A size and what a selection of that size took.
-
-    Attributes:
-        sweep: What varies, one of `SWEEPS`.
-        num_patches: N.
-        num_candidates: C.
-        num_images: B.
-        seconds: Median over rounds.
-        exponent: Of the power law from the sweep's first size to this one; 1 is linear growth,
-            None for the first size.
-    """
-
-    sweep: str
-    num_patches: int
-    num_candidates: int
-    num_images: int
-    seconds: float
-    exponent: float | None
-
-
 def default_sizes(num_images: int) -> list[Size]:
     """Return three sweeps around 196 patches, 10 candidates and a number of images."""
     return [
@@ -104,13 +83,8 @@ def default_sizes(num_images: int) -> list[Size]:
 
 
 def measure_scaling(
-    sizes: Sequence[Size],
-    *,
-    device: torch.device,
-    num_rounds: int,
-    progress: float = 0.0,
-    tick: Callable[[], object] | None = None,
-) -> list[ScalingRow]:
+    sizes: Sequence[Size], *, device: torch.device, num_rounds: int, progress: float = 0.0
+) -> list[dict[str, Any]]:
     """Time selections by `pgs`, of every size once in each round.
 
     Args:
@@ -118,24 +92,26 @@ def measure_scaling(
         device: Where the images are.
         num_rounds: Rounds that count; one more comes first.
         progress: Share of training; above 0 embeddings are compared too.
-        tick: Called after every selection.
+
+    Returns:
+        A row per size: its `sweep`, `num_patches` N, `num_candidates` C, `num_images` B, `seconds`,
+        median over rounds, and `exponent`, of the power law from the sweep's first size to this
+        one: 1 is linear growth, None for the first size.
     """
     selections = [_selection(size, device, progress) for size in sizes]
     seconds: list[list[float]] = [[] for _ in sizes]
-    for _ in range(num_rounds + 1):
-        for select, record in zip(selections, seconds, strict=True):
-            record += time_parts(device, select)
-            if tick is not None:
-                tick()
-    rows: list[ScalingRow] = []
+    steps = product(range(num_rounds + 1), zip(selections, seconds, strict=True))
+    for _, (select, record) in tqdm(list(steps), leave=False, disable=None):
+        record += time_parts(device, select)
+    rows = []
     first: dict[str, tuple[int, float]] = {}
     for size, record in zip(sizes, seconds, strict=True):
         taken, varied = median(record[1:]), size.counts[SWEEPS.index(size.sweep)]
         start, start_taken = first.setdefault(size.sweep, (varied, taken))
-        exponent = None
-        if varied != start:
-            exponent = math.log(taken / start_taken) / math.log(varied / start)
-        rows.append(ScalingRow(size.sweep, *size.counts, taken, exponent))
+        is_first = varied == start
+        exponent = None if is_first else math.log(taken / start_taken) / math.log(varied / start)
+        counts = zip(("num_patches", "num_candidates", "num_images"), size.counts, strict=True)
+        rows.append({"sweep": size.sweep, **dict(counts), "seconds": taken, "exponent": exponent})
     return rows
 
 
@@ -151,52 +127,6 @@ def _selection(size: Size, device: torch.device, progress: float) -> Callable[[]
 # A step that processes share
 
 
-@dataclass(frozen=True)
-class SharedStep:
-    """The step that is timed, the same on every process but for its data.
-
-    Args:
-        model: What open_clip calls it, or a model config.
-        image_size: In pixels; None is the model's.
-        masking: A strategy, with options behind a colon.
-        batch_size: Samples per process.
-        precision: As OpenCLIP names it.
-        device_type: "cpu" or "cuda"; each process has a GPU of its own.
-        num_threads: Of each process, on the CPU.
-        num_steps: Steps that count.
-        seed: Of weights and data.
-    """
-
-    model: str
-    image_size: int | None
-    masking: str
-    batch_size: int
-    precision: str
-    device_type: str
-    num_threads: int
-    num_steps: int
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class WorldRow:
-    """What a step takes on so many processes.
-
-    Attributes:
-        num_processes: They share the step, each with a batch of its own.
-        seconds: Of a step on the slowest process, by the clock, median over steps.
-        samples_per_second: Of all processes together.
-        samples_per_second_per_process: Of one of them.
-        efficiency: The latter over what one process reaches alone.
-    """
-
-    num_processes: int
-    seconds: float
-    samples_per_second: float
-    samples_per_second_per_process: float
-    efficiency: float
-
-
 def world_sizes(num_processes: int) -> list[int]:
     """Return 1, 2, 4 and so on, and the number itself at the end."""
     powers = [2**k for k in range(num_processes.bit_length()) if 2**k < num_processes]
@@ -204,57 +134,80 @@ def world_sizes(num_processes: int) -> list[int]:
 
 
 def measure_world(
-    step: SharedStep,
+    benchmark: Benchmark,
+    masking: str,
     sizes: Sequence[int],
     *,
-    tick: Callable[[], object] | None = None,
-) -> list[WorldRow]:
+    num_steps: int,
+    num_threads: int = 1,
+) -> list[dict[str, Any]]:
     """Time a step on real processes of this machine, one number of processes after the other.
 
     Gradients are averaged by DDP, over gloo on the CPU and NCCL on GPUs; a single process takes
     its steps without it, as training does.
 
     Args:
-        step: What is timed.
+        benchmark: What is run, with the batch of each process; on GPUs each has its own.
+        masking: A strategy, with options behind a colon.
         sizes: Numbers of processes, ascending from 1.
-        tick: Called after each of them.
+        num_steps: Steps that count.
+        num_threads: Of each process, on the CPU.
+
+    Returns:
+        A row per number: `num_processes`, `seconds` of a step on the slowest process, by the clock,
+        median over steps, `samples_per_second` of all together, `samples_per_second_per_process`,
+        and `efficiency`, the latter over what one process reaches alone.
 
     Raises:
         ValueError: If there are fewer GPUs than processes, or a process failed.
     """
-    _check_gpus(step.device_type, sizes[-1])
-    rows: list[WorldRow] = []
-    for size in sizes:
+    _check_gpus(benchmark.device, sizes[-1])
+    rows: list[dict[str, Any]] = []
+    for size in tqdm(sizes, leave=False, disable=None):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
+            options = (size, benchmark, masking, num_steps, num_threads, folder)
             try:
-                multiprocessing.spawn(_take_steps, (size, step, folder), size)
+                multiprocessing.spawn(_take_steps, options, size)
             except (ProcessRaisedException, ProcessExitedException) as error:
                 # What a process raised comes as its whole traceback.
                 reason = error.msg.strip().splitlines()[-1]
                 raise ValueError(f"a process failed, of {size}: {reason}") from None
             times = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
         seconds = median(max(of_ranks) for of_ranks in zip(*times, strict=True))
-        rate = step.batch_size / seconds
-        alone = rows[0].samples_per_second_per_process if rows else rate
-        rows.append(WorldRow(size, seconds, size * rate, rate, rate / alone))
-        if tick is not None:
-            tick()
+        rate = benchmark.batch_size / seconds
+        alone = rows[0]["samples_per_second"] if rows else rate
+        row = {
+            "num_processes": size,
+            "seconds": seconds,
+            "samples_per_second": size * rate,
+            "samples_per_second_per_process": rate,
+            "efficiency": rate / alone,
+        }
+        rows.append(row)
     return rows
 
 
-def _check_gpus(device_type: str, num_processes: int) -> None:
-    if device_type == "cuda" and torch.cuda.device_count() < num_processes:
+def _check_gpus(device: torch.device, num_processes: int) -> None:
+    if device.type == "cuda" and torch.cuda.device_count() < num_processes:
         raise ValueError(
             f"{num_processes} processes need as many GPUs, and there are "
             f"{torch.cuda.device_count()}"
         )
 
 
-def _take_steps(rank: int, world_size: int, step: SharedStep, folder: Path) -> None:
+def _take_steps(
+    rank: int,
+    world_size: int,
+    benchmark: Benchmark,
+    masking: str,
+    num_steps: int,
+    num_threads: int,
+    folder: Path,
+) -> None:
     """Take the steps of one process and write their seconds."""
-    torch.set_num_threads(step.num_threads)
-    is_cuda, is_shared = step.device_type == "cuda", world_size > 1
+    torch.set_num_threads(num_threads)
+    is_cuda, is_shared = benchmark.device.type == "cuda", world_size > 1
     device = torch.device("cuda", rank) if is_cuda else torch.device("cpu")
     if is_cuda:
         torch.cuda.set_device(device)
@@ -266,12 +219,9 @@ def _take_steps(rank: int, world_size: int, step: SharedStep, folder: Path) -> N
             world_size=world_size,
             timeout=_TIMEOUT,
         )
-    benchmark = Benchmark(step.model, step.image_size, device, step.precision, step.seed)
-    model = benchmark.build()
-    conditions = benchmark.conditions(
-        model, "flickr8k", batch_size=step.batch_size, seed=step.seed + rank
-    )
-    setup = Setup(model, conditions, *parse_specs([step.masking]))
+    model = replace(benchmark, device=device).build()
+    images, texts = replace(benchmark, device=device, seed=benchmark.seed + rank).draw(model)
+    setup = Setup(model, benchmark, images, texts, *parse_specs([masking]))
     if is_shared:
         # Each process's features with those of all, as OpenCLIP's trainer compares them on many
         # (`--local-loss --gather-with-grad`). DDP raises when it is given the CPU.
@@ -283,7 +233,7 @@ def _take_steps(rank: int, world_size: int, step: SharedStep, folder: Path) -> N
         )
     optimizer = torch.optim.AdamW(setup.model.parameters(), lr=1e-6, fused=True)
     seconds = []
-    for _ in range(_NUM_EARLY_STEPS + step.num_steps):
+    for _ in range(_NUM_EARLY_STEPS + num_steps):
         if is_shared:
             dist.barrier(device_ids=[rank] if is_cuda else None)
         if is_cuda:
@@ -313,39 +263,30 @@ def run_scaling(args: argparse.Namespace) -> None:
     fill_in_defaults(args)
     parse_specs([args.masking])
     if args.processes is not None:
-        _check_gpus(args.device.type, args.processes)
+        _check_gpus(args.device, args.processes)
     if args.output is not None:
         check_writable(args.output / "scaling.json")
     sizes = default_sizes(args.batch_size)
-    total = (args.steps + 1) * len(sizes)
-    with tqdm(total=total, leave=False, disable=not sys.stderr.isatty()) as bar:
-        rows = measure_scaling(
-            sizes,
-            device=args.device,
-            num_rounds=args.steps,
-            progress=args.progress,
-            tick=bar.update,
-        )
+    rows = measure_scaling(sizes, device=args.device, num_rounds=args.steps, progress=args.progress)
     device = describe_device(args.device)
-    lines = [
-        [
-            row.sweep,
-            row.num_patches,
-            row.num_candidates,
-            row.num_images,
-            number_cell(1e3 * row.seconds, "{:.2f}"),
-            number_cell(1e6 * row.seconds / row.num_images, "{:.0f}"),
-            number_cell(row.exponent, "{:.2f}"),
-        ]
-        for row in rows
-    ]
-    table = Table.of(["more", "N", "C", "B", "ms", "us per image", "exponent"], lines).text()
+    table = measured_table(
+        [row | {"each": row["seconds"] / row["num_images"]} for row in rows],
+        {
+            "more": ("sweep", 1, "{}"),
+            "N": ("num_patches", 1, "{}"),
+            "C": ("num_candidates", 1, "{}"),
+            "B": ("num_images", 1, "{}"),
+            "ms": ("seconds", 1e3, "{:.2f}"),
+            "us per image": ("each", 1e6, "{:.0f}"),
+            "exponent": ("exponent", 1, "{:.2f}"),
+        },
+    )
     sys.stdout.write(f"PGS selection, {device}, progress {args.progress}\n\n{table}")
     facts: dict[str, Any] = {
         "device": device,
         "progress": args.progress,
         "rounds": args.steps,
-        "results": [asdict(row) for row in rows],
+        "results": rows,
     }
     if args.processes is not None:
         facts["processes"] = _run_processes(args)
@@ -356,34 +297,35 @@ def run_scaling(args: argparse.Namespace) -> None:
 
 def _run_processes(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and print steps of several processes; return what the file says of them."""
-    step = SharedStep(
-        model=args.model,
-        image_size=args.image_size,
-        masking=args.masking,
-        batch_size=args.batch_size,
-        precision=args.precision,
-        device_type=args.device.type,
-        # As many for one process as for all, so that they differ in nothing else.
-        num_threads=max(1, torch.get_num_threads() // args.processes),
+    # Steps are as training takes them; `--progress` is that of the selections.
+    benchmark = replace(Benchmark.of(args), progress=0.0)
+    # As many for one process as for all, so that they differ in nothing else.
+    num_threads = max(1, torch.get_num_threads() // args.processes)
+    rows = measure_world(
+        benchmark,
+        args.masking,
+        world_sizes(args.processes),
         num_steps=args.steps,
+        num_threads=num_threads,
     )
-    sizes = world_sizes(args.processes)
-    with tqdm(total=len(sizes), leave=False, disable=not sys.stderr.isatty()) as bar:
-        rows = measure_world(step, sizes, tick=bar.update)
-    header = ["processes", "ms per step", "samples/s", "per process", "efficiency"]
-    lines = [
-        [
-            row.num_processes,
-            number_cell(1e3 * row.seconds, "{:.1f}"),
-            number_cell(row.samples_per_second, "{:.1f}"),
-            number_cell(row.samples_per_second_per_process, "{:.1f}"),
-            number_cell(row.efficiency, "{:.2f}"),
-        ]
-        for row in rows
-    ]
-    threads = f", {step.num_threads} threads each" if step.device_type == "cpu" else ""
+    columns: Columns = {
+        "processes": ("num_processes", 1, "{}"),
+        "ms per step": ("seconds", 1e3, "{:.1f}"),
+        "samples/s": ("samples_per_second", 1, "{:.1f}"),
+        "per process": ("samples_per_second_per_process", 1, "{:.1f}"),
+        "efficiency": ("efficiency", 1, "{:.2f}"),
+    }
+    threads = f", {num_threads} threads each" if args.device.type == "cpu" else ""
     sys.stdout.write(
-        f"\nTraining steps, {step.model}, {step.masking}, {step.batch_size} samples per process, "
-        f"{step.precision}, {step.device_type}{threads}\n\n{Table.of(header, lines).text()}"
+        f"\nTraining steps, {args.model}, {args.masking}, {args.batch_size} samples per process, "
+        f"{args.precision}, {args.device.type}{threads}\n\n{measured_table(rows, columns)}"
     )
-    return {**asdict(step), "results": [asdict(row) for row in rows]}
+    same = ("model", "image_size", "masking", "batch_size", "precision")
+    return {
+        **{name: getattr(args, name) for name in same},
+        "device_type": args.device.type,
+        "num_threads": num_threads,
+        "num_steps": args.steps,
+        "seed": benchmark.seed,
+        "results": rows,
+    }

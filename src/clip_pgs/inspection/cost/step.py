@@ -11,11 +11,11 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -53,6 +53,8 @@ from clip_pgs.tables import Cell, Table
 
 PLAIN_TITLE = "plain CLIP"
 TICK = 1e-6  # seconds; some machines' processor time stands still for longer than a tiny part takes
+# Of a table: by heading, the name of a value, what it is multiplied with, and its format.
+Columns = dict[str, tuple[str, float, str]]
 PARTS = ("selection", "forward", "backward", "update")
 # By device: what runs in minutes there.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -90,21 +92,41 @@ _ROOM = 1.25  # between the outermost points of the plot and its frame
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The model that is run, and where.
+    """What is run, on what, where and how; the command's options of these names.
 
     Args:
         model: What open_clip calls it, or a model config (JSON).
         image_size: In pixels; None is the model's.
         device: Of weights and images.
         precision: As OpenCLIP names it.
-        seed: Of the weights.
+        batch_size: Of a step.
+        captions: Whose lengths they have, one of `LENGTHS`.
+        seed: Of weights and data.
+        progress: Share of training that strategies are told.
+        trims: Whether masked models get trimmed captions.
+        pack_tokens: As `apply_masking` takes it.
+        compiles: Whether models go through `torch.compile`.
+        mask_ratio: For strategies that take one.
     """
 
     model: str
     image_size: int | None
     device: torch.device
     precision: str
+    batch_size: int
+    captions: str = "flickr8k"
     seed: int = 0
+    progress: float = 0.0
+    trims: bool = True
+    pack_tokens: bool | None = None
+    compiles: bool = False
+    mask_ratio: float | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Benchmark:
+        """Take the options that a command has."""
+        names = [field.name for field in fields(cls) if hasattr(args, field.name)]
+        return cls(**{name: getattr(args, name) for name in names})
 
     def build(self) -> CLIP | CustomTextCLIP:
         """Build the model in float32 with random weights; OpenCLIP's trainer makes it so too.
@@ -130,26 +152,17 @@ class Benchmark:
             raise ValueError(f"the benchmark runs pairs of towers, and {name} is a {type(model)}")
         return model
 
-    def conditions(
-        self,
-        model: CLIP | CustomTextCLIP,
-        captions: str,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        **others: Any,
-    ) -> Conditions:
-        """Draw a batch that a model takes; `others` are further fields of the conditions."""
+    def draw(self, model: CLIP | CustomTextCLIP) -> tuple[Tensor, Tensor]:
+        """Draw a batch that the model takes.
+
+        Returns:
+            Images (B, 3, H, W) on the device, and padded token ids (B, T) on the CPU.
+        """
         size = to_2tuple(model.visual.image_size)
-        images = draw_images(size, batch_size=batch_size, seed=seed)
-        texts = draw_captions(
-            captions,
-            batch_size=batch_size,
-            context_length=model.context_length,
-            vocab_size=model.vocab_size,
-            seed=seed,
-        )
-        return Conditions(images.to(self.device), texts, self.autocast, **others)
+        images = draw_images(size, batch_size=self.batch_size, seed=self.seed)
+        lengths = {"context_length": model.context_length, "vocab_size": model.vocab_size}
+        texts = draw_captions(self.captions, batch_size=self.batch_size, seed=self.seed, **lengths)
+        return images.to(self.device), texts
 
     def autocast(self) -> AbstractContextManager:
         """Return the context of a forward pass, as OpenCLIP's trainer chooses it."""
@@ -207,41 +220,21 @@ def draw_images(image_size: tuple[int, int], *, batch_size: int, seed: int = 0) 
 # What is compared
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """What all setups share.
-
-    Args:
-        images: Shape (B, 3, H, W), on the device.
-        captions: Padded token ids (B, T), on the CPU.
-        autocast: Context of a forward pass.
-        progress: Share of training that strategies are told.
-        trims: Whether masked models get trimmed captions.
-        pack_tokens: As `apply_masking` takes it.
-        compiles: Whether models go through `torch.compile`.
-        mask_ratio: For strategies that take one.
-    """
-
-    images: Tensor
-    captions: Tensor
-    autocast: Callable[[], AbstractContextManager]
-    progress: float = 0.0
-    trims: bool = True
-    pack_tokens: bool | None = None
-    compiles: bool = False
-    mask_ratio: float | None = None
-
-
 class Setup:
     """One model of a comparison, which shares its weights with the others.
 
     Args:
         model: A plain model; a copy of it is made that owns everything but the weights.
-        conditions: What all setups share.
+        benchmark: How all setups are run.
+        images: Shape (B, 3, H, W), on the device.
+        captions: Padded token ids (B, T), on the CPU.
         spec: The strategy; None leaves the model and its captions as OpenCLIP has them.
 
     Attributes:
         title: What it is called.
+        images: As given.
+        captions: As given.
+        autocast: Context of a forward pass.
         model: The copy.
         runnable: The copy as it is run: compiled, or wrapped.
         loss: Of both features and the logit scale.
@@ -249,38 +242,41 @@ class Setup:
     """
 
     def __init__(
-        self, model: CLIP | CustomTextCLIP, conditions: Conditions, spec: StrategySpec | None = None
+        self,
+        model: CLIP | CustomTextCLIP,
+        benchmark: Benchmark,
+        images: Tensor,
+        captions: Tensor,
+        spec: StrategySpec | None = None,
     ) -> None:
         self.title = PLAIN_TITLE if spec is None else spec.title
-        self.conditions = conditions
+        self.images, self.captions, self.autocast = images, captions, benchmark.autocast
         self.model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).train()
         self._trim: CaptionTrimmer | None = None
         if spec is not None:
-            strategy = spec.build(mask_ratio=conditions.mask_ratio)
-            apply_masking(
-                allow_short_text(self.model), strategy, pack_tokens=conditions.pack_tokens
-            )
-            set_masking_progress(self.model, conditions.progress)
-            if conditions.trims:
+            strategy = spec.build(mask_ratio=benchmark.mask_ratio)
+            apply_masking(allow_short_text(self.model), strategy, pack_tokens=benchmark.pack_tokens)
+            set_masking_progress(self.model, benchmark.progress)
+            if benchmark.trims:
                 # As training does: groups of several lengths are compiled for each combination.
-                shares = (1.0,) if conditions.compiles else GROUP_SHARES
+                shares = (1.0,) if benchmark.compiles else GROUP_SHARES
                 self._trim = caption_trimmer(self.model, shares=shares)
         self.texts: Tensor | CaptionGroups
-        self.read(conditions.captions)
+        self.read(captions)
         self.runnable: nn.Module = self.model
-        if conditions.compiles:
+        if benchmark.compiles:
             self.runnable = torch.compile(self.model)  # type: ignore[assignment]
         self.loss = ClipLoss()
 
     def read(self, captions: Tensor) -> None:
         """Go on with other captions (B, T), on the CPU, trimmed as the setup trims them."""
         texts = captions if self._trim is None else self._trim(captions)
-        self.texts = texts.to(self.conditions.images.device)
+        self.texts = texts.to(self.images.device)
 
     def forward(self) -> Tensor:
         """Run the model and the loss."""
-        with self.conditions.autocast():
-            features = self.runnable(self.conditions.images, self.texts)
+        with self.autocast():
+            features = self.runnable(self.images, self.texts)
             return self.loss(*features[:3])
 
     def selection(self) -> Callable[[], object] | None:
@@ -288,12 +284,12 @@ class Setup:
         masking = masking_or_none(self.model)
         if masking is None or not masking.is_active(training=True):
             return None
-        images = self.conditions.images
-        with torch.no_grad(), self.conditions.autocast():
+        images = self.images
+        with torch.no_grad(), self.autocast():
             tokens = self.model.visual.embed_patches(images)
 
         def select() -> object:
-            with torch.no_grad(), self.conditions.autocast():
+            with torch.no_grad(), self.autocast():
                 return masking.select(images, tokens)
 
         return select
@@ -310,7 +306,7 @@ class Setup:
         Matrix products and convolutions count, a multiply-add as two operations. The similarity
         matrix of the loss and the optimizer are left out; they are small.
         """
-        images = self.conditions.images
+        images = self.images
         groups = self.texts.tokens if isinstance(self.texts, CaptionGroups) else (self.texts,)
         total = len(images) * self._flops_each(self.model.encode_image, images[:_SOME])
         return total + sum(
@@ -319,7 +315,7 @@ class Setup:
 
     def _flops_each(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
         def run() -> list[Tensor]:
-            with self.conditions.autocast():
+            with self.autocast():
                 return [encode(inputs)]
 
         return sum(count_pass(self.model, run)) / len(inputs)
@@ -355,31 +351,31 @@ def time_parts(device: torch.device, *parts: Callable[[], object]) -> list[float
 
 @dataclass
 class Timings:
-    """What the steps of a setup took, one number per round.
+    """What the steps of a setup took.
 
     Attributes:
         title: The setup's.
         text_tokens: See `Setup.text_tokens`.
         flops: See `Setup.step_flops`.
-        seconds: Of each of `PARTS`; `selection` is measured by itself, and is inside `forward` too.
-        steps: Seconds of whole steps.
+        seconds: Of each of `PARTS`, one row per round; `selection` is measured by itself, and is
+            inside `forward` too.
         peak_bytes: Highest memory of the GPU during a step; None on a CPU.
     """
 
     title: str
     text_tokens: float
     flops: float
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
-    steps: list[float] = field(default_factory=list)
+    seconds: list[list[float]] = field(default_factory=list)
     peak_bytes: int | None = None
+
+    @property
+    def steps(self) -> list[float]:
+        """Seconds of whole steps."""
+        return [sum(parts[1:]) for parts in self.seconds]
 
 
 def time_steps(
-    setups: Sequence[Setup],
-    optimizer: torch.optim.Optimizer,
-    *,
-    num_rounds: int,
-    progress: Callable[[], object] | None = None,
+    setups: Sequence[Setup], optimizer: torch.optim.Optimizer, *, num_rounds: int
 ) -> list[Timings]:
     """Count the operations of training steps, and time them: in every round, one of each setup.
 
@@ -387,10 +383,8 @@ def time_steps(
         setups: They share their weights.
         optimizer: Of these weights.
         num_rounds: Rounds that count; one more comes first.
-        progress: Called after every step.
     """
-    device = setups[0].conditions.images.device
-    selections = [setup.selection() for setup in setups]
+    device = setups[0].images.device
     losses: list[Tensor] = []
 
     def update() -> None:
@@ -398,25 +392,22 @@ def time_steps(
         optimizer.zero_grad(set_to_none=True)
 
     all_timings = [Timings(s.title, s.text_tokens(), s.step_flops()) for s in setups]
-    for round_number in range(num_rounds + 1):
-        for setup, select, timings in zip(setups, selections, all_timings, strict=True):
-            seconds = [0.0] if select is None else time_parts(device, select)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-                torch.cuda.reset_peak_memory_stats(device)
+    timed = list(zip(setups, [setup.selection() for setup in setups], all_timings, strict=True))
+    steps = list(product(range(num_rounds + 1), timed))
+    for round_number, (setup, select, timings) in tqdm(steps, leave=False, disable=None):
+        seconds = [0.0] if select is None else time_parts(device, select)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
 
-            def forward(setup: Setup = setup) -> None:
-                losses.append(setup.forward())
+        def forward(setup: Setup = setup) -> None:
+            losses.append(setup.forward())
 
-            seconds += time_parts(device, forward, lambda: losses.pop().backward(), update)
-            if round_number > 0:
-                for part, taken in zip(PARTS, seconds, strict=True):
-                    timings.seconds[part].append(taken)
-                timings.steps.append(sum(seconds[1:]))
-            if device.type == "cuda":
-                timings.peak_bytes = torch.cuda.max_memory_allocated(device)
-            if progress is not None:
-                progress()
+        seconds += time_parts(device, forward, lambda: losses.pop().backward(), update)
+        if round_number > 0:
+            timings.seconds.append(seconds)
+        if device.type == "cuda":
+            timings.peak_bytes = torch.cuda.max_memory_allocated(device)
     return all_timings
 
 
@@ -455,22 +446,8 @@ def measured_peak(device: torch.device) -> Peak:
     return Peak(rate, f"measured, a product of {_PEAK_SIDE} x {_PEAK_SIDE} matrices")
 
 
-@dataclass(frozen=True)
-class Compilation:
-    """How often a compiled model leaves its graph or needs another.
-
-    Attributes:
-        graph_breaks: Places where it leaves its graph.
-        recompilations: Graphs that were added after three batches, whose longest captions differ,
-            by six batches whose longest captions differ again.
-    """
-
-    graph_breaks: int
-    recompilations: int
-
-
-def watch_compilation(setup: Setup, *, vocab_size: int) -> Compilation:
-    """Run a setup's model on captions of many lengths, forward.
+def watch_compilation(setup: Setup, *, vocab_size: int) -> dict[str, int]:
+    """Count how often a setup's model, compiled, leaves its graph or needs another, forward.
 
     Breaks and guards are found before code is made of a graph, which would take minutes; so none
     is made here, and nothing of it is left for the compiled model.
@@ -478,8 +455,13 @@ def watch_compilation(setup: Setup, *, vocab_size: int) -> Compilation:
     Args:
         setup: Its weights stay as they are, and its captions come back.
         vocab_size: Token ids are below it.
+
+    Returns:
+        `graph_breaks`, places where it leaves its graph, and `recompilations`, graphs that were
+        added after three batches, whose longest captions differ, by six whose longest captions
+        differ again.
     """
-    own, runnable = setup.conditions.captions, setup.runnable
+    own, runnable = setup.captions, setup.runnable
     batch_size, context_length = own.shape
 
     def run(share: float) -> None:
@@ -502,8 +484,10 @@ def watch_compilation(setup: Setup, *, vocab_size: int) -> Compilation:
         graphs_before = counters["frames"]["total"]
         for share in _LATER:
             run(share)
-        recompilations = counters["frames"]["total"] - graphs_before
-        return Compilation(sum(counters["graph_break"].values()), recompilations)
+        return {
+            "graph_breaks": sum(counters["graph_break"].values()),
+            "recompilations": counters["frames"]["total"] - graphs_before,
+        }
     finally:
         setup.runnable = runnable
         setup.read(own)
@@ -513,115 +497,97 @@ def watch_compilation(setup: Setup, *, vocab_size: int) -> Compilation:
 # The results
 
 
-@dataclass(frozen=True)
-class Row:
-    """The cost of a training step; all seconds are medians over rounds.
+def make_rows(
+    timings: Sequence[Timings], *, batch_size: int, peak: Peak | None
+) -> list[dict[str, Any]]:
+    """Sum up setups, the first of which is what the others are compared with.
 
-    Attributes:
-        title: The setup's.
-        text_tokens: Tokens that the text tower reads per caption, on average.
-        selection: Seconds of choosing patches, measured by itself; part of `forward`.
-        selection_share: Its share of the step.
-        forward: Seconds of model and loss.
-        backward: Seconds of the gradients.
-        update: Seconds of the optimizer.
-        step: Seconds of the three together.
-        samples_per_second: Batch size over `step`.
-        peak_gib: Highest memory of the GPU during a step, weights included; None on a CPU.
-        flops: Operations of a step.
-        time_over_first: Step time over the first setup's, median of the rounds' ratios.
-        flops_over_first: Operations over the first setup's.
-        time_over_ideal: `time_over_first` over `flops_over_first`: 1 turns every saved operation
-            into saved time.
-        utilisation: Operations per second as a share of the peak; None where that is not known.
-        graph_breaks: See `Compilation`; None for a model that is not compiled.
-        recompilations: See `Compilation`.
+    Returns:
+        A row per setup; seconds are medians over rounds:
+
+        - `title` and `text_tokens`, which the text tower reads per caption, on average;
+        - `selection`, seconds of choosing patches, measured by itself, and `selection_share` of
+          the step;
+        - `forward`, `backward` and `update`, seconds of model and loss, of the gradients and of
+          the optimizer, and `step`, of the three together;
+        - `samples_per_second`; `peak_gib`, the highest memory of the GPU during a step, weights
+          included, None on a CPU; `flops`, operations of a step;
+        - `time_over_first`, median of the rounds' ratios, `flops_over_first`, and
+          `time_over_ideal`, the one over the other: 1 turns every saved operation into saved time;
+        - `utilisation`, operations per second as a share of the peak, None where that is not known;
+        - `graph_breaks` and `recompilations`, None for a model that is not compiled.
     """
-
-    title: str
-    text_tokens: float
-    selection: float
-    selection_share: float
-    forward: float
-    backward: float
-    update: float
-    step: float
-    samples_per_second: float
-    peak_gib: float | None
-    flops: float
-    time_over_first: float
-    flops_over_first: float
-    time_over_ideal: float
-    utilisation: float | None
-    graph_breaks: int | None = None
-    recompilations: int | None = None
-
-
-def make_rows(timings: Sequence[Timings], *, batch_size: int, peak: Peak | None) -> list[Row]:
-    """Sum up setups, the first of which is what the others are compared with."""
     rows, first = [], timings[0]
     for one in timings:
-        parts = {part: median(seconds) for part, seconds in one.seconds.items()}
+        parts = dict(zip(PARTS, map(median, zip(*one.seconds, strict=True)), strict=True))
         step = median(one.steps)
         time_ratio = median(a / b for a, b in zip(one.steps, first.steps, strict=True))
-        flops_ratio = one.flops / first.flops
-        row = Row(
-            title=one.title,
-            text_tokens=one.text_tokens,
-            selection_share=parts["selection"] / step,
-            step=step,
-            samples_per_second=batch_size / step,
-            peak_gib=None if one.peak_bytes is None else one.peak_bytes / 2**30,
-            flops=one.flops,
-            time_over_first=time_ratio,
-            flops_over_first=flops_ratio,
-            time_over_ideal=time_ratio / flops_ratio,
-            utilisation=None if peak is None else one.flops / step / peak.flops,
-            selection=parts["selection"],
-            forward=parts["forward"],
-            backward=parts["backward"],
-            update=parts["update"],
-        )
-        rows.append(row)
+        row = {
+            "title": one.title,
+            "text_tokens": one.text_tokens,
+            "selection": parts.pop("selection"),
+            "selection_share": 0.0,
+            **parts,
+            "step": step,
+            "samples_per_second": batch_size / step,
+            "peak_gib": None if one.peak_bytes is None else one.peak_bytes / 2**30,
+            "flops": one.flops,
+            "time_over_first": time_ratio,
+            "flops_over_first": one.flops / first.flops,
+            "time_over_ideal": time_ratio * first.flops / one.flops,
+            "utilisation": None if peak is None else one.flops / step / peak.flops,
+            "graph_breaks": None,
+            "recompilations": None,
+        }
+        rows.append(row | {"selection_share": row["selection"] / step})
     return rows
 
 
-def cost_table(rows: Sequence[Row], *, batch_size: int) -> str:
+def cost_table(rows: Sequence[dict[str, Any]], *, batch_size: int) -> str:
     """Return a table with a line per setup; compiled models have two more columns."""
-    lines = [_cells(row, batch_size) for row in rows]
-    return Table.of(list(lines[0]), [list(line.values()) for line in lines]).text()
-
-
-def _cells(row: Row, batch_size: int) -> dict[str, Cell]:
-    cells = {
-        "": Cell(row.title),
-        "tokens": number_cell(row.text_tokens, "{:.1f}"),
-        "selection": number_cell(1000 * row.selection or None, "{:.2f}"),
-        "share": number_cell(row.selection_share or None, "{:.2%}"),
-        "forward": number_cell(1000 * row.forward, "{:.1f}"),
-        "backward": number_cell(1000 * row.backward, "{:.1f}"),
-        "update": number_cell(1000 * row.update, "{:.1f}"),
-        "step": number_cell(1000 * row.step, "{:.1f}"),
-        "samples/s": number_cell(row.samples_per_second, "{:.1f}"),
-        "GiB": number_cell(row.peak_gib, "{:.2f}"),
-        "GFLOPs": number_cell(row.flops / batch_size / 1e9, "{:.2f}"),
-        "time": number_cell(row.time_over_first, "{:.3f}"),
-        "FLOPs": number_cell(row.flops_over_first, "{:.3f}"),
-        "ideal": number_cell(row.time_over_ideal, "{:.3f}"),
-        "peak": number_cell(row.utilisation, "{:.0%}"),
+    columns: Columns = {
+        "": ("title", 1, "{}"),
+        "tokens": ("text_tokens", 1, "{:.1f}"),
+        "selection": ("selection", 1000, "{:.2f}"),
+        "share": ("selection_share", 1, "{:.2%}"),
+        "forward": ("forward", 1000, "{:.1f}"),
+        "backward": ("backward", 1000, "{:.1f}"),
+        "update": ("update", 1000, "{:.1f}"),
+        "step": ("step", 1000, "{:.1f}"),
+        "samples/s": ("samples_per_second", 1, "{:.1f}"),
+        "GiB": ("peak_gib", 1, "{:.2f}"),
+        "GFLOPs": ("flops", 1e-9 / batch_size, "{:.2f}"),
+        "time": ("time_over_first", 1, "{:.3f}"),
+        "FLOPs": ("flops_over_first", 1, "{:.3f}"),
+        "ideal": ("time_over_ideal", 1, "{:.3f}"),
+        "peak": ("utilisation", 1, "{:.0%}"),
     }
-    if row.graph_breaks is not None:
-        cells |= {"breaks": Cell(row.graph_breaks), "recompiled": Cell(row.recompilations)}
-    return cells
+    if rows[0]["graph_breaks"] is not None:
+        columns |= {"breaks": ("graph_breaks", 1, "{}"), "recompiled": ("recompilations", 1, "{}")}
+    # Where nothing is selected, nothing was measured.
+    names = ("selection", "selection_share")
+    return measured_table([row | {n: row[n] or None for n in names} for row in rows], columns)
 
 
-def number_cell(value: float | None, form: str) -> Cell:
-    """Return a number as `form` shows it, a dash for None."""
-    return Cell(value, "-" if value is None else form.format(value).replace("%", " %"))
+def measured_table(rows: Sequence[Mapping[str, Any]], columns: Columns) -> str:
+    """Return measurements as a table for the terminal, a dash where there is none.
+
+    Args:
+        rows: Values by name.
+        columns: What is shown, in which form.
+    """
+    lines = [
+        [
+            Cell(row[n], "-" if row[n] is None else form.format(by * row[n]).replace("%", " %"))
+            for n, by, form in columns.values()
+        ]
+        for row in rows
+    ]
+    return Table.of(list(columns), lines).text()
 
 
 def plot_cost(
-    rows: Sequence[Row], path: Path, *, batch_size: int, peak: Peak | None, title: str
+    rows: Sequence[dict[str, Any]], path: Path, *, batch_size: int, peak: Peak | None, title: str
 ) -> None:
     """Draw a point per setup into a PNG file.
 
@@ -642,40 +608,28 @@ def plot_cost(
 
     from clip_pgs import plots
 
-    flops = [row.flops / batch_size for row in rows]
-    rates = {f"rate of {rows[0].title}": (rows[0].flops / rows[0].step, "--")}
+    gflops = [row["flops"] / batch_size / 1e9 for row in rows]
+    rates = {f"rate of {rows[0]['title']}": (rows[0]["flops"] / rows[0]["step"] / 1e9, "--")}
     if peak is not None:
-        rates["peak"] = (peak.flops, "-")
-    ends = (min(flops) / _ROOM, max(flops) * _ROOM)
+        rates["peak"] = (peak.flops / 1e9, "-")
+    ends = [min(gflops) / _ROOM, max(gflops) * _ROOM]
     with plots.plot_style():
         drawing = Figure(figsize=(6.4, 5.4), layout="constrained")
         axes = drawing.subplots()
-        for label, (rate, style) in rates.items():
+        for name, (rate, line) in rates.items():
+            label = f"{name}: {rate:.0f} GFLOP/s"
             axes.plot(
-                [end / 1e9 for end in ends],
-                [rate / end for end in ends],
-                linestyle=style,
-                color=plots.MIDDLE,
-                linewidth=1.2,
-                label=f"{label}: {rate / 1e9:.0f} GFLOP/s",
+                ends, [rate / x for x in ends], line, color=plots.MIDDLE, linewidth=1.2, label=label
             )
-        for number, (row, count) in enumerate(zip(rows, flops, strict=True)):
+        for number, (row, x) in enumerate(zip(rows, gflops, strict=True)):
             place = (number - 1) % len(plots.COLORS)
-            axes.plot(
-                [count / 1e9],
-                [row.samples_per_second],
-                linestyle="none",
-                color=plots.COLORS[place] if number else plots.INK,
-                marker=plots.MARKERS[place],
-                markersize=7,
-                label=plots.legend_label(row.title),
-            )
-        axes.set(xscale="log", yscale="log", ylabel="samples per second")
+            color = plots.COLORS[place] if number else plots.INK
+            point = (x, row["samples_per_second"], plots.MARKERS[place])
+            axes.plot(*point, color=color, markersize=7, label=plots.legend_label(row["title"]))
+        axes.set(xscale="log", yscale="log", ylabel="samples per second", title=title)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("{x:g}")
+            plots.log_ticks(axis)
         axes.set_xlabel("GFLOPs per sample, forward and backward")
-        axes.set_title(title)
         drawing.legend(loc="outside lower center", ncols=3, fontsize=8)
         with atomic_file(path) as file:
             file.write(plots.picture(drawing, "png"))
@@ -694,20 +648,10 @@ def run_cost(args: argparse.Namespace) -> None:
     specs = parse_specs(args.maskings, mask_ratio=args.mask_ratio)
     if args.output is not None:
         check_writable(args.output / "cost.json", args.output / "cost.png")
-    benchmark = Benchmark(args.model, args.image_size, args.device, args.precision, args.seed)
+    benchmark = Benchmark.of(args)
     model = benchmark.build()
-    conditions = benchmark.conditions(
-        model,
-        args.captions,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        progress=args.progress,
-        trims=not args.no_trimming,
-        pack_tokens=args.pack_tokens,
-        compiles=args.compile,
-        mask_ratio=args.mask_ratio,
-    )
-    setups = [Setup(model, conditions, spec) for spec in (None, *specs)]
+    images, texts = benchmark.draw(model)
+    setups = [Setup(model, benchmark, images, texts, spec) for spec in (None, *specs)]
     peak = None
     if args.device.type == "cuda":
         device_name = torch.cuda.get_device_name(args.device)
@@ -715,25 +659,23 @@ def run_cost(args: argparse.Namespace) -> None:
     elif args.precision == "fp32":
         # A CPU's data sheet says little about a virtual machine's share of it.
         peak = measured_peak(args.device)
-    compilations: list[Compilation] = []
-    if args.compile:
+    compilations: list[dict[str, int]] = []
+    if args.compiles:
         compilations = [watch_compilation(s, vocab_size=model.vocab_size) for s in setups]
         # A graph of each model, which share their code. Past its limit the compiler runs code
         # uncompiled without a word.
         torch._dynamo.config.recompile_limit += len(setups)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    total = (args.steps + 1) * len(setups)
-    with tqdm(total=total, leave=False, disable=not sys.stderr.isatty()) as bar:
-        timings = time_steps(setups, optimizer, num_rounds=args.steps, progress=bar.update)
+    timings = time_steps(setups, optimizer, num_rounds=args.steps)
     rows = make_rows(timings, batch_size=args.batch_size, peak=peak)
-    if args.compile:
-        pairs = zip(rows, compilations, strict=True)
-        rows = [replace(row, **asdict(compilation)) for row, compilation in pairs]
-    height, width = conditions.images.shape[2:]
+    # Empty where nothing is compiled.
+    for row, counts in zip(rows, compilations, strict=False):
+        row.update(counts)
+    height, width = images.shape[2:]
     device = describe_device(args.device)
     title = (
         f"{args.model} at {height} x {width}, batch {args.batch_size}, {args.precision}, "
-        f"{device}{', compiled' if args.compile else ''}"
+        f"{device}{', compiled' if args.compiles else ''}"
     )
     sys.stdout.write(
         f"{title}\n\n{cost_table(rows, batch_size=args.batch_size)}\n"
@@ -742,7 +684,7 @@ def run_cost(args: argparse.Namespace) -> None:
         "FLOPs; peak: share of the device's "
         f"{'peak' if peak is None else f'{peak.flops / 1e9:.0f} GFLOP/s, {peak.source}'}\n"
     )
-    if args.compile:
+    if args.compiles:
         sys.stdout.write(
             "breaks: of the graph; recompiled: graphs added by captions of other lengths, after "
             "three\n"
@@ -755,9 +697,9 @@ def run_cost(args: argparse.Namespace) -> None:
         "batch_size": args.batch_size,
         "device": device,
         "precision": args.precision,
-        "is_compiled": args.compile,
+        "is_compiled": args.compiles,
         "captions": args.captions,
-        "is_trimmed": not args.no_trimming,
+        "is_trimmed": args.trims,
         "is_packed": args.pack_tokens,
         "mask_ratio": args.mask_ratio,
         "progress": args.progress,
@@ -768,7 +710,7 @@ def run_cost(args: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "results": [asdict(row) for row in rows],
+        "results": rows,
     }
     write_json(args.output / "cost.json", facts)
     picture = args.output / "cost.png"
