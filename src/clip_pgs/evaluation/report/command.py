@@ -15,7 +15,7 @@ from clip_pgs.common import SentenceParser, one_sentence, write_text
 from clip_pgs.evaluation.report import results_table, scores
 from clip_pgs.evaluation.report.gather import Model, gather_runs, group_by_seed
 from clip_pgs.evaluation.report.published import Paper, read_paper
-from clip_pgs.evaluation.report.scores import AXES, Axis, Entry, Family, Place
+from clip_pgs.evaluation.report.scores import AXES, Axis, Entry, Family
 from clip_pgs.evaluation.results import CSV_NAME, DONE
 from clip_pgs.tables import counted, markdown_text, percent, plain
 
@@ -175,8 +175,7 @@ def _headline(entry: Entry, axis: Axis, family: Family) -> dict[str, str]:
     score = axis.score(entry)
     if score is None:
         return {"title": axis.title, "value": "", "standing": "not measured"}
-    place = Place(axis.suite, axis.average, axis.metric, is_average=True)
-    members = results_table.num_members(place, family.entries)
+    members = results_table.num_members(axis.place, family.entries)
     lacking = f"{len(score.sets)} of " if len(score.sets) < members else ""
     others = [
         f"{other.name} {percent(mean)}"

@@ -187,7 +187,7 @@ def radar_figure(families: Sequence[Family], paper: Paper) -> Figure | None:
             title, num_sets = "Other data sets", sum(map(len, sets))
             if family.is_paper:
                 # Of the sets of an axis, ImageNet-1K itself is no shifted one.
-                num_all = sum(len(family.sets[axis.suite]) for axis in AXES) - 1
+                num_all = sum(len(family.sets[axis.place.suite]) for axis in AXES) - 1
                 title = "The paper's data sets"
                 title += f", {num_sets} of {num_all}" if num_sets < num_all else ""
                 has_published = True

@@ -181,25 +181,22 @@ class Axis:
 
     Attributes:
         title: Its name.
-        suite: Where it comes from.
-        metric: The metric that is averaged.
-        average: Name of the average.
+        place: The average that it is.
         meaning: What it is, for captions.
     """
 
     title: str
-    suite: str
-    metric: str
-    average: str
+    place: Place
     meaning: str
 
     def score(self, entry: Entry) -> Score | None:
         """Return where a row stands, None where it was not measured."""
-        return entry.scores.get(Place(self.suite, self.average, self.metric, is_average=True))
+        return entry.scores.get(self.place)
 
     def mean_over(self, entry: Entry, sets: Iterable[str]) -> float | None:
         """Return what a row reaches over just these sets, None where it lacks one."""
-        scores = [entry.scores.get(Place(self.suite, name, self.metric)) for name in sorted(sets)]
+        suite, _, metric, _ = self.place
+        scores = [entry.scores.get(Place(suite, name, metric)) for name in sorted(sets)]
         known = [score.mean for score in scores if score is not None]
         return statistics.fmean(known) if known and len(known) == len(scores) else None
 
@@ -207,23 +204,17 @@ class Axis:
 AXES = (
     Axis(
         "Generalisation",
-        "zeroshot-classification",
-        "acc1",
-        "average",
+        Place("zeroshot-classification", "average", "acc1", is_average=True),
         "mean zero-shot top-1 over the classification sets",
     ),
     Axis(
         "Robustness",
-        "robustness",
-        "acc1",
-        "ood_average",
+        Place("robustness", "ood_average", "acc1", is_average=True),
         "mean zero-shot top-1 over the shifted sets",
     ),
     Axis(
         "Compositionality",
-        "compositionality",
-        "acc",
-        "average",
+        Place("compositionality", "average", "acc", is_average=True),
         "mean accuracy over the splits of hard negatives",
     ),
 )
