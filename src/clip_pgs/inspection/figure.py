@@ -61,11 +61,10 @@ def draw_figure(columns: Sequence[Column]) -> Image.Image:
     title_height, caption_height = TITLE_SIZE + GAP, CAPTION_SIZE + GAP
     step_x, step_y = width + GAP, height + caption_height + GAP
     bottom = MARGIN + title_height + len(panels) * step_y - GAP
-    legends = [_draw_legend(column.legend, width) for column in columns]
-    legend_height = max(legend.height for legend in legends)
+    legend_height = max(_legend_height(column.legend, width) for column in columns)
     size = (2 * MARGIN + len(columns) * step_x - GAP, bottom + legend_height + MARGIN)
     figure = Image.new("RGB", size, PAPER)
-    for number, (column, legend) in enumerate(zip(columns, legends, strict=True)):
+    for number, column in enumerate(columns):
         x = MARGIN + number * step_x
         middle = x + width // 2
         _write(figure, column.title, (middle, MARGIN), TITLE_SIZE, INK, width)
@@ -73,7 +72,8 @@ def draw_figure(columns: Sequence[Column]) -> Image.Image:
             y = MARGIN + title_height + row * step_y
             figure.paste(picture, (x, y))
             _write(figure, caption, (middle, y + height + GAP // 2), CAPTION_SIZE, PALE, width)
-        figure.paste(legend, (x, bottom))
+        if column.legend is not None:
+            _draw_legend(figure, column.legend, (x, bottom + GAP), width)
     return figure
 
 
@@ -94,23 +94,26 @@ def _write(
     ImageDraw.Draw(figure).text((x, y), text, fill=ink, font=font, anchor="ma")
 
 
-def _draw_legend(legend: Legend | None, width: int) -> Image.Image:
-    """Draw a legend with the gap above it, as high as it needs."""
-    if legend is None:
-        return Image.new("RGB", (width, 0), PAPER)
-    lines = _wrapped(legend.text, width)
-    scale_height = 0 if legend.ramp is None else _BAR_HEIGHT + 4 + _LEGEND_SIZE + GAP // 2
-    y = GAP + scale_height
-    picture = Image.new("RGB", (width, y + len(lines) * (_LEGEND_SIZE + 4)), PAPER)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(_LEGEND_SIZE)
+def _draw_legend(figure: Image.Image, legend: Legend, place: tuple[int, int], width: int) -> None:
+    x, y = place
+    draw, font = ImageDraw.Draw(figure), ImageFont.load_default(_LEGEND_SIZE)
     if legend.ramp is not None:
-        picture.paste(legend.ramp.resize((width, _BAR_HEIGHT)), (0, GAP))
-        for x, end, anchor in zip((0, width), legend.ends, ("la", "ra"), strict=True):
-            draw.text((x, GAP + _BAR_HEIGHT + 4), end, fill=PALE, font=font, anchor=anchor)
-    for line in lines:
-        draw.text((0, y), line, fill=INK, font=font, anchor="la")
+        figure.paste(legend.ramp.resize((width, _BAR_HEIGHT)), (x, y))
+        y += _BAR_HEIGHT + 4
+        low, high = legend.ends
+        draw.text((x, y), low, fill=PALE, font=font, anchor="la")
+        draw.text((x + width, y), high, fill=PALE, font=font, anchor="ra")
+        y += _LEGEND_SIZE + GAP // 2
+    for line in _wrapped(legend.text, width):
+        draw.text((x, y), line, fill=INK, font=font, anchor="la")
         y += _LEGEND_SIZE + 4
-    return picture
+
+
+def _legend_height(legend: Legend | None, width: int) -> int:
+    if legend is None:
+        return 0
+    scale = 0 if legend.ramp is None else _BAR_HEIGHT + 4 + _LEGEND_SIZE + GAP // 2
+    return GAP + scale + len(_wrapped(legend.text, width)) * (_LEGEND_SIZE + 4)
 
 
 def _wrapped(text: str, width: int) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
@@ -17,7 +18,6 @@ from clip_pgs.masking.pgs import PGSMasking, reached_similarity
 # From dark over red to pale yellow: read as heat, and in gray print still from dark to light.
 _HEAT = ("#0b0724", "#4a1079", "#a1307e", "#e95562", "#feae76", "#fcfdbf")
 _PALE = 0.55  # share of white over what is not to be looked at
-_OUTLINE = "white"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def stage_columns(
         pictures: The images to draw on, in [0, 1]. Shape (B, 3, H, W).
         grid_size: (h, w) in patches.
     """
-    canvas = _Canvas(pictures, grid_size)
+    canvas = _Canvas(pictures, grid_size, stages.candidates)
     columns = [
         _candidate_column(strategy, stages, canvas),
         _plan_column(strategy, stages, canvas),
@@ -84,70 +84,68 @@ def stage_columns(
 
 
 class _Canvas:
-    """Images in gray and white, and where their patches lie."""
+    """Images in gray and white, where their patches lie, and which of them are candidates."""
 
-    def __init__(self, pictures: Tensor, grid_size: tuple[int, int]) -> None:
+    def __init__(self, pictures: Tensor, grid_size: tuple[int, int], candidates_BC: Tensor) -> None:
         self.grid_size = grid_size
         self.cell = (pictures.shape[2] // grid_size[0], pictures.shape[3] // grid_size[1])
         self.pictures = pictures
         gray = pictures.mean(dim=1, keepdim=True).expand_as(pictures)
         self.ghosts = gray * (1 - _PALE) + _PALE
+        self.candidates = candidates_BC
+        self.colors = _candidate_colors(candidates_BC.shape[1])
 
     def spread(self, colors_BN3: Tensor) -> Tensor:
         """Fill each patch with its color, shape (B, 3, H, W)."""
         cells = colors_BN3.unflatten(1, self.grid_size).permute(0, 3, 1, 2)
         return cells.repeat_interleave(self.cell[0], 2).repeat_interleave(self.cell[1], 3)
 
-    def outline(self, picture: Image.Image, position: int, color: str) -> None:
-        """Draw a frame just inside a patch."""
-        (height, width), columns = self.cell, self.grid_size[1]
-        y, x = position // columns * height, position % columns * width
-        box = (x, y, x + width - 1, y + height - 1)
-        ImageDraw.Draw(picture).rectangle(box, outline=color, width=max(2, width // 7))
+    def panels(
+        self, pixels: Tensor, captions: Sequence[str], frames_C3: Tensor | None = None
+    ) -> list[Panel]:
+        """Return pictures with their captions, and candidates in frames where these have colors."""
+        (height, width), num_columns = self.cell, self.grid_size[1]
+        drawn = list(map(to_pil_image, pixels))
+        for picture, positions in zip(drawn, self.candidates.tolist(), strict=True):
+            draw = ImageDraw.Draw(picture)
+            frames = () if frames_C3 is None else zip(positions, frames_C3.tolist(), strict=True)
+            for position, color in frames:
+                y, x = position // num_columns * height, position % num_columns * width
+                box = (x, y, x + width - 1, y + height - 1)
+                outline = tuple(round(255 * value) for value in color)
+                draw.rectangle(box, outline=outline, width=max(2, width // 7))
+        return list(zip(drawn, captions, strict=True))
 
 
 def _edge_column(edges_BN: Tensor, canvas: _Canvas) -> Column:
-    panels: list[Panel] = [
-        (to_pil_image(picture), f"mean {edges.mean():.2f}")
-        for picture, edges in zip(canvas.spread(_heat(edges_BN)), edges_BN, strict=True)
-    ]
+    captions = [f"mean {edges.mean():.2f}" for edges in edges_BN]
     text = "Edge strength of each patch, scaled from 0 to 1 in each image."
-    return Column("1  edges", panels, Legend(text, _heat_ramp(), ("0: flat", "1: strongest")))
+    legend = Legend(text, _heat_ramp(), ("0: flat", "1: strongest"))
+    return Column("1  edges", canvas.panels(canvas.spread(_heat(edges_BN)), captions), legend)
 
 
 def _candidate_column(strategy: PGSMasking, stages: Stages, canvas: _Canvas) -> Column:
-    num_candidates = stages.candidates.shape[1]
-    colors_C3 = _candidate_colors(num_candidates)
+    num_images, num_candidates = stages.candidates.shape
     is_candidate_BN = torch.zeros_like(stages.scores).scatter(1, stages.candidates, 1)
     masks = canvas.spread(is_candidate_BN[:, :, None].expand(-1, -1, 3))
-    panels: list[Panel] = []
-    for number, picture in enumerate(torch.where(masks > 0, canvas.pictures, canvas.ghosts)):
-        drawn = to_pil_image(picture)
-        for candidate, position in enumerate(stages.candidates[number].tolist()):
-            canvas.outline(drawn, position, _hex(colors_C3[candidate]))
-        panels.append((drawn, f"{num_candidates} candidates"))
+    drawn = torch.where(masks > 0, canvas.pictures, canvas.ghosts)
     where = "" if strategy.options.candidate_region == "image" else " of the border"
     text = f"Patches{where} drawn at random, to stand for what may go"
     text += ", rarely where edges are." if strategy.options.edges else "."
-    return Column("2  candidates", panels, Legend(text))
+    captions = num_images * [f"{num_candidates} candidates"]
+    return Column("2  candidates", canvas.panels(drawn, captions, canvas.colors), Legend(text))
 
 
 def _plan_column(strategy: PGSMasking, stages: Stages, canvas: _Canvas) -> Column:
-    num_patches, num_candidates = stages.scores.shape[1], stages.candidates.shape[1]
-    colors_C3 = _candidate_colors(num_candidates)
-    colors = canvas.spread(colors_C3[stages.owner])
+    num_patches, (num_images, num_candidates) = stages.scores.shape[1], stages.candidates.shape
     share = canvas.spread(stages.share[:, :, None].expand(-1, -1, 3))
-    blended = colors * share + canvas.ghosts * (1 - share)
+    blended = canvas.spread(canvas.colors[stages.owner]) * share + canvas.ghosts * (1 - share)
     # A window limits what a candidate can take, and without a plan nothing is dealt out.
     is_even = strategy.options.transport and strategy.options.neighborhood is None
-    caption = f"{num_patches / num_candidates:.1f} patches each" if is_even else ""
-    panels: list[Panel] = []
-    for number, picture in enumerate(map(to_pil_image, blended)):
-        for candidate, position in enumerate(stages.candidates[number].tolist()):
-            canvas.outline(picture, position, _hex(0.6 * colors_C3[candidate]))
-        panels.append((picture, caption))
+    captions = num_images * [f"{num_patches / num_candidates:.1f} patches each" if is_even else ""]
+    panels = canvas.panels(blended, captions, 0.6 * canvas.colors)
     steps = torch.linspace(0, 1, 64)[:, None]
-    ramp = _ramp(colors_C3[0] * steps + (1 - steps) * (0.5 * (1 - _PALE) + _PALE))
+    ramp = _ramp(canvas.colors[0] * steps + (1 - steps) * (0.5 * (1 - _PALE) + _PALE))
     if strategy.options.transport:
         text = "The color is that of the candidate which takes most of a patch."
         return Column("3  plan", panels, Legend(text, ramp, ("takes none", "takes all of it")))
@@ -156,24 +154,21 @@ def _plan_column(strategy: PGSMasking, stages: Stages, canvas: _Canvas) -> Colum
 
 
 def _score_column(strategy: PGSMasking, stages: Stages, canvas: _Canvas) -> Column:
-    low, high = stages.scores.aminmax(dim=1, keepdim=True)
-    scaled_BN = (stages.scores - low) / (high - low).clamp_min(1e-9)
-    panels: list[Panel] = []
-    for number, picture in enumerate(map(to_pil_image, canvas.spread(_heat(scaled_BN)))):
-        for position in stages.candidates[number].tolist():
-            canvas.outline(picture, position, _OUTLINE)
-        panels.append((picture, f"{low[number].item():.2f} to {high[number].item():.2f}"))
+    low_B1, high_B1 = stages.scores.aminmax(dim=1, keepdim=True)
+    scaled_BN = (stages.scores - low_B1) / (high_B1 - low_B1).clamp_min(1e-9)
+    ends = zip(low_B1.flatten().tolist(), high_B1.flatten().tolist(), strict=True)
+    captions = [f"{low:.2f} to {high:.2f}" for low, high in ends]
+    white = torch.ones_like(canvas.colors)
+    panels = canvas.panels(canvas.spread(_heat(scaled_BN)), captions, white)
     text = "How redundant a patch is"
     text += ", less its edges." if strategy.options.edges else "."
-    text += " Candidates (framed) are masked first"
-    is_part_random = strategy.options.random_share or strategy.options.random_share_end
-    text += ", save what is drawn at random." if is_part_random else "."
+    text += " Candidates (framed) are masked first."
     return Column("4  score", panels, Legend(text, _heat_ramp(), ("kept", "masked")))
 
 
 def _heat(values: Tensor) -> Tensor:
     """Color values in [0, 1], of any shape; the result has a last dimension of 3 more."""
-    anchors = torch.tensor([_rgb(text) for text in _HEAT])
+    anchors = torch.tensor([ImageColor.getrgb(text) for text in _HEAT]) / 255
     position = values.clamp(0, 1) * (len(_HEAT) - 1)
     below = position.floor().long().clamp_max(len(_HEAT) - 2)
     part = (position - below)[..., None]
@@ -197,11 +192,3 @@ def _heat_ramp() -> Image.Image:
 
 def _ramp(colors_N3: Tensor) -> Image.Image:
     return to_pil_image(colors_N3.T[:, None, :].contiguous())
-
-
-def _rgb(text: str) -> tuple[float, ...]:
-    return tuple(int(text[start : start + 2], 16) / 255 for start in (1, 3, 5))
-
-
-def _hex(color_3: Tensor) -> str:
-    return "#" + "".join(f"{round(255 * value):02x}" for value in color_3.tolist())
