@@ -106,13 +106,6 @@ def test_train_num_samples_shortens_or_repeats_an_epoch(args):
     assert len(set(long[40:])) == 20
 
 
-def test_too_few_samples_for_a_step_are_refused_with_all_numbers(args):
-    with_options(args, batch_size=7, accum_freq=2)
-    message = "40 training samples do not fill one step of 42: --batch-size 7 x --accum-freq 2 x 3"
-    with pytest.raises(ValueError, match=message):
-        open_stream(args, world_size=3)
-
-
 def test_resampled_shards_are_drawn_again_each_epoch(args):
     args.dataset_resampled = True
     stream = open_stream(args)
@@ -135,12 +128,6 @@ def test_upsampling_factors_weigh_the_sources(make_shards, make_args):
     assert 0.8 < share < 1.0
     args.train_data_upsampling_factors = "0::1"
     assert min(numbers(read_from(open_stream(args)))) >= 100
-
-
-def test_upsampling_factors_need_resampling(args):
-    args.train_data_upsampling_factors = "1"
-    with pytest.raises(ValueError, match="--dataset-resampled"):
-        open_stream(args)
 
 
 def test_many_bad_samples_are_logged_as_a_few_and_a_total(
@@ -227,11 +214,6 @@ def test_synthetic_images_are_blank_and_of_the_size_of_the_transform(make_args):
     assert (stream.num_samples, stream.num_batches, len(batches)) == (10, 2, 2)
     assert batches[0][0].shape == (5, 3, 8, 8)
     assert not batches[0][0].any()
-
-
-def test_synthetic_data_needs_a_number_of_samples(make_args):
-    with pytest.raises(ValueError, match="--train-num-samples"):
-        open_stream(make_args(dataset_type="synthetic"))
 
 
 def test_kind_that_cannot_be_told_is_refused(make_args):

@@ -80,16 +80,6 @@ def test_workers_are_capped_at_what_the_shards_feed(args, caplog):
     assert "2 workers per process instead of --workers 3: 4 shards" in caplog.text
 
 
-def test_fewer_shards_than_processes_is_refused_with_both_numbers(args):
-    with pytest.raises(ValueError, match="4 shards cannot feed 5 processes"):
-        open_stream(args, rank=0, world_size=5)
-
-
-def test_unknown_number_of_samples_asks_for_it(args):
-    with pytest.raises(ValueError, match="--train-num-samples"):
-        open_stream(with_options(args, train_num_samples=None))
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("resampled", [False, True])
 def test_data_without_a_usable_sample_is_an_error_that_says_why(

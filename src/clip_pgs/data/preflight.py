@@ -17,7 +17,6 @@ from clip_pgs.data.samples import RawSample, decode_captions, decode_image
 from clip_pgs.data.shards import expand_shards, is_remote, is_seekable
 from clip_pgs.data.skips import BadSampleError, NoUsableSampleError, Skip, StalledDataError
 from clip_pgs.data.stream import dataset_kind, read_table
-from clip_pgs.data.streaming import check_enough_shards
 from clip_pgs.data.tables import TableSource
 from clip_pgs.data.tar import index_shards, read_shard, size_shards, unreadable_shard
 
@@ -38,7 +37,7 @@ class _Look:
     skips: list[Skip]
 
 
-def preflight(args: argparse.Namespace, *, world_size: int) -> list[str]:
+def preflight(args: argparse.Namespace) -> list[str]:
     """Look at `--train-data` and `--val-data` without reading them through.
 
     Patterns are expanded, every local shard is opened, and of up to 64 of them, spread evenly,
@@ -46,14 +45,13 @@ def preflight(args: argparse.Namespace, *, world_size: int) -> list[str]:
 
     Args:
         args: The options that `build_train_stream` takes; both paths may be None.
-        world_size: Number of processes.
 
     Returns:
         A sentence for each thing that is odd and does not stop a run.
 
     Raises:
         ValueError: In one sentence, if a path names nothing, nothing that was tried can be used
-            (it names what is missing), or the data does not feed the processes.
+            (it names what is missing).
     """
     warnings = []
     for flag, path in (("--train-data", args.train_data), ("--val-data", args.val_data)):
@@ -70,7 +68,7 @@ def preflight(args: argparse.Namespace, *, world_size: int) -> list[str]:
                 continue
             warnings += _judge(looks, flag)
             if kind == "webdataset" and flag == "--train-data":
-                warnings += _check_amount(args, shards, world_size)
+                warnings += _check_amount(args, shards)
         except NoUsableSampleError as error:
             raise NoUsableSampleError(f"{flag}: {error}") from None
         except ValueError as error:
@@ -153,10 +151,8 @@ def _describe(skips: list[Skip]) -> str:
     return f"{reasons}; the first is {skips[0]}"
 
 
-def _check_amount(args: argparse.Namespace, shards: list[str], world_size: int) -> list[str]:
+def _check_amount(args: argparse.Namespace, shards: list[str]) -> list[str]:
     if not all(map(is_seekable, shards)):
-        if not args.dataset_resampled:
-            check_enough_shards(len(shards), world_size)
         return []
     sizes, _ = size_shards(shards)
     num_samples = sum(sizes)

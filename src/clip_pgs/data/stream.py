@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 import io
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
 from clip_pgs.data.batches import Batching, PlannedBatches, Source
-from clip_pgs.data.decoding import faster_transform
+from clip_pgs.data.decoding import RandomCrop, faster_transform
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.plan import (
     EpochPlan,
@@ -33,12 +30,10 @@ from clip_pgs.data.plan import (
 from clip_pgs.data.samples import RawSample, SampleDecoder, Tokenize, Transform
 from clip_pgs.data.shards import count_samples, expand_shards, is_seekable, upsampling_weights
 from clip_pgs.data.skips import OnSkip, Skip, SkipAccount
-from clip_pgs.data.streaming import StreamingBatches, StreamingSource, check_enough_shards
+from clip_pgs.data.streaming import StreamingBatches
 from clip_pgs.data.tables import PairTable, TableSource, read_pairs
 from clip_pgs.data.tar import ShardSource, index_shards, size_shards
 from clip_pgs.data.text_masking import create_text_masking
-
-logger = logging.getLogger(__name__)
 
 DatasetKind = Literal["webdataset", "csv", "synthetic"]
 
@@ -102,13 +97,11 @@ def build_train_stream(
         behind it; else floats, as `transform` makes them.
 
     Raises:
-        ValueError: If the options name no data, or data that does not fill a step or cannot feed
-            `world_size` processes, or a text masking that is not possible.
+        ValueError: If the options name no data, or a text masking that is not possible. Whether the
+            data fills a step and feeds each process is checked before, by the checks of a run.
         NoUsableSampleError: If the shards hold no sample at all.
     """
     kind = dataset_kind(args.dataset_type, args.train_data, flag="--train-data")
-    if args.train_data_upsampling_factors is not None and not args.dataset_resampled:
-        raise ValueError("--train-data-upsampling-factors needs --dataset-resampled")
     shorten = create_text_masking(
         args.text_masking,
         tokenizer=tokenize,
@@ -119,39 +112,13 @@ def build_train_stream(
         faster_transform(transform), shorten, args.seed, _caption_key(args, kind)
     )
     batching = Batching(args.batch_size, args.accum_freq, rank, world_size)
-    failures: list[Skip] = []
-    batches: PlannedBatches | StreamingBatches
-    if _is_indexed(kind, args.train_data):
-        data = _indexed_data(args, kind, transform, trains=True)
-        if isinstance(data.source, ShardSource):
-            shards = data.source.shards
-            index_shards(shards, start=len(shards) * rank // world_size)
-        failures = data.failures if rank == 0 else []
-        _check_one_step(args, data.num_samples, world_size)
-        batches = PlannedBatches(
-            data.source,
-            data.plan,
-            decode,
-            batching,
-            num_samples=data.num_samples,
-            num_workers=args.workers,
-        )
-    else:
-        source = _streaming_source(args, world_size)
-        num_samples = _stated_samples(args)
-        _check_one_step(args, num_samples, world_size)
-        num_workers = _num_streaming_workers(
-            args, source, batching.num_batches(num_samples), world_size
-        )
-        batches = StreamingBatches(
-            source, decode, batching, num_samples=num_samples, num_workers=num_workers
-        )
+    batches, failures = _make_batches(args, kind, args.train_data, decode, batching)
     account = SkipAccount(
         on_skip=on_skip,
         max_bad_share=args.max_bad_share,
         epoch_size=(batches.num_batches or 0) * args.batch_size,
     )
-    account.add(failures, num_tried=0)
+    account.add(failures if rank == 0 else [], num_tried=0)
     return SampleStream(batches, account, timeout=args.data_timeout)
 
 
@@ -178,28 +145,9 @@ def build_val_stream(
     kind = dataset_kind(args.dataset_type, args.val_data, flag="--val-data")
     decode = SampleDecoder(transform, tokenize, args.seed, _caption_key(args, kind))
     batching = Batching(args.batch_size, per_step=None)
+    batches, failures = _make_batches(args, kind, args.val_data, decode, batching)
     account = SkipAccount()
-    batches: PlannedBatches | StreamingBatches
-    if _is_indexed(kind, args.val_data):
-        data = _indexed_data(args, kind, transform, trains=False)
-        account.add(data.failures, num_tried=0)
-        batches = PlannedBatches(
-            data.source,
-            data.plan,
-            decode,
-            batching,
-            num_samples=data.num_samples,
-            num_workers=args.workers,
-        )
-    else:
-        shards = expand_shards(args.val_data)
-        batches = StreamingBatches(
-            StreamingSource(shards, "ordered", use_json=bool(args.caption_key)),
-            decode,
-            batching,
-            num_samples=args.val_num_samples or count_samples(shards),
-            num_workers=args.workers,
-        )
+    account.add(failures, num_tried=0)
     return SampleStream(batches, account, timeout=args.data_timeout)
 
 
@@ -217,85 +165,71 @@ def _caption_key(args: argparse.Namespace, kind: DatasetKind) -> str | None:
     return args.caption_key if kind == "webdataset" else None
 
 
-def _is_indexed(kind: DatasetKind, path: str) -> bool:
-    return kind != "webdataset" or all(map(is_seekable, expand_shards(path)))
-
-
-def _check_one_step(args: argparse.Namespace, num_samples: int, world_size: int) -> None:
-    needed = args.batch_size * args.accum_freq * world_size
-    if num_samples < needed:
-        raise ValueError(
-            f"{num_samples} training samples do not fill one step of {needed}: "
-            f"--batch-size {args.batch_size} x --accum-freq {args.accum_freq} x {world_size} "
-            "processes"
-        )
-
-
-@dataclass(frozen=True)
-class _IndexedData:
+def _make_batches(
+    args: argparse.Namespace,
+    kind: DatasetKind,
+    path: str,
+    decode: SampleDecoder,
+    batching: Batching,
+) -> tuple[PlannedBatches | StreamingBatches, list[Skip]]:
+    """Return batches to train on, shuffled, or to measure on, in order; and what shards are bad."""
+    trains = batching.per_step is not None
+    num_samples = args.train_num_samples if trains else args.val_num_samples
     source: Source
-    plan: EpochPlan
-    num_samples: int  # of an epoch, whether or not the plan has as many
-    failures: list[Skip]  # of whole shards
-
-
-def _indexed_data(
-    args: argparse.Namespace, kind: DatasetKind, transform: Callable, *, trains: bool
-) -> _IndexedData:
-    """Return data to train on, shuffled, or to measure on, in order."""
-    path = args.train_data if trains else args.val_data
+    failures: list[Skip] = []
     if kind == "csv":
-        table = read_table(args, path)
-        plan: EpochPlan = OrderedPlan([len(table)])
+        source = TableSource(read_table(args, path))
+        num_samples = len(source.table)
+        plan: EpochPlan = OrderedPlan([num_samples])
         if trains:
-            plan = RowPlan(len(table), seed=args.seed)
-        return _IndexedData(TableSource(table), plan, len(table), [])
-    num_samples = args.train_num_samples
-    if kind == "synthetic":
-        if not trains and args.val_num_samples is not None:
-            num_samples = args.val_num_samples
-        if num_samples is None or num_samples < 1:
-            raise ValueError(
-                f"--dataset-type synthetic needs --train-num-samples >= 1, got {num_samples}"
-            )
-        source = _BlankSource(_image_size(transform))
-        return _IndexedData(source, OrderedPlan([num_samples]), num_samples, [])
-
-    shards = expand_shards(path)
-    # In a measurement each sample counts, whatever is stated beside the shards.
-    sizes, failures = size_shards(shards, use_stated=trains)
-    if not trains:
-        plan = OrderedPlan(sizes)
-    elif args.dataset_resampled:
-        plan = ResampledPlan(sizes, weights=_shard_weights(args), seed=args.seed)
+            plan = RowPlan(num_samples, seed=args.seed)
+    elif kind == "synthetic":
+        source = _BlankSource(_image_size(decode.transform))
+        num_samples = num_samples or args.train_num_samples
+        plan = OrderedPlan([num_samples])
     else:
-        plan = ShardPlan(sizes, seed=args.seed)
-    if num_samples is None or not trains:
-        num_samples = sum(sizes)
-    elif num_samples < 1:
-        raise ValueError(f"--train-num-samples must be >= 1, got {num_samples}")
-    if plan.num_samples == 0:
-        account = SkipAccount()
-        account.add(failures, num_tried=0)
-        raise account.no_usable_sample([])
-    shard_source = ShardSource(shards, use_json=bool(args.caption_key))
-    return _IndexedData(shard_source, plan, num_samples, failures)
+        shards = expand_shards(path)
+        weights, resampled = None, trains and args.dataset_resampled
+        if resampled and args.train_data_upsampling_factors is not None:
+            weights = upsampling_weights(path, args.train_data_upsampling_factors)
+        if not all(map(is_seekable, shards)):
+            streaming = StreamingBatches(
+                shards,
+                decode,
+                batching,
+                num_samples=num_samples or count_samples(shards),
+                num_workers=args.workers,
+                resampled=resampled,
+                weights=weights,
+            )
+            return streaming, []
+        if trains:
+            index_shards(shards, start=len(shards) * batching.rank // batching.world_size)
+        # In a measurement each sample counts, whatever is stated beside the shards.
+        sizes, failures = size_shards(shards, use_stated=trains)
+        plan = OrderedPlan(sizes)
+        if resampled:
+            plan = ResampledPlan(sizes, weights=weights, seed=args.seed)
+        elif trains:
+            plan = ShardPlan(sizes, seed=args.seed)
+        if num_samples is None or not trains:
+            num_samples = sum(sizes)
+        if plan.num_samples == 0:
+            account = SkipAccount()
+            account.add(failures, num_tried=0)
+            raise account.no_usable_sample([])
+        source = ShardSource(shards, use_json=decode.caption_key is not None)
+    planned = PlannedBatches(
+        source, plan, decode, batching, num_samples=num_samples, num_workers=args.workers
+    )
+    return planned, failures
 
 
-def _shard_weights(args: argparse.Namespace) -> list[float] | None:
-    factors = args.train_data_upsampling_factors
-    return None if factors is None else upsampling_weights(args.train_data, factors)
-
-
-def _image_size(transform: Callable) -> tuple[int, int]:
+def _image_size(transform: Any) -> tuple[int, int]:
     """Return the (height, width) that a transform's first sized step makes."""
-    for step in getattr(transform, "transforms", []):
-        size = getattr(step, "size", None)
-        if isinstance(size, int):
-            return size, size
-        if isinstance(size, (tuple, list)) and size:
-            return size[0], size[-1]
-    raise ValueError("--dataset-type synthetic needs a transform with a step that has a size")
+    steps = [transform.crop] if isinstance(transform, RandomCrop) else transform.transforms
+    size = next(step.size for step in steps if hasattr(step, "size"))
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
 
 
 class _BlankSource:
@@ -314,46 +248,3 @@ class _BlankSource:
     def describe(self, shard: int, number: int) -> str:
         """Return the number of the sample."""
         return f"synthetic: {number}"
-
-
-def _streaming_source(args: argparse.Namespace, world_size: int) -> StreamingSource:
-    shards, use_json = expand_shards(args.train_data), bool(args.caption_key)
-    if args.dataset_resampled:
-        return StreamingSource(shards, "resampled", args.seed, _shard_weights(args), use_json)
-    check_enough_shards(len(shards), world_size)
-    return StreamingSource(shards, "shuffled", args.seed, use_json=use_json)
-
-
-def _stated_samples(args: argparse.Namespace) -> int:
-    """Return the samples of an epoch of `--train-data`, as they are stated."""
-    num_samples = args.train_num_samples
-    if num_samples is None:
-        num_samples = count_samples(expand_shards(args.train_data))
-    if num_samples is None:
-        raise ValueError(
-            f"the number of samples in {args.train_data!r} is not known; give "
-            "--train-num-samples (`python -m clip_pgs.data check` counts them)"
-        )
-    if num_samples < 1:
-        raise ValueError(f"--train-num-samples must be >= 1, got {num_samples}")
-    return num_samples
-
-
-def _num_streaming_workers(
-    args: argparse.Namespace, source: StreamingSource, num_batches: int, world_size: int
-) -> int:
-    """Return as many workers as the shards can feed; say so where that is fewer than asked for."""
-    # A worker with less than one batch of its own would repeat samples within a batch.
-    num_workers = min(args.workers, num_batches)
-    if not args.dataset_resampled:
-        num_workers = min(num_workers, len(source.shards) // world_size)
-    if num_workers < args.workers:
-        logger.warning(
-            "%d workers per process instead of --workers %d: %d shards with %d batches per "
-            "process feed no more",
-            num_workers,
-            args.workers,
-            len(source.shards),
-            num_batches,
-        )
-    return num_workers

@@ -11,10 +11,10 @@ import logging
 import math
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from multiprocessing.sharedctypes import RawArray
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -37,131 +37,62 @@ _MAX_PENDING_SKIPS = 256
 _MAX_BAD_IN_ROW = 10_000
 
 
-@dataclass(frozen=True)
-class Worker:
-    """Which of all workers reads.
+class StreamingBatches(IterableDataset[Batch]):
+    """The batches of an epoch, each worker its own, whose samples are read in passes.
 
-    Args:
-        rank: Its process, in [0, world_size).
-        world_size: Number of processes.
-        index: In [0, num_workers), within the process.
-        num_workers: Workers per process, at least 1.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    index: int = 0
-    num_workers: int = 1
-
-
-@dataclass(frozen=True)
-class StreamingSource:
-    """What a loader's workers read through, in passes.
+    In training each shard comes once a pass, dealt to ranks and workers anew each epoch, and
+    samples are mixed; resampled, every worker draws as many shards as there are. Workers make the
+    batches of a rank in turn, go through their shards again as need be, and fill bad samples'
+    places with others of the same batch, so that each batch takes as many pairs.
+    In a measurement all workers read all shards and hand on their own batches, which are then the
+    same for any number of workers: a validation loss depends on what shares a batch.
 
     Args:
         shards: Expanded shards.
-        order: "shuffled": each shard once a pass, dealt to ranks and workers anew each epoch, and
-            samples mixed. "resampled": every worker draws as many shards as there are, with
-            replacement, and mixes samples. "ordered": all workers of one process read all shards
-            and hand on their own batches, so that batches are the same for any number of workers:
-            a validation loss depends on what shares a batch.
-        seed: Seed of the order.
-        weights: Drawing weight of each shard, or None for equal ones.
-        use_json: Take the side-car JSON for the caption.
-    """
-
-    shards: list[str]
-    order: Literal["shuffled", "resampled", "ordered"]
-    seed: int = 0
-    weights: list[float] | None = None
-    use_json: bool = False
-
-    def read(
-        self,
-        worker: Worker,
-        status: DataWorkerStatus,
-        batch_size: int,
-        *,
-        epoch: int,
-        pass_index: int,
-    ) -> Iterator[RawSample | Skip]:
-        """Yield the samples of one pass of a worker; every shard yields at least one item."""
-        items = self._read_all(self._turns(worker, epoch, pass_index), status)
-        if self.order == "ordered":
-            return _own_batches(items, worker, batch_size)
-        place = (worker.rank, worker.world_size, worker.index, worker.num_workers, pass_index)
-        seed = stable_seed("mix", self.seed, epoch, *place)
-        return shuffled_stream(items, seed, buffer_size=_BUFFER_SIZE, initial_size=_INITIAL_SIZE)
-
-    def has_tried_all(self, shards: set[str]) -> bool:
-        """Return whether passes that gave these shards can give no others."""
-        weights = self.weights or [1.0] * len(self.shards)
-        drawn = [shard for shard, weight in zip(self.shards, weights, strict=True) if weight]
-        return self.order != "resampled" or shards.issuperset(drawn)
-
-    def _turns(self, worker: Worker, epoch: int, pass_index: int) -> list[tuple[int, int]]:
-        """Return the shards of a pass, each with what tells its repetitions apart."""
-        numbers = range(len(self.shards))
-        if self.order == "ordered":
-            return [(shard, pass_index) for shard in numbers]
-        if self.order == "shuffled":
-            dealt = shuffled(numbers, "deal", self.seed, epoch)
-            mine = dealt[worker.rank :: worker.world_size][worker.index :: worker.num_workers]
-            if pass_index > 0:
-                mine = shuffled(mine, "repeat", self.seed, epoch, pass_index)
-            return [(shard, pass_index) for shard in mine]
-        index = worker.rank * worker.num_workers + worker.index
-        rng = random.Random(stable_seed("draw", self.seed, epoch, index, pass_index))
-        drawn = rng.choices(numbers, weights=self.weights, k=len(numbers))
-        # Distinct over the epoch, so that a shard drawn twice is augmented in two ways.
-        num_readers, first = worker.world_size * worker.num_workers, pass_index * len(numbers)
-        return [(shard, (first + draw) * num_readers + index) for draw, shard in enumerate(drawn)]
-
-    def _read_all(
-        self, turns: list[tuple[int, int]], status: DataWorkerStatus
-    ) -> Iterator[RawSample | Skip]:
-        for shard, repeat in turns:
-            status.note(shard, 0)
-            items = read_shard(self.shards[shard], repeat=repeat, use_json=self.use_json)
-            for number, item in enumerate(items, start=1):
-                yield item
-                status.note(shard, number)
-
-
-class StreamingBatches(IterableDataset[Batch]):
-    """The batches of an epoch, each worker its own.
-
-    Workers make the batches of a rank in turn. In training they go through their shards again as
-    need be, and bad samples' places are taken by others of the same batch, so that each batch
-    takes as many pairs.
-
-    Args:
-        source: Where samples come from.
-        decode: Makes tensors of them.
+        decode: Makes tensors of samples; its seed is that of the order.
         batching: How samples become batches.
         num_samples: Samples of an epoch over all ranks, None if not known.
-        num_workers: Loading processes.
+        num_workers: Loading processes; in training, no more than can be fed are used.
+        resampled: Draw shards with replacement.
+        weights: Drawing weight of each shard, or None for equal ones.
     """
 
     sampler = None
 
     def __init__(
         self,
-        source: StreamingSource,
+        shards: list[str],
         decode: SampleDecoder,
         batching: Batching,
         *,
         num_samples: int | None,
         num_workers: int,
+        resampled: bool = False,
+        weights: list[float] | None = None,
     ) -> None:
-        self.source = source
+        self.shards = shards
         self.decode = decode
         self.batching = batching
-        self.num_workers = num_workers
-        self.status = DataWorkerStatus(num_workers)
+        self.resampled = resampled
+        self.weights = weights
         self.num_samples = None if num_samples is None else batching.num_samples(num_samples)
         # Epoch and first batch. Persistent workers hold copies of the data set; this reaches them.
         self._start = RawArray("q", 2)
+        self.num_workers = num_workers
+        if batching.per_step is not None:
+            # A worker with less than one batch of its own would repeat samples within a batch.
+            fed = len(shards) // batching.world_size if not resampled else num_workers
+            self.num_workers = min(num_workers, fed, self.num_batches or 0)
+        if self.num_workers < num_workers:
+            logger.warning(
+                "%d workers per process instead of --workers %d: %d shards with %d batches per "
+                "process feed no more",
+                self.num_workers,
+                num_workers,
+                len(shards),
+                self.num_batches,
+            )
+        self.status = DataWorkerStatus(self.num_workers)
 
     @property
     def num_batches(self) -> int | None:
@@ -186,41 +117,79 @@ class StreamingBatches(IterableDataset[Batch]):
 
     def describe(self, shard: int, number: int) -> str:
         """Return a place that a worker noted, in words."""
-        return f"{self.source.shards[shard]} after {number} samples"
+        return f"{self.shards[shard]} after {number} samples"
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         index, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
         epoch, first_batch = self._start
-        ranks = self.batching.rank, self.batching.world_size
         if self.batching.per_step is None:
-            yield from self._one_pass(Worker(*ranks, index, num_workers), epoch)
+            yield from self._one_pass(epoch, index, num_workers)
             return
         # The loader asks its first worker first, whoever made the batch before.
         index = (index + first_batch) % num_workers
         num_skipped = len(range(index, first_batch, num_workers))
         quota = len(range(index, first_batch + (self.num_batches or 0), num_workers))
         if quota > num_skipped:
-            worker = Worker(*ranks, index, num_workers)
-            yield from self._full_batches(worker, epoch, num_skipped, quota)
+            yield from self._full_batches(epoch, index, num_workers, num_skipped, quota)
 
-    def _read(self, worker: Worker, epoch: int, pass_index: int) -> Iterator[RawSample | Skip]:
+    def _read(self, turns: Iterable[tuple[int, int]]) -> Iterator[RawSample | Skip]:
+        """Yield the samples of shards, each with what tells its repetitions apart."""
+        use_json = self.decode.caption_key is not None
+        for shard, repeat in turns:
+            self.status.note(shard, 0)
+            items = read_shard(self.shards[shard], repeat=repeat, use_json=use_json)
+            for number, item in enumerate(items, start=1):
+                yield item
+                self.status.note(shard, number)
+
+    def _mixed_pass(
+        self, epoch: int, index: int, num_workers: int, pass_index: int
+    ) -> Iterator[RawSample | Skip]:
+        """Yield the samples of one pass of a worker; every shard yields at least one item."""
+        seed, rank, world_size = self.decode.seed, self.batching.rank, self.batching.world_size
+        numbers = range(len(self.shards))
+        if self.resampled:
+            reader = rank * num_workers + index
+            rng = random.Random(stable_seed("draw", seed, epoch, reader, pass_index))
+            drawn = rng.choices(numbers, weights=self.weights, k=len(numbers))
+            # Distinct over the epoch, so that a shard drawn twice is augmented in two ways.
+            places = range(pass_index * len(numbers), (pass_index + 1) * len(numbers))
+            repeats = [place * world_size * num_workers + reader for place in places]
+        else:
+            drawn = shuffled(numbers, "deal", seed, epoch)[rank::world_size][index::num_workers]
+            if pass_index > 0:
+                drawn = shuffled(drawn, "repeat", seed, epoch, pass_index)
+            repeats = [pass_index] * len(drawn)
+        place = (rank, world_size, index, num_workers, pass_index)
+        return shuffled_stream(
+            self._read(zip(drawn, repeats, strict=True)),
+            stable_seed("mix", seed, epoch, *place),
+            buffer_size=_BUFFER_SIZE,
+            initial_size=_INITIAL_SIZE,
+        )
+
+    def _one_pass(self, epoch: int, index: int, num_workers: int) -> Iterator[Batch]:
         size = self.batching.batch_size
-        return self.source.read(worker, self.status, size, epoch=epoch, pass_index=pass_index)
-
-    def _one_pass(self, worker: Worker, epoch: int) -> Iterator[Batch]:
         examples: list[Example] = []
         skips: list[Skip] = []
-        num_tried = 0
-        for item in self._read(worker, epoch, 0):
+        num_tried = num_pairs = 0
+        for item in self._read((shard, 0) for shard in range(len(self.shards))):
+            # What is no pair is the first worker's.
+            owner = 0
+            if isinstance(item, RawSample):
+                owner = num_pairs // size % num_workers
+                num_pairs += 1
+            if owner != index:
+                continue
             num_tried += 1
             example = decode_item(item, self.decode, epoch)
             if isinstance(example, Skip):
                 skips.append(example)
             else:
                 examples.append(example)
-            if len(examples) == self.batching.batch_size or len(skips) == _MAX_PENDING_SKIPS:
-                full = len(examples) == self.batching.batch_size
+            if len(examples) == size or len(skips) == _MAX_PENDING_SKIPS:
+                full = len(examples) == size
                 yield collate(examples if full else [], num_tried, skips)
                 examples, skips, num_tried = [] if full else examples, [], 0
         self.status.clear()
@@ -228,7 +197,7 @@ class StreamingBatches(IterableDataset[Batch]):
             yield collate(examples, num_tried, skips)
 
     def _full_batches(
-        self, worker: Worker, epoch: int, num_skipped: int, quota: int
+        self, epoch: int, index: int, num_workers: int, num_skipped: int, quota: int
     ) -> Iterator[Batch]:
         pairs_to_skip = num_skipped * self.batching.batch_size
         examples: list[Example | None] = []
@@ -238,7 +207,7 @@ class StreamingBatches(IterableDataset[Batch]):
         num_done, num_tried, num_bad_in_row = num_skipped, 0, 0
         for pass_index in count():
             num_usable = 0
-            for item in self._read(worker, epoch, pass_index):
+            for item in self._mixed_pass(epoch, index, num_workers, pass_index):
                 if pairs_to_skip:
                     is_pair = isinstance(item, RawSample)
                     pairs_to_skip -= is_pair
@@ -259,7 +228,7 @@ class StreamingBatches(IterableDataset[Batch]):
                     good.append(item)
                 # A batch without one good pair has nothing to fill its places with.
                 if good and len(examples) >= self.batching.batch_size:
-                    place = (epoch, worker.rank, worker.index, num_done)
+                    place = (epoch, self.batching.rank, index, num_done)
                     filled = self._fill(examples[-self.batching.batch_size :], good, place)
                     self.status.clear()
                     yield collate(filled, num_tried, skips)
@@ -270,8 +239,10 @@ class StreamingBatches(IterableDataset[Batch]):
                 if num_bad_in_row == _MAX_BAD_IN_ROW:
                     break
             # Shards drawn with replacement: a pass may have missed those that are good.
-            gives_up = num_bad_in_row == _MAX_BAD_IN_ROW
-            if gives_up or (num_usable == 0 and self.source.has_tried_all(tried)):
+            weights = self.weights or [1.0] * len(self.shards)
+            drawn = {shard for shard, weight in zip(self.shards, weights, strict=True) if weight}
+            has_tried_all = not self.resampled or tried >= drawn
+            if num_bad_in_row == _MAX_BAD_IN_ROW or (num_usable == 0 and has_tried_all):
                 yield Batch(None, None, num_tried, skips, sorted(tried))
                 return
             if num_usable:
@@ -292,20 +263,6 @@ class StreamingBatches(IterableDataset[Batch]):
                 example = self.decode(other, epoch=place[0])
             filled.append(example)
         return filled
-
-
-def _own_batches(
-    items: Iterator[RawSample | Skip], worker: Worker, batch_size: int
-) -> Iterator[RawSample | Skip]:
-    position = 0
-    for item in items:
-        if isinstance(item, Skip):
-            if worker.index == 0:
-                yield item
-            continue
-        if position // batch_size % worker.num_workers == worker.index:
-            yield item
-        position += 1
 
 
 def shuffled_stream(
@@ -336,12 +293,3 @@ def shuffled_stream(
             yield take()
     while buffer:
         yield take()
-
-
-def check_enough_shards(num_shards: int, world_size: int) -> None:
-    """Refuse fewer shards than processes, which read one each."""
-    if num_shards < world_size:
-        raise ValueError(
-            f"{num_shards} shards cannot feed {world_size} processes, as they can only be read "
-            "from the beginning; each needs one of its own (or --dataset-resampled)"
-        )

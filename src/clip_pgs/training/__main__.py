@@ -83,7 +83,7 @@ def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, dict[str, Any]]:
         register_model_config(args)
         follow_restart(args)
         check_options(args)
-        odd = preflight(args, world_size=_num_processes()) if _is_first_process() else []
+        odd = preflight(args) if _is_first_process() else []
         hooks = _hooks(args)
     except ModuleNotFoundError as error:
         return _refuse(f"training needs {error.name}: pip install 'clip-pgs[train]'")
@@ -138,10 +138,6 @@ def _refuse(sentence: str, *, is_before_start: bool = False) -> int:
         rank = int(os.environ.get("RANK", "0"))
         ExitReport(StopSignals(), rank=rank).write(BAD_INPUT, sentence)
     return BAD_INPUT
-
-
-def _num_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _speaker() -> str:

@@ -19,9 +19,7 @@ from clip_pgs.data.shards import (
     is_seekable,
     upsampling_weights,
 )
-from clip_pgs.data.stream import DatasetKind, dataset_kind
-from clip_pgs.data.streaming import check_enough_shards
-from clip_pgs.data.tables import PairTable, read_pairs
+from clip_pgs.data.stream import DatasetKind, dataset_kind, read_table
 from clip_pgs.data.tar import size_shards
 from clip_pgs.training.build import image_size, read_model_config
 from clip_pgs.training.options import TrainOptions
@@ -61,7 +59,7 @@ def training_kind(options: TrainOptions) -> DatasetKind:
 def num_training_samples(options: TrainOptions) -> int | None:
     """Return the samples of one epoch, None where nothing states them."""
     if training_kind(options) == "csv":
-        return len(_read_table(options, options.train_data or ""))
+        return len(read_table(options, options.train_data or ""))
     if options.train_num_samples is not None or training_kind(options) == "synthetic":
         return options.train_num_samples
     shards = expand_shards(options.train_data or "")
@@ -81,7 +79,7 @@ def training_files(options: TrainOptions) -> list[str]:
     if kind == "csv":
         return [
             _describe_file(
-                options.train_data or "", len(_read_table(options, options.train_data or ""))
+                options.train_data or "", len(read_table(options, options.train_data or ""))
             )
         ]
     shards = expand_shards(options.train_data or "")
@@ -119,8 +117,11 @@ def _check_training_data(options: TrainOptions) -> None:
         upsampling_weights(options.train_data or "", options.train_data_upsampling_factors)
     if kind == "webdataset" and not options.dataset_resampled:
         shards = expand_shards(options.train_data or "")
-        if not all(map(is_seekable, shards)):
-            check_enough_shards(len(shards), _num_processes())
+        if not all(map(is_seekable, shards)) and len(shards) < _num_processes():
+            raise ValueError(
+                f"{len(shards)} shards cannot feed {_num_processes()} processes, as they can only "
+                "be read from the beginning; each needs one of its own (or --dataset-resampled)"
+            )
 
     num_samples = num_training_samples(options)
     if kind == "synthetic" and (num_samples or 0) > _MAX_SYNTHETIC:
@@ -167,20 +168,11 @@ def _check_files(options: TrainOptions, path: str | None, *, flag: str) -> None:
     assert path is not None
     try:
         if kind == "csv":
-            _read_table(options, path)
+            read_table(options, path)
         else:
             expand_shards(path)
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from None
-
-
-def _read_table(options: TrainOptions, path: str) -> PairTable:
-    return read_pairs(
-        Path(path),
-        image_key=options.csv_img_key,
-        caption_key=options.csv_caption_key,
-        separator=options.csv_separator,
-    )
 
 
 def _check_imagenet(options: TrainOptions) -> None:
