@@ -254,4 +254,4 @@ def test_pack_leaves_hostile_images_out(tmp_path):
         rows.append(f"{number}.png,text")
     rows.append("https://host/a//b.jpg,text")
     (tmp_path / "pairs.csv").write_text("\n".join(rows))
-    assert pack_pairs(tmp_path / "pairs.csv", tmp_path / "out", skip_bad=True).num_skipped == 3
+    assert pack_pairs(tmp_path / "pairs.csv", tmp_path / "out", skip_bad=True)[1] == 3

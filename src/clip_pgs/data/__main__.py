@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -32,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 if `check` found something bad, 2 for bad input.
     """
-    args = _make_parser().parse_args(argv)
+    options = vars(_make_parser().parse_args(argv))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
-        return int(args.run(args))
+        return int(options.pop("run")(**options))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {one_sentence(error)}\n")
         return 2
@@ -56,11 +57,13 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     world.add_argument("out", type=Path, metavar="OUT", help="folder of the world")
     world.add_argument("--seed", type=int, default=0, help="seed of the scenes (0)")
-    world.add_argument("--num-train", type=int, metavar="N", help="training scenes")
-    world.add_argument("--num-val", type=int, metavar="N", help="held-out scenes")
-    world.add_argument(
-        "--num-per-class", type=int, metavar="N", help="scenes per class of the evaluation sets"
-    )
+    # What is not given is left to `write_world`.
+    for name, help_text in (
+        ("--num-train", "training scenes"),
+        ("--num-val", "held-out scenes"),
+        ("--num-per-class", "scenes per class of the evaluation sets"),
+    ):
+        world.add_argument(name, type=int, default=argparse.SUPPRESS, metavar="N", help=help_text)
     world.set_defaults(run=_run_world)
 
     pack = commands.add_parser(
@@ -110,7 +113,11 @@ def _make_parser() -> argparse.ArgumentParser:
         "--min-count", type=int, default=5, metavar="N", help="leave rarer words out (5)"
     )
     words.add_argument(
-        "--workers", type=int, metavar="N", help="processes (as many as there are cores)"
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (as many as there are cores)",
     )
     words.add_argument(
         "--caption-key",
@@ -122,77 +129,64 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_world(args: argparse.Namespace) -> int:
+def _run_world(out: Path, **options: int) -> int:
     # Drawing needs more than the other commands do.
     from clip_pgs.data.world import describe_world, write_world
 
-    counts = {
-        "num_train": args.num_train,
-        "num_val": args.num_val,
-        "num_per_class": args.num_per_class,
-    }
-    chosen = {name: count for name, count in counts.items() if count is not None}
     with tqdm(unit="scene", disable=not sys.stderr.isatty()) as bar:
 
         def show(num_done: int, num_all: int) -> None:
             bar.total = num_all
             bar.update(num_done - bar.n)
 
-        write_world(args.out, seed=args.seed, progress=show, **chosen)
-    sys.stdout.write(f"the demo world is in {args.out}\n{describe_world(args.out)}")
+        write_world(out, progress=show, **options)
+    sys.stdout.write(f"the demo world is in {out}\n{describe_world(out)}")
     return 0
 
 
-def _run_pack(args: argparse.Namespace) -> int:
-    result = pack_pairs(
-        args.table,
-        args.out,
-        shard_size=args.shard_size,
-        image_key=args.image_key,
-        caption_key=args.caption_key,
-        separator=args.separator,
-        skip_bad=args.skip_bad,
-    )
-    first, last = min(result.sizes), max(result.sizes)
+def _run_pack(out: Path, **options: Any) -> int:
+    sizes, num_skipped = pack_pairs(out=out, **options)
+    first, last = min(sizes), max(sizes)
     names = f"{{{first[:-4]}..{last[:-4]}}}.tar" if first != last else first
     sys.stdout.write(
-        f"packed {sum(result.sizes.values())} pairs, left out {result.num_skipped}; "
-        f"train with --train-data '{args.out / names}'\n"
+        f"packed {sum(sizes.values())} pairs, left out {num_skipped}; "
+        f"train with --train-data '{out / names}'\n"
     )
     return 0
 
 
-def _run_check(args: argparse.Namespace) -> int:
-    total = check_shards(expand_shards(args.shards), sys.stdout.write, caption_key=args.caption_key)
+def _run_check(shards: str, caption_key: str | None) -> int:
+    total = check_shards(expand_shards(shards), sys.stdout.write, caption_key=caption_key)
     return 1 if total.bad else 0
 
 
-def _run_words(args: argparse.Namespace) -> int:
-    if args.out.is_dir():
-        raise ValueError(f"{str(args.out)!r} is a folder; name a file")
-    if args.min_count < 1:
-        raise ValueError(f"--min-count must be >= 1, got {args.min_count}")
-    if args.shards.lower().endswith((".csv", ".tsv")):
-        count = count_table(
-            Path(args.shards), caption_key=args.caption_key or "title", separator=args.separator
-        )
+def _run_words(
+    shards: str,
+    out: Path,
+    min_count: int,
+    workers: int,
+    caption_key: str | None,
+    separator: str | None,
+) -> int:
+    if out.is_dir():
+        raise ValueError(f"{str(out)!r} is a folder; name a file")
+    if min_count < 1:
+        raise ValueError(f"--min-count must be >= 1, got {min_count}")
+    if shards.lower().endswith((".csv", ".tsv")):
+        count = count_table(Path(shards), caption_key=caption_key or "title", separator=separator)
     else:
-        shards = expand_shards(args.shards)
-        num_workers = args.workers if args.workers is not None else os.cpu_count() or 1
-        with tqdm(total=len(shards), unit="shard", disable=not sys.stderr.isatty()) as bar:
+        names = expand_shards(shards)
+        with tqdm(total=len(names), unit="shard", disable=not sys.stderr.isatty()) as bar:
             count = count_shards(
-                shards,
-                caption_key=args.caption_key,
-                num_workers=num_workers,
-                progress=bar.update,
+                names, caption_key=caption_key, num_workers=workers, progress=bar.update
             )
-    frequencies = count.frequencies(min_count=args.min_count)
-    write_word_frequencies(frequencies, args.out)
+    frequencies = count.frequencies(min_count=min_count)
+    write_word_frequencies(frequencies, out)
     sys.stdout.write(
         f"counted {frequencies.num_words} words in {frequencies.num_captions} captions, "
         f"{describe_skipped(count.skipped)}; {len(frequencies.counts)} different words occur "
-        f"{args.min_count} times or more; train with --text-masking frequency "
-        f"--text-masking-option frequencies={args.out}\n"
+        f"{min_count} times or more; train with --text-masking frequency "
+        f"--text-masking-option frequencies={out}\n"
     )
     return 0
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
 import shutil
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -20,7 +18,7 @@ from clip_pgs.data.samples import RawSample, decode_captions, decode_image
 from clip_pgs.data.shards import is_remote, read_sizes
 from clip_pgs.data.skips import BadSampleError, Skip
 from clip_pgs.data.tables import PairTable, default_separator, read_pairs, row_name
-from clip_pgs.data.tar import read_shard
+from clip_pgs.data.tar import read_shard, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -30,21 +28,8 @@ _HEADER = ("shard", "samples", "usable", "images", "captions", "bad", "character
 _MAX_BAD_NAMED = 100
 
 
-@dataclass(frozen=True)
-class PackResult:
-    """What was written.
-
-    Args:
-        sizes: Number of pairs by shard name, in order.
-        num_skipped: Rows left out.
-    """
-
-    sizes: dict[str, int]
-    num_skipped: int
-
-
 def pack_pairs(
-    table_path: Path,
+    table: Path,
     out: Path,
     *,
     shard_size: int = 1000,
@@ -52,20 +37,23 @@ def pack_pairs(
     caption_key: str = "title",
     separator: str | None = None,
     skip_bad: bool = False,
-) -> PackResult:
+) -> tuple[dict[str, int], int]:
     """Write a table's pairs as webdataset shards, with `sizes.json`.
 
     The images' bytes are kept as they are; the same table gives the same bytes. `out` appears
     whole or not at all.
 
     Args:
-        table_path: Table with a header; relative image paths start at its folder.
+        table: Table with a header; relative image paths start at its folder.
         out: New or empty folder for `00000.tar`, `00001.tar`, ... and `sizes.json`.
         shard_size: Pairs per shard; the last one may hold fewer.
         image_key: Column of image paths (JPEG, PNG or WebP).
         caption_key: Column of captions.
         separator: What stands between columns; None goes by the name (`.tsv`: tab).
         skip_bad: Leave out rows without a readable image or a caption instead of stopping.
+
+    Returns:
+        Number of pairs by shard name, in order, and number of rows left out.
 
     Raises:
         ValueError: If the table or `out` cannot be used, if rows are bad and `skip_bad` is
@@ -75,14 +63,20 @@ def pack_pairs(
         raise ValueError(f"--shard-size must be >= 1, got {shard_size}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{str(out)!r} exists and is no empty folder; name a new one")
-    table = read_pairs(
-        table_path,
+    pairs = read_pairs(
+        table,
         image_key=image_key,
         caption_key=caption_key,
-        separator=separator or default_separator(table_path),
+        separator=separator or default_separator(table),
     )
 
-    suffixes, bad_rows = _inspect_rows(table)
+    suffixes: dict[int, str] = {}
+    bad_rows: dict[int, str] = {}
+    for row in range(len(pairs)):
+        try:
+            suffixes[row] = _check_row(pairs, row)
+        except ValueError as error:
+            bad_rows[row] = str(error)
     for row, reason in list(bad_rows.items())[:_MAX_NAMED]:
         logger.warning("%s: %s", row_name(row), reason)
     if len(bad_rows) > _MAX_NAMED:
@@ -90,11 +84,15 @@ def pack_pairs(
     if bad_rows and not skip_bad:
         row, reason = next(iter(bad_rows.items()))
         raise ValueError(
-            f"{len(bad_rows)} of {len(table)} rows are bad, the first is {row_name(row)}: "
+            f"{len(bad_rows)} of {len(pairs)} rows are bad, the first is {row_name(row)}: "
             f"{reason}; mend them or leave them out with --skip-bad"
         )
     if not suffixes:
-        raise ValueError(f"table {str(table_path)!r} has no usable row")
+        raise ValueError(f"table {str(table)!r} has no usable row")
+
+    def members(row: int) -> dict[str, bytes]:
+        image = _image_path(pairs, row).read_bytes()
+        return {suffixes[row]: image, "txt": pairs.captions[row].encode()}
 
     sizes: dict[str, int] = {}
     rows = list(suffixes)
@@ -102,58 +100,37 @@ def pack_pairs(
         for start in range(0, len(rows), shard_size):
             name = f"{start // shard_size:05d}.tar"
             shard_rows = rows[start : start + shard_size]
-            with tarfile.open(folder / name, "w", format=tarfile.USTAR_FORMAT) as tar:
-                for row in shard_rows:
-                    image = _image_path(table, row).read_bytes()
-                    _add_member(tar, f"{row:09d}.{suffixes[row]}", image)
-                    _add_member(tar, f"{row:09d}.txt", table.captions[row].encode())
+            write_shard(folder / name, ((f"{row:09d}", members(row)) for row in shard_rows))
             sizes[name] = len(shard_rows)
         (folder / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
-    return PackResult(sizes, len(bad_rows))
+    return sizes, len(bad_rows)
 
 
-def _inspect_rows(table: PairTable) -> tuple[dict[int, str], dict[int, str]]:
-    """Return the image suffix of each good row and the reason against each bad one."""
-    suffixes: dict[int, str] = {}
-    bad_rows: dict[int, str] = {}
-    for row, caption in enumerate(table.captions):
-        path, name = _image_path(table, row), repr(table.images[row])
-        if is_remote(table.images[row]):
-            bad_rows[row] = f"image {name} is a URL; img2dataset makes shards of those"
-        elif not table.images[row] or not _is_file(path):
-            bad_rows[row] = f"image {name} does not exist"
-        elif not caption.strip():
-            bad_rows[row] = f"the caption of image {name} is empty"
-        else:
-            try:
-                with opened_image(path) as image:
-                    image_format = image.format or "unknown"
-            except UnreadableImageError as error:
-                bad_rows[row] = f"{name} is no readable image: {error}"
-                continue
-            if image_format in _SUFFIXES:
-                suffixes[row] = _SUFFIXES[image_format]
-            else:
-                bad_rows[row] = f"image {name} is {image_format}, not JPEG, PNG or WebP"
-    return suffixes, bad_rows
+def _check_row(table: PairTable, row: int) -> str:
+    """Return the suffix of a row's image.
 
-
-def _is_file(path: Path) -> bool:
-    # Python 3.10 raises on names that no file can have.
-    with suppress(ValueError, OSError):
-        return path.is_file()
-    return False
+    Raises:
+        ValueError: What is wrong with the row.
+    """
+    path, name = _image_path(table, row), repr(table.images[row])
+    if is_remote(table.images[row]):
+        raise ValueError(f"image {name} is a URL; img2dataset makes shards of those")
+    if not os.path.isfile(path):
+        raise ValueError(f"image {name} does not exist")
+    if not table.captions[row].strip():
+        raise ValueError(f"the caption of image {name} is empty")
+    try:
+        with opened_image(path) as image:
+            image_format = image.format
+    except UnreadableImageError as error:
+        raise ValueError(f"{name} is no readable image: {error}") from error
+    if image_format not in _SUFFIXES:
+        raise ValueError(f"image {name} is {image_format}, not JPEG, PNG or WebP")
+    return _SUFFIXES[image_format]
 
 
 def _image_path(table: PairTable, row: int) -> Path:
     return table.path.parent / table.images[row]
-
-
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    # A fresh TarInfo has time, owner and mode of nobody, so that bytes repeat.
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
 
 
 @contextmanager
@@ -177,21 +154,17 @@ class ShardReport:
     Args:
         num_samples: Groups of members with one key.
         num_usable: Those with a readable image and a caption.
-        num_images: Images that can be decoded.
         num_captions: Pictures with captions in UTF-8.
         caption_lengths: Characters of each such caption, all of a picture.
-        widths: Width in pixels of each such image.
-        heights: Height in pixels of each such image.
+        image_sizes: Width and height in pixels of each image that can be decoded.
         bad: What is wrong: samples and, with an empty key, the shard itself.
     """
 
     num_samples: int = 0
     num_usable: int = 0
-    num_images: int = 0
     num_captions: int = 0
     caption_lengths: list[int] = field(default_factory=list)
-    widths: list[int] = field(default_factory=list)
-    heights: list[int] = field(default_factory=list)
+    image_sizes: list[tuple[int, int]] = field(default_factory=list)
     bad: list[Skip] = field(default_factory=list)
 
     def add(self, other: ShardReport) -> None:
@@ -209,11 +182,10 @@ def check_shard(shard: str, *, caption_key: str | None = None) -> ShardReport:
     """
     report = ShardReport()
     for item in read_shard(shard, use_json=caption_key is not None):
-        if isinstance(item, Skip):
-            report.num_samples += bool(item.key)
-            report.bad.append(item)
-        else:
-            _check_sample(item, report, caption_key)
+        found = [item] if isinstance(item, Skip) else _check_sample(item, report, caption_key)
+        report.num_samples += bool(item.key)
+        report.num_usable += not found
+        report.bad += found
     sizes_path = Path(shard).parent / "sizes.json"
     if not is_remote(shard) and sizes_path.is_file():
         stated = read_sizes(sizes_path).get(Path(shard).name)
@@ -221,6 +193,21 @@ def check_shard(shard: str, *, caption_key: str | None = None) -> ShardReport:
             detail = f"it says {stated}, the shard has {report.num_samples}"
             report.bad.append(Skip(shard, "", "sizes.json is wrong", detail))
     return report
+
+
+def _check_sample(raw: RawSample, report: ShardReport, caption_key: str | None) -> list[Skip]:
+    """Note what a sample holds; return what is wrong with it."""
+    problems: list[BadSampleError] = []
+    try:
+        report.image_sizes.append(decode_image(raw).size)
+    except BadSampleError as error:
+        problems.append(error)
+    try:
+        report.caption_lengths += map(len, decode_captions(raw, caption_key=caption_key))
+        report.num_captions += 1
+    except BadSampleError as error:
+        problems.append(error)
+    return [Skip(raw.shard, raw.key, each.reason, each.detail) for each in problems]
 
 
 def check_shards(
@@ -253,35 +240,16 @@ def check_shards(
     return total
 
 
-def _check_sample(raw: RawSample, report: ShardReport, caption_key: str | None) -> None:
-    report.num_samples += 1
-    problems: list[BadSampleError] = []
-    try:
-        image = decode_image(raw)
-        report.num_images += 1
-        report.widths.append(image.width)
-        report.heights.append(image.height)
-    except BadSampleError as error:
-        problems.append(error)
-    try:
-        captions = decode_captions(raw, caption_key=caption_key)
-        report.num_captions += 1
-        report.caption_lengths += map(len, captions)
-    except BadSampleError as error:
-        problems.append(error)
-    report.num_usable += not problems
-    report.bad += [Skip(raw.shard, raw.key, each.reason, each.detail) for each in problems]
-
-
 def _cells(name: str, report: ShardReport) -> tuple[str, ...]:
     characters = pixels = "-"
-    if report.caption_lengths:
-        shortest, longest = min(report.caption_lengths), max(report.caption_lengths)
-        characters = f"{shortest}..{longest} (median {median(report.caption_lengths):.0f})"
-    if report.widths:
-        widths, heights = report.widths, report.heights
-        pixels = f"{min(widths)}..{max(widths)} x {min(heights)}..{max(heights)}"
-    counts = (report.num_samples, report.num_usable, report.num_images, report.num_captions)
+    lengths, num_images = report.caption_lengths, len(report.image_sizes)
+    if lengths:
+        characters = f"{min(lengths)}..{max(lengths)} (median {median(lengths):.0f})"
+    if num_images:
+        pixels = " x ".join(
+            f"{min(sides)}..{max(sides)}" for sides in zip(*report.image_sizes, strict=True)
+        )
+    counts = (report.num_samples, report.num_usable, num_images, report.num_captions)
     return (name, *map(str, counts), str(len(report.bad)), characters, pixels)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from clip_pgs.data.tar import write_shard
 from clip_pgs.data.words import count_shards, write_word_frequencies
 from clip_pgs.data.world.captions import TASKS, hard_negatives
 from clip_pgs.data.world.draw import Drawing, draw_scene
@@ -246,7 +247,8 @@ def _write_captioned(split: str, seed: int, num_all: int, folder: Path, record: 
     for number, start in enumerate(range(0, num_all, _SHARD_SIZE)):
         stop = min(start + _SHARD_SIZE, num_all)
         path = folder / f"{number:05d}.tar"
-        _write_shard(path, captioned(split, seed, start, stop), draw_scene, record)
+        samples = captioned(split, seed, start, stop)
+        write_shard(path, _shard_samples(samples, draw_scene, record))
         sizes[path.name] = stop - start
     _write_json(folder / "sizes.json", sizes)
 
@@ -265,7 +267,7 @@ def _write_eval_set(
         record.add_text("\n".join(lines))
     for split, samples in splits.items():
         (folder / split).mkdir()
-        _write_shard(folder / split / "0.tar", samples, eval_set.draw, record)
+        write_shard(folder / split / "0.tar", _shard_samples(samples, eval_set.draw, record))
         _write_text(folder / split / "nshards.txt", "1\n")
 
 
@@ -312,35 +314,30 @@ def _write_pictures(
         _write_text(folder / captions, "".join(f"{sample.caption}\n" for sample in samples))
 
 
-def _write_shard(
-    path: Path, samples: Iterable[Sample], draw: Callable[[Scene], Drawing], record: Record
-) -> None:
-    """Draw samples into a tar file; the same samples give the same bytes.
+def _shard_samples(
+    samples: Iterable[Sample], draw: Callable[[Scene], Drawing], record: Record
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Draw samples for a shard.
 
-    Members of a sample: `jpg`, `txt` (caption), `cls` (label, where there is one), `json` (the
-    scene) and `mask.png` (white where objects are).
+    Members of a sample: `cls` (label, where there is one), `jpg`, `json` (the scene), `mask.png`
+    (white where objects are) and `txt` (caption).
     """
-    from webdataset import TarWriter
-
-    # A file handle, as TarWriter takes a path for a URL.
-    with (
-        path.open("wb") as file,
-        TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as writer,
-    ):
-        for sample in samples:
-            drawing, scene = draw(sample.scene), sample.scene
-            record.add_sample(sample, drawing)
-            # dataclasses.asdict copies deeply, which takes longer than drawing the background.
-            plain = {**vars(scene), "things": [vars(thing) for thing in scene.things]}
-            members = {
+    for sample in samples:
+        drawing, scene = draw(sample.scene), sample.scene
+        record.add_sample(sample, drawing)
+        # dataclasses.asdict copies deeply, which takes longer than drawing the background.
+        plain = {**vars(scene), "things": [vars(thing) for thing in scene.things]}
+        label = {} if sample.label is None else {"cls": str(sample.label).encode()}
+        yield (
+            sample.key,
+            {
+                **label,
                 "jpg": _jpeg(drawing),
-                "txt": sample.caption.encode(),
                 "json": json.dumps(plain).encode(),
                 "mask.png": _png(drawing.foreground),
-            }
-            if sample.label is not None:
-                members["cls"] = str(sample.label).encode()
-            writer.write({"__key__": sample.key, **members})
+                "txt": sample.caption.encode(),
+            },
+        )
 
 
 def _jpeg(drawing: Drawing) -> bytes:
