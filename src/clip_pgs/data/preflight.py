@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +14,13 @@ from clip_pgs.data.decoding import time_limit
 from clip_pgs.data.plan import SampleRef
 from clip_pgs.data.samples import RawSample, decode_captions, decode_image
 from clip_pgs.data.shards import expand_shards, is_remote, is_seekable
-from clip_pgs.data.skips import BadSampleError, NoUsableSampleError, Skip, StalledDataError
+from clip_pgs.data.skips import (
+    BadSampleError,
+    NoUsableSampleError,
+    Skip,
+    StalledDataError,
+    describe_counts,
+)
 from clip_pgs.data.stream import dataset_kind, read_table
 from clip_pgs.data.tables import TableSource
 from clip_pgs.data.tar import index_shards, read_shard, size_shards, unreadable_shard
@@ -29,12 +34,8 @@ _PAIRS_PER_SHARD = 3
 _REMOTE_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What a look at one place found: a usable sample, or what is wrong there."""
-
-    is_usable: bool
-    skips: list[Skip]
+# Whether a usable sample was found at a place, and what is wrong there.
+_Look = tuple[bool, list[Skip]]
 
 
 def preflight(args: argparse.Namespace) -> list[str]:
@@ -60,15 +61,12 @@ def preflight(args: argparse.Namespace) -> list[str]:
         kind = dataset_kind(args.dataset_type, path, flag=flag)
         try:
             if kind == "csv":
-                looks = _look_at_rows(TableSource(read_table(args, path)))
+                warnings += _judge(_look_at_rows(TableSource(read_table(args, path))), flag)
             elif kind == "webdataset":
                 shards = expand_shards(path)
-                looks = _look_at_shards(shards, args.caption_key)
-            else:
-                continue
-            warnings += _judge(looks, flag)
-            if kind == "webdataset" and flag == "--train-data":
-                warnings += _check_amount(args, shards)
+                warnings += _judge(_look_at_shards(shards, args.caption_key), flag)
+                if flag == "--train-data" and all(map(is_seekable, shards)):
+                    warnings += _check_amount(args, shards)
         except NoUsableSampleError as error:
             raise NoUsableSampleError(f"{flag}: {error}") from None
         except ValueError as error:
@@ -77,8 +75,8 @@ def preflight(args: argparse.Namespace) -> list[str]:
 
 
 def _look_at_rows(source: TableSource) -> list[_Look]:
+    rows = _spread(len(source.table), _MAX_DECODED)
     with ThreadPoolExecutor(_NUM_READERS) as executor:
-        rows = _spread(len(source.table), _MAX_DECODED)
         return list(executor.map(lambda row: _look([source.read(SampleRef(0, row))]), rows))
 
 
@@ -86,74 +84,59 @@ def _look_at_shards(shards: list[str], caption_key: str | None) -> list[_Look]:
     local = [shard for shard in shards if not is_remote(shard)]
     chosen = {local[index] for index in _spread(len(local), _MAX_DECODED)}
 
-    def look(shard: str) -> _Look | None:
-        return _look_into(shard, caption_key) if shard in chosen else _try_to_open(shard)
+    def look_into(shard: str) -> _Look:
+        items = read_shard(shard, use_json=caption_key is not None)
+        return _look(islice(items, _PAIRS_PER_SHARD), caption_key)
+
+    def open_only(shard: str) -> list[Skip]:
+        try:
+            with open(shard, "rb") as file:
+                return [] if os.read(file.fileno(), 1) else [Skip(shard, "", "empty shard")]
+        except OSError as error:
+            return [unreadable_shard(shard, error)]
 
     with ThreadPoolExecutor(_NUM_READERS) as executor:
-        looks = list(executor.map(look, local))
+        looks = list(executor.map(look_into, sorted(chosen)))
+        opened = executor.map(open_only, (shard for shard in local if shard not in chosen))
+        looks += [(False, skips) for skips in opened if skips]
     remote = next((shard for shard in shards if is_remote(shard)), None)
     if remote is not None:
         stalled = StalledDataError(f"{remote} gave nothing for {_REMOTE_SECONDS:g} seconds")
         try:
             with time_limit(_REMOTE_SECONDS, stalled):
-                looks.append(_look_into(remote, caption_key))
+                looks.append(look_into(remote))
         except StalledDataError as error:
             raise ValueError(str(error)) from None
-    return [look for look in looks if look is not None]
+    return looks
 
 
-def _look_into(shard: str, caption_key: str | None) -> _Look:
-    items = read_shard(shard, use_json=caption_key is not None)
-    return _look(islice(items, _PAIRS_PER_SHARD), caption_key)
-
-
-def _try_to_open(shard: str) -> _Look | None:
-    """Return what is wrong with a shard that is not looked into."""
-    try:
-        with open(shard, "rb") as file:
-            is_empty = not os.read(file.fileno(), 1)
-    except OSError as error:
-        return _Look(False, [unreadable_shard(shard, error)])
-    return _Look(False, [Skip(shard, "", "empty shard")]) if is_empty else None
-
-
-def _look(
-    items: Iterator[RawSample | Skip] | list[RawSample | Skip], caption_key: str | None = None
-) -> _Look:
+def _look(items: Iterable[RawSample | Skip], caption_key: str | None = None) -> _Look:
     """Decode samples up to the first that can be used."""
     skips = []
     for item in items:
-        if isinstance(item, Skip):
-            skips.append(item)
-            continue
         try:
-            decode_captions(item, caption_key=caption_key)
-            decode_image(item)
+            if isinstance(item, RawSample):
+                decode_captions(item, caption_key=caption_key)
+                decode_image(item)
+                return True, skips
+            skips.append(item)
         except BadSampleError as error:
             skips.append(Skip(item.shard, item.key, error.reason, error.detail))
-            continue
-        return _Look(True, skips)
-    return _Look(False, skips)
+    return False, skips
 
 
 def _judge(looks: list[_Look], flag: str) -> list[str]:
-    skips = [skip for look in looks for skip in look.skips]
-    if not any(look.is_usable for look in looks):
-        raise NoUsableSampleError(
-            f"no usable sample in the {len(looks)} places that were tried: {_describe(skips)}"
-        )
-    return [f"{flag} has bad samples: {_describe(skips)}"] if skips else []
-
-
-def _describe(skips: list[Skip]) -> str:
+    skips = [skip for _, found in looks for skip in found]
     counts = Counter(skip.reason for skip in skips)
-    reasons = ", ".join(f"{reason}: {number}" for reason, number in counts.most_common())
-    return f"{reasons}; the first is {skips[0]}"
+    what = f"{describe_counts(counts, 'skipped')}; the first is {skips[0]}" if skips else ""
+    if not any(is_usable for is_usable, _ in looks):
+        raise NoUsableSampleError(
+            f"no usable sample in the {len(looks)} places that were tried: {what}"
+        )
+    return [f"{flag} has bad samples: {what}"] if skips else []
 
 
 def _check_amount(args: argparse.Namespace, shards: list[str]) -> list[str]:
-    if not all(map(is_seekable, shards)):
-        return []
     sizes, _ = size_shards(shards)
     num_samples = sum(sizes)
     warnings = []

@@ -63,6 +63,14 @@ class StalledDataError(RuntimeError):
 OnSkip = Callable[[Skip], object]
 
 
+def describe_counts(counts: Counter[str], what: str) -> str:
+    """Return such as "3 skipped (no caption: 2, empty caption: 1)", most common reasons first."""
+    # Equal counts stand in the order of their names, whatever order they came in.
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    reasons = ", ".join(f"{reason}: {number}" for reason, number in ordered)
+    return f"{counts.total()} {what} ({reasons})"
+
+
 class SkipAccount:
     """Counts and reports what is skipped, and stops where it is too much.
 
@@ -108,7 +116,15 @@ class SkipAccount:
             TooManyBadSamplesError: If more than the allowed share of all samples was bad.
         """
         for skip in skips:
-            self._add(skip)
+            if self._first is None:
+                self._first = skip
+            if self.counts.total() < _MAX_LOGGED:
+                logger.warning("skipped %s", skip)
+            elif self.counts.total() == _MAX_LOGGED:
+                logger.warning("skipped more; the epoch's total follows at its end")
+            self.counts[skip.reason] += 1
+            if self._on_skip is not None:
+                self._on_skip(skip)
         if num_tried == 0:
             return
         self._num_tried += num_tried
@@ -126,7 +142,7 @@ class SkipAccount:
     def finish_epoch(self) -> None:
         """Log the total of an epoch, if there is one."""
         if self.counts:
-            logger.warning("in this epoch %s", self._describe_counts())
+            logger.warning("in this epoch %s", describe_counts(self.counts, "skipped"))
 
     def no_usable_sample(self, shards: list[str]) -> NoUsableSampleError:
         """Return the error of data without a usable sample.
@@ -142,19 +158,4 @@ class SkipAccount:
         """Return the counts of the epoch, and its first skip, in words."""
         if self._first is None:
             return "there is none at all"
-        return f"{self._describe_counts()}; the first is {self._first}"
-
-    def _add(self, skip: Skip) -> None:
-        if self._first is None:
-            self._first = skip
-        if self.counts.total() < _MAX_LOGGED:
-            logger.warning("skipped %s", skip)
-        elif self.counts.total() == _MAX_LOGGED:
-            logger.warning("skipped more; the epoch's total follows at its end")
-        self.counts[skip.reason] += 1
-        if self._on_skip is not None:
-            self._on_skip(skip)
-
-    def _describe_counts(self) -> str:
-        reasons = ", ".join(f"{reason}: {number}" for reason, number in self.counts.most_common())
-        return f"{self.counts.total()} skipped ({reasons})"
+        return f"{describe_counts(self.counts, 'skipped')}; the first is {self._first}"

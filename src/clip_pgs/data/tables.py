@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
+import csv
 import logging
-import lzma
-import re
-import tarfile
-import zipfile
-import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,19 +19,6 @@ from clip_pgs.data.skips import Skip
 
 logger = logging.getLogger(__name__)
 
-# pandas unpacks a table that is named like an archive; a separator may be a regular expression.
-_READING_ERRORS = (
-    ValueError,
-    OSError,
-    EOFError,
-    re.error,
-    pd.errors.ParserError,
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-)
-_QUOTE_NONE = 3  # csv.QUOTE_NONE
 _MAX_NAMED = 5
 
 
@@ -135,7 +118,8 @@ def _read_once(
             frame = _read_frame(path, separator, index_col=False)
         if any(frame[key].str.contains("\n", regex=False).any() for key in keys if key in frame):
             frame = _without_swallowed_rows(path, frame, keys, separator)
-    except _READING_ERRORS as error:
+    # pandas unpacks a table that is named like an archive; a separator may be an expression.
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"table {str(path)!r} cannot be read with separator {separator!r}: {reason}"
@@ -184,7 +168,7 @@ def _without_swallowed_rows(
             counts |= {-1 if closes else len(cells)} if cells else set()
     if counts == {len(frame.columns)} != {1}:
         logger.info("the quotes in %s are part of its text: no line needs them", path)
-        return _read_frame(path, separator, quoting=_QUOTE_NONE)
+        return _read_frame(path, separator, quoting=csv.QUOTE_NONE)
     broken = (
         frame[list(keys)].apply(lambda cells: cells.str.contains("\n", regex=False)).any(axis=1)
     )

@@ -14,12 +14,10 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import lzma
 import os
 import re
 import resource
 import tarfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -37,7 +35,7 @@ from clip_pgs.data.decoding import MAX_IMAGE_BYTES
 from clip_pgs.data.plan import MAX_LANES, SampleRef
 from clip_pgs.data.samples import CAPTION_SUFFIX, IMAGE_SUFFIXES, JSON_SUFFIX, RawSample
 from clip_pgs.data.shards import is_remote, is_seekable, stated_sizes
-from clip_pgs.data.skips import Skip
+from clip_pgs.data.skips import Skip, StalledDataError
 
 logger = logging.getLogger(__name__)
 
@@ -46,20 +44,6 @@ T = TypeVar("T")
 MAX_CAPTION_BYTES = 2**24
 # Of a header that extends another: names take a few hundred bytes.
 _MAX_HEADER_BYTES = 2**20
-# ValueError: a URL whose scheme webdataset cannot open. MemoryError and what follows: absurd
-# numbers in headers.
-_READING_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    tarfile.TarError,
-    zlib.error,
-    lzma.LZMAError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-    LookupError,
-)
 _EXTENSIONS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -204,7 +188,9 @@ class ShardIndex:
                 group[suffix] = size
                 if _is_read(suffix, size, use_json):
                     group[suffix] = _read_member(file, offset, size)
-        except _READING_ERRORS as error:
+        except StalledDataError:
+            raise
+        except Exception as error:
             return unreadable_shard(self.shard, error, key=key)
         return _make_sample(self.shard, key, group, repeat, use_json)
 
@@ -465,7 +451,10 @@ def _group_members(
                 group = {}
             key = name
             group[suffix] = member
-    except _READING_ERRORS as error:
+    except StalledDataError:
+        raise
+    # Damaged archives and absurd numbers in headers make tarfile and decompressors raise anything.
+    except Exception as error:
         failure = unreadable_shard(shard, error)
     if key:
         yield key, group

@@ -26,7 +26,7 @@ import regex
 
 from clip_pgs.common import write_text
 from clip_pgs.data.samples import RawSample, decode_captions
-from clip_pgs.data.skips import BadSampleError, Skip
+from clip_pgs.data.skips import BadSampleError, Skip, describe_counts
 from clip_pgs.data.tables import default_separator, read_captions
 from clip_pgs.data.tar import read_shard
 
@@ -260,9 +260,4 @@ def count_table(path: Path, *, caption_key: str, separator: str | None = None) -
 
 def describe_skipped(skipped: Counter[str]) -> str:
     """Return "3 left out (no caption: 2, empty caption: 1)"."""
-    if not skipped:
-        return "none left out"
-    # Equal counts stand in the order of their names, whatever order they came in.
-    ordered = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
-    reasons = ", ".join(f"{reason}: {number}" for reason, number in ordered)
-    return f"{skipped.total()} left out ({reasons})"
+    return describe_counts(skipped, "left out") if skipped else "none left out"
