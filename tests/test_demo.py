@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 
-from clip_pgs.data.world import write_world
+from clip_pgs.data.world.writing import write_world
 from clip_pgs.evaluation.__main__ import main as evaluate
 from clip_pgs.inspection.__main__ import main as inspect
 from clip_pgs.training.__main__ import main as train

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_pgs.data.world import write_world
+from clip_pgs.data.world.writing import write_world
 from support.worlds import COUNTS
 
 

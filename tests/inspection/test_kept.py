@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from clip_pgs import PatchInputs, create_masking
-from clip_pgs.data.world import draw_scene, make_scene
+from clip_pgs.data.world.draw import draw_scene
+from clip_pgs.data.world.scene import make_scene
 from clip_pgs.inspection import (
     ModelInput,
     View,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clip_pgs.data.__main__ import main as prepare
-from clip_pgs.data.world import write_world
+from clip_pgs.data.world.writing import write_world
 from clip_pgs.masking import list_maskings
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.effects import option_warnings

@@ -131,7 +131,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _run_world(out: Path, **options: int) -> int:
     # Drawing needs more than the other commands do.
-    from clip_pgs.data.world import describe_world, write_world
+    from clip_pgs.data.world.writing import describe_world, write_world
 
     with tqdm(unit="scene", disable=not sys.stderr.isatty()) as bar:
 

@@ -112,7 +112,7 @@ def _look_at_shards(shards: list[str], caption_key: str | None) -> list[_Look]:
 
 def _look(items: Iterable[RawSample | Skip], caption_key: str | None = None) -> _Look:
     """Decode samples up to the first that can be used."""
-    skips = []
+    skips: list[Skip] = []
     for item in items:
         try:
             if isinstance(item, RawSample):

@@ -13,9 +13,8 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
-from clip_pgs.data.world import caption, make_scene
-from clip_pgs.data.world.captions import TASKS, hard_negatives
-from clip_pgs.data.world.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, TEXTURES, Dice
+from clip_pgs.data.world.captions import TASKS, caption, hard_negatives
+from clip_pgs.data.world.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, TEXTURES, Dice, make_scene
 
 SCENES = [make_scene(f"test/{number}") for number in range(300)]
 TEXTURE_WORDS = {

@@ -9,16 +9,16 @@ import pytest
 from PIL import Image
 from scipy.ndimage import binary_erosion, convolve, distance_transform_edt
 
-from clip_pgs.data.world import draw_scene, make_scene
 from clip_pgs.data.world.draw import (
     draw_blurred,
     draw_gray,
     draw_noisy,
     draw_outlines,
+    draw_scene,
     on_unseen_background,
     shape_distance,
 )
-from clip_pgs.data.world.scene import BACKGROUNDS, COLORS, SHAPES, UNSEEN_BACKGROUNDS
+from clip_pgs.data.world.scene import BACKGROUNDS, COLORS, SHAPES, UNSEEN_BACKGROUNDS, make_scene
 from clip_pgs.data.world.splits import EVAL_SETS, captioned
 
 

@@ -8,8 +8,16 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from clip_pgs.data.world import make_scene
-from clip_pgs.data.world.scene import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, TEXTURES, Dice
+from clip_pgs.data.world.scene import (
+    BACKGROUNDS,
+    COLORS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Dice,
+    make_scene,
+)
 
 SCENES = [make_scene(f"test/{number}") for number in range(600)]
 

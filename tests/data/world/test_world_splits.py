@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from clip_benchmark.datasets.builder import build_dataset
 
-from clip_pgs.data.world import draw_scene
 from clip_pgs.data.world.captions import TASKS, hard_negatives
+from clip_pgs.data.world.draw import draw_scene
 from clip_pgs.data.world.scene import COLORS, SHAPES
 from support.worlds import VARIANTS, members
 

@@ -20,11 +20,11 @@ import webdataset
 from PIL import Image
 
 from clip_pgs.data.__main__ import main
-from clip_pgs.data.world import WORLD_VERSION, describe_world, draw_scene, write_world
 from clip_pgs.data.world.captions import TASKS, hard_negatives
-from clip_pgs.data.world.scene import SHAPES
+from clip_pgs.data.world.draw import draw_scene
+from clip_pgs.data.world.scene import SHAPES, WORLD_VERSION
 from clip_pgs.data.world.splits import EVAL_SETS, captioned, held_out, shown
-from clip_pgs.data.world.writing import Record, list_parts
+from clip_pgs.data.world.writing import Record, describe_world, list_parts, write_world
 from support.worlds import COUNTS, VARIANTS, members
 
 # Of the world with these counts and seed 0, the first 16 digits. They change with WORLD_VERSION and
@@ -77,7 +77,7 @@ def test_what_the_first_version_held_is_as_it_was(tmp_path):
 @pytest.mark.slow
 def test_another_process_writes_the_same_bytes(world, tmp_path):
     script = (
-        "from clip_pgs.data.world import write_world;"
+        "from clip_pgs.data.world.writing import write_world;"
         f"write_world({str(tmp_path / 'again')!r}, **{COUNTS!r})"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo"}
