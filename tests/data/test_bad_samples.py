@@ -14,8 +14,8 @@ from open_clip import SimpleTokenizer
 from PIL import Image
 from torchvision import transforms
 
-from clip_pgs.data.skips import NoUsableSampleError, Skip
-from clip_pgs.data.stream import build_train_stream, build_val_stream
+from clip_pgs.data.bad_samples import NoUsableSampleError, Skip
+from clip_pgs.data.build import build_train_stream, build_val_stream
 from support.streams import AUGMENT, numbers, open_stream, read_from, tokenize, with_options
 
 PLAIN = transforms.Compose([transforms.Resize((4, 4)), transforms.ToTensor()])

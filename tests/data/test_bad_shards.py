@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_pgs.data.skips import NoUsableSampleError, Skip
+from clip_pgs.data.bad_samples import NoUsableSampleError, Skip
 from support.streams import numbers, open_stream, read_from, with_options
 
 

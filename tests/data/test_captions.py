@@ -7,8 +7,8 @@ import json
 import pytest
 
 from clip_pgs.data.__main__ import main
+from clip_pgs.data.bad_samples import NoUsableSampleError, UnusableDataError
 from clip_pgs.data.preflight import preflight
-from clip_pgs.data.skips import NoUsableSampleError, UnusableDataError
 from support.streams import numbers, open_stream, read_from, same, with_options
 
 

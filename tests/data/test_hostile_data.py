@@ -14,9 +14,9 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from clip_pgs.data import decoding, tar
+from clip_pgs.data.bad_samples import StalledDataError
 from clip_pgs.data.decoding import UnreadableImageError, open_image
 from clip_pgs.data.pack import pack_pairs
-from clip_pgs.data.skips import StalledDataError
 from support.streams import numbers, open_stream, read_from, with_options
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from clip_pgs.data.bad_samples import NoUsableSampleError
 from clip_pgs.data.preflight import preflight
-from clip_pgs.data.skips import NoUsableSampleError
 from support.streams import with_options
 
 

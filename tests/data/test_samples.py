@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from clip_pgs.data.plan import stable_seed
+from clip_pgs.data.order import stable_seed
 from clip_pgs.data.samples import (
     BadSampleError,
     RawSample,

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from clip_pgs.data.skips import NoUsableSampleError, StalledDataError, TooManyBadSamplesError
+from clip_pgs.data.bad_samples import NoUsableSampleError, StalledDataError, TooManyBadSamplesError
 from support.streams import AUGMENT, numbers, open_stream, read_from, with_options
 
 

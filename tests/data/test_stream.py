@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from clip_pgs.data.skips import NoUsableSampleError
-from clip_pgs.data.stream import build_train_stream, build_val_stream
+from clip_pgs.data.bad_samples import NoUsableSampleError
+from clip_pgs.data.build import build_train_stream, build_val_stream
 from support.streams import AUGMENT, numbers, open_stream, read_from, same, tokenize, with_options
 
 

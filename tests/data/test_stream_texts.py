@@ -6,7 +6,7 @@ import pytest
 import torch
 from open_clip import SimpleTokenizer
 
-from clip_pgs.data.stream import build_train_stream, build_val_stream
+from clip_pgs.data.build import build_train_stream, build_val_stream
 from clip_pgs.data.words import WordFrequencies, write_word_frequencies
 from support.streams import AUGMENT, read_from, same, with_options
 

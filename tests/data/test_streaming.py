@@ -6,8 +6,8 @@ import gzip
 
 import pytest
 
-from clip_pgs.data.skips import NoUsableSampleError
-from clip_pgs.data.stream import build_val_stream
+from clip_pgs.data.bad_samples import NoUsableSampleError
+from clip_pgs.data.build import build_val_stream
 from clip_pgs.data.streaming import shuffled_stream
 from support.streams import AUGMENT, numbers, open_stream, read_from, same, tokenize, with_options
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_pgs.data.plan import SampleRef
+from clip_pgs.data.order import SampleRef
 from clip_pgs.data.tables import TableSource, default_separator, read_pairs
 
 KEYS = {"image_key": "filepath", "caption_key": "title", "separator": ","}

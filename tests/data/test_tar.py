@@ -11,8 +11,8 @@ import tarfile
 import pytest
 
 from clip_pgs.data import tar
+from clip_pgs.data.bad_samples import Skip
 from clip_pgs.data.samples import RawSample
-from clip_pgs.data.skips import Skip
 from clip_pgs.data.tar import cache_paths, index_shard, index_shards, read_shard, size_shards
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)

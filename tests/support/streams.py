@@ -3,7 +3,7 @@
 import torch
 from torchvision import transforms
 
-from clip_pgs.data.stream import build_train_stream
+from clip_pgs.data.build import build_train_stream
 
 AUGMENT = transforms.Compose(
     [transforms.RandomResizedCrop(8), transforms.RandomHorizontalFlip(), transforms.ToTensor()]

@@ -2,7 +2,7 @@
 
 import torch
 
-from clip_pgs.data.plan import stable_seed
+from clip_pgs.data.order import stable_seed
 from clip_pgs.integrations.open_clip import apply_masking
 from clip_pgs.training.masks import MaskPictures, draw_masks, micro_batch_rows, step_noise
 from support.images import smooth_images

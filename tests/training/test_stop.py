@@ -13,7 +13,7 @@ import time
 import pytest
 
 from clip_pgs.data import preflight
-from clip_pgs.data.skips import Skip, UnusableDataError
+from clip_pgs.data.bad_samples import Skip, UnusableDataError
 from clip_pgs.training import stop
 from clip_pgs.training.__main__ import main
 from clip_pgs.training.sinks import SkipLog

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from clip_pgs.data.plan import EpochPlan, SampleRef, stable_seed
+from clip_pgs.data.bad_samples import BadSampleError, Skip
+from clip_pgs.data.order import EpochPlan, SampleRef, stable_seed
 from clip_pgs.data.samples import RawSample, SampleDecoder
-from clip_pgs.data.skips import BadSampleError, Skip
 
 Example = tuple[Tensor, Tensor]
 

@@ -33,7 +33,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import Compose, InterpolationMode, Normalize, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 
-from clip_pgs.data.skips import StalledDataError
+from clip_pgs.data.bad_samples import StalledDataError
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 

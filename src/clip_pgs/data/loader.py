@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from clip_pgs.data.bad_samples import SkipAccount, StalledDataError
 from clip_pgs.data.batches import Batch, PlannedBatches
 from clip_pgs.data.decoding import time_limit
-from clip_pgs.data.skips import SkipAccount, StalledDataError
 from clip_pgs.data.streaming import StreamingBatches
 
 _LOADER_ERROR = re.compile(r"DataLoader (timed out|worker \(pid)")

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clip_pgs.data.bad_samples import BadSampleError
 from clip_pgs.data.decoding import (
     RandomCrop,
     UnreadableImageError,
@@ -20,8 +21,7 @@ from clip_pgs.data.decoding import (
     rgb_pixels,
     to_rgb,
 )
-from clip_pgs.data.plan import stable_seed
-from clip_pgs.data.skips import BadSampleError
+from clip_pgs.data.order import stable_seed
 
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")
 CAPTION_SUFFIX = "txt"

@@ -18,10 +18,10 @@ from typing import TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from clip_pgs.data.bad_samples import Skip
 from clip_pgs.data.batches import Batch, Batching, DataWorkerStatus, Example, collate, decode_item
-from clip_pgs.data.plan import shuffled, stable_seed
+from clip_pgs.data.order import shuffled, stable_seed
 from clip_pgs.data.samples import RawSample, SampleDecoder
-from clip_pgs.data.skips import Skip
 from clip_pgs.data.tar import read_shard
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pandas as pd
 
-from clip_pgs.data.plan import SampleRef
+from clip_pgs.data.bad_samples import Skip
+from clip_pgs.data.order import SampleRef
 from clip_pgs.data.samples import RawSample
 from clip_pgs.data.shards import is_remote
-from clip_pgs.data.skips import Skip
 
 logger = logging.getLogger(__name__)
 

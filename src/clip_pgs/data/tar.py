@@ -31,11 +31,11 @@ from typing import Any, BinaryIO, Literal, TypeVar
 import numpy as np
 
 from clip_pgs.common import atomic_file
+from clip_pgs.data.bad_samples import Skip, StalledDataError
 from clip_pgs.data.decoding import MAX_IMAGE_BYTES
-from clip_pgs.data.plan import MAX_LANES, SampleRef
+from clip_pgs.data.order import MAX_LANES, SampleRef
 from clip_pgs.data.samples import CAPTION_SUFFIX, IMAGE_SUFFIXES, JSON_SUFFIX, RawSample
 from clip_pgs.data.shards import is_remote, is_seekable, stated_sizes
-from clip_pgs.data.skips import Skip, StalledDataError
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from typing import Any
 import regex
 
 from clip_pgs.common import write_text
+from clip_pgs.data.bad_samples import BadSampleError, Skip, describe_counts
 from clip_pgs.data.samples import RawSample, decode_captions
-from clip_pgs.data.skips import BadSampleError, Skip, describe_counts
 from clip_pgs.data.tables import default_separator, read_captions
 from clip_pgs.data.tar import read_shard
 

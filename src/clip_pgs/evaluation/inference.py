@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import clip_pgs
 from clip_pgs.checkpoint_io import newest_checkpoint, read_checkpoint
 from clip_pgs.common import CHECKPOINTS_NAME, OPTIONS_NAME
-from clip_pgs.data.plan import stable_seed
+from clip_pgs.data.order import stable_seed
 from clip_pgs.evaluation.results import run_of_weights
 from clip_pgs.integrations.open_clip import (
     load_masking_state,

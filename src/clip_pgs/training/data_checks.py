@@ -11,6 +11,7 @@ import open_clip
 import torch
 from open_clip_train.distributed import world_info_from_env
 
+from clip_pgs.data.build import DatasetKind, dataset_kind, read_table
 from clip_pgs.data.decoding import pixel_normalizer
 from clip_pgs.data.shards import (
     count_samples,
@@ -19,7 +20,6 @@ from clip_pgs.data.shards import (
     is_seekable,
     upsampling_weights,
 )
-from clip_pgs.data.stream import DatasetKind, dataset_kind, read_table
 from clip_pgs.data.tar import size_shards
 from clip_pgs.training.build import image_size, read_model_config
 from clip_pgs.training.options import TrainOptions

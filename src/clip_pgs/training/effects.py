@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from clip_pgs.data.stream import dataset_kind
+from clip_pgs.data.build import dataset_kind
 from clip_pgs.masking import create_masking
 from clip_pgs.training.build import context_length, read_model_config
 from clip_pgs.training.data_checks import (

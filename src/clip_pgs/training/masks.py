@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
 from clip_pgs.common import atomic_file
-from clip_pgs.data.plan import stable_seed
+from clip_pgs.data.order import stable_seed
 from clip_pgs.integrations.open_clip import (
     calibrate_masking,
     last_selection,

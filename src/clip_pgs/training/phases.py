@@ -14,9 +14,9 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from clip_pgs.data.bad_samples import OnSkip
+from clip_pgs.data.build import build_train_stream
 from clip_pgs.data.loader import SampleStream
-from clip_pgs.data.skips import OnSkip
-from clip_pgs.data.stream import build_train_stream
 from clip_pgs.training.build import ModelParts
 from clip_pgs.training.options import TrainOptions
 

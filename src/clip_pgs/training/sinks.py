@@ -25,7 +25,7 @@ from clip_pgs.common import (
     append_line,
     write_text,
 )
-from clip_pgs.data.skips import Skip
+from clip_pgs.data.bad_samples import Skip
 from clip_pgs.training.options import TrainOptions
 
 _FORMAT = "%(asctime)s | %(levelname)s | %(message)s"

@@ -110,7 +110,7 @@ class OtherProcessError(RuntimeError):
 def expected_code(error: BaseException) -> int | None:
     """Return the exit code of an end that one sentence explains, None for errors of the program."""
     # Here: a command that lacks a package says so in a sentence of its own.
-    from clip_pgs.data.skips import StalledDataError, UnusableDataError
+    from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
 
     if isinstance(error, StoppedError):
         return error.code

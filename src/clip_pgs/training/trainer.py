@@ -23,9 +23,9 @@ from open_clip_train.precision import get_autocast
 from torch import Tensor
 
 from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MASKS_NAME
+from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
 from clip_pgs.data.decoding import pixel_normalizer
-from clip_pgs.data.plan import stable_seed
-from clip_pgs.data.skips import StalledDataError, UnusableDataError
+from clip_pgs.data.order import stable_seed
 from clip_pgs.integrations.open_clip import CaptionGroups, remove_masking
 from clip_pgs.integrations.open_clip.flops import SampleFlops, count_sample_flops, few_texts
 from clip_pgs.training.build import (

@@ -17,8 +17,8 @@ from open_clip_train.train import evaluate as evaluate_with_open_clip
 from torch import nn
 
 from clip_pgs.common import CHECKPOINTS_NAME
+from clip_pgs.data.build import build_val_stream
 from clip_pgs.data.loader import SampleStream
-from clip_pgs.data.stream import build_val_stream
 from clip_pgs.training.build import ModelParts, build_model
 from clip_pgs.training.checkpoint import restore
 from clip_pgs.training.checkpoint_store import load_start

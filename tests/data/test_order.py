@@ -8,7 +8,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from clip_pgs.data.plan import OrderedPlan, ResampledPlan, RowPlan, ShardPlan, shuffled, stable_seed
+from clip_pgs.data.order import (
+    OrderedPlan,
+    ResampledPlan,
+    RowPlan,
+    ShardPlan,
+    shuffled,
+    stable_seed,
+)
 
 SIZES = [
     [1],
@@ -75,7 +82,7 @@ def test_a_reader_of_some_batches_touches_few_shards():
 
 def test_order_is_the_same_in_every_process():
     program = (
-        "import json; from clip_pgs.data.plan import ShardPlan; "
+        "import json; from clip_pgs.data.order import ShardPlan; "
         "plan = ShardPlan([9, 70, 30], seed=5); "
         "print(json.dumps([plan.sample_at(2, p) for p in range(109)]))"
     )
