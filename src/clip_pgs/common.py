@@ -11,6 +11,7 @@ import ast
 import errno
 import importlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -162,6 +163,32 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         sync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Make a folder beside `path` to be filled, which takes its place when all went well.
+
+    Args:
+        path: The folder; what is there stays until the new one is whole.
+
+    Raises:
+        OSError: If it cannot be written; what was there is still there.
+    """
+    unfinished, replaced = unfinished_path(path), path.with_name(f".{path.name}.replaced")
+    for leftover in (unfinished, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        # A folder cannot take another's place: between the two there is none, but never half.
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(unfinished, path)
+        sync(path.parent)
+    finally:
+        for leftover in (unfinished, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

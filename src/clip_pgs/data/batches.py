@@ -85,14 +85,6 @@ class DataWorkerStatus:
         return 3 * info.id if info is not None else 0
 
 
-class BatchRequest(NamedTuple):
-    """Which positions of which epoch a batch takes: those from `start`, before `stop`."""
-
-    epoch: int
-    start: int
-    stop: int
-
-
 @dataclass(frozen=True)
 class Batching:
     """How the samples of an epoch become batches.
@@ -175,62 +167,55 @@ class PlannedBatches(Dataset[Batch]):
     def __len__(self) -> int:
         return self.num_batches
 
-    def __iter__(self) -> Iterator[BatchRequest]:
+    def __iter__(self) -> Iterator[tuple[int, range]]:
+        """Yield the epoch and the positions of each batch."""
         size, batching = self.batching.batch_size, self.batching
         for index in range(self.num_batches):
             start = (index * batching.world_size + batching.rank) * size + self._position
-            yield BatchRequest(self._epoch, start, min(start + size, self._num_planned))
+            yield self._epoch, range(start, min(start + size, self._num_planned))
 
     def describe(self, shard: int, number: int) -> str:
         """Return a place that a worker noted, in words."""
         return self.source.describe(shard, number)
 
-    def __getitem__(self, request: BatchRequest) -> Batch:
+    def __getitem__(self, request: tuple[int, range]) -> Batch:
+        epoch, positions = request
         examples: list[Example] = []
         skips: list[Skip] = []
-        barren: list[str] = []
-        num_tried = 0
-        for position in range(request.start, request.stop):
-            num_tried += 1
-            example = self._example(self.plan.sample_at(request.epoch, position), request.epoch)
+        for num_tried, position in enumerate(positions, start=1):
+            example = self._example(self.plan.sample_at(epoch, position), epoch)
             if isinstance(example, Skip):
                 skips.append(example)
                 if self.batching.per_step is None:
                     continue
-                found = self._find_other(request.epoch, position)
+                found = self._find_other(epoch, position)
                 if isinstance(found, list):
-                    barren = sorted({example.shard, *found})
-                    break
+                    self.status.clear()
+                    return Batch(None, None, num_tried, skips, sorted({example.shard, *found}))
                 example = found
             examples.append(example)
         self.status.clear()
-        if barren:
-            return Batch(None, None, num_tried, skips, barren)
-        return collate(examples, num_tried, skips)
+        return collate(examples, len(positions), skips)
 
     def _find_other(self, epoch: int, position: int) -> Example | list[str]:
         """Return a good sample for a bad one's place, or the shards where there was none.
 
         The bad ones among those tried are not reported: each is at its own position.
         """
-        shards = set()
-        for ref in self._candidates(epoch, position):
-            example = self._example(ref, epoch)
-            if not isinstance(example, Skip):
-                return example
-            shards.add(example.shard)
-        return sorted(shards)
-
-    def _candidates(self, epoch: int, position: int) -> Iterator[SampleRef]:
         num_samples = self.plan.num_samples
         seed = stable_seed("instead", self.decode.seed, epoch, position)
         start, stride = seed % num_samples, seed // num_samples % num_samples
         while math.gcd(stride, num_samples) != 1:
             stride += 1
+        shards = set()
         for attempt in range(min(num_samples, _MAX_ATTEMPTS)):
             ref = self.plan.sample_at(epoch, (start + attempt * stride) % num_samples)
             # It comes in its own place too: augmented in another way, it is no copy.
-            yield ref._replace(repeat=-1 - position)
+            example = self._example(ref._replace(repeat=-1 - position), epoch)
+            if not isinstance(example, Skip):
+                return example
+            shards.add(example.shard)
+        return sorted(shards)
 
     def _example(self, ref: SampleRef, epoch: int) -> Example | Skip:
         self.status.note(ref.shard, ref.number)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from clip_pgs.common import atomic_folder
 from clip_pgs.data.bad_samples import BadSampleError, Skip
 from clip_pgs.data.decoding import UnreadableImageError, opened_image
 from clip_pgs.data.samples import RawSample, decode_captions, decode_image
@@ -96,7 +94,7 @@ def pack_pairs(
 
     sizes: dict[str, int] = {}
     rows = list(suffixes)
-    with _appearing_folder(out) as folder:
+    with atomic_folder(out) as folder:
         for start in range(0, len(rows), shard_size):
             name = f"{start // shard_size:05d}.tar"
             shard_rows = rows[start : start + shard_size]
@@ -131,20 +129,6 @@ def _check_row(table: PairTable, row: int) -> str:
 
 def _image_path(table: PairTable, row: int) -> Path:
     return table.path.parent / table.images[row]
-
-
-@contextmanager
-def _appearing_folder(path: Path) -> Iterator[Path]:
-    """Give a folder that takes its name when all went well, and vanishes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield partial
-        # mkdtemp lets nobody else in; the new folder has the mode of its neighbour.
-        partial.chmod(path.parent.stat().st_mode & 0o777)
-        os.replace(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @dataclass

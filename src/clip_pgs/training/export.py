@@ -10,8 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -29,9 +27,9 @@ from clip_pgs.common import (
     MODEL_CONFIG_NAME,
     WEIGHTS_NAME,
     SentenceParser,
+    atomic_folder,
     one_sentence,
     sync,
-    unfinished_path,
 )
 from clip_pgs.training.build import logit_options
 from clip_pgs.training.checkpoint import find_non_finite, load_checkpoint
@@ -122,20 +120,8 @@ def write_export(checkpoint: dict[str, Any], folder: Path) -> Path:
     trouble = find_non_finite({"state_dict": checkpoint["state_dict"]})
     if trouble is not None:
         raise ValueError(f"the model is not exported: {trouble}")
-    unfinished, replaced = unfinished_path(folder), folder.with_name(f".{folder.name}.replaced")
-    for leftover in (unfinished, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with atomic_folder(folder) as unfinished:
         _write_files(checkpoint, record, unfinished)
-        # A folder cannot take another's place: between the two there is no export, but never half.
-        if folder.exists():
-            os.replace(folder, replaced)
-        os.replace(unfinished, folder)
-        sync(folder.parent)
-    finally:
-        for leftover in (unfinished, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
     return folder
 
 

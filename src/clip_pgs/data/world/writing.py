@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from clip_pgs.common import atomic_folder
 from clip_pgs.data.tar import write_shard
 from clip_pgs.data.words import count_shards, write_word_frequencies
 from clip_pgs.data.world.captions import TASKS, hard_negatives
@@ -215,31 +215,27 @@ def _write_whole(
     root: Path, identity: dict[str, int], parts: list[Part], progress: Progress | None
 ) -> None:
     """Write a world beside its folder, and put it there."""
-    partial_root = root.with_name(root.name + ".partial")
-    if partial_root.exists():
-        shutil.rmtree(partial_root)
-    facts, num_done, num_all = {}, count(1), sum(part.num_samples for part in parts)
-    for part in parts:
-        (partial_root / part.name).mkdir(parents=True)
-        record = Record(lambda: progress(next(num_done), num_all) if progress else None)
-        part.write(partial_root / part.name, record)
-        facts[part.name] = {
-            "about": part.about,
-            "num_samples": part.num_samples,
-            "digest": record.digest(),
-        }
-    captions = count_shards([str(path) for path in sorted(partial_root.glob("train/*.tar"))])
-    write_word_frequencies(captions.frequencies(min_count=1), partial_root / WORDS_NAME)
-    files = {
-        path.relative_to(partial_root).as_posix(): path.stat().st_size
-        for path in sorted(partial_root.rglob("*"))
-        if path.is_file()
-    }
-    _write_json(partial_root / "world.json", {**identity, "parts": facts, "files": files})
     if root.exists():
         logger.info("%s holds another or an incomplete demo world, which is replaced", root)
-        shutil.rmtree(root)
-    partial_root.rename(root)
+    facts, num_done, num_all = {}, count(1), sum(part.num_samples for part in parts)
+    with atomic_folder(root) as folder:
+        for part in parts:
+            (folder / part.name).mkdir(parents=True)
+            record = Record(lambda: progress(next(num_done), num_all) if progress else None)
+            part.write(folder / part.name, record)
+            facts[part.name] = {
+                "about": part.about,
+                "num_samples": part.num_samples,
+                "digest": record.digest(),
+            }
+        captions = count_shards([str(path) for path in sorted(folder.glob("train/*.tar"))])
+        write_word_frequencies(captions.frequencies(min_count=1), folder / WORDS_NAME)
+        files = {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        _write_json(folder / "world.json", {**identity, "parts": facts, "files": files})
 
 
 def _write_captioned(split: str, seed: int, num_all: int, folder: Path, record: Record) -> None:
