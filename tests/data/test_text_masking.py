@@ -250,7 +250,7 @@ def make_masking(tmp_path):
 
     def make(**options):
         return FrequencyMasking(
-            **{"frequencies": tmp_path / "words.json", "threshold": THRESHOLD, **options}
+            CLIP, **{"frequencies": tmp_path / "words.json", "threshold": THRESHOLD, **options}
         )
 
     return make
@@ -258,7 +258,7 @@ def make_masking(tmp_path):
 
 def shortened(masking, caption, *, seed):
     random.seed(seed)
-    return masking(caption)
+    return masking.shorten(caption)
 
 
 @pytest.mark.parametrize("word", ["A", "dog", "runs"])
@@ -266,7 +266,9 @@ def test_word_is_dropped_as_often_as_the_rule_says(make_masking, word):
     masking = make_masking()
     num_draws = 3000
     random.seed(0)
-    dropped = sum(word not in masking(CAPTION).replace(",", "").split() for _ in range(num_draws))
+    dropped = sum(
+        word not in masking.shorten(CAPTION).replace(",", "").split() for _ in range(num_draws)
+    )
     probability = 1 - math.sqrt(THRESHOLD / (COUNTS[word.lower()] / NUM_WORDS))
     deviation = math.sqrt(num_draws * probability * (1 - probability))
     assert abs(dropped - num_draws * probability) < 4 * deviation
@@ -275,7 +277,7 @@ def test_word_is_dropped_as_often_as_the_rule_says(make_masking, word):
 def test_words_are_dropped_independently(make_masking):
     random.seed(0)
     masking = make_masking()
-    rests = Counter(masking("dog runs seldom") for _ in range(3000))
+    rests = Counter(masking.shorten("dog runs seldom") for _ in range(3000))
     # Dropped with probability 2/3 and 1/2.
     expected = {
         "seldom": 1 / 3,

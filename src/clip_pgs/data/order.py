@@ -145,7 +145,7 @@ class ShardPlan(EpochPlan):
         repeat, position = divmod(position, self.num_samples)
         lane, place = self._in_lanes(position)
         first, end = self._lane_start(lane), self._lane_start(lane + 1)
-        line, starts = _line_of(self, epoch, repeat)
+        line, starts = self._lay_out(epoch, repeat)
         nth = bisect_right(starts, first + place) - 1
         shard, shard_start = line[nth], starts[nth]
 
@@ -158,7 +158,9 @@ class ShardPlan(EpochPlan):
         moved = _window_order(size, self._seed, epoch, repeat, shard, place_in_shard)
         return SampleRef(shard, place_in_shard + int(moved[offset - window]), repeat)
 
-    def lay_out(self, epoch: int, repeat: int) -> tuple[list[int], list[int]]:
+    # What a reader needs again for the samples that follow.
+    @lru_cache(maxsize=4)  # noqa: B019 - a run has one plan, which lives as long as it reads
+    def _lay_out(self, epoch: int, repeat: int) -> tuple[list[int], list[int]]:
         """Return the filled shards in the order of a pass over an epoch, and where each starts."""
         line = [shard for shard, size in enumerate(self._sizes) if size > 0]
         line = shuffled(line, "shards", self._seed, epoch, repeat)
@@ -217,13 +219,14 @@ class ResampledPlan(EpochPlan):
         chunk, offset = divmod(position, self._chunk)
         round_index, lane = divmod(chunk, self._num_lanes)
         nth_draw, chunk_in_run = divmod(round_index, self._chunks_per_run)
-        shard, numbers = _draw_of(self, epoch, lane, nth_draw)
+        shard, numbers = self._draw(epoch, lane, nth_draw)
         nth_pass, place = divmod(chunk_in_run * self._chunk + offset, len(numbers))
         # Distinct over the epoch, so that a sample drawn twice is augmented in two ways.
         repeat = (nth_draw * self._num_passes + nth_pass) * self._num_lanes + lane
         return SampleRef(shard, int(numbers[place]), repeat)
 
-    def draw(self, epoch: int, lane: int, nth_draw: int) -> tuple[int, np.ndarray]:
+    @lru_cache(maxsize=2 * MAX_LANES)  # noqa: B019 - as above
+    def _draw(self, epoch: int, lane: int, nth_draw: int) -> tuple[int, np.ndarray]:
         """Return a shard and the samples of it, each once, that follow in a lane.
 
         Returns:
@@ -238,17 +241,6 @@ class ResampledPlan(EpochPlan):
     @property
     def _run_length(self) -> int:
         return self._chunks_per_run * self._chunk
-
-
-# What a reader needs again for the samples that follow. Plans are told apart by identity.
-@lru_cache(maxsize=4)
-def _line_of(plan: ShardPlan, epoch: int, repeat: int) -> tuple[list[int], list[int]]:
-    return plan.lay_out(epoch, repeat)
-
-
-@lru_cache(maxsize=2 * MAX_LANES)
-def _draw_of(plan: ResampledPlan, epoch: int, lane: int, nth_draw: int) -> tuple[int, np.ndarray]:
-    return plan.draw(epoch, lane, nth_draw)
 
 
 @lru_cache(maxsize=2 * MAX_LANES)

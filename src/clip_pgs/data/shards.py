@@ -185,14 +185,13 @@ def _expand_braces(source: str) -> list[str]:
         max(len(first), len(last)) > _MAX_DIGITS or abs(int(last) - int(first)) >= MAX_SHARDS
         for first, last in _NUMBER_RANGE.findall(source)
     )
+    candidates: list[str] = []
     try:
-        if is_too_long or source.count("{") > _MAX_BRACES:
-            candidates = None
-        else:
+        if not is_too_long and source.count("{") <= _MAX_BRACES:
             candidates = list(islice(braceexpand(source), MAX_SHARDS + 1))
     except ValueError as error:
         raise ValueError(f"shard pattern {source!r} has unbalanced braces") from error
-    if candidates is None or len(candidates) > MAX_SHARDS:
+    if not 0 < len(candidates) <= MAX_SHARDS:
         raise ValueError(
             f"shard pattern {source!r} names more than {MAX_SHARDS} files, or has more than "
             f"{_MAX_BRACES} braces"

@@ -147,26 +147,6 @@ def _check_tagger() -> None:
     needs_budget=False,
     needs="a file of `python -m clip_pgs.data words`",
 )
-def _drop_frequent(
-    tokenizer: Tokenize,
-    num_tokens: int | None,
-    *,
-    frequencies: str | Path | None = None,
-    threshold: float = 1e-6,
-    fill: bool = False,
-) -> Tokenize:
-    shorten = FrequencyMasking(
-        frequencies=frequencies, threshold=threshold, fill=fill, num_tokens=num_tokens
-    )
-    return partial(_tokenize_shortened, shorten=shorten, tokenizer=_cut(tokenizer, num_tokens))
-
-
-def _tokenize_shortened(
-    captions: list[str], *, shorten: FrequencyMasking, tokenizer: Tokenize
-) -> Tensor:
-    return tokenizer([shorten(caption) for caption in captions])
-
-
 class FrequencyMasking:
     """Take frequent words out of captions (CLIPF); the others stay as they are, in order.
 
@@ -184,10 +164,11 @@ class FrequencyMasking:
     It draws from the generator of `random`, one number for each word. At least one word is kept.
 
     Args:
+        tokenizer: The model's.
+        num_tokens: The budget, start and end token included; None for no budget.
         frequencies: File of word counts, from `python -m clip_pgs.data words`.
         threshold: The t of the rule, in (0, 1]; words up to this frequency are never dropped.
         fill: Keep as many words as the token budget holds, whatever the rule dropped.
-        num_tokens: The budget, start and end token included; None for no budget.
 
     Raises:
         ValueError: If the file is not usable, the threshold out of range, or `fill` has no budget.
@@ -195,12 +176,14 @@ class FrequencyMasking:
 
     def __init__(
         self,
+        tokenizer: Tokenize,
+        num_tokens: int | None = None,
         *,
         frequencies: str | Path | None = None,
         threshold: float = 1e-6,
         fill: bool = False,
-        num_tokens: int | None = None,
     ) -> None:
+        self.tokenizer = _cut(tokenizer, num_tokens)
         if not isinstance(frequencies, (str, Path)):
             raise ValueError(
                 "text masking 'frequency' needs the option frequencies=FILE, a file from "
@@ -226,7 +209,11 @@ class FrequencyMasking:
                 mean_kept,
             )
 
-    def __call__(self, caption: str) -> str:
+    def __call__(self, captions: list[str]) -> Tensor:
+        """Return the tokens of shortened captions, shape (B, T)."""
+        return self.tokenizer([self.shorten(caption) for caption in captions])
+
+    def shorten(self, caption: str) -> str:
         """Return the caption without the words that are dropped this time."""
         words = find_words(caption)
         margins = [
