@@ -63,12 +63,11 @@ class StalledDataError(RuntimeError):
 OnSkip = Callable[[Skip], object]
 
 
-def describe_counts(counts: Counter[str], what: str) -> str:
-    """Return such as "3 skipped (no caption: 2, empty caption: 1)", most common reasons first."""
+def describe_reasons(counts: Counter[str]) -> str:
+    """Return such as "no caption: 2, empty caption: 1", the most common first."""
     # Equal counts stand in the order of their names, whatever order they came in.
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    reasons = ", ".join(f"{reason}: {number}" for reason, number in ordered)
-    return f"{counts.total()} {what} ({reasons})"
+    return ", ".join(f"{reason}: {number}" for reason, number in ordered)
 
 
 class SkipAccount:
@@ -142,7 +141,7 @@ class SkipAccount:
     def finish_epoch(self) -> None:
         """Log the total of an epoch, if there is one."""
         if self.counts:
-            logger.warning("in this epoch %s", describe_counts(self.counts, "skipped"))
+            logger.warning("in this epoch %s", self._describe_counts())
 
     def no_usable_sample(self, shards: list[str]) -> NoUsableSampleError:
         """Return the error of data without a usable sample.
@@ -158,4 +157,7 @@ class SkipAccount:
         """Return the counts of the epoch, and its first skip, in words."""
         if self._first is None:
             return "there is none at all"
-        return f"{describe_counts(self.counts, 'skipped')}; the first is {self._first}"
+        return f"{self._describe_counts()}; the first is {self._first}"
+
+    def _describe_counts(self) -> str:
+        return f"{self.counts.total()} skipped ({describe_reasons(self.counts)})"

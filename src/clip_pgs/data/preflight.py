@@ -15,7 +15,7 @@ from clip_pgs.data.bad_samples import (
     NoUsableSampleError,
     Skip,
     StalledDataError,
-    describe_counts,
+    describe_reasons,
 )
 from clip_pgs.data.build import dataset_kind, read_table
 from clip_pgs.data.decoding import time_limit
@@ -128,7 +128,7 @@ def _look(items: Iterable[RawSample | Skip], caption_key: str | None = None) -> 
 def _judge(looks: list[_Look], flag: str) -> list[str]:
     skips = [skip for _, found in looks for skip in found]
     counts = Counter(skip.reason for skip in skips)
-    what = f"{describe_counts(counts, 'skipped')}; the first is {skips[0]}" if skips else ""
+    what = f"{describe_reasons(counts)}; the first is {skips[0]}" if skips else ""
     if not any(is_usable for is_usable, _ in looks):
         raise NoUsableSampleError(
             f"no usable sample in the {len(looks)} places that were tried: {what}"

@@ -25,7 +25,7 @@ from typing import Any
 import regex
 
 from clip_pgs.common import write_text
-from clip_pgs.data.bad_samples import BadSampleError, Skip, describe_counts
+from clip_pgs.data.bad_samples import BadSampleError, Skip, describe_reasons
 from clip_pgs.data.samples import RawSample, decode_captions
 from clip_pgs.data.tables import default_separator, read_captions
 from clip_pgs.data.tar import read_shard
@@ -260,4 +260,6 @@ def count_table(path: Path, *, caption_key: str, separator: str | None = None) -
 
 def describe_skipped(skipped: Counter[str]) -> str:
     """Return "3 left out (no caption: 2, empty caption: 1)"."""
-    return describe_counts(skipped, "left out") if skipped else "none left out"
+    if not skipped:
+        return "none left out"
+    return f"{skipped.total()} left out ({describe_reasons(skipped)})"
