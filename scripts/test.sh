@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash scripts/setup.sh
+bash scripts/setup.sh train,eval,dev
 export PATH="$PWD/.venv/bin:$PATH"
 failed=""
 

@@ -32,7 +32,7 @@ def test_our_extra_goes_beside_that_of_open_clips_trainer():
     trainer = [each for each in theirs if each.marker and "training" in str(each.marker)]
     assert trainer
     for requirement in trainer:
-        ours = EXTRAS["training"].get(requirement.name)
+        ours = EXTRAS["train"].get(requirement.name)
         newest = [each.version for each in requirement.specifier if each.operator == "<="]
         if ours is not None and newest:
             assert ours.contains(newest[0]), requirement
@@ -52,7 +52,7 @@ def test_numpy_is_bounded_from_above_for_clip_benchmark_alone():
 
 def test_what_runs_the_tests_is_what_is_asked_for():
     installed = {each.metadata["Name"].lower().replace("_", "-"): each for each in distributions()}
-    for extra in ("training", "eval", "dev"):
+    for extra in ("train", "eval", "dev"):
         for name, specifier in EXTRAS[extra].items():
             found = installed.get(name.lower().replace("_", "-"))
             if found is not None:

@@ -12,22 +12,61 @@ import pytest
 from support.scripts import STUB_PYTHON, run, write_executable
 
 
-def set_up(clone, **environment):
-    stub = clone.parent / "stub" / "python3"
-    return run(clone / "scripts" / "setup.sh", cwd=clone.parent, PYTHON=str(stub), **environment)
+def set_up(clone, *extras, **environment):
+    stub = str(clone.parent / "stub" / "python3")
+    script = clone / "scripts" / "setup.sh"
+    return run(script, *extras, cwd=clone.parent, PYTHON=stub, **environment)
 
 
 def installations(clone):
     return (clone / "pip.log").read_text().splitlines()
 
 
-def test_setup_makes_an_environment_with_all_extras_once(clone):
+def test_setup_makes_an_environment_once_and_says_its_size_before(clone):
     first, second = set_up(clone), set_up(clone)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr
-    assert "takes minutes" in first.stdout
+    assert "GB" in first.stdout.splitlines()[0]
+    assert len(first.stdout.splitlines()) <= 4
     assert second.stdout == ""
     (command,) = installations(clone)
-    assert command.endswith("--constraint scripts/constraints.txt --editable .[training,eval,dev]")
+    assert command.endswith("--constraint scripts/constraints.txt --editable .[train,eval]")
+
+
+def test_setup_adds_the_extras_that_are_not_there(clone):
+    for extras in ("train", "train,dev", "dev", "train"):
+        assert set_up(clone, extras).returncode == 0
+    named = [command.rpartition(".")[2] for command in installations(clone)]
+    assert named == ["[train]", "[train,dev]"]
+
+
+def test_setup_takes_torch_without_cuda_where_that_is_asked_for(clone):
+    assert set_up(clone, CLIP_PGS_TORCH="cpu").returncode == 0
+    (command,) = installations(clone)
+    assert "--extra-index-url https://download.pytorch.org/whl/cpu --editable" in command
+
+
+def test_setup_goes_on_with_the_usual_torch_where_the_index_cannot_be_reached(clone):
+    stub = clone.parent / "stub" / "python3"
+    write_executable(stub, STUB_PYTHON.replace("exit 0", '[[ "$2" != *urlopen* ]]; exit', 1))
+    done = set_up(clone, CLIP_PGS_TORCH="cpu")
+    assert done.returncode == 0
+    assert "cannot be reached" in done.stdout
+    (command,) = installations(clone)
+    assert "--extra-index-url" not in command
+
+
+def test_setup_refuses_another_torch_before_it_makes_anything(clone):
+    done = set_up(clone, CLIP_PGS_TORCH="gpu")
+    assert done.returncode == 2
+    assert done.stderr == "error: CLIP_PGS_TORCH must be cpu or unset, got 'gpu'\n"
+    assert not (clone / ".venv").exists()
+
+
+def test_pips_lines_are_shown_when_it_fails(clone):
+    failed = set_up(clone, PIP_EXIT="1", PIP_SAYS="no such package")
+    assert failed.returncode == 1
+    assert "no such package" in failed.stderr
+    assert "no such package" not in set_up(clone, PIP_SAYS="no such package").stdout
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "scripts/constraints.txt"])

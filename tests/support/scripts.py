@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+_KEPT = ("HOME", "LANG", "TMPDIR", "PYTHONPATH")
 # The environment that runs the tests, active; not the one that made the variables of a launcher.
 ENVIRONMENT = {
-    **{name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ},
+    **{name: os.environ[name] for name in _KEPT if name in os.environ},
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "OMP_NUM_THREADS": "1",
 }
@@ -38,6 +39,11 @@ STUB_PYTHON = """#!/usr/bin/env bash
 case "$1 $2" in
 "-c "*) exit 0 ;;
 "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-"-m pip") if [[ "$3" == install ]]; then echo "$@" >>pip.log; exit "${PIP_EXIT:-0}"; fi ;;
+"-m pip")
+    [[ "$3" == install ]] || exit 0
+    echo "$@" >>pip.log
+    echo "${PIP_SAYS:-}"
+    exit "${PIP_EXIT:-0}"
+    ;;
 esac
 """

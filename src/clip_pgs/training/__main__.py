@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clip_pgs.common import one_sentence
@@ -167,7 +167,7 @@ def _summary(args: TrainOptions) -> str:
 
 
 if __name__ == "__main__":
-    start = main
+    start: Callable[[], int | None] = main
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import record
 

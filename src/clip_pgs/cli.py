@@ -1,0 +1,193 @@
+"""The command `clip-pgs`: it hands over to the commands, and imports what they need with them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from clip_pgs.common import CONFIGS, one_sentence
+
+# What runs each command, and what it does.
+COMMANDS = {
+    "train": ("clip_pgs.launch:train", "train a model, in one process or many"),
+    "test": ("clip_pgs.launch:evaluate", "evaluate models, list data sets, write a report"),
+    "data": ("clip_pgs.data.__main__:main", "make, pack, check and count image-caption data"),
+    "inspect": ("clip_pgs.inspection.__main__:main", "draw and measure what maskings do"),
+    "study": ("clip_pgs.study.__main__:main", "compare trainings over seeds"),
+    "export": ("clip_pgs.training.export:main", "export a run for OpenCLIP and the Hub"),
+    "demo": ("clip_pgs.demo:main", "data, training, evaluation and a picture, in some minutes"),
+    "completion": ("clip_pgs.cli:completion", "print a shell's completion of this command"),
+}
+_EXAMPLES = """\
+clip-pgs demo                                      from nothing to a report
+clip-pgs train configs/train/demo.yaml --nproc 2   in two processes
+clip-pgs COMMAND --help                            what a command takes
+eval "$(clip-pgs completion bash)"                 completion in this shell; or zsh
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments; None takes those of the process.
+
+    Returns:
+        The command's exit code; 2 for a command that there is not, or that lacks a package.
+    """
+    command, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
+    if command in ("", "-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0 if command else 2
+    if command == "--version":
+        from clip_pgs import __version__
+
+        sys.stdout.write(f"clip-pgs {__version__}\n")
+        return 0
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1) or COMMANDS
+        return _refuse(f"unknown command {command!r}; nearest: {', '.join(near)}")
+    # A strategy of one's own is found beside oneself, as with `python -m`.
+    sys.path.append("")
+    try:
+        return _function(command)(rest[:-1])
+    except ModuleNotFoundError as error:
+        return _refuse(f"clip-pgs {command} needs {error.name}: pip install 'clip-pgs[all]'")
+
+
+def _function(command: str) -> Callable[[Sequence[str]], int]:
+    module, _, name = COMMANDS[command][0].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _refuse(sentence: str) -> int:
+    sys.stderr.write(f"error: {one_sentence(sentence)}\n")
+    return 2
+
+
+def _usage() -> str:
+    lines = ["usage: clip-pgs COMMAND ...", "", "commands:"]
+    lines += [f"  {name:11} {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join([*lines, "", _EXAMPLES])
+
+
+# ------------------------------------------------------------------------------------------------
+# Completion
+# ------------------------------------------------------------------------------------------------
+
+_BASH = """\
+_clip_pgs() {{
+    local words="" current="${{COMP_WORDS[COMP_CWORD]}}" last="${{COMP_WORDS[COMP_CWORD - 1]}}"
+    if ((COMP_CWORD == 1)); then
+        words="{commands}"
+    else
+        case "${{COMP_WORDS[1]}} $last" in
+{values}
+        *)
+            case "${{COMP_WORDS[1]}} ${{COMP_WORDS[2]}}" in
+{flags}
+            esac
+            ;;
+        esac
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$current"))
+}}
+complete -o default -F _clip_pgs clip-pgs
+"""
+_ZSH = "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n"
+
+
+class _ParserMade(Exception):  # noqa: N818 - a signal, not an error
+    pass
+
+
+def completion(argv: Sequence[str]) -> int:
+    """Print the completion of a shell: commands, options, and the names that options take.
+
+    Args:
+        argv: "bash" or "zsh".
+    """
+    if list(argv) not in (["bash"], ["zsh"]):
+        sys.stdout.write("usage: clip-pgs completion bash|zsh\n")
+        return 0 if list(argv) in (["-h"], ["--help"]) else 2
+    from clip_pgs.training.options import registered_names
+
+    named_values = {
+        "config": [path.stem for path in sorted((CONFIGS / "train").glob("*.yaml"))],
+        "masking": registered_names("masking"),
+        "text-masking": registered_names("data"),
+    }
+    values = [f'        "train --{k}") words="{" ".join(v)}" ;;' for k, v in named_values.items()]
+    flags: list[str] = []
+    for path, parser in _parsers():
+        named = {word for action in parser._actions for word in action.option_strings}
+        choices = [action for action in parser._actions if action.choices]
+        for action in choices:
+            words = " ".join(map(str, action.choices or ()))
+            if action.option_strings:
+                pattern = " | ".join(f'"{path[0]} {flag}"' for flag in action.option_strings)
+                values.append(f'        {pattern}) words="{words}" ;;')
+            else:
+                named |= set(words.split())
+        pattern = f'"{" ".join(path)}"' if len(path) > 1 else f'"{path[0]} "*'
+        flags.append(f'            {pattern}) words="{" ".join(sorted(named))}" ;;')
+    # What is more exact comes first.
+    flags.sort(key=lambda line: '"*)' in line)
+    script = _BASH.format(
+        commands=" ".join(COMMANDS),
+        values="\n".join(dict.fromkeys(values)),
+        flags="\n".join(flags),
+    )
+    sys.stdout.write(_ZSH + script if argv[0] == "zsh" else script)
+    return 0
+
+
+def _parsers() -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
+    """Yield the parser of each command, and of each command below it, with their names."""
+    from clip_pgs.training.options import option_parser
+
+    yield ("train",), option_parser()
+    for command, *below in (
+        ["test"],
+        ["test", "sets"],
+        ["test", "report"],
+        ["data"],
+        ["inspect"],
+        ["study"],
+        ["export"],
+    ):
+        parser = _made_parser(command, below)
+        if parser is None:
+            continue
+        yield (command, *below), parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for name, inner in action.choices.items():
+                    yield (command, name), inner
+
+
+def _made_parser(command: str, below: Sequence[str]) -> argparse.ArgumentParser | None:
+    """Return the parser that a command makes; None where it lacks a package."""
+
+    def hand_over(parser: argparse.ArgumentParser, *_args: Any, **_options: Any) -> NoReturn:
+        raise _ParserMade(parser)
+
+    parse_args = argparse.ArgumentParser.parse_args
+    argparse.ArgumentParser.parse_args = hand_over  # type: ignore[assignment, method-assign]
+    try:
+        _function(command)(below)
+    except _ParserMade as made:
+        return made.args[0]
+    except ModuleNotFoundError:
+        pass
+    finally:
+        argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""The demo: make the world, train with PGS, evaluate in all suites, draw what PGS keeps.
+
+Everything goes to data/demo and logs/demo below the working directory. What is there already is
+kept, and an interrupted run goes on. A run that is being trained is never removed, and there is one
+demo at a time in a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from clip_pgs.common import EVAL_NAME, EXPORT_NAME, LOCK_NAME, LOG_NAME, SentenceParser
+
+_WORLD = Path("data", "demo")
+_RUN = Path("logs", "demo")
+_TABLE = _RUN / EVAL_NAME / "table.txt"
+_PICTURE = _RUN / "pgs_keeps.png"
+_TRAIN = ("clip_pgs.training", "--config", "demo")
+# Asking what a fresh demo would do removes nothing.
+_QUESTIONS = {"-h", "--help", "--help-all", "--check-only"}
+
+
+class _DemoError(Exception):
+    """A sentence, unless the part that failed has said one, and an exit code."""
+
+    def __init__(self, sentence: str, code: int) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo.
+
+    Args:
+        argv: Arguments; None takes those of the process.
+
+    Returns:
+        The exit code: 0, 2 for bad input or a demo that is running, else that of what failed.
+    """
+    parser = SentenceParser(
+        prog="clip-pgs demo",
+        usage="%(prog)s [--fresh [FLAGS]]",
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    text = "train and evaluate anew; flags after it go to training"
+    parser.add_argument("--fresh", action="store_true", help=text)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    is_fresh = arguments[:1] == ["--fresh"]
+    flags = arguments[1:] if is_fresh else []
+    if not is_fresh:
+        parser.parse_args(arguments)
+    try:
+        with _only_demo():
+            _demo(is_fresh, flags)
+    except _DemoError as error:
+        if str(error):
+            sys.stderr.write(f"error: {error}\n")
+        return error.code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _demo(is_fresh: bool, flags: Sequence[str]) -> None:
+    if _QUESTIONS & set(flags):
+        _call(*_TRAIN, *flags)
+        return
+    if is_fresh:
+        with _run_lock():
+            pass
+
+    _heading("1 of 4: the demo world")
+    _call("clip_pgs.data", "world", str(_WORLD))
+    if is_fresh:
+        # Under another name, as the old run must not go before the new one is known to be possible.
+        _call(*_TRAIN, *flags, "--logs", "logs", "--name", "demo.fresh", "--check-only")
+        with _run_lock():
+            shutil.rmtree(_RUN, ignore_errors=True)
+
+    _heading("2 of 4: training")
+    export = _RUN / EXPORT_NAME
+    if export.is_dir():
+        _say("done before; clip-pgs demo --fresh trains anew")
+    else:
+        _call(*_TRAIN, *flags, "--logs", "logs", "--name", "demo", "--resume", "latest")
+
+    _heading("3 of 4: evaluation")
+    if _is_newer(_TABLE, export):
+        _say(_TABLE.read_text().rstrip("\n"))
+    else:
+        _TABLE.parent.mkdir(parents=True, exist_ok=True)
+        part = _TABLE.with_name(f"{_TABLE.name}.part")
+        with part.open("w") as file:
+            _call("clip_pgs.cli", "test", str(_RUN), "--suite", "all", output=file)
+        part.replace(_TABLE)
+
+    _heading("4 of 4: what PGS keeps of six scenes")
+    if not _is_newer(_PICTURE, export):
+        scenes = map(str, sorted(_WORLD.glob("scenes/*.png")))
+        options = ["--masking", "random", "cluster", "pgs", "--mask-ratio", "0.5"]
+        view = ["--model", str(_RUN), "--output", str(_PICTURE)]
+        with open(os.devnull, "w") as nowhere:
+            _call("clip_pgs.inspection", "masks", *scenes, *options, *view, output=nowhere)
+    _say(str(_PICTURE))
+
+    _heading("Where everything lies")
+    places = {
+        f"{export}/": f"the model; open_clip opens it as local-dir:{export.absolute()}",
+        f"{_RUN}/{EVAL_NAME}/report/report.html": "the report: figures, and the published numbers "
+        "beside it",
+        str(_TABLE): "the table above; beside it, one JSON per data set",
+        str(_PICTURE): "the picture",
+        str(_RUN / LOG_NAME): "what training said; curves: "
+        f"tensorboard --logdir {_RUN}/tensorboard",
+        f"{_RUN}/checkpoints/": "weights and optimizer, to continue from",
+        f"{_WORLD}/": "the generated images and captions",
+    }
+    for place, meaning in places.items():
+        _say(f"{place:34} {meaning}")
+
+
+def _call(module: str, *arguments: str, output: IO[str] | None = None) -> None:
+    """Run a module as a process of its own; what it prints goes to a file, too, where one is given.
+
+    Raises:
+        _DemoError: If it fails.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    process = subprocess.Popen(
+        command,
+        stdout=None if output is None else subprocess.PIPE,
+        # The lock on the folder stays as long as something of the demo runs.
+        close_fds=False,
+        text=True,
+    )
+    if output is not None:
+        for line in process.stdout or ():
+            output.write(line)
+            if output.name != os.devnull:
+                sys.stdout.write(line)
+    if code := process.wait():
+        raise _DemoError("", code if code > 0 else 128 - code)
+
+
+def _is_newer(path: Path, than: Path) -> bool:
+    return path.exists() and path.stat().st_mtime_ns > than.stat().st_mtime_ns
+
+
+@contextmanager
+def _only_demo() -> Iterator[None]:
+    """Keep a second demo out of this folder by a lock on it; some file systems have none."""
+    folder = os.open(".", os.O_RDONLY)
+    os.set_inheritable(folder, True)
+    try:
+        with suppress(ImportError):
+            import fcntl
+
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                sentence = "another demo is running in this folder; wait for its end, or stop it"
+                raise _DemoError(sentence, 2) from None
+            except OSError:
+                pass
+        yield
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _run_lock() -> Iterator[None]:
+    """Hold the lock that training holds on its run, where there is a run."""
+    try:
+        lock = (_RUN / LOCK_NAME).open("r+")
+    except FileNotFoundError:
+        yield
+        return
+    with lock:
+        with suppress(ImportError):
+            import fcntl
+
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                name = "another process"
+                with suppress(ValueError, KeyError, TypeError):
+                    name = "process {process} on {host}".format_map(json.load(lock))
+                sentence = f"{_RUN} is being trained by {name}; wait for its end, or stop it"
+                raise _DemoError(sentence, 2) from None
+            except OSError:
+                pass
+        yield
+
+
+def _heading(text: str) -> None:
+    _say(f"\n== {text}")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    # What the parts print comes in between.
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

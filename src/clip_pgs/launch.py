@@ -1,0 +1,277 @@
+"""Training and evaluation in one process, or by torchrun in several, with the run's exit code.
+
+    NPROC_PER_NODE            processes on this machine; --nproc wins [its GPUs, or 1]
+    NNODES                    machines; each starts the same command [1], with
+    NODE_RANK                 its number, from 0,
+    MASTER_ADDR, MASTER_PORT  where machine 0 is reached [none, 29500]
+    MAX_RESTARTS              times that processes start again after one has died [0]
+    OMP_NUM_THREADS           CPU threads of a process [cores / processes]
+
+torchrun ends with 1 whatever ended a run, below pages of its own. So bad input is refused here
+before it starts, a signal is passed on once, and the run leaves its exit code and its reason in a
+folder of the launch's own. torch is imported after the options are known to be good.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from clip_pgs.common import one_sentence
+from clip_pgs.training.stop import BAD_INPUT, INTERRUPTED, LAUNCH_FOLDER, PREEMPTED, leave
+
+TRAINING, EVALUATION = "clip_pgs.training", "clip_pgs.evaluation"
+_GPU_TOOLS = ("nvidia-smi", "rocm-smi")
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
+_PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train as `clip-pgs train` says: `[CONFIG] [--nproc N]` and the options of training.
+
+    Returns:
+        The exit code, see `clip_pgs.training.stop`.
+    """
+    try:
+        arguments, nproc = _take_nproc(argv)
+        if arguments and not arguments[0].startswith("-"):
+            arguments = ["--config", *arguments]
+        from clip_pgs.training.options import check_values, read_options
+
+        check_values(read_options(arguments))
+        # In torchrun's hands this is one of its processes.
+        is_worker = "RANK" in os.environ
+        processes = Processes(1) if is_worker else Processes.of_environment(nproc)
+    except ModuleNotFoundError as error:
+        return _refuse(f"training needs {error.name}: pip install 'clip-pgs[train]'")
+    except ValueError as error:
+        return _refuse(error)
+    if processes.world_size == 1:
+        from clip_pgs.training.__main__ import main
+
+        leave(main(arguments) or 0)
+    return _Launch().train(arguments, processes)
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Evaluate as `clip-pgs test` says; several processes share the data sets.
+
+    Returns:
+        The exit code, see `clip_pgs.evaluation`.
+    """
+    try:
+        arguments, nproc = _take_nproc(argv)
+        is_alone = not arguments or arguments[0] in ("sets", "report", "-h", "--help")
+        processes = Processes(1) if is_alone else Processes.of_environment(nproc, num_nodes="1")
+    except ValueError as error:
+        return _refuse(error)
+    if processes.per_node == 1:
+        from clip_pgs.evaluation.__main__ import main
+
+        return main(arguments)
+    return _Launch().evaluate(arguments, processes)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many processes there are, and how they find each other.
+
+    Args:
+        per_node: Processes on this machine, >= 1.
+        num_nodes: Machines, >= 1.
+        node_rank: Number of this machine, from 0.
+        address: Where machine 0 is reached, as HOST:PORT; "" for one machine.
+        max_restarts: Times that torchrun starts them again.
+    """
+
+    per_node: int
+    num_nodes: int = 1
+    node_rank: int = 0
+    address: str = ""
+    max_restarts: int = 0
+
+    @classmethod
+    def of_environment(cls, nproc: str | None, *, num_nodes: str | None = None) -> Processes:
+        """Read the variables above.
+
+        Args:
+            nproc: The value of `--nproc`, or None.
+            num_nodes: What stands for NNODES, or None.
+
+        Raises:
+            ValueError: If one is no whole number in its range, or one is missing.
+        """
+        name, text = "--nproc", nproc
+        if text is None:
+            name, text = "NPROC_PER_NODE", os.environ.get("NPROC_PER_NODE", "")
+        counts = {name: text, "NNODES": num_nodes or os.environ.get("NNODES") or "1"}
+        for name, text in counts.items():
+            # No text: as many as there are GPUs, which is asked last.
+            if (text or name == "--nproc") and not (_is_count(text) and int(text) > 0):
+                raise ValueError(f"{name} must be a whole number above 0, got {text!r}")
+        restarts = os.environ.get("MAX_RESTARTS") or "0"
+        if not _is_count(restarts):
+            raise ValueError(f"MAX_RESTARTS must be a whole number, got {restarts!r}")
+        per_node, nodes = counts.values()
+        rank, host = os.environ.get("NODE_RANK", ""), os.environ.get("MASTER_ADDR", "")
+        if nodes != "1" and not (_is_count(rank) and host):
+            raise ValueError(f"NNODES={nodes} needs NODE_RANK, a number from 0, and MASTER_ADDR")
+        found = int(per_node) if per_node else _count_gpus()
+        if nodes == "1":
+            return cls(found, max_restarts=int(restarts))
+        address = f"{host}:{os.environ.get('MASTER_PORT') or 29500}"
+        return cls(found, int(nodes), int(rank), address, int(restarts))
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes on all machines."""
+        return self.per_node * self.num_nodes
+
+    def torchrun(self, module: str, arguments: Sequence[str]) -> list[str]:
+        """Return the command that starts the processes of this machine."""
+        command = [sys.executable, "-m", "torch.distributed.run"]
+        command += ["--nproc-per-node", str(self.per_node)]
+        if self.address:
+            command += ["--nnodes", str(self.num_nodes), "--rdzv-backend", "c10d"]
+            command += ["--rdzv-endpoint", self.address]
+            command += ["--rdzv-conf", f"is_host={int(self.node_rank == 0)}"]
+        else:
+            command += ["--standalone"]
+        command += ["--max-restarts", str(self.max_restarts)]
+        command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+        # Without `--` torchrun takes --logs, --name and others for abbreviations of its own flags.
+        return [*command, "-m", "--", module, *arguments]
+
+
+@dataclass
+class _Launch:
+    """Processes started one after the other, and the signals that came for them."""
+
+    process: subprocess.Popen | None = None
+    stopped: list[int] = field(default_factory=list)
+    is_passed_on: bool = False
+
+    def train(self, arguments: Sequence[str], processes: Processes) -> int:
+        self._catch()
+        # A worker's exit code 2 reaches us as torchrun's 1, so that bad input is refused first.
+        # Machine 0 checks for all: once it has started, the run folder exists for the others.
+        if processes.node_rank == 0:
+            is_all = "--check-only" in arguments
+            check = [sys.executable, "-m", TRAINING, *arguments, "--check-only"]
+            size = {"WORLD_SIZE": str(processes.world_size)}
+            status = self._run(check, size, output=None if is_all else subprocess.DEVNULL)
+            if status != 0 or is_all:
+                return status
+        with tempfile.TemporaryDirectory() as folder:
+            variables = {
+                LAUNCH_FOLDER: folder,
+                # Else processes that start again look for the addresses of those before them
+                # (https://github.com/pytorch/pytorch/issues/135712).
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                **_threads(processes.per_node),
+            }
+            status = self._run(processes.torchrun(TRAINING, arguments), variables)
+            return self._explained(status, Path(folder)) if status else 0
+
+    def evaluate(self, arguments: Sequence[str], processes: Processes) -> int:
+        self._catch()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "exit")
+            command = processes.torchrun(EVALUATION, [*arguments, "--exit-code-file", str(file)])
+            status = self._run(command, _threads(processes.per_node))
+            return int(file.read_text()) if status == 0 else status
+
+    def _catch(self) -> None:
+        for number in _PASSED_ON:
+            # What whoever started us wants ignored (nohup) stays ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.stopped.append(number)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Pass the first signal on, unless a terminal has sent it to all processes at once.
+
+        A second one would keep torchrun from waiting for the run to save.
+        """
+        is_due = self.stopped and self.stopped[0] != signal.SIGINT and not self.is_passed_on
+        if is_due and self.process is not None:
+            self.is_passed_on = True
+            self.process.send_signal(self.stopped[0])
+
+    def _run(
+        self, command: Sequence[str], variables: Mapping[str, str], *, output: int | None = None
+    ) -> int:
+        """Run a command to its end, and return its exit code; none is started after a signal."""
+        if self.stopped:
+            return self._code_of_signal()
+        environment = {**os.environ, **variables}
+        self.process = subprocess.Popen(command, env=environment, stdout=output)
+        self._pass_on()
+        status = self.process.wait()
+        return status if status >= 0 else 128 - status
+
+    def _explained(self, status: int, folder: Path) -> int:
+        """Return the exit code that the run left, after its reason on stderr."""
+        files = sorted(folder.glob("exit.*"))
+        if files:
+            code, _, reason = files[-1].read_text().partition("\n")
+            sys.stderr.write(f"{one_sentence(reason)}\n")
+            return int(code)
+        # A signal came before there was anything to save.
+        return self._code_of_signal() if self.stopped else status
+
+    def _code_of_signal(self) -> int:
+        return INTERRUPTED if self.stopped[0] == signal.SIGINT else PREEMPTED
+
+
+def _take_nproc(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """Return the arguments without `--nproc`, and its value or None."""
+    rest, nproc = [], None
+    words = iter(argv)
+    for word in words:
+        flag, is_joined, value = word.partition("=")
+        if flag == "--nproc":
+            nproc = value if is_joined else next(words, "")
+        else:
+            rest.append(word)
+    return rest, nproc
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _count_gpus() -> int:
+    """Return the number of this machine's GPUs, or 1."""
+    # Starting torch takes seconds, so that it is asked only where there may be a GPU at all.
+    if not (any(map(shutil.which, _GPU_TOOLS)) or any(map(os.path.exists, _GPU_DEVICES))):
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _threads(per_node: int) -> dict[str, str]:
+    """Share the cores out among the processes: torchrun gives each of several one thread."""
+    if os.environ.get("OMP_NUM_THREADS"):
+        return {}
+    is_told = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if is_told else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(max(1, cores // per_node))}
+
+
+def _refuse(error: Exception | str) -> int:
+    sys.stderr.write(f"error: {one_sentence(error)}\n")
+    return BAD_INPUT

@@ -1,0 +1,175 @@
+"""`clip-pgs`, as a process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from clip_pgs.cli import COMMANDS
+from support.scripts import ENVIRONMENT, ROOT
+
+SYNTHETIC = ["--dataset-type", "synthetic", "--train-num-samples", "64", "--warmup", "1"]
+
+
+def run(*argv, cwd, **environment):
+    command = [sys.executable, "-m", "clip_pgs.cli", *map(str, argv)]
+    variables = {**ENVIRONMENT, "PYTHONPATH": str(ROOT / "src"), **environment}
+    options = {"capture_output": True, "text": True, "timeout": 400}
+    return subprocess.run(command, cwd=cwd, env=variables, **options)
+
+
+def processor_seconds(*command):
+    """Return what a command computes: unlike its duration, that is the same on a busy machine."""
+    process = subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, _, usage = os.wait4(process.pid, 0)
+    process.returncode = 0
+    return usage.ru_utime + usage.ru_stime
+
+
+def test_help_names_the_commands_and_takes_little_more_than_python_itself(tmp_path):
+    done = run("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for name in COMMANDS:
+        assert f"  {name} " in done.stdout
+    help_seconds = processor_seconds("-m", "clip_pgs.cli", "--help")
+    assert help_seconds < 10 * max(processor_seconds("-c", "pass"), 0.01)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--help"],
+        ["train", "demo", "--maskin", "pgs"],
+        ["train", "demo", "--masking", "pgss"],
+        ["train", "demo", "--epochs", "0"],
+        ["train", "--model", "ViT-B-33", *SYNTHETIC],
+        ["train", "gone.yaml"],
+        ["train", "demo", "--nproc", "none"],
+        ["train", "demo", "--name", "a/b"],
+        ["trian"],
+        [],
+    ],
+)
+def test_help_and_what_is_wrong_are_told_without_torch(tmp_path, arguments):
+    script = "import sys\nfrom clip_pgs.cli import main\ntry:\n    code = main(sys.argv[1:])\n"
+    script += "except SystemExit as left:\n    code = left.code\n"
+    script += "assert not {'torch', 'open_clip', 'numpy'} & set(sys.modules)\nsys.exit(code)"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    is_help = "--help" in arguments
+    assert done.returncode == (0 if is_help else 2), done.stderr
+    assert done.stderr.count("\n") == (0 if is_help or not arguments else 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_wrong_option_takes_a_part_of_what_torch_takes_to_import():
+    torch = processor_seconds("-c", "import torch")
+    assert processor_seconds("-m", "clip_pgs.cli", "train", "demo", "--bad") < torch / 3
+    # The core: one per cent of it is less than what two imports differ by.
+    core = processor_seconds("-c", "import clip_pgs; clip_pgs.create_masking")
+    assert core < 1.5 * torch
+
+
+@pytest.mark.slow
+def test_a_bundled_config_is_found_in_an_empty_folder(tmp_path):
+    done = run("train", "demo", "--check-only", *SYNTHETIC, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "demo_vit, masking pgs" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_two_processes_are_checked_for_as_such(tmp_path):
+    flags = ["--batch-size", "64", "--check-only", *SYNTHETIC]
+    done = run("train", "demo", "--nproc", "2", *flags, cwd=tmp_path)
+    assert done.returncode == 2
+    # 64 pictures are a batch of one process alone.
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_launch_with_the_runs_code_and_reason(tmp_path):
+    flags = ["--nproc", "2", "--batch-size", "8", "--name", "run", *SYNTHETIC]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clip_pgs.cli", "train", "demo", *flags, "--epochs", "9999"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    said = ""
+    while "Training epochs" not in said and (line := process.stdout.readline()):
+        said += line
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=300)
+    assert process.returncode == 85, said + rest
+    assert "stopped by SIGTERM" in said + rest
+
+
+@pytest.mark.slow
+def test_completion_is_of_commands_options_and_names(tmp_path):
+    script = run("completion", "bash", cwd=tmp_path).stdout
+
+    def complete(*words):
+        texts = " ".join(f"'{word}'" for word in words)
+        asked = f"COMP_WORDS=({texts}); COMP_CWORD={len(words) - 1}; _clip_pgs clip-pgs"
+        command = ["bash", "-c", f'{script}\n{asked}\necho "${{COMPREPLY[@]}}"']
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert complete("clip-pgs", "tr") == ["train"]
+    assert complete("clip-pgs", "train", "--mask-ratio-m") == ["--mask-ratio-min"]
+    assert complete("clip-pgs", "train", "--masking", "pg") == ["pgs", "pgs-released"]
+    assert complete("clip-pgs", "train", "--config", "vit_l") == ["vit_l14_pgs05_cc12m"]
+    assert complete("clip-pgs", "train", "--precision", "fp") == ["fp16", "fp32"]
+    assert complete("clip-pgs", "data", "wor") == ["words", "world"]
+    assert complete("clip-pgs", "data", "pack", "--shard") == ["--shard-size"]
+    assert complete("clip-pgs", "inspect", "cost", "--captions", "f") == ["flickr8k"]
+    assert "--data-root" in complete("clip-pgs", "test", "logs/demo", "--data")
+    assert complete("clip-pgs", "test", "report", "logs/demo", "--out") == ["--output"]
+    assert complete("clip-pgs", "export", "--pu") == ["--push-to-hub"]
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_in_an_empty_folder(tmp_path):
+    pytest.importorskip("hatchling")
+    python = [sys.executable, "-m"]
+    wheels, target, folder = tmp_path / "wheels", tmp_path / "installed", tmp_path / "empty"
+    folder.mkdir()
+    build = [*python, "hatchling", "build", "-t", "wheel", "-d", str(wheels)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    install = [*python, "pip", "install", "--no-deps", "--no-index", "--target", str(target)]
+    subprocess.run([*install, *map(str, wheels.iterdir())], check=True, capture_output=True)
+
+    environment = {"PYTHONPATH": str(target)}
+    where = "import clip_pgs, clip_pgs.common as c; print(clip_pgs.__file__, c.CONFIGS)"
+    done = subprocess.run(
+        [sys.executable, "-c", where],
+        cwd=folder,
+        env={**ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.count(str(target)) == 2, done.stderr
+    small = ["--num-train", "128", "--num-val", "16", "--num-per-class", "2"]
+    assert run("data", "world", "data/demo", *small, cwd=folder, **environment).returncode == 0
+    data = ["--train-data", "data/demo/train/00000.tar", "--batch-size", "32", "--warmup", "2"]
+    for config in ("demo", "configs/train/demo_cluster.yaml"):
+        flags = ["--config", config, *data, "--check-only"]
+        done = run("train", *flags, cwd=folder, **environment)
+        assert (done.returncode, done.stderr) == (0, "")
+    done = run("test", "sets", cwd=folder, **environment)
+    assert "retrieval" in done.stdout, done.stderr
+    bundled = {path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*") if path.is_file()}
+    assert bundled <= {
+        path.relative_to(target / "clip_pgs") for path in target.rglob("configs/*/*")
+    }

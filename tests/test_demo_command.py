@@ -1,0 +1,158 @@
+"""`clip-pgs demo`, with a stub for what trains and evaluates; the real parts: test_demo.py."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clip_pgs.demo import main
+from support.scripts import write_executable
+
+# Leaves behind what each part of the demo would, and writes down its arguments.
+STUB_PYTHON = """#!/usr/bin/env bash
+echo "$2 ${*:3}" >>calls.log
+case "$2 $*" in
+*--check-only*) ;;
+clip_pgs.training*) mkdir -p logs/demo/export ;;
+clip_pgs.cli*test*) echo "the table" ;;
+clip_pgs.inspection*) touch logs/demo/pgs_keeps.png ;;
+esac
+exit "${FAIL:-0}"
+"""
+PYTHON = sys.executable
+PARTS = ["data", "training", "cli", "inspection"]
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch, capfd):
+    """Run the demo in an empty folder, and return its output and the modules that it ran."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    write_executable(tmp_path / "python", STUB_PYTHON)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+
+    def run_demo(*arguments, code=0):
+        calls = Path("calls.log")
+        calls.write_text("")
+        assert main(arguments) == code
+        output, error = capfd.readouterr()
+        return error if code else output, calls.read_text().splitlines()
+
+    return run_demo
+
+
+def modules(calls):
+    return [call.split()[0].removeprefix("clip_pgs.") for call in calls]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_demo_makes_data_trains_evaluates_and_draws(demo):
+    output, calls = demo()
+    assert modules(calls) == PARTS
+    assert "the table" in output
+    assert Path("logs/demo/eval/table.txt").read_text() == "the table\n"
+    assert "logs/demo/pgs_keeps.png" in output
+
+
+def test_the_demo_shows_a_finished_result_without_doing_it_again(demo):
+    first, _ = demo()
+    second, calls = demo()
+    assert modules(calls) == ["data"]
+    assert "the table" in second
+    assert second.splitlines()[-6:] == first.splitlines()[-6:]
+
+
+def test_the_demo_continues_an_unfinished_run(demo):
+    demo()
+    shutil.rmtree("logs/demo/export")
+    Path("logs/demo/checkpoints").mkdir()
+    _, calls = demo()
+    assert modules(calls) == PARTS
+    assert calls[1].endswith("--name demo --resume latest")
+    assert Path("logs/demo/checkpoints").exists()
+
+
+def test_a_fresh_demo_replaces_its_run_alone_and_passes_flags_on(demo):
+    demo()
+    for kept in ("logs/demo/old", "logs/another"):
+        Path(kept).mkdir()
+    _, calls = demo("--fresh", "--epochs", "1")
+    assert modules(calls) == ["data", "training", *PARTS[1:]]
+    assert "--check-only" in calls[1]
+    assert "--epochs 1" in calls[2]
+    assert not Path("logs/demo/old").exists()
+    assert Path("logs/another").exists()
+
+
+def test_the_exit_code_of_a_part_that_fails_is_the_demos(demo, monkeypatch):
+    monkeypatch.setenv("FAIL", "85")
+    error, calls = demo(code=85)
+    assert (error, modules(calls)) == ("", ["data"])
+
+
+@pytest.mark.parametrize("holder", [{"process": 7, "host": "here"}, "", [], {"process": 7}])
+def test_a_run_that_is_being_trained_is_not_removed(demo, holder):
+    demo()
+    lock = Path("logs/demo/.lock")
+    lock.write_text(json.dumps(holder))
+    before = contents(Path("logs/demo"))
+    with holding(lock):
+        error, calls = demo("--fresh", code=2)
+    assert contents(Path("logs/demo")) == before
+    assert error.startswith("error: logs/demo is being trained by ")
+    assert error.count("\n") == 1
+    assert calls == []
+    # What a run leaves behind that has ended, or was killed, holds nothing.
+    demo("--fresh")
+
+
+@contextlib.contextmanager
+def holding(path):
+    """Let another process hold a file's lock: a lock is a process's own."""
+    script = "import fcntl, sys; file = open(sys.argv[1], 'r+'); fcntl.lockf(file, fcntl.LOCK_EX)"
+    script += "; print('held', flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([PYTHON, "-c", script, str(path)], text=True, **pipes)
+    assert process.stdout.readline() == "held\n"
+    try:
+        yield
+    finally:
+        process.communicate("\n", timeout=60)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--fresh"]])
+def test_a_second_demo_in_one_folder_is_refused(demo, arguments):
+    demo()
+    folder = os.open(".", os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        before = contents(Path("logs"))
+        error, calls = demo(*arguments, code=2)
+        assert contents(Path("logs")) == before
+    finally:
+        os.close(folder)
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert calls == []
+    demo()
+
+
+@pytest.mark.parametrize("flag", ["--help", "--check-only"])
+def test_asking_what_a_fresh_demo_would_do_removes_nothing(demo, flag):
+    demo()
+    before = contents(Path("logs"))
+    _, calls = demo("--fresh", "--epochs", "1", flag)
+    assert modules(calls) == ["training"]
+    assert contents(Path("logs")) == before
