@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from clip_pgs.training.stop import StopRequest, StopSignals, leave
     except ModuleNotFoundError as error:
-        return _refuse(f"a study needs {error.name}: pip install 'clip-pgs[training,eval]'")
+        return _refuse(f"a study needs {error.name}: pip install 'clip-pgs[train,eval]'")
     signals = StopSignals()
     with signals.caught():
         try:
