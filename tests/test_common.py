@@ -1,11 +1,19 @@
+import errno
+import os
+import socket
+from pathlib import Path
+
 import pytest
 
 from clip_pgs.common import (
     Registry,
     SentenceParser,
     atomic_file,
+    atomic_folder,
     check_writable,
+    expand_home,
     one_sentence,
+    refusal_code,
     write_text,
 )
 from support.disk import files_limited_to
@@ -62,6 +70,84 @@ def test_what_fails_in_the_middle_leaves_the_file_as_it_was(tmp_path):
         write_text(path, "new" * 1000)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture(params=["fifo", "socket", "device", "folder", "link to a device"])
+def no_file(request, tmp_path):
+    """Something that is there and holds no text."""
+    path = tmp_path / "no_file"
+    match request.param:
+        case "fifo":
+            os.mkfifo(path)
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(str(path))
+        case "device":
+            return Path("/dev/full")
+        case "folder":
+            path.mkdir()
+        case "link to a device":
+            path.symlink_to("/dev/null")
+    return path
+
+
+def test_what_is_no_regular_file_is_refused_and_left_there(no_file):
+    before = no_file.lstat()
+    with pytest.raises(ValueError, match=rf"cannot write {no_file}: it is (no regular file|a fo)"):
+        check_writable(no_file)
+    with pytest.raises(OSError, match=r"no regular file|a folder"):
+        write_text(no_file, "text")
+    assert (no_file.lstat().st_mode, no_file.lstat().st_ino) == (before.st_mode, before.st_ino)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_is_written_through(tmp_path, is_there):
+    target, link = tmp_path / "there" / "a.txt", tmp_path / "link"
+    target.parent.mkdir()
+    if is_there:
+        target.write_text("old")
+    link.symlink_to("there/a.txt")
+    check_writable(link)
+    write_text(link, "new")
+    assert (target.read_text(), link.is_symlink()) == ("new", True)
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_folder])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
+def test_a_full_disk_is_told_with_the_file_and_ends_with_1(tmp_path, write, code):
+    path = tmp_path / "a.txt"
+    with pytest.raises(OSError, match=r".") as caught, write(path):
+        raise OSError(code, os.strerror(code))
+    assert one_sentence(caught.value) == f"{path}: {os.strerror(code)}"
+    assert refusal_code(caught.value) == 1
+    assert refusal_code(FileNotFoundError(errno.ENOENT, "none", "a")) == 2
+
+
+def test_a_full_disk_is_told_by_the_system_itself(tmp_path):
+    with files_limited_to(100), pytest.raises(OSError, match="too large") as caught:
+        write_text(tmp_path / "a.txt", "new" * 100)
+    assert one_sentence(caught.value) == f"{tmp_path / 'a.txt'}: File too large"
+
+
+@pytest.mark.parametrize(
+    ("argument", "expanded"),
+    [
+        ("~", "/home/me"),
+        ("~/a b", "/home/me/a b"),
+        ("--logs=~/a", "--logs=/home/me/a"),
+        ("frequencies=~/a", "frequencies=/home/me/a"),
+        ("--text-masking-option=frequencies=~/a", "--text-masking-option=frequencies=/home/me/a"),
+        ("~/{0..9}.tar::~/b.tar", "/home/me/{0..9}.tar::/home/me/b.tar"),
+        *((text, text) for text in ("a~/b", "~b", "a/~/b", "http://a/?b=~/c", "pipe:cat ~/a", "")),
+    ],
+)
+def test_the_home_folder_is_found_where_a_path_begins(monkeypatch, argument, expanded):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expand_home(argument) == expanded
+    parser = SentenceParser()
+    parser.add_subparsers(dest="c").add_parser("do").add_argument("path")
+    if not argument.startswith("-"):
+        assert parser.parse_args(["do", argument]).path == expanded
 
 
 @pytest.fixture

@@ -11,7 +11,10 @@ import ast
 import errno
 import importlib
 import os
+import re
 import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -46,6 +49,11 @@ CONFIGS = next(p / "configs" for p in (_PACKAGE, _PACKAGE.parents[1]) if (p / "c
 UNFINISHED_ENDING = ".unfinished"
 
 _HEAD, _TAIL = 1500, 300
+# Before a slash or the end, after `--flag=`, `KEY=`, both, or the `::` of several data sources.
+_TILDE = re.compile(r"(?:^(?:--[\w-]+=)?(?:\w+=)?|::)~(?=/|$|::)")
+# What a disk or a file system cannot do, whatever was asked of it.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FAULTS = (*_FULL, errno.EIO, errno.EROFS, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE)
 
 Entry = TypeVar("Entry")
 SameEntry = TypeVar("SameEntry")
@@ -58,8 +66,10 @@ def one_sentence(error: BaseException | str) -> str:
     characters that cannot be printed are escaped, and the middle of a long text is left out.
 
     Args:
-        error: The message, or an error that has one.
+        error: The message, or an error that has one. One of the system is told as FILE: REASON.
     """
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        error = f"{os.fsdecode(error.filename)}: {error.strerror}"
     text = " ".join(line.strip() for line in str(error).splitlines()).strip()
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if len(text) > _HEAD + _TAIL:
@@ -67,8 +77,29 @@ def one_sentence(error: BaseException | str) -> str:
     return text or type(error).__name__
 
 
+def refusal_code(error: BaseException) -> int:
+    """Return the exit code of a command that an error ends: 2 for bad input, 1 for the disk."""
+    return 1 if isinstance(error, OSError) and error.errno in _DISK_FAULTS else 2
+
+
+def expand_home(argument: str) -> str:
+    """Return an argument with the home folder for a `~`, as in `--logs=~/logs`.
+
+    A shell expands it neither in quotes nor after an equals sign, and no YAML file does.
+    """
+    return _TILDE.sub(lambda found: found[0][:-1] + os.path.expanduser("~"), argument)
+
+
 class SentenceParser(argparse.ArgumentParser):
-    """Refuses arguments in one sentence, without the usage text; so do its subcommands."""
+    """Refuses arguments in one sentence, without the usage text; so do its subcommands.
+
+    A `~` at the beginning of a path stands for the home folder.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Expand `~`, then parse."""
+        arguments = sys.argv[1:] if args is None else args
+        return super().parse_known_args(list(map(expand_home, arguments)), namespace)
 
     def error(self, message: str) -> NoReturn:
         """Leave with exit code 2."""
@@ -144,18 +175,31 @@ def number_in(kind: type[int] | type[float], low: float, high: float) -> Callabl
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the block say which file a disk had no room for; the system does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _FULL:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file beside `path` to be written, which takes its place when all went well.
 
     Args:
-        path: The file; what is there stays until the new one is on the disk.
+        path: The file, or a link to it; what is there stays until the new one is on the disk.
 
     Raises:
-        OSError: If it cannot be written; what was there is still there.
+        OSError: If it cannot be written, or something is there that is no regular file, as a
+            device; what was there is still there.
     """
+    path = _regular_file(path)
     unfinished = unfinished_path(path)
     try:
-        with unfinished.open("wb") as file:
+        with naming(path), unfinished.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -180,7 +224,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        yield unfinished
+        with naming(path):
+            yield unfinished
         # A folder cannot take another's place: between the two there is none, but never half.
         if path.exists():
             os.replace(path, replaced)
@@ -219,7 +264,7 @@ def append_line(path: Path, line: str) -> None:
         # A disk that fills up takes a part without an error.
         if os.write(file, data) < len(data):
             os.ftruncate(file, size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(file)
 
@@ -230,20 +275,36 @@ def check_writable(*paths: Path) -> None:
     Nothing is made, not even a folder that is missing.
 
     Raises:
-        ValueError: If one is a folder, or would lie where no file can be made.
+        ValueError: If one is a folder, a device or the like, or would lie where no file can be
+            made.
     """
     for path in paths:
+        if "\0" in str(path):
+            raise ValueError(f"cannot write {path}: its name holds a null byte")
         try:
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "it is a folder")
-            unfinished_path(path).is_file()
+            unfinished_path(_regular_file(path)).is_file()
             above = path.absolute().parents
             with tempfile.TemporaryFile(dir=next(folder for folder in above if folder.exists())):
                 pass
         except OSError as error:
             raise ValueError(f"cannot write {path}: {error.strerror}") from None
-        if "\0" in str(path):
-            raise ValueError(f"cannot write {path}: its name holds a null byte")
+
+
+def _regular_file(path: Path) -> Path:
+    """Return the file that a path leads to, one that is to be made included.
+
+    Raises:
+        OSError: If something is there that writing would destroy.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def unfinished_path(path: Path) -> Path:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from clip_pgs.training.options import parse_options
@@ -49,6 +51,18 @@ def test_a_config_says_the_same_as_flags(tmp_path):
     flags += ["--aug-cfg", "scale=[0.5, 1.0]", "use_timm=True"]
     from_config, from_flags = vars(parse(tmp_path, text)), vars(parse_options(flags))
     assert {**from_config, "config": None} == from_flags
+
+
+def test_the_home_folder_is_found_in_flags_and_configs(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path(tmp_path, "base.yaml").write_text("val-data: ~/{0..1}.tar::~/2.tar\nname: a~/b\n")
+    text = BASE + "base: ~/base.yaml\nlogs: ~/logs\ntext-masking: frequency\n"
+    text += "text-masking-option: {frequencies: ~/words.json}\n"
+    args = parse(tmp_path, text, "--train-data=~/a.tar", "--resume", "~/a.pt")
+    assert (args.logs, args.train_data) == (f"{tmp_path}/logs", f"{tmp_path}/a.tar")
+    assert (args.resume, args.name) == (f"{tmp_path}/a.pt", "a~/b")
+    assert args.val_data == f"{tmp_path}/{{0..1}}.tar::{tmp_path}/2.tar"
+    assert args.text_masking_options == {"frequencies": f"{tmp_path}/words.json"}
 
 
 def test_flags_win_over_the_config_wherever_they_stand(tmp_path):

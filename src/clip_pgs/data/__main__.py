@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from clip_pgs.common import SentenceParser, one_sentence
+from clip_pgs.common import SentenceParser, check_writable, one_sentence, refusal_code
 from clip_pgs.data.pack import check_shards, pack_pairs
 from clip_pgs.data.shards import expand_shards
 from clip_pgs.data.words import (
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments; None takes the process's own.
 
     Returns:
-        The exit code: 0, 1 if `check` found something bad, 2 for bad input.
+        The exit code: 0, 1 if `check` found something bad or the disk is full, 2 for bad input.
     """
     options = vars(_make_parser().parse_args(argv))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(options.pop("run")(**options))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {one_sentence(error)}\n")
-        return 2
+        return refusal_code(error)
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -168,8 +168,7 @@ def _run_words(
     caption_key: str | None,
     separator: str | None,
 ) -> int:
-    if out.is_dir():
-        raise ValueError(f"{str(out)!r} is a folder; name a file")
+    check_writable(out)
     if min_count < 1:
         raise ValueError(f"--min-count must be >= 1, got {min_count}")
     if shards.lower().endswith((".csv", ".tsv")):

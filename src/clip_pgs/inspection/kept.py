@@ -229,6 +229,7 @@ def run_kept(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError: If an option, an image or a mask is wrong, or a file cannot be written.
+        OSError: If the disk is full.
     """
     for mask_ratio in args.mask_ratios:
         check_mask_ratio(mask_ratio)
@@ -265,15 +266,12 @@ def run_kept(args: argparse.Namespace) -> None:
         f"{without if images.num_without else ''}\n\n{kept_table(rows)}"
     )
     if args.output is not None:
-        try:
-            args.output.mkdir(parents=True, exist_ok=True)
-            content = {**facts, "results": [asdict(row) for row in rows]}
-            write_text(args.output / "kept.json", json.dumps(content, indent=2) + "\n")
-            header = [field.name for field in fields(Kept)]
-            write_text(args.output / "kept.csv", csv_text(header, map(astuple, rows)))
-            plot_kept(rows, args.output / "kept.png", title=title)
-        except OSError as error:
-            raise ValueError(f"cannot write into {args.output}: {error}") from error
+        args.output.mkdir(parents=True, exist_ok=True)
+        content = {**facts, "results": [asdict(row) for row in rows]}
+        write_text(args.output / "kept.json", json.dumps(content, indent=2) + "\n")
+        header = [field.name for field in fields(Kept)]
+        write_text(args.output / "kept.csv", csv_text(header, map(astuple, rows)))
+        plot_kept(rows, args.output / "kept.png", title=title)
         sys.stdout.write(f"\n{args.output}: {', '.join(FILE_NAMES)}\n")
 
 

@@ -126,6 +126,7 @@ def run_masks(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError: If an option or an image is wrong, or the figure cannot be written.
+        OSError: If the disk is full.
     """
     output: Path = args.output
     ending = output.suffix.lower()
@@ -149,10 +150,7 @@ def run_masks(args: argparse.Namespace) -> None:
         names=[path.stem for path in paths],
         seed=args.seed,
     )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(output) as file:
-            figure.save(file, Image.registered_extensions()[ending])
-    except OSError as error:
-        raise ValueError(f"cannot write {output}: {error}") from error
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(output) as file:
+        figure.save(file, Image.registered_extensions()[ending])
     sys.stdout.write(f"{output}\n")

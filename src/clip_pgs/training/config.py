@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from clip_pgs.common import find_config
+from clip_pgs.common import expand_home, find_config
 
 # These say what to do with a config or with one call; none of them describes a run.
 COMMAND_LINE_ONLY = frozenset({"--config", "--check-only", "--help", "--help-all", "--nproc"})
@@ -83,7 +83,7 @@ def _with_bases(path: str) -> list[tuple[str, dict[Any, Any]]]:
             base = content.pop("base")
             if not isinstance(base, str) or not _is_encodable(base):
                 raise ValueError(f"{path}: 'base' takes the name of a config, got {base!r}")
-            next_path = str(Path(path).parent / base)
+            next_path = str(Path(path).parent / expand_home(base))
     return list(files.values())
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from clip_pgs.common import MASK_SCHEDULES, Pairs, find_config
+from clip_pgs.common import MASK_SCHEDULES, Pairs, expand_home, find_config
 from clip_pgs.integrations.open_clip_trainer import (
     bundled_models,
     default_optimization,
@@ -641,7 +641,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, An
         if token.partition("=")[0] == "--" or token.partition("=")[2] == "--":
             raise ValueError(f"'--' is no value, got {token!r}")
     try:
-        said, rest = parser.parse_known_args(argv)
+        said, rest = parser.parse_known_args(list(map(expand_home, argv)))
     except _RefusedError:
         raise
     except (ValueError, SyntaxError):

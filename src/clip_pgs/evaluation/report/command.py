@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.common import SentenceParser, one_sentence, write_text
+from clip_pgs.common import SentenceParser, one_sentence, refusal_code, write_text
 from clip_pgs.evaluation.report import results_table, scores
 from clip_pgs.evaluation.report.gather import Model, gather_runs, group_by_seed
 from clip_pgs.evaluation.report.published import Paper, read_paper
@@ -20,7 +20,7 @@ from clip_pgs.evaluation.results import CSV_NAME, DONE
 from clip_pgs.tables import counted, markdown_text, percent, plain
 
 MARKDOWN_NAME, HTML_NAME, FIGURES_NAME = "report.md", "report.html", "figures"
-EXIT_DONE, EXIT_BAD_INPUT = 0, 2
+EXIT_DONE = 0
 
 _DESCRIPTION = """\
 Report where models stand: report.html (one file that opens without a network), report.md,
@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
         argv: Arguments after `report`.
 
     Returns:
-        The exit code: 0, or 2 on bad input, after one sentence on stderr.
+        The exit code: 0, or after one sentence on stderr 2 on bad input, 1 on a full disk.
     """
     layout = argparse.RawDescriptionHelpFormatter
     name = "python -m clip_pgs.evaluation report"
@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
         folder = write_report(args.results, args.output)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {one_sentence(error)}\n")
-        return EXIT_BAD_INPUT
+        return refusal_code(error)
     sys.stdout.write(f"{folder / HTML_NAME}\n")
     return EXIT_DONE
 
