@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import threading
 
@@ -183,6 +184,40 @@ def test_the_same_ratio_again_changes_nothing():
     strategy.set_mask_ratio(0.5)
     assert strategy.threshold == found
     assert not strategy.needs_calibration(0.0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("progress", [0.0, 0.5])
+def test_images_that_are_not_finite_do_not_move_the_threshold(bad, progress, caplog):
+    inputs = make_inputs(6, noise=noise_like(6, 49), progress=progress)
+    part = "tokens" if progress else "pixels"
+    damaged = getattr(inputs, part).clone()
+    damaged[[1, 4], ..., 3] = bad
+    mixed, finite = create_masking("cluster"), create_masking("cluster")
+    mixed.calibrate(dataclasses.replace(inputs, **{part: damaged}))
+    whole = [0, 2, 3, 5]
+    parts = {name: getattr(inputs, name)[whole] for name in ("pixels", "tokens", "noise")}
+    finite.calibrate(dataclasses.replace(inputs, attention=None, **parts))
+    assert mixed.state() == finite.state()
+
+    all_damaged = dataclasses.replace(inputs, **{part: torch.full_like(damaged, bad)})
+    mixed.calibrate(all_damaged)
+    assert mixed.state() == finite.state()
+    assert "no image of this batch is finite" in caplog.text
+
+
+def test_a_process_without_finite_images_moves_the_threshold_of_the_others_nowhere():
+    inputs = make_inputs(4, noise=noise_like(4, 49))
+    alone, beside = create_masking("cluster"), create_masking("cluster")
+    alone.calibrate(inputs)
+    beside.calibrate(inputs, average=lambda share: (share + beside.mask_ratio) / 2)
+    assert beside.threshold == alone.threshold
+    # And in the other process, which hears of the others alone.
+    other = create_masking("cluster")
+    heard = []
+    damaged = dataclasses.replace(inputs, pixels=torch.full_like(inputs.pixels, torch.nan))
+    other.calibrate(damaged, average=lambda share: heard.append(share) or 0.5)
+    assert set(heard) == {0.0, other.mask_ratio}
 
 
 def test_a_threshold_of_ones_own_is_never_calibrated():

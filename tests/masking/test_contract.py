@@ -4,6 +4,8 @@ A strategy outside this repository keeps the same promises: `python -m pytest -p
 tests/masking/test_contract.py` imports its module, and runs over whatever is registered then.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -83,6 +85,18 @@ def test_a_strategy_says_what_it_keeps_and_what_its_options_do(name):
     assert declared.requires <= {"tokens", "attention"}
     assert declared.adaptive <= {"mask_ratio_min"}.issubset(o.name for o in declared.options)
     assert all(option.help for option in declared.options)
+
+
+@every_strategy
+@pytest.mark.parametrize("progress", [0.0, 0.5])
+def test_a_batch_without_images_keeps_as_many_patches_of_none(name, options, progress):
+    strategy = create_masking(name, **options)
+    some = make_inputs(2, progress=progress)
+    parts = ("pixels", "tokens", "attention", "noise")
+    none = {part: v[:0] for part in parts if (v := getattr(some, part)) is not None}
+    selection = select(strategy, dataclasses.replace(some, **none))
+    assert selection.index.shape == (0, select(strategy, some).index.shape[1])
+    assert selection.valid is None or selection.valid.shape == selection.index.shape
 
 
 @every_strategy

@@ -149,15 +149,25 @@ class ClusterMasking(MaskingStrategy):
     ) -> None:
         """Find the threshold at which a batch reaches `mask_ratio` in the mean.
 
+        Images that are not finite do not count, and a batch without others changes nothing.
+
         Args:
             inputs: The batch, with tokens where `progress` > 0.
             average: Returns the mean of a number over all processes; None stands for one.
         """
         scores_BN = self._score(inputs, draw_noise(inputs, None))
+        scores_BN = scores_BN[~scores_BN.isnan().any(dim=1)]
+        average = average or (lambda share: share)
+        if average(float(len(scores_BN) > 0)) == 0:
+            _logger.warning("no image of this batch is finite; the threshold stays as it is")
+            return
 
         def mean_ratio(threshold: float) -> float:
-            share = self._count(scores_BN, threshold).float().mean().item() / inputs.num_patches
-            return share if average is None else average(share)
+            # A process without such images moves the mean of the others nowhere.
+            share = self.mask_ratio
+            if len(scores_BN):
+                share = self._count(scores_BN, threshold).float().mean().item() / inputs.num_patches
+            return average(share)
 
         found = bisect_threshold(mean_ratio, target=self.mask_ratio)
         self.threshold = self.record.add(found, self.mask_ratio, inputs.progress)

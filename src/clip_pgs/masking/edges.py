@@ -128,8 +128,8 @@ def canny_map(pixels: Tensor) -> Tensor:
     is_weak = is_ridge & (magnitude > LOW * strongest)
     is_edge = is_ridge & (magnitude > HIGH * strongest)
     for _ in range(HYSTERESIS_STEPS):
-        near_edge = functional.max_pool2d(is_edge.float(), kernel_size=3, stride=1, padding=1)
-        is_edge = is_weak & (near_edge > 0)
+        near_edge = functional.max_pool2d(is_edge.float()[:, None], 3, stride=1, padding=1)
+        is_edge = is_weak & (near_edge[:, 0] > 0)
     return is_edge
 
 

@@ -132,11 +132,13 @@ def patchify(pixels: Tensor, patch_size: tuple[int, int]) -> Tensor:
     Returns:
         Patches in raster order, each its C * height * width values. Shape (B, N, C * h * w).
     """
-    batch_size, channels, height, width = pixels.shape
+    batch_size, channels, *image_size = pixels.shape
     patch_height, patch_width = patch_size
-    rows, columns = height // patch_height, width // patch_width
+    rows, columns = image_size[0] // patch_height, image_size[1] // patch_width
     cells = pixels.reshape(batch_size, channels, rows, patch_height, columns, patch_width)
-    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch_size, rows * columns, -1)
+    # No -1: of a batch without images nothing could be inferred.
+    width = channels * patch_height * patch_width
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch_size, rows * columns, width)
 
 
 def gather_tokens(tokens: Tensor, selection: PatchSelection) -> Tensor:
