@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 from torch import nn
 
 from clip_pgs.evaluation.datasets import PRESENT, check_presence, clean_name
+from clip_pgs.evaluation.inference import masking_of
 from clip_pgs.evaluation.models import LoadedModel
 from clip_pgs.evaluation.report.results_table import format_table
 from clip_pgs.evaluation.report.scores import averages
 from clip_pgs.evaluation.results import DONE, Result, epoch_folder
 from clip_pgs.evaluation.runner import evaluate
 from clip_pgs.evaluation.suites import load_suite
+from clip_pgs.integrations.open_clip import masking_state
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +35,14 @@ class EvaluationInTraining:
         run: The run's folder; results go to `eval/epoch_N` in it. None writes none.
         batch_size: Images per step, >= 1.
         workers: Processes that read images, >= 0.
+        inference_masking: A masking through which images are encoded, in place of whole images:
+            its name, or "run" for the run's own, with what it has found so far.
+        inference_options: Its options.
+        trained: The run's options by name: its masking, its `epochs`.
 
     Raises:
-        ValueError: If suite or list is unknown, or none of the data sets is there.
+        ValueError: If suite, list or masking is unknown, an option of it is wrong, or none of the
+            data sets is there.
     """
 
     def __init__(
@@ -46,6 +54,9 @@ class EvaluationInTraining:
         run: Path | None,
         batch_size: int = 64,
         workers: int | None = None,
+        inference_masking: str | None = None,
+        inference_options: Mapping[str, Any] | None = None,
+        trained: Mapping[str, Any] | None = None,
     ) -> None:
         self._eval_sets = load_suite(suite, datasets=datasets, data_root=data_root)
         found = [check_presence(eval_set) for eval_set in self._eval_sets]
@@ -54,6 +65,12 @@ class EvaluationInTraining:
         self._run = run
         self._batch_size = batch_size
         self._workers = workers
+        self._name = inference_masking
+        self._masking_after = partial(
+            masking_of, inference_masking, inference_options, told=trained or {}, weights="the run"
+        )
+        self._epochs = (trained or {}).get("epochs", 1)
+        self._masking_after(progress=1.0, state={})
 
     def __call__(
         self, *, model: nn.Module, transform: Callable, tokenize: Callable, epoch: int
@@ -68,13 +85,17 @@ class EvaluationInTraining:
 
         Returns:
             Metrics and averages by `SUITE/DATASET/METRIC` and `SUITE/AVERAGE/METRIC`; an average
-            that lacks sets is `average_of_3_of_5`. None where the weights are not finite, which
+            that lacks sets is `average_of_3_of_5`, and a suite through a masking
+            `SUITE@MASKING`. None where the weights are not finite, which
             is logged.
         """
         output = None if self._run is None else epoch_folder(self._run, epoch)
         name = f"epoch_{epoch}"
         source = name if self._run is None else f"{self._run} after {epoch} epochs"
-        loaded = LoadedModel(_in_float32(model), transform, tokenize, name, source)
+        masking = self._masking_after(
+            progress=min(epoch / self._epochs, 1.0), state=masking_state(model)
+        )
+        loaded = LoadedModel(_in_float32(model), transform, tokenize, name, source, masking)
         try:
             # The run must draw the same numbers as one without evaluation.
             with torch.random.fork_rng(devices=[]):
@@ -90,8 +111,15 @@ class EvaluationInTraining:
             # Whether to go on with such a model is for the training loop to say.
             logger.warning("not evaluated after epoch %d: %s", epoch, error)
             return {}
-        logger.info("after epoch %d, in percent:\n\n%s", epoch, format_table(results))
-        return _by_name(results)
+        through = "" if masking is None else f", through {masking.label}"
+        table = format_table(results)
+        logger.info("after epoch %d%s, in percent:\n\n%s", epoch, through, table)
+        ending = "" if masking is None else f"@{self._name}"
+        return {
+            f"{suite}{ending}/{rest}": value
+            for name, value in _by_name(results).items()
+            for suite, _, rest in [name.partition("/")]
+        }
 
 
 def _in_float32(model: nn.Module) -> nn.Module:

@@ -153,14 +153,43 @@ def choose_masking(
         ValueError: If there is no such strategy, an option is wrong, or nothing tells what the
             weights were trained with.
     """
-    options = dict(options or {})
+    if name is None and not options:
+        return None
+    told, checkpoint = _read_training(weights)
+    state = checkpoint.get("masking_state") or {}
+    return masking_of(
+        name, options, told=told, weights=weights, progress=_progress(told, checkpoint), state=state
+    )
+
+
+def masking_of(
+    name: str | None,
+    options: Mapping[str, Any] | None,
+    *,
+    told: Mapping[str, Any],
+    weights: str,
+    progress: float,
+    state: Mapping[str, Any],
+) -> InferenceMasking | None:
+    """Return the masking that a user asks for, where what is known of the training is given.
+
+    Args:
+        name: As for `choose_masking`.
+        options: The same.
+        told: The options of the training by name, as far as they are known.
+        weights: What to call the model in messages.
+        progress: Completed share of the masked training, in [0, 1].
+        state: What the masking of the training found, as `masking_state` returns it.
+
+    Raises:
+        ValueError: As `choose_masking` does.
+    """
+    options, is_changed = dict(options or {}), bool(options)
     if name is None:
         if options:
             raise ValueError(f"{', '.join(options)} of masked inference needs a masking's name")
         return None
-    told, checkpoint = _read_training(weights)
-    progress = _progress(told, checkpoint)
-    state: Mapping[str, Any] = {}
+    is_own = name == AS_TRAINED and not is_changed
     if name == AS_TRAINED:
         if not isinstance(told.get("masking"), str):
             raise ValueError(
@@ -175,12 +204,11 @@ def choose_masking(
             raise ValueError(f"what {weights} was trained with cannot be read: {error}") from None
         if options.get("merge") == "none":
             trained.pop("merge_counts", None)
-        state = {} if options else checkpoint.get("masking_state") or {}
         options = {**trained, **options}
     merging = {key: options.pop(key) for key in ("merge", "merge_counts") if key in options}
     if not isinstance(merging.get("merge", ""), str):
         raise ValueError(f"merge takes a name, got {merging['merge']!r}")
-    masking = InferenceMasking(name, options, progress, state=state, **merging)
+    masking = InferenceMasking(name, options, progress, state=state if is_own else {}, **merging)
     return None if create_masking(name, **options).keeps_all else masking
 
 

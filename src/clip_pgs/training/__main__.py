@@ -120,6 +120,7 @@ def _hooks(args: TrainOptions) -> dict[str, Any]:
 
     # The loop would name the run only after this needs its folder.
     args.name = args.name or default_name(args)
+    ratio = args.eval_inference_mask_ratio
     evaluation = EvaluationInTraining(
         suite=args.eval_suite,
         datasets=args.eval_datasets,
@@ -127,6 +128,9 @@ def _hooks(args: TrainOptions) -> dict[str, Any]:
         run=run_folder(args),
         batch_size=min(args.batch_size, _EVAL_BATCH_SIZE),
         workers=args.workers,
+        inference_masking=args.eval_inference_masking,
+        inference_options={} if ratio is None else {"mask_ratio": ratio},
+        trained=args.values(),
     )
     return {"evaluate": evaluation}
 
@@ -167,7 +171,7 @@ def _summary(args: TrainOptions) -> str:
 
 
 if __name__ == "__main__":
-    start: Callable[[], int | None] = main
+    start: Callable[..., int | None] = main
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import record
 

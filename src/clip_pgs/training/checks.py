@@ -27,7 +27,7 @@ from clip_pgs.checkpoint_io import (
 )
 from clip_pgs.common import CHECKPOINTS_NAME, one_sentence
 from clip_pgs.data.text_masking import create_text_masking
-from clip_pgs.integrations.open_clip import apply_masking
+from clip_pgs.integrations.open_clip import apply_masking, masked_inference
 from clip_pgs.integrations.open_clip.compat import check_versions
 from clip_pgs.integrations.open_clip.model_config import (
     MISFITS,
@@ -81,6 +81,7 @@ def check_options(options: TrainOptions) -> None:
         _check_recipe(options)
         model, optimizer = _check_model(options)
         _check_masking(options, model)
+        _check_inference_masking(options, model)
         _check_text_masking(options)
         check_data(options)
         check_shared_memory(options)
@@ -252,6 +253,18 @@ def _check_masking(options: TrainOptions, model: nn.Module) -> None:
         apply_masking(model, strategy, merge=options.merge, merge_counts=options.merge_counts)
     except ValueError as error:
         raise ValueError(f"--masking {options.masking} on {options.model}: {error}") from None
+
+
+def _check_inference_masking(options: TrainOptions, model: nn.Module) -> None:
+    """Refuse a masking for evaluations in training that the image tower cannot take."""
+    name = options.eval_inference_masking
+    if name in (None, "run", "none"):
+        return
+    try:
+        with masked_inference(model, name):
+            pass
+    except ValueError as error:
+        raise ValueError(f"--eval-inference-masking {name}: {error}") from None
 
 
 def _check_schedule(options: TrainOptions) -> None:

@@ -108,7 +108,8 @@ def _idle_groups(options: TrainOptions) -> list[tuple[bool, str, str]]:
         (not has_imagenet, "zeroshot_frequency", "without --imagenet-val"),
         (
             options.eval_suite is None,
-            "eval_datasets eval_data_root eval_every",
+            "eval_datasets eval_data_root eval_every "
+            "eval_inference_masking eval_inference_mask_ratio",
             "without --eval-suite",
         ),
         (not options.opt.lower().startswith("timm/"), "momentum", f"with --opt {options.opt}"),

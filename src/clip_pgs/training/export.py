@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -56,7 +57,7 @@ import open_clip
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:PATH_TO_THIS_FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:PATH_TO_THIS_FOLDER")
 ```
-
+{inference}
 ## Training
 
 {training}
@@ -166,6 +167,7 @@ def write_model_card(name: str, record: Mapping[str, Any]) -> str:
         model=record["model"],
         version=record["version"],
         how=_course(record),
+        inference=_inference(record),
         training=_table(
             {
                 "masking": masking,
@@ -204,6 +206,29 @@ def _course(record: Mapping[str, Any]) -> str:
             f"without any, at a learning rate of up to {recipe['unmasked_lr']:g}"
         )
     return how
+
+
+def _inference(record: Mapping[str, Any]) -> str:
+    """Say how a model encodes images as it was trained to see them; "" for whole images."""
+    if record["masking"] == "none" or record["recipe"].get("unmasked_epochs"):
+        return ""
+    recipe, options = record["recipe"], dict(record["masking_options"])
+    if recipe.get("mask_schedule", "constant") != "constant":
+        options |= {"mask_ratio": recipe["mask_ratio_end"]}
+    ratio = options.pop("mask_ratio", None)
+    command = ["bash clip-test.sh PATH_TO_THIS_FOLDER --inference-masking", record["masking"]]
+    command += [] if ratio is None else [f"--inference-mask-ratio {ratio}"]
+    if recipe.get("merge", "none") != "none":
+        command.append(f"--inference-merge {recipe['merge']}")
+        command += ["--inference-merge-counts"] if recipe.get("merge_counts") else []
+    if options:
+        pairs = (shlex.quote(f"{name}={value}") for name, value in options.items())
+        command.append(f"--inference-masking-option {' '.join(pairs)}")
+    return (
+        "\nIt sees whole images so. In training it saw them through its masking; clip-pgs encodes "
+        f"them like that, which no setting of this export does by itself:\n\n```bash\n"
+        f"{' '.join(command)}\n```\n"
+    )
 
 
 def _share(part: float, whole: float) -> str:

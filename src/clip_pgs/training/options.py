@@ -161,6 +161,9 @@ class TrainOptions(argparse.Namespace):
         eval_datasets: its data sets, as clip-test.sh --datasets takes them
         eval_data_root: where they are, as clip-test.sh --data-root takes it
         eval_every: every N epochs, and after the last
+        eval_inference_masking: encode their images through a masking, as clip-test.sh
+            --inference-masking does, or run for this run's own (default: whole images)
+        eval_inference_mask_ratio: its share of dropped patches
         save_every_steps: save checkpoints/step_N.pt every N optimizer steps (default: none)
         save_every_minutes: save one when the last is M minutes old (default: none)
         keep_checkpoints: keep the last K step_N.pt; those of epochs are kept as --save-frequency
@@ -217,6 +220,8 @@ class TrainOptions(argparse.Namespace):
     eval_datasets: str = _ours("demo", EVALUATION, "demo|paper|FILE")
     eval_data_root: str | None = _ours(None, EVALUATION, "DIR")
     eval_every: int = _ours(1, EVALUATION, "N", rule=AT_LEAST_1)
+    eval_inference_masking: str | None = _ours(None, EVALUATION, "NAME")
+    eval_inference_mask_ratio: float | None = _ours(None, EVALUATION, "F", rule=BELOW_1)
     save_every_steps: int | None = _ours(None, SAVING, "N", rule=AT_LEAST_1)
     save_every_minutes: float | None = _ours(None, SAVING, "M", rule=ABOVE_0, is_basic=True)
     keep_checkpoints: int = _ours(3, SAVING, "K", rule=AT_LEAST_1)
