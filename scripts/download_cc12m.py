@@ -20,13 +20,19 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from urllib.parse import quote
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import disable_progress_bars, logging
+from huggingface_hub.hf_api import RepoFile, RepoFolder
+from huggingface_hub.utils import (
+    build_hf_headers,
+    disable_progress_bars,
+    get_session,
+    hf_raise_for_status,
+    logging,
+)
 
 from clip_pgs.common import SentenceParser, one_sentence, write_text
 from clip_pgs.data.shards import read_sizes
@@ -35,8 +41,11 @@ from clip_pgs.data.tar import size_shards
 SIZES_NAME = "sizes.json"
 MAX_WORKERS = 64
 MAX_LISTED = 100_000
-# A shard is a plain file name; what only ends like one could lie anywhere on this machine.
-SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-train-([0-9]{1,9})\.tar")
+MAX_PAGES = 1_000
+LIST_SECONDS = 30
+# A shard is a plain file name, short enough for any disk with what is appended while it comes;
+# what only ends like one could lie anywhere on this machine.
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}-train-([0-9]{1,9})\.tar")
 SHARD_ENDING = re.compile(r"-train-\d+\.tar\s*$", re.IGNORECASE)
 # Each member of an archive has a header of this many bytes.
 TAR_BLOCK = 512
@@ -162,19 +171,19 @@ def list_shards(repo: str) -> list[Shard]:
     hub = HfApi()
     print(f"asking {hub.endpoint} for the shards of {repo}", flush=True)
     try:
-        entries = list(islice(hub.list_repo_tree(repo, repo_type="dataset"), MAX_LISTED + 1))
+        entries = list_files(hub.endpoint, repo)
     except NETWORK_ERRORS as error:
         raise OSError(f"{hub.endpoint} did not list {repo}: {reason(error)}") from error
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
         raise OSError(f"{hub.endpoint} gave no list of the files of {repo}") from error
-    if len(entries) > MAX_LISTED:
-        raise ValueError(f"{repo} lists more than {MAX_LISTED:,} files")
     shards: dict[str, Shard] = {}
     for entry in entries:
         match = SHARD_NAME.fullmatch(str(entry.path))
         if match is None:
             if SHARD_ENDING.search(str(entry.path)):
-                raise ValueError(f"{repo} lists the shard {entry.path!r}, which is no file name")
+                raise ValueError(
+                    f"{repo} lists the shard {entry.path!r}, which is no plain file name"
+                )
             continue
         if not isinstance(entry, RepoFile) or not isinstance(entry.size, int) or entry.size < 0:
             raise ValueError(f"{repo} lists {entry.path} without a size")
@@ -184,6 +193,29 @@ def list_shards(repo: str) -> list[Shard]:
         sha256 = entry.lfs.sha256 if entry.lfs else None
         shards[entry.path.casefold()] = Shard(entry.path, int(match[1]), entry.size, sha256)
     return sorted(shards.values(), key=lambda shard: (shard.number, shard.name))
+
+
+def list_files(endpoint: str, repo: str) -> list[RepoFile | RepoFolder]:
+    """Ask the Hub for the top folder of a dataset repository, page by page.
+
+    The Hub's client would follow pages for ever, and say nothing while it tries a failure again.
+
+    Raises:
+        ValueError: If there are too many files or pages.
+    """
+    entries: list[RepoFile | RepoFolder] = []
+    url = f"{endpoint}/api/datasets/{quote(repo)}/tree/main"
+    for _ in range(MAX_PAGES):
+        answer = get_session().get(url, headers=build_hf_headers(), timeout=LIST_SECONDS)
+        hf_raise_for_status(answer)
+        for entry in answer.json():
+            entries.append((RepoFile if entry["type"] == "file" else RepoFolder)(**entry))
+        if len(entries) > MAX_LISTED:
+            raise ValueError(f"{repo} lists more than {MAX_LISTED:,} files")
+        if "next" not in answer.links:
+            return entries
+        url = answer.links["next"]["url"]
+    raise ValueError(f"{repo} lists its files on more than {MAX_PAGES:,} pages")
 
 
 def known_sizes(path: Path, shards: list[Shard]) -> dict[str, int]:

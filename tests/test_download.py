@@ -33,6 +33,8 @@ class Hub(ThreadingHTTPServer):
         self.served = dict(files)
         self.fetched: list[str] = []
         self.listing: list[object] | bytes | None = None
+        self.empty_pages = 0
+        self.status = 200
 
     @property
     def endpoint(self) -> str:
@@ -45,6 +47,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path.startswith(f"/api{REPO}/tree/main"):
+            page = int(self.path.partition("?page=")[2] or 0)
+            if page < self.server.empty_pages:
+                link = f'<{self.server.endpoint}/api{REPO}/tree/main?page={page + 1}>; rel="next"'
+                self._answer(b"[]", {"Content-Type": "application/json", "Link": link})
+                return
             listing = self.server.listing
             if listing is None:
                 listing = [entry(name, data) for name, data in self.server.files.items()]
@@ -72,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(content, headers)
 
     def _answer(self, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(200)
+        self.send_response(self.server.status)
         for header, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(header, value)
         self.end_headers()
@@ -308,6 +315,7 @@ def test_a_listed_name_that_leads_elsewhere_touches_nothing(hub, download, tmp_p
         [{"type": "directory", "path": "a-train-0001.tar", "oid": "0" * 40}],
         [entry("a-train-0001.tar", b"x"), entry("A-train-0001.tar", b"x")],
         [entry(f"{number}.txt", b"") for number in range(30)],
+        [entry(f"{'n' * 300}-train-0001.tar", b"x")],
     ],
 )
 def test_an_odd_list_of_files_is_refused(script, hub, download, tmp_path, monkeypatch, listing):
@@ -317,7 +325,32 @@ def test_an_odd_list_of_files_is_refused(script, hub, download, tmp_path, monkey
     assert not (tmp_path / "cc12m").exists()
 
 
-@pytest.mark.parametrize("listing", [b"<html>sign in</html>", b"{}", b"[1]", b'[{"type": "file"}]'])
+@pytest.mark.parametrize("pages", [3, 50])
+def test_a_list_of_several_pages_is_read_to_its_end_or_to_a_bound(
+    script, hub, download, tmp_path, monkeypatch, pages
+):
+    monkeypatch.setattr(script, "MAX_PAGES", 4)
+    hub.empty_pages = pages
+    done = download(tmp_path / "cc12m", "--dry-run")
+    if pages == 3:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "4 shards" in done.stdout
+    else:
+        assert_refused(done)
+        assert not (tmp_path / "cc12m").exists()
+
+
+def test_a_hub_that_fails_is_told_at_once(hub, download, tmp_path):
+    hub.status, hub.listing = 500, b"<html>out of order</html>"
+    done = download(tmp_path / "cc12m")
+    assert_refused(done, code=1)
+    assert "500" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [b"<html>sign in</html>", b"{}", b"[1]", b"1", b'[{"type": "file"}]', b"[" * 100_000],
+)
 def test_what_is_no_list_of_files_is_told_in_one_sentence(hub, download, tmp_path, listing):
     hub.listing = listing
     done = download(tmp_path / "cc12m")
