@@ -50,7 +50,7 @@ def test_any_config_is_valid_or_refused(content):
     check_config(content)
 
 
-@fuzz(200)
+@fuzz(100)
 @given(model_configs())
 def test_any_model_config_is_valid_or_refused(content):
     check_model(content)

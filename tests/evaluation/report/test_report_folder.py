@@ -1,5 +1,7 @@
 """Which files a report's folder holds after a second report."""
 
+import shutil
+
 import pytest
 
 from clip_pgs.evaluation.report.command import write_report
@@ -8,10 +10,18 @@ from support.reports import make_result, save_results, save_run
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run in `logs`, and in `report` its report with figures on several suites."""
+    folder = tmp_path_factory.mktemp("made")
+    write_report([save_run(folder / "logs")], folder / "report")
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path):
-    """A report with figures on several suites."""
-    return write_report([save_run(tmp_path / "logs")], tmp_path / "report")
+def folder(made, tmp_path):
+    """A copy of the report."""
+    return shutil.copytree(made / "report", tmp_path / "report")
 
 
 def names(folder):
@@ -25,7 +35,6 @@ def fewer(tmp_path):
     return tmp_path / "few"
 
 
-@pytest.mark.slow
 def test_figures_that_a_second_report_does_not_show_are_removed(folder, fewer):
     assert len(names(folder / "figures")) > 8
     write_report([fewer], folder)
@@ -34,7 +43,6 @@ def test_figures_that_a_second_report_does_not_show_are_removed(folder, fewer):
     assert names(folder) == {"report.html", "report.md", "results.csv", "figures"}
 
 
-@pytest.mark.slow
 def test_files_of_others_stay(folder, fewer):
     figures = folder / "figures"
     # A copy of a figure, one's own picture under a name of ours, notes, a link and a folder.
@@ -62,18 +70,16 @@ def test_files_of_others_stay(folder, fewer):
     assert (folder / "mine.md").read_text() == "mine"
 
 
-@pytest.mark.slow
-def test_the_same_report_twice_is_the_same_folder(folder, tmp_path):
+def test_the_same_report_twice_is_the_same_folder(folder, made):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    write_report([tmp_path / "logs"], folder)
+    write_report([made / "logs"], folder)
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert after == before
 
 
-@pytest.mark.slow
-def test_no_earlier_figure_goes_where_the_new_report_cannot_be_made(folder, tmp_path):
+def test_no_earlier_figure_goes_where_the_new_report_cannot_be_made(folder, made, tmp_path):
     before = names(folder / "figures")
     (tmp_path / "broken.json").write_text('{"weights_digest": "x"}')
     with pytest.raises(ValueError, match="is no result"):
-        write_report([tmp_path / "logs", tmp_path / "broken.json"], folder)
+        write_report([made / "logs", tmp_path / "broken.json"], folder)
     assert names(folder / "figures") == before
