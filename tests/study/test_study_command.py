@@ -24,6 +24,18 @@ def test_a_study_goes_on_where_a_signal_stopped_it(finished):
             assert (options["masking"], options["seed"]) == (arm, seed)
             assert options["masking_options"] == {"mask_ratio": 0.5}
             assert len(list((run / "eval-unmasked").glob("*.json"))) == 2
+            assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_one_run_is_evaluated_in_several_ways(finished):
+    files, *_ = finished
+    rows = json.loads((files.study / "results.json").read_text())["rows"]
+    names = [(row["arm"], row["evaluation"]) for row in rows]
+    assert names == [("random", "unmasked"), ("pgs", "unmasked"), ("pgs", "masked")]
+    assert all(set(row["seeds"]) == {"0", "1"} for row in rows)
+    assert rows[1]["training_flops"] == rows[2]["training_flops"] > 0
+    assert rows[0]["flops_per_image"] == rows[1]["flops_per_image"] > rows[2]["flops_per_image"]
 
 
 @pytest.mark.slow
@@ -50,11 +62,8 @@ def copied(finished, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("parts", "named"),
-    [
-        ({"overrides": {"mask-ratio": 0.25}}, "mask_ratio"),
-        ({"overrides": {"lr": 2e-3}}, "lr 0.001"),
-    ],
+    ("overrides", "named"),
+    [({"mask-ratio": 0.25}, "mask_ratio"), ({"mask-ratio": 0.5, "lr": 2e-3}, "lr 0.001")],
     ids=["masking", "recipe"],
 )
 def test_other_options_are_refused(copied, capsys, overrides, named):
@@ -77,7 +86,7 @@ def test_other_code_is_refused_and_can_be_accepted(copied, capsys):
 def test_a_failed_run_is_told_and_the_others_are_run(study):
     # Fits the checks, and fails when a step has no finite loss.
     arms = {
-        "bad": {"train": {"masking": "random", "lr": 1e38, "max-bad-steps": 1, "epochs": 3}},
+        "bad": {"train": {"masking": "random", "lr": 1e15, "max-bad-steps": 1, "epochs": 3}},
         "good": {"train": {"masking": "random"}},
     }
     study.change(arms=arms, seeds=[0], reference="good")

@@ -17,6 +17,7 @@
     metrics:                         # means of SUITE/DATASET/METRIC; a list in a list is one value
       shape: [zeroshot-classification/shape/acc1]
     primary: shape
+    keep_checkpoints: false          # of runs that are done; their exports stay
 
 Options are named like the flags of the two commands, and passed on as they are.
 """
@@ -58,8 +59,9 @@ _KEYS = (
     "reference",
     "metrics",
     "primary",
+    "keep_checkpoints",
 )
-_OPTIONAL = ("about", "overrides")
+_OPTIONAL = ("about", "overrides", "keep_checkpoints")
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 # The study decides on these itself.
 _OWN_TRAIN = {"seed", "name", "logs", "resume", "accept-changes"}
@@ -99,6 +101,7 @@ class Study:
         evaluations: Flags of evaluation for all arms, a set of them for each call.
         metrics: By their names, in order.
         primary: The metric that counts.
+        keep_checkpoints: Whether runs that are done keep theirs, beside their exports.
         root: The folder of all studies.
     """
 
@@ -112,6 +115,7 @@ class Study:
     evaluations: tuple[dict[str, Any], ...]
     metrics: dict[str, Formula]
     primary: str
+    keep_checkpoints: bool
     root: Path
 
     @property
@@ -190,6 +194,10 @@ def _study(path: Path, content: dict[Any, Any], root: Path) -> Study:
         _text("a metric", name): _formula(name, said)
         for name, said in _mapping("metrics", content["metrics"]).items()
     }
+    if not isinstance(content.get("keep_checkpoints", True), bool):
+        raise ValueError(
+            f"'keep_checkpoints' is true or false, got {content['keep_checkpoints']!r}"
+        )
     if content["primary"] not in metrics:
         raise ValueError(f"'primary' is one of {', '.join(metrics)}, got {content['primary']!r}")
     return Study(
@@ -203,6 +211,7 @@ def _study(path: Path, content: dict[Any, Any], root: Path) -> Study:
         evaluations=_evaluations(content["evaluations"]),
         metrics=metrics,
         primary=content["primary"],
+        keep_checkpoints=content.get("keep_checkpoints", True),
         root=root,
     )
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import clip_pgs
 from clip_pgs.common import EXIT_NAME, EXPORT_NAME, write_text
+from clip_pgs.evaluation.report.gather import read_training_facts
 from clip_pgs.training.build import read_model_config
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.run_folder import changed_options, changed_recipe, holds_run
@@ -24,7 +25,7 @@ RECORD_NAME = "study.json"
 # Files and folders of the package that a trained weight, or a score, depends on.
 _SHARED = ("common.py", "checkpoint_io.py", "masking", "integrations")
 _TRAINING = (*_SHARED, "training", "data", "study/controls.py")
-_EVALUATION = (*_SHARED, "evaluation", "study/controls.py")
+_EVALUATION = (*_SHARED, "evaluation", "data", "study/controls.py")
 # Of these, what writes about results, and the demo world's maker, whose files are compared.
 _LEFT_OUT = ("evaluation/report", "data/world")
 _SHOWN = 12
@@ -59,6 +60,21 @@ class Evaluated:
 
 
 @dataclass
+class Spent:
+    """What training a run took.
+
+    Attributes:
+        flops: Floating-point operations over all processes; None where unknown.
+        seconds: Wall time, launches that were interrupted included; None where unknown.
+        hardware: Such as "1 x NVIDIA H100", "" where unknown.
+    """
+
+    flops: float | None
+    seconds: float | None
+    hardware: str
+
+
+@dataclass
 class Record:
     """What `study.json` holds.
 
@@ -66,7 +82,7 @@ class Record:
         version: Of the package when the run was begun.
         code: Digests of the code by which it was trained; one, unless others were accepted.
         model: Digest of the model's config.
-        seconds: Wall time of its launches.
+        spent: What training took, None before its end.
         evaluations: By name.
         failed: Why training or an evaluation failed at last, "" if none did.
         accepted: Differences from the study that somebody accepted, as sentences.
@@ -75,7 +91,7 @@ class Record:
     version: str = ""
     code: list[str] = field(default_factory=list)
     model: str = ""
-    seconds: float = 0.0
+    spent: Spent | None = None
     evaluations: dict[str, Evaluated] = field(default_factory=dict)
     failed: str = ""
     accepted: list[str] = field(default_factory=list)
@@ -93,11 +109,24 @@ def read_record(run: Path) -> Record:
         content["evaluations"] = {
             name: Evaluated(**said) for name, said in content["evaluations"].items()
         }
-        return Record(**content)
+        if content.get("spent") is not None:
+            content["spent"] = Spent(**content["spent"])
+        # An earlier version held more.
+        known = {part.name for part in fields(Record)}
+        return Record(**{name: said for name, said in content.items() if name in known})
     except FileNotFoundError:
         return Record()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read: {error}; remove the run {run}") from None
+
+
+def read_spent(run: Path) -> Spent:
+    """Read what training a run took, from its record or else from its checkpoint or curves."""
+    spent = read_record(run).spent
+    if spent is not None:
+        return spent
+    facts = read_training_facts(run, "")
+    return Spent(facts.flops, facts.seconds, facts.hardware)
 
 
 def write_record(record: Record, run: Path) -> None:

@@ -16,10 +16,9 @@ from matplotlib.ticker import FuncFormatter
 
 from clip_pgs import plots
 from clip_pgs.common import write_text
-from clip_pgs.evaluation.report.gather import TrainingFacts, read_training_facts
 from clip_pgs.evaluation.results import DONE, read_results
 from clip_pgs.study.plan import UNMASKED, Study, evaluate_formula
-from clip_pgs.study.record import is_trained, read_record
+from clip_pgs.study.record import Spent, read_record, read_spent
 from clip_pgs.study.statistics import MIN_SEEDS, Mean, holm, mean_with_interval, sign_flip_p
 from clip_pgs.tables import Cell, Table, counted, csv_text, percent, scaled
 
@@ -42,7 +41,7 @@ class Row:
         arm: Its name.
         evaluation: The way's name.
         values: Metrics in [0, 1] by seed, those alone that are complete.
-        training: What is known of the training of each of these seeds.
+        spent: What training took, by seed.
         flops_per_image: Operations of encoding an image at inference; None where unknown.
         lacking: Metrics that an evaluated seed has no value of, each once.
     """
@@ -50,7 +49,7 @@ class Row:
     arm: str
     evaluation: str
     values: dict[int, dict[str, float]]
-    training: dict[int, TrainingFacts]
+    spent: dict[int, Spent]
     flops_per_image: float | None
     lacking: tuple[str, ...] = ()
 
@@ -61,7 +60,7 @@ class Row:
 
     def mean_of(self, fact: str) -> float | None:
         """Return the mean of "flops" or "seconds" of training over the seeds, None if unknown."""
-        values = [getattr(facts, fact) for facts in self.training.values()]
+        values = [getattr(spent, fact) for spent in self.spent.values()]
         known = [value for value in values if value is not None]
         return sum(known) / len(known) if known else None
 
@@ -97,15 +96,10 @@ class Comparison:
 
 def read_rows(study: Study) -> list[Row]:
     """Read what there is of a study, row by row."""
-    facts = {
-        (arm, seed): read_training_facts(study.run(arm, seed), "")
-        for arm in study.arms
-        for seed in study.seeds
-        if is_trained(study.run(arm, seed))
-    }
     rows = []
     for arm, evaluation in study.rows:
         values: dict[int, dict[str, float]] = {}
+        spent: dict[int, Spent] = {}
         flops: list[float] = []
         lacking: list[str] = []
         for seed in study.seeds:
@@ -123,11 +117,11 @@ def read_rows(study: Study) -> list[Row]:
             known = {name: value for name, value in metrics.items() if value is not None}
             if len(known) == len(metrics):
                 values[seed] = known
+                spent[seed] = read_spent(study.run(arm, seed))
             lacking += metrics.keys() - known.keys()
             flops += [f for r in results if (f := r.flops_per_image) is not None]
-        training = {seed: facts[arm, seed] for seed in values if (arm, seed) in facts}
         mean_flops = sum(flops) / len(flops) if flops else None
-        rows.append(Row(arm, evaluation, values, training, mean_flops, tuple(sorted(set(lacking)))))
+        rows.append(Row(arm, evaluation, values, spent, mean_flops, tuple(sorted(set(lacking)))))
     return rows
 
 
@@ -187,7 +181,7 @@ def write_results(study: Study, *, command: str) -> Path:
     facts = _facts(study, rows, command)
     tables = [
         _means_table(study, rows),
-        *(_differences_table(study, name, comparisons) for name in _references(comparisons)),
+        *(_differences_table(study, name, rows, comparisons) for name in _references(comparisons)),
     ]
     seeds_table = _seeds_table(study, rows, comparisons)
     trouble = Table.of(["run", "reason"], failed, caption="Runs that failed.") if failed else None
@@ -322,16 +316,14 @@ def _notes(study: Study, rows: Sequence[Row], comparisons: Sequence[Comparison])
 
 
 def _facts(study: Study, rows: Sequence[Row], command: str) -> dict[str, str]:
-    facts = [said for row in rows for said in row.training.values()]
-    hardware = sorted({said.hardware for said in facts if said.hardware})
-    trained = {
-        (row.arm, seed): said.seconds or 0.0 for row in rows for seed, said in row.training.items()
-    }
+    runs = {(row.arm, seed): spent for row in rows for seed, spent in row.spent.items()}
+    hardware = sorted({spent.hardware for spent in runs.values() if spent.hardware})
+    seconds = sum(spent.seconds or 0.0 for spent in runs.values())
     return {
         "command": command,
         "date": datetime.now(timezone.utc).date().isoformat(),
         "hardware": ", ".join(hardware) or "unknown",
-        "minutes of training in all": f"{sum(trained.values()) / 60:.0f}",
+        "minutes of training in all": f"{seconds / 60:.0f}",
         "arms": ", ".join(f"{arm.name} ({json.dumps(arm.train)})" for arm in study.arms.values()),
     }
 
@@ -384,14 +376,27 @@ def _minutes(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds / 60:.1f}"
 
 
-def _differences_table(study: Study, reference: str, comparisons: Sequence[Comparison]) -> Table:
+def _ratio(value: float | None, reference: float | None) -> Cell:
+    ratio = value / reference if value is not None and reference else None
+    return Cell(ratio, None if ratio is None else f"{ratio:.2f}")
+
+
+def _differences_table(
+    study: Study, reference: str, rows: Sequence[Row], comparisons: Sequence[Comparison]
+) -> Table:
+    by_name = {row.name: row for row in rows}
     own = [said for said in comparisons if said.reference == reference]
     metrics = [study.primary, *(name for name in study.metrics if name != study.primary)]
     lines, remarks = [], []
     for name in dict.fromkeys(said.row for said in own):
         by_metric = {said.metric: said for said in own if said.row == name}
         primary = by_metric[study.primary]
-        cells: list[Any] = [name, len(primary.differences)]
+        cells: list[Any] = [
+            name,
+            len(primary.differences),
+            _ratio(by_name[name].mean_of("flops"), by_name[reference].mean_of("flops")),
+            _ratio(by_name[name].flops_per_image, by_name[reference].flops_per_image),
+        ]
         for metric in metrics:
             said = by_metric[metric]
             cells += [_shown(said.mean, is_difference=True), Cell(said.p, f"{said.p:.3f}")]
@@ -400,13 +405,14 @@ def _differences_table(study: Study, reference: str, comparisons: Sequence[Compa
             if said.mean.remark:
                 remarks.append(f"{name}, {metric}: {said.mean.remark}.")
         lines.append(cells)
-    header = ["arm | evaluation", "pairs"]
+    header = ["arm | evaluation", "pairs", "training FLOPs", "FLOPs per image"]
     for metric in metrics:
         header += [metric, "p"] + (["p (Holm)"] if metric == study.primary else [])
     return Table.of(
         header,
         lines,
-        caption=f"Difference to {reference}, paired by seed: mean with 95 % interval, in points.",
+        caption=f"Difference to {reference}, paired by seed: mean with 95 % interval, in points; "
+        "FLOPs as multiples of its own.",
         notes=remarks,
     )
 
@@ -429,8 +435,8 @@ def _csv_rows(
                 for name in references
                 for metric in study.metrics
             ]
-            facts = row.training.get(seed, TrainingFacts())
-            lines.append([*line, facts.flops, facts.seconds, row.flops_per_image])
+            spent = row.spent[seed]
+            lines.append([*line, spent.flops, spent.seconds, row.flops_per_image])
     return header, lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,27 +18,32 @@ from pathlib import Path
 import torch
 
 import clip_pgs
-from clip_pgs.common import write_text
+from clip_pgs.common import CHECKPOINTS_NAME, write_text
 from clip_pgs.evaluation.results import DONE, read_results
 from clip_pgs.study.plan import CONFIG_NAME, Study
 from clip_pgs.study.record import (
     Code,
     Evaluated,
+    Record,
     differences,
     is_trained,
     model_digest,
     read_code,
     read_record,
+    read_spent,
     write_record,
 )
 from clip_pgs.tables import duration, plain
 from clip_pgs.training.data_checks import has_training_data, training_files
 from clip_pgs.training.options import TrainOptions
+from clip_pgs.training.run_folder import holds_run
 from clip_pgs.training.stop import StopSignals
 
 OUTPUT_NAME = "study.log"
 
 _POLL_SECONDS = 0.2
+# Imports and checks before a run's own clock starts; for the time left alone.
+_START_SECONDS = 10.0
 _LAUNCHERS = {"training": "clip-train.sh", "evaluation": "clip-test.sh"}
 
 
@@ -197,10 +203,13 @@ class Runner:
         for way in self._study.arms[pair.arm].evaluations:
             if not reason and not self._is_stopping:
                 reason = self._evaluate(pair, way)
-        if self._is_stopping:
+        if self._is_stopping or (self._other_code and not reason):
             return
         run = self._study.run(pair.arm, pair.seed)
         write_record(replace(read_record(run), failed=reason), run)
+        if not reason and not self._study.keep_checkpoints:
+            # The export has the weights; only going on from here needs more.
+            shutil.rmtree(run / CHECKPOINTS_NAME, ignore_errors=True)
         with self._lock:
             self._ended.add(pair)
             self._num_failed += bool(reason)
@@ -230,21 +239,20 @@ class Runner:
         run.mkdir(parents=True, exist_ok=True)
         with self._lock:
             write_text(config, study.config_text(pair.arm, config.parent))
-        record = read_record(run)
         code = read_code().training if self._accepts_changes else self._code.training
-        if code not in record.code:
-            record.code.append(code)
-        record.version = record.version or clip_pgs.__version__
-        record.model = record.model or model_digest(self._options[pair.arm])
+        record = Record(clip_pgs.__version__, [], model_digest(self._options[pair.arm]))
+        if holds_run(run):
+            record = read_record(run)
+        record.code = list(dict.fromkeys([*record.code, code]))
         write_record(record, run)
         arguments = study.train_arguments(pair.arm, pair.seed, config)
         if pair in self._changed:
             arguments.append("--accept-changes")
-        start = time.monotonic()
         exit_code, reason = self._launch("training", arguments, run)
-        record.seconds += time.monotonic() - start
-        write_record(record, run)
-        return reason if exit_code else ""
+        if exit_code:
+            return reason
+        write_record(replace(record, spent=read_spent(run)), run)
+        return ""
 
     def _evaluate(self, pair: Pair, way: str) -> str:
         """Evaluate a run in one way; return why that failed, "" if it did not."""
@@ -253,18 +261,18 @@ class Runner:
         if is_evaluated(study, pair, way, self._code, accepts_changes=accepts):
             return ""
         if not self._is_same_code():
-            return self._other_code
+            return ""
         record = read_record(run)
         output = study.results(pair.arm, pair.seed, way)
         calls = study.evaluate_arguments(pair.arm, way)
-        before = record.evaluations.pop(way, None)
+        record.evaluations.pop(way, None)
         write_record(record, run)
-        # What was scored by other code has the identity of what would be scored now.
-        redo = ["--force"] if before is not None or output.exists() else []
+        # What was scored by other code, or through another mask, must not stay beside the new.
+        shutil.rmtree(output, ignore_errors=True)
         code = read_code().evaluation if accepts else self._code.evaluation
         start = time.monotonic()
         for flags in calls:
-            arguments = [str(run), f"--output={output}", "--no-report", *redo, *flags]
+            arguments = [str(run), f"--output={output}", "--no-report", *flags]
             exit_code, reason = self._launch("evaluation", arguments, run)
             if exit_code:
                 errors = [r.error for r in read_results(output) if r.status != DONE and r.error]
@@ -315,9 +323,10 @@ class Runner:
         seconds: dict[str, list[float]] = {}
         for pair in self._pairs:
             record = read_record(self._study.run(pair.arm, pair.seed))
-            if pair in self._ended and not record.failed:
+            if pair in self._ended and record.spent is not None and not record.failed:
                 evaluating = sum(done.seconds for done in record.evaluations.values())
-                seconds.setdefault(pair.arm, []).append(record.seconds + evaluating)
+                spent = (record.spent.seconds or 0.0) + _START_SECONDS + evaluating
+                seconds.setdefault(pair.arm, []).append(spent)
         if not seconds:
             return ""
         means = {arm: sum(spent) / len(spent) for arm, spent in seconds.items()}
@@ -325,8 +334,8 @@ class Runner:
         now, left = time.monotonic(), 0.0
         for pair in self._pairs:
             if pair not in self._ended:
-                spent = now - self._started.get(pair, now)
-                left += max(means.get(pair.arm, mean) - spent, 0.0)
+                passed = now - self._started.get(pair, now)
+                left += max(means.get(pair.arm, mean) - passed, 0.0)
         return f"; about {duration(left / self._jobs)} left" if left else ""
 
     def _say(self, sentence: str) -> None:

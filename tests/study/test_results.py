@@ -1,0 +1,130 @@
+"""Tables and page of a study whose runs are numbers that a test wrote."""
+
+import csv
+import json
+import re
+
+import pytest
+
+from clip_pgs.evaluation.results import DONE, Result, write_result
+from clip_pgs.study.__main__ import main
+from clip_pgs.study.plan import read_study
+from clip_pgs.study.record import Evaluated, Record, Spent, write_record
+from support.studies import write_study
+
+RANDOM = [0.30, 0.32, 0.28, 0.35, 0.31, 0.29]
+PGS = [0.35, 0.36, 0.34, 0.36, 0.33, 0.36]
+
+
+def fill(study, values, *, code="one"):
+    """Write runs of a study, and results whose primary metric is as said, arm by arm."""
+    plan = read_study(study.path, root=study.root)
+    for arm, scores in values.items():
+        for seed, score in enumerate(scores):
+            run = plan.run(arm, seed)
+            done = Evaluated(plan.evaluate_arguments(arm, "unmasked"), code, 1.0)
+            spent = Spent(1e12 if arm == "random" else 2e12, 60.0, "1 x a test")
+            write_record(Record("0", [code], "", spent, {"unmasked": done}), run)
+            folder = plan.results(arm, seed, "unmasked")
+            # The mean of the two retrievals is the score, too.
+            recalls = {"text_retrieval_recall@1": score - 0.1}
+            recalls |= {"image_retrieval_recall@1": score + 0.1}
+            classes = {"acc1": score, "mean_per_class_recall": score}
+            for suite, dataset, metrics in (
+                ("zeroshot-classification", "four", classes),
+                ("zeroshot-retrieval", "pairs", recalls),
+            ):
+                result = Result(
+                    suite=suite,
+                    dataset=dataset,
+                    status=DONE,
+                    metrics=metrics,
+                    samples=8,
+                    error=None,
+                    seconds=1.0,
+                    task=suite,
+                    location="",
+                    model="m",
+                    pretrained="",
+                    weights_digest=f"{arm}{seed}",
+                    flops_per_image=1e6,
+                )
+                write_result(result, folder / f"{suite}.json")
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A study of six seeds; do not change it."""
+    study = write_study(tmp_path_factory.mktemp("filled"))
+    study.change(seeds=list(range(6)))
+    fill(study, {"random": RANDOM, "pgs": PGS})
+    assert main(study.argv("--report-only")) == 0
+    return study
+
+
+def test_differences_are_paired_by_seed(filled):
+    content = json.loads((filled.study / "results.json").read_text())
+    (primary,) = [said for said in content["comparisons"] if said["metric"] == "score"]
+    expected = [pgs - random for pgs, random in zip(PGS, RANDOM, strict=True)]
+    assert list(primary["differences"].values()) == pytest.approx(expected)
+    assert primary["mean"]["mean"] == pytest.approx(sum(expected) / 6)
+    assert 0 < primary["mean"]["low"] < primary["mean"]["mean"] < primary["mean"]["high"]
+    # All six are above 0: two patterns of 64 are as extreme, and one row needs no correction.
+    assert (primary["p"], primary["p_holm"]) == (pytest.approx(2 / 64), pytest.approx(2 / 64))
+    rows = {(row["arm"], row["evaluation"]): row for row in content["rows"]}
+    row = rows["pgs", "unmasked"]
+    assert (row["training_flops"], row["flops_per_image"]) == (2e12, 1e6)
+    assert row["means"]["score"]["mean"] == pytest.approx(sum(PGS) / 6)
+    assert rows["pgs", "masked"]["seeds"] == {}
+
+
+def test_tables_say_the_same_everywhere(filled):
+    text = (filled.study / "results.md").read_text()
+    row = r"\| pgs \\\| unmasked \| 6 \| 2\.00 \| 1\.00 \| \+4\.2 \\\[\d\.\d, \d\.\d\\\] \| 0\.031 "
+    assert re.search(row, text)
+    assert "no p below" not in text
+    with (filled.study / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["score"]) for line in lines] == pytest.approx(RANDOM + PGS)
+    differences = [line["score - random | unmasked"] for line in lines if line["arm"] == "pgs"]
+    assert float(differences[3]) == pytest.approx(0.01)
+
+
+def test_the_page_needs_nothing_else(filled):
+    page = (filled.study / "index.html").read_text()
+    assert "+4.2" in page
+    assert page.count("data:image/svg+xml;base64,") == 2
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+    for name in ("score_by_training_flops", "score_by_inference_flops"):
+        assert (filled.study / "figures" / f"{name}.png").is_file()
+
+
+def test_five_seeds_are_said_to_give_no_p_below_0_05(study):
+    study.change(seeds=list(range(6)))
+    fill(study, {"random": RANDOM, "pgs": PGS[:5]})
+    assert main(study.argv("--report-only")) == 0
+    text = (study.study / "results.md").read_text()
+    assert "5 paired seeds: with fewer than 6 no p below 0.05 is possible" in text
+    assert "Not all of 6 seeds are there: pgs | unmasked (5)" in text
+
+
+def test_the_record_of_an_earlier_version_is_read(study):
+    fill(study, {"random": RANDOM[:2], "pgs": PGS[:2]})
+    path = study.study / "pgs/seed_1/study.json"
+    record = json.loads(path.read_text())
+    del record["spent"]
+    path.write_text(json.dumps({**record, "seconds": 12.0}))
+    assert main(study.argv("--report-only")) == 0
+    assert len((study.study / "results.csv").read_text().splitlines()) == 5
+
+
+def test_runs_of_other_code_and_failures_are_told(study):
+    fill(study, {"random": RANDOM[:2], "pgs": PGS[:1]})
+    fill(study, {"pgs": PGS[:1]}, code="two")
+    record = Record("0", ["one"], "", failed="out of luck", accepted=["lr 0.1 -> 0.2"])
+    write_record(record, study.study / "pgs/seed_1")
+    assert main(study.argv("--report-only")) == 0
+    text = (study.study / "results.md").read_text()
+    assert "two: pgs, seed 0" in text
+    assert "| pgs, seed 1 | out of luck |" in text
+    assert "pgs, seed 1 was kept although it differs: lr 0.1 -> 0.2" in text
