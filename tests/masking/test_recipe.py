@@ -1,4 +1,4 @@
-"""README's recipe for a strategy of one's own, to the letter, and its table of strategies."""
+"""The recipe for a strategy of one's own, to the letter, and README's table of strategies."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ from clip_pgs.masking import describe_masking
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RECIPE = README.partition("## A strategy of your own")[2].partition("\n## ")[0]
+RECIPE = (ROOT / "docs" / "own_strategy.md").read_text(encoding="utf-8")
 USE = """
 import torch
 from clip_pgs import PatchInputs, create_masking, list_maskings
@@ -86,7 +86,7 @@ def test_the_commands_of_the_recipe_run(folder, command):
 
 @pytest.mark.slow
 def test_training_and_inspection_take_the_import_path(folder):
-    (line,) = [line for line in RECIPE.splitlines() if line.startswith("bash clip-train.sh")]
+    (line,) = [line for line in RECIPE.splitlines() if line.startswith("clip-pgs train")]
     arguments = shlex.split(line)[2:]
     data = arguments.index("--train-data")
     arguments[data : data + 2] = ["--dataset-type", "synthetic", "--train-num-samples", "64"]

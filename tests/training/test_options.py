@@ -23,7 +23,7 @@ from clip_pgs.training.options import (
 )
 from support.options import VALID, write_model_config
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
 
 def refusal(argv):
@@ -333,11 +333,11 @@ OWN = [option for option in fields(TrainOptions) if "heading" in option.metadata
 
 
 @pytest.mark.parametrize("option", OWN, ids=lambda option: option.name)
-def test_every_option_of_ours_is_explained_in_help_and_listed_in_the_readme(option):
+def test_every_option_of_ours_is_explained_in_help_and_listed_in_its_page(option):
     flag = flag_of(option.name)
     action = next(a for a in option_parser()._actions if flag in a.option_strings)
     assert action.help
-    assert flag in README.read_text()
+    assert flag in PAGE.read_text()
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])

@@ -1,0 +1,249 @@
+"""README and docs/: code runs, commands parse, and links and names lead somewhere.
+
+A comment `<!-- needs: NAME ... -->` above a block names modules and folders without which it is
+skipped.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clip_pgs.cli import COMMANDS
+from clip_pgs.integrations.open_clip import last_selection
+from clip_pgs.training.options import check_values, read_options
+from support.models import image_batch, small_clip, text_batch
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?:<!-- needs: ([^\n]+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
+
+
+def blocks(language):
+    """Return page, needs and text of every fenced block in a language."""
+    return [
+        pytest.param(
+            needs.split(),
+            text,
+            id=f"{page.stem}-{number}",
+            marks=[pytest.mark.slow] if needs or "torch.compile" in text else [],
+        )
+        for page in PAGES
+        for number, (needs, found, text) in enumerate(BLOCK.findall(page.read_text()))
+        if found == language
+    ]
+
+
+# ------------------------------------------------------------------------------------------------
+# Python
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """Return the names that the pages take for granted, in a folder that has what they name."""
+    import open_clip
+
+    monkeypatch.setattr(open_clip, "create_model", lambda *_args, **_options: small_clip())
+    compile_model = torch.compile
+    # Inductor takes minutes, and the pages say nothing of it.
+    monkeypatch.setattr(torch, "compile", lambda model: compile_model(model, backend="eager"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    (tmp_path / "coco" / "train2017").mkdir()
+    (tmp_path / "coco" / "train2017" / "7.jpg").write_bytes(b"a picture")
+    notes = {
+        "images": [{"id": 7, "file_name": "7.jpg"}],
+        "annotations": [{"image_id": 7, "caption": text} for text in ("a dog", "a cat")],
+    }
+    path = tmp_path / "coco" / "annotations" / "captions_train2017.json"
+    path.write_text(json.dumps(notes))
+    return {
+        "__name__": "page",
+        "model": small_clip().train(),
+        "step": 30,
+        "total_steps": 120,
+        "epochs": 1,
+        "loader": torch.utils.data.DataLoader(
+            list(zip(image_batch(8), text_batch(8), strict=True)), batch_size=4
+        ),
+    }
+
+
+@pytest.mark.parametrize(("needs", "text"), blocks("python"))
+def test_every_python_block_runs(reader, needs, text):
+    for need in needs:
+        if "/" in need:
+            if not (ROOT / need).exists():
+                pytest.skip(f"{need} is not there")
+        elif importlib.util.find_spec(need) is None:
+            pytest.skip(f"{need} is not installed")
+    exec(text, reader)
+
+
+def snippet(marker):
+    """Return the first Python block of the pages that holds a text."""
+    return next(block.values[1] for block in blocks("python") if marker in block.values[1])
+
+
+def test_three_lines_mask_a_strangers_model(reader):
+    text = snippet("apply_masking(model")
+    assert len([line for line in text.splitlines() if line.strip()]) == 3
+    exec(text, reader)
+    model = reader["model"]
+    model.visual(image_batch())
+    assert last_selection(model).index.shape == (3, 8)
+    assert model.visual.masking.progress == 0.25
+
+
+def test_the_core_snippet_gives_what_its_comment_says(reader):
+    exec(snippet("import clip_pgs\n"), reader)
+    selection = reader["selection"]
+    assert selection.index.shape == selection.valid.shape == (8, 138)
+
+
+def test_accumulated_parts_give_the_gradient_of_the_big_batch(reader, monkeypatch):
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda _self: None)
+    torch.manual_seed(0)
+    exec(snippet("features.append("), reader)
+    accumulated = {name: each.grad for name, each in reader["model"].named_parameters()}
+    from clip_pgs.integrations.open_clip import apply_masking, set_masking_noise
+
+    whole = apply_masking(small_clip(), "pgs", mask_ratio=0.5).train()
+    set_masking_noise(whole, torch.cat(reader["noise"]))
+    reader["loss_of"](*whole(image_batch(8), text_batch(8))).backward()
+    for name, parameter in whole.named_parameters():
+        torch.testing.assert_close(accumulated[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_shards_of_coco_hold_each_picture_with_its_captions(reader):
+    import tarfile
+
+    exec(snippet("captions_train2017"), reader)
+    with tarfile.open("coco/00000.tar") as shard:
+        assert shard.getnames() == ["7.jpg", "7.0.txt", "7.1.txt"]
+        assert shard.extractfile("7.1.txt").read() == b"a cat"
+
+
+# ------------------------------------------------------------------------------------------------
+# Commands
+# ------------------------------------------------------------------------------------------------
+
+
+class Parsed(Exception):  # noqa: N818 - a signal, not an error
+    """A command line was parsed to its end."""
+
+
+def commands():
+    """Return the command lines of all bash blocks that start something of ours."""
+    lines = []
+    for block in blocks("bash"):
+        for line in block.values[1].replace("\\\n", " ").splitlines():
+            words = [word for word in shlex.split(line, comments=True) if word != ";"]
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                words = words[1:]
+            ours = words[:1] == ["clip-pgs"] or words[:2] in (
+                ["bash", "clip-train.sh"],
+                ["bash", "clip-test.sh"],
+            )
+            script = words[:1] == ["python"] and re.match(r"scripts/|-m", words[1])
+            is_usage = any(re.match(r"\$|\[", word) for word in words)
+            if (ours or script) and not is_usage:
+                lines.append(words)
+    return [list(words) for words in dict.fromkeys(map(tuple, lines))]
+
+
+def start(words):
+    """Start a command line as its command does."""
+    match words:
+        case ["bash", "clip-train.sh", *rest]:
+            return start(["clip-pgs", *(["train", *rest] if rest else ["demo"])])
+        case ["bash", "clip-test.sh", *rest]:
+            return start(["clip-pgs", "test", *rest])
+        case ["clip-pgs", "train", *rest] | ["python", "-m", "clip_pgs.training", *rest]:
+            if rest and not rest[0].startswith("-"):
+                rest = ["--config", *rest]
+            if "--nproc" in rest:
+                assert int(rest.pop(rest.index("--nproc") + 1)) > 0
+                rest.remove("--nproc")
+            check_values(read_options(rest))
+            raise Parsed
+        case ["clip-pgs", "test", *rest]:
+            return start(["python", "-m", "clip_pgs.evaluation", *rest])
+        case ["clip-pgs", command, *rest]:
+            module, _, name = COMMANDS[command][0].partition(":")
+            return getattr(importlib.import_module(module), name)(rest)
+        case ["python", "-m", module, *rest] if module.startswith("clip_pgs"):
+            if importlib.util.find_spec(f"{module}.__main__") is not None:
+                module += ".__main__"
+            return importlib.import_module(module).main(rest)
+        case ["python", script, *rest] if script.startswith("scripts/"):
+            sys.argv[:] = [script, *rest]
+            return runpy.run_path(str(ROOT / script), run_name="__main__")
+    raise Parsed
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_parses(words, monkeypatch):
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *args, **options):
+        parse_args(self, *args, **options)
+        raise Parsed
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    with pytest.raises(Parsed):
+        start(words)
+
+
+# ------------------------------------------------------------------------------------------------
+# Links and names
+# ------------------------------------------------------------------------------------------------
+
+
+def anchors(page):
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_leads_to_a_file_and_a_heading_of_it(page):
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        found = page.parent / path if path else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_file_that_a_page_names_is_there(page):
+    roots = ROOT, ROOT / "src" / "clip_pgs"
+    text = page.read_text()
+    named = re.findall(r"`([a-z_]+/[A-Za-z0-9_/.]+\.(?:py|sh|yaml|txt))`", text)
+    named += re.findall(r"\bconfigs/[\w/]+\.yaml", text)
+    named = [name for name in named if "NAME" not in name]
+    assert [name for name in named if not any((root / name).exists() for root in roots)] == []
+
+
+def test_every_file_of_the_tree_is_there():
+    tree = PAGES[1].read_text().split("## Where things are")[1].split("```")[1]
+    sources = {path.name for path in (ROOT / "src" / "clip_pgs").rglob("*")}
+    named = re.findall(r"\w+\.py|\w+(?=/)", tree.split("src/clip_pgs/")[1].split("\ntests/")[0])
+    assert len(named) > 10
+    assert set(named) <= sources
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().split()) < 1200
