@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Set up .venv, then run every check; arguments go to pytest. Ends non-zero if any check failed.
 #   bash scripts/test.sh              all
-#   bash scripts/test.sh --fast       without the slow tests and mypy
+#   bash scripts/test.sh --fast       without the slow tests, mypy and the site
 #   bash scripts/test.sh --coverage   all, and which lines the tests' own processes ran; slower
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash scripts/setup.sh train,eval,dev
+bash scripts/setup.sh train,eval,transformers,dev,docs
 export PATH="$PWD/.venv/bin:$PATH"
 failed=""
 
@@ -23,6 +23,10 @@ lint_shell() {
     find . -path ./.venv -prune -o -name '*.sh' -print0 | xargs -0 shellcheck -x .ci/run
 }
 
+build_site() {
+    NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
+}
+
 check ruff python -m ruff check .
 check format python -m ruff format --check .
 check shellcheck lint_shell
@@ -30,6 +34,7 @@ if [[ "${1:-}" == --fast ]]; then
     check pytest python -m pytest -m "not slow" "${@:2}"
 else
     check mypy python -m mypy
+    check site build_site
     if [[ "${1:-}" == --coverage ]]; then
         set -- --cov "${@:2}"
     fi

@@ -1,0 +1,137 @@
+"""Hooks of mkdocs: pages that are made of README.md and of the code, links, and equations.
+
+Links are written for the repository's own pages. On the site, those to files outside docs/ lead to
+the repository.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+_LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+_EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+# What the reference has, package by package: all that these export.
+_PACKAGES = {
+    "clip_pgs.masking": "The core, on torch alone. `clip_pgs` exports the most used of these.",
+    "clip_pgs.integrations.open_clip": "Masking of OpenCLIP's models.",
+    "clip_pgs.evaluation": "Suites, and what they score.",
+    "clip_pgs.inspection": "Looking at what strategies keep.",
+}
+
+
+def on_files(files: Files, *, config: Any) -> Files:
+    """Add the pages that have no file in docs/."""
+    pages = {
+        "index.md": (ROOT / "README.md").read_text(encoding="utf-8"),
+        "reference/options.md": options_page(),
+        "reference/python.md": python_page(),
+    }
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
+    """Turn the links of a page into those of the site."""
+    folder = ROOT if page.file.src_uri == "index.md" else ROOT / "docs"
+    if page.file.src_uri.startswith("reference/"):
+        return markdown
+    return _LINK.sub(lambda link: f"]({site_link(link[1], folder, config['repo_url'])}", markdown)
+
+
+def site_link(target: str, folder: Path, repository: str) -> str:
+    """Return where a link from a page in a folder of the repository leads on the site.
+
+    Raises:
+        PluginError: If it leads nowhere.
+    """
+    path = (folder / target).resolve()
+    if path.is_relative_to(ROOT / "docs"):
+        return path.relative_to(ROOT / "docs").as_posix()
+    if not path.exists():
+        raise PluginError(f"{target} is not in {folder}")
+    kind = "tree" if path.is_dir() else "blob"
+    return f"{repository}/{kind}/main/{path.relative_to(ROOT).as_posix()}"
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Write equations as MathML, which browsers show without a script."""
+
+    def as_mathml(found: re.Match) -> str:
+        latex = found[2].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+        return convert(latex, display="inline" if found[1] == "span" else "block")
+
+    return _EQUATION.sub(as_mathml, html)
+
+
+def options_page() -> str:
+    """Return the page of every flag of training, and every option of a strategy."""
+    from clip_pgs.data.text_masking import TEXT_MASKINGS
+    from clip_pgs.masking import describe_masking, list_maskings
+    from clip_pgs.training.options import REFUSED_FLAGS, option_parser
+
+    lines = [
+        "# Options of training",
+        "",
+        "Every flag of `clip-train.sh`, made of the code. A config names them without the dashes; "
+        "each switch has a `--no-` form. [Train](../training.md) says what they are for.",
+    ]
+    for group in option_parser()._action_groups:
+        rows = [_flag_row(action) for action in group._group_actions if _is_shown(action)]
+        if rows:
+            lines += ["", f"## {group.title}", "", group.description or "", ""]
+            lines += [*_header("flag", "meaning"), *rows]
+    lines += ["", "## Refused", "", *_header("flag of OpenCLIP's", "instead")]
+    lines += [f"| `{flag}` | {_cell(why)} |" for flag, why in REFUSED_FLAGS.items()]
+    lines += ["", "## Strategies", "", "Each takes its options as `--masking-option KEY=VALUE`."]
+    for declared in map(describe_masking, list_maskings()):
+        lines += ["", f"### {declared.name}", "", f"Keeps {declared.keeps} ({declared.paper}).", ""]
+        rows = [f"| `{each.name}` | {_cell(each.help)} |" for each in declared.options]
+        lines += [*_header("option", "meaning"), *rows] if rows else []
+    lines += ["", "## Text maskings", "", *_header("`--text-masking`", "leaves of a caption")]
+    for name in TEXT_MASKINGS.names():
+        declaration = TEXT_MASKINGS.declaration(name)
+        lines.append(f"| `{name}` | {_cell(declaration['summary'])} ({declaration['source']}) |")
+    return "\n".join(lines)
+
+
+def python_page() -> str:
+    """Return the page that mkdocstrings fills with the docstrings of what is public."""
+    lines = ["# Python", "", "What the packages export, with its docstrings."]
+    for package, text in _PACKAGES.items():
+        lines += ["", f"## {package}", "", text]
+        for name in importlib.import_module(package).__all__:
+            lines += ["", f"::: {package}.{name}"]
+    return "\n".join(lines)
+
+
+def _is_shown(action: Any) -> bool:
+    return action.help != "==SUPPRESS=="
+
+
+def _flag_row(action: Any) -> str:
+    flag = action.option_strings[-1]
+    value = action.metavar or (action.choices and "|".join(map(str, action.choices))) or ""
+    if action.nargs != 0 and not value and "--no-" not in flag:
+        value = action.dest.upper()
+    flag = action.option_strings[0] if action.nargs == 0 else flag
+    help_text = (action.help or "").replace("%%", "%")
+    return f"| `{_cell(f'{flag} {value}'.strip())}` | {_cell(help_text)} |"
+
+
+def _header(*names: str) -> Iterator[str]:
+    yield f"| {' | '.join(names)} |"
+    yield f"|{'---|' * len(names)}"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
