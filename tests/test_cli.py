@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from clip_pgs.cli import COMMANDS
+from clip_pgs.cli import COMMANDS, main
 from support.scripts import ENVIRONMENT, ROOT
 
 SYNTHETIC = ["--dataset-type", "synthetic", "--train-num-samples", "64", "--warmup", "1"]
@@ -20,6 +20,37 @@ def run(*argv, cwd, **environment):
     variables = {**ENVIRONMENT, "PYTHONPATH": str(ROOT / "src"), **environment}
     options = {"capture_output": True, "text": True, "timeout": 400}
     return subprocess.run(command, cwd=cwd, env=variables, **options)
+
+
+@pytest.mark.parametrize(
+    ("end", "said", "code"),
+    [
+        (lambda: signal.raise_signal(signal.SIGTERM), "stopped by SIGTERM", 85),
+        (lambda: signal.raise_signal(signal.SIGINT), "interrupted", 130),
+    ],
+)
+@pytest.mark.parametrize("command", ["data", "inspect"])
+def test_a_command_that_is_told_to_leave_says_so(monkeypatch, capsys, command, end, said, code):
+    monkeypatch.setattr("clip_pgs.cli._function", lambda name: lambda argv: end())
+    assert main([command]) == code
+    assert capsys.readouterr().err == f"{said}\n"
+
+
+MODULES = ("clip_pgs.evaluation", "clip_pgs.inspection", "clip_pgs.data", "clip_pgs.cli data")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_ctrl_c_while_a_command_is_imported_shows_no_traceback(tmp_path, module):
+    for name in ("torch", "tqdm"):
+        (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run(
+        [sys.executable, "-m", *module.split(), "x"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == "interrupted\n"
+    assert done.returncode in (130, -signal.SIGINT)
 
 
 def processor_seconds(*command):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +31,18 @@ __all__ = [
     "sinkhorn_plan",
     "sobel_edges",
 ]
+
+
+def _say_interrupted(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.stderr.write("interrupted\n")
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+# `python -m clip_pgs.X` imports this first, and what X needs before X can catch anything.
+if sys.argv[:1] == ["-m"]:
+    sys.excepthook = _say_interrupted
 
 
 def __getattr__(name: str) -> Any:

@@ -121,10 +121,11 @@ def read_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, An
 
 def _oddness(weight: Tensor) -> str:
     """Say why a tensor is no array of real numbers, as the rest of a sentence; "" if it is."""
-    if weight.is_meta:
-        return "has a shape and no numbers (it was saved on the meta device)"
+    # First: where models are only tried, a sparse one is read to the meta device.
     if weight.layout != torch.strided:
         return f"is no dense tensor ({str(weight.layout).removeprefix('torch.')})"
+    if weight.is_meta:
+        return "has a shape and no numbers (it was saved on the meta device)"
     if weight.is_complex() or weight.is_quantized:
         return f"holds no real numbers ({str(weight.dtype).removeprefix('torch.')})"
     return ""

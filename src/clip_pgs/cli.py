@@ -9,7 +9,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from clip_pgs.common import CONFIGS, one_sentence
+from clip_pgs.common import (
+    CONFIGS,
+    AskedToLeaveError,
+    early_end,
+    leaving_when_told,
+    one_sentence,
+)
 
 # What runs each command, and what it does.
 COMMANDS = {
@@ -37,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; None takes those of the process.
 
     Returns:
-        The command's exit code; 2 for a command that there is not, or that lacks a package.
+        The command's exit code; 2 for a command that there is not, or that lacks a package, 85
+        where a signal asked it to leave, 130 for Ctrl-C.
     """
     command, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
     if command in ("", "-h", "--help"):
@@ -54,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A strategy of one's own is found beside oneself, as with `python -m`.
     sys.path.append("")
     try:
-        return _function(command)(rest[:-1])
+        with leaving_when_told():
+            return _function(command)(rest[:-1])
+    except (KeyboardInterrupt, AskedToLeaveError) as error:
+        sentence, code = early_end(error)
+        sys.stderr.write(f"{sentence}\n")
+        return code
     except ModuleNotFoundError as error:
         return _refuse(f"clip-pgs {command} needs {error.name}: pip install 'clip-pgs[all]'")
 

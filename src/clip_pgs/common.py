@@ -13,9 +13,11 @@ import importlib
 import os
 import re
 import shutil
+import signal
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,6 +82,43 @@ def one_sentence(error: BaseException | str) -> str:
 def refusal_code(error: BaseException) -> int:
     """Return the exit code of a command that an error ends: 2 for bad input, 1 for the disk."""
     return 1 if isinstance(error, OSError) and error.errno in _DISK_FAULTS else 2
+
+
+class AskedToLeaveError(BaseException):
+    """A signal asked this process to leave; no `except Exception` stops it."""
+
+
+@contextmanager
+def leaving_when_told() -> Iterator[None]:
+    """Let SIGTERM, SIGHUP and SIGUSR1 end the block with an error, the second time at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process, before = os.getpid(), {}
+
+    def leave(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        # Processes that load data inherit this, and end by signals.
+        if os.getpid() != process:
+            os.kill(os.getpid(), number)
+        raise AskedToLeaveError(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        # What whoever started us wants ignored (nohup) stays ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def early_end(error: BaseException) -> tuple[str, int]:
+    """Return what to say of AskedToLeaveError or KeyboardInterrupt, and the exit code."""
+    if isinstance(error, AskedToLeaveError):
+        return f"stopped by {error}", 85
+    return "interrupted", 130
 
 
 def expand_home(argument: str) -> str:

@@ -187,6 +187,8 @@ class _Launch:
             file = Path(folder, "exit")
             command = processes.torchrun(EVALUATION, [*arguments, "--exit-code-file", str(file)])
             status = self._run(command, _threads(processes.per_node))
+            if self.stopped:
+                return self._code_of_signal()
             return int(file.read_text()) if status == 0 else status
 
     def _catch(self) -> None:

@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,21 @@ def test_an_interruption_gives_exit_code_130_and_says_how_to_go_on(
     monkeypatch.setattr("clip_pgs.evaluation.command.evaluate", interrupt)
     assert main([str(run), *options]) == 130
     assert capsys.readouterr().err.endswith("interrupted; the same command continues\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("step", ["load_suite", "evaluate"])
+def test_a_signal_to_leave_gives_exit_code_85_and_says_how_to_go_on(
+    run, options, capsys, monkeypatch, number, step
+):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(
+        f"clip_pgs.evaluation.command.{step}", lambda *_, **__: signal.raise_signal(number)
+    )
+    assert main([str(run), *options]) == 85
+    written = capsys.readouterr().err
+    assert written.endswith(f"stopped by {number.name}; the same command continues\n")
+    assert signal.getsignal(number) is before
 
 
 # One process for both calls: importing clip_benchmark takes seconds.

@@ -1,6 +1,7 @@
 """Features: what they are, and when they are computed again."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,18 @@ def six(data_root):
 @pytest.fixture
 def pairs(data_root):
     return get_suite("zeroshot-retrieval").eval_set("pairs", str(data_root / "pairs"))
+
+
+def test_a_text_of_megabytes_is_read_as_far_as_a_text_tower_could(color_model):
+    lengths = []
+
+    def count(texts):
+        lengths.extend(map(len, texts))
+        return color_model.tokenizer(texts)
+
+    encoder = make_encoder(replace(color_model, tokenizer=count))
+    encoder.texts(["number 1", "number 2" + " " * 10**6])
+    assert lengths == [8, 2000]
 
 
 def test_features_are_those_of_the_model_image_by_image(finished_run, six, data_root):

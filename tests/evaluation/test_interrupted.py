@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -138,6 +139,24 @@ def test_other_data_under_the_same_name_and_size_is_scored_anew(score, sets, par
     assert num_seen == 12
     # All four images of the classes 0 and 1 were right, and are wrong now.
     assert result.metrics["acc1"] == pytest.approx(5 / 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("classnames.txt", "a\nb\n", "one of the 2 classes of classnames.txt, from 0, got 2"),
+        ("classnames.txt", "a\n" * 5 + "b" * 10**6, "classnames.txt must have at most 2000"),
+        ("zeroshot_classification_templates.txt", "{c}" + "b" * 10**6, "line 1 of .*templates.txt"),
+        ("test/nshards.txt", "9" * 14, r"nshards.txt must hold a number from 1 to 999999999, got"),
+    ],
+)
+def test_what_is_wrong_with_a_small_file_is_told_with_its_name(
+    score, sets, name, content, complaint
+):
+    (sets / "six" / name).write_text(content)
+    (result,), _ = score()
+    assert result.status == "failed"
+    assert re.search(complaint, result.error)
 
 
 def flip_labels(shard):

@@ -5,7 +5,13 @@ from functools import partial
 import pytest
 
 from clip_pgs.evaluation import evaluate, load_suite
-from clip_pgs.evaluation.datasets import CAPTION_PAIR_SPLITS, HUB_ROOT, locate
+from clip_pgs.evaluation.datasets import (
+    CAPTION_PAIR_SPLITS,
+    HUB_ROOT,
+    EvalSet,
+    check_presence,
+    locate,
+)
 from clip_pgs.evaluation.suites import suites
 
 
@@ -82,6 +88,19 @@ def test_name_is_found_under_each_of_its_folder_names(tmp_path, folder):
     assert found == ("vtab/cifar10", str(tmp_path / folder))
 
 
+def test_the_home_folder_is_found_below_any_root(data_root, monkeypatch):
+    monkeypatch.setenv("HOME", str(data_root))
+    assert locate("~/six", "elsewhere") == ("six", str(data_root / "six"))
+
+
+def test_a_path_that_no_disk_has_is_that_of_a_missing_set(color_model):
+    name, location = locate("n" * 300 + "/six", ".")
+    eval_set = EvalSet(name, location, "zeroshot-classification", "zeroshot_classification")
+    (result,) = evaluate(color_model, [eval_set], workers=0)
+    assert (result.status, result.error) == ("missing", f"no folder {location}")
+    assert check_presence(eval_set).state == "missing"
+
+
 def test_absolute_path_needs_no_root(data_root):
     assert locate(str(data_root / "six"), ".") == ("six", str(data_root / "six"))
 
@@ -102,6 +121,14 @@ def test_template_is_filled_as_clip_benchmark_does():
         ("# nothing\n\n", {}, "names no data set"),
         ("six", {"name": "zeroshot-retrieval"}, "names no data set of the suite"),
         ("six\nwds/six", {}, "two data sets named six"),
+        ("six\na\0b", {}, r"line 2 of .*list.txt must name a data set .* got .a\\x00b"),
+        ("six\n" + "n" * 10_000, {}, "line 2 of .*list.txt must name a data set in at most 4096"),
+        ("six\n" + "n" * 300, {}, "must name data sets by 1 to 150 letters"),
+        ("/" + "n/" * 2000 + "\u00e9" * 80, {}, "must name data sets by 1 to 150 letters"),
+        ("six\n*", {}, "must name data sets by 1 to 150 letters, .* got '\\*'"),
+        ("nosuite: six", {}, "line 1 of .*list.txt must name a suite before its colon, one of"),
+        ("linear_probe: six", {}, "linear-probe, .*, got 'linear_probe'"),
+        ("a/b\na-b", {}, "two data sets named a/b or a-b"),
         ("robustness: pairs", {}, "marks pairs for robustness, which cannot evaluate retrieval"),
     ],
 )

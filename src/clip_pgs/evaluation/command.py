@@ -3,7 +3,8 @@
 clip-test.sh sets --help     which data sets are there, and how to get the others
 clip-test.sh report --help   a report on results, beside the published numbers
 
-exit codes: 0 all data sets done, 1 some missing or failed, 2 bad input, 130 interrupted
+exit codes: 0 all data sets done, 1 some missing or failed, 2 bad input, 85 told to leave by a
+signal (SIGTERM), 130 Ctrl-C
 
 data sets are folders in clip_benchmark's webdataset layout. A line NAME of a list, without its
 `wds/`, is the folder NAME, or NAME with `-` for `/`, or the same after `wds_`, below --data-root;
@@ -28,10 +29,13 @@ import torch
 from clip_pgs.common import (
     EVAL_NAME,
     EXPORT_NAME,
+    AskedToLeaveError,
     Pairs,
     SentenceParser,
     check_writable,
+    early_end,
     one_sentence,
+    refusal_code,
 )
 from clip_pgs.evaluation.datasets import (
     PRESENT,
@@ -52,7 +56,7 @@ from clip_pgs.tables import plain, scaled
 
 logger = logging.getLogger(__name__)
 
-EXIT_DONE, EXIT_INCOMPLETE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_DONE, EXIT_INCOMPLETE, EXIT_BAD_INPUT = 0, 1, 2
 REPORT_NAME = "report"
 _INFERENCE_FLAGS = ("mask_ratio", "merge", "merge_counts")
 
@@ -79,9 +83,10 @@ def run(argv: Sequence[str]) -> int:
     with join_ranks() as ranks:
         try:
             exit_code = _evaluate_all(args, ranks)
-        except KeyboardInterrupt:
-            sys.stderr.write("interrupted; the same command continues\n")
-            exit_code = EXIT_INTERRUPTED
+        except (KeyboardInterrupt, AskedToLeaveError) as error:
+            sentence, exit_code = early_end(error)
+            if ranks.is_main:
+                sys.stderr.write(f"{sentence}; the same command continues\n")
     if args.exit_code_file is None:
         return exit_code
     if ranks.is_main:
@@ -346,7 +351,7 @@ def _write_report(scored: Sequence[tuple[Path, list[Result]]], args: argparse.Na
 def _complain(error: Exception, ranks: Ranks) -> int:
     if ranks.is_main:
         sys.stderr.write(f"error: {one_sentence(error)}\n")
-    return EXIT_BAD_INPUT
+    return refusal_code(error)
 
 
 def _presence_table(found: Sequence[tuple[EvalSet, Presence]]) -> str:

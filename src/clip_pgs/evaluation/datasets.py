@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+from clip_pgs.common import expand_home
 
 DATA_TYPES = ("classification", "multilabel", "retrieval")
 CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -42,6 +45,8 @@ HUB_ROOT = "https://huggingface.co/datasets/clip-benchmark/wds_{dataset_cleaned}
 _LOCAL_ROOT = "data/eval"
 _HUB_TIMEOUT_S, _NUM_RETRIES = 20, 5
 _MAX_TEXT_BYTES, _MAX_PAIRS_BYTES = 2**24, 2**26
+# Many times what a text tower takes. A tokenizer's time grows with the square of a word's length.
+MAX_TEXT = 2000
 _PAIR_KEYS = ("filename", "caption", "negative_caption")
 
 
@@ -100,9 +105,10 @@ def locate(name: str, data_root: str) -> tuple[str, str]:
         filled = data_root.replace("{dataset_cleaned}", cleaned).replace("{dataset}", short_name)
         return short_name, filled
 
-    candidates = [Path(data_root, part).expanduser() for part in (short_name, cleaned)]
-    candidates.append(Path(data_root, f"wds_{cleaned}"))
-    folder = next((path for path in candidates if path.is_dir()), candidates[0])
+    parts = (short_name, cleaned, f"wds_{cleaned}")
+    candidates = [Path(data_root, expand_home(part)) for part in parts]
+    # os.path: a name that is too long for a folder is that of none.
+    folder = next((path for path in candidates if os.path.isdir(path)), candidates[0])
     if short_name.startswith((".", "/", "~")):
         short_name = folder.resolve().name
     return short_name, str(folder)
@@ -122,8 +128,8 @@ def _locate_caption_pairs(name: str, data_root: str) -> tuple[str, str]:
     if is_template(data_root):
         filled = data_root.replace("{dataset_cleaned}", folder_name)
         return shown, filled.replace("{dataset}", folder_name)
-    candidates = [Path(data_root, folder_name).expanduser(), Path(data_root)]
-    holders = (path for path in candidates if (path / f"{split}.json").is_file())
+    candidates = [Path(data_root, expand_home(folder_name)), Path(data_root)]
+    holders = (path for path in candidates if os.path.isfile(path / f"{split}.json"))
     return shown, str(next(holders, candidates[0]))
 
 
@@ -244,6 +250,7 @@ def read_class_names(location: str) -> list[str] | None:
     if text is None:
         return None
     names = [line.strip() for line in text.splitlines()]
+    _check_lengths(names, f"{location}/{CLASS_NAMES}")
     if not names or not all(names):
         line = names.index("") + 1 if names else 1
         raise DamagedDataError(f"line {line} of {location}/{CLASS_NAMES} must name a class")
@@ -261,6 +268,7 @@ def read_templates(location: str) -> list[str]:
         DamagedDataError: If there is none, or a line has no `{c}` or other braces.
     """
     lines = (read_metadata(location, TEMPLATES) or "").splitlines()
+    _check_lengths(lines, f"{location}/{TEMPLATES}")
     for number, line in enumerate(lines or [""], start=1):
         if "{c}" not in line or set("{}") & set(line.replace("{c}", "")):
             raise DamagedDataError(
@@ -268,6 +276,15 @@ def read_templates(location: str) -> list[str]:
                 f"and no other braces, got {line[:80]!r}"
             )
     return [line.strip() for line in lines]
+
+
+def _check_lengths(lines: Sequence[str], where: str) -> None:
+    """Refuse lines that a tokenizer would read for minutes, and of which it keeps the first."""
+    for number, line in enumerate(lines, start=1):
+        if len(line) > MAX_TEXT:
+            raise DamagedDataError(
+                f"line {number} of {where} must have at most {MAX_TEXT} characters, got {len(line)}"
+            )
 
 
 def count_shards(location: str, split: str = "test") -> int:
@@ -283,7 +300,7 @@ def count_shards(location: str, split: str = "test") -> int:
         DamagedDataError: If `SPLIT/nshards.txt` holds no positive number, or fewer than there are
             shards in the folder.
     """
-    if not is_remote(location) and not Path(location).is_dir():
+    if not is_remote(location) and not os.path.isdir(location):
         raise FileNotFoundError(f"no folder {location}")
     try:
         text = read_metadata(location, f"{split}/nshards.txt")
@@ -293,7 +310,8 @@ def count_shards(location: str, split: str = "test") -> int:
         raise FileNotFoundError(f"{location} has no {split}/nshards.txt")
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
         raise DamagedDataError(
-            f"{location}/{split}/nshards.txt must hold a number >= 1, got {text[:80]!r}"
+            f"{location}/{split}/nshards.txt must hold a number from 1 to 999999999, "
+            f"got {text[:80]!r}"
         )
     count = int(text)
     if not is_remote(location):
@@ -405,7 +423,7 @@ def check_presence(eval_set: EvalSet) -> Presence:
         require(eval_set)
     except (FileNotFoundError, ValueError) as error:
         location = eval_set.location
-        is_known = is_remote(location) or not Path(location).is_dir()
+        is_known = is_remote(location) or not os.path.isdir(location)
         return Presence(MISSING if is_known else INCOMPLETE, str(error))
     return Presence(PRESENT)
 
@@ -421,7 +439,7 @@ def require(eval_set: EvalSet) -> None:
         ValueError: If a file that lists others is damaged.
     """
     if is_caption_pairs(eval_set.name):
-        if not Path(eval_set.location).is_dir():
+        if not os.path.isdir(eval_set.location):
             raise FileNotFoundError(f"no folder {eval_set.location}")
         image_paths(Path(eval_set.location), eval_set.splits[0])
         return

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clip_pgs.common import one_sentence
-from clip_pgs.evaluation.datasets import EvalSet, count_shards, is_remote
+from clip_pgs.evaluation.datasets import MAX_TEXT, EvalSet, count_shards, is_remote
 from clip_pgs.evaluation.inference import Place
 from clip_pgs.evaluation.models import LoadedModel, weights_digest
 from clip_pgs.evaluation.samples import Reading, open_pictures, open_samples
@@ -168,7 +168,7 @@ class Encoder:
             NonFiniteFeaturesError: If a feature is not finite.
         """
         # In another row of a batch the same text comes out a rounding error different.
-        tokens = self.loaded.tokenizer(list(texts))
+        tokens = self.loaded.tokenizer([text[:MAX_TEXT] for text in texts])
         tokens_UL, inverse = torch.unique(tokens, dim=0, return_inverse=True)
         with self._inference() as model:
             features = [

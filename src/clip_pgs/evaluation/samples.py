@@ -32,6 +32,7 @@ from clip_pgs.common import one_sentence
 from clip_pgs.data.decoding import open_image
 from clip_pgs.data.tar import StrictTarInfo, regular_members
 from clip_pgs.evaluation.datasets import (
+    CLASS_NAMES,
     DamagedDataError,
     declared_type,
     is_remote,
@@ -179,7 +180,10 @@ class _Shards(IterableDataset):
             raise ValueError(f"a label is the number of a class, got {content[:40]!r}")
         label = int(match[1])
         if self.num_classes is not None and label >= self.num_classes:
-            raise ValueError(f"labels must be in [0, {self.num_classes}), the classes, got {label}")
+            raise ValueError(
+                f"a label must be one of the {self.num_classes} classes of {CLASS_NAMES}, from 0, "
+                f"got {label}"
+            )
         return torch.tensor(label)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +22,12 @@ import torch
 from clip_pgs.common import CONFIGS, Registry
 from clip_pgs.evaluation.datasets import (
     CAPTION_PAIR_SPLITS,
+    CLASS_NAMES,
     IMAGE_FOLDER,
     PAIRS_TYPE,
     DamagedDataError,
     EvalSet,
+    clean_name,
     declared_type,
     image_paths,
     is_caption_pairs,
@@ -45,6 +49,7 @@ from clip_pgs.evaluation.probe import linear_probe
 logger = logging.getLogger(__name__)
 
 DEFAULT_ROOTS = {"demo": "data/demo/eval", "paper": "data/eval"}
+_MAX_LINE, _MAX_NAME = 4096, 150
 _RETRIEVAL_NAMES = ("mscoco_captions", "flickr8k", "flickr30k")
 
 
@@ -185,9 +190,15 @@ def score_classification(encoder: Encoder, eval_set: EvalSet) -> Scores:
     twice = [name for name, count in Counter(classes).items() if count > 1]
     if twice:
         logger.warning("classes of %s share a name: %s", eval_set.name, ", ".join(twice[:5]))
-    if features.labels.ndim == 1 and (largest := int(features.labels.max())) < len(classes) - 1:
+    largest = int(features.labels.max())
+    if features.labels.ndim == 1 and largest < len(classes) - 1:
         told = (eval_set.name, largest, len(classes))
         logger.warning("%s has the labels 0 to %d and names %d classes", *told)
+    if features.labels.ndim == 1 and largest >= len(classes):
+        raise DamagedDataError(
+            f"{eval_set.location}/{CLASS_NAMES} must name a class for each label, got "
+            f"{len(classes)} names and the label {largest}"
+        )
     classes_CD = encoder.classes(classes, read_templates(eval_set.location))
     logits_NC = zeroshot_logits(features.images, classes_CD)
     metrics = classification_metrics(logits_NC, features.labels)
@@ -361,8 +372,16 @@ def load_suite(
         raise ValueError(f"{datasets} names no data set of the suite {name}")
     by_stem: dict[str, EvalSet] = {}
     for eval_set in eval_sets:
+        # Results are files of this name, with what stands before and after it.
+        if not 0 < len(os.fsencode(clean_name(eval_set.name))) <= _MAX_NAME:
+            raise ValueError(
+                f"{datasets} must name data sets by 1 to {_MAX_NAME} letters, digits and the like, "
+                f"got {eval_set.name!r}"
+            )
         if by_stem.setdefault(eval_set.file_stem, eval_set) is not eval_set:
-            raise ValueError(f"{datasets} has two data sets named {eval_set.name}")
+            other = by_stem[eval_set.file_stem].name
+            names = eval_set.name if other == eval_set.name else f"{other} or {eval_set.name}"
+            raise ValueError(f"{datasets} has two data sets named {names}, as results name them")
     return eval_sets
 
 
@@ -373,18 +392,28 @@ def read_list(path: Path) -> list[ListLine]:
         path: The list file.
 
     Raises:
-        ValueError: If the list is empty or is no text.
+        ValueError: If the list is empty or is no text, or a line of it cannot be a data set.
     """
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the data set list {path}: {error}") from error
     lines = []
-    for text in content.splitlines():
+    for number, text in enumerate(content.splitlines(), start=1):
         name = text.split("#")[0].strip()
+        if len(name) > _MAX_LINE or "\0" in name:
+            raise ValueError(
+                f"line {number} of {path} must name a data set in at most {_MAX_LINE} characters, "
+                f"got {name[:80]!r}"
+            )
         mark, colon, rest = (part.strip() for part in name.partition(":"))
         # A colon may also be a path's; only a suite before it makes it a mark.
         is_marked = bool(colon) and mark in SUITES.names()
+        if not is_marked and re.match(r"[\w-]+:\s", name):
+            raise ValueError(
+                f"line {number} of {path} must name a suite before its colon, one of "
+                f"{', '.join(SUITES.names())}, got {mark!r}"
+            )
         if name:
             lines.append(ListLine(rest, mark) if is_marked else ListLine(name, None))
     if not lines:

@@ -50,6 +50,10 @@ def test_weights_of_a_clip_start_its_custom_text_model(model):
         (lambda state: state.pop("visual.proj"), "the model has visual.proj"),
         (lambda state: state.update(extra=torch.zeros(1)), "the file has extra"),
         (lambda state: state.update({"ln_final.weight": torch.zeros(3)}), "shape (3,)"),
+        (
+            lambda state: state.update(positional_embedding=torch.zeros(77, 3)),
+            "positional_embedding has shape (77, 3)",
+        ),
         (lambda state: state.update(logit_bias=torch.zeros(1)), "the file has logit_bias"),
         (lambda state: {"weights": torch.zeros(2)}, "the file has weights"),
     ],
@@ -187,6 +191,13 @@ ODD_WEIGHTS = {
     "NaN": lambda weight: weight * torch.nan,
     "infinite": lambda weight: weight / 0.0,
 }
+
+
+@pytest.mark.parametrize("flag", ["--pretrained", "--resume"])
+def test_a_sparse_weight_is_called_so(model, flag):
+    argv, weights = model
+    path = save(with_weight(weights.state_dict(), ODD_WEIGHTS["sparse"]))
+    assert "visual.class_embedding is no dense tensor" in refusal(*argv, flag, path)
 
 
 @pytest.mark.parametrize("flag", ["--pretrained", "--resume"])

@@ -13,6 +13,8 @@ from open_clip.tokenizer import get_reduction_mask_fn, syntax_mask_tokenize
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from clip_pgs.integrations.open_clip.model_config import MISFITS
+
 MIN_VERSION = (3, 3)
 MAX_VERSION = (4, 0)
 
@@ -58,7 +60,8 @@ def weights_read_by(
     def load_or_explain(model: nn.Module, path: str, **options: Any) -> Any:
         try:
             return load(model, path, **options)
-        except (RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Assertions, too: open_clip's of a position embedding's width.
+        except MISFITS as error:
             raise ValueError(explain(model, str(path), error)) from error
 
     factory.load_checkpoint = load_or_explain
