@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from clip_pgs.integrations.open_clip.flops import SampleFlops
 from clip_pgs.training.sinks import JsonLines, Sinks
 from clip_pgs.training.step import StepResult
 from clip_pgs.training.telemetry import Cost, Telemetry, WindowMeter
@@ -104,9 +105,53 @@ def test_results_are_appended_as_open_clip_does(finished_run):
 def test_log_has_plain_lines_and_says_where_everything_lies(finished_run):
     text = (finished_run / "out.log").read_text()
     assert "\r" not in text
-    assert re.search(r"Train Epoch: 1 \[32/32 \(100%\)\] .* Masked: 0\.\d+ .* Loss: \d", text)
+    line = r"INFO \| Epoch 2/2 100%  loss \d\.\d+  lr \S+  mask 0\.\d\d.*/s  data \d+%  0s left\n"
+    assert re.search(line, text)
     assert f"local-dir:{finished_run / 'export'}" in text.splitlines()[-1]
     assert "8 steps, 64 samples" in text
+
+
+def test_a_training_line_fits_120_columns_and_names_a_loss_once(caplog):
+    caplog.set_level("INFO")
+    telemetry = Telemetry(
+        SimpleNamespace(
+            rank=0,
+            world_size=1,
+            log_every_n_steps=1,
+            max_bad_steps=9,
+            epochs=32,
+            unmasked_epochs=0,
+        ),
+        Sinks(None, None, first_step=0),
+        Cost(),
+        device=torch.device("cpu"),
+        total_steps=10**9,
+    )
+    telemetry.report_flops(SampleFlops(total=1e9))
+    telemetry.start_phase(num_patches=196, samples_per_step=4096, steps_per_epoch=2678)
+    model = SimpleNamespace(logit_scale=torch.zeros(()), logit_bias=None)
+    for step in range(1, 4):
+        loss = torch.tensor(12.345678)
+        kept = [torch.tensor([98, 137])]
+        telemetry.step(
+            StepResult({"contrastive_loss": loss, "loss": loss}, None, kept, lr=2.123e-09),
+            model=model,
+            epoch=11,
+            done=step * 4096,
+            is_last=False,
+            data_seconds=0.0,
+        )
+    *_, last = [record.getMessage() for record in caplog.records]
+    assert last.startswith("Epoch 12/32   0%  loss 12.35  lr 2.1e-09  mask 0.30-0.50  ")
+    assert last.endswith(" left")
+    assert len("2026-11-28,15:57:46 | INFO | " + last) <= 120
+    assert last.count("loss") == 1
+
+
+def test_a_run_says_nothing_as_a_warning_where_nothing_is_wrong(finished_run):
+    text = (finished_run / "out.log").read_text()
+    assert "WARNING" not in text
+    assert "Saved 2 checkpoints; " in text
 
 
 def test_environment_names_versions_device_and_command(finished_run):

@@ -15,7 +15,6 @@ from torch import nn
 from clip_pgs.evaluation.datasets import PRESENT, check_presence, clean_name
 from clip_pgs.evaluation.inference import masking_of
 from clip_pgs.evaluation.models import LoadedModel
-from clip_pgs.evaluation.report.results_table import format_table
 from clip_pgs.evaluation.report.scores import averages
 from clip_pgs.evaluation.results import DONE, Result, epoch_folder
 from clip_pgs.evaluation.runner import evaluate
@@ -111,9 +110,6 @@ class EvaluationInTraining:
             # Whether to go on with such a model is for the training loop to say.
             logger.warning("not evaluated after epoch %d: %s", epoch, error)
             return {}
-        through = "" if masking is None else f", through {masking.label}"
-        table = format_table(results)
-        logger.info("after epoch %d%s, in percent:\n\n%s", epoch, through, table)
         ending = "" if masking is None else f"@{self._name}"
         return {
             f"{suite}{ending}/{rest}": value

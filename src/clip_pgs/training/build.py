@@ -25,7 +25,7 @@ from clip_pgs.integrations.open_clip import (
     caption_trimmer,
     is_text_trimming_lossless,
 )
-from clip_pgs.integrations.open_clip.compat import weights_read_by
+from clip_pgs.integrations.open_clip.compat import random_weights, weights_read_by
 from clip_pgs.integrations.open_clip.model_config import (
     MISFITS,
     check_model_config,
@@ -109,7 +109,8 @@ def create_model(options: TrainOptions, device: torch.device) -> tuple[Any, Call
     if pretrained and Path(pretrained).is_dir():
         pretrained = str(find_checkpoint(pretrained))
     on_meta = device if device.type == "meta" else contextlib.nullcontext()
-    with weights_read_by(_read_weights, _explain_misfit), on_meta:
+    is_random = contextlib.nullcontext() if pretrained else random_weights()
+    with weights_read_by(_read_weights, _explain_misfit), on_meta, is_random:
         model, train_transform, val_transform = open_clip.create_model_and_transforms(
             options.model,
             pretrained,
@@ -225,7 +226,7 @@ def supported_precision(precision: str, device: torch.device) -> str:
     and loses range, so the CPU trains in float32 and the log says so.
     """
     if precision == "amp" and device.type == "cpu":
-        _logger.warning("--precision amp needs a GPU: training in fp32 on the CPU")
+        _logger.info("--precision amp needs a GPU: training in fp32 on the CPU")
         return "fp32"
     return precision
 

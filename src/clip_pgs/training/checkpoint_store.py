@@ -36,6 +36,7 @@ from clip_pgs.checkpoint_io import (
     read_sums,
 )
 from clip_pgs.common import CHECKPOINTS_NAME, UNFINISHED_ENDING, atomic_file, write_text
+from clip_pgs.tables import counted
 from clip_pgs.training.checkpoint import HostCopy, find_non_finite, load_checkpoint, named_tensors
 from clip_pgs.training.distributed import ProcessGroup
 from clip_pgs.training.options import TrainOptions
@@ -137,10 +138,9 @@ class CheckpointStore:
         self._thread.shutdown()
         if self.num_saved or self.num_failed:
             _logger.info(
-                "Saved %d checkpoints, %d could not be; saving held the run for %.2f s, %.2f%% of "
-                "its time",
-                self.num_saved,
-                self.num_failed,
+                "Saved %s%s; saving held the run for %.2f s, %.2f%% of its time",
+                counted(self.num_saved, "checkpoint"),
+                f", {self.num_failed} could not be" if self.num_failed else "",
                 self.held_seconds,
                 100 * self.held_seconds / (perf_counter() - self._opened_at),
             )

@@ -601,6 +601,7 @@ def read_options(argv: Sequence[str]) -> TrainOptions:
             raise SystemExit(0)
     parser = option_parser()
     said = _parse(parser, argv)
+    typed = set(said)
     if "config" in said:
         configured = config_arguments(said["config"], parser, said)
         said = _parse(parser, [*configured, *argv])
@@ -635,6 +636,9 @@ def read_options(argv: Sequence[str]) -> TrainOptions:
     if options.masking != "none":
         options.masking_options = _constructor_options(options, released)
     options.text_masking_options = dict(options.text_masking_option)
+    if "masking" in typed and options.masking == "none":
+        # What a config says of its own masking is not said of this one.
+        given -= {"mask_ratio", "mask_ratio_min", "masking_option", "pack_tokens"} - typed
     options.given = sorted(given - {"check_only", "config"})
     return options
 

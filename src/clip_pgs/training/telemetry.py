@@ -16,7 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clip_pgs.integrations.open_clip.flops import SampleFlops
+from clip_pgs.tables import counted, duration
 from clip_pgs.training.options import TrainOptions
+from clip_pgs.training.phases import total_epochs
 from clip_pgs.training.sinks import Sinks
 from clip_pgs.training.step import StepResult
 from clip_pgs.training.stop import BadNumbersError
@@ -203,6 +205,9 @@ class Telemetry:
         self.is_active = options.rank == 0
         self._started = time.perf_counter() - cost.seconds
         self._epoch_started = time.perf_counter()
+        self._total_steps = total_steps
+        # Steps and seconds after this launch's first window, whose step compiles.
+        self._timed_from: tuple[int, float] | None = None
         self._bar = tqdm(
             total=total_steps,
             initial=cost.steps,
@@ -311,56 +316,47 @@ class Telemetry:
         values["samples"] = self._cost.samples
         values["flops"] = self._cost.flops
         values["seconds"] = self.cost.seconds
-        masks = ""
         skipped = self._read_skipped(values)
         if "mask_ratio_mean" in values:
             values["selection_flops_share"] = self._flops.selection / self._flops.total
-            masks = (
-                f"Masked: {values['mask_ratio_mean']:.3f} "
-                f"({values['mask_ratio_min']:.3f}-{values['mask_ratio_max']:.3f}) "
-            )
         step = self._cost.steps - 1
         self._sinks.each(lambda sink: sink.train(values, epoch=epoch, step=step))
-        losses = " ".join(
-            f"{name.capitalize()}: {value:#.5g}"
-            for name, value in values.items()
-            if name.endswith("loss")
-        )
-        _logger.info(
-            "Train Epoch: %d [%d/%d (%.0f%%)] Data (t): %.3f (%.0f%% of the time) "
-            "Batch (t): %.3f, %.4g/s LR: %.3g Logit Scale: %.3f Grad Norm: %.3g %sFLOPs: %.3g "
-            "%s%s",
-            epoch,
-            done,
-            self._samples_per_epoch,
-            100 * done / self._samples_per_epoch,
-            values["data_time"],
-            100 * values["data_wait_share"],
-            values["batch_time"],
-            values["samples_per_second"],
-            lr,
-            values["scale"],
-            values.get("grad_norm", math.nan),
-            masks,
-            self._cost.flops,
-            losses,
-            skipped,
-        )
+        share = done / self._samples_per_epoch
+        epochs = total_epochs(self._options)
+        parts = [f"Epoch {epoch + 1}/{epochs} {share:4.0%}", f"lr {lr:.2g}"]
+        if "loss" in values:
+            parts.insert(1, f"loss {values['loss']:#.4g}")
+        if "mask_ratio_mean" in values:
+            bounds = [f"{values[f'mask_ratio_{end}']:.2f}" for end in ("min", "max")]
+            parts.append(f"mask {'-'.join(dict.fromkeys(bounds))}")
+        parts.append(f"{values['samples_per_second']:.4g}/s")
+        parts.append(f"data {values['data_wait_share']:.0%}")
+        parts += [*self._time_left(), *skipped]
+        _logger.info("%s", "  ".join(parts))
         self.check_numbers()
 
-    def _read_skipped(self, values: dict[str, float]) -> str:
+    def _time_left(self) -> list[str]:
+        """Return what is left at this launch's pace, measurements between epochs included."""
+        steps, now = self._cost.steps, time.perf_counter()
+        if self._timed_from is None:
+            self._timed_from = (steps, now)
+            return []
+        first_step, started = self._timed_from
+        seconds = (now - started) / (steps - first_step) * (self._total_steps - steps)
+        return [f"{duration(seconds).replace(' ', '')} left"]
+
+    def _read_skipped(self, values: dict[str, float]) -> list[str]:
         """Put what was skipped up to now into the values; return it in words."""
         values["skipped_samples"] = self._cost.skipped_samples
         before = self._cost.skipped_steps
         values["skipped_steps"] = self._count_skipped_steps()
         if self._cost.skipped_steps > before:
             _logger.warning(
-                "%d steps were skipped since the last line: their loss or gradient is not finite",
-                self._cost.skipped_steps - before,
+                "Skipped %s since the last line: loss or gradient not finite",
+                counted(self._cost.skipped_steps - before, "step"),
             )
-        parts = (("steps", self._cost.skipped_steps), ("samples", self._cost.skipped_samples))
-        words = " ".join(f"{number} {name}" for name, number in parts if number)
-        return f" Skipped: {words}" if words else ""
+        parts = (("step", self._cost.skipped_steps), ("sample", self._cost.skipped_samples))
+        return [f"{counted(number, name)} skipped" for name, number in parts if number]
 
     def _count_skipped_steps(self) -> int:
         self._cost.skipped_steps = self._earlier_skipped_steps + self._skipped_steps.count()

@@ -22,12 +22,13 @@ from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 from torch import Tensor
 
-from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MASKS_NAME
+from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MASKS_NAME, METRICS_NAME
 from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
 from clip_pgs.data.decoding import pixel_normalizer
 from clip_pgs.data.order import stable_seed
 from clip_pgs.integrations.open_clip import CaptionGroups, remove_masking
 from clip_pgs.integrations.open_clip.flops import SampleFlops, count_sample_flops, few_texts
+from clip_pgs.tables import counted
 from clip_pgs.training.build import (
     ModelParts,
     build_loss,
@@ -58,7 +59,7 @@ from clip_pgs.training.run_folder import (
     warn_of_changes,
     write_run_files,
 )
-from clip_pgs.training.sinks import BestEffort, Sinks, SkipLog, logging_to
+from clip_pgs.training.sinks import BestEffort, Sinks, SkipLog, keep_lines_before, logging_to
 from clip_pgs.training.step import Batch, StepResult, Texts, compute_gradients, update_weights
 from clip_pgs.training.stop import (
     FAILED,
@@ -80,8 +81,8 @@ from clip_pgs.training.validation import (
     RESULTS_NAME,
     Evaluate,
     Validation,
-    describe_metrics,
     evaluate_only,
+    metrics_table,
     save_results,
 )
 from clip_pgs.training.watchdog import Activity, Watchdog
@@ -121,7 +122,6 @@ def train(
         UnwrittenError: If its folder cannot be written.
         UnusableDataError, StalledDataError, BadNumbersError, OtherProcessError: See `Trainer.run`.
     """
-    asked_device = options.device
     options = dataclasses.replace(options)
     signals = signals or StopSignals()
     report = ExitReport(signals)
@@ -142,11 +142,16 @@ def train(
             group.barrier()
             report.folder = folder
             with logging_to(options, folder):
-                _logger.info("Process %d of %d on %s", options.rank, options.world_size, device)
+                lacks = torch.device(options.device).type != device.type
+                _logger.info(
+                    "Process %d of %d on %s%s",
+                    options.rank,
+                    options.world_size,
+                    device,
+                    f", as there is no {options.device}" if lacks else "",
+                )
                 for sentence in sentences:
                     _logger.warning("%s", sentence)
-                if torch.device(asked_device).type != device.type:
-                    _logger.warning("%s is not available: running on %s", asked_device, device)
                 options.precision = supported_precision(options.precision, device)
                 if has_training_data(options):
                     watchdog = Watchdog(options, on_hang=report.write_error)
@@ -244,9 +249,14 @@ class Trainer:
             device=device,
             total_steps=sum(phase.num_steps for phase in self._phases),
         )
+        # What was measured after each epoch.
+        self._measured: list[dict[str, Any]] = []
         self._store: CheckpointStore | None = None
         self._pictures: MaskPictures | None = None
         if self._folder is not None:
+            with BestEffort(METRICS_NAME):
+                entries = keep_lines_before(self._folder / METRICS_NAME, cost.steps)
+                self._measured = [entry for entry in entries if entry.get("kind") == "val"]
             samples = self._phases[0].stream.num_samples
             self._record = describe_run(options, self._parts.model, device, num_samples=samples)
             self._store = CheckpointStore(
@@ -298,11 +308,10 @@ class Trainer:
 
     def _start_phase(self, phase: Phase) -> PhaseTrainer:
         _logger.info(
-            "Training %sepochs %d to %d of %d steps each",
-            "" if phase.name == "masked" else f"{phase.name} ",
-            max(phase.first_epoch, self._first_epoch),
-            phase.end_epoch,
-            phase.steps_per_epoch,
+            "Training%s: %s of %s",
+            "" if phase.name == "masked" else f" {phase.name}",
+            counted(phase.end_epoch - max(phase.first_epoch, self._first_epoch), "epoch"),
+            counted(phase.steps_per_epoch, "step"),
         )
         # A checkpoint at a phase's beginning holds the optimizer of the phase before.
         has_begun = phase.begins_before(self._first_epoch, self._first_position)
@@ -484,8 +493,8 @@ class Trainer:
         if not metrics:
             return
         self._metrics = metrics
-        for line in describe_metrics(metrics):
-            _logger.info("After epoch %d: %s", epoch, line)
+        self._measured.append({"epoch": epoch, **metrics})
+        _logger.info("After epoch %d:\n\n%s", epoch, metrics_table(self._measured))
         self._telemetry.validation(metrics, epoch=epoch)
         if self._folder is not None:
             with self._results_effort:
@@ -521,9 +530,9 @@ class Trainer:
             )
         cost = self._telemetry.cost
         _logger.info(
-            "Done: %d steps, %d samples, %.3g FLOPs in %s",
-            cost.steps,
-            cost.samples,
+            "Done: %s, %s, %.3g FLOPs in %s",
+            counted(cost.steps, "step"),
+            counted(cost.samples, "sample"),
             cost.flops,
             timedelta(seconds=round(cost.seconds)),
         )

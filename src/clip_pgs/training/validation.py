@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from torch import nn
 from clip_pgs.common import CHECKPOINTS_NAME
 from clip_pgs.data.build import build_val_stream
 from clip_pgs.data.loader import SampleStream
+from clip_pgs.tables import Cell, Table
 from clip_pgs.training.build import ModelParts, build_model
 from clip_pgs.training.checkpoint import restore
 from clip_pgs.training.checkpoint_store import load_start
@@ -129,14 +130,29 @@ class Validation:
             self._stream.close()
 
 
-def describe_metrics(metrics: Mapping[str, float]) -> list[str]:
-    """Return measurements as lines: OpenCLIP's in one, losses first, an evaluation's by its set."""
-    lines: dict[str, list[str]] = {}
-    for name, value in sorted(metrics.items(), key=lambda item: not item[0].endswith("loss")):
-        place, _, metric = name.rpartition("/")
-        if name not in _COUNTS:
-            lines.setdefault(place, []).append(f"{metric} {value:.4g}")
-    return [f"{place} {', '.join(values)}".lstrip() for place, values in lines.items()]
+def metrics_table(measured: Sequence[Mapping[str, Any]]) -> str:
+    """Return a run's last measurements beside the best of all, as a table for a terminal.
+
+    Losses, recalls and accuracies of held-out sets, and the averages of an evaluation; where it
+    has none, its sets.
+
+    Args:
+        measured: Values by OpenCLIP's names, and the completed epochs as "epoch".
+    """
+    now = measured[-1]
+    names = [name for name in now if name not in _COUNTS and not name.endswith("_rank")]
+    has_averages = any("/average" in name for name in names)
+    rows = []
+    for name in sorted(names, key=lambda name: not name.endswith("loss")):
+        if "/" in name and "/average" not in name and has_averages:
+            continue
+        sign = -1 if name.endswith("loss") else 1
+        scored = [entry for entry in measured if name in entry]
+        best = max(scored, key=lambda entry: sign * entry[name])
+        is_best = best[name] == now[name]
+        earlier = f"{best[name]:.4g} after epoch {best['epoch']}"
+        rows.append((name, Cell(now[name], f"{now[name]:.4g}"), "*" if is_best else earlier))
+    return Table.of(["", "now", "best so far"], rows).text()
 
 
 def _is_due(every: int, epoch: int, epochs: int) -> bool:
@@ -188,8 +204,8 @@ def evaluate_only(
         raise StoppedError(f"stopped by {signals.name}", signals.code) from None
     finally:
         validation.close()
-    for line in describe_metrics(metrics):
-        _logger.info("After epoch %d: %s", epoch, line)
+    table = metrics_table([{"epoch": epoch, **metrics}])
+    _logger.info("After epoch %d:\n\n%s", epoch, table)
     if folder is None:
         return
     with writing("what was measured"):

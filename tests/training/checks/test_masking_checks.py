@@ -94,3 +94,9 @@ def test_a_ratio_without_a_masking_is_refused(flag):
 def test_a_ratio_beside_masking_none_warns():
     (sentence,) = warnings_of(*VALID, "--masking", "none", "--mask-ratio", "0.5")
     assert sentence == "--mask-ratio has no effect with --masking none"
+
+
+def test_a_ratio_of_a_config_whose_masking_is_turned_off_does_not(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("masking: pgs\nmask-ratio: 0.5\n")
+    assert warnings_of(*VALID, "--config", str(config), "--masking", "none") == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,6 +71,21 @@ def weights_read_by(
         yield
     finally:
         factory.load_checkpoint, factory.load_state_dict = load, read_theirs
+
+
+@contextlib.contextmanager
+def random_weights() -> Iterator[None]:
+    """Keep open_clip from warning of a model whose weights are meant to be random."""
+
+    def is_else(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("No pretrained weights loaded")
+
+    root = logging.getLogger()
+    root.addFilter(is_else)
+    try:
+        yield
+    finally:
+        root.removeFilter(is_else)
 
 
 def text_reduction(name: str) -> Callable[..., Tensor]:
