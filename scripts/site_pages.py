@@ -6,7 +6,9 @@ the repository.
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,12 +66,14 @@ def site_link(target: str, folder: Path, repository: str) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Write equations as MathML, which browsers show without a script."""
+    """Write equations as MathML, which browsers show without a script, and mend code in tables."""
 
     def as_mathml(found: re.Match) -> str:
         latex = found[2].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
         return convert(latex, display="inline" if found[1] == "span" else "block")
 
+    # GitHub wants a bar inside of a table escaped even in code, where Python-Markdown shows both.
+    html = re.sub(r"<code>[^<]*</code>", lambda code: code[0].replace("\\|", "|"), html)
     return _EQUATION.sub(as_mathml, html)
 
 
@@ -82,7 +86,7 @@ def options_page() -> str:
     lines = [
         "# Options of training",
         "",
-        "Every flag of `clip-train.sh`, made of the code. A config names them without the dashes; "
+        "Every flag of `clip-pgs train`, made of the code. A config names them without the dashes; "
         "each switch has a `--no-` form. [Train](../training.md) says what they are for.",
     ]
     for group in option_parser()._action_groups:
@@ -109,23 +113,21 @@ def python_page() -> str:
     lines = ["# Python", "", "What the packages export, with its docstrings."]
     for package, text in _PACKAGES.items():
         lines += ["", f"## {package}", "", text]
-        for name in importlib.import_module(package).__all__:
-            lines += ["", f"::: {package}.{name}"]
+        exports = importlib.import_module(package)
+        for name in exports.__all__:
+            if not inspect.ismodule(getattr(exports, name)):
+                lines += ["", f"::: {package}.{name}"]
     return "\n".join(lines)
 
 
-def _is_shown(action: Any) -> bool:
-    return action.help != "==SUPPRESS=="
+def _is_shown(action: argparse.Action) -> bool:
+    return action.help != argparse.SUPPRESS and not isinstance(action, argparse._HelpAction)
 
 
-def _flag_row(action: Any) -> str:
-    flag = action.option_strings[-1]
-    value = action.metavar or (action.choices and "|".join(map(str, action.choices))) or ""
-    if action.nargs != 0 and not value and "--no-" not in flag:
-        value = action.dest.upper()
-    flag = action.option_strings[0] if action.nargs == 0 else flag
-    help_text = (action.help or "").replace("%%", "%")
-    return f"| `{_cell(f'{flag} {value}'.strip())}` | {_cell(help_text)} |"
+def _flag_row(action: argparse.Action) -> str:
+    value = action.metavar or "|".join(map(str, action.choices or ())) or action.dest.upper()
+    flag = action.option_strings[0] + (f" {value}" if action.nargs != 0 else "")
+    return f"| `{_cell(flag)}` | {_cell((action.help or '').replace('%%', '%'))} |"
 
 
 def _header(*names: str) -> Iterator[str]:
