@@ -69,14 +69,14 @@ def kill_once(folder: Path, confirmed: mmap.mmap, *, num_floats: int, wait: floa
 
 def find_fault(folder: Path, *, confirmed: int) -> str | None:
     """Return what is wrong with `latest`, by means of plain torch and hashlib alone."""
-    path = folder / (folder / "latest").read_text().strip()
+    path = folder / (folder / "latest").read_text("utf-8").strip()
     try:
         content = torch.load(path, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         return f"{path.name} does not load: {error}"
     step = content["step"]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if f"{digest}  {path.name}" not in (folder / "SHA256SUMS").read_text().splitlines():
+    if f"{digest}  {path.name}" not in (folder / "SHA256SUMS").read_text("utf-8").splitlines():
         return f"the checksum of {path.name} is not listed"
     moments = content["optimizer"]["state"][0]
     for tensor in (content["state_dict"]["weight"], moments["exp_avg"], moments["exp_avg_sq"]):

@@ -112,6 +112,13 @@ def test_a_link_is_written_through(tmp_path, is_there):
     assert (target.read_text(), link.is_symlink()) == ("new", True)
 
 
+def test_text_is_utf_8_in_any_locale(tmp_path):
+    write_text(
+        tmp_path / "a.txt", "caf\u00e9 " + os.fsencode("\u00e9").decode("ascii", "surrogateescape")
+    )
+    assert (tmp_path / "a.txt").read_bytes() == "caf\u00e9 \u00e9".encode()
+
+
 @pytest.mark.parametrize("write", [atomic_file, atomic_folder])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
 def test_a_full_disk_is_told_with_the_file_and_ends_with_1(tmp_path, write, code):

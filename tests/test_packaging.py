@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from importlib.metadata import distributions, requires
 from pathlib import Path
@@ -25,6 +26,32 @@ EXTRAS = {
     }
     for extra, requirements in PROJECT["optional-dependencies"].items()
 }
+
+
+def text_files_without_encoding(path):
+    """Yield the calls of a module that read or write text in the encoding of the locale."""
+    for call in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if not isinstance(call, ast.Call) or any(k.arg == "encoding" for k in call.keywords):
+            continue
+        name = getattr(call.func, "attr", None) or getattr(call.func, "id", None)
+        is_method = isinstance(call.func, ast.Attribute)
+        texts = [a.value for a in call.args if isinstance(a, ast.Constant)]
+        if name in ("read_text", "write_text"):
+            if is_method and "utf-8" not in texts:
+                yield ast.unparse(call)
+        elif name == "open":
+            modes = [text for text in texts if re.fullmatch(r"[rwax]\+?t?", str(text))]
+            is_default = not is_method and len(call.args) == 1
+            if (modes and "tarfile" not in ast.unparse(call.func)) or is_default:
+                yield ast.unparse(call)
+
+
+@pytest.mark.parametrize("folder", ["src", "scripts"])
+def test_every_text_file_is_read_and_written_as_utf_8(folder):
+    found = {
+        path: [*text_files_without_encoding(path)] for path in ROOT.joinpath(folder).rglob("*.py")
+    }
+    assert {path: calls for path, calls in found.items() if calls} == {}
 
 
 def test_our_extra_goes_beside_that_of_open_clips_trainer():

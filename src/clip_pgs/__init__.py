@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +42,12 @@ def _say_interrupted(kind: type[BaseException], error: BaseException, traceback:
         sys.__excepthook__(kind, error, traceback)
 
 
-# `python -m clip_pgs.X` imports this first, and what X needs before X can catch anything.
-if sys.argv[:1] == ["-m"]:
+# A command imports this first, and what it needs before it can catch anything.
+if os.path.basename((sys.argv or [""])[0]) in ("-m", "clip-pgs"):
     sys.excepthook = _say_interrupted
+    # What the locale cannot show is escaped, as on stderr, and no error.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def __getattr__(name: str) -> Any:

@@ -282,7 +282,8 @@ def write_text(path: Path, text: str) -> None:
         OSError: If it cannot be written; what was there is still there.
     """
     with atomic_file(path) as file:
-        file.write(text.encode())
+        # Where the locale is no UTF-8, Python reads foreign letters of a command line as these.
+        file.write(text.encode("utf-8", "surrogateescape"))
 
 
 def append_line(path: Path, line: str) -> None:

@@ -95,11 +95,11 @@ def _demo(is_fresh: bool, flags: Sequence[str]) -> None:
 
     _heading("3 of 4: evaluation")
     if _is_newer(_TABLE, export):
-        _say(_TABLE.read_text().rstrip("\n"))
+        _say(_TABLE.read_text("utf-8").rstrip("\n"))
     else:
         _TABLE.parent.mkdir(parents=True, exist_ok=True)
         part = _TABLE.with_name(f"{_TABLE.name}.part")
-        with part.open("w") as file:
+        with part.open("w", encoding="utf-8") as file:
             _call("clip_pgs.cli", "test", str(_RUN), "--suite", "all", output=file)
         part.replace(_TABLE)
 
@@ -108,7 +108,7 @@ def _demo(is_fresh: bool, flags: Sequence[str]) -> None:
         scenes = map(str, sorted(_WORLD.glob("scenes/*.png")))
         options = ["--masking", "random", "cluster", "pgs", "--mask-ratio", "0.5"]
         view = ["--model", str(_RUN), "--output", str(_PICTURE)]
-        with open(os.devnull, "w") as nowhere:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
             _call("clip_pgs.inspection", "masks", *scenes, *options, *view, output=nowhere)
     _say(str(_PICTURE))
 
@@ -180,7 +180,7 @@ def _only_demo() -> Iterator[None]:
 def _run_lock() -> Iterator[None]:
     """Hold the lock that training holds on its run, where there is a run."""
     try:
-        lock = (_RUN / LOCK_NAME).open("r+")
+        lock = (_RUN / LOCK_NAME).open("r+", encoding="utf-8")
     except FileNotFoundError:
         yield
         return

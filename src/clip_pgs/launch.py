@@ -189,7 +189,7 @@ class _Launch:
             status = self._run(command, _threads(processes.per_node))
             if self.stopped:
                 return self._code_of_signal()
-            return int(file.read_text()) if status == 0 else status
+            return int(file.read_text("utf-8")) if status == 0 else status
 
     def _catch(self) -> None:
         for number in _PASSED_ON:
@@ -228,7 +228,7 @@ class _Launch:
         """Return the exit code that the run left, after its reason on stderr."""
         files = sorted(folder.glob("exit.*"))
         if files:
-            code, _, reason = files[-1].read_text().partition("\n")
+            code, _, reason = files[-1].read_text("utf-8").partition("\n")
             sys.stderr.write(f"{one_sentence(reason)}\n")
             return int(code)
         # A signal came before there was anything to save.

@@ -43,6 +43,14 @@ def test_a_folder_that_holds_no_run_is_free(demo):
     check_options(parse_options(RUN))
 
 
+def test_a_name_that_the_locale_does_not_know_is_refused(demo, monkeypatch):
+    args = parse_options([*VALID, "--name", "caf\u00e9"])
+    check_options(args)
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    with pytest.raises(ValueError, match=r"caf\u00e9 must have a name in ASCII .* PYTHONUTF8=1"):
+        check_options(args)
+
+
 @pytest.mark.parametrize("path", ["logs", "logs/demo"])
 def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
@@ -107,6 +115,15 @@ def test_a_damaged_record_is_named_and_stops_nothing(demo, content):
     check_options(args)
     (sentence,) = option_warnings(args)
     assert "options.json" in sentence
+
+
+def test_a_missing_record_of_a_run_is_named(demo):
+    (demo / "options.json").unlink()
+    args = parse_options([*RUN, "--resume", "latest", "--masking", "random", "--seed", "5"])
+    assert option_warnings(args) == []
+    (demo / "checkpoints").mkdir()
+    (sentence,) = option_warnings(args)
+    assert "options.json is not there; no option is compared" in sentence
 
 
 @pytest.fixture

@@ -85,6 +85,10 @@ def test_a_folder_that_was_removed_in_mid_run_is_made_again(tmp_path, world, mon
     run(tmp_path, train_data=world.train_data, val_data=world.val_data, save_every_steps=2)
     assert last_checkpoint(folder)["epoch"] == 2
     assert (folder / "checkpoints" / "results.jsonl").is_file()
+    assert "masking" in json.loads((folder / "options.json").read_text())
+    for part in ("params.txt", "env.json"):
+        assert (folder / part).read_text()
+    assert "Saved epoch_2.pt" in (folder / "out.log").read_text()
 
 
 def test_no_run_ends_with_0_and_without_a_checkpoint(tmp_path, world, monkeypatch, capfd):

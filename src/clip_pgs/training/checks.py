@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -359,6 +360,13 @@ def _check_folder(options: TrainOptions) -> None:
     folder = run_folder(options)
     if folder is None:
         return
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8" and not str(folder.absolute()).isascii():
+        # torch writes files under their names in UTF-8 and finds none under others.
+        raise ValueError(
+            f"the run's folder {folder} must have a name in ASCII where the locale's encoding is "
+            f"{encoding}; set PYTHONUTF8=1 for others"
+        )
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir():
         raise ValueError(f"{place} is a file where a folder on the way to {folder} should go")

@@ -31,6 +31,7 @@ from clip_pgs.common import (
     atomic_folder,
     one_sentence,
     sync,
+    write_text,
 )
 from clip_pgs.training.build import logit_options
 from clip_pgs.training.checkpoint import find_non_finite, load_checkpoint
@@ -128,7 +129,7 @@ def write_export(checkpoint: dict[str, Any], folder: Path) -> Path:
 
 def _write_files(checkpoint: dict[str, Any], record: dict[str, Any], folder: Path) -> None:
     config_path = folder / MODEL_CONFIG_NAME
-    config_path.write_text(json.dumps(record["open_clip_config"], indent=2) + "\n")
+    write_text(config_path, json.dumps(record["open_clip_config"], indent=2) + "\n")
     # A copy of its own for each name: safetensors refuses tied weights.
     weights = {name: t.detach().cpu().clone() for name, t in checkpoint["state_dict"].items()}
     try:
@@ -139,7 +140,7 @@ def _write_files(checkpoint: dict[str, Any], record: dict[str, Any], folder: Pat
     (folder / WEIGHTS_NAME).chmod(config_path.stat().st_mode)
     if record["tokenizer"] is not None:
         HFTokenizer(record["tokenizer"]).save_pretrained(folder)
-    (folder / CARD_NAME).write_text(write_model_card(checkpoint["name"], record))
+    write_text(folder / CARD_NAME, write_model_card(checkpoint["name"], record))
     for path in (*folder.iterdir(), folder):
         sync(path)
 
@@ -275,11 +276,11 @@ def push_to_hub(export_folder: Path, repo_id: str, *, private: bool = False) -> 
     api = HfApi()
     address = api.create_repo(repo_id, private=private, exist_ok=True)
     config_path = export_folder / MODEL_CONFIG_NAME
-    config = json.loads(config_path.read_text())
+    config = json.loads(config_path.read_text("utf-8"))
     if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
         # The tokenizer's files travel with the model.
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = repo_id
-        config_path.write_text(json.dumps(config, indent=2) + "\n")
+        write_text(config_path, json.dumps(config, indent=2) + "\n")
     api.upload_folder(
         repo_id=repo_id, folder_path=export_folder, commit_message="Upload a CLIP-PGS model"
     )

@@ -561,7 +561,9 @@ def registered_names(package: str) -> list[str]:
         return sys.modules["clip_pgs.masking"].list_maskings()
     if package == "data" and "clip_pgs.data.text_masking" in sys.modules:
         return sys.modules["clip_pgs.data.text_masking"].TEXT_MASKINGS.names()
-    texts = (path.read_text() for path in Path(__file__).parents[1].joinpath(package).glob("*.py"))
+    texts = (
+        path.read_text("utf-8") for path in Path(__file__).parents[1].joinpath(package).glob("*.py")
+    )
     return sorted(name for text in texts for name in _REGISTRATION.findall(text))
 
 

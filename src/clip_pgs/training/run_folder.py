@@ -35,6 +35,7 @@ from clip_pgs.common import (
 )
 from clip_pgs.training.export import open_clip_config, tokenizer_source
 from clip_pgs.training.options import IDENTITY, RECIPE, TrainOptions, names_of
+from clip_pgs.training.sinks import BestEffort
 from clip_pgs.training.stop import LAUNCH_FOLDER
 
 _logger = logging.getLogger(__name__)
@@ -157,8 +158,35 @@ def write_run_files(
     if name_file is not None:
         name_file.write_text(folder.name, encoding="utf-8")
     lines = [f"{name}: {value}\n" for name, value in options.values().items()]
-    (folder / PARAMS_NAME).write_text("".join(lines))
+    write_text(folder / PARAMS_NAME, "".join(lines))
     save_environment(describe_environment(device=device, world_size=options.world_size), folder)
+
+
+class RunFiles:
+    """What says how a run was started, kept to be written again where somebody removed it.
+
+    Args:
+        folder: The run's folder, in which `write_run_files` has written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._effort = BestEffort("the run's folder")
+        paths = (folder / name for name in (OPTIONS_NAME, PARAMS_NAME, ENVIRONMENT_NAME))
+        self._contents = {path: path.read_text("utf-8", "surrogateescape") for path in paths}
+
+    def restore(self) -> None:
+        """Write what is missing; a resumed run is compared with it."""
+        missing = [path for path in self._contents if not path.exists()]
+        if not missing:
+            return
+        _logger.warning(
+            "%s was removed under the run and is written again; what else the folder held is lost",
+            " and ".join(map(str, missing)),
+        )
+        with self._effort:
+            missing[0].parent.mkdir(parents=True, exist_ok=True)
+            for path in missing:
+                write_text(path, self._contents[path])
 
 
 def save_options(options: TrainOptions, folder: Path, *, files: Sequence[str] = ()) -> None:
@@ -172,15 +200,15 @@ def save_options(options: TrainOptions, folder: Path, *, files: Sequence[str] = 
 
 
 def damaged_options(folder: Path) -> str | None:
-    """Say what is wrong with a folder's `options.json`; None where it is whole, or not there."""
+    """Say what is wrong with the `options.json` of a run's folder; None where it is whole."""
     return _read_options(folder)[1]
 
 
 def _read_options(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """Return what was saved, and what is wrong with the file; nothing and None without one."""
+    """Return what was saved, and what is wrong with the file; None where no run began."""
     path = folder / OPTIONS_NAME
     if not path.exists():
-        return {}, None
+        return {}, f"{path} is not there" if holds_run(folder) else None
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -330,7 +358,7 @@ def device_name(device: torch.device) -> str:
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -323,10 +324,19 @@ class _AboveProgressBar(logging.Handler):
             tqdm.write(self.format(record), file=sys.stderr)
 
 
-class _RunFile(logging.FileHandler):
-    """Writes lines to the run's file; where it cannot, it says so once, elsewhere."""
+class _RunFile(WatchedFileHandler):
+    """Writes lines to the run's file; where it cannot, it says so once, elsewhere.
+
+    A file that was removed is begun anew.
+    """
 
     _is_told = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exc_info()[1]
@@ -360,7 +370,8 @@ def logging_to(options: TrainOptions, folder: Path | None) -> Iterator[None]:
         with BestEffort(LOG_NAME):
             folder.mkdir(parents=True, exist_ok=True)
             name = f"out-{options.rank}" if options.log_local else LOG_NAME
-            handlers.append(_RunFile(folder / name))
+            path = folder / name
+            handlers.append(_RunFile(path, encoding="utf-8", errors="backslashreplace"))
     root = logging.getLogger()
     level_before, hook_before = root.level, threading.excepthook
     is_quiet = options.rank != 0 and len(handlers) == 1

@@ -53,6 +53,7 @@ from clip_pgs.training.masks import MaskPictures, StepMasks, seed_everything
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.phases import Phase, plan_phases, total_epochs
 from clip_pgs.training.run_folder import (
+    RunFiles,
     default_name,
     describe_run,
     run_folder,
@@ -259,6 +260,7 @@ class Trainer:
                 self._measured = [entry for entry in entries if entry.get("kind") == "val"]
             samples = self._phases[0].stream.num_samples
             self._record = describe_run(options, self._parts.model, device, num_samples=samples)
+            self._run_files = RunFiles(self._folder)
             self._store = CheckpointStore(
                 self._folder / CHECKPOINTS_NAME,
                 keep_last=options.keep_checkpoints,
@@ -412,6 +414,7 @@ class Trainer:
         """Save a place in the run: completed epochs, and samples of the one under way."""
         if self._store is None or not any(names.values()):
             return
+        self._run_files.restore()
         epoch, position = place
         content = pack_checkpoint(
             epoch=epoch,

@@ -162,7 +162,7 @@ def _is_due(every: int, epoch: int, epochs: int) -> bool:
 def save_results(metrics: Mapping[str, float], checkpoint_folder: Path) -> None:
     """Append measurements to OpenCLIP's `results.jsonl`."""
     checkpoint_folder.mkdir(parents=True, exist_ok=True)
-    with (checkpoint_folder / RESULTS_NAME).open("a") as file:
+    with (checkpoint_folder / RESULTS_NAME).open("a", encoding="utf-8") as file:
         file.write(json.dumps(dict(metrics)) + "\n")
 
 

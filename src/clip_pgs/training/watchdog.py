@@ -280,7 +280,9 @@ def _seconds_worked() -> float:
     here = threading.get_native_id()
     threads = [thread.native_id for thread in threading.enumerate() if thread.native_id != here]
     try:
-        texts = [Path(f"/proc/self/task/{number}/schedstat").read_text() for number in threads]
+        texts = [
+            Path(f"/proc/self/task/{number}/schedstat").read_text("utf-8") for number in threads
+        ]
     except OSError:
         # A thread that has just ended, or a system that tells this of whole processes alone.
         return time.process_time() - time.thread_time()

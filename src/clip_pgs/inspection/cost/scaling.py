@@ -173,7 +173,9 @@ def measure_world(
                 # What a process raised comes as its whole traceback.
                 reason = error.msg.strip().splitlines()[-1]
                 raise ValueError(f"a process failed, of {size}: {reason}") from None
-            times = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+            times = [
+                json.loads((folder / f"{rank}.json").read_text("utf-8")) for rank in range(size)
+            ]
         seconds = median(max(of_ranks) for of_ranks in zip(*times, strict=True))
         rate = benchmark.batch_size / seconds
         alone = rows[0]["samples_per_second"] if rows else rate
