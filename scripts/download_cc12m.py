@@ -84,6 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     except NETWORK_ERRORS as error:
         print(f"error: {one_sentence(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

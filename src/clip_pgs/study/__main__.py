@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_pgs.common import SentenceParser, find_config, number_in, one_sentence
+from clip_pgs.common import SentenceParser, find_config, number_in, one_sentence, refusal_code
 
 if TYPE_CHECKING:
     from clip_pgs.study.plan import Study
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             leave(130)
         except (ValueError, OSError) as error:
-            return _refuse(str(error))
+            sys.stderr.write(f"error: {one_sentence(error)}\n")
+            return refusal_code(error)
 
 
 def _make_parser() -> argparse.ArgumentParser:
