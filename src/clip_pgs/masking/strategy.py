@@ -1,7 +1,7 @@
 """What a masking strategy is given, what it returns, what it is, and how it is found by name.
 
 A new strategy is one file: a subclass of `MaskingStrategy` with `forward`, under
-`@register_masking(...)`. README.md shows one.
+`@register_masking(...)`. docs/own_strategy.md shows one.
 """
 
 from __future__ import annotations
