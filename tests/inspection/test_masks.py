@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw
 from clip_pgs import create_masking
 from clip_pgs.data.world.draw import draw_scene
 from clip_pgs.data.world.scene import make_scene
+from clip_pgs.figure import CAPTION_SIZE, GAP, MARGIN, TITLE_SIZE
 from clip_pgs.inspection import ModelInput, draw_masks
-from clip_pgs.inspection.figure import CAPTION_SIZE, GAP, MARGIN, TITLE_SIZE
 from clip_pgs.inspection.model_input import parse_specs
 from clip_pgs.masking.strategy import _REGISTRY
 

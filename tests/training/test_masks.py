@@ -3,6 +3,7 @@
 import torch
 
 from clip_pgs.data.order import stable_seed
+from clip_pgs.figure import CAPTION_SIZE, GAP, MARGIN, TITLE_SIZE
 from clip_pgs.integrations.open_clip import apply_masking
 from clip_pgs.training.masks import MaskPictures, draw_masks, micro_batch_rows, step_noise
 from support.images import smooth_images
@@ -18,11 +19,27 @@ def masked_model():
 def test_half_of_each_image_is_grey_below_the_whole_one():
     images = smooth_images(3, height=64, width=64) * 0.3
     picture = draw_masks(masked_model(), images, seed=0)
-    whole, painted = picture[:, 2:66, 2:66], picture[:, 68:132, 2:66]
-    assert torch.allclose(whole, (images[0] * 0.25 + 0.5).clamp(0, 1))
-    is_grey = (painted == 0.5).all(dim=0)
+    # Enlarged fourfold to reach 224 pixels; a title above, a caption below.
+    top, below = MARGIN + TITLE_SIZE + GAP, 256 + CAPTION_SIZE + 2 * GAP
+    whole, painted = (
+        picture[:, y : y + 256 : 4, MARGIN : MARGIN + 256 : 4] for y in (top, top + below)
+    )
+    assert torch.allclose(whole, (images[0] * 0.25 + 0.5).clamp(0, 1), atol=1 / 255)
+    is_grey = (painted == 127 / 255).all(dim=0)
     assert is_grey.float().mean().item() == 0.5
     assert torch.equal(painted[:, ~is_grey], whole[:, ~is_grey])
+
+
+def test_a_picture_tells_epoch_strategy_and_ratio():
+    images = smooth_images(2, height=64, width=64)
+    pictures = [
+        draw_masks(masked_model(), images, seed=0, title=title, name=name)
+        for title, name in (("epoch 1", "pgs"), ("epoch 2", "pgs"), ("epoch 1", "random"))
+    ]
+    is_title = slice(MARGIN, MARGIN + TITLE_SIZE)
+    is_caption = slice(-MARGIN - CAPTION_SIZE, -MARGIN)
+    assert not torch.equal(*(picture[:, is_title] for picture in pictures[:2]))
+    assert not torch.equal(*(picture[:, is_caption] for picture in pictures[::2]))
 
 
 def test_drawing_leaves_model_and_random_stream_alone():
@@ -35,7 +52,7 @@ def test_drawing_leaves_model_and_random_stream_alone():
 
 def test_a_run_killed_while_it_kept_its_images_keeps_others_when_it_goes_on(tmp_path):
     (tmp_path / ".images.pt.unfinished").write_bytes(b"half")
-    MaskPictures(tmp_path, masked_model(), seed=0).choose(smooth_images(12, seed=0))
+    MaskPictures(tmp_path, masked_model(), name="random", seed=0).choose(smooth_images(12, seed=0))
     assert [path.name for path in tmp_path.iterdir()] == ["images.pt"]
 
 
@@ -43,7 +60,7 @@ def test_a_resumed_run_draws_on_the_images_of_its_start(tmp_path):
     model = masked_model()
     pictures = []
     for seed in (0, 1):
-        run = MaskPictures(tmp_path, model, seed=0)
+        run = MaskPictures(tmp_path, model, name="random", seed=0)
         run.choose(smooth_images(12, height=64, width=64, seed=seed))
         pictures.append(run.draw(0))
     assert torch.equal(*pictures)

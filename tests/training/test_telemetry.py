@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from clip_pgs.figure import GAP, MARGIN
 from clip_pgs.integrations.open_clip.flops import SampleFlops
 from clip_pgs.training.sinks import JsonLines, Sinks
 from clip_pgs.training.step import StepResult
@@ -165,8 +166,9 @@ def test_environment_names_versions_device_and_command(finished_run):
 
 def test_mask_pictures_show_images_above_what_is_kept(finished_run):
     picture = Image.open(finished_run / "masks" / "epoch_2.png")
-    # Four images of a micro-batch, 32 pixels each with a border of 2.
-    assert picture.size == (4 * 34 + 2, 2 * 34 + 2)
+    # Four images of a micro-batch, 32 pixels each, enlarged sevenfold.
+    assert picture.width == 2 * MARGIN + 4 * 224 + 3 * GAP
+    assert picture.height > 2 * 224
 
 
 def test_meter_averages_losses_and_takes_the_extremes_of_masks():

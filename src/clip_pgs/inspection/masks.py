@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from clip_pgs.common import atomic_file, check_writable
-from clip_pgs.inspection.figure import Column, Legend, Panel, draw_figure
+from clip_pgs.figure import PANEL_SIZE, Column, Legend, Panel, draw_figure
 from clip_pgs.inspection.model_input import (
     ModelInput,
     View,
@@ -32,8 +32,8 @@ from clip_pgs.masking import MaskingStrategy
 from clip_pgs.masking.pgs import PGSMasking
 from clip_pgs.masking.sampling import paint_kept
 
-# Smaller images are enlarged by a whole number until their shorter side reaches this.
-PANEL_SIZE = 224
+# Of a patch in the steps of PGS, which have frames and numbers.
+_CELL_SIZE = 32
 # Of all panels. Pillow itself refuses to open pictures a third larger.
 MAX_FIGURE_PIXELS = 2**27
 
@@ -86,6 +86,8 @@ def draw_masks(
     model_input = ModelInput() if model_input is None else model_input
     view = View(model_input, model, progress)
     scale = math.ceil(PANEL_SIZE / min(model_input.image_size))
+    if staged:
+        scale = max(scale, math.ceil(_CELL_SIZE / min(model_input.patch_size)))
     height, width = (scale * side for side in model_input.image_size)
     num_columns = 1 + len(strategies) + sum(3 + strategy.options.edges for strategy in staged)
     if height * width * num_columns * len(images) > MAX_FIGURE_PIXELS:

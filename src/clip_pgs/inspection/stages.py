@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import colorsys
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from clip_pgs.inspection.figure import Column, Legend, Panel
+from clip_pgs.figure import INK, PAPER, Column, Legend, Panel
 from clip_pgs.masking import PatchInputs, sinkhorn_plan
 from clip_pgs.masking.pgs import PGSMasking, reached_similarity
 
 # From dark over red to pale yellow: read as heat, and in gray print still from dark to light.
 _HEAT = ("#0b0724", "#4a1079", "#a1307e", "#e95562", "#feae76", "#fcfdbf")
+# Color-blind readers tell these apart, too.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#F0E442", "#D55E00", "#56B4E9", "#CC79A7")
 _PALE = 0.55  # share of white over what is not to be looked at
+
+
+_HALO: dict[str, Any] = {"stroke_width": 2, "stroke_fill": PAPER}
 
 
 @dataclass(frozen=True)
@@ -103,17 +109,20 @@ class _Canvas:
     def panels(
         self, pixels: Tensor, captions: Sequence[str], frames_C3: Tensor | None = None
     ) -> list[Panel]:
-        """Return pictures with their captions, and candidates in frames where these have colors."""
+        """Return pictures with their captions, and numbered frames where these have colors."""
         (height, width), num_columns = self.cell, self.grid_size[1]
         drawn = list(map(to_pil_image, pixels))
+        font = ImageFont.load_default(min(height, width) // 2)
         for picture, positions in zip(drawn, self.candidates.tolist(), strict=True):
             draw = ImageDraw.Draw(picture)
             frames = () if frames_C3 is None else zip(positions, frames_C3.tolist(), strict=True)
-            for position, color in frames:
+            for number, (position, color) in enumerate(frames, start=1):
                 y, x = position // num_columns * height, position % num_columns * width
                 box = (x, y, x + width - 1, y + height - 1)
                 outline = tuple(round(255 * value) for value in color)
-                draw.rectangle(box, outline=outline, width=max(2, width // 7))
+                draw.rectangle(box, outline=outline, width=max(2, width // 8))
+                center = (x + width / 2, y + height / 2)
+                draw.text(center, str(number), fill=INK, font=font, anchor="mm", **_HALO)
         return list(zip(drawn, captions, strict=True))
 
 
@@ -177,13 +186,11 @@ def _heat(values: Tensor) -> Tensor:
 
 def _candidate_colors(num_candidates: int) -> Tensor:
     """Return colors that are told apart, shape (C, 3), in [0, 1]."""
-    # Neighbors in the list lie far apart on the circle of hues, and differ in brightness.
-    return torch.tensor(
-        [
-            colorsys.hsv_to_rgb((number * 0.381966) % 1.0, 0.85, (0.95, 0.72)[number % 2])
-            for number in range(num_candidates)
-        ]
-    )
+    # Those of Okabe and Ito, then darker ones; a further candidate has its number alone.
+    colors = torch.tensor([ImageColor.getrgb(text) for text in _COLORS]) / 255
+    return torch.cat([colors, 0.55 * colors]).repeat(math.ceil(num_candidates / 14), 1)[
+        :num_candidates
+    ]
 
 
 def _heat_ramp() -> Image.Image:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import random
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,12 @@ import numpy as np
 import torch
 from open_clip import CLIP
 from torch import Tensor, nn
-from torchvision.utils import make_grid, save_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import save_image
 
 from clip_pgs.common import atomic_file
 from clip_pgs.data.order import stable_seed
+from clip_pgs.figure import PANEL_SIZE, Column, draw_figure
 from clip_pgs.integrations.open_clip import (
     calibrate_masking,
     last_selection,
@@ -198,11 +201,13 @@ class MaskPictures:
         folder: The run's folder of pictures, where the images are kept for a resumed run.
         model: The plain masked model; its mode, its random streams and its weights stay as they
             are, and the noise given to it is forgotten.
+        name: Of the masking, for the labels.
         seed: The run's seed: the same images show the same masks of the same scores.
     """
 
-    def __init__(self, folder: Path, model: CLIP, *, seed: int) -> None:
+    def __init__(self, folder: Path, model: CLIP, *, name: str, seed: int) -> None:
         self._folder = folder
+        self._name = name
         self._model = model
         self._seed = seed
         self._images: Tensor | None = None
@@ -230,20 +235,25 @@ class MaskPictures:
         """Save `epoch_N.png` and return it: shape (3, H', W'), in [0, 1]; None without images."""
         if self._images is None:
             return None
-        picture = draw_masks(self._model, self._images, seed=self._seed)
+        labels = {"title": f"epoch {epoch}", "name": self._name}
+        picture = draw_masks(self._model, self._images, seed=self._seed, **labels)
         with self._best_effort:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_image(picture, self._folder / f"epoch_{epoch}.png")
         return picture
 
 
-def draw_masks(model: CLIP, images: Tensor, *, seed: int) -> Tensor:
-    """Draw images above what the masking keeps of them at its present progress.
+def draw_masks(
+    model: CLIP, images: Tensor, *, seed: int, title: str = "", name: str = "masking"
+) -> Tensor:
+    """Draw images above what the masking keeps of them at its present progress, and its ratio.
 
     Args:
         model: As for `MaskPictures`.
         images: As the model receives them. Shape (B, 3, H, W).
         seed: The same seed gives the same masks of the same scores.
+        title: Stands above each image.
+        name: Of the masking.
 
     Returns:
         A picture of shape (3, H', W'), in [0, 1], on the CPU.
@@ -266,7 +276,17 @@ def draw_masks(model: CLIP, images: Tensor, *, seed: int) -> Tensor:
     mean, std = (images.new_tensor(v)[:, None, None] for v in (tower.image_mean, tower.image_std))
     pixels = (images * std + mean).clamp(0, 1)
     painted = paint_kept(pixels, selection, patch_size(model))
-    return make_grid(torch.cat([pixels, painted]).cpu(), nrow=len(images), pad_value=1.0)
+    scale = math.ceil(PANEL_SIZE / min(pixels.shape[2:]))
+    rows = [
+        map(to_pil_image, part.repeat_interleave(scale, 2).repeat_interleave(scale, 3).cpu())
+        for part in (pixels, painted)
+    ]
+    ratios = (1 - selection.kept_counts() / num_patches(model)).tolist()
+    columns = [
+        Column(title, [(whole, ""), (kept, f"{name}, {ratio:.2f} masked")])
+        for whole, kept, ratio in zip(*rows, ratios, strict=True)
+    ]
+    return pil_to_tensor(draw_figure(columns)) / 255
 
 
 def _read_images(path: Path) -> Tensor | None:

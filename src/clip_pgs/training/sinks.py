@@ -173,8 +173,9 @@ class WeightsAndBiases(Sink):
         self._run.log({f"train/{k}": v for k, v in values.items()} | {"step": step}, step=step)
 
     def validation(self, values: Numbers, *, epoch: int, cost: Numbers) -> None:
-        """Log `val/...` with the epoch and the cost, any of which can be the curve's x axis."""
-        entry = {f"val/{name}": value for name, value in values.items()}
+        """Log `val/...`, and as a table, with epoch and cost, each of which can be the x axis."""
+        entry: dict[str, Any] = {f"val/{name}": value for name, value in values.items()}
+        entry["measured"] = self._wandb.Table(["measurement", "value"], data=list(values.items()))
         self._run.log(entry | {"epoch": epoch, **cost}, step=int(cost["steps"]))
 
     def picture(self, name: str, pixels: Tensor, *, step: int) -> None:

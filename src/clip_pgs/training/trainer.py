@@ -267,7 +267,10 @@ class Trainer:
                 delete_previous=options.delete_previous_checkpoint,
             )
             self._pictures = MaskPictures(
-                self._folder / MASKS_NAME, self._parts.model, seed=options.seed
+                self._folder / MASKS_NAME,
+                self._parts.model,
+                name=options.masking,
+                seed=options.seed,
             )
 
     @property

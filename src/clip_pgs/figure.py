@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+# Smaller pictures are enlarged by a whole number until their shorter side reaches this.
+PANEL_SIZE = 224
 MARGIN, GAP = 20, 12
 TITLE_SIZE, CAPTION_SIZE = 20, 15
 INK, PALE, PAPER = "black", "#555555", "white"
