@@ -12,7 +12,8 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _refuse(f"a study needs {error.name}: pip install 'clip-pgs[train,eval]'")
     signals = StopSignals()
-    with signals.caught():
+    with signals.caught(), _errors_alone():
         try:
             return _run(args, signals)
         except StopRequest:
@@ -77,6 +78,18 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def _errors_alone() -> Iterator[None]:
+    """Leave to each run's own log what options and data sets are warned about."""
+    logger = logging.getLogger("clip_pgs")
+    level_before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level_before)
+
+
 def _run(args: argparse.Namespace, signals: StopSignals) -> int:
     with signals.interruptible():
         from clip_pgs.study.plan import check_study, read_study
@@ -90,7 +103,6 @@ def _run(args: argparse.Namespace, signals: StopSignals) -> int:
             raise ValueError(
                 f"--jobs must be 1 where a run takes {num_processes()} processes, got {args.jobs}"
             )
-        logging.getLogger("clip_pgs").setLevel(logging.ERROR)
         if args.report_only:
             return _report(study, args)
         options = check_study(study)
