@@ -86,13 +86,11 @@ class Row:
             spans all columns that are left.
         kind: "published" or another; its class in HTML.
         facts: What must be known to read the row, below its name.
-        more: What else is worth knowing there, where there is room.
     """
 
     cells: Sequence[Cell]
     kind: str = ""
     facts: str = ""
-    more: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,9 +159,9 @@ class Table:
             ["---:" if self.is_number(place) else "---" for place in range(len(self.columns))],
             *(self._markdown_cells(row) for row in self.rows),
         ]
-        if any(row.facts or row.more for row in self.rows):
-            facts = [", ".join(filter(None, (row.facts, row.more))) for row in self.rows]
-            column = [self.facts_label, "---", *map(markdown_text, facts)]
+        if any(row.facts for row in self.rows):
+            facts = [markdown_text(row.facts) for row in self.rows]
+            column = [self.facts_label, "---", *facts]
             for line, text in zip(lines, column, strict=True):
                 line.insert(1, text)
         caption = [f"*{markdown_text(self.caption)}*"] if self.caption else []
@@ -214,8 +212,7 @@ class Table:
         return f'<tr><td class="corner"></td>{cells}</tr>\n'
 
     def _html_row(self, row: Row, kinds: Sequence[str]) -> str:
-        more = f'<span class="more">, {html_text(row.more)}</span>' if row.more else ""
-        facts = f'<span class="facts">{html_text(row.facts)}{more}</span>' if row.facts else ""
+        facts = f'<span class="facts">{html_text(row.facts)}</span>' if row.facts else ""
         name = f'<span class="name">{html_text(row.cells[0].shown)}</span>'
         span = len(self.columns) - len(row.cells) + 1
         cells = ""

@@ -178,3 +178,12 @@ def test_model_is_named_by_what_its_runs_have_in_common(tmp_path, names, common)
         save_checkpoint(tmp_path / name, seed=number)
         save_results(tmp_path / name / "eval", demo_results(number, model=name))
     assert [name for name, _ in models_of(tmp_path)] == [common]
+
+
+def test_a_curve_is_what_a_run_measured_by_the_samples_it_had_seen(tmp_path):
+    run = save_run(tmp_path)
+    lines = ['{"samples": 64, "loss": 3.5}', '{"samples": 128, "loss": 2.5}', '{"samples": "x"}']
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    (found,) = gather_runs([run])
+    assert found.curve("loss") == [(64, 3.5), (128, 2.5)]
+    assert found.curve("lr") == []

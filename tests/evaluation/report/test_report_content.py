@@ -29,17 +29,16 @@ def test_seeds_are_one_row_with_mean_and_standard_deviation(page):
     assert demo[header.index("average")] == "72.5 \N{PLUS-MINUS SIGN} 3.1"
 
 
-def test_row_states_data_samples_flops_time_masking_and_seeds(page):
+def test_data_samples_flops_time_masking_and_seeds_are_stated_once(page):
     table = page.table("Zero-shot classification, top-1 accuracy, percent; no published")
     name = next(row[0] for row in table if row[0].startswith("demo "))
-    assert name == (
-        "demo demo/train, 60 k samples seen, 44 TFLOP, 3 min 5 s, masking pgs 0.5, 3 seeds"
-    )
+    assert name == "demo demo/train, 60 k samples seen"
+    assert page.text.count("44 TFLOP, 3 min 5 s, masking pgs 0.5, 3 seeds") == 1
 
 
 def test_chance_stands_below_sets_without_published_rows(page):
     table = page.table("Zero-shot classification, top-1 accuracy, percent; no published")
-    assert table[-1] == ["chance", "10.0", "8.3", "9.2"]
+    assert table[-1] == ["chance", "9.2", "10.0", "8.3"]
     retrieval = page.table("Zero-shot retrieval, recall, percent; no published")
     assert retrieval[-1] == ["chance", "0.3", "1.7", "3.3", "0.3", "1.7", "3.3"]
     pairs = page.table("Language compositionality, accuracy, percent; no published")
@@ -89,15 +88,15 @@ def test_published_cells_of_the_page_equal_those_of_the_file(page, suite):
         name = row[0].removesuffix(" published, CC12M")
         values = [r["value"] for r in cells if r["method"] == name]
         if values:
-            assert sorted(values) == sorted(row[1 : 1 + len(values)])
+            assert sorted(values) == sorted(row[-len(values) :])
     assert len([row for row in table if "published" in row[0]]) == 6
 
 
 def test_average_is_recomputed_beside_the_printed_one_and_the_difference_told(page):
     table = page.table("Robustness, top-1 accuracy, percent; published rows")
     clip = next(row for row in table if row[0].startswith("CLIP published"))
-    assert table[0][-4:] == ["ID average", "as printed", "OOD average", "as printed"]
-    assert clip[-4:] == ["31.0", "31.0", "29.9", "29.0"]
+    assert table[0][1:5] == ["ID average", "as printed", "OOD average", "as printed"]
+    assert clip[1:5] == ["31.0", "31.0", "29.9", "29.0"]
     assert "CLIP, OOD average: printed 29.0, from its cells 29.9" in page.text
     assert "A-CLIP, OOD average: printed 30.3, from its cells 29.3" in page.text
     assert "E-CLIP, OOD average: printed" not in page.text
@@ -106,7 +105,7 @@ def test_average_is_recomputed_beside_the_printed_one_and_the_difference_told(pa
 def test_own_averages_of_robustness_follow_from_the_cells(page):
     table = page.table("Robustness, top-1 accuracy, percent; published rows")
     # (37 + 31 + 9 + 48 + 40 + 25) / 6 and, without the first, / 5.
-    assert table[-1][-4:] == ["31.7", BLANK, "30.6", BLANK]
+    assert table[-1][1:5] == ["31.7", BLANK, "30.6", BLANK]
 
 
 def test_headlines_compare_over_the_same_sets_only(page):

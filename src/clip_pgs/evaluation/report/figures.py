@@ -1,6 +1,7 @@
 """The report's figures: bars per suite, a radar over three axes, accuracy by cost and by epoch.
 
-A model looks the same in all of them. Runs have colors, and published rows shades of gray.
+A model looks the same in all of them. Bars of runs have colors and those of published rows shades
+of gray; lines of runs are thick and those of published rows thin.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from clip_pgs import plots
 from clip_pgs.evaluation.report import results_table, scores
@@ -43,9 +44,20 @@ _ANGLES = [math.pi / 2 - 2 * math.pi * number / len(AXES) for number in range(le
 _INNER = 0.25
 # What training cost: the name of each fact, and units of it.
 _TIMES: dict[str, float] = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
+_FLOPS: dict[str, float] = {f"{p}FLOP": 1e3**n for n, p in enumerate(PREFIXES)}
 _COSTS: dict[str, tuple[str, dict[str, float]]] = {
-    "flops": ("training compute", {f"{p}FLOP": 1e3**n for n, p in enumerate(PREFIXES)}),
+    "flops": ("training compute", _FLOPS),
     "seconds": ("wall time of training", _TIMES),
+    "flops_per_image": (
+        "inference per image",
+        {f"{p}FLOP": 1e3**n for n, p in enumerate(PREFIXES)},
+    ),
+}
+_CURVES = {
+    "loss": "training loss",
+    "clip_val_loss": "validation loss",
+    "lr": "learning rate",
+    "mask_ratio_mean": "mask ratio",
 }
 
 
@@ -84,8 +96,11 @@ class Look(NamedTuple):
 
     @property
     def curve(self) -> dict[str, Any]:
-        """What matplotlib takes for a line with markers, never too light for white paper."""
-        color = "#707070" if self.fill in plots.GRAYS else self.fill
+        """What matplotlib takes for a line with markers; published ones are thin."""
+        color = self.fill
+        if color in plots.GRAYS:
+            # Grays are too light and too alike for lines.
+            color = plots.COLORS[-1 - plots.GRAYS.index(color)]
         line = {"linestyle": self.line, "linewidth": self.width, "marker": self.marker}
         edge = {"markeredgecolor": INK, "markeredgewidth": 0.5, "markersize": 5}
         return {"color": color, **line, **edge}
@@ -125,7 +140,7 @@ def overview_figures(
 ) -> list[Figure]:
     """Draw the figures on all suites, as far as there is something to draw."""
     radar, cost = radar_figure(families, paper), cost_figure(models, families)
-    drawn = (radar, cost, epochs_figure(models, families))
+    drawn = (radar, cost, epochs_figure(models, families), training_figure(models, families))
     return [figure for figure in drawn if figure is not None]
 
 
@@ -237,10 +252,11 @@ def cost_figure(models: Sequence[Model], families: Sequence[Family]) -> Figure |
     if not rows:
         return None
     with plots.plot_style():
+        facts = [fact for fact in _COSTS if any(m.mean(fact) is not None for m in models)]
         drawing = Drawing(figsize=(9.2, 2.9 * len(rows)), layout="constrained")
-        all_axes = drawing.subplots(len(rows), len(_COSTS), squeeze=False)
+        all_axes = drawing.subplots(len(rows), len(facts), squeeze=False)
         for row_axes, (family, axis, sets, entries) in zip(all_axes, rows, strict=True):
-            for axes, fact in zip(row_axes, _COSTS, strict=True):
+            for axes, fact in zip(row_axes, facts, strict=True):
                 costs = {model.name: model.mean(fact) for model in models}
                 _draw_costs(axes, entries, _looks(family.entries), axis, costs, *_COSTS[fact])
                 for entry in entries:
@@ -261,7 +277,7 @@ def cost_figure(models: Sequence[Model], families: Sequence[Family]) -> Figure |
         return _finish(
             drawing,
             "cost",
-            "Points: accuracy against the compute and the time of training, a point per model.",
+            "Points: accuracy against compute and time of training and compute of inference.",
             f"Accuracy against cost, measured by each run itself; {meanings}. Bars are the "
             "standard deviation over seeds.",
         )
@@ -306,6 +322,43 @@ def epochs_figure(models: Sequence[Model], families: Sequence[Family]) -> Figure
             "Lines: scores against completed epochs of training, a line per model.",
             "Scores of the evaluations in training, mean over the data sets that all "
             "curves of a panel have, and over seeds.",
+        )
+
+
+def training_figure(models: Sequence[Model], families: Sequence[Family]) -> Figure | None:
+    """Draw what the runs measured while they trained, None if none has two points of anything.
+
+    Args:
+        models: With their runs.
+        families: The rows of the report, for the look of each model.
+    """
+    shown = [
+        name
+        for name in _CURVES
+        if any(len(run.curve(name)) > 1 for model in models for run in model.runs)
+    ]
+    if not shown or not families:
+        return None
+    looks, lines = _looks(families[0].entries), dict[str, Line2D]()
+    with plots.plot_style():
+        drawing = Drawing(figsize=(9.2, 2.6 * math.ceil(len(shown) / 2)), layout="constrained")
+        for number, name in enumerate(shown, start=1):
+            axes = drawing.add_subplot(math.ceil(len(shown) / 2), 2, number)
+            plots.quiet_axis(axes)
+            axes.set(xlabel="samples seen", title=_CURVES[name])
+            axes.xaxis.set_major_formatter(EngFormatter())
+            for model in models:
+                style = {**looks[RUN, model.name].curve, "marker": "", "linewidth": 1.4}
+                for run in model.runs:
+                    if points := run.curve(name):
+                        (lines[model.name],) = axes.plot(*zip(*points, strict=True), **style)
+        labels = [plots.legend_label(_short(name)) for name in lines]
+        drawing.legend(list(lines.values()), labels, **_LEGEND_ABOVE)
+        return _finish(
+            drawing,
+            "training",
+            "Lines: loss, learning rate, mask ratio and validation loss over training, per run.",
+            "What each run measured while it trained, a line per run; seeds share a color.",
         )
 
 

@@ -88,12 +88,19 @@ class Run:
         results: A result per suite and data set.
         training: What is known of its training.
         epochs: Results of evaluations in training, by the number of completed epochs.
+        measured: The lines of its `metrics.jsonl`.
     """
 
     name: str
     results: tuple[Result, ...]
     training: TrainingFacts
     epochs: dict[int, list[Result]] = field(default_factory=dict)
+    measured: tuple[dict[str, Any], ...] = ()
+
+    def curve(self, name: str) -> list[tuple[float, float]]:
+        """Return a measurement against the samples seen, where both are numbers."""
+        points = [(_number(e.get("samples")), _number(e.get(name))) for e in self.measured]
+        return [(x, y) for x, y in points if x is not None and y is not None]
 
     @property
     def weights_digest(self) -> str:
@@ -144,8 +151,11 @@ class Model:
         return self.runs[0].flops_per_image
 
     def mean(self, fact: str) -> float | None:
-        """Return the mean over the runs of "samples", "flops" or "seconds"; None if unknown."""
-        values = [getattr(run.training, fact) for run in self.runs]
+        """Return the mean over the runs of a cost, such as "seconds"; None if unknown."""
+        values = [
+            run.flops_per_image if fact == "flops_per_image" else getattr(run.training, fact)
+            for run in self.runs
+        ]
         known = [value for value in values if value is not None]
         return sum(known) / len(known) if known else None
 
@@ -188,7 +198,8 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
         # Other checkpoints of a run have results elsewhere; the curve belongs to the run itself.
         epochs = {} if run is None else _read_epochs(run, mask)
         training = read_training_facts(run, first.pretrained)
-        runs.append(Run(name, tuple(by_set.values()), training, epochs))
+        measured = () if run is None else tuple(_measurements(run / METRICS_NAME))
+        runs.append(Run(name, tuple(by_set.values()), training, epochs, measured))
     return runs
 
 
@@ -371,7 +382,8 @@ def _from_logs(run: Path) -> TrainingFacts:
     if not isinstance(options, dict):
         _warn(run / OPTIONS_NAME, "holds no options")
         return TrainingFacts()
-    spent = _last_measurement(run / METRICS_NAME)
+    told = [e for e in _measurements(run / METRICS_NAME) if _number(e.get("samples")) is not None]
+    spent = told[-1] if told else {}
     facts = _facts(options, data=options, spent=spent, recipe=options)
     return replace(facts, recipe=_as_text([facts.recipe, spent.get("samples")]))
 
@@ -397,20 +409,19 @@ def _as_text(recipe: Any) -> str:
     return json.dumps(recipe, sort_keys=True, default=str)
 
 
-def _last_measurement(path: Path) -> dict[str, Any]:
-    """Return the last line that tells what was spent; a killed run can leave half a line."""
+def _measurements(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's measurements; a killed run can leave half a line."""
     if not path.is_file():
-        return {}
-    num_odd, found = 0, {}
-    for line in reversed(path.read_bytes().splitlines()):
+        return []
+    num_odd, found = 0, []
+    for line in path.read_bytes().splitlines():
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             num_odd += 1
             continue
-        if isinstance(entry, dict) and _number(entry.get("samples")) is not None:
-            found = entry
-            break
+        if isinstance(entry, dict):
+            found.append(entry)
     if num_odd:
         _warn(f"{counted(num_odd, 'line')} of {path}", "is no JSON")
     return found

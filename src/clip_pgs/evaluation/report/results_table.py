@@ -192,7 +192,7 @@ def models_table(models: Sequence[Model]) -> Table:
 
 
 def suite_places(suite: str, entries: Sequence[Entry], *, order: Sequence[str]) -> list[Place]:
-    """Return the places that the table of a suite shows: data sets, then averages.
+    """Return the places that the table of a suite shows: averages, then data sets.
 
     Args:
         suite: Its name.
@@ -203,10 +203,10 @@ def suite_places(suite: str, entries: Sequence[Entry], *, order: Sequence[str]) 
     known = [place for entry in entries for place in entry.scores if place.suite == suite]
     sets = dict.fromkeys([*order, *(place.name for place in known if not place.is_average)])
     means = dict.fromkeys(place.name for place in known if place.is_average)
-    wanted = [Place(suite, name, metric) for name in sets for metric in metrics]
-    if len(sets) > 1:
-        # The average of a single set would repeat it.
-        wanted += [Place(suite, name, metric, True) for name in means for metric in metrics]
+    # The average of a single set would repeat it.
+    shown = means if len(sets) > 1 else []
+    wanted = [Place(suite, name, metric, True) for name in shown for metric in metrics]
+    wanted += [Place(suite, name, metric) for name in sets for metric in metrics]
     existing = set(known)
     return [place for place in wanted if place in existing]
 
@@ -253,7 +253,7 @@ def suite_table(
                 Cell(None, BLANK) if ties is None else Cell(ties, f"{ties:.0f}", f"of {items:,.0f}")
             )
     rows = [
-        Row(row, kind=entry.kind, facts=entry.facts, more=entry.more)
+        Row(row, kind=entry.kind, facts=entry.facts)
         for entry, row in zip(entries, cells, strict=True)
     ]
     notes = _notes(suite, entries, places)
