@@ -596,10 +596,10 @@ def interpolate(points: tuple[tuple[float, float], ...], position: float) -> flo
         position: Where to read; beyond either end the last height holds.
     """
     (start, low), *rest = points
-    if position <= start:
-        return low
+    height = low
+    # Without a branch, a compiled model need not tell the lines apart.
     for end, high in rest:
-        if position <= end:
-            return low + (high - low) * (position - start) / (end - start)
+        passed = min(max(position, start), end) - start
+        height += (high - low) * (passed / (end - start))
         start, low = end, high
-    return low
+    return height
