@@ -147,7 +147,7 @@ def eps(**_):
         ("2.png", eps(), ["'2' of test/0.tar", "no JPEG, PNG"]),
         ("2.png", None, ["sample '2' of test/0.tar", "no picture"]),
         ("2.cls", None, ["sample '2' of test/0.tar", "no .cls"]),
-        ("2.cls", b"4", ["sample '2' of test/0.tar", "[0, 4)", "got 4"]),
+        ("2.cls", b"4", ["sample '2' of test/0.tar", "4 classes of classnames.txt", "got 4"]),
         ("2.cls", b"-1", ["sample '2' of test/0.tar", "b'-1'"]),
         ("2.cls", b"9" * 5000, ["sample '2' of test/0.tar", "b'999"]),
         ("2.cls", b"two", ["sample '2' of test/0.tar", "b'two'"]),
