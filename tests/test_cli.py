@@ -31,8 +31,13 @@ def run(*argv, cwd, **environment):
 )
 @pytest.mark.parametrize("command", ["data", "inspect"])
 def test_a_command_that_is_told_to_leave_says_so(monkeypatch, capsys, command, end, said, code):
+    # Who runs the tests in the background may have Ctrl-C ignored, and then it stays so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr("clip_pgs.cli._function", lambda name: lambda argv: end())
-    assert main([command]) == code
+    try:
+        assert main([command]) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == f"{said}\n"
 
 
