@@ -14,7 +14,7 @@ from clip_pgs.common import (
     AskedToLeaveError,
     early_end,
     leaving_when_told,
-    one_sentence,
+    refuse,
 )
 
 # What runs each command, and what it does.
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1) or COMMANDS
-        return _refuse(f"unknown command {command!r}; nearest: {', '.join(near)}")
+        return refuse(f"unknown command {command!r}; nearest: {', '.join(near)}")
     # A strategy of one's own is found beside oneself, as with `python -m`.
     sys.path.append("")
     try:
@@ -68,17 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{sentence}\n")
         return code
     except ModuleNotFoundError as error:
-        return _refuse(f"clip-pgs {command} needs {error.name}: pip install 'clip-pgs[all]'")
+        return refuse(f"clip-pgs {command} needs {error.name}: pip install 'clip-pgs[all]'")
 
 
 def _function(command: str) -> Callable[[Sequence[str]], int]:
     module, _, name = COMMANDS[command][0].partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def _refuse(sentence: str) -> int:
-    sys.stderr.write(f"error: {one_sentence(sentence)}\n")
-    return 2
 
 
 def _usage() -> str:

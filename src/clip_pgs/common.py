@@ -18,11 +18,14 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Generic, NoReturn, TypeVar
+
+# Exit codes; 1 is anything that is not below.
+DONE, FAILED, BAD_INPUT, PREEMPTED, INTERRUPTED = 0, 1, 2, 85, 130
 
 # What a run's folder holds.
 OPTIONS_NAME = "options.json"
@@ -79,9 +82,15 @@ def one_sentence(error: BaseException | str) -> str:
     return text or type(error).__name__
 
 
-def refusal_code(error: BaseException) -> int:
+def refusal_code(error: BaseException | str) -> int:
     """Return the exit code of a command that an error ends: 2 for bad input, 1 for the disk."""
-    return 1 if isinstance(error, OSError) and error.errno in _DISK_FAULTS else 2
+    return FAILED if isinstance(error, OSError) and error.errno in _DISK_FAULTS else BAD_INPUT
+
+
+def refuse(error: BaseException | str) -> int:
+    """Say on stderr, in one sentence, why a command ends, and return its exit code."""
+    sys.stderr.write(f"error: {one_sentence(error)}\n")
+    return refusal_code(error)
 
 
 class AskedToLeaveError(BaseException):
@@ -117,8 +126,8 @@ def leaving_when_told() -> Iterator[None]:
 def early_end(error: BaseException) -> tuple[str, int]:
     """Return what to say of AskedToLeaveError or KeyboardInterrupt, and the exit code."""
     if isinstance(error, AskedToLeaveError):
-        return f"stopped by {error}", 85
-    return "interrupted", 130
+        return f"stopped by {error}", PREEMPTED
+    return "interrupted", INTERRUPTED
 
 
 def expand_home(argument: str) -> str:
@@ -142,7 +151,7 @@ class SentenceParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Leave with exit code 2."""
-        self.exit(2, f"error: {one_sentence(message)}\n")
+        self.exit(BAD_INPUT, f"error: {one_sentence(message)}\n")
 
 
 def literal(text: str) -> Any:
@@ -152,8 +161,19 @@ def literal(text: str) -> Any:
         return words[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    # Python gives up on deep nesting and long digits.
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+
+
+def check_choice(value: str | None, choices: Collection[str], *, name: str) -> None:
+    """Refuse a word that is none of the choices.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 class Pairs(argparse.Action):

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from clip_pgs.common import one_sentence
-from clip_pgs.training.stop import BAD_INPUT, INTERRUPTED, LAUNCH_FOLDER, PREEMPTED, leave
+from clip_pgs.common import INTERRUPTED, PREEMPTED, one_sentence, refuse
+from clip_pgs.training.stop import LAUNCH_FOLDER, leave
 
 TRAINING, EVALUATION = "clip_pgs.training", "clip_pgs.evaluation"
 _GPU_TOOLS = ("nvidia-smi", "rocm-smi")
@@ -51,9 +51,9 @@ def train(argv: Sequence[str]) -> int:
         is_worker = "RANK" in os.environ
         processes = Processes(1) if is_worker else Processes.of_environment(nproc)
     except ModuleNotFoundError as error:
-        return _refuse(f"training needs {error.name}: pip install 'clip-pgs[train]'")
+        return refuse(f"training needs {error.name}: pip install 'clip-pgs[train]'")
     except ValueError as error:
-        return _refuse(error)
+        return refuse(error)
     if processes.world_size == 1:
         from clip_pgs.training.__main__ import main
 
@@ -72,7 +72,7 @@ def evaluate(argv: Sequence[str]) -> int:
         is_alone = not arguments or arguments[0] in ("sets", "report", "-h", "--help")
         processes = Processes(1) if is_alone else Processes.of_environment(nproc, num_nodes="1")
     except ValueError as error:
-        return _refuse(error)
+        return refuse(error)
     if processes.per_node == 1:
         from clip_pgs.evaluation.__main__ import main
 
@@ -272,8 +272,3 @@ def _threads(per_node: int) -> dict[str, str]:
     is_told = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if is_told else os.cpu_count() or 1
     return {"OMP_NUM_THREADS": str(max(1, cores // per_node))}
-
-
-def _refuse(error: Exception | str) -> int:
-    sys.stderr.write(f"error: {one_sentence(error)}\n")
-    return BAD_INPUT

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from clip_pgs.common import SentenceParser, check_writable, one_sentence, refusal_code
+from clip_pgs.common import SentenceParser, check_writable, refuse
 from clip_pgs.data.pack import check_shards, pack_pairs
 from clip_pgs.data.shards import expand_shards
 from clip_pgs.data.words import (
@@ -38,8 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(options.pop("run")(**options))
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {one_sentence(error)}\n")
-        return refusal_code(error)
+        return refuse(error)
 
 
 def _make_parser() -> argparse.ArgumentParser:

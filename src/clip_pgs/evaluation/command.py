@@ -34,8 +34,8 @@ from clip_pgs.common import (
     SentenceParser,
     check_writable,
     early_end,
-    one_sentence,
     refusal_code,
+    refuse,
 )
 from clip_pgs.evaluation.datasets import (
     PRESENT,
@@ -56,7 +56,7 @@ from clip_pgs.tables import plain, scaled
 
 logger = logging.getLogger(__name__)
 
-EXIT_DONE, EXIT_INCOMPLETE, EXIT_BAD_INPUT = 0, 1, 2
+EXIT_DONE, EXIT_INCOMPLETE = 0, 1
 REPORT_NAME = "report"
 _INFERENCE_FLAGS = ("mask_ratio", "merge", "merge_counts")
 
@@ -349,9 +349,7 @@ def _write_report(scored: Sequence[tuple[Path, list[Result]]], args: argparse.Na
 
 
 def _complain(error: Exception, ranks: Ranks) -> int:
-    if ranks.is_main:
-        sys.stderr.write(f"error: {one_sentence(error)}\n")
-    return refusal_code(error)
+    return refuse(error) if ranks.is_main else refusal_code(error)
 
 
 def _presence_table(found: Sequence[tuple[EvalSet, Presence]]) -> str:

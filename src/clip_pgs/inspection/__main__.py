@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.common import SentenceParser, number_in, one_sentence, refusal_code
+from clip_pgs.common import SentenceParser, number_in, refuse
 from clip_pgs.masking import list_maskings
 
 _count, _share = number_in(int, 1, 10**6), number_in(float, 0, 1)
@@ -43,16 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(importlib.import_module(f"clip_pgs.inspection.{module}"), function)(args)
     # OSError: a path that cannot be looked up.
     except (ValueError, OSError) as error:
-        reason, code = one_sentence(error), refusal_code(error)
+        return refuse(error)
     # torch's allocators raise either; what else is wrong inside is no bad input.
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        reason, code = f"not enough memory for images or batches of this size: {error}", 2
-    else:
-        return 0
-    sys.stderr.write(f"error: {one_sentence(reason)}\n")
-    return code
+        return refuse(f"not enough memory for images or batches of this size: {error}")
+    return 0
 
 
 def _add_masks(commands: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor, to_pil_image
 
-from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MODEL_CONFIG_NAME
+from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MODEL_CONFIG_NAME, literal
 from clip_pgs.data.decoding import IMAGE_FORMATS, UnreadableImageError, open_image, to_rgb
 from clip_pgs.masking import (
     MaskingStrategy,
@@ -31,8 +30,6 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_SIDE = 2**14
 # Some strategies compare every patch with every other.
 MAX_PATCHES = 2**14
-
-_WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, "null": None}
 
 
 # Images
@@ -398,7 +395,7 @@ def parse_spec(text: str) -> StrategySpec:
         key, separator, value = pair.partition("=")
         if not separator or not key:
             raise ValueError(f"options are written as {name}:KEY=VALUE,KEY=VALUE, got {text!r}")
-        options[key.replace("-", "_")] = _literal(value)
+        options[key.replace("-", "_")] = literal(value)
     return StrategySpec(text, name, options)
 
 
@@ -424,13 +421,3 @@ def parse_specs(texts: Iterable[str], **ratios: float | None) -> list[StrategySp
     for spec in specs:
         spec.build(**ratios)
     return specs
-
-
-def _literal(text: str) -> Any:
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    # Python gives up on deep nesting and long digits.
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text

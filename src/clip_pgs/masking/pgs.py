@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clip_pgs.common import check_choice
 from clip_pgs.masking.edges import canny_edges, sobel_edges
 from clip_pgs.masking.sampling import (
     draw_noise,
@@ -34,7 +35,6 @@ from clip_pgs.masking.strategy import (
     MaskingStrategy,
     PatchInputs,
     PatchSelection,
-    check_choice,
     check_range,
     check_share,
     drawn_count,

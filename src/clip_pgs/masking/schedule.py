@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from clip_pgs.common import MASK_SCHEDULES
-from clip_pgs.masking.strategy import check_choice, check_range
+from clip_pgs.common import MASK_SCHEDULES, check_choice
+from clip_pgs.masking.strategy import check_range
 
 
 def scheduled_ratio(

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from clip_pgs.masking.strategy import check_choice, check_range
+from clip_pgs.common import check_choice
+from clip_pgs.masking.strategy import check_range
 
 SOLVERS = ("log", "pot")
 

@@ -578,16 +578,6 @@ def check_share(share: float, *, name: str) -> None:
         raise ValueError(f"{name} must be in (0, 1], got {share}")
 
 
-def check_choice(value: str, choices: Collection[str], *, name: str) -> None:
-    """Refuse a word that is none of the choices.
-
-    Raises:
-        ValueError: If it is.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
 def interpolate(points: tuple[tuple[float, float], ...], position: float) -> float:
     """Return the height at a position of the straight lines that join points.
 

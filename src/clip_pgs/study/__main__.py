@@ -17,13 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_pgs.common import SentenceParser, find_config, number_in, one_sentence, refusal_code
+from clip_pgs.common import INTERRUPTED, SentenceParser, find_config, number_in, refuse
 
 if TYPE_CHECKING:
     from clip_pgs.study.plan import Study
     from clip_pgs.training.stop import StopSignals
-
-BAD_INPUT = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from clip_pgs.training.stop import StopRequest, StopSignals, leave
     except ModuleNotFoundError as error:
-        return _refuse(f"a study needs {error.name}: pip install 'clip-pgs[train,eval]'")
+        return refuse(f"a study needs {error.name}: pip install 'clip-pgs[train,eval]'")
     signals = StopSignals()
     with signals.caught(), _errors_alone():
         try:
@@ -47,10 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except StopRequest:
             return signals.code
         except KeyboardInterrupt:
-            leave(130)
+            leave(INTERRUPTED)
         except (ValueError, OSError) as error:
-            sys.stderr.write(f"error: {one_sentence(error)}\n")
-            return refusal_code(error)
+            return refuse(error)
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -150,11 +147,6 @@ def _chosen(flag: str, named: list | None, known: list) -> list:
         if name not in known:
             raise ValueError(f"{flag} takes of {', '.join(map(str, known))}, got {name}")
     return [name for name in known if named is None or name in named]
-
-
-def _refuse(sentence: str) -> int:
-    sys.stderr.write(f"error: {one_sentence(sentence)}\n")
-    return BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from clip_pgs.checkpoint_io import (
     newest_checkpoint,
     read_checkpoint,
 )
-from clip_pgs.common import CHECKPOINTS_NAME, one_sentence
+from clip_pgs.common import CHECKPOINTS_NAME, check_choice, one_sentence
 from clip_pgs.data.text_masking import create_text_masking
 from clip_pgs.integrations.open_clip import apply_masking, masked_inference
 from clip_pgs.integrations.open_clip.compat import check_versions
@@ -56,7 +56,6 @@ from clip_pgs.training.data_checks import (
 from clip_pgs.training.options import (
     MODEL_SCHEMAS,
     TrainOptions,
-    check_choice,
     check_values,
     flag_of,
 )
@@ -305,7 +304,7 @@ def _check_device(options: TrainOptions) -> None:
     """
     if options.dist_backend is not None:
         backends = [name for name in torch.distributed.Backend.backend_list if name != "undefined"]
-        check_choice("--dist-backend", options.dist_backend, backends)
+        check_choice(options.dist_backend, backends, name="--dist-backend")
     if options.dist_url is not None and "://" not in options.dist_url:
         raise ValueError(
             f"--dist-url must be like env:// or tcp://HOST:PORT, got {options.dist_url}"

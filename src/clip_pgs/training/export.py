@@ -29,7 +29,7 @@ from clip_pgs.common import (
     WEIGHTS_NAME,
     SentenceParser,
     atomic_folder,
-    one_sentence,
+    refuse,
     sync,
     write_text,
 )
@@ -300,8 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         folder = export_run(arguments.run)
     except ValueError as error:
-        sys.stderr.write(f"error: {one_sentence(error)}\n")
-        return 2
+        return refuse(error)
     except OSError as error:
         sys.stderr.write(f"error: the export cannot be written: {error}\n")
         return 1

@@ -16,13 +16,13 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from clip_pgs.common import MASK_SCHEDULES, Pairs, expand_home, find_config
+from clip_pgs.common import MASK_SCHEDULES, Pairs, check_choice, expand_home, find_config
 from clip_pgs.integrations.open_clip_trainer import (
     bundled_models,
     default_optimization,
@@ -734,12 +734,12 @@ def check_values(options: TrainOptions) -> None:
     for option in fields(TrainOptions):
         registered, name = option.metadata.get("registered"), getattr(options, option.name)
         if registered is not None and ":" not in name:
-            check_choice(flag_of(option.name), name, registered_names(registered))
-    check_choice("--lr-scheduler", options.lr_scheduler, LR_SCHEDULERS)
+            check_choice(name, registered_names(registered), name=flag_of(option.name))
+    check_choice(options.lr_scheduler, LR_SCHEDULERS, name="--lr-scheduler")
     if options.siglip and options.loss_dist_impl is not None:
-        check_choice("--loss-dist-impl", options.loss_dist_impl, SIGLIP_LOSS_IMPLEMENTATIONS)
+        check_choice(options.loss_dist_impl, SIGLIP_LOSS_IMPLEMENTATIONS, name="--loss-dist-impl")
     for target in filter(None, map(str.strip, options.report_to.split(","))):
-        check_choice("--report-to, names joined by commas,", target, REPORT_TARGETS)
+        check_choice(target, REPORT_TARGETS, name="--report-to, names joined by commas,")
     name = options.name
     if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
         raise ValueError(f"--name must be one folder name without separators, got {name!r}")
@@ -765,12 +765,6 @@ def _check_ranges(options: TrainOptions) -> None:
     size = options.force_image_size
     if size is not None and (len(size) > 2 or min(size) < 1):
         raise ValueError(f"--force-image-size takes 1 or 2 sizes >= 1, got {size}")
-
-
-def check_choice(flag: str, value: str | None, choices: Collection[str]) -> None:
-    """Refuse a value that is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"{flag} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _constructor_options(options: TrainOptions, released: dict[str, Any]) -> dict[str, Any]:

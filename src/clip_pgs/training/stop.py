@@ -31,12 +31,19 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, NoReturn
 
-from clip_pgs.common import EXIT_NAME, LOCK_NAME
+from clip_pgs.common import (
+    BAD_INPUT,
+    DONE,
+    EXIT_NAME,
+    FAILED,
+    INTERRUPTED,
+    LOCK_NAME,
+    PREEMPTED,
+)
 
 if TYPE_CHECKING:
     from clip_pgs.training.distributed import ProcessGroup
 
-DONE, FAILED, BAD_INPUT, PREEMPTED, INTERRUPTED = 0, 1, 2, 85, 130
 LAUNCH_FOLDER = "CLIP_PGS_LAUNCH_DIR"
 # A launch may begin while the one before it still saves: ranks that outlive a killed launcher, say.
 LOCK_SECONDS = 60.0
@@ -407,19 +414,20 @@ def run_lock(folder: Path | None) -> Iterator[None]:
 def _wait_for_lock(file: IO[bytes], folder: Path) -> None:
     end = time.monotonic() + LOCK_SECONDS
     is_told = False
-    while not _take_lock(file):
+    while not take_lock(file):
         if time.monotonic() > end:
             raise BadInputError(
-                f"{folder} is being trained by {_lock_holder(file)}; wait for its end, or stop it, "
+                f"{folder} is being trained by {lock_holder(file)}; wait for its end, or stop it, "
                 f"or take another --name (if it is gone, remove {folder / LOCK_NAME})"
             )
         if not is_told:
-            _logger.warning("waiting for %s, which still trains %s", _lock_holder(file), folder)
+            _logger.warning("waiting for %s, which still trains %s", lock_holder(file), folder)
             is_told = True
         time.sleep(_POLL_SECONDS)
 
 
-def _take_lock(file: IO[bytes]) -> bool:
+def take_lock(file: IO[bytes]) -> bool:
+    """Take the lock of a run's file, and return whether this process holds it now."""
     try:
         # Not flock, whose locks the data workers of a killed process would go on holding.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -431,7 +439,8 @@ def _take_lock(file: IO[bytes]) -> bool:
     return True
 
 
-def _lock_holder(file: IO[bytes]) -> str:
+def lock_holder(file: IO[bytes]) -> str:
+    """Return who wrote into the file that they hold it."""
     file.seek(0)
     with suppress(ValueError, KeyError, TypeError):
         entry = json.loads(file.read())

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.common import SentenceParser, one_sentence, refusal_code, write_text
+from clip_pgs.common import SentenceParser, refuse, write_text
 from clip_pgs.evaluation.report import results_table, scores
 from clip_pgs.evaluation.report.gather import Model, gather_runs, group_by_seed
 from clip_pgs.evaluation.report.published import Paper, read_paper
@@ -49,8 +49,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         folder = write_report(args.results, args.output)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {one_sentence(error)}\n")
-        return refusal_code(error)
+        return refuse(error)
     sys.stdout.write(f"{folder / HTML_NAME}\n")
     return EXIT_DONE
 

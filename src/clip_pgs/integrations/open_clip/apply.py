@@ -11,6 +11,7 @@ from open_clip import CoCa
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from clip_pgs.common import check_choice
 from clip_pgs.integrations.open_clip.compat import check_versions, unwrap
 from clip_pgs.integrations.open_clip.masked_tower import (
     WHEN,
@@ -23,7 +24,7 @@ from clip_pgs.integrations.open_clip.teacher import START_MOMENTUM, Teacher, tea
 from clip_pgs.integrations.open_clip.timm_vit import MaskedTimmModel
 from clip_pgs.masking import MaskingStrategy, PatchSelection, create_masking
 from clip_pgs.masking.merge import Merge
-from clip_pgs.masking.strategy import check_choice, check_range
+from clip_pgs.masking.strategy import check_range
 
 Model = TypeVar("Model", bound=nn.Module)
 

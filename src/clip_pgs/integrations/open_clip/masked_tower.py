@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
+from clip_pgs.common import check_choice
 from clip_pgs.integrations.open_clip.teacher import Teacher
 from clip_pgs.integrations.open_clip.tokens import (
     BlockParts,
@@ -23,7 +24,7 @@ from clip_pgs.integrations.open_clip.tokens import (
 )
 from clip_pgs.masking.merge import Merge, merge_tokens
 from clip_pgs.masking.sampling import gather_tokens
-from clip_pgs.masking.strategy import MaskingStrategy, PatchInputs, PatchSelection, check_choice
+from clip_pgs.masking.strategy import MaskingStrategy, PatchInputs, PatchSelection
 
 WHEN = ("train", "always")
 
