@@ -7,17 +7,26 @@ demo at a time in a folder.
 
 from __future__ import annotations
 
-import json
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-from clip_pgs.common import EVAL_NAME, EXPORT_NAME, LOCK_NAME, LOG_NAME, SentenceParser
+from clip_pgs.common import (
+    BAD_INPUT,
+    EVAL_NAME,
+    EXPORT_NAME,
+    INTERRUPTED,
+    LOCK_NAME,
+    LOG_NAME,
+    SentenceParser,
+    write_text,
+)
+from clip_pgs.training.stop import lock_holder, take_lock
 
 _WORLD = Path("data", "demo")
 _RUN = Path("logs", "demo")
@@ -66,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"error: {error}\n")
         return error.code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return 0
 
 
@@ -98,18 +107,16 @@ def _demo(is_fresh: bool, flags: Sequence[str]) -> None:
         _say(_TABLE.read_text("utf-8").rstrip("\n"))
     else:
         _TABLE.parent.mkdir(parents=True, exist_ok=True)
-        part = _TABLE.with_name(f"{_TABLE.name}.part")
-        with part.open("w", encoding="utf-8") as file:
-            _call("clip_pgs.cli", "test", str(_RUN), "--suite", "all", output=file)
-        part.replace(_TABLE)
+        command = ("clip_pgs.cli", "test", str(_RUN), "--suite", "all")
+        write_text(_TABLE, _call(*command, output=subprocess.PIPE))
 
     _heading("4 of 4: what PGS keeps of six scenes")
     if not _is_newer(_PICTURE, export):
         scenes = map(str, sorted(_WORLD.glob("scenes/*.png")))
         options = ["--masking", "random", "cluster", "pgs", "--mask-ratio", "0.5"]
         view = ["--model", str(_RUN), "--output", str(_PICTURE)]
-        with open(os.devnull, "w", encoding="utf-8") as nowhere:
-            _call("clip_pgs.inspection", "masks", *scenes, *options, *view, output=nowhere)
+        drawing = ("clip_pgs.inspection", "masks", *scenes, *options, *view)
+        _call(*drawing, output=subprocess.DEVNULL)
     _say(str(_PICTURE))
 
     _heading("Where everything lies")
@@ -128,8 +135,16 @@ def _demo(is_fresh: bool, flags: Sequence[str]) -> None:
         _say(f"{place:34} {meaning}")
 
 
-def _call(module: str, *arguments: str, output: IO[str] | None = None) -> None:
-    """Run a module as a process of its own; what it prints goes to a file, too, where one is given.
+def _call(module: str, *arguments: str, output: int | None = None) -> str:
+    """Run a module as a process of its own.
+
+    Args:
+        module: Its name.
+        *arguments: For its command line.
+        output: Where what it prints goes, as `subprocess` takes it; a PIPE's is shown as well.
+
+    Returns:
+        What came through the pipe, else "".
 
     Raises:
         _DemoError: If it fails.
@@ -137,18 +152,18 @@ def _call(module: str, *arguments: str, output: IO[str] | None = None) -> None:
     command = [sys.executable, "-m", module, *arguments]
     process = subprocess.Popen(
         command,
-        stdout=None if output is None else subprocess.PIPE,
+        stdout=output,
         # The lock on the folder stays as long as something of the demo runs.
         close_fds=False,
         text=True,
     )
-    if output is not None:
-        for line in process.stdout or ():
-            output.write(line)
-            if output.name != os.devnull:
-                sys.stdout.write(line)
+    lines = []
+    for line in process.stdout or ():
+        lines.append(line)
+        sys.stdout.write(line)
     if code := process.wait():
         raise _DemoError("", code if code > 0 else 128 - code)
+    return "".join(lines)
 
 
 def _is_newer(path: Path, than: Path) -> bool:
@@ -161,16 +176,13 @@ def _only_demo() -> Iterator[None]:
     folder = os.open(".", os.O_RDONLY)
     os.set_inheritable(folder, True)
     try:
-        with suppress(ImportError):
-            import fcntl
-
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                sentence = "another demo is running in this folder; wait for its end, or stop it"
-                raise _DemoError(sentence, 2) from None
-            except OSError:
-                pass
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sentence = "another demo is running in this folder; wait for its end, or stop it"
+            raise _DemoError(sentence, BAD_INPUT) from None
+        except OSError:
+            pass
         yield
     finally:
         os.close(folder)
@@ -180,24 +192,14 @@ def _only_demo() -> Iterator[None]:
 def _run_lock() -> Iterator[None]:
     """Hold the lock that training holds on its run, where there is a run."""
     try:
-        lock = (_RUN / LOCK_NAME).open("r+", encoding="utf-8")
+        lock = (_RUN / LOCK_NAME).open("rb+")
     except FileNotFoundError:
         yield
         return
     with lock:
-        with suppress(ImportError):
-            import fcntl
-
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                name = "another process"
-                with suppress(ValueError, KeyError, TypeError):
-                    name = "process {process} on {host}".format_map(json.load(lock))
-                sentence = f"{_RUN} is being trained by {name}; wait for its end, or stop it"
-                raise _DemoError(sentence, 2) from None
-            except OSError:
-                pass
+        if not take_lock(lock):
+            sentence = f"{_RUN} is being trained by {lock_holder(lock)}"
+            raise _DemoError(f"{sentence}; wait for its end, or stop it", BAD_INPUT)
         yield
 
 
