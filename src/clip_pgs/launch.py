@@ -176,7 +176,7 @@ class _Launch:
                 # Else processes that start again look for the addresses of those before them
                 # (https://github.com/pytorch/pytorch/issues/135712).
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-                **_threads(processes.per_node),
+                **share_cores(processes.per_node),
             }
             status = self._run(processes.torchrun(TRAINING, arguments), variables)
             return self._explained(status, Path(folder)) if status else 0
@@ -186,7 +186,7 @@ class _Launch:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "exit")
             command = processes.torchrun(EVALUATION, [*arguments, "--exit-code-file", str(file)])
-            status = self._run(command, _threads(processes.per_node))
+            status = self._run(command, share_cores(processes.per_node))
             if self.stopped:
                 return self._code_of_signal()
             return int(file.read_text("utf-8")) if status == 0 else status
@@ -265,10 +265,13 @@ def _count_gpus() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _threads(per_node: int) -> dict[str, str]:
-    """Share the cores out among the processes: torchrun gives each of several one thread."""
+def share_cores(num_processes: int) -> dict[str, str]:
+    """Return the variable that shares this machine's cores out, unless the user has set it.
+
+    Without it torchrun gives each of several processes one thread.
+    """
     if os.environ.get("OMP_NUM_THREADS"):
         return {}
     is_told = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if is_told else os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(max(1, cores // per_node))}
+    return {"OMP_NUM_THREADS": str(max(1, cores // num_processes))}

@@ -15,11 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 import clip_pgs
 from clip_pgs.common import CHECKPOINTS_NAME, write_text
 from clip_pgs.evaluation.results import DONE, read_results
+from clip_pgs.launch import Processes, share_cores
 from clip_pgs.study.plan import CONFIG_NAME, Study
 from clip_pgs.study.record import (
     Code,
@@ -44,7 +43,6 @@ OUTPUT_NAME = "study.log"
 _POLL_SECONDS = 0.2
 # Imports and checks before a run's own clock starts; for the time left alone.
 _START_SECONDS = 10.0
-_LAUNCHERS = {"training": "clip-train.sh", "evaluation": "clip-test.sh"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Pair:
 
 def num_processes() -> int:
     """Return the processes of one run: NPROC_PER_NODE, else the GPUs of this machine, else 1."""
-    return int(os.environ.get("NPROC_PER_NODE") or max(1, torch.cuda.device_count()))
+    return Processes.of_environment(None, num_nodes="1").per_node
 
 
 def is_complete(study: Study, pair: Pair, code: Code, *, accepts_changes: bool = False) -> bool:
@@ -137,7 +135,8 @@ class Runner:
         self._changed = changed
         self._accepts_changes = accepts_changes
         self._signals = signals
-        self._threads = max(1, (os.cpu_count() or 1) // jobs)
+        # Of a run in several processes, the command shares the cores out itself.
+        self._cores = share_cores(jobs) if num_processes() == 1 else {}
         self._lock = threading.Lock()
         self._children: set[subprocess.Popen[bytes]] = set()
         self._is_stopping = False
@@ -248,7 +247,7 @@ class Runner:
         arguments = study.train_arguments(pair.arm, pair.seed, config)
         if pair in self._changed:
             arguments.append("--accept-changes")
-        exit_code, reason = self._launch("training", arguments, run)
+        exit_code, reason = self._launch("train", arguments, run)
         if exit_code:
             return reason
         write_record(replace(record, spent=read_spent(run)), run)
@@ -273,7 +272,7 @@ class Runner:
         start = time.monotonic()
         for flags in calls:
             arguments = [str(run), f"--output={output}", "--no-report", *flags]
-            exit_code, reason = self._launch("evaluation", arguments, run)
+            exit_code, reason = self._launch("test", arguments, run)
             if exit_code:
                 errors = [r.error for r in read_results(output) if r.status != DONE and r.error]
                 return f"evaluation {way}: {plain(errors[0]) if errors else reason}"
@@ -281,15 +280,8 @@ class Runner:
         write_record(record, run)
         return ""
 
-    def _launch(self, package: str, arguments: list[str], run: Path) -> tuple[int, str]:
-        """Run one of the two commands; return its exit code, and its last words."""
-        environment = dict(os.environ)
-        if num_processes() > 1:
-            script = Path(clip_pgs.__file__).parents[2] / _LAUNCHERS[package]
-            command = ["bash", str(script), *arguments]
-        else:
-            command = [sys.executable, "-m", f"clip_pgs.{package}", *arguments]
-            environment.setdefault("OMP_NUM_THREADS", str(self._threads))
+    def _launch(self, command: str, arguments: list[str], run: Path) -> tuple[int, str]:
+        """Run `clip-pgs train` or `test`; return its exit code, and its last words."""
         with (run / OUTPUT_NAME).open("ab") as output:
             start = output.tell()
             with self._lock:
@@ -297,8 +289,8 @@ class Runner:
                     return 1, "stopped"
                 # In a group of its own, Ctrl-C reaches it once, by way of this process.
                 child = subprocess.Popen(
-                    command,
-                    env=environment,
+                    [sys.executable, "-m", "clip_pgs.cli", command, *arguments],
+                    env=os.environ | self._cores,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
