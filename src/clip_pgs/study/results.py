@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from clip_pgs import plots
 from clip_pgs.common import write_text
 from clip_pgs.evaluation.results import DONE, read_results
 from clip_pgs.study.plan import UNMASKED, Study, evaluate_formula
-from clip_pgs.study.record import Spent, read_record, read_spent
+from clip_pgs.study.record import Record, Spent, read_record, read_spent
 from clip_pgs.study.statistics import MIN_SEEDS, Mean, holm, mean_with_interval, sign_flip_p
 from clip_pgs.tables import Cell, Table, counted, csv_text, percent, scaled
 
@@ -31,6 +32,9 @@ JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME = (
 FIGURES_NAME = "figures"
 
 _MARK = "clip-pgs study"
+
+# What a study remembers of its runs, by arm and seed.
+Records = Mapping[tuple[str, int], Record]
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,12 @@ class Row:
         known = [value for value in values if value is not None]
         return sum(known) / len(known) if known else None
 
-    def metric(self, name: str) -> Mean | None:
-        """Return a metric's mean over the seeds, None without any."""
-        values = [said[name] for said in self.values.values()]
-        return mean_with_interval(values) if values else None
+    @cached_property
+    def means(self) -> dict[str, Mean]:
+        """Metrics' means over the seeds; none where no seed is there."""
+        by_seed = list(self.values.values())
+        names = by_seed[0] if by_seed else ()
+        return {name: mean_with_interval([said[name] for said in by_seed]) for name in names}
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Comparison:
     p_holm: float | None
 
 
-def read_rows(study: Study) -> list[Row]:
+def read_rows(study: Study, records: Records) -> list[Row]:
     """Read what there is of a study, row by row."""
     rows = []
     for arm, evaluation in study.rows:
@@ -104,7 +110,8 @@ def read_rows(study: Study) -> list[Row]:
         lacking: list[str] = []
         for seed in study.seeds:
             # Only what the record has is of these weights and as the study says.
-            if evaluation not in read_record(study.run(arm, seed)).evaluations:
+            record = records[arm, seed]
+            if evaluation not in record.evaluations:
                 continue
             results = read_results(study.results(arm, seed, evaluation))
             found = {
@@ -117,7 +124,7 @@ def read_rows(study: Study) -> list[Row]:
             known = {name: value for name, value in metrics.items() if value is not None}
             if len(known) == len(metrics):
                 values[seed] = known
-                spent[seed] = read_spent(study.run(arm, seed))
+                spent[seed] = record.spent or read_spent(study.run(arm, seed))
             lacking += metrics.keys() - known.keys()
             flops += [f for r in results if (f := r.flops_per_image) is not None]
         mean_flops = sum(flops) / len(flops) if flops else None
@@ -174,10 +181,18 @@ def write_results(study: Study, *, command: str) -> Path:
     Raises:
         OSError: If a file cannot be written.
     """
-    rows = read_rows(study)
+    # As runs are done: seed by seed.
+    records = {
+        (arm, seed): read_record(study.run(arm, seed)) for seed in study.seeds for arm in study.arms
+    }
+    rows = read_rows(study, records)
     comparisons = compare(study, rows)
-    failed = _failed(study)
-    notes = _notes(study, rows, comparisons)
+    failed = [
+        (f"{arm}, seed {seed}", record.failed)
+        for (arm, seed), record in records.items()
+        if record.failed
+    ]
+    notes = _notes(study, rows, comparisons, records)
     facts = _facts(study, rows, command)
     tables = [
         _means_table(study, rows),
@@ -199,7 +214,7 @@ def write_results(study: Study, *, command: str) -> Path:
         "primary": study.primary,
         "metrics": study.metrics,
         "seeds": study.seeds,
-        "rows": [_row_entry(study, row) for row in rows],
+        "rows": [_row_entry(row) for row in rows],
         "comparisons": [asdict(comparison) for comparison in comparisons],
         "failed": [{"run": run, "reason": reason} for run, reason in failed],
         "notes": notes,
@@ -245,21 +260,13 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def _failed(study: Study) -> list[tuple[str, str]]:
-    found = []
-    for seed in study.seeds:
-        for arm in study.arms:
-            reason = read_record(study.run(arm, seed)).failed
-            if reason:
-                found.append((f"{arm}, seed {seed}", reason))
-    return found
-
-
 def _references(comparisons: Iterable[Comparison]) -> list[str]:
     return list(dict.fromkeys(comparison.reference for comparison in comparisons))
 
 
-def _notes(study: Study, rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list[str]:
+def _notes(
+    study: Study, rows: Sequence[Row], comparisons: Sequence[Comparison], records: Records
+) -> list[str]:
     """Return what must be known to read the tables, as sentences."""
     notes = [
         f"The primary metric, named before the first run, is {study.primary}; p is of exact sign "
@@ -282,18 +289,16 @@ def _notes(study: Study, rows: Sequence[Row], comparisons: Sequence[Comparison])
         for row in rows
         if row.lacking
     ]
-    records = {
-        f"{arm}, seed {seed}": read_record(study.run(arm, seed))
-        for arm in study.arms
-        for seed in study.seeds
+    by_run = {
+        f"{arm}, seed {seed}": records[arm, seed] for arm in study.arms for seed in study.seeds
     }
     for part, digests in (
-        ("trained", {run: tuple(said.code) for run, said in records.items() if said.code}),
+        ("trained", {run: tuple(said.code) for run, said in by_run.items() if said.code}),
         (
             "evaluated",
             {
                 f"{run}, {way}": (done.code,)
-                for run, said in records.items()
+                for run, said in by_run.items()
                 for way, done in said.evaluations.items()
             },
         ),
@@ -309,7 +314,7 @@ def _notes(study: Study, rows: Sequence[Row], comparisons: Sequence[Comparison])
             notes.append(
                 f"Not all runs were {part} by the same code ({most}). {'. '.join(others)}."
             )
-    for run, record in records.items():
+    for run, record in by_run.items():
         if record.accepted:
             notes.append(f"{run} was kept although it differs: {', '.join(record.accepted)}.")
     return notes
@@ -328,13 +333,12 @@ def _facts(study: Study, rows: Sequence[Row], command: str) -> dict[str, str]:
     }
 
 
-def _row_entry(study: Study, row: Row) -> dict[str, Any]:
-    means = {name: row.metric(name) for name in study.metrics}
+def _row_entry(row: Row) -> dict[str, Any]:
     return {
         "arm": row.arm,
         "evaluation": row.evaluation,
         "seeds": row.values,
-        "means": {name: asdict(mean) for name, mean in means.items() if mean is not None},
+        "means": {name: asdict(mean) for name, mean in row.means.items()},
         "training_flops": row.mean_of("flops"),
         "training_seconds": row.mean_of("seconds"),
         "flops_per_image": row.flops_per_image,
@@ -361,7 +365,7 @@ def _means_table(study: Study, rows: Sequence[Row]) -> Table:
             Cell(row.mean_of("flops"), scaled(row.mean_of("flops"))),
             Cell(row.flops_per_image, scaled(row.flops_per_image)),
             Cell(row.mean_of("seconds"), _minutes(row.mean_of("seconds"))),
-            *(_shown(row.metric(name)) for name in study.metrics),
+            *(_shown(row.means.get(name)) for name in study.metrics),
         ]
         for row in rows
     ]
@@ -461,7 +465,7 @@ def _draw_all(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, bytes, 
         points = [
             (row, cost, mean)
             for row in rows
-            if (cost := costs[row.name]) and (mean := row.metric(study.primary)) is not None
+            if (cost := costs[row.name]) and (mean := row.means.get(study.primary)) is not None
         ]
         if points:
             alt = f"{study.primary} against {label}, mean and 95 % interval over seeds"
