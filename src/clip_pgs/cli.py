@@ -7,7 +7,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from clip_pgs.common import (
     CONFIGS,
@@ -27,6 +27,17 @@ COMMANDS = {
     "export": ("clip_pgs.training.export:main", "export a run for OpenCLIP and the Hub"),
     "demo": ("clip_pgs.demo:main", "data, training, evaluation and a picture, in some minutes"),
     "completion": ("clip_pgs.cli:completion", "print a shell's completion of this command"),
+}
+# What makes the parser of each command, and of those below it that have one of their own.
+_PARSERS = {
+    ("train",): "clip_pgs.training.options:option_parser",
+    ("test",): "clip_pgs.evaluation.command:make_parser",
+    ("test", "sets"): "clip_pgs.evaluation.command:make_sets_parser",
+    ("test", "report"): "clip_pgs.evaluation.report.command:make_parser",
+    ("data",): "clip_pgs.data.__main__:make_parser",
+    ("inspect",): "clip_pgs.inspection.__main__:make_parser",
+    ("study",): "clip_pgs.study.__main__:make_parser",
+    ("export",): "clip_pgs.training.export:make_parser",
 }
 _EXAMPLES = """\
 clip-pgs demo                                      from nothing to a report
@@ -62,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.path.append("")
     try:
         with leaving_when_told():
-            return _function(command)(rest[:-1])
+            return _function(COMMANDS[command][0])(rest[:-1])
     except (KeyboardInterrupt, AskedToLeaveError) as error:
         sentence, code = early_end(error)
         sys.stderr.write(f"{sentence}\n")
@@ -71,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(f"clip-pgs {command} needs {error.name}: pip install 'clip-pgs[all]'")
 
 
-def _function(command: str) -> Callable[[Sequence[str]], int]:
-    module, _, name = COMMANDS[command][0].partition(":")
+def _function(place: str) -> Callable[..., Any]:
+    module, _, name = place.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
@@ -106,10 +117,6 @@ _clip_pgs() {{
 complete -o default -F _clip_pgs clip-pgs
 """
 _ZSH = "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n"
-
-
-class _ParserMade(Exception):  # noqa: N818 - a signal, not an error
-    pass
 
 
 def completion(argv: Sequence[str]) -> int:
@@ -154,46 +161,20 @@ def completion(argv: Sequence[str]) -> int:
 
 
 def _parsers() -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
-    """Yield the parser of each command, and of each command below it, with their names."""
-    from clip_pgs.training.options import option_parser
+    """Yield the parser of each command, and of each command below it, with their names.
 
-    yield ("train",), option_parser()
-    for command, *below in (
-        ["test"],
-        ["test", "sets"],
-        ["test", "report"],
-        ["data"],
-        ["inspect"],
-        ["study"],
-        ["export"],
-    ):
-        parser = _made_parser(command, below)
-        if parser is None:
+    Those of a command that lacks a package are left out.
+    """
+    for path, place in _PARSERS.items():
+        try:
+            parser = _function(place)()
+        except ModuleNotFoundError:
             continue
-        yield (command, *below), parser
+        yield path, parser
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
                 for name, inner in action.choices.items():
-                    yield (command, name), inner
-
-
-def _made_parser(command: str, below: Sequence[str]) -> argparse.ArgumentParser | None:
-    """Return the parser that a command makes; None where it lacks a package."""
-
-    def hand_over(parser: argparse.ArgumentParser, *_args: Any, **_options: Any) -> NoReturn:
-        raise _ParserMade(parser)
-
-    parse_args = argparse.ArgumentParser.parse_args
-    argparse.ArgumentParser.parse_args = hand_over  # type: ignore[assignment, method-assign]
-    try:
-        _function(command)(below)
-    except _ParserMade as made:
-        return made.args[0]
-    except ModuleNotFoundError:
-        pass
-    finally:
-        argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
-    return None
+                    yield (*path, name), inner
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 if `check` found something bad or the disk is full, 2 for bad input.
     """
-    options = vars(_make_parser().parse_args(argv))
+    options = vars(make_parser().parse_args(argv))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
         return int(options.pop("run")(**options))
@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         return refuse(error)
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = SentenceParser(
         prog="python -m clip_pgs.data",
         description="Make, pack, check and count image-caption data.",

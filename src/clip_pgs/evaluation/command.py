@@ -103,14 +103,7 @@ def run_sets(argv: Sequence[str]) -> int:
     Returns:
         0 if all are present, 1 if some are incomplete or missing, 2 on bad input.
     """
-    parser = SentenceParser(
-        prog="clip-test.sh sets",
-        description="Tell which data sets are present, incomplete or missing.",
-        epilog="exit codes: 0 all present, 1 some incomplete or missing, 2 bad input",
-        allow_abbrev=False,
-    )
-    _add_data_flags(parser)
-    args = parser.parse_args(argv)
+    args = make_sets_parser().parse_args(argv)
     try:
         eval_sets = load_suite(args.suite, datasets=args.datasets, data_root=args.data_root)
     except (ValueError, OSError) as error:
@@ -125,6 +118,18 @@ def run_sets(argv: Sequence[str]) -> int:
         sys.stdout.write("\nTo get what is not there:\n")
         sys.stdout.writelines(f"  {command}\n" for command in commands)
     return EXIT_INCOMPLETE if absent else EXIT_DONE
+
+
+def make_sets_parser() -> argparse.ArgumentParser:
+    """Return the parser of `sets`."""
+    parser = SentenceParser(
+        prog="clip-test.sh sets",
+        description="Tell which data sets are present, incomplete or missing.",
+        epilog="exit codes: 0 all present, 1 some incomplete or missing, 2 bad input",
+        allow_abbrev=False,
+    )
+    _add_data_flags(parser)
+    return parser
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -29,15 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or after one sentence on stderr 2 on bad input, 1 on a full disk.
     """
-    parser: argparse.ArgumentParser = SentenceParser(
-        prog="python -m clip_pgs.inspection",
-        description="Look at what masking strategies do, and measure what they cost.",
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add_command in (_add_masks, _add_kept, _add_cost, _add_scaling, _add_data):
-        add_command(commands)
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     module, _, function = args.run.partition(":")
     try:
         getattr(importlib.import_module(f"clip_pgs.inspection.{module}"), function)(args)
@@ -50,6 +42,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return refuse(f"not enough memory for images or batches of this size: {error}")
     return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = SentenceParser(
+        prog="python -m clip_pgs.inspection",
+        description="Look at what masking strategies do, and measure what they cost.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add_command in (_add_masks, _add_kept, _add_cost, _add_scaling, _add_data):
+        add_command(commands)
+    return parser
 
 
 def _add_masks(commands: Any) -> None:

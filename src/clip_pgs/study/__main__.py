@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see above.
     """
-    args = _make_parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         from clip_pgs.training.stop import StopRequest, StopSignals, leave
     except ModuleNotFoundError as error:
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return refuse(error)
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     description, _, epilog = (__doc__ or "").partition("\n\n")
     parser = SentenceParser(
         prog="python -m clip_pgs.study",

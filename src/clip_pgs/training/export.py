@@ -7,6 +7,7 @@ run's latest checkpoint. `open_clip.create_model_and_transforms("local-dir:RUN/e
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import logging
@@ -287,15 +288,20 @@ def push_to_hub(export_folder: Path, repo_id: str, *, private: bool = False) -> 
     return str(address)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = SentenceParser(
         prog="python -m clip_pgs.training.export", description=export_run.__doc__
     )
     parser.add_argument("run", type=Path, help="a run folder, such as logs/demo")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the export as well")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    arguments = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         folder = export_run(arguments.run)

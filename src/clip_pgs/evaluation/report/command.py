@@ -38,6 +38,17 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or after one sentence on stderr 2 on bad input, 1 on a full disk.
     """
+    args = make_parser().parse_args(argv)
+    try:
+        folder = write_report(args.results, args.output)
+    except (ValueError, OSError) as error:
+        return refuse(error)
+    sys.stdout.write(f"{folder / HTML_NAME}\n")
+    return EXIT_DONE
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     layout = argparse.RawDescriptionHelpFormatter
     name = "python -m clip_pgs.evaluation report"
     parser = SentenceParser(prog=name, description=_DESCRIPTION, formatter_class=layout)
@@ -45,13 +56,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("results", nargs="+", metavar="RESULTS", help=help_text)
     help_text = "where it goes (default: report)"
     parser.add_argument("-o", "--output", default="report", metavar="DIR", help=help_text)
-    args = parser.parse_args(argv)
-    try:
-        folder = write_report(args.results, args.output)
-    except (ValueError, OSError) as error:
-        return refuse(error)
-    sys.stdout.write(f"{folder / HTML_NAME}\n")
-    return EXIT_DONE
+    return parser
 
 
 def write_report(results: Sequence[str | Path], output: str | Path = "report") -> Path:
