@@ -317,7 +317,7 @@ def check_sum(path: Path) -> None:
             )
         return
     try:
-        damaged = _damaged_record(path)
+        damaged = _damaged_member(path)
     # The last where a damaged header asks for a compression that zipfile does not know.
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError) as error:
         raise ValueError(f"checkpoint {str(path)!r} is damaged: {error}") from error
@@ -327,7 +327,15 @@ def check_sum(path: Path) -> None:
         )
 
 
-def _damaged_record(path: Path) -> str | None:
+def non_finite(tensor: Tensor) -> str | None:
+    """Say how many of a tensor's values are NaN or infinite, None if none is."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    num_bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    return f"holds {num_bad} NaN or infinite values of {tensor.numel()}" if num_bad else None
+
+
+def _damaged_member(path: Path) -> str | None:
     # Files from before torch 1.6 are no archives and have no checksums.
     if not zipfile.is_zipfile(path):
         return None

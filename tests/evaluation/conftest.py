@@ -128,3 +128,17 @@ def save_run_files(run: Path, model: torch.nn.Module) -> None:
     save_file(state_dict, export / "open_clip_model.safetensors")
     (run / "checkpoints").mkdir(exist_ok=True)
     torch.save({"epoch": 1, "state_dict": state_dict}, run / "checkpoints/epoch_1.pt")
+
+
+@pytest.fixture
+def run(finished_run, tmp_path, monkeypatch):
+    """A copy of the run in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished_run, tmp_path / "logs/tiny_run")
+    return Path("logs/tiny_run")
+
+
+@pytest.fixture
+def options(dataset_list, data_root):
+    sets = ["--datasets", str(dataset_list), "--data-root", str(data_root)]
+    return [*sets, "--workers", "0", "--no-report"]

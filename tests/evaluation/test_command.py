@@ -16,20 +16,6 @@ from clip_pgs.evaluation.__main__ import main
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def run(finished_run, tmp_path, monkeypatch):
-    """A copy of the run in an empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(finished_run, tmp_path / "logs/tiny_run")
-    return Path("logs/tiny_run")
-
-
-@pytest.fixture
-def options(dataset_list, data_root):
-    sets = ["--datasets", str(dataset_list), "--data-root", str(data_root)]
-    return [*sets, "--workers", "0", "--no-report"]
-
-
 def test_run_is_evaluated_into_its_own_folder(run, options, capsys):
     assert main([str(run), *options]) == 0
     names = {path.name for path in (run / "eval").iterdir()}

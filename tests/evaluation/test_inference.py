@@ -25,20 +25,6 @@ RANDOM = {"inference_masking": "random", "inference_options": {"mask_ratio": 0.5
 
 
 @pytest.fixture
-def run(finished_run, tmp_path, monkeypatch):
-    """A copy of the run in an empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(finished_run, tmp_path / "logs/tiny_run")
-    return Path("logs/tiny_run")
-
-
-@pytest.fixture
-def options(dataset_list, data_root):
-    sets = ["--datasets", str(dataset_list), "--data-root", str(data_root)]
-    return [*sets, "--workers", "0", "--no-report"]
-
-
-@pytest.fixture
 def six(data_root):
     return get_suite("zeroshot-classification").eval_set("six", str(data_root / "six"))
 

@@ -18,7 +18,13 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from clip_pgs.checkpoint_io import check_sum, fit_weights, newest_checkpoint, read_checkpoint
+from clip_pgs.checkpoint_io import (
+    check_sum,
+    fit_weights,
+    newest_checkpoint,
+    non_finite,
+    read_checkpoint,
+)
 from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MODEL_CONFIG_NAME, PARAMS_NAME
 from clip_pgs.evaluation.inference import InferenceMasking, choose_masking
 from clip_pgs.integrations.open_clip.model_config import (
@@ -359,14 +365,8 @@ def check_finite(model: nn.Module, *, name: str) -> None:
         ValueError: If a parameter or buffer holds a value that is not finite.
     """
     for key, tensor in model.state_dict().items():
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
-        num_bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if num_bad:
-            raise ValueError(
-                f"the weights of {name} are not finite: {key} holds {num_bad} NaN or infinite "
-                f"values of {tensor.numel()}"
-            )
+        if (trouble := non_finite(tensor)) is not None:
+            raise ValueError(f"the weights of {name} are not finite: {key} {trouble}")
 
 
 def weights_digest(model: nn.Module) -> str:

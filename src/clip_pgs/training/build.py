@@ -212,6 +212,14 @@ def image_size(options: TrainOptions) -> int | list[int] | None:
     return size[0] if size is not None and len(size) == 1 else size
 
 
+def input_size(options: TrainOptions) -> tuple[int, int]:
+    """Return height and width of the images that the image tower takes."""
+    size = image_size(options) or read_model_config(options.model)["vision_cfg"].get(
+        "image_size", 224
+    )
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 def context_length(options: TrainOptions) -> int:
     """Return how many tokens the text tower takes."""
     default = open_clip.CLIPTextCfg().context_length

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_pgs.checkpoint_io import check_sum, fit_weights, read_checkpoint
+from clip_pgs.checkpoint_io import check_sum, fit_weights, non_finite, read_checkpoint
 
 
 def pack_checkpoint(
@@ -123,9 +123,8 @@ def find_non_finite(checkpoint: Mapping[str, Any]) -> str | None:
     """Say which weight, or number of the optimizer, is NaN or infinite; None if none is."""
     for part in ("state_dict", "optimizer"):
         for name, tensor in named_tensors(checkpoint.get(part), part):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                num_bad = int((~torch.isfinite(tensor)).sum())
-                return f"{name} holds {num_bad} NaN or infinite values of {tensor.numel()}"
+            if (trouble := non_finite(tensor)) is not None:
+                return f"{name} {trouble}"
     return None
 
 

@@ -42,6 +42,7 @@ from clip_pgs.training.build import (
     context_length,
     create_model,
     image_size,
+    input_size,
     make_tokenizer,
     optimizer_misfit,
     read_model_config,
@@ -156,7 +157,7 @@ def _check_model(options: TrainOptions) -> tuple[nn.Module, torch.optim.Optimize
             f"--pretrained {options.pretrained!r} is neither a file nor a tag of {name} "
             f"(tags: {tags})"
         )
-    _check_batch(options, config)
+    _check_batch(options)
     _check_augmentation(options)
     # transformers makes no model with its weights on the device "meta".
     fetches_text = is_text_of_hub and not (options.pretrained or brings_weights)
@@ -195,10 +196,9 @@ def _silence() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _check_batch(options: TrainOptions, config: dict[str, Any]) -> None:
+def _check_batch(options: TrainOptions) -> None:
     """Refuse batches of which not even the pixels fit into this machine."""
-    size = image_size(options) or config["vision_cfg"].get("image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = input_size(options)
     batch_size = max(options.batch_size, options.unmasked_batch_size or 0)
     num_bytes = 4 * 3 * height * width * batch_size
     if num_bytes > largest_memory():

@@ -21,7 +21,7 @@ from clip_pgs.data.shards import (
     upsampling_weights,
 )
 from clip_pgs.data.tar import size_shards
-from clip_pgs.training.build import image_size, read_model_config
+from clip_pgs.training.build import input_size
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.phases import phase_options
 
@@ -192,13 +192,9 @@ def check_shared_memory(options: TrainOptions) -> None:
     """Refuse batches of which the workers' cannot be kept in shared memory at the same time."""
     if options.workers == 0 or not SHARED_MEMORY.is_dir():
         return
-    size = image_size(options) or read_model_config(options.model)["vision_cfg"].get(
-        "image_size", 224
-    )
-    height, width = (size, size) if isinstance(size, int) else size
-    pixels = 3 * height * width
+    height, width = input_size(options)
     num_batches, batch_size, num_bytes, processes = max(
-        _loaders(options, pixels, size), key=lambda loader: loader[0] * loader[2] * loader[3]
+        _loaders(options, height, width), key=lambda loader: loader[0] * loader[2] * loader[3]
     )
     needed, free = num_batches * num_bytes * processes, shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
@@ -211,10 +207,9 @@ def check_shared_memory(options: TrainOptions) -> None:
         )
 
 
-def _loaders(
-    options: TrainOptions, pixels: int, size: int | list[int]
-) -> list[tuple[int, int, int, int]]:
+def _loaders(options: TrainOptions, height: int, width: int) -> list[tuple[int, int, int, int]]:
     """Return (batches ahead, batch size, bytes of a batch, processes) of each loader of a run."""
+    pixels = 3 * height * width
     ahead = _PREFETCH * options.workers + 1
     held_out = min(options.batch_size, 256) if options.eval_suite else 0
     if options.val_data or options.imagenet_val or options.imagenet_v2:
@@ -224,9 +219,7 @@ def _loaders(
         return loaders
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     transform = open_clip.image_transform(
-        tuple(size) if isinstance(size, list) else size,
-        is_train=True,
-        aug_cfg=dict(options.aug_cfg),
+        (height, width), is_train=True, aug_cfg=dict(options.aug_cfg)
     )
     is_bytes = pixel_normalizer(transform, device=torch.device("cpu")) is not None
     num_samples = num_training_samples(options) or 0

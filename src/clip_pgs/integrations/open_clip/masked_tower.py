@@ -187,6 +187,9 @@ class MaskedTower:
                 key_bias = _count_bias(counts_BG, key_mask, x.dtype)
         return self.read_out(*self._run_blocks(x, selection, key_mask, key_bias))
 
+    # What a kind of tower says of itself follows; without it there is nothing to run. No abstract
+    # methods: those are looked at when an object is made, and none ever is.
+
     @staticmethod
     def refusal(tower: Any) -> str | None:
         """Return why a tower of `plain_class` cannot be masked, None where it can."""
