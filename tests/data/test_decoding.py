@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import signal
+import time
 
 import numpy as np
 import open_clip
@@ -11,12 +13,14 @@ from PIL import Image
 from torchvision.transforms import Compose, Grayscale, Normalize, ToTensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from clip_pgs.data.bad_samples import StalledDataError
 from clip_pgs.data.decoding import (
     PixelNormalizer,
     RandomCrop,
     faster_transform,
     pixel_normalizer,
     rgb_pixels,
+    time_limit,
 )
 from support.images import smooth_images
 
@@ -164,6 +168,21 @@ def test_a_file_cut_short_is_refused_as_pillow_refuses_it():
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
 CPU = torch.device("cpu")
 LEVELS = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).expand(3, 16, 16)
+
+
+def test_a_timer_of_somebody_elses_goes_on_after_a_limit():
+    rung = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(time.monotonic()))
+    start = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        while not rung and time.monotonic() < start + 30:
+            with time_limit(60, StalledDataError("late")):
+                time.sleep(0.01)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert rung
 
 
 def test_every_level_becomes_what_torchvision_makes_of_it():

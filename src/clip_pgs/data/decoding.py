@@ -17,6 +17,7 @@ import io
 import re
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -142,6 +143,8 @@ def time_limit(
 ) -> Iterator[None]:
     """Raise an error where the body takes longer; in the main thread alone.
 
+    A timer that somebody has set for themselves goes on afterwards.
+
     Args:
         seconds: The limit; 0 sets none.
         error: What is raised.
@@ -154,17 +157,21 @@ def time_limit(
     def stop(signal_number: int, frame: FrameType | None) -> None:
         raise error
 
-    number, timer = signal.SIGALRM, signal.ITIMER_REAL
+    number, timer, clock = signal.SIGALRM, signal.ITIMER_REAL, time.monotonic
     if of_processor:
-        number, timer = signal.SIGPROF, signal.ITIMER_PROF
-    before = signal.signal(number, stop)
+        number, timer, clock = signal.SIGPROF, signal.ITIMER_PROF, time.process_time
+    handler = signal.signal(number, stop)
     # Again and again: what is raised in a destructor is lost, and cleaning up may wait too.
-    signal.setitimer(timer, seconds, _SECONDS_BETWEEN_SIGNALS)
+    left, interval = signal.setitimer(timer, seconds, _SECONDS_BETWEEN_SIGNALS)
+    end = clock() + left
     try:
         yield
     finally:
         signal.setitimer(timer, 0)
-        signal.signal(number, before)
+        signal.signal(number, handler)
+        if left:
+            # 0 would stop it, where its time has come meanwhile.
+            signal.setitimer(timer, max(end - clock(), 1e-6), interval)
 
 
 @dataclass(frozen=True)
