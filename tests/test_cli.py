@@ -136,14 +136,14 @@ def test_two_processes_are_checked_for_as_such(tmp_path):
 def test_a_signal_ends_a_launch_with_the_runs_code_and_reason(tmp_path):
     flags = ["--nproc", "2", "--batch-size", "8", "--name", "run", *SYNTHETIC]
     process = subprocess.Popen(
-        [sys.executable, "-m", "clip_pgs.cli", "train", "demo", *flags, "--epochs", "9999"],
+        [sys.executable, "-m", "clip_pgs.cli", "train", "demo", *flags, "--epochs", "200"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     said = ""
-    while "Training epochs" not in said and (line := process.stdout.readline()):
+    while "Training: 200 epochs" not in said and (line := process.stdout.readline()):
         said += line
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=300)
