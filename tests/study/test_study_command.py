@@ -135,7 +135,10 @@ def test_what_the_study_lacks_cannot_be_chosen(study, capsys, flags):
     refusal(main, study.argv(*flags), capsys)
 
 
-def test_a_valid_study_says_so_and_leaves_nothing(study, capsys):
+@pytest.mark.parametrize("base", ["base.yaml", "~/base.yaml"])
+def test_a_valid_study_says_so_and_leaves_nothing(study, capsys, monkeypatch, base):
+    monkeypatch.setenv("HOME", str(study.folder))
+    study.change(base=base)
     assert main(study.argv("--check-only", "--seeds", "1")) == 0
     assert "2 runs" in capsys.readouterr().out
     assert not study.root.exists()

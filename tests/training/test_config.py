@@ -133,7 +133,9 @@ def test_unknown_keys_are_refused_with_near_names(tmp_path, line, near):
         ("lr: [1, 2]", ["lr", "[1, 2]"]),
         ("mask-ratio: half", ["mask-ratio", "half"]),
         ("local-loss: 1", ["local-loss", "true or false", "got 1"]),
-        ("name: 12:30", ["name", "quotes", "750"]),
+        ("epochs: 1:30", ["epochs", "1:30"]),
+        ("batch-size: 0x10", ["batch-size", "0x10"]),
+        ("name: 2001-01-01", ["name", "quotes", "2001"]),
         ("name: yes", ["name", "True"]),
         ("precision: int3", ["precision", "int3", "amp"]),
         ("text-masking-option: [threshold]", ["text-masking-option", "mapping"]),
@@ -155,6 +157,21 @@ def test_a_wrong_value_names_file_key_and_value(tmp_path, line, parts):
     assert "run.yaml" in message
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "epochs"), [("010", 10), ("+3", 3), ("'7'", 7), ("1_0", 10), ("8 # or 9", 8)]
+)
+def test_whole_numbers_are_decimal(tmp_path, text, epochs):
+    assert parse(tmp_path, f"{BASE}epochs: {text}\n").epochs == epochs
+
+
+@pytest.mark.parametrize(
+    ("text", "lr"),
+    [("1e-3", 1e-3), ("1.e-3", 1e-3), (".5", 0.5), ("-2.5E+1", -25), ("010.5", 10.5)],
+)
+def test_numbers_are_read_as_on_the_command_line(tmp_path, text, lr):
+    assert parse(tmp_path, f"{BASE}wd: {text}\n").wd == lr
 
 
 @pytest.mark.parametrize("text", ["- model", "just a text", "42"])

@@ -37,7 +37,7 @@ from typing import Any
 
 import yaml
 
-from clip_pgs.common import one_sentence
+from clip_pgs.common import expand_home, one_sentence
 from clip_pgs.evaluation.command import make_parser
 from clip_pgs.evaluation.datasets import PRESENT, EvalSet, check_presence
 from clip_pgs.evaluation.suites import get_suite, load_suite
@@ -182,7 +182,7 @@ def _study(path: Path, content: dict[Any, Any], root: Path) -> Study:
         _name("an arm", name): _arm(name, said, overrides)
         for name, said in _mapping("arms", content["arms"]).items()
     }
-    base = path.parent / _text("base", content["base"])
+    base = path.parent / expand_home(_text("base", content["base"]))
     if not base.is_file():
         raise ValueError(f"'base' is a training config, and there is no {base}")
     named = content["reference"]

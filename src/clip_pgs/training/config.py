@@ -9,7 +9,7 @@ import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -23,6 +23,8 @@ _MODEL_FLAGS = frozenset({"--model", "--model-config"})
 _DATA_FLAGS = frozenset({"--train-data", "--val-data"})
 _OPTION_NAME = re.compile(r"[A-Za-z][\w-]*")
 _MAX_BYTES = 2**20
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_NUMBER_STARTS = list("-+.0123456789")
 
 
 def config_arguments(
@@ -88,7 +90,15 @@ def _with_bases(path: str) -> list[tuple[str, dict[Any, Any]]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values, without what makes a small file a large object or says a thing twice."""
+    """Plain values, without what makes a small file a large object or says a thing twice.
+
+    Numbers are decimal: 1:30 is a text, not YAML 1.1's 90, nor is 010 an 8.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
+        first: [(tag, shape) for tag, shape in resolvers if tag not in (_INT, _FLOAT)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -101,6 +111,12 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.YAMLError(f"{key.value!r} is given twice")
                 seen.add(str(key.value))
         return node
+
+
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:0|[1-9][0-9]*)$"), _NUMBER_STARTS)
+_Loader.add_implicit_resolver(
+    _FLOAT, re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?$"), _NUMBER_STARTS
+)
 
 
 def read_mapping(path: str) -> dict[Any, Any]:
