@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from clip_pgs.integrations.open_clip.apply import masking_or_none
+from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.masking import list_maskings
 from clip_pgs.training.sinks import Sinks
 from clip_pgs.training.telemetry import Cost, Telemetry

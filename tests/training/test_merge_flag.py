@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from clip_pgs.integrations.open_clip.apply import tower_masking
+from clip_pgs.integrations.apply import tower_masking
 from clip_pgs.masking.merge import Merge
 from clip_pgs.training.build import build_model
 from clip_pgs.training.checks import check_options

@@ -286,8 +286,8 @@ class View:
                 f"{type(strategy).__name__} {reason}; give a trained model, as --model RUN does"
             )
         # open_clip takes seconds to import.
+        from clip_pgs.integrations.apply import image_tower, tower_masking
         from clip_pgs.integrations.open_clip import apply_masking, set_masking_progress
-        from clip_pgs.integrations.open_clip.apply import image_tower, tower_masking
 
         alone: Any = nn.Module()
         alone.visual = copy.deepcopy(image_tower(self.model)[0]).cpu().float().eval()

@@ -17,7 +17,7 @@ from clip_pgs.integrations.open_clip import (
     set_masking_noise,
     update_masking,
 )
-from clip_pgs.integrations.open_clip.teacher import teacher_momentum
+from clip_pgs.integrations.teacher import teacher_momentum
 from support.models import image_batch, small_clip, small_coca, small_timm_clip
 from support.processes import TESTS, torchrun
 

@@ -14,10 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_pgs import PatchSelection
-from clip_pgs.integrations.open_clip import apply_masking, force_selection, masked_tower, tokens
+from clip_pgs.integrations import masked_tower, tokens
+from clip_pgs.integrations.open_clip import apply_masking, force_selection
 from clip_pgs.integrations.open_clip.open_clip_vit import MaskedVisionTransformer
 from clip_pgs.integrations.open_clip.timm_vit import MaskedTimmModel
-from clip_pgs.integrations.open_clip.tokens import (
+from clip_pgs.integrations.tokens import (
     PackedTokens,
     can_pack,
     packs_by_default,

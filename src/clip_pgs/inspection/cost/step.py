@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from clip_pgs.common import atomic_file, check_writable, write_text
 from clip_pgs.inspection.model_input import StrategySpec, parse_specs
+from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.integrations.open_clip import (
     CaptionGroups,
     CaptionTrimmer,
@@ -41,7 +42,6 @@ from clip_pgs.integrations.open_clip import (
     caption_trimmer,
     set_masking_progress,
 )
-from clip_pgs.integrations.open_clip.apply import masking_or_none
 from clip_pgs.integrations.open_clip.flops import count_pass
 from clip_pgs.integrations.open_clip.model_config import (
     check_buildable,

@@ -1,6 +1,6 @@
 """Masking inside OpenCLIP models (https://github.com/mlfoundations/open_clip)."""
 
-from clip_pgs.integrations.open_clip.apply import (
+from clip_pgs.integrations.apply import (
     apply_masking,
     calibrate_masking,
     force_selection,
@@ -17,6 +17,7 @@ from clip_pgs.integrations.open_clip.apply import (
     set_masking_progress,
     update_masking,
 )
+from clip_pgs.integrations.open_clip import open_clip_vit, timm_vit  # noqa: F401
 from clip_pgs.integrations.open_clip.text import (
     CaptionGroups,
     CaptionTrimmer,

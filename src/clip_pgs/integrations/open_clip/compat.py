@@ -32,14 +32,6 @@ def check_versions() -> None:
         raise ValueError(f"clip-pgs needs open_clip_torch>=3.3,<4, found {found}")
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP and `torch.compile`."""
-    # DDP wraps as `module`, torch.compile as `_orig_mod`.
-    for wrapper in ("_orig_mod", "module", "_orig_mod"):
-        model = getattr(model, wrapper, model)
-    return model
-
-
 @contextlib.contextmanager
 def weights_read_by(
     read: Callable[[str], dict[str, Tensor]], explain: Callable[[nn.Module, str, Exception], str]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from clip_pgs.integrations.open_clip.apply import (
+from clip_pgs.integrations.apply import (
     force_selection,
     last_selection,
     masking_or_none,

@@ -6,19 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from open_clip import CoCa
 from open_clip.transformer import AttentionalPooler, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clip_pgs.integrations.open_clip.compat import pool_tower
-from clip_pgs.integrations.open_clip.masked_tower import MaskedTower, PatchGrid
-from clip_pgs.integrations.open_clip.tokens import BlockParts, first_token_attention
+from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, unwrap
+from clip_pgs.integrations.open_clip.compat import check_versions, pool_tower
+from clip_pgs.integrations.tokens import BlockParts, first_token_attention
+from clip_pgs.masking import MaskingStrategy
+from clip_pgs.masking.merge import Merge
 
 
 class MaskedVisionTransformer(MaskedTower, VisionTransformer):
     """A `VisionTransformer` of OpenCLIP that sees a selection of its patches."""
 
     plain_class = VisionTransformer
+    supported = "OpenCLIP's own VisionTransformer"
     takes_attention_bias = True
 
     @staticmethod
@@ -30,6 +34,26 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
                 "); build the model with force_patch_dropout=0 to mask it"
             )
         return None
+
+    @staticmethod
+    def check_model(model: nn.Module, strategy: MaskingStrategy, merge: Merge | None) -> None:
+        """Refuse another version of OpenCLIP, and padding that a text decoder would read."""
+        check_versions()
+        plain: Any = unwrap(model)
+        if not isinstance(plain, CoCa) or plain.visual.attn_pool is not None:
+            return
+        reads = "this CoCa hands patch tokens to its text decoder, which would read the padding of"
+        mask_ratio = getattr(strategy, "mask_ratio", None)
+        if getattr(strategy, "mask_ratio_min", None) not in (None, mask_ratio):
+            raise ValueError(
+                f"{reads} an adaptive mask; set mask_ratio_min to mask_ratio = {mask_ratio} or "
+                "build the model with attentional_pool"
+            )
+        if merge is not None:
+            raise ValueError(
+                f"{reads} a group that merge finds empty; leave out merge or build the model with "
+                "attentional_pool"
+            )
 
     @staticmethod
     def attention_refusal(tower: VisionTransformer) -> str | None:

@@ -18,7 +18,7 @@ from open_clip.transformer import TextTransformer, Transformer, text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clip_pgs.integrations.open_clip.compat import unwrap
+from clip_pgs.integrations.masked_tower import unwrap
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -11,18 +11,23 @@ from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from clip_pgs.integrations.open_clip.masked_tower import MaskedTower, PatchGrid
-from clip_pgs.integrations.open_clip.tokens import (
+from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid
+from clip_pgs.integrations.open_clip.compat import check_versions
+from clip_pgs.integrations.tokens import (
     BlockParts,
     first_token_attention,
+    logit_mask,
     query_attention,
 )
+from clip_pgs.masking import MaskingStrategy
+from clip_pgs.masking.merge import Merge
 
 
 class MaskedTimmModel(MaskedTower, TimmModel):
     """A `TimmModel` with a `VisionTransformer` of timm that sees a selection of its patches."""
 
     plain_class = TimmModel
+    supported = "timm's in OpenCLIP's TimmModel (ViT models, not ResNet or ConvNeXt)"
 
     @staticmethod
     def refusal(tower: TimmModel) -> str | None:
@@ -54,6 +59,11 @@ class MaskedTimmModel(MaskedTower, TimmModel):
                 "leave tokens out; masking supports token, avg, avgmax, max and map pooling"
             )
         return None
+
+    @staticmethod
+    def check_model(model: nn.Module, strategy: MaskingStrategy, merge: Merge | None) -> None:
+        """Refuse another version of OpenCLIP."""
+        check_versions()
 
     @staticmethod
     def attention_refusal(tower: TimmModel) -> str | None:
@@ -111,7 +121,8 @@ class MaskedTimmModel(MaskedTower, TimmModel):
     def run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         """Run a block over tokens (B, T, D), leaving out keys that are padding."""
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = _logit_mask(attn_mask, x)
+            # Without the fused kernel, timm adds its mask to the logits, of any dtype.
+            attn_mask = logit_mask(attn_mask, x.dtype)
         return block(x) if attn_mask is None else block(x, attn_mask=attn_mask)
 
     def block_parts(self, block: Any) -> BlockParts | None:
@@ -187,11 +198,6 @@ def _is_plain(block: Any) -> bool:
     )
 
 
-def _logit_mask(key_mask: Tensor, x: Tensor) -> Tensor:
-    # Where it does without the fused kernel, timm adds its mask to the logits, of any dtype.
-    return torch.zeros_like(key_mask, dtype=x.dtype).masked_fill(~key_mask, float("-inf"))
-
-
 def _pooled_tokens(trunk: VisionTransformer, x: Tensor) -> Tensor:
     return x if trunk.pool_include_prefix else x[:, trunk.num_prefix_tokens :]
 
@@ -200,7 +206,7 @@ def _pool(trunk: VisionTransformer, x: Tensor, key_mask: Tensor) -> Tensor:
     """Pool as the trunk does, over the valid tokens alone."""
     if trunk.attn_pool is not None:
         pool_mask = _pooled_tokens(trunk, key_mask[:, 0, 0])[:, None, None, :]
-        return trunk.attn_pool(_pooled_tokens(trunk, x), attn_mask=_logit_mask(pool_mask, x))
+        return trunk.attn_pool(_pooled_tokens(trunk, x), attn_mask=logit_mask(pool_mask, x.dtype))
     valid_BT1 = key_mask[:, 0, 0, :, None]
     if trunk.global_pool == "token":
         return x[:, 0]

@@ -1,4 +1,8 @@
-"""Turn an OpenCLIP model into a masked one, in place, and back; drive it between steps."""
+"""Turn a model into a masked one, in place, and back; drive it between steps.
+
+Which models, says the integration of their library that is imported: `integrations.open_clip` or
+`integrations.transformers`. Both export what is here.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +11,23 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from open_clip import CoCa
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from clip_pgs.common import check_choice
-from clip_pgs.integrations.open_clip.compat import check_versions, unwrap
-from clip_pgs.integrations.open_clip.masked_tower import (
+from clip_pgs.integrations.masked_tower import (
     WHEN,
     MaskedTower,
     PatchGrid,
     TowerMasking,
+    tower_of,
+    unwrap,
 )
-from clip_pgs.integrations.open_clip.open_clip_vit import MaskedVisionTransformer
-from clip_pgs.integrations.open_clip.teacher import START_MOMENTUM, Teacher, teacher_momentum
-from clip_pgs.integrations.open_clip.timm_vit import MaskedTimmModel
+from clip_pgs.integrations.teacher import START_MOMENTUM, Teacher, teacher_momentum
 from clip_pgs.masking import MaskingStrategy, PatchSelection, create_masking
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.strategy import check_range
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_KINDS: tuple[type[MaskedTower], ...] = (MaskedVisionTransformer, MaskedTimmModel)
 
 
 def apply_masking(
@@ -43,7 +42,7 @@ def apply_masking(
 ) -> Model:
     """Mask the patches of a model's image tower.
 
-    The model is changed in place. In eval mode it stays bit-identical to plain OpenCLIP unless
+    The model is changed in place. In eval mode it stays bit-identical to the plain one unless
     `when` says otherwise, its state dict keeps its keys, and a second call replaces the strategy
     of the first. A strategy that requires attention gets a teacher, which starts from the weights
     the tower has now.
@@ -83,7 +82,6 @@ def apply_masking(
         ValueError: If the tower cannot be masked or drops patches by itself, if the name or an
             option is wrong, or if `merge` does not fit the strategy or the model.
     """
-    check_versions()
     check_choice(when, WHEN, name="when")
     tower, kind = image_tower(model)
     if isinstance(masking, str):
@@ -180,27 +178,7 @@ def _check_fit(model: nn.Module, strategy: MaskingStrategy, merge: Merge | None)
             f"attention_bias is made for OpenCLIP's own VisionTransformer, and the image tower is "
             f"a {kind.plain_class.__name__}"
         )
-    is_adaptive = getattr(strategy, "mask_ratio_min", None) not in (
-        None,
-        getattr(strategy, "mask_ratio", None),
-    )
-    if not (
-        isinstance(unwrap(model), CoCa)
-        and isinstance(tower, VisionTransformer)
-        and tower.attn_pool is None
-    ):
-        return
-    reads = "this CoCa hands patch tokens to its text decoder, which would read the padding of"
-    if is_adaptive:
-        raise ValueError(
-            f"{reads} an adaptive mask; set mask_ratio_min to mask_ratio = {strategy.mask_ratio} "
-            "or build the model with attentional_pool"
-        )
-    if merge is not None:
-        raise ValueError(
-            f"{reads} a group that merge finds empty; leave out merge or build the model with "
-            "attentional_pool"
-        )
+    kind.check_model(model, strategy, merge)
 
 
 def _load_into_teacher(tower: Any, _incompatible_keys: Any) -> None:
@@ -217,24 +195,20 @@ def image_tower(model: nn.Module) -> tuple[Any, type[MaskedTower]]:
     """Return a model's image tower, masked or not, and the class that masks it.
 
     Args:
-        model: An OpenCLIP model, also wrapped.
+        model: A model of a library whose integration is imported, also wrapped.
 
     Raises:
         ValueError: If it has no image tower that can be masked.
     """
-    model = unwrap(model)
-    tower: Any = getattr(model, "visual", None)
-    for kind in _KINDS:
-        # A subclass may have a forward pass of its own, which masking would undo without a word.
-        if type(tower) in (kind, kind.plain_class):
-            if (reason := kind.refusal(tower)) is not None:
-                raise ValueError(reason)
-            return tower, kind
+    tower: Any = tower_of(model)
+    kind = MaskedTower.kinds.get(type(tower))
+    if kind is not None:
+        if (reason := kind.refusal(tower)) is not None:
+            raise ValueError(reason)
+        return tower, kind
     found = "no image tower" if tower is None else f"the image tower {type(tower).__name__}"
-    raise ValueError(
-        f"{type(model).__name__} has {found}; masking supports OpenCLIP's own VisionTransformer "
-        "and timm's (ViT models, not ResNet or ConvNeXt)"
-    )
+    supported = ", ".join(dict.fromkeys(kind.supported for kind in MaskedTower.kinds.values()))
+    raise ValueError(f"{type(unwrap(model)).__name__} has {found}; masking supports {supported}")
 
 
 def patch_grid(model: nn.Module) -> PatchGrid:
@@ -261,7 +235,7 @@ def tower_masking(model: nn.Module) -> TowerMasking:
 
 def masking_or_none(model: nn.Module) -> TowerMasking | None:
     """Return the masking of a model of any kind, None where it has none."""
-    tower = getattr(unwrap(model), "visual", None)
+    tower = tower_of(model)
     return tower.masking if isinstance(tower, MaskedTower) else None
 
 

@@ -56,6 +56,16 @@ class PaddedTokens:
         return attended.transpose(1, 2)
 
 
+def logit_mask(key_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a boolean mask as what is added to logits, for attention that adds any mask.
+
+    Args:
+        key_mask: True where a token may be attended to, of any shape.
+        dtype: Of the activations.
+    """
+    return torch.zeros_like(key_mask, dtype=dtype).masked_fill(~key_mask, float("-inf"))
+
+
 def packs_by_default(x: Tensor) -> bool:
     """Return whether packing is measured to be faster: on the CPU, unless tokens are few and small.
 

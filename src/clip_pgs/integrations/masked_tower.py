@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from clip_pgs.common import check_choice
-from clip_pgs.integrations.open_clip.teacher import Teacher
-from clip_pgs.integrations.open_clip.tokens import (
+from clip_pgs.integrations.teacher import Teacher
+from clip_pgs.integrations.tokens import (
     BlockParts,
     PackedTokens,
     PaddedTokens,
@@ -27,6 +27,14 @@ from clip_pgs.masking.sampling import gather_tokens
 from clip_pgs.masking.strategy import MaskingStrategy, PatchInputs, PatchSelection
 
 WHEN = ("train", "always")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP and `torch.compile`."""
+    # DDP wraps as `module`, torch.compile as `_orig_mod`.
+    for wrapper in ("_orig_mod", "module", "_orig_mod"):
+        model = getattr(model, wrapper, model)
+    return model
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,15 @@ class PatchGrid:
     def num_patches(self) -> int:
         """Number of patches, h * w."""
         return self.size[0] * self.size[1]
+
+
+def tower_of(model: nn.Module) -> nn.Module | None:
+    """Return a model's image tower, of whatever kind, also a wrapped model's; None for none."""
+    model = unwrap(model)
+    if type(model) in MaskedTower.kinds:
+        return model
+    # OpenCLIP's name, and that of Hugging Face.
+    return getattr(model, "visual", getattr(model, "vision_model", None))
 
 
 class TowerMasking(nn.Module):
@@ -143,15 +160,26 @@ class MaskedTower:
     forward pass runs.
 
     Attributes:
+        kinds: The class that masks a tower, by the tower's class before and after.
         plain_class: The class of the tower before and after.
+        supported: Which towers these are, for those who bring others.
         takes_attention_bias: Whether `run_block` takes one.
         masking: What chooses the patches.
     """
 
+    # A subclass of a tower may have a forward pass of its own, which masking would undo without a
+    # word; so kinds go by the very class.
+    kinds: ClassVar[dict[type, type[MaskedTower]]] = {}
     plain_class: ClassVar[type[nn.Module]]
+    supported: ClassVar[str]
     takes_attention_bias: ClassVar[bool] = False
     masking: TowerMasking
     training: bool
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "plain_class" in vars(cls):
+            MaskedTower.kinds.update({cls: cls, cls.plain_class: cls})
 
     def forward(self, x: Tensor) -> Any:
         """Encode images.
@@ -168,13 +196,25 @@ class MaskedTower:
             return super().forward(x)  # type: ignore[misc]
         tokens_BND = self.embed_patches(x)
         selection = self.masking.select(x, tokens_BND)
-        placed_BND = self.add_positions(tokens_BND)
-        patches, valid = gather_tokens(placed_BND, selection), selection.valid
+        return self.read_out(*self.run_kept(self.add_positions(tokens_BND), selection))
+
+    def run_kept(self, placed: Tensor, selection: PatchSelection) -> tuple[Tensor, Tensor | None]:
+        """Run the blocks over what is kept, and over what the rest is merged into.
+
+        Args:
+            placed: Patch embeddings with positions, shape (B, N, D).
+            selection: Which of them to keep.
+
+        Returns:
+            Tokens (B, T, D) and True where one is valid, (B, 1, 1, T), None where all are; or,
+            where the tower reads nothing else, the first token of each image, (B, 1, D), and None.
+        """
+        patches, valid = gather_tokens(placed, selection), selection.valid
         if (merge := self.masking.merge) is not None:
             weights_BGN = merge.weights(selection, self.masking.grid.size)
             if valid is None:
                 valid = torch.ones_like(selection.index, dtype=torch.bool)
-            patches = torch.cat([patches, merge_tokens(placed_BND, weights_BGN)], dim=1)
+            patches = torch.cat([patches, merge_tokens(placed, weights_BGN)], dim=1)
             counts_BG = weights_BGN.sum(dim=2)
             valid = torch.cat([valid, counts_BG > 0], dim=1)
         x = self.add_prefix(patches)
@@ -185,7 +225,7 @@ class MaskedTower:
             key_mask = functional.pad(valid, (num_prefix, 0), value=True)[:, None, None, :]
             if merge is not None and merge.counts:
                 key_bias = _count_bias(counts_BG, key_mask, x.dtype)
-        return self.read_out(*self._run_blocks(x, selection, key_mask, key_bias))
+        return self._run_blocks(x, selection, key_mask, key_bias)
 
     # What a kind of tower says of itself follows; without it there is nothing to run. No abstract
     # methods: those are looked at when an object is made, and none ever is.
@@ -194,6 +234,16 @@ class MaskedTower:
     def refusal(tower: Any) -> str | None:
         """Return why a tower of `plain_class` cannot be masked, None where it can."""
         raise NotImplementedError
+
+    @staticmethod
+    def check_model(model: nn.Module, strategy: MaskingStrategy, merge: Merge | None) -> None:
+        """Refuse what a model around its tower cannot do, by a `ValueError`.
+
+        Args:
+            model: As the caller gave it, also wrapped.
+            strategy: What shall mask it.
+            merge: How dropped patches shall be merged.
+        """
 
     @staticmethod
     def attention_refusal(tower: Any) -> str | None:
@@ -319,8 +369,7 @@ class MaskedTower:
         """Run the blocks over padded tokens (B, T, D), with the bias, if any, for the mask.
 
         Returns:
-            Tokens of the same shape and their key mask; or, where the tower reads nothing else,
-            the first token of each image, (B, 1, D), and None.
+            As `run_kept` does.
         """
         batch_size = len(x)
         layout: Tensor | PackedTokens | None = key_mask if key_bias is None else key_bias
