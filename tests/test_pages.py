@@ -21,6 +21,7 @@ from clip_pgs.cli import COMMANDS
 from clip_pgs.integrations.open_clip import last_selection
 from clip_pgs.masking.strategy import _REGISTRY
 from clip_pgs.training.options import check_values, read_options
+from support.hf_models import hf_model
 from support.models import image_batch, small_clip, text_batch
 
 ROOT = Path(__file__).parents[1]
@@ -53,8 +54,11 @@ def blocks(language):
 def reader(tmp_path, monkeypatch):
     """Return the names that the pages take for granted, in a folder that has what they name."""
     import open_clip
+    import transformers
 
     monkeypatch.setattr(open_clip, "create_model", lambda *_args, **_options: small_clip())
+    hugging_face = classmethod(lambda model_class, _name: hf_model(model_class.__name__))
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", hugging_face)
     compile_model = torch.compile
     # Inductor takes minutes, and the pages say nothing of it.
     monkeypatch.setattr(torch, "compile", lambda model: compile_model(model, backend="eager"))

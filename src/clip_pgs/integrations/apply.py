@@ -57,7 +57,8 @@ def apply_masking(
 
     Args:
         model: An OpenCLIP model (CLIP, CustomTextCLIP, CoCa), also wrapped, whose image tower,
-            `model.visual`, is OpenCLIP's own `VisionTransformer` or timm's.
+            `model.visual`, is OpenCLIP's own `VisionTransformer` or timm's; or a Hugging Face
+            model that `integrations.transformers` names.
         masking: A name out of `clip_pgs.list_maskings()`, or a strategy.
         when: "train" masks in train mode, "always" in eval mode as well.
         pack_tokens: Where images keep different counts, put the kept tokens of all into one
@@ -66,7 +67,8 @@ def apply_masking(
             needs the usual blocks, without dropout or drop path; on a CPU a model that is not
             compiled; on CUDA float16 or bfloat16, where it costs one synchronisation per step,
             since the host has to know how many tokens there are, and is not yet measured. Where
-            one of these is missing, or `merge_counts` is set, images are padded.
+            one of these is missing, `merge_counts` is set, or the model is one of Hugging Face,
+            images are padded.
         merge: Groups of dropped patches whose mean is one more token each, after the kept ones: the
             cells of a grid, "2x2" (rows x columns); "candidates", a group for each of `pgs`'s, with
             the transport plan's weights; or both, "2x2+candidates". "none" loses what is dropped.

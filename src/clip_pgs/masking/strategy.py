@@ -556,6 +556,12 @@ def lower_bound(mask_ratio: float, mask_ratio_min: float | None) -> float:
     return mask_ratio_min
 
 
+def keeps_different_counts(strategy: MaskingStrategy) -> bool:
+    """Return whether a strategy may keep different numbers of patches in different images."""
+    ratio = getattr(strategy, "mask_ratio", None)
+    return getattr(strategy, "mask_ratio_min", None) not in (None, ratio)
+
+
 def check_range(value: float | None, *, name: str, low: float, high: float) -> None:
     """Refuse a number outside [low, high], as a NaN is, too; None is none.
 

@@ -6,6 +6,7 @@ import torch
 
 from clip_pgs.data.build import dataset_kind
 from clip_pgs.masking import create_masking
+from clip_pgs.masking.strategy import keeps_different_counts
 from clip_pgs.training.build import context_length, read_model_config
 from clip_pgs.training.data_checks import (
     has_training_data,
@@ -66,8 +67,7 @@ def _idle_groups(options: TrainOptions) -> list[tuple[bool, str, str]]:
     kinds = {dataset_kind(options.dataset_type, path, flag="") for path in sources}
     is_masked = options.masking != "none"
     strategy = create_masking(options.masking, **options.masking_options)
-    lowest = getattr(strategy, "mask_ratio_min", None)
-    keeps_alike = lowest is None or lowest == strategy.mask_ratio
+    keeps_alike = not keeps_different_counts(strategy)
     is_coca = "multimodal_cfg" in config or "coca" in model.lower()
     is_on_cpu = options.device == "cpu" or not torch.cuda.is_available()
     has_imagenet = options.imagenet_val is not None or options.imagenet_v2 is not None

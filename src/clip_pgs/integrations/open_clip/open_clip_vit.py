@@ -16,6 +16,7 @@ from clip_pgs.integrations.open_clip.compat import check_versions, pool_tower
 from clip_pgs.integrations.tokens import BlockParts, first_token_attention
 from clip_pgs.masking import MaskingStrategy
 from clip_pgs.masking.merge import Merge
+from clip_pgs.masking.strategy import keeps_different_counts
 
 
 class MaskedVisionTransformer(MaskedTower, VisionTransformer):
@@ -43,11 +44,10 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
         if not isinstance(plain, CoCa) or plain.visual.attn_pool is not None:
             return
         reads = "this CoCa hands patch tokens to its text decoder, which would read the padding of"
-        mask_ratio = getattr(strategy, "mask_ratio", None)
-        if getattr(strategy, "mask_ratio_min", None) not in (None, mask_ratio):
+        if keeps_different_counts(strategy):
             raise ValueError(
-                f"{reads} an adaptive mask; set mask_ratio_min to mask_ratio = {mask_ratio} or "
-                "build the model with attentional_pool"
+                f"{reads} an adaptive mask; set mask_ratio_min to mask_ratio = "
+                f"{strategy.mask_ratio} or build the model with attentional_pool"
             )
         if merge is not None:
             raise ValueError(
