@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from clip_pgs.integrations.open_clip import (
+    apply_masking,
+    last_selection,
+    set_masking_noise,
+    set_masking_progress,
+)
 from clip_pgs.training.build import build_trimmer
+from support.models import image_batch, small_clip
 from support.runs import MODEL, write_model
 from support.trainers import open_trainer
 
@@ -62,4 +69,34 @@ def test_steps_keep_their_graphs_whole_and_few(tmp_path, monkeypatch, options):
         trainer.train_step([(images, trim(draw_captions(longest)))])
         num_graphs.append(counters["frames"]["total"])
     assert num_graphs == [1, 2, 3, *(3 for _ in LATER)]
+    assert counters["graph_break"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("random", {}),
+        ("pgs", {"mask_ratio_min": 0.3}),
+        ("pgs", {"random_share": 1.0, "random_share_end": 0.2}),
+        ("cluster", {"threshold": 0.5, "random_share": 0.8, "random_share_end": 0.0}),
+        ("pgs-released", {}),
+    ],
+)
+def test_one_graph_serves_all_of_training_and_selects_as_without(name, options):
+    torch._dynamo.reset()
+    counters.clear()
+    model = apply_masking(small_clip().train(), name, **options)
+    compiled = torch.compile(model, backend="eager")
+    for step, progress in enumerate((0.0, 0.1, 0.3, 0.75, 1.0)):
+        set_masking_progress(model, progress)
+        set_masking_noise(model, torch.rand(3, 16, generator=torch.Generator().manual_seed(step)))
+        model.encode_image(image_batch())
+        expected = last_selection(model)
+        compiled(image_batch())
+        found = last_selection(model)
+        assert found is not expected
+        assert torch.equal(found.index, expected.index)
+        assert (found.valid is None) or torch.equal(found.valid, expected.valid)
+    assert counters["frames"]["total"] == 1
     assert counters["graph_break"] == {}

@@ -257,7 +257,11 @@ def set_masking_progress(model: nn.Module, progress: float) -> None:
         ValueError: If the model is not masked or `progress` is out of its range.
     """
     check_range(progress, name="progress", low=0, high=1)
-    tower_masking(model).progress = float(progress)
+    masking, (tower, kind) = tower_masking(model), image_tower(model)
+    masking.progress = float(progress)
+    masking.progress_tensor = torch.full_like(
+        masking.progress_tensor, progress, device=kind.patch_weight(tower).device
+    )
 
 
 def set_mask_ratio(model: nn.Module, mask_ratio: float) -> None:

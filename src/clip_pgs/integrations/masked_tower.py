@@ -77,6 +77,8 @@ class TowerMasking(nn.Module):
 
     Attributes:
         progress: Completed share of the masked training steps, in [0, 1].
+        progress_tensor: The same for compiled models, which would guard on a number and be
+            compiled anew once it is no longer 0. Shape (), float64, on the model's device.
         noise: Uniform numbers in [0, 1) for the coming forward passes, shape (B, N); None draws
             from the global stream.
         forced_selection: Takes the strategy's place where set.
@@ -106,6 +108,7 @@ class TowerMasking(nn.Module):
         self.pack_tokens = pack_tokens
         self.merge = merge
         self.progress = 0.0
+        self.progress_tensor = torch.zeros((), dtype=torch.float64)
         self.noise: Tensor | None = None
         self.forced_selection: PatchSelection | None = None
         self.last_selection: PatchSelection | None = None
@@ -130,7 +133,7 @@ class TowerMasking(nn.Module):
             pixels,
             self.grid.patch_size,
             tokens=tokens,
-            progress=self.progress,
+            progress=self.progress_tensor if torch.compiler.is_compiling() else self.progress,
             noise=self.noise,
             attention=None if self.teacher is None else self.teacher.scores(pixels),
             wants_candidate_weights=self.merge is not None and self.merge.by_candidate,

@@ -170,7 +170,7 @@ class ClusterMasking(MaskingStrategy):
             return average(share)
 
         found = bisect_threshold(mean_ratio, target=self.mask_ratio)
-        self.threshold = self.record.add(found, self.mask_ratio, inputs.progress)
+        self.threshold = self.record.add(found, self.mask_ratio, float(inputs.progress))
 
     def forward(
         self, inputs: PatchInputs, *, generator: torch.Generator | None = None

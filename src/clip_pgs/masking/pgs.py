@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -223,7 +223,13 @@ def patch_scores(
     return scores_BN
 
 
-def calibrated_threshold(progress: float, *, center_weight: float = 0.0) -> float:
+@overload
+def calibrated_threshold(progress: float, *, center_weight: float = ...) -> float: ...
+@overload
+def calibrated_threshold(
+    progress: float | Tensor, *, center_weight: float = ...
+) -> float | Tensor: ...
+def calibrated_threshold(progress: float | Tensor, *, center_weight: float = 0.0) -> float | Tensor:
     """Return the adaptive threshold at a training progress in [0, 1].
 
     Straight lines join the points of `CALIBRATED_THRESHOLDS`, and those of `CENTER_SHIFTS`.
@@ -310,7 +316,7 @@ class PGSMasking(MaskingStrategy):
         return PGSSteps(edges_BN, candidate_index, scores_BN)
 
     def select(
-        self, scores: Tensor, candidate_index: Tensor, *, noise: Tensor, progress: float
+        self, scores: Tensor, candidate_index: Tensor, *, noise: Tensor, progress: float | Tensor
     ) -> PatchSelection:
         """Mask the candidates and the highest scores: a fixed count, or each image its own.
 
@@ -334,7 +340,7 @@ class PGSMasking(MaskingStrategy):
         if num_mask_min == num_mask_max:
             keys_BN = _share_at_random(scores + bonus_BN, noise, num_mask_max, progress, options)
             return mask_top(keys_BN, num_mask=num_mask_max)
-        threshold = options.threshold
+        threshold: float | Tensor | None = options.threshold
         if threshold is None:
             threshold = calibrated_threshold(progress, center_weight=options.center_weight)
         above_BN = (scores > threshold) | (bonus_BN > 0)
@@ -449,7 +455,7 @@ def _share_at_random(
     scores_BN: Tensor,
     noise_BN: Tensor,
     num_mask: int | Tensor,
-    progress: float,
+    progress: float | Tensor,
     options: PGSOptions,
 ) -> Tensor:
     """Let the share of kept patches that this point of training asks for be drawn."""

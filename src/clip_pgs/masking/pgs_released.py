@@ -127,7 +127,7 @@ class PGSReleasedMasking(MaskingStrategy):
     def _similarity(self, inputs: PatchInputs, patches_BNF: Tensor) -> Tensor:
         pixel_similarity = _cosine(patches_BNF)
         share = inputs.progress * self.num_epochs / _MIX_EPOCHS
-        if inputs.progress == 0:
+        if not inputs.compares_tokens:
             return pixel_similarity
         if inputs.tokens is None:
             raise ValueError(

@@ -90,7 +90,7 @@ def mask_top_counts(scores: Tensor, *, num_mask: Tensor, num_mask_min: int) -> P
 
 
 def share_at_random(
-    scores: Tensor, noise: Tensor, *, num_mask: int | Tensor, random_share: float
+    scores: Tensor, noise: Tensor, *, num_mask: int | Tensor, random_share: float | Tensor
 ) -> Tensor:
     """Change scores so that a share of the patches that stay is drawn at random.
 
@@ -102,21 +102,21 @@ def share_at_random(
         noise: Uniform numbers in [0, 1), shape (B, N), float32. The draw is independent of their
             order, which may have served before.
         num_mask: Patches masked in every image, or in each its own number: shape (B,), int64.
-        random_share: Share of the kept patches that is drawn, in [0, 1]. 0 returns `scores`.
+        random_share: Share of the kept patches that is drawn, in [0, 1]; a tensor has shape
+            () and float64. The number 0 returns `scores`.
 
     Returns:
         What `mask_top` or `mask_top_counts` takes, with the same `num_mask`. Shape (B, N).
     """
-    if random_share == 0:
+    if not isinstance(random_share, Tensor) and random_share == 0:
         return scores
     num_patches = scores.shape[1]
-    num_lowest: int | Tensor
-    if isinstance(num_mask, Tensor):
+    num_keep = num_patches - num_mask
+    if isinstance(num_keep, Tensor):
         # In float64, where halves fall as in Python.
-        num_keep_B1 = (num_patches - num_mask)[:, None].double()
-        num_lowest = ((1 - random_share) * num_keep_B1).round()
-    else:
-        num_lowest = round((1 - random_share) * (num_patches - num_mask))
+        num_keep = num_keep[:, None].double()
+    num_lowest = (1 - random_share) * num_keep
+    num_lowest = num_lowest.round() if isinstance(num_lowest, Tensor) else round(num_lowest)
     order_BN = scores.sort(dim=1, descending=True, stable=True).indices
     rank_BN = order_BN.argsort(dim=1)
     return torch.where(rank_BN >= num_patches - num_lowest, -1.0, second_draw(noise))

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import math
+from typing import overload
+
+from torch import Tensor
 
 from clip_pgs.common import MASK_SCHEDULES, check_choice
 from clip_pgs.masking.strategy import check_range
 
 
+@overload
 def scheduled_ratio(
-    start: float, end: float | None, *, progress: float, kind: str = "linear", num_levels: int = 5
-) -> float:
+    start: float, end: float | None, *, progress: float, kind: str = ..., num_levels: int = ...
+) -> float: ...
+@overload
+def scheduled_ratio(
+    start: float,
+    end: float | None,
+    *,
+    progress: float | Tensor,
+    kind: str = ...,
+    num_levels: int = ...,
+) -> float | Tensor: ...
+def scheduled_ratio(
+    start: float,
+    end: float | None,
+    *,
+    progress: float | Tensor,
+    kind: str = "linear",
+    num_levels: int = 5,
+) -> float | Tensor:
     """Return the mask ratio, or another share of patches, at a point of training.
 
     Training is cut into `num_levels` equal parts with one ratio each, so that a compiled model
@@ -19,7 +40,8 @@ def scheduled_ratio(
     Args:
         start: Ratio of the first part, in [0, 1].
         end: Ratio of the last part, in [0, 1]; has no effect on "constant". None stays at `start`.
-        progress: Completed share of the masked training steps, in [0, 1].
+        progress: Completed share of the masked training steps, in [0, 1]; in a compiled model a
+            tensor of shape () and float64, and then so is a "linear" ratio that changes.
         kind: "constant"; "linear" with equal steps between levels; "cosine" with small steps at
             both ends and large ones between, half a period.
         num_levels: Different ratios over training, >= 2; has no effect on "constant".
@@ -29,16 +51,20 @@ def scheduled_ratio(
     """
     for name, ratio in (("start", start), ("end", end)):
         check_range(ratio, name=name, low=0, high=1)
-    check_range(progress, name="progress", low=0, high=1)
+    if not isinstance(progress, Tensor):
+        check_range(progress, name="progress", low=0, high=1)
     check_choice(kind, MASK_SCHEDULES, name="kind")
     if num_levels < 2:
         raise ValueError(f"num_levels must be >= 2, got {num_levels}")
     if kind == "constant" or end is None:
         return start
     # 3 / 10 * 10 falls just short of 3 for some progress that means three tenths.
-    level = min(math.floor(progress * num_levels + 1e-9), num_levels - 1)
-    share = level / (num_levels - 1)
+    place = progress * num_levels + 1e-9
+    if isinstance(place, Tensor):
+        share: float | Tensor = place.floor().clamp(max=num_levels - 1) / (num_levels - 1)
+    else:
+        share = min(math.floor(place), num_levels - 1) / (num_levels - 1)
     if kind == "cosine":
-        share = (1 - math.cos(math.pi * share)) / 2
+        share = (1 - math.cos(math.pi * float(share))) / 2
     # Exact at both ends; without a branch, a compiled model need not tell the levels apart.
     return start * (1 - share) + end * share

@@ -30,7 +30,7 @@ def mixed_similarity(inputs: PatchInputs, candidate_index: Tensor, *, name: str)
         ValueError: If `progress` > 0 without tokens.
     """
     progress = inputs.progress
-    if progress > 0 and inputs.tokens is None:
+    if inputs.compares_tokens and inputs.tokens is None:
         raise ValueError(f"{name} needs tokens once progress > 0, got none at progress {progress}")
 
     def similarity(pixels: Tensor, index_BC: Tensor, tokens: Tensor | None) -> Tensor:
@@ -40,7 +40,7 @@ def mixed_similarity(inputs: PatchInputs, candidate_index: Tensor, *, name: str)
             return by_pixels
         return (1 - progress) * by_pixels + progress * candidate_similarity(tokens, index_BC)
 
-    tokens = inputs.tokens if progress > 0 else None
+    tokens = inputs.tokens if inputs.compares_tokens else None
     return in_blocks(similarity, inputs.pixels.detach(), candidate_index, tokens)
 
 

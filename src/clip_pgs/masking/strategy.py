@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints, overload
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ class PatchInputs:
         pixels: Images as the model receives them (normalised). Shape (B, 3, H, W), any float dtype.
         patch_size: Side of a patch in pixels, or (height, width). It must divide H and W.
         tokens: Patch embeddings before positions are added, raster order. Shape (B, N, D).
-        progress: Completed share of the masked training steps, in [0, 1].
+        progress: Completed share of the masked training steps, in [0, 1]. In a compiled model a
+            tensor of shape (), so that one graph serves all steps.
         noise: Uniform numbers in [0, 1) that replace the strategy's own draw, so that a caller
             decides which sample sees which mask. Shape (B, N), float32.
         attention: How much a teacher attends to each patch, in any scale. Shape (B, N), float32.
@@ -49,7 +50,7 @@ class PatchInputs:
     pixels: Tensor
     patch_size: int | tuple[int, int]
     tokens: Tensor | None = None
-    progress: float = 0.0
+    progress: float | Tensor = 0.0
     noise: Tensor | None = None
     attention: Tensor | None = None
     wants_candidate_weights: bool = False
@@ -63,7 +64,8 @@ class PatchInputs:
         self.patch_size = patch_sides(self.patch_size)
         height, width = self.pixels.shape[-2:]
         self.grid_size = patch_grid((height, width), self.patch_size)
-        check_range(self.progress, name="progress", low=0, high=1)
+        if not isinstance(self.progress, Tensor):
+            check_range(self.progress, name="progress", low=0, high=1)
         expected = (self.batch_size, self.num_patches)
         if self.tokens is not None and (
             self.tokens.ndim != 3 or tuple(self.tokens.shape[:2]) != expected
@@ -77,6 +79,11 @@ class PatchInputs:
                 raise ValueError(
                     f"{name} must have shape (B, N) = {expected}, got {tuple(values.shape)}"
                 )
+
+    @property
+    def compares_tokens(self) -> bool:
+        """Whether embeddings are compared: above progress 0, and wherever it is a tensor."""
+        return isinstance(self.progress, Tensor) or self.progress > 0
 
     @property
     def batch_size(self) -> int:
@@ -584,7 +591,13 @@ def check_share(share: float, *, name: str) -> None:
         raise ValueError(f"{name} must be in (0, 1], got {share}")
 
 
-def interpolate(points: tuple[tuple[float, float], ...], position: float) -> float:
+@overload
+def interpolate(points: tuple[tuple[float, float], ...], position: float) -> float: ...
+@overload
+def interpolate(points: tuple[tuple[float, float], ...], position: Tensor) -> Tensor: ...
+def interpolate(
+    points: tuple[tuple[float, float], ...], position: float | Tensor
+) -> float | Tensor:
     """Return the height at a position of the straight lines that join points.
 
     Args:
@@ -592,10 +605,13 @@ def interpolate(points: tuple[tuple[float, float], ...], position: float) -> flo
         position: Where to read; beyond either end the last height holds.
     """
     (start, low), *rest = points
-    height = low
+    height: float | Tensor = low
     # Without a branch, a compiled model need not tell the lines apart.
     for end, high in rest:
-        passed = min(max(position, start), end) - start
-        height += (high - low) * (passed / (end - start))
+        if isinstance(position, Tensor):
+            passed: float | Tensor = position.clamp(start, end) - start
+        else:
+            passed = min(max(position, start), end) - start
+        height = height + (high - low) * (passed / (end - start))
         start, low = end, high
     return height
