@@ -3,6 +3,7 @@
 import torch
 from open_clip import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 TEXT = {"context_length": 16, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1}
@@ -17,13 +18,24 @@ def small_clip(*, custom_text=False, seed=0, text=None, **vision):
     return model_class(64, {**VISION, **vision}, {**TEXT, **(text or {})})
 
 
-def small_timm_clip(*, seed=0, **trunk):
+def small_timm_clip(*, seed=0, trunk_class=VisionTransformer, **trunk):
     """Return a CustomTextCLIP on timm's ViT with 16 patches; `trunk` changes its arguments."""
     torch.manual_seed(seed)
     # Any timm model will do: its trunk is replaced by one of our own size.
     vision = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear"}
     model = CustomTextCLIP(64, vision, dict(TEXT))
-    model.visual.trunk = VisionTransformer(num_classes=0, **{**TRUNK, **trunk})
+    model.visual.trunk = trunk_class(num_classes=0, **{**TRUNK, **trunk})
+    return model
+
+
+def small_eva_clip(**trunk):
+    """Return the same on timm's EVA, whose attention is made to depend on where tokens stand."""
+    model = small_timm_clip(trunk_class=Eva, **{"global_pool": "token", **trunk})
+    with torch.no_grad():
+        for name, weight in model.visual.trunk.named_parameters():
+            # It starts so small that attention is all but uniform.
+            if weight.ndim == 2 and ".attn." in name:
+                weight.mul_(8)
     return model
 
 

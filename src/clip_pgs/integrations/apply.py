@@ -173,7 +173,7 @@ def _check_fit(model: nn.Module, strategy: MaskingStrategy, merge: Merge | None)
         if reason is not None:
             raise ValueError(
                 f"{type(strategy).__name__} reads the attention of the class token or of the query "
-                f"that makes the image feature, and {reason}"
+                f"that makes the image feature, and {reason}; pgs and random need neither"
             )
     if strategy.attention_bias and not kind.takes_attention_bias:
         raise ValueError(

@@ -212,14 +212,17 @@ class MaskedTower:
             Tokens (B, T, D) and True where one is valid, (B, 1, 1, T), None where all are; or,
             where the tower reads nothing else, the first token of each image, (B, 1, D), and None.
         """
-        patches, valid = gather_tokens(placed, selection), selection.valid
+        valid, weights_BGN = selection.valid, None
         if (merge := self.masking.merge) is not None:
             weights_BGN = merge.weights(selection, self.masking.grid.size)
             if valid is None:
                 valid = torch.ones_like(selection.index, dtype=torch.bool)
-            patches = torch.cat([patches, merge_tokens(placed, weights_BGN)], dim=1)
             counts_BG = weights_BGN.sum(dim=2)
             valid = torch.cat([valid, counts_BG > 0], dim=1)
+        patches = _keep(placed, selection, weights_BGN)
+        rotations = self.rotations()
+        if rotations is not None:
+            rotations = _keep_rotations(rotations, placed.shape[1], selection, weights_BGN)
         x = self.add_prefix(patches)
         key_mask = key_bias = None
         if valid is not None:
@@ -228,7 +231,7 @@ class MaskedTower:
             key_mask = functional.pad(valid, (num_prefix, 0), value=True)[:, None, None, :]
             if merge is not None and merge.counts:
                 key_bias = _count_bias(counts_BG, key_mask, x.dtype)
-        return self._run_blocks(x, selection, key_mask, key_bias)
+        return self._run_blocks(x, selection, key_mask, key_bias, rotations)
 
     # What a kind of tower says of itself follows; without it there is nothing to run. No abstract
     # methods: those are looked at when an object is made, and none ever is.
@@ -267,8 +270,11 @@ class MaskedTower:
         """Return patch embeddings without positions, shape (B, N, D), of images of any size."""
         raise NotImplementedError
 
-    def patch_positions(self, dtype: torch.dtype) -> Tensor:
-        """Return position embeddings as they are added to tokens of a dtype, shape (N, D)."""
+    def patch_positions(self, dtype: torch.dtype) -> Tensor | None:
+        """Return position embeddings as they are added to tokens of a dtype, shape (N, D).
+
+        None where attention alone knows the places.
+        """
         raise NotImplementedError
 
     def add_positions(self, tokens: Tensor, *, grid_size: tuple[int, int] | None = None) -> Tensor:
@@ -279,10 +285,30 @@ class MaskedTower:
             grid_size: Their grid, to which positions are interpolated; None is the tower's own.
         """
         positions_ND = self.patch_positions(tokens.dtype)
+        if positions_ND is None:
+            return tokens
         own_size = self.patch_grid(self).size
         if grid_size is not None and grid_size != own_size:
             positions_ND = _resize_positions(positions_ND, own_size, grid_size)
         return tokens + positions_ND
+
+    def rotations(self) -> Tensor | None:
+        """Return how attention turns queries and keys by the places of their tokens.
+
+        Returns:
+            Rotary embeddings, sines and then cosines, of the prefix and of all patches, shape
+            (1, P + N, L, H, R): for each of L blocks, or one for all; for each of H heads, or one
+            for all. The prefix is not turned: sine 0, cosine 1. None where positions are added
+            alone.
+        """
+        return None
+
+    def rotations_on(self, grid_size: tuple[int, int]) -> Tensor | None:
+        """Return `rotations` of patches on another grid, spread over the same image."""
+        rotations, own_size = self.rotations(), self.patch_grid(self).size
+        if rotations is None or grid_size == own_size:
+            return rotations
+        return _resize_rotations(rotations, own_size, grid_size)
 
     def add_prefix(self, patches: Tensor) -> Tensor:
         """Turn patch tokens (B, K, D) into the input of the blocks, shape (B, P + K, D)."""
@@ -300,7 +326,13 @@ class MaskedTower:
         """Return how many heads a block has; asked of towers that take an attention bias."""
         raise NotImplementedError
 
-    def run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tensor:
+    def run_block(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        rotation: Tensor | None = None,
+    ) -> Tensor:
         """Run a block over tokens.
 
         Args:
@@ -309,14 +341,21 @@ class MaskedTower:
             attn_mask: Boolean, True where a token may be attended to, shape (B, 1, 1, T); or, in
                 the dtype of the tokens, what is added to the logits, of that shape or, in towers
                 that take an attention bias, (B, H, T, T). None for neither.
+            rotation: The block's of `rotations`, of each token of each image or of all images,
+                (B or 1, T, H or 1, R).
 
         Returns:
             Tokens of shape (B, T, D); those in padding slots are finite and without meaning.
         """
         raise NotImplementedError
 
-    def block_parts(self, block: Any) -> BlockParts | None:
-        """Return a block's parts, None where it is of another kind or draws random numbers."""
+    def block_parts(self, block: Any, rotation: Tensor | None = None) -> BlockParts | None:
+        """Return a block's parts, None where it is of another kind or draws random numbers.
+
+        Args:
+            block: One of `blocks()`.
+            rotation: As for `run_block`, laid out as the tokens are.
+        """
         raise NotImplementedError
 
     def reads_first_token(self) -> bool:
@@ -327,7 +366,7 @@ class MaskedTower:
         """Pool the valid tokens (B, T, D) and project them, as the plain tower does."""
         raise NotImplementedError
 
-    def feature_attention(self, x: Tensor) -> Tensor:
+    def feature_attention(self, x: Tensor, rotations: Tensor | None = None) -> Tensor:
         """Return how much the image feature attends to each token.
 
         Where the feature is read from the class token, this is its attention, mean over heads and
@@ -335,32 +374,43 @@ class MaskedTower:
 
         Args:
             x: Input of the blocks, shape (B, P + N, D).
+            rotations: What `rotations` returns of these tokens.
 
         Returns:
             Attention of shape (B, T), float32; the patches are the last N of the T tokens.
         """
         raise NotImplementedError
 
-    def class_token_attention(self, x: Tensor) -> Tensor:
+    def class_token_attention(self, x: Tensor, rotations: Tensor | None = None) -> Tensor:
         """Return the first token's attention to all, mean over heads and blocks.
 
         Args:
             x: Input of the blocks, shape (B, T, D).
+            rotations: As for `feature_attention`.
 
         Returns:
             Attention of shape (B, T), float32. No block's full attention matrix is kept.
         """
-        *first, last = self.blocks()
+        *first, (last, last_rotation) = self.turned_blocks(rotations)
         attention_BT = x.new_zeros(x.shape[:2], dtype=torch.float32)
-        for block in first:
-            attention_BT = attention_BT + self.first_row(block, x)
-            x = self.run_block(block, x, None)
+        for block, rotation in first:
+            attention_BT = attention_BT + self.first_row(block, x, rotation)
+            x = self.run_block(block, x, None, rotation)
         # Nothing reads what the last block puts out.
-        return (attention_BT + self.first_row(last, x)) / (len(first) + 1)
+        attention_BT = attention_BT + self.first_row(last, x, last_rotation)
+        return attention_BT / (len(first) + 1)
 
-    def first_row(self, block: Any, x: Tensor) -> Tensor:
+    def first_row(self, block: Any, x: Tensor, rotation: Tensor | None) -> Tensor:
         """Return a block's attention of the first token to all, mean over heads, (B, T)."""
         raise NotImplementedError
+
+    def turned_blocks(self, rotations: Tensor | None) -> list[tuple[nn.Module, Tensor | None]]:
+        """Return each block with its rotation, out of rotations (..., L, H, R)."""
+        blocks = self.blocks()
+        if rotations is None:
+            return [(block, None) for block in blocks]
+        every = rotations.unbind(-3)
+        return list(zip(blocks, every if len(every) > 1 else every * len(blocks), strict=True))
 
     def _run_blocks(
         self,
@@ -368,8 +418,11 @@ class MaskedTower:
         selection: PatchSelection,
         key_mask: Tensor | None,
         key_bias: Tensor | None,
+        rotations: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the blocks over padded tokens (B, T, D), with the bias, if any, for the mask.
+
+        Rotations, if any, have the shape (B, T, L, H, R); see `rotations`.
 
         Returns:
             As `run_kept` does.
@@ -385,13 +438,14 @@ class MaskedTower:
             assert key_mask is not None
             layout = PackedTokens.of(key_mask[:, 0, 0])
             x = layout.pack(x)
-        *others, last = self.blocks()
-        for block in others:
-            x = self._run(self._run_whole, block, x, layout)
+            rotations = None if rotations is None else layout.pack(rotations)
+        *others, (last, rotation) = self.turned_blocks(rotations)
+        for block, its_rotation in others:
+            x = self._run(self._run_whole, block, x, layout, its_rotation)
         if is_first_enough and self.block_parts(last) is not None:
-            x = self._run(self._run_for_first_tokens, last, x, layout)
+            x = self._run(self._run_for_first_tokens, last, x, layout, rotation)
             return x.reshape(batch_size, 1, -1), None
-        x = self._run(self._run_whole, last, x, layout)
+        x = self._run(self._run_whole, last, x, layout, rotation)
         return layout.unpack(x) if isinstance(layout, PackedTokens) else x, key_mask
 
     def _packs_tokens(self, x: Tensor) -> bool:
@@ -411,17 +465,45 @@ class MaskedTower:
         return run(*inputs)
 
     def _run_whole(
-        self, block: nn.Module, x: Tensor, layout: Tensor | PackedTokens | None
+        self,
+        block: nn.Module,
+        x: Tensor,
+        layout: Tensor | PackedTokens | None,
+        rotation: Tensor | None,
     ) -> Tensor:
         if isinstance(layout, PackedTokens):
-            return _known(self.block_parts(block)).run(x, layout)
-        return self.run_block(block, x, layout)
+            return _known(self.block_parts(block, rotation)).run(x, layout)
+        return self.run_block(block, x, layout, rotation)
 
     def _run_for_first_tokens(
-        self, block: nn.Module, x: Tensor, layout: Tensor | PackedTokens | None
+        self,
+        block: nn.Module,
+        x: Tensor,
+        layout: Tensor | PackedTokens | None,
+        rotation: Tensor | None,
     ) -> Tensor:
         tokens = layout if isinstance(layout, PackedTokens) else PaddedTokens(layout)
-        return _known(self.block_parts(block)).run_for_first_tokens(x, tokens)
+        return _known(self.block_parts(block, rotation)).run_for_first_tokens(x, tokens)
+
+
+def _keep(tokens: Tensor, selection: PatchSelection, weights: Tensor | None) -> Tensor:
+    """Return the kept ones of tokens (B, N, D), and after them the merged ones, if any."""
+    kept = gather_tokens(tokens, selection)
+    return kept if weights is None else torch.cat([kept, merge_tokens(tokens, weights)], dim=1)
+
+
+def _keep_rotations(
+    rotations: Tensor, num_patches: int, selection: PatchSelection, weights: Tensor | None
+) -> Tensor:
+    """Return rotations of the prefix, the kept and the merged tokens, (B, T, L, H, R).
+
+    A merged token's is the mean of its patches', so that its query and key are the means of those
+    that its content would have in their places.
+    """
+    flat = rotations.flatten(2).expand(len(selection.index), -1, -1)
+    prefix, patches = flat.tensor_split([flat.shape[1] - num_patches], dim=1)
+    kept = torch.cat([prefix, _keep(patches, selection, weights)], dim=1)
+    return kept.unflatten(2, rotations.shape[2:])
 
 
 def _known(parts: BlockParts | None) -> BlockParts:
@@ -433,6 +515,18 @@ def _count_bias(counts_BG: Tensor, key_mask: Tensor, dtype: torch.dtype) -> Tens
     """Return what is added to the logits where the last G keys stand for several patches each."""
     bias_BT = functional.pad(counts_BG.log(), (key_mask.shape[-1] - counts_BG.shape[1], 0))
     return bias_BT[:, None, None].masked_fill(~key_mask, -torch.inf).to(dtype)
+
+
+def _resize_rotations(
+    rotations: Tensor, old_size: tuple[int, int], new_size: tuple[int, int]
+) -> Tensor:
+    prefix, patches = rotations.tensor_split([-old_size[0] * old_size[1]], dim=1)
+    grid = patches.float().flatten(2).mT.unflatten(2, old_size)
+    # In the middle of two places stands, after scaling, the rotation by their mean angle.
+    grid = functional.interpolate(grid, size=new_size, mode="bilinear")
+    sine, cosine = grid.flatten(2).mT.unflatten(2, rotations.shape[2:]).chunk(2, dim=-1)
+    patches = torch.cat([sine, cosine], dim=-1) / torch.hypot(sine, cosine).repeat(1, 1, 1, 1, 2)
+    return torch.cat([prefix, patches.to(prefix.dtype)], dim=1)
 
 
 def _resize_positions(

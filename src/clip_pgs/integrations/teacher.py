@@ -78,7 +78,9 @@ class Teacher:
         with _precision_of(pixels):
             tokens_BND = self.tower.embed_patches(small)
             tokens_BND = self.tower.add_positions(tokens_BND, grid_size=(rows, columns))
-            attention_BT = self.tower.feature_attention(self.tower.add_prefix(tokens_BND))
+            attention_BT = self.tower.feature_attention(
+                self.tower.add_prefix(tokens_BND), self.tower.rotations_on((rows, columns))
+            )
         scores = attention_BT[:, -rows * columns :].reshape(-1, 1, rows, columns)
         if (rows, columns) != grid.size:
             scores = functional.interpolate(scores, size=grid.size, mode="bilinear")

@@ -222,6 +222,8 @@ class BlockParts:
         head_norms: Normalise queries and keys per head; None leaves them.
         after_attention: Turns what attention read, (..., W), into what is added, (..., D).
         mlp: Turns tokens (..., D) into what is added to them then.
+        rotate: Turns normalised queries or keys of all tokens, (..., H, W / H), by their places,
+            and leaves the first token's; None leaves all.
     """
 
     norm: Callable[[Tensor], Tensor]
@@ -231,6 +233,7 @@ class BlockParts:
     head_norms: tuple[HeadNorm, HeadNorm] | None
     after_attention: Callable[[Tensor], Tensor]
     mlp: Callable[[Tensor], Tensor]
+    rotate: Callable[[Tensor], Tensor] | None = None
 
     @property
     def head_width(self) -> int:
@@ -240,14 +243,17 @@ class BlockParts:
     def run(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """Run the block over tokens (..., D) of some layout."""
         query, key, value = self._project(self.norm(x), 0, 3)
-        return self._finish(x, query, key, value, layout)
+        return self._finish(x, self._place(query, 0), self._place(key, 1), value, layout)
 
     def run_for_first_tokens(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """Return what the block makes of each image's first token; see `run`."""
         normed = self.norm(x)
         (query,) = self._project(layout.first_tokens(normed), 0, 1)
         key, value = self._project(normed, 1, 3)
-        return self._finish(layout.first_tokens(x), query, key, value, layout)
+        first_x = layout.first_tokens(x)
+        if self.head_norms is not None:
+            query = self.head_norms[0](query)
+        return self._finish(first_x, query, self._place(key, 1), value, layout)
 
     def _project(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         """Project to queries (0), keys (1) and values (2), each of shape (..., H, W / H)."""
@@ -257,6 +263,12 @@ class BlockParts:
         stacked = functional.linear(x, self.qkv_weight[rows], bias)
         return stacked.unflatten(-1, (stop - start, self.num_heads, -1)).unbind(-3)
 
+    def _place(self, x: Tensor, part: int) -> Tensor:
+        """Normalise queries (0) or keys (1) of all tokens per head, and turn them."""
+        if self.head_norms is not None:
+            x = self.head_norms[part](x)
+        return x if self.rotate is None else self.rotate(x)
+
     def _finish(
         self,
         x: Tensor,
@@ -265,8 +277,6 @@ class BlockParts:
         value: Tensor,
         layout: TokenLayout,
     ) -> Tensor:
-        if self.head_norms is not None:
-            query, key = self.head_norms[0](query), self.head_norms[1](key)
         x = x + self.after_attention(layout.attend(query, key, value).flatten(-2))
         return x + self.mlp(x)
 

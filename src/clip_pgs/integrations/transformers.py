@@ -152,7 +152,7 @@ class MaskedVisionModel(MaskedTower):
         """Return False: these blocks compute themselves again in the backward pass."""
         return False
 
-    def block_parts(self, block: Any) -> BlockParts | None:
+    def block_parts(self, block: Any, rotation: Tensor | None = None) -> BlockParts | None:
         """Return None: blocks run whole."""
         return None
 
@@ -160,7 +160,13 @@ class MaskedVisionModel(MaskedTower):
         """Return False: all tokens come out."""
         return False
 
-    def run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tensor:
+    def run_block(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        rotation: Tensor | None = None,
+    ) -> Tensor:
         """Run a block over tokens (B, T, D), leaving out keys that are padding."""
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attention = self.config._attn_implementation
@@ -170,7 +176,7 @@ class MaskedVisionModel(MaskedTower):
                 attn_mask = logit_mask(attn_mask, x.dtype)
         return block(x, attn_mask)
 
-    def first_row(self, block: Any, x: Tensor) -> Tensor:
+    def first_row(self, block: Any, x: Tensor, rotation: Tensor | None) -> Tensor:
         """Return a block's attention of the first token to all, mean over heads, (B, T)."""
         attention, x = block.self_attn, block.layer_norm1(x)
         query, key = attention.q_proj(x[:, :1]), attention.k_proj(x)
@@ -203,7 +209,7 @@ class MaskedClassTokenModel(MaskedVisionModel):
         pooled = self.post_layernorm(x[:, 0])
         return BaseModelOutputWithPooling(_without_padding(x, key_mask), pooled)
 
-    def feature_attention(self, x: Tensor) -> Tensor:
+    def feature_attention(self, x: Tensor, rotations: Tensor | None = None) -> Tensor:
         """Return the attention of the class token, shape (B, T)."""
         return self.class_token_attention(x)
 
@@ -242,7 +248,7 @@ class MaskedQueryModel(MaskedVisionModel):
             pooled = (attended + self.head.mlp(self.head.layernorm(attended)))[:, 0]
         return BaseModelOutputWithPooling(_without_padding(x, key_mask), pooled)
 
-    def feature_attention(self, x: Tensor) -> Tensor:
+    def feature_attention(self, x: Tensor, rotations: Tensor | None = None) -> Tensor:
         """Return the attention of the query that pools, shape (B, T)."""
         for block in self.blocks():
             x = self.run_block(block, x, None)

@@ -166,7 +166,7 @@ def test_towers_of_another_kind_are_named():
 
 
 class OverlappingPatches(PatchEmbed):
-    """Stands for timm's convolutional stems."""
+    """Stands for an embedding of somebody else's."""
 
 
 def timm_clip(name):
@@ -183,13 +183,16 @@ def timm_clip_of_another_pool():
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda: timm_clip("convnext_atto"), "the image tower is timm's ConvNeXt; of timm's"),
+        (
+            lambda: timm_clip("convnext_atto"),
+            "timm's ConvNeXt, and masking would need sparse",
+        ),
         (lambda: timm_clip("vit_relpos_small_patch16_224"), "timm's VisionTransformerRelPos"),
         (
             lambda: small_timm_clip(embed_layer=OverlappingPatches),
-            "embeds patches by timm's OverlappingPatches, whose patches see each other",
+            "embeds patches by timm's OverlappingPatches; masking needs PatchEmbed or HybridEmbed",
         ),
-        (lambda: small_timm_clip(dynamic_img_size=True), "images of any size .dynamic_img_size"),
+        (lambda: small_timm_clip(dynamic_img_pad=True), "pads its images .dynamic_img_pad"),
         (lambda: small_timm_clip(patch_drop_rate=0.5), r"by itself \(patch_drop_rate=0.5\); build"),
         (lambda: small_timm_clip(pos_embed="none"), "the image tower has no position embedding"),
         (timm_clip_of_another_pool, "pools by timm's Identity, which cannot leave tokens out"),
@@ -198,7 +201,7 @@ def timm_clip_of_another_pool():
         "convnext",
         "relative positions",
         "patch embedding",
-        "sizes",
+        "padding",
         "patch drop",
         "places",
         "pool",

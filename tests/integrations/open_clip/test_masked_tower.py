@@ -4,6 +4,8 @@ from functools import partial
 import pytest
 import torch
 from open_clip.transformer import ResidualAttentionBlock
+from timm.layers import HybridEmbed
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,13 +14,22 @@ from clip_pgs.integrations.open_clip import (
     apply_masking,
     force_selection,
     last_selection,
+    num_patches,
+    patch_size,
     set_mask_ratio,
     set_masking_noise,
 )
 from clip_pgs.integrations.open_clip.open_clip_vit import masked_block
 from clip_pgs.masking.sampling import kept_patches
 from support.host_waits import noting_host_waits
-from support.models import image_batch, small_clip, small_coca, small_timm_clip, text_batch
+from support.models import (
+    image_batch,
+    small_clip,
+    small_coca,
+    small_eva_clip,
+    small_timm_clip,
+    text_batch,
+)
 
 OPEN_CLIP_TOWERS = {
     "class token": {},
@@ -49,6 +60,42 @@ TIMM_TOWERS = {
     "post norm": {"block_fn": ResPostBlock},
     "parallel": {"block_fn": ParallelScalingBlock},
 }
+# As EVA01, EVA02-E, EVA02-B, PE-Core, DINOv3 and RoPE-ViT are built.
+EVA_TOWERS = {
+    "eva01": {"qkv_bias": True},
+    "eva02, post norm": {"use_post_norm": True, "use_rot_pos_emb": True},
+    "eva02": {
+        "use_rot_pos_emb": True,
+        "ref_feat_shape": (8, 8),
+        "qkv_fused": False,
+        "swiglu_mlp": True,
+        "scale_mlp": True,
+    },
+    "pe": {
+        "use_rot_pos_emb": True,
+        "global_pool": "map",
+        "attn_type": "rope",
+        "rope_grid_offset": 1.0,
+        "rope_grid_indexing": "xy",
+        "use_pre_transformer_norm": True,
+    },
+    "dinov3": {
+        "use_rot_pos_emb": True,
+        "rope_type": "dinov3",
+        "rope_rotate_half": True,
+        "use_abs_pos_emb": False,
+        "no_embed_class": True,
+        "num_reg_tokens": 2,
+        "dynamic_img_size": True,
+        "init_values": 0.1,
+    },
+    "mixed": {
+        "use_rot_pos_emb": True,
+        "rope_type": "mixed",
+        "global_pool": "avg",
+        "qk_norm": True,
+    },
+}
 
 
 def timm_clip_without_fused_attention():
@@ -62,6 +109,8 @@ def timm_clip_without_fused_attention():
 BUILDERS = {
     **{name: partial(small_clip, **vision) for name, vision in OPEN_CLIP_TOWERS.items()},
     **{f"timm: {name}": partial(small_timm_clip, **trunk) for name, trunk in TIMM_TOWERS.items()},
+    **{f"timm: {name}": partial(small_eva_clip, **trunk) for name, trunk in EVA_TOWERS.items()},
+    "timm: distilled": partial(small_timm_clip, trunk_class=VisionTransformerDistilled),
     "timm: without fused attention": timm_clip_without_fused_attention,
 }
 every_tower = pytest.mark.parametrize("build", list(BUILDERS.values()), ids=list(BUILDERS))
@@ -183,6 +232,77 @@ def test_adaptive_rows_equal_encoding_each_image_by_itself(build, pack_tokens):
         torch.testing.assert_close(alone[0], expected, atol=1e-5, rtol=1e-5)
 
 
+def by_hand(tower, image, kept, places):
+    """Encode one image's kept patches by timm's own trunk, turned as if they stood elsewhere."""
+    trunk = tower.trunk
+    x = trunk._pos_embed(trunk.patch_embed(image[None]))
+    x = x[0] if isinstance(x, tuple) else x
+    prefix, patches = x.tensor_split([trunk.num_prefix_tokens], dim=1)
+    x = trunk.norm_pre(torch.cat([prefix, patches[:, kept]], dim=1))
+    turned = rope_of_patches(tower)
+    for i, block in enumerate(trunk.blocks):
+        x = block(x) if turned is None else block(x, rope=turned[i][..., places, :])
+    return tower.head(trunk.forward_head(trunk.norm(x)))[0]
+
+
+@pytest.mark.parametrize("name", EVA_TOWERS)
+@pytest.mark.parametrize(
+    ("selection", "pack_tokens"),
+    [(FIXED, False), (ADAPTIVE, False), (ADAPTIVE, True)],
+    ids=["fixed", "padded", "packed"],
+)
+def test_rotary_positions_go_with_the_kept_patches(name, selection, pack_tokens):
+    model = small_eva_clip(**EVA_TOWERS[name])
+    model = apply_masking(model, "random", pack_tokens=pack_tokens).double().train()
+    images = image_batch().double()
+    together = encode(model, images, selection)[0]
+    for i, count in enumerate(selection.kept_counts().tolist()):
+        kept = selection.index[i, :count]
+        expected = by_hand(model.visual, images[i], kept, kept)
+        torch.testing.assert_close(together[i], expected, atol=1e-6, rtol=1e-5)
+        if model.visual.trunk.rope is not None:
+            elsewhere = by_hand(model.visual, images[i], kept, kept.flip(0))
+            assert (together[i] - elsewhere).norm() > 1e-3 * expected.norm()
+
+
+def test_rotary_positions_drawn_in_training_are_those_of_the_tower():
+    trunk = {**EVA_TOWERS["dinov3"], "rope_shift_coords": 1.0}
+    plain = small_eva_clip(**trunk).train()
+    masked = apply_masking(copy.deepcopy(plain), "random")
+    torch.manual_seed(0)
+    expected = plain.visual(image_batch())
+    torch.manual_seed(0)
+    got = encode(masked, image_batch(), PatchSelection(EVERY_PATCH))[0]
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(plain.visual(image_batch()), expected, atol=1e-4)
+
+
+def small_hybrid_clip(**trunk):
+    stem = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 7, stride=4, padding=3), torch.nn.Conv2d(8, 64, 7, 4, padding=3)
+    )
+    embed_layer = partial(HybridEmbed, backbone=stem, proj=False)
+    return small_timm_clip(embed_layer=embed_layer, patch_size=1, **trunk)
+
+
+@pytest.mark.parametrize("trunk", [{}, {"pos_embed": "none", "global_pool": "avg"}])
+def test_behind_a_convolutional_stem_the_blocks_see_the_kept_patches_alone(trunk):
+    plain = small_hybrid_clip(**trunk).double()
+    model = apply_masking(copy.deepcopy(plain), "random")
+    images = image_batch().double()
+    assert torch.equal(model.eval().visual(images), plain.eval().visual(images))
+    model.train()
+    every = encode(model, images, PatchSelection(EVERY_PATCH))[0]
+    torch.testing.assert_close(every, plain.train().visual(images), atol=1e-6, rtol=1e-6)
+    together = encode(model, images, ADAPTIVE)[0]
+    for i, count in enumerate(ADAPTIVE.kept_counts().tolist()):
+        kept = ADAPTIVE.index[i, :count]
+        expected = by_hand(model.visual, images[i], kept, kept)
+        torch.testing.assert_close(together[i], expected, atol=1e-6, rtol=1e-5)
+    assert num_patches(model) == 16
+    assert patch_size(model) == (16, 16)
+
+
 def test_output_tokens_are_zero_in_padding_slots():
     model = apply_masking(small_clip(output_tokens=True), "random").train()
     _, tokens = encode(model, image_batch(), ADAPTIVE)
@@ -257,9 +377,16 @@ def test_autocast_leaves_the_selection_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"mask_ratio_min": 0.25}])
-def test_the_tower_compiles_into_one_graph(options):
-    model = apply_masking(small_clip(), "pgs", mask_ratio=0.5, **options).train()
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (small_clip, {}),
+        (partial(small_eva_clip, use_rot_pos_emb=True), {"mask_ratio_min": 0.25}),
+    ],
+    ids=["fixed", "adaptive and rotary"],
+)
+def test_the_tower_compiles_into_one_graph(build, options):
+    model = apply_masking(build(), "pgs", mask_ratio=0.5, **options).train()
     noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(0))
     model.visual.masking.noise = noise
     expected = model.visual(image_batch())
@@ -327,17 +454,35 @@ def alone(model, image, kept, groups, *, repeats=False):
     """
     tower = model.visual
     tokens = tower.add_positions(tower.embed_patches(image[None]))[0]
-    sequence = [tokens[j] for j in kept]
+    layout = [{j: 1.0} for j in kept]
     for group in groups:
         members = {j: weight for j, weight in group.items() if j not in kept}
         if members:
-            mean = sum(w * tokens[j] for j, w in members.items()) / sum(members.values())
-            sequence += [mean] * (len(members) if repeats else 1)
-    x = tower.add_prefix(torch.stack(sequence)[None])
-    for block in tower.blocks():
-        x = block(x)
+            layout += [members] * (len(members) if repeats else 1)
+
+    def mean(of_patches, members):
+        return sum(w * of_patches[j] for j, w in members.items()) / sum(members.values())
+
+    x = tower.add_prefix(torch.stack([mean(tokens, members) for members in layout])[None])
+    turned = rope_of_patches(tower)
+    for i, block in enumerate(tower.blocks()):
+        if turned is None:
+            x = block(x)
+        else:
+            rope = [mean(turned[i].movedim(-2, 0), members) for members in layout]
+            x = block(x, rope=torch.stack(rope, dim=-2))
     features = tower.read_out(x, None)
     return features[0] if isinstance(features, tuple) else features
+
+
+def rope_of_patches(tower):
+    """Return timm's rotary embedding of 16 patches, one (..., 16, R) per block; None for none."""
+    rope = getattr(getattr(tower, "trunk", None), "rope", None)
+    if rope is None:
+        return None
+    embedding = rope.get_embed((4, 4))
+    is_per_block = embedding.ndim > 2
+    return list(embedding) if is_per_block else [embedding] * len(tower.blocks())
 
 
 def groups_of(merge, i):

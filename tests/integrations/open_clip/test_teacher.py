@@ -18,8 +18,17 @@ from clip_pgs.integrations.open_clip import (
     update_masking,
 )
 from clip_pgs.integrations.teacher import teacher_momentum
-from support.models import image_batch, small_clip, small_coca, small_timm_clip
+from support.models import image_batch, small_clip, small_coca, small_eva_clip, small_timm_clip
 from support.processes import TESTS, torchrun
+
+DINOV3 = partial(
+    small_eva_clip,
+    use_rot_pos_emb=True,
+    rope_type="dinov3",
+    rope_rotate_half=True,
+    use_abs_pos_emb=False,
+    num_reg_tokens=2,
+)
 
 
 def scores(model, images):
@@ -253,8 +262,11 @@ def test_scores_are_the_class_tokens_attention_mean_over_heads_and_layers():
         partial(small_clip, qk_norm=True),
         small_timm_clip,
         partial(small_timm_clip, reg_tokens=2, qk_norm=True, no_embed_class=True),
+        partial(small_eva_clip, use_rot_pos_emb=True, qkv_fused=False),
+        partial(small_eva_clip, use_rot_pos_emb=True, rope_type="mixed", num_reg_tokens=2),
+        DINOV3,
     ],
-    ids=["custom block", "timm", "timm with registers"],
+    ids=["custom block", "timm", "timm with registers", "eva", "mixed rope", "dinov3"],
 )
 def test_other_blocks_are_scored_by_their_own_attention(build):
     model = attentive(build())
@@ -299,6 +311,17 @@ def test_half_resolution_is_a_tower_of_half_the_side():
     coarse = class_attention(small, halved).reshape(2, 1, 2, 3)
     expected = functional.interpolate(coarse, size=(4, 6), mode="bilinear").flatten(1)
     torch.testing.assert_close(scores(model, images), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_half_resolution_turns_by_the_middles_of_larger_patches():
+    images = image_batch()
+    model, small = attentive(DINOV3(), resolution=0.5), DINOV3(img_size=32)
+    halved = functional.interpolate(images, size=(32, 32), mode="bilinear", antialias=True)
+    with torch.no_grad(), RecordAttention() as recorded:
+        small.visual(halved)
+    coarse = torch.stack(recorded.rows).mean(dim=0)[:, 0, -4:].reshape(3, 1, 2, 2)
+    expected = functional.interpolate(coarse, size=(4, 4), mode="bilinear").flatten(1)
+    torch.testing.assert_close(scores(model, images), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_the_tower_sees_the_patches_with_the_highest_scores():

@@ -98,11 +98,17 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
         """Return how many heads a block has."""
         return self.transformer.resblocks[0].attn.num_heads
 
-    def run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tensor:
+    def run_block(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        rotation: Tensor | None = None,
+    ) -> Tensor:
         """Run a block; `masked_block` says how."""
         return masked_block(block, x, attn_mask)
 
-    def block_parts(self, block: Any) -> BlockParts | None:
+    def block_parts(self, block: Any, rotation: Tensor | None = None) -> BlockParts | None:
         """Return the parts of OpenCLIP's usual block."""
         if type(block) is not ResidualAttentionBlock or block.attn.dropout > 0:
             return None
@@ -131,7 +137,7 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
             pooled = pooled @ self.proj
         return (pooled, tokens) if self.output_tokens else pooled
 
-    def feature_attention(self, x: Tensor) -> Tensor:
+    def feature_attention(self, x: Tensor, rotations: Tensor | None = None) -> Tensor:
         """Return the attention of the class token, or of the query that pools, shape (B, T)."""
         if self.attn_pool is None:
             return self.class_token_attention(x)
@@ -139,7 +145,7 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
             x = self.run_block(block, x, None)
         return _pool_attention(self, x)
 
-    def first_row(self, block: Any, x: Tensor) -> Tensor:
+    def first_row(self, block: Any, x: Tensor, rotation: Tensor | None) -> Tensor:
         """Return a block's attention of the class token to all, mean over heads, (B, T)."""
         attention = block.attn
         norms = None

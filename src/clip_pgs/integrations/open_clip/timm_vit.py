@@ -1,13 +1,27 @@
-"""timm's vision transformer inside OpenCLIP's `TimmModel`, masked."""
+"""timm's vision transformers inside OpenCLIP's `TimmModel`, masked.
+
+They are three: `VisionTransformer` (SigLIP, ViTamin, MobileCLIP-B), `VisionTransformerDistilled`
+(DeiT) and `Eva` (EVA01, EVA02, PE-Core, DINOv3, RoPE-ViT), whose rotary positions go with the
+patches that stay. Where a convolutional stem makes the tokens (`HybridEmbed`), they are dropped
+behind it: the stem sees the whole image, and the blocks see what stays.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from open_clip.timm_model import TimmModel
-from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
+from timm.layers import (
+    Attention,
+    AttentionPoolLatent,
+    HybridEmbed,
+    PatchEmbed,
+    apply_rot_embed_cat,
+)
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -22,9 +36,20 @@ from clip_pgs.integrations.tokens import (
 from clip_pgs.masking import MaskingStrategy
 from clip_pgs.masking.merge import Merge
 
+_TRUNKS = (VisionTransformer, VisionTransformerDistilled, Eva)
+# What the most usual of the others lack.
+_WOULD_NEED = {
+    "ConvNeXt": "sparse convolutions in every stage",
+    "FastVit": "sparse convolutions in every stage",
+    "NaFlexVit": "positions apart from its patch embedding",
+    "ResNet": "sparse convolutions in every stage",
+    "SwinTransformer": "windows over what is left of the grid",
+    "VisionTransformerRelPos": "relative positions gathered for each image",
+}
+
 
 class MaskedTimmModel(MaskedTower, TimmModel):
-    """A `TimmModel` with a `VisionTransformer` of timm that sees a selection of its patches."""
+    """A `TimmModel` with a vision transformer of timm that sees a selection of its patches."""
 
     plain_class = TimmModel
     supported = "timm's in OpenCLIP's TimmModel (ViT models, not ResNet or ConvNeXt)"
@@ -34,21 +59,27 @@ class MaskedTimmModel(MaskedTower, TimmModel):
         """Return why a tower cannot be masked, None where it can."""
         trunk = tower.trunk
         # A subclass may have a forward pass of its own, which masking would undo without a word.
-        if type(trunk) is not VisionTransformer:
+        if type(trunk) not in _TRUNKS:
+            kind = type(trunk).__name__
+            needed = _WOULD_NEED.get(kind, "blocks that take any subset of the patches")
             return (
-                f"the image tower is timm's {type(trunk).__name__}; of timm's models masking "
-                "supports VisionTransformer alone"
+                f"the image tower is timm's {kind}, and masking would need {needed}; of timm's "
+                f"models it supports {', '.join(kind.__name__ for kind in _TRUNKS)}"
             )
-        if type(trunk.patch_embed) is not PatchEmbed:
+        if type(trunk.patch_embed) not in (PatchEmbed, HybridEmbed):
             return (
-                f"the image tower embeds patches by timm's {type(trunk.patch_embed).__name__}, "
-                "whose patches see each other; masking needs PatchEmbed"
+                f"the image tower embeds patches by timm's {type(trunk.patch_embed).__name__}; "
+                "masking needs PatchEmbed or HybridEmbed"
             )
-        if trunk.dynamic_img_size:
-            return "the image tower takes images of any size (dynamic_img_size); masking needs one"
-        if trunk.pos_embed is None:
+        if trunk.patch_embed.dynamic_img_pad:
+            return "the image tower pads its images (dynamic_img_pad); masking needs whole patches"
+        if (
+            trunk.pos_embed is None
+            and getattr(trunk, "rope", None) is None
+            and type(trunk.patch_embed) is PatchEmbed
+        ):
             return "the image tower has no position embedding, without which patches have no place"
-        if not isinstance(trunk.patch_drop, nn.Identity):
+        if not isinstance(trunk.patch_drop, nn.Identity | None):
             return (
                 f"the image tower drops patches by itself (patch_drop_rate={trunk.patch_drop.prob})"
                 "; build the model with force_patch_dropout=0 to mask it"
@@ -74,34 +105,57 @@ class MaskedTimmModel(MaskedTower, TimmModel):
         if trunk.global_pool != "token":
             return f"the image tower pools by {trunk.global_pool!r}"
         for block in trunk.blocks:
-            if type(block) is not Block or type(block.attn) is not Attention:
+            if _stacked_qkv(block) is None:
                 return f"the image tower is built of {type(block).__name__} without plain attention"
         return None
 
     @staticmethod
     def patch_grid(tower: TimmModel) -> PatchGrid:
         """Return how a tower cuts its images."""
-        return PatchGrid(tower.trunk.patch_embed.grid_size, tower.trunk.patch_embed.patch_size)
+        embed = tower.trunk.patch_embed
+        return PatchGrid(tuple(embed.grid_size), embed.feat_ratio(as_scalar=False))
 
     @staticmethod
     def patch_weight(tower: TimmModel) -> Tensor:
         """Return the weight that meets the pixels first."""
-        return tower.trunk.patch_embed.proj.weight
+        return next(tower.trunk.patch_embed.parameters())
 
     def embed_patches(self, pixels: Tensor) -> Tensor:
         """Return patch embeddings without positions, shape (B, N, D)."""
-        # `patch_embed` itself refuses the smaller images of a teacher.
         embed = self.trunk.patch_embed
+        if isinstance(embed, HybridEmbed):
+            x = embed(pixels)
+            return x if x.ndim == 3 else x.flatten(1, 2)
+        # `PatchEmbed` itself refuses the smaller images of a teacher.
         return embed.norm(embed.proj(pixels).flatten(2).transpose(1, 2))
 
-    def patch_positions(self, dtype: torch.dtype) -> Tensor:
+    def patch_positions(self, dtype: torch.dtype) -> Tensor | None:
         """Return the patches' position embeddings, shape (N, D); timm adds them uncast."""
+        if self.trunk.pos_embed is None:
+            return None
         return self.trunk.pos_embed[0, self._num_placed_prefix() :]
+
+    def rotations(self) -> Tensor | None:
+        """Return the rotary embeddings of the prefix and of all patches, (1, P + N, L, H, R)."""
+        rope = getattr(self.trunk, "rope", None)
+        if rope is None:
+            return None
+        # As the trunk asks for them, so that they are the same, and drawn as often, in training.
+        has_own_grid = getattr(rope, "feat_shape", None) is not None
+        embedding = rope.get_embed() if has_own_grid else rope.get_embed(self.patch_grid(self).size)
+        # (N, R), or (L, H, N, R) where blocks and heads have their own
+        embedding = embedding.movedim(-2, 0)
+        if embedding.ndim == 2:
+            embedding = embedding[:, None, None]
+        still = torch.zeros_like(embedding[:1]).expand(self.trunk.num_prefix_tokens, -1, -1, -1)
+        sine, cosine = still.chunk(2, dim=-1)
+        return torch.cat([torch.cat([sine, cosine + 1], dim=-1), embedding])[None]
 
     def add_prefix(self, patches: Tensor) -> Tensor:
         """Put class token and registers in front, shape (B, P + K, D)."""
         trunk = self.trunk
-        prefix = [token for token in (trunk.cls_token, trunk.reg_token) if token is not None]
+        every = (trunk.cls_token, getattr(trunk, "dist_token", None), trunk.reg_token)
+        prefix = [token for token in every if token is not None]
         x = patches
         if prefix:
             prefix_1PD = torch.cat(prefix, dim=1)
@@ -118,47 +172,64 @@ class MaskedTimmModel(MaskedTower, TimmModel):
         """Return whether blocks are computed again in the backward pass."""
         return self.trunk.grad_checkpointing
 
-    def run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tensor:
+    def run_block(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        rotation: Tensor | None = None,
+    ) -> Tensor:
         """Run a block over tokens (B, T, D), leaving out keys that are padding."""
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
+        options: dict[str, Tensor] = {}
+        if attn_mask is not None:
             # Without the fused kernel, timm adds its mask to the logits, of any dtype.
-            attn_mask = logit_mask(attn_mask, x.dtype)
-        return block(x) if attn_mask is None else block(x, attn_mask=attn_mask)
+            is_key_mask = attn_mask.dtype == torch.bool
+            options["attn_mask"] = logit_mask(attn_mask, x.dtype) if is_key_mask else attn_mask
+        if rotation is not None:
+            options["rope"] = rotation[:, self.trunk.num_prefix_tokens :].transpose(1, 2)
+        return block(x, **options)
 
-    def block_parts(self, block: Any) -> BlockParts | None:
-        """Return the parts of timm's usual block with its usual attention."""
-        if not _is_plain(block):
+    def block_parts(self, block: Any, rotation: Tensor | None = None) -> BlockParts | None:
+        """Return the parts of timm's usual blocks with their usual attention."""
+        stacked = _stacked_qkv(block)
+        if stacked is None or not _is_plain(block):
             return None
         attention = block.attn
+        if isinstance(block, EvaBlock):
+            scale_1, scale_2 = _scaled_by(block.gamma_1), _scaled_by(block.gamma_2)
+        else:
+            scale_1, scale_2 = block.ls1, block.ls2
         return BlockParts(
             norm=block.norm1,
-            qkv_weight=attention.qkv.weight,
-            qkv_bias=attention.qkv.bias,
+            qkv_weight=stacked[0],
+            qkv_bias=stacked[1],
             num_heads=attention.num_heads,
             head_norms=(attention.q_norm, attention.k_norm),
-            after_attention=lambda x: block.ls1(attention.proj(attention.norm(x))),
-            mlp=lambda x: block.ls2(block.mlp(block.norm2(x))),
+            after_attention=lambda x: scale_1(attention.proj(attention.norm(x))),
+            mlp=lambda x: scale_2(block.mlp(block.norm2(x))),
+            rotate=None if rotation is None else lambda x: _rotate(attention, x, rotation),
         )
 
     def reads_first_token(self) -> bool:
         """Return whether the class token is all that is pooled."""
-        return self.trunk.attn_pool is None and self.trunk.global_pool == "token"
+        is_distilled = isinstance(self.trunk, VisionTransformerDistilled)
+        return _reads_prefix(self.trunk) and not is_distilled
 
     def read_out(self, x: Tensor, key_mask: Tensor | None) -> Any:
         """Pool the valid tokens (B, T, D) and project them."""
         trunk = self.trunk
         x = trunk.norm(x)
-        if key_mask is None:
+        if key_mask is None or _reads_prefix(trunk):
             return self.head(trunk.forward_head(x))
         pooled = _pool(trunk, x, key_mask)
         return self.head(trunk.head(trunk.head_drop(trunk.fc_norm(pooled))))
 
-    def feature_attention(self, x: Tensor) -> Tensor:
+    def feature_attention(self, x: Tensor, rotations: Tensor | None = None) -> Tensor:
         """Return the attention of the class token, or of the query that pools, shape (B, T)."""
         if self.trunk.attn_pool is None:
-            return self.class_token_attention(x)
-        for block in self.blocks():
-            x = self.run_block(block, x, None)
+            return self.class_token_attention(x, rotations)
+        for block, rotation in self.turned_blocks(rotations):
+            x = self.run_block(block, x, None, rotation)
         pool: AttentionPoolLatent = self.trunk.attn_pool
         x = _pooled_tokens(self.trunk, self.trunk.norm(x))
         # The first latent query is the one whose output timm's "token" pooling takes.
@@ -168,28 +239,58 @@ class MaskedTimmModel(MaskedTower, TimmModel):
             query, key, num_heads=pool.num_heads, norms=(pool.q_norm, pool.k_norm)
         )
 
-    def first_row(self, block: Any, x: Tensor) -> Tensor:
+    def first_row(self, block: Any, x: Tensor, rotation: Tensor | None) -> Tensor:
         """Return a block's attention of the class token to all, mean over heads, (B, T)."""
-        attention = block.attn
+        stacked, attention = _stacked_qkv(block), block.attn
+        assert stacked is not None
+
+        def place_keys(key_BHTW: Tensor) -> Tensor:
+            key_BHTW = attention.k_norm(key_BHTW)
+            if rotation is None:
+                return key_BHTW
+            return _rotate(attention, key_BHTW, rotation.transpose(1, 2))
+
         return first_token_attention(
             block.norm1(x),
-            attention.qkv.weight,
-            attention.qkv.bias,
+            *stacked,
             num_heads=attention.num_heads,
-            norms=(attention.q_norm, attention.k_norm),
+            norms=(attention.q_norm, place_keys),
         )
 
     def _num_placed_prefix(self) -> int:
         """Return how many prefix tokens have positions of their own."""
-        return 0 if self.trunk.no_embed_class else self.trunk.num_prefix_tokens
+        trunk = self.trunk
+        return 0 if trunk.no_embed_class or trunk.pos_embed is None else trunk.num_prefix_tokens
+
+
+def _stacked_qkv(block: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Return weight and bias of a block's projection to queries, keys and values, stacked.
+
+    None for blocks of another kind, and where groups of heads share keys.
+    """
+    attention: Any = getattr(block, "attn", None)
+    if type(block) is Block and type(attention) is Attention:
+        return attention.qkv.weight, attention.qkv.bias
+    if type(block) is not EvaBlock:
+        return None
+    if attention.qkv is not None:
+        bias = attention.qkv.bias
+        if getattr(attention, "q_bias", None) is not None:
+            bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+        return attention.qkv.weight, bias
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+    if len({len(part.weight) for part in parts}) > 1:
+        return None
+    # EVA's keys have no bias.
+    zeros = torch.zeros_like(attention.q_proj.weight[:, 0])
+    biases = [zeros if part.bias is None else part.bias for part in parts]
+    return torch.cat([part.weight for part in parts]), torch.cat(biases)
 
 
 def _is_plain(block: Any) -> bool:
     """Return whether a block has nothing but what `BlockParts` knows; not dropout, not a gate."""
-    if type(block) is not Block or type(block.attn) is not Attention:
-        return False
     attention = block.attn
-    # `Block` hands the rate of `proj_drop` on to its MLP.
+    # Blocks hand the rate of `proj_drop` on to their MLP.
     return (
         getattr(attention, "gate", None) is None  # not in every version
         and attention.attn_drop.p == attention.proj_drop.p == 0
@@ -198,18 +299,37 @@ def _is_plain(block: Any) -> bool:
     )
 
 
-def _pooled_tokens(trunk: VisionTransformer, x: Tensor) -> Tensor:
-    return x if trunk.pool_include_prefix else x[:, trunk.num_prefix_tokens :]
+def _scaled_by(scale: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return lambda x: x if scale is None else scale * x
 
 
-def _pool(trunk: VisionTransformer, x: Tensor, key_mask: Tensor) -> Tensor:
+def _rotate(attention: Any, x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn queries or keys by rotations that broadcast against them."""
+    half = getattr(attention, "rotate_half", False)  # not in every version
+    # Early versions take no such argument, and have no other layout.
+    options = {"half": True} if half else {}
+    return apply_rot_embed_cat(x, rotation, **options).to(x.dtype)
+
+
+def _reads_prefix(trunk: Any) -> bool:
+    """Return whether the feature is made of the class token, and of the distilled one, alone."""
+    if isinstance(trunk, VisionTransformerDistilled):
+        return True
+    return trunk.attn_pool is None and trunk.global_pool == "token"
+
+
+def _pooled_tokens(trunk: Any, x: Tensor) -> Tensor:
+    # Eva's query reads the prefix, and its means leave it out.
+    is_prefix_read = getattr(trunk, "pool_include_prefix", trunk.attn_pool is not None)
+    return x if is_prefix_read else x[:, trunk.num_prefix_tokens :]
+
+
+def _pool(trunk: Any, x: Tensor, key_mask: Tensor) -> Tensor:
     """Pool as the trunk does, over the valid tokens alone."""
     if trunk.attn_pool is not None:
         pool_mask = _pooled_tokens(trunk, key_mask[:, 0, 0])[:, None, None, :]
         return trunk.attn_pool(_pooled_tokens(trunk, x), attn_mask=logit_mask(pool_mask, x.dtype))
     valid_BT1 = key_mask[:, 0, 0, :, None]
-    if trunk.global_pool == "token":
-        return x[:, 0]
     if not trunk.global_pool:
         return torch.where(valid_BT1, x, 0.0)
     x, valid_BT1 = _pooled_tokens(trunk, x), _pooled_tokens(trunk, valid_BT1)
