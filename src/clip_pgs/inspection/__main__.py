@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # OSError: a path that cannot be looked up.
     except (ValueError, OSError) as error:
         return refuse(error)
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        return refuse("inspect app needs gradio: pip install 'clip-pgs[app]'")
     # torch's allocators raise either; what else is wrong inside is no bad input.
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
@@ -52,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add_command in (_add_masks, _add_kept, _add_cost, _add_scaling, _add_data):
+    for add_command in (_add_masks, _add_app, _add_kept, _add_cost, _add_scaling, _add_data):
         add_command(commands)
     return parser
 
@@ -74,6 +78,20 @@ def _add_masks(commands: Any) -> None:
     add("--stages", action="store_true", help="draw the steps of pgs before its column")
     add("--seed", type=_seed, default=0, metavar="N", help="of the random draw (default: 0)")
     _add_view(parser)
+
+
+def _add_app(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "app:run_app",
+        "open a page to play with maskings",
+        "A page for the browser, on this machine alone: drop a picture, choose a strategy and its "
+        "options, and see what it keeps, how pgs gets there, and the lines that give the mask.",
+    )
+    text = "run folder, checkpoint, model config or model that open_clip knows (default: pixels)"
+    parser.add_argument("--model", metavar="RUN_OR_CONFIG", help=text)
+    text = "where it listens (default: the first that is free from 7860)"
+    parser.add_argument("--port", type=number_in(int, 1, 65535), metavar="N", help=text)
 
 
 def _add_kept(commands: Any) -> None:

@@ -75,6 +75,21 @@ def draw_masks(
             model and there is none, `stages` are asked for without a PGS strategy, an image
             cannot be read, or the figure would have more than `MAX_FIGURE_PIXELS`.
     """
+    view = View(ModelInput() if model_input is None else model_input, model, progress)
+    columns = mask_columns(images, strategies, view, stages=stages, names=names, seed=seed)
+    return draw_figure(columns)
+
+
+def mask_columns(
+    images: Sequence[Image.Image | Tensor | str | Path],
+    strategies: Mapping[str, MaskingStrategy],
+    view: View,
+    *,
+    stages: bool = False,
+    names: Sequence[str] | None = None,
+    seed: int = 0,
+) -> list[Column]:
+    """Draw the columns of `draw_masks`, which says what is taken, given and raised."""
     if len(images) == 0:
         raise ValueError("there is no image to draw")
     names = [""] * len(images) if names is None else names
@@ -83,8 +98,7 @@ def draw_masks(
     staged = [one for one in strategies.values() if stages and isinstance(one, PGSMasking)]
     if stages and not staged:
         raise ValueError(f"stages are those of pgs, which is not among {', '.join(strategies)}")
-    model_input = ModelInput() if model_input is None else model_input
-    view = View(model_input, model, progress)
+    model_input = view.model_input
     scale = math.ceil(PANEL_SIZE / min(model_input.image_size))
     if staged:
         scale = max(scale, math.ceil(_CELL_SIZE / min(model_input.patch_size)))
@@ -111,12 +125,12 @@ def draw_masks(
             columns += stage_columns(strategy, found, enlarged, model_input.grid_size)
             legend = Legend("The highest scores are masked, the rest is what the model sees.")
         with torch.no_grad():
-            selection = fit_strategy(strategy, [inputs], progress=progress)(inputs)
+            selection = fit_strategy(strategy, [inputs], progress=view.progress)(inputs)
         mask_ratios = 1 - selection.kept_counts() / inputs.num_patches
         captions = [f"{mask_ratio:.2f} masked" for mask_ratio in mask_ratios.tolist()]
         kept = paint_kept(enlarged, selection, (height // num_rows, width // num_patches_across))
         columns.append(Column(title, _panels(kept, captions), legend))
-    return draw_figure(columns)
+    return columns
 
 
 def _panels(pixels: Tensor, captions: Sequence[str]) -> list[Panel]:

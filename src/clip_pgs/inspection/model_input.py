@@ -148,7 +148,7 @@ def read_model_input(source: str) -> ModelInput:
         model = load_model(source)
         preprocess = {"mean": model.visual.image_mean, "std": model.visual.image_std}
     else:
-        config = _read_config(source)
+        config = read_config(source)
         model_config = config.get("model_cfg", config)
         preprocess = config.get("preprocess_cfg", {})
         vision = model_config.get("vision_cfg") if isinstance(model_config, dict) else None
@@ -207,8 +207,12 @@ def _export_folder(source: Path) -> Path | None:
     return next((place for place in places if (place / MODEL_CONFIG_NAME).is_file()), None)
 
 
-def _read_config(source: str) -> dict[str, Any]:
-    """Return the config of a folder, a JSON file or a model that open_clip knows."""
+def read_config(source: str) -> dict[str, Any]:
+    """Return the config of a folder, a JSON file or a model that open_clip knows.
+
+    Raises:
+        ValueError: If `source` is none of these.
+    """
     # It takes seconds to import.
     import open_clip
 
@@ -361,12 +365,22 @@ class StrategySpec:
     def build(
         self, *, mask_ratio: float | None = None, mask_ratio_min: float | None = None
     ) -> MaskingStrategy:
-        """Build the strategy with those of the ratios that it takes.
+        """Build the strategy with `options_at` these ratios.
+
+        Raises:
+            ValueError: If the name or an option is unknown, of the wrong type or out of its range.
+        """
+        return create_masking(self.name, **self.options_at(mask_ratio, mask_ratio_min))
+
+    def options_at(
+        self, mask_ratio: float | None, mask_ratio_min: float | None = None
+    ) -> dict[str, Any]:
+        """Return the options with those of the ratios that the strategy takes.
 
         A default lower bound gives way to a ratio below it.
 
         Raises:
-            ValueError: If the name or an option is unknown, of the wrong type or out of its range.
+            ValueError: If there is no such strategy.
         """
         known, options = masking_options(self.name), dict(self.options)
         for option, ratio in (("mask_ratio", mask_ratio), ("mask_ratio_min", mask_ratio_min)):
@@ -375,7 +389,7 @@ class StrategySpec:
         default, ratio = known.get("mask_ratio_min"), options.get("mask_ratio")
         if default is not None and isinstance(ratio, int | float):
             options.setdefault("mask_ratio_min", min(default, ratio))
-        return create_masking(self.name, **options)
+        return options
 
 
 def parse_spec(text: str) -> StrategySpec:
