@@ -1,8 +1,11 @@
 """What the page of a report says."""
 
+import base64
+import io
 import statistics
 
 import pytest
+from PIL import Image
 
 from clip_pgs.evaluation.report.command import write_report
 from clip_pgs.evaluation.report.published import read_paper
@@ -160,3 +163,27 @@ def test_report_of_missing_sets_alone_has_no_figures_but_the_reasons(tmp_path):
         "no folder shape",
     ]
     assert list((report / "figures").iterdir()) == []
+
+
+def save_mask_picture(run, epoch, color, *, width=2000):
+    (run / "masks").mkdir(exist_ok=True)
+    Image.new("RGB", (width, 500), color).save(run / f"masks/epoch_{epoch}.png")
+
+
+@pytest.mark.slow
+def test_the_newest_mask_picture_of_each_run_is_on_the_page_and_small(tmp_path, caplog):
+    runs = [
+        save_run(tmp_path, number, masking=name) for number, name in enumerate(("pgs", "random"))
+    ]
+    for epoch, color in ((2, "red"), (10, "blue")):
+        save_mask_picture(runs[0], epoch, color)
+    (runs[1] / "masks").mkdir()
+    (runs[1] / "masks/epoch_1.png").write_bytes(b"no picture")
+    page = Page((write_report(runs, tmp_path / "report") / "report.html").read_text("utf-8"))
+    (source,) = [one for one in page.loads if one.startswith("data:image/webp;base64,")]
+    picture = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+    assert picture.size == (1200, 300)
+    red, _, blue = picture.convert("RGB").getpixel((600, 150))
+    assert blue > 200 > 50 > red
+    assert "masks" in page.ids
+    assert str(runs[1] / "masks/epoch_1.png") in caplog.text

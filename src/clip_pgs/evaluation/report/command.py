@@ -13,7 +13,7 @@ from typing import Any
 
 from clip_pgs.common import SentenceParser, refuse, write_text
 from clip_pgs.evaluation.report import results_table, scores
-from clip_pgs.evaluation.report.gather import Model, gather_runs, group_by_seed
+from clip_pgs.evaluation.report.gather import Model, Run, gather_runs, group_by_seed
 from clip_pgs.evaluation.report.published import Paper, read_paper
 from clip_pgs.evaluation.report.scores import AXES, Axis, Entry, Family
 from clip_pgs.evaluation.results import CSV_NAME, DONE
@@ -118,6 +118,7 @@ def write_report(results: Sequence[str | Path], output: str | Path = "report") -
             if (entry := family.entry(model.name)) is not None and entry.scores
         ],
         "overview": overview,
+        "masks": [(run.name, run.masks) for run in _whole_runs(models) if run.masks],
         "trouble": results_table.trouble_table(runs),
         "models": results_table.models_table(models),
         "sections": sections,
@@ -156,6 +157,12 @@ def _anchor(text: str) -> str:
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
+
+
+def _whole_runs(models: Sequence[Model]) -> list[Run]:
+    """Return the first run of each model, once where it was evaluated through several masks."""
+    first = {model.runs[0].weights_digest: model.runs[0] for model in reversed(models)}
+    return [*first.values()][::-1]
 
 
 def _title(suite: str, family: Family) -> str:

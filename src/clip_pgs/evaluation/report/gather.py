@@ -8,6 +8,7 @@ blanks. A file that is damaged is left out, and a warning names it.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -20,10 +21,12 @@ from clip_pgs.checkpoint_io import newest_checkpoint, read_checkpoint
 from clip_pgs.common import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
+    MASKS_NAME,
     METRICS_NAME,
     OPTIONS_NAME,
     one_sentence,
 )
+from clip_pgs.data.decoding import UnreadableImageError, open_image, to_rgb
 from clip_pgs.evaluation.results import (
     Result,
     epoch_folders,
@@ -40,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 # What a report computes with, where the details of a result tell it.
 _COUNTS = ("items", "ties", "classes")
+# Of a mask picture, in pixels: eight images beside each other stay legible at it.
+_PICTURE_WIDTH = 1200
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ class Run:
         training: What is known of its training.
         epochs: Results of evaluations in training, by the number of completed epochs.
         measured: The lines of its `metrics.jsonl`.
+        masks: What its masking kept of a few images after the last epoch drawn, as WebP; b"" where
+            the run has no such picture.
     """
 
     name: str
@@ -96,6 +103,7 @@ class Run:
     training: TrainingFacts
     epochs: dict[int, list[Result]] = field(default_factory=dict)
     measured: tuple[dict[str, Any], ...] = ()
+    masks: bytes = b""
 
     def curve(self, name: str) -> list[tuple[float, float]]:
         """Return a measurement against the samples seen, where both are numbers."""
@@ -199,7 +207,8 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
         epochs = {} if run is None else _read_epochs(run, mask)
         training = read_training_facts(run, first.pretrained)
         measured = () if run is None else tuple(_measurements(run / METRICS_NAME))
-        runs.append(Run(name, tuple(by_set.values()), training, epochs, measured))
+        masks = b"" if run is None else _read_masks(run / MASKS_NAME)
+        runs.append(Run(name, tuple(by_set.values()), training, epochs, measured, masks))
     return runs
 
 
@@ -315,6 +324,26 @@ def _read_epochs(run: Path, mask: str | None = None) -> dict[int, list[Result]]:
         for epoch, folder in epoch_folders(run).items()
     }
     return {epoch: results for epoch, results in epochs.items() if results}
+
+
+def _read_masks(folder: Path) -> bytes:
+    """Return the newest picture of a run's masks, made small."""
+    found = {
+        path: re.fullmatch(r"epoch_(\d{1,9})\.png", path.name) for path in folder.glob("*.png")
+    }
+    pictures = {path: int(match[1]) for path, match in found.items() if match}
+    if not pictures:
+        return b""
+    newest = max(pictures, key=lambda path: pictures[path])
+    try:
+        picture = to_rgb(open_image(newest))
+    except UnreadableImageError as error:
+        _warn(newest, f"cannot be read ({error})")
+        return b""
+    picture.thumbnail((_PICTURE_WIDTH, _PICTURE_WIDTH))
+    content = io.BytesIO()
+    picture.save(content, "WEBP", quality=80)
+    return content.getvalue()
 
 
 def _through(mask: str) -> str:
