@@ -16,6 +16,7 @@ from clip_pgs.common import (
     leaving_when_told,
     refuse,
 )
+from clip_pgs.integrations import check_versions
 
 # What runs each command, and what it does.
 COMMANDS = {
@@ -69,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1) or COMMANDS
         return refuse(f"unknown command {command!r}; nearest: {', '.join(near)}")
+    try:
+        check_versions()
+    except ValueError as error:
+        return refuse(error)
     # A strategy of one's own is found beside oneself, as with `python -m`.
     sys.path.append("")
     try:

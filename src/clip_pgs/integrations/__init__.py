@@ -1,1 +1,19 @@
 """Where the masking core meets other libraries."""
+
+from importlib import metadata
+
+
+def check_versions() -> None:
+    """Refuse an open_clip this package was not written for, before any of it is imported.
+
+    Raises:
+        ValueError: If its version is outside >=3.3,<4.
+    """
+    try:
+        found = metadata.version("open_clip_torch")
+    except metadata.PackageNotFoundError:
+        # Missing, or a checkout on Python's path, whose version we cannot know.
+        return
+    major, minor = (int(part) for part in found.split(".")[:2])
+    if not (3, 3) <= (major, minor) < (4, 0):
+        raise ValueError(f"clip-pgs needs open_clip_torch>=3.3,<4, found {found}")

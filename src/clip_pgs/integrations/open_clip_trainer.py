@@ -14,7 +14,11 @@ import types
 from pathlib import Path
 from typing import Any, NoReturn
 
-import open_clip_train.params
+from clip_pgs.integrations import check_versions
+
+check_versions()
+
+import open_clip_train.params  # noqa: E402 - the check comes first
 
 
 def bundled_models() -> list[str]:

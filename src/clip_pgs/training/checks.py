@@ -29,7 +29,6 @@ from clip_pgs.checkpoint_io import (
 from clip_pgs.common import CHECKPOINTS_NAME, check_choice, one_sentence
 from clip_pgs.data.text_masking import create_text_masking
 from clip_pgs.integrations.open_clip import apply_masking, masked_inference
-from clip_pgs.integrations.open_clip.compat import check_versions
 from clip_pgs.integrations.open_clip.model_config import (
     MISFITS,
     build_on_meta,
@@ -77,7 +76,6 @@ def check_options(options: TrainOptions) -> None:
         ValueError: With one sentence, for the first thing that is wrong.
     """
     try:
-        check_versions()
         check_values(options)
         _check_recipe(options)
         model, optimizer = _check_model(options)

@@ -1,4 +1,9 @@
 """Masking inside OpenCLIP models (https://github.com/mlfoundations/open_clip)."""
+# ruff: noqa: E402 - the check comes first
+
+from clip_pgs.integrations import check_versions
+
+check_versions()
 
 from clip_pgs.integrations.apply import (
     apply_masking,

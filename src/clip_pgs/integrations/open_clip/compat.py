@@ -16,21 +16,6 @@ from torch import Tensor, nn
 
 from clip_pgs.integrations.open_clip.model_config import MISFITS
 
-MIN_VERSION = (3, 3)
-MAX_VERSION = (4, 0)
-
-
-def check_versions() -> None:
-    """Refuse an open_clip this package was not written for.
-
-    Raises:
-        ValueError: If its version is outside >=3.3,<4.
-    """
-    found = open_clip.__version__
-    major, minor = (int(part) for part in found.split(".")[:2])
-    if not MIN_VERSION <= (major, minor) < MAX_VERSION:
-        raise ValueError(f"clip-pgs needs open_clip_torch>=3.3,<4, found {found}")
-
 
 @contextlib.contextmanager
 def weights_read_by(

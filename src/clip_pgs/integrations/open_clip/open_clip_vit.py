@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, unwrap
-from clip_pgs.integrations.open_clip.compat import check_versions, pool_tower
+from clip_pgs.integrations.open_clip.compat import pool_tower
 from clip_pgs.integrations.tokens import BlockParts, first_token_attention
 from clip_pgs.masking import MaskingStrategy
 from clip_pgs.masking.merge import Merge
@@ -38,8 +38,7 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
 
     @staticmethod
     def check_model(model: nn.Module, strategy: MaskingStrategy, merge: Merge | None) -> None:
-        """Refuse another version of OpenCLIP, and padding that a text decoder would read."""
-        check_versions()
+        """Refuse padding that a text decoder would read."""
         plain: Any = unwrap(model)
         if not isinstance(plain, CoCa) or plain.visual.attn_pool is not None:
             return

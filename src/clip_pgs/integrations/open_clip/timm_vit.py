@@ -26,15 +26,12 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid
-from clip_pgs.integrations.open_clip.compat import check_versions
 from clip_pgs.integrations.tokens import (
     BlockParts,
     first_token_attention,
     logit_mask,
     query_attention,
 )
-from clip_pgs.masking import MaskingStrategy
-from clip_pgs.masking.merge import Merge
 
 _TRUNKS = (VisionTransformer, VisionTransformerDistilled, Eva)
 # What the most usual of the others lack.
@@ -90,11 +87,6 @@ class MaskedTimmModel(MaskedTower, TimmModel):
                 "leave tokens out; masking supports token, avg, avgmax, max and map pooling"
             )
         return None
-
-    @staticmethod
-    def check_model(model: nn.Module, strategy: MaskingStrategy, merge: Merge | None) -> None:
-        """Refuse another version of OpenCLIP."""
-        check_versions()
 
     @staticmethod
     def attention_refusal(tower: TimmModel) -> str | None:
