@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from clip_pgs import PatchInputs, create_masking
@@ -41,7 +42,7 @@ def test_exactly_the_stated_count_is_kept(name, ratio, expected):
 
 
 def test_it_keeps_the_largest_gumbel_numbers_plus_log_weights():
-    kept = draw("gaussian", 50, height=3, width=4, mask_ratio=0.5).flatten(1)
+    kept = draw("gaussian", 50, height=3, width=4, mask_ratio=0.5, rule="weights").flatten(1)
     keys = -np.log(-np.log(noise_like(50, 12).double().numpy())) + np.log(weights_by_hand(3, 4))
     for i in range(50):
         expected = sorted(np.argsort(-keys[i])[:6].tolist())
@@ -50,7 +51,8 @@ def test_it_keeps_the_largest_gumbel_numbers_plus_log_weights():
 
 @pytest.mark.parametrize("sigma", [0.2, 0.5])
 def test_a_single_patch_is_kept_as_often_as_its_weight(sigma):
-    kept = draw("gaussian", 40_000, height=3, width=4, mask_ratio=11 / 12, sigma=sigma).flatten(1)
+    options = {"mask_ratio": 11 / 12, "rule": "weights", "sigma": sigma}
+    kept = draw("gaussian", 40_000, height=3, width=4, **options).flatten(1)
     weights = weights_by_hand(3, 4, sigma=sigma)
     share = weights / weights.sum()
     # Five standard deviations of a binomial share.
@@ -58,14 +60,43 @@ def test_a_single_patch_is_kept_as_often_as_its_weight(sigma):
     assert (np.abs(kept.float().mean(dim=0).numpy() - share) <= deviation).all()
 
 
+def test_as_released_it_keeps_the_largest_uniform_numbers_plus_density():
+    kept = draw("gaussian", 50, height=5, width=4, mask_ratio=0.5).flatten(1)
+    density = [
+        scipy.stats.multivariate_normal.pdf((y, x), mean=(0, 0), cov=0.2 * np.eye(2))
+        for y in np.linspace(-1, 1, 5)
+        for x in np.linspace(-1, 1, 4)
+    ]
+    keys = noise_like(50, 20).double().numpy() + np.array(density)
+    for i in range(50):
+        expected = sorted(np.argsort(-keys[i])[:10].tolist())
+        assert kept[i].nonzero().flatten().tolist() == expected
+
+
+def test_as_released_a_corner_is_kept_about_three_times_in_ten():
+    frequency = draw("gaussian", 4000, height=14, width=14, mask_ratio=0.5).float().mean(dim=0)
+    corners = frequency[[0, 0, -1, -1], [0, -1, 0, -1]].mean()
+    # SPEC: 0.301; the mean of 16,000 draws has a standard deviation of 0.004.
+    assert corners == pytest.approx(0.301, abs=0.015)
+    assert frequency[6:8, 6:8].min() > 0.99
+
+
+def test_a_sigma_without_its_rule_is_refused():
+    with pytest.raises(ValueError, match="sigma goes with rule=weights, got rule=released"):
+        create_masking("gaussian", sigma=0.3)
+    with pytest.raises(ValueError, match="rule must be one of released, weights, got 'paper'"):
+        create_masking("gaussian", rule="paper")
+
+
 def test_the_middle_is_kept_more_often_than_the_corners():
-    frequency = draw("gaussian", 2000, height=7, width=7, mask_ratio=0.5).float().mean(dim=0)
+    options = {"mask_ratio": 0.5, "rule": "weights"}
+    frequency = draw("gaussian", 2000, height=7, width=7, **options).float().mean(dim=0)
     assert frequency[3, 3] > 0.95
     assert frequency[0, 0] < 0.1
 
 
 def test_a_wide_gaussian_is_nearly_uniform():
-    kept = draw("gaussian", 4000, height=3, width=4, mask_ratio=0.5, sigma=50.0)
+    kept = draw("gaussian", 4000, height=3, width=4, mask_ratio=0.5, rule="weights", sigma=50.0)
     np.testing.assert_allclose(kept.float().mean(dim=0).numpy(), 0.5, atol=0.04)
 
 

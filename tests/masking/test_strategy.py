@@ -205,7 +205,8 @@ def test_an_option_of_the_wrong_type_is_refused_by_its_name(name, options, probl
 
 
 def test_numbers_of_numpy_and_whole_numbers_are_numbers():
-    assert create_masking("gaussian", sigma=np.float32(0.5), mask_ratio=0).mask_ratio == 0
+    options = {"rule": "weights", "sigma": np.float32(0.5), "mask_ratio": 0}
+    assert create_masking("gaussian", **options).mask_ratio == 0
     assert create_masking("pgs", num_iters=np.int64(3), threshold=None).options.num_iters == 3
 
 

@@ -3,6 +3,9 @@
 Sources: FLIP (https://arxiv.org/abs/2212.00794) for `random`, GLIP
 (https://arxiv.org/abs/2403.15837) for `gaussian`, CLIPA (https://arxiv.org/abs/2305.07017) for
 `grid` and `block`.
+
+Deliberate differences: `gaussian` rounds its count as every strategy does, and takes any grid,
+which spans [-1, 1] along each side. `grid` and `block` keep exactly the stated count at any ratio.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from clip_pgs.common import check_choice
 from clip_pgs.masking.sampling import (
     draw_noise,
     grid_coordinates,
@@ -55,34 +59,64 @@ class RandomMasking(FixedRatioMasking):
         return select_top(draw_noise(inputs, generator), num_keep=self.num_keep(inputs))
 
 
-@register_masking("gaussian", keeps="near the center, at random", paper="GLIP, arXiv 2403.15837")
+@register_masking(
+    "gaussian",
+    keeps="near the center, at random",
+    paper="GLIP, arXiv 2403.15837",
+    variants=({"rule": "weights"}, {"rule": "weights", "sigma": 0.5}),
+)
 class GaussianMasking(FixedRatioMasking):
-    """Keep patches drawn without replacement, with odds of a centred Gaussian.
+    """Keep patches near the middle of the image, by one of two rules.
 
-    GLIP's standard deviation is a share of the side; on an image that is not square each side has
-    its own.
+    GLIP's released code, with which its figures were made, adds a uniform number to the density of
+    a Gaussian of covariance 0.2 I on a grid over [-1, 1]^2, 0.796 in the middle, and keeps the
+    highest sums. At ratio 0.5 a corner is then kept with 0.30; by "weights" with 0.02.
 
     Args:
         mask_ratio: Share of patches dropped, in [0, 1).
-        sigma: Standard deviation of the Gaussian as a share of the image's side, in
-            [0.001, 1e6].
+        rule: "released", as above, or "weights", which draws patches without replacement, with
+            the odds of a Gaussian.
+        sigma: Standard deviation of that of "weights" as a share of each of the image's sides, in
+            [0.001, 1e6]; None is 0.2.
 
     Raises:
-        ValueError: If an option is out of its range.
+        ValueError: If an option is out of its range, or `sigma` goes with another rule.
     """
 
-    def __init__(self, *, mask_ratio: float = 0.5, sigma: float = 0.2) -> None:
+    def __init__(
+        self, *, mask_ratio: float = 0.5, rule: str = "released", sigma: float | None = None
+    ) -> None:
         super().__init__(mask_ratio=mask_ratio)
+        check_choice(rule, ("released", "weights"), name="rule")
         check_range(sigma, name="sigma", low=1e-3, high=1e6)
-        self.sigma = sigma
+        if sigma is not None and rule != "weights":
+            raise ValueError(f"sigma goes with rule=weights, got rule={rule}")
+        self.rule = rule
+        self.sigma = 0.2 if sigma is None else sigma
 
     def forward(
         self, inputs: PatchInputs, *, generator: torch.Generator | None = None
     ) -> PatchSelection:
-        """Keep the top of Gumbel numbers shifted by the log of the odds."""
-        log_odds_N = log_center_weight(inputs.grid_size, inputs.device, sigma=self.sigma)
-        keys_BN = gumbel(draw_noise(inputs, generator)) + log_odds_N
+        """Keep the top of uniform numbers plus a density, or of Gumbel numbers plus log odds."""
+        noise_BN = draw_noise(inputs, generator)
+        if self.rule == "released":
+            keys_BN = noise_BN + _center_density(inputs.grid_size, inputs.device)
+        else:
+            log_odds_N = log_center_weight(inputs.grid_size, inputs.device, sigma=self.sigma)
+            keys_BN = gumbel(noise_BN) + log_odds_N
         return select_top(keys_BN, num_keep=self.num_keep(inputs))
+
+
+def _center_density(grid_size: tuple[int, int], device: torch.device) -> Tensor:
+    """Return GLIP's density at patches that span [-1, 1] along each side, shape (N,)."""
+    row_N, column_N = grid_coordinates(grid_size, device)
+    # A side of one patch lies in the middle.
+    y_N, x_N = (
+        2 * line_N / (count - 1) - 1 if count > 1 else torch.zeros_like(line_N)
+        for line_N, count in zip((row_N, column_N), grid_size, strict=True)
+    )
+    variance = 0.2
+    return torch.exp(-(y_N**2 + x_N**2) / (2 * variance)) / (2 * math.pi * variance)
 
 
 @register_masking("grid", keeps="a regular grid", paper="CLIPA, arXiv 2305.07017")
