@@ -26,6 +26,24 @@ def test_noise_decides_between_equal_attentions_and_nowhere_else():
     assert kept == {(1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4)}
 
 
+def test_whole_cells_stay_as_in_the_released_code():
+    attention = torch.rand(3, 196, generator=torch.Generator().manual_seed(0))
+    inputs = make_inputs(3, grid_size=(14, 14), attention=attention)
+    index = create_masking("attentive", mask_ratio=0.5, cell=2)(inputs).index
+    assert index.shape == (3, 100)
+    for row, scores in zip(index.tolist(), attention, strict=True):
+        pooled = torch.nn.functional.avg_pool2d(scores.reshape(1, 14, 14), 2).flatten()
+        cells = pooled.topk(25).indices.tolist()
+        expected = [p for p in range(196) if p // 14 // 2 * 7 + p % 14 // 2 in cells]
+        assert row == expected
+
+
+def test_cells_that_do_not_fit_the_grid_are_refused():
+    inputs = make_inputs(1, grid_size=(7, 6), attention=torch.rand(1, 42))
+    with pytest.raises(ValueError, match="cell must divide the grid of 7 x 6 patches, got 2"):
+        create_masking("attentive", cell=2)(inputs)
+
+
 def test_half_precision_attention_ranks_like_its_values():
     attention = torch.rand(3, 49, generator=torch.Generator().manual_seed(0)).half()
     inputs = make_inputs(3, attention=attention)
@@ -44,6 +62,7 @@ def test_attention_that_is_missing_is_named():
     [
         ({"mask_ratio": 1.0}, r"mask_ratio must be in \[0, 1\), got 1.0"),
         ({"resolution": 0.0}, r"resolution must be in \(0, 1\], got 0.0"),
+        ({"cell": 0}, r"cell must be in \[1, 1024\], got 0"),
         ({"momentum": 1.1}, r"momentum must be in \[0, 1\], got 1.1"),
     ],
 )

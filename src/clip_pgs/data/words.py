@@ -5,8 +5,8 @@
 A word is a run of letters, marks and digits in lower case, with what an apostrophe ties to it
 ("don't", "dog's"), or a run of other characters that are no space (",", "..."). So punctuation
 counts, as it does in CLIPF's code, which splits as CLIP's tokenizer does before its merges.
-Deliberate differences: an apostrophe does not end a word, a number is one word, and entities such
-as `&amp;` are not resolved.
+Deliberate differences: an apostrophe does not end a word, a number is one word, entities such
+as `&amp;` are not resolved, and words are counted as they are written (there: re-encoded as bytes).
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
 """Cluster masking (E-CLIP, https://arxiv.org/abs/2405.08815).
 
 Everything that looks like one of a few random anchor patches is dropped. The anchors go, too; in
-the authors' released code an anchor always exceeds the threshold by its similarity to itself. Two
-differences from that code: where fewer patches than the lower bound resemble an anchor, those most
-alike come next (there: arbitrary ones), and slots beyond an image's own count hold no patch at all
-(there: masked patches come back, behind an attention mask).
+the authors' released code an anchor always exceeds the threshold by its similarity to itself.
+
+Deliberate differences from that code: where fewer patches than the lower bound resemble an anchor,
+those most alike come next (there: arbitrary ones). Slots beyond an image's own count hold no patch
+at all (there: masked patches come back, behind an attention mask). The threshold is searched in
+training (there: a search is written and never called). Every draw of anchors stands by itself
+(there: the noise's cutoff accumulates).
 """
 
 from __future__ import annotations
