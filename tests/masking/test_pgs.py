@@ -7,6 +7,7 @@ from clip_pgs import PatchInputs, create_masking, pgs_scores, sinkhorn_plan
 from clip_pgs.masking.edges import canny_edges
 from clip_pgs.masking.pgs import CALIBRATED_THRESHOLDS, CENTER_SHIFTS, calibrated_threshold
 from clip_pgs.masking.sampling import kept_patches, patchify
+from clip_pgs.masking.strategy import interpolate
 from masking import oracle
 from support.images import make_inputs, smooth_images, square_on_gradient
 
@@ -31,7 +32,7 @@ def test_the_selection_equals_a_slow_float64_loop(progress, ratio_min, share):
             candidates,
             ratio_max=0.5,
             ratio_min=0.5 if ratio_min is None else ratio_min,
-            threshold=calibrated_threshold(progress),
+            threshold=calibrated_threshold(progress, num_patches=70),
             random_share=share,
             noise=noise[i],
         )
@@ -63,6 +64,32 @@ def test_the_calibrated_threshold_joins_its_points():
         assert calibrated_threshold(progress) == pytest.approx(threshold)
     (start, low), (end, high) = CALIBRATED_THRESHOLDS[:2]
     assert calibrated_threshold((start + end) / 2) == pytest.approx((low + high) / 2)
+
+
+def test_the_calibrated_threshold_goes_with_the_grid_and_stays_what_it_was_on_14_by_14():
+    for progress in torch.linspace(0, 1, 41).tolist():
+        before = interpolate(CALIBRATED_THRESHOLDS, progress) - interpolate(CENTER_SHIFTS, 0.0)
+        assert calibrated_threshold(progress, num_patches=196) == before
+        # 8 times the patches leave half the distance from 1.
+        left = [1 - calibrated_threshold(progress, num_patches=n) for n in (90, 720)]
+        assert left[0] == pytest.approx(2 * left[1])
+        for beyond, end in ((4, 49), (4096, 729)):
+            assert calibrated_threshold(progress, num_patches=beyond) == calibrated_threshold(
+                progress, num_patches=end
+            )
+
+
+@pytest.mark.parametrize("size", [(56, 56), (112, 112), (216, 216)])
+def test_without_a_threshold_each_grid_follows_its_own(size):
+    images = torch.randn(6, 3, *size, generator=torch.Generator().manual_seed(0)).cumsum(3)
+    count = size[0] * size[1] // 64
+    noise = torch.rand(6, count, generator=torch.Generator().manual_seed(0))
+    inputs = PatchInputs(images, 8, noise=noise)
+    bounds = {"mask_ratio": 0.9, "mask_ratio_min": 0.0}
+    stated = {"threshold": calibrated_threshold(0.0, num_patches=count)}
+    implied = create_masking("pgs", **bounds)(inputs).kept_counts()
+    assert torch.equal(implied, create_masking("pgs", **bounds, **stated)(inputs).kept_counts())
+    assert implied.min() < count
 
 
 def test_an_object_on_a_smooth_slope_is_kept():
@@ -374,7 +401,8 @@ def test_the_adaptive_threshold_follows_the_centre_weight():
     options = {"mask_ratio": 0.9, "mask_ratio_min": 0.0, "center_weight": 1.0}
     inputs = make_inputs(4, noise=torch.rand(4, 49, generator=torch.Generator().manual_seed(0)))
     implied = create_masking("pgs", **options)(inputs).kept_counts()
-    stated = create_masking("pgs", threshold=0.42 - 0.205, **options)(inputs).kept_counts()
+    expected = calibrated_threshold(0.0, num_patches=49) - 0.205
+    stated = create_masking("pgs", threshold=expected, **options)(inputs).kept_counts()
     assert implied.tolist() == stated.tolist()
 
 

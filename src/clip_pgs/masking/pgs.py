@@ -49,6 +49,10 @@ CANDIDATE_REGIONS = ("image", "border")
 
 # (progress, threshold) of the adaptive count; docs/threshold.md says how they were found.
 CALIBRATED_THRESHOLDS = ((0.0, 0.42), (0.5, 0.52), (1.0, 0.73))
+# The patches N that they were found on, and the range over which other grids were measured: what
+# a threshold leaves to 1 goes with the cube root of 1 / N.
+_CALIBRATED_PATCHES = 196
+_MEASURED_PATCHES = (49, 729)
 
 # (center_weight, what it takes off the threshold): the mean over 200 images each of Flickr8k and
 # ImageNet and 50 of COCO, at progress 0 and 1, that brings their mean mask ratio back to 0.40.
@@ -86,9 +90,9 @@ class PGSOptions:
         neighborhood: How many rows and columns of patches away a candidate reaches, in [0, 1e6].
             None reaches the whole image (the paper's ablation is a window).
         threshold: Score above which an adaptive count masks a patch. None follows
-            `calibrated_threshold`, which fits the other defaults, both regions of candidates and
-            any `center_weight` up to 2; a small `neighborhood` lowers the scores and wants a lower
-            one.
+            `calibrated_threshold`, which fits photographs in 49 to 729 patches, the other
+            defaults, both regions of candidates and any `center_weight` up to 2; a small
+            `neighborhood` lowers the scores and wants a lower one.
         temperature: Entropy weight of the transport plan, in [1e-6, 1e6].
         num_iters: Sinkhorn sweeps, in [1, 10000].
         solver: "log" or "pot"; see `sinkhorn_plan`.
@@ -224,18 +228,30 @@ def patch_scores(
 
 
 @overload
-def calibrated_threshold(progress: float, *, center_weight: float = ...) -> float: ...
+def calibrated_threshold(
+    progress: float, *, num_patches: int = ..., center_weight: float = ...
+) -> float: ...
 @overload
 def calibrated_threshold(
-    progress: float | Tensor, *, center_weight: float = ...
+    progress: float | Tensor, *, num_patches: int = ..., center_weight: float = ...
 ) -> float | Tensor: ...
-def calibrated_threshold(progress: float | Tensor, *, center_weight: float = 0.0) -> float | Tensor:
-    """Return the adaptive threshold at a training progress in [0, 1].
+def calibrated_threshold(
+    progress: float | Tensor,
+    *,
+    num_patches: int = _CALIBRATED_PATCHES,
+    center_weight: float = 0.0,
+) -> float | Tensor:
+    """Return the adaptive threshold at a training progress in [0, 1], for images of N patches.
 
-    Straight lines join the points of `CALIBRATED_THRESHOLDS`, and those of `CENTER_SHIFTS`.
+    Straight lines join the points of `CALIBRATED_THRESHOLDS`, and those of `CENTER_SHIFTS`. More
+    patches are more alike, so that the distance from 1 falls as (196 / N)^(1/3); below 49 and
+    above 729 patches the nearest holds.
     """
-    shift = interpolate(CENTER_SHIFTS, center_weight)
-    return interpolate(CALIBRATED_THRESHOLDS, progress) - shift
+    low, high = _MEASURED_PATCHES
+    scale = (_CALIBRATED_PATCHES / min(max(num_patches, low), high)) ** (1 / 3)
+    threshold = interpolate(CALIBRATED_THRESHOLDS, progress)
+    threshold = threshold + (1 - threshold) * (1 - scale)
+    return threshold - interpolate(CENTER_SHIFTS, center_weight)
 
 
 class PGSSteps(NamedTuple):
@@ -342,7 +358,9 @@ class PGSMasking(MaskingStrategy):
             return mask_top(keys_BN, num_mask=num_mask_max)
         threshold: float | Tensor | None = options.threshold
         if threshold is None:
-            threshold = calibrated_threshold(progress, center_weight=options.center_weight)
+            threshold = calibrated_threshold(
+                progress, num_patches=num_patches, center_weight=options.center_weight
+            )
         above_BN = (scores > threshold) | (bonus_BN > 0)
         num_mask_B = above_BN.sum(dim=1).clamp(num_mask_min, num_mask_max)
         keys_BN = _share_at_random(scores + bonus_BN, noise, num_mask_B, progress, options)
