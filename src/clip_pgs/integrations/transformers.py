@@ -377,8 +377,7 @@ def _padded(index: Tensor, length: int) -> Tensor:
 
 def _enter(base: type[MaskedVisionModel], module: Any, name: str) -> None:
     """Enter the kind of a vision model under that model's names."""
-    # Up to 5.4 the tower is a class of its own inside of the vision model.
-    plain = getattr(module, f"{name}Transformer", None) or getattr(module, f"{name}Model")
+    plain = getattr(module, f"{name}Model")
     names = {key: getattr(plain, key) for key in ("__module__", "__qualname__", "__doc__")}
     type(plain.__name__, (base, plain), {"plain_class": plain, **names})
 
