@@ -62,7 +62,7 @@ def test_two_machines_train_one_model(tmp_path):
     assert [machine.returncode for machine in machines] == [0, 0], "\n".join(outputs)
     log = (tmp_path / "my logs" / "nodes" / "out.log").read_text()
     assert "Process 0 of 2" in log
-    assert "Training epochs 0 to 1 of 2 steps each" in log
+    assert "Training: 1 epoch of 2 steps" in log
 
 
 @pytest.mark.slow

@@ -19,7 +19,6 @@ import torch
 
 from clip_pgs.cli import COMMANDS
 from clip_pgs.integrations.open_clip import last_selection
-from clip_pgs.masking.strategy import _REGISTRY
 from clip_pgs.training.options import check_values, read_options
 from support.hf_models import hf_model
 from support.models import image_batch, small_clip, text_batch
@@ -62,9 +61,6 @@ def reader(tmp_path, monkeypatch):
     compile_model = torch.compile
     # Inductor takes minutes, and the pages say nothing of it.
     monkeypatch.setattr(torch, "compile", lambda model: compile_model(model, backend="eager"))
-    # A page's strategy is none of the package's.
-    for table in ("_entries", "_declarations"):
-        monkeypatch.setattr(_REGISTRY, table, dict(getattr(_REGISTRY, table)))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "coco" / "annotations").mkdir(parents=True)
     (tmp_path / "coco" / "train2017").mkdir()

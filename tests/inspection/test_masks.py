@@ -11,7 +11,6 @@ from clip_pgs.data.world.scene import make_scene
 from clip_pgs.figure import CAPTION_SIZE, GAP, MARGIN, TITLE_SIZE
 from clip_pgs.inspection import ModelInput, draw_masks
 from clip_pgs.inspection.model_input import parse_specs
-from clip_pgs.masking.strategy import _REGISTRY
 
 SMALL = ModelInput(image_size=(64, 64), patch_size=(8, 8))
 # 64 px are enlarged fourfold, to reach 224.
@@ -190,8 +189,5 @@ def test_a_strategy_outside_the_package_is_named_by_its_import_path(tmp_path, mo
         "    pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    # What registers here is forgotten with the test.
-    for name in ("_entries", "_declarations"):
-        monkeypatch.setattr(_REGISTRY, name, dict(getattr(_REGISTRY, name)))
     text = "outside_masking:Outside:mask_ratio=0.25"
     assert create_strategies([text])[text].mask_ratio == 0.25

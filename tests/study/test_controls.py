@@ -1,24 +1,12 @@
 """The control: masks of PGS that know nothing of the images that they fall on."""
 
-import sys
-
 import pytest
 import torch
 
 from clip_pgs import PatchInputs, create_masking
-from clip_pgs.masking import strategy
 from support.images import smooth_images
 
 NAME = "clip_pgs.study.controls:ShuffledPGS"
-
-
-@pytest.fixture(autouse=True)
-def _forget(monkeypatch):
-    """Leave the registry without the control, which is no method."""
-    for part in ("_entries", "_declarations"):
-        monkeypatch.setattr(strategy._REGISTRY, part, dict(getattr(strategy._REGISTRY, part)))
-    yield
-    sys.modules.pop("clip_pgs.study.controls", None)
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.5], ids=["pixels", "pixels and tokens"])

@@ -72,7 +72,6 @@ def test_every_config_states_command_hardware_hours_and_expectation(path):
 
 
 def test_every_strategy_has_a_config_on_the_demo_world():
-    # Other tests register strategies of their own.
     ours = {*registered_names("masking")}
     assert {parse_options(["--config", str(path)]).masking for path in DEMOS} == ours
 
