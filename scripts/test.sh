@@ -8,6 +8,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/setup.sh train,eval,transformers,dev,docs
 export PATH="$PWD/.venv/bin:$PATH"
+# A process a core, of one thread each: small tensors do not repay what threads wait for each other.
+export OMP_NUM_THREADS=1
+parallel=(-n logical --maxprocesses 8 --dist loadfile)
 failed=""
 
 check() {
@@ -31,14 +34,14 @@ check ruff python -m ruff check .
 check format python -m ruff format --check .
 check shellcheck lint_shell
 if [[ "${1:-}" == --fast ]]; then
-    check pytest python -m pytest -m "not slow" "${@:2}"
+    check pytest python -m pytest "${parallel[@]}" -m "not slow" "${@:2}"
 else
     check mypy python -m mypy
     check site build_site
     if [[ "${1:-}" == --coverage ]]; then
         set -- --cov "${@:2}"
     fi
-    check pytest python -m pytest "$@"
+    check pytest python -m pytest "${parallel[@]}" "$@"
 fi
 
 if [[ -n "$failed" ]]; then
