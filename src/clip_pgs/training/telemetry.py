@@ -329,7 +329,8 @@ class Telemetry:
         if "mask_ratio_mean" in values:
             bounds = [f"{values[f'mask_ratio_{end}']:.2f}" for end in ("min", "max")]
             parts.append(f"mask {'-'.join(dict.fromkeys(bounds))}")
-        parts.append(f"{values['samples_per_second']:.4g}/s")
+        rate = values["samples_per_second"]
+        parts.append(f"{rate:.4g}/s" if rate < 1e6 else f"{rate:.2g}/s")
         parts.append(f"data {values['data_wait_share']:.0%}")
         parts += [*self._time_left(), *skipped]
         _logger.info("%s", "  ".join(parts))
