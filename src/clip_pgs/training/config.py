@@ -9,7 +9,7 @@ import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -95,7 +95,7 @@ class _Loader(yaml.SafeLoader):
     Numbers are decimal: 1:30 is a text, not YAML 1.1's 90, nor is 010 an 8.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
+    yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, shape) for tag, shape in resolvers if tag not in (_INT, _FLOAT)]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
