@@ -70,7 +70,7 @@ def kept_patches(picture, *, side=16, panel=224):
         ("pgs", {"mask_ratio": 0.7, "options": {"edges": False, "mask_ratio_min": 0.2}}),
         ("random", {"seed": 7}),
         ("cluster", {"mask_ratio": 0.25}),
-        ("gaussian", {"options": {"sigma": 0.4}}),
+        ("gaussian", {"options": {"rule": "weights", "sigma": 0.4}}),
     ],
 )
 @pytest.mark.parametrize("is_file", [False, True])
