@@ -6,8 +6,9 @@ from support.studies import write_study
 
 
 @pytest.fixture
-def study(tmp_path):
-    """A study that was not run."""
+def study(tmp_path, monkeypatch):
+    """A study that was not run, in its folder."""
+    monkeypatch.chdir(tmp_path)
     return write_study(tmp_path)
 
 

@@ -369,7 +369,8 @@ def test_bad_input_is_one_sentence(config, capsys, monkeypatch, flag, value):
     refusal(main, ["cost", "--model", config, "--device", "cpu", flag, value], capsys)
 
 
-def test_a_config_that_is_refused_does_not_spoil_the_next(config, tmp_path, capsys):
+def test_a_config_that_is_refused_does_not_spoil_the_next(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "damaged.json").write_text("{")
     refusal(main, ["cost", "--model", tmp_path / "damaged.json"], capsys)
     assert run(config, "--maskings", "random") == 0
