@@ -34,7 +34,7 @@ _TABLE = _RUN / EVAL_NAME / "table.txt"
 _PICTURE = _RUN / "pgs_keeps.png"
 _TRAIN = ("clip_pgs.training", "--config", "demo")
 # Asking what a fresh demo would do removes nothing.
-_QUESTIONS = {"-h", "--help", "--help-all", "--check-only"}
+_QUESTIONS = {"-h", "--help", "--help-all", "--check-only", "--trial"}
 
 
 class _DemoError(Exception):

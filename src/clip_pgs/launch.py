@@ -164,7 +164,7 @@ class _Launch:
         # A worker's exit code 2 reaches us as torchrun's 1, so that bad input is refused first.
         # Machine 0 checks for all: once it has started, the run folder exists for the others.
         if processes.node_rank == 0:
-            is_all = "--check-only" in arguments
+            is_all = not {"--check-only", "--trial"}.isdisjoint(arguments)
             check = [sys.executable, "-m", TRAINING, *arguments, "--check-only"]
             size = {"WORLD_SIZE": str(processes.world_size)}
             status = self._run(check, size, output=None if is_all else subprocess.DEVNULL)

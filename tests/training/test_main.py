@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -30,10 +31,11 @@ def test_bad_input_is_one_sentence_exit_code_2_and_nothing_created(tmp_path):
 
 
 @pytest.mark.slow
-def test_check_only_prints_one_line_and_creates_nothing(tmp_path):
+def test_check_only_says_what_the_run_takes_and_creates_nothing(tmp_path):
     done = run(tmp_path, *VALID, "--masking", "pgs", "--name", "demo", "--check-only")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("\n") == 1
+    assert re.search(r"^parameters +150 M, 150 M of them trained$", done.stdout, re.MULTILINE)
+    assert re.search(r"^tokens kept +98 of 196 patches$", done.stdout, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
 
 

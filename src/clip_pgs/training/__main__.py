@@ -15,6 +15,7 @@ from clip_pgs.training.stop import (
     ExitReport,
     StopRequest,
     StopSignals,
+    as_bad_input,
     expected_code,
     leave,
     sentence_of,
@@ -82,7 +83,7 @@ def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, dict[str, Any]]:
 
         register_model_config(args)
         follow_restart(args)
-        check_options(args)
+        model = check_options(args)
         odd = preflight(args) if _is_first_process() else []
         hooks = _hooks(args)
     except ModuleNotFoundError as error:
@@ -91,12 +92,29 @@ def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, dict[str, Any]]:
         return _refuse(str(error), is_before_start=True)
     for sentence in odd:
         logger.warning("%s", sentence)
-    if args.check_only:
+    if args.check_only or args.trial:
         for sentence in option_warnings(args):
             logger.warning("%s", sentence)
-        sys.stdout.write(_summary(args))
-        return 0
+        return _say_cost(args, model)
     return args, hooks
+
+
+def _say_cost(args: TrainOptions, model: Any) -> int:
+    """Say that the options are valid, and what the run will take; return the exit code."""
+    from clip_pgs.training.estimate import estimate, trial
+
+    try:
+        with as_bad_input():
+            table = trial(args) if args.trial else estimate(args, model)
+    except Exception as error:
+        code = expected_code(error)
+        if code is None:
+            raise
+        sys.stderr.write(f"error: {sentence_of(error)}\n")
+        return code
+    notes = "".join(f"{note}\n" for note in table.notes)
+    sys.stdout.write(f"{_summary(args)}\n{table.text()}{notes}")
+    return 0
 
 
 def _leave_early(signals: StopSignals) -> int:

@@ -66,11 +66,14 @@ _NUM_TOKENS = 49408
 _TRIED_SIZE = 32
 
 
-def check_options(options: TrainOptions) -> None:
+def check_options(options: TrainOptions) -> nn.Module:
     """Refuse options that could not make a run.
 
     Args:
         options: From `parse_options`.
+
+    Returns:
+        The model as the run will make it, masked and, as a rule, on the device "meta".
 
     Raises:
         ValueError: With one sentence, for the first thing that is wrong.
@@ -91,6 +94,7 @@ def check_options(options: TrainOptions) -> None:
     except OSError as error:
         # A path that cannot be looked up: too long, not permitted, a loop of links.
         raise ValueError(f"cannot look up {error.filename!r}: {error.strerror or error}") from None
+    return model
 
 
 def _check_recipe(options: TrainOptions) -> None:

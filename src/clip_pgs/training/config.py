@@ -16,7 +16,9 @@ import yaml
 from clip_pgs.common import expand_home, find_config
 
 # These say what to do with a config or with one call; none of them describes a run.
-COMMAND_LINE_ONLY = frozenset({"--config", "--check-only", "--help", "--help-all", "--nproc"})
+COMMAND_LINE_ONLY = frozenset(
+    {"--config", "--check-only", "--help", "--help-all", "--nproc", "--trial"}
+)
 _PAIR_FLAGS = frozenset({"--aug-cfg", "--masking-option", "--text-masking-option"})
 # Either names the model; a config's own word replaces its base's, whichever it uses.
 _MODEL_FLAGS = frozenset({"--model", "--model-config"})

@@ -117,7 +117,8 @@ class TrainOptions(argparse.Namespace):
     Args:
         config: options to start from, named like the flags; flags on the command line win; the name
             of a file of configs/train, such as demo, is found where there is no such file
-        check_only: check every option, print one line and leave; nothing is created
+        check_only: check every option, say what the run will cost, and leave; nothing is created
+        trial: the same, with time and memory measured by ten steps on the run's device
         model: a model open_clip knows, or local-dir:FOLDER, or hf-hub:OWNER/NAME
         model_config: a model of your own, as an open_clip model config; its name is the file's
         masking: how patches are chosen; package.module:Class is a strategy of your own
@@ -195,6 +196,7 @@ class TrainOptions(argparse.Namespace):
 
     config: str | None = _ours(None, GENERAL, "NAME|FILE.yaml", is_basic=True)
     check_only: bool = _ours(False, GENERAL, is_basic=True)
+    trial: bool = _ours(False, GENERAL, is_basic=True)
     model: str = _ours("", GENERAL, "NAME", IDENTITY, is_basic=True)
     model_config: str | None = _ours(None, GENERAL, "FILE.json", is_basic=True)
     masking: str = _ours("none", IMAGE, "NAME", IDENTITY, is_basic=True, registered="masking")
@@ -641,7 +643,7 @@ def read_options(argv: Sequence[str]) -> TrainOptions:
     if "masking" in typed and options.masking == "none":
         # What a config says of its own masking is not said of this one.
         given -= {"mask_ratio", "mask_ratio_min", "masking_option", "pack_tokens"} - typed
-    options.given = sorted(given - {"check_only", "config"})
+    options.given = sorted(given - {"check_only", "trial", "config"})
     return options
 
 

@@ -1,0 +1,67 @@
+"""What `--check-only` and `--trial` say of a run, beside what the run then takes."""
+
+import re
+
+import pytest
+import torch
+
+from clip_pgs.training.__main__ import main
+from support.runs import flags, run
+
+UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+def said(folder, capsys, *more, **options):
+    """Return the table that a command prints, by the names of its rows."""
+    argv = [*flags(folder, **options), *more]
+    before = sorted(folder.rglob("*"))
+    assert main(argv) == 0
+    assert sorted(folder.rglob("*")) == before
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("the options are valid")
+    return dict(re.split(r"  +", line, maxsplit=1) for line in lines[2:] if "  " in line)
+
+
+def number(text):
+    value, prefix = re.match(r"([\d.]+) ?([kMGT]?)", text).groups()
+    return float(value) * UNITS[prefix]
+
+
+@pytest.mark.slow
+def test_what_is_said_is_what_the_run_takes(tmp_path, world, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    options = {"train_data": world.train_data, "masking": "pgs", "mask_ratio": 0.5, "epochs": 2}
+    checked = said(tmp_path, capsys, "--check-only", train_num_samples=32, **options)
+    tried = said(tmp_path, capsys, "--trial", **options)
+    folder = run(tmp_path, **options)
+    (file,) = folder.glob("checkpoints/epoch_2.pt")
+    checkpoint = torch.load(file, weights_only=True)
+    cost = checkpoint["clip_pgs"]["cost"]
+    # All but the buffer of the text tower's attention mask are parameters.
+    weights = sum(weight.numel() for weight in checkpoint["state_dict"].values())
+    for table in (checked, tried):
+        assert number(table["parameters"]) == pytest.approx(weights, rel=0.01)
+        assert number(table["checkpoints"].split(" of ")[1]) == pytest.approx(
+            file.stat().st_size, rel=0.05
+        )
+        assert table["checkpoints"].startswith("2 files")
+    assert checked["tokens kept"] == "8 of 16 patches"
+    assert number(checked["operations"].split(", ")[1]) >= cost["flops"] * 0.99
+    assert number(tried["operations"]) == pytest.approx(cost["flops"], rel=0.1)
+    assert f"{cost['steps']}, " in tried["masked steps"]
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ({"masking": "pgs", "mask_ratio_min": 0.3}, "at most 12 of 16 patches"),
+        ({"masking": "attentive"}, "8 of 16 patches"),
+        ({"masking": "cluster"}, "at most 12 of 16 patches"),
+        ({"masking": "random", "merge": "2x2"}, "8 of 16 patches"),
+        ({}, "all patches"),
+    ],
+)
+def test_each_kind_of_masking_is_counted_without_data(tmp_path, world, capsys, options, tokens):
+    table = said(tmp_path, capsys, "--check-only", train_data=world.train_data, **options)
+    assert table["tokens kept"] == tokens
+    assert number(table["operations"]) > 0
