@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clip_pgs.masking.sampling import grid_coordinates, kept_patches
+from clip_pgs.masking.sampling import full_precision, grid_coordinates, kept_patches
 from clip_pgs.masking.strategy import MaskingStrategy, PatchSelection
 
 
@@ -124,5 +124,5 @@ def merge_tokens(tokens: Tensor, weights: Tensor) -> Tensor:
     """
     sum_BG1 = weights.sum(dim=2, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     # Autocast would round what are counts and means of many.
-    with torch.autocast(device_type=tokens.device.type, enabled=False):
+    with full_precision(tokens):
         return (torch.bmm(weights.to(tokens.dtype), tokens) / sum_BG1).to(tokens.dtype)

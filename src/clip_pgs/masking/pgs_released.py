@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clip_pgs.masking.sampling import draw_noise, patchify, second_draw
+from clip_pgs.masking.sampling import draw_noise, full_precision, patchify, second_draw
 from clip_pgs.masking.strategy import (
     MaskingStrategy,
     PatchInputs,
@@ -163,7 +163,7 @@ def _standardized(patches_BNF: Tensor) -> Tensor:
 
 def _cosine(features_BNF: Tensor) -> Tensor:
     unit_BNF = features_BNF / (features_BNF.norm(dim=2, keepdim=True) + _EPSILON)
-    with torch.autocast(device_type=features_BNF.device.type, enabled=False):
+    with full_precision(features_BNF):
         return torch.bmm(unit_BNF, unit_BNF.transpose(1, 2))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -212,6 +213,11 @@ def log_center_weight(
     y_N = (row_N + 0.5) / grid_size[0] - 0.5
     x_N = (column_N + 0.5) / grid_size[1] - 0.5
     return -(y_N.square() + x_N.square()) / (2 * sigma**2)
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager:
+    """Return a context without autocast on a tensor's device; "meta" knows none."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def in_blocks(compute: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:

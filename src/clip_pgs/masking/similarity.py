@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clip_pgs.masking.sampling import in_blocks, patchify
+from clip_pgs.masking.sampling import full_precision, in_blocks, patchify
 from clip_pgs.masking.strategy import PatchInputs
 
 # Below this share of its own norm, a centred vector is rounding noise and not a direction.
@@ -64,7 +64,7 @@ def candidate_similarity(features: Tensor, candidate_index: Tensor) -> Tensor:
     scale_BN = _inverse_norm(centered_BNF.norm(dim=-1), mean_BN1[..., 0], features.shape[-1])
     index_BCF = candidate_index[:, :, None].expand(-1, -1, features.shape[-1])
     # Scaling the C x N products is less work than scaling the features.
-    with torch.autocast(device_type=features.device.type, enabled=False):
+    with full_precision(features):
         product_BCN = torch.bmm(centered_BNF.gather(1, index_BCF), centered_BNF.transpose(1, 2))
     similarity_BCN = product_BCN * scale_BN.gather(1, candidate_index)[:, :, None]
     similarity_BCN = similarity_BCN * scale_BN[:, None]
