@@ -50,8 +50,9 @@ def test_what_is_finished_is_not_run_again(finished):
 
 
 @pytest.fixture
-def copied(finished, tmp_path):
-    """A finished study that a test may change."""
+def copied(finished, tmp_path, monkeypatch):
+    """A finished study that a test may change, in its folder."""
+    monkeypatch.chdir(tmp_path)
     files, *_ = finished
     shutil.copytree(files.study, tmp_path / "logs/tiny")
     shutil.copy(files.path, tmp_path / "study.yaml")
