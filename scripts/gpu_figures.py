@@ -346,7 +346,7 @@ def run_in_child(name: str, sizes: Sizes, seconds: float) -> None:
 
 def _child(name: str, sizes: Sizes) -> None:
     os.setpgid(0, 0)
-    with (sizes.out / "log.txt").open("a") as log:
+    with (sizes.out / "log.txt").open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     if sizes.backend == "none":

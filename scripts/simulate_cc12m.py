@@ -76,7 +76,8 @@ def write_shards(folder: Path, num_shards: int, num_pairs: int) -> list[str]:
         with cache_paths(str(path))[0].open("wb") as file:
             arrays = {"keys": keys, "ends": ends, "members": table, "suffixes": "jpg/txt"}
             np.savez(file, state=state, **arrays)
-    (folder / "sizes.json").write_text(json.dumps({path.name: num_pairs for path in paths}))
+    counts = json.dumps({path.name: num_pairs for path in paths})
+    (folder / "sizes.json").write_text(counts, encoding="utf-8")
     return [str(path) for path in paths]
 
 
@@ -232,7 +233,7 @@ def forked(run: Callable[[], dict[str, Any]], *, log: Path | None = None) -> dic
     process.join()
     if tracer is not None:
         tracer.wait()
-        lines = re.findall(r"^\s*(\w+)\s+(\d+)\s*$", log.read_text(), re.M)
+        lines = re.findall(r"^\s*(\w+)\s+(\d+)\s*$", log.read_text("utf-8"), re.M)
         found["calls"] = {name: int(number) for name, number in lines}
     return found
 
