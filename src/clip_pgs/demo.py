@@ -33,6 +33,11 @@ _RUN = Path("logs", "demo")
 _TABLE = _RUN / EVAL_NAME / "table.txt"
 _PICTURE = _RUN / "pgs_keeps.png"
 _TRAIN = ("clip_pgs.training", "--config", "demo")
+# Measured on 2026-11-29 by `clip-pgs train demo_random` and `clip-pgs test logs/demo_random`.
+_RANDOM = """
+With random patches in place of PGS (clip-pgs train demo_random, the same seed), in percent:
+zero-shot shape 16.3, color 98.6; retrieval R@5 96.3 and 97.3; linear probe, shape 19.0, color 98.6.
+One seed says little; docs/results.md has six."""
 # Asking what a fresh demo would do removes nothing.
 _QUESTIONS = {"-h", "--help", "--help-all", "--check-only", "--trial"}
 
@@ -109,6 +114,8 @@ def _demo(is_fresh: bool, flags: Sequence[str]) -> None:
         _TABLE.parent.mkdir(parents=True, exist_ok=True)
         command = ("clip_pgs.cli", "test", str(_RUN), "--suite", "all")
         write_text(_TABLE, _call(*command, output=subprocess.PIPE))
+    if not flags:
+        _say(_RANDOM)
 
     _heading("4 of 4: what PGS keeps of six scenes")
     if not _is_newer(_PICTURE, export):
