@@ -38,6 +38,7 @@ from clip_pgs.integrations.open_clip import (
     set_masking_progress,
 )
 from clip_pgs.masking import PatchInputs, PatchSelection, create_masking, list_maskings
+from clip_pgs.masking.sampling import kept_patches
 from clip_pgs.training.build import build_model
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.options import parse_options
@@ -148,8 +149,7 @@ def compare_with_cpu(sizes: Sizes) -> Rows:
     def select(name: str) -> tuple[PatchSelection, Tensor]:
         inputs = PatchInputs(images.to(name), model.visual.patch_size, noise=noise.to(name))
         selection = strategy(inputs)
-        kept = torch.zeros_like(noise, dtype=torch.bool)
-        return selection, kept.scatter(1, selection.index.cpu(), True)
+        return selection, kept_patches(selection, num_patches).cpu()
 
     (selection, kept), (_, kept_there) = select("cpu"), select(sizes.device)
     share = float((kept == kept_there).double().mean())
