@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import io
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -22,10 +21,10 @@ from typing import Any
 
 import open_clip
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from clip_pgs import create_masking
+from clip_pgs.data.decoding import open_image, to_rgb
 from clip_pgs.evaluation.models import load_model
 from clip_pgs.integrations.open_clip import apply_masking, num_patches, set_masking_progress
 from clip_pgs.masking.pgs import calibrated_threshold
@@ -51,11 +50,11 @@ def load_images(pattern: str, transform: Callable[[Any], Tensor], limit: int) ->
     """Return the first `limit` images as a model receives them, (B, 3, H, W).
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or one cannot be read.
     """
     images = []
     for content in read_images(pattern):
-        images.append(transform(Image.open(io.BytesIO(content)).convert("RGB")))
+        images.append(transform(to_rgb(open_image(content))))
         if len(images) == limit:
             break
     if not images:
