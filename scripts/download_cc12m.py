@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+import clip_pgs  # noqa: F401  # isort: skip  (first, so that Ctrl-C while the rest loads is a word)
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile, RepoFolder
@@ -36,7 +37,6 @@ from huggingface_hub.utils import (
 
 from clip_pgs.common import SentenceParser, one_sentence, write_text
 from clip_pgs.data.shards import read_sizes
-from clip_pgs.data.tar import size_shards
 
 SIZES_NAME = "sizes.json"
 MAX_WORKERS = 64
@@ -291,6 +291,8 @@ def count_pairs(out: Path, shards: list[Shard], sizes: dict[str, int]) -> int:
     Raises:
         OSError: If one of them is no shard.
     """
+    from clip_pgs.data.tar import size_shards  # imports torch, for seconds
+
     unknown = [str(out / shard.name) for shard in shards if shard.name not in sizes]
     counts, failures = size_shards(unknown, use_stated=False)
     bad = {failure.shard for failure in failures}

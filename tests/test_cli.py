@@ -41,15 +41,22 @@ def test_a_command_that_is_told_to_leave_says_so(monkeypatch, capsys, command, e
     assert capsys.readouterr().err == f"{said}\n"
 
 
-MODULES = ("clip_pgs.evaluation", "clip_pgs.inspection", "clip_pgs.data", "clip_pgs.cli data")
+IMPORTERS = (
+    "-m clip_pgs.evaluation",
+    "-m clip_pgs.inspection",
+    "-m clip_pgs.data",
+    "-m clip_pgs.cli data",
+    "scripts/download_cc12m.py",
+)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_ctrl_c_while_a_command_is_imported_shows_no_traceback(tmp_path, module):
-    for name in ("torch", "tqdm"):
+@pytest.mark.parametrize("command", IMPORTERS)
+def test_ctrl_c_while_a_command_is_imported_shows_no_traceback(tmp_path, command):
+    for name in ("torch", "tqdm", "huggingface_hub"):
         (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt")
     done = subprocess.run(
-        [sys.executable, "-m", *module.split(), "x"],
+        [sys.executable, *command.split(), "x"],
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])},
         capture_output=True,
         text=True,

@@ -43,7 +43,7 @@ def _say_interrupted(kind: type[BaseException], error: BaseException, traceback:
 
 
 # A command imports this first, and what it needs before it can catch anything.
-if os.path.basename((sys.argv or [""])[0]) in ("-m", "clip-pgs"):
+if os.path.basename((sys.argv or [""])[0]) in ("-m", "clip-pgs", "download_cc12m.py"):
     sys.excepthook = _say_interrupted
     # What the locale cannot show is escaped, as on stderr, and no error.
     if isinstance(sys.stdout, io.TextIOWrapper):
