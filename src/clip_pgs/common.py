@@ -58,7 +58,7 @@ _HEAD, _TAIL = 1500, 300
 _TILDE = re.compile(r"(?:^(?:--[\w-]+=)?(?:\w+=)?|::)~(?=/|$|::)")
 # What a disk or a file system cannot do, whatever was asked of it.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DISK_FAULTS = (*_FULL, errno.EIO, errno.EROFS, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE)
+_DISK_FAULTS = (*_FULL, errno.EIO, errno.EMFILE, errno.ENFILE)
 
 Entry = TypeVar("Entry")
 SameEntry = TypeVar("SameEntry")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from clip_pgs.data.__main__ import main
 from clip_pgs.data.shards import count_samples, expand_shards, stated_sizes, upsampling_weights
 
 
@@ -23,6 +24,15 @@ def test_star_expands_sorted(folder):
 
 def test_file_url_is_a_local_file(folder):
     assert expand_shards(f"file:{folder}/00.tar") == [f"{folder}/00.tar"]
+
+
+@pytest.mark.parametrize("pattern", ["*.tar", "file:pipe:touch pwned;.tar", "pi?e:*"])
+def test_no_name_of_a_file_is_a_command(tmp_path, monkeypatch, pattern):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipe:touch pwned;.tar").write_bytes(b"")
+    assert expand_shards(pattern) == ["./pipe:touch pwned;.tar"]
+    assert main(["check", pattern]) == 1
+    assert not (tmp_path / "pwned").exists()
 
 
 @pytest.mark.parametrize(
@@ -49,6 +59,12 @@ def test_pattern_without_a_file_says_so(folder, pattern):
     with pytest.raises(ValueError, match="matches no file") as error:
         expand_shards(f"{folder}/{pattern}")
     assert pattern in str(error.value)
+
+
+def test_name_that_no_file_system_takes_matches_nothing():
+    with pytest.raises(ValueError, match="matches no file"):
+        expand_shards("x" * 5000)
+    assert main(["check", "x" * 5000]) == 2
 
 
 def test_folder_is_refused_with_advice(folder):

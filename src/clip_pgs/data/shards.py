@@ -6,6 +6,7 @@ import glob
 import json
 import logging
 import math
+import os
 import re
 from itertools import islice
 from pathlib import Path
@@ -199,6 +200,11 @@ def _expand_braces(source: str) -> list[str]:
     return candidates
 
 
+def _as_local(path: str) -> str:
+    """Return the path of a file in a form that no name of a file can turn into a command."""
+    return f"./{path}" if is_remote(path) else path
+
+
 def _expand_source(source: str) -> list[str]:
     if not source.strip():
         raise ValueError("a shard pattern is empty; name .tar files, for example 'data/{0..7}.tar'")
@@ -211,12 +217,13 @@ def _expand_source(source: str) -> list[str]:
             shards.append(candidate)
             continue
         path = re.sub(r"^file:(//)?", "", candidate)
-        if Path(path).is_dir():
+        if os.path.isdir(path):
             raise ValueError(f"{path!r} is a folder; name the shards in it, for example '*.tar'")
-        if Path(path).is_file():
-            shards.append(path)
+        if os.path.isfile(path):
+            shards.append(_as_local(path))
         elif "*" in path or "?" in path:
-            shards.extend(sorted(found for found in glob.glob(path) if Path(found).is_file()))
+            found = sorted(filter(os.path.isfile, glob.glob(path)))
+            shards.extend(map(_as_local, found))
         else:
             missing.append(path)
     if not shards:
