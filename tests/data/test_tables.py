@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,20 @@ def test_cell_of_several_lines_is_kept_and_told_by_its_row(tmp_path, caplog):
     path.write_text('filepath,title\na.jpg,one\nb.jpg,"two\nlines, and a comma"\nc.jpg,three\n')
     assert read_pairs(path, **KEYS).captions == ["one", "two\nlines, and a comma", "three"]
     assert "of several lines in 1 rows: row 2;" in caplog.text
+
+
+def test_image_that_is_no_file_or_has_no_end_is_skipped_and_never_waited_for(tmp_path):
+    path = tmp_path / "pairs.csv"
+    os.mkfifo(tmp_path / "fifo.png")
+    with open(tmp_path / "sparse.png", "wb") as file:
+        file.truncate(2**42)
+    images = [str(tmp_path / "fifo.png"), "/dev/zero", str(tmp_path / "sparse.png")]
+    path.write_text("filepath,title\n" + "".join(f"{image},one\n" for image in images))
+    source = TableSource(read_pairs(path, **KEYS))
+    skips = [source.read(SampleRef(0, row)) for row in range(3)]
+    assert [skip.reason for skip in skips] == 3 * ["unreadable image file"]
+    assert "fifo.png' is no file" in skips[0].detail
+    assert f"{2**42} bytes, more than" in skips[2].detail
 
 
 def test_url_in_place_of_a_path_is_told_as_it_is_written(tmp_path):

@@ -14,6 +14,7 @@ Boxes are torchvision's own, drawn from the same numbers. What comes out are byt
 from __future__ import annotations
 
 import io
+import os
 import re
 import signal
 import threading
@@ -67,6 +68,24 @@ class UnreadableImageError(ValueError):
     """An image that cannot be decoded, or not at a usual cost; says why, in one line."""
 
 
+def read_image_file(path: str | Path) -> bytes:
+    """Return an image file's content.
+
+    Raises:
+        OSError: If it cannot be read.
+        UnreadableImageError: If it has more than `MAX_IMAGE_BYTES`.
+    """
+    _check_size(os.stat(path).st_size)
+    # A Path would take a slash out of a URL.
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _check_size(num_bytes: int) -> None:
+    if num_bytes > MAX_IMAGE_BYTES:
+        raise UnreadableImageError(f"{num_bytes} bytes, more than {MAX_IMAGE_BYTES}")
+
+
 def open_image(source: bytes | str | Path) -> Image.Image:
     """Decode an image of one of `IMAGE_FORMATS`; of an animation, its first picture.
 
@@ -95,9 +114,8 @@ def opened_image(source: bytes | str | Path) -> Iterator[Image.Image]:
         UnreadableImageError: Also for whatever is raised inside the block.
     """
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        if len(data) > MAX_IMAGE_BYTES:
-            raise UnreadableImageError(f"{len(data)} bytes, more than {MAX_IMAGE_BYTES}")
+        data = source if isinstance(source, bytes) else read_image_file(source)
+        _check_size(len(data))
         with (
             time_limit(MAX_DECODING_SECONDS, _OutOfTimeError(), of_processor=True),
             warnings.catch_warnings(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from clip_pgs.data.bad_samples import Skip
+from clip_pgs.data.decoding import read_image_file
 from clip_pgs.data.order import SampleRef
 from clip_pgs.data.samples import RawSample
 from clip_pgs.data.shards import is_remote
@@ -50,9 +52,9 @@ class TableSource:
         """Read one row's image file."""
         table, path, key = str(self.table.path), self.table.images[ref.number], row_name(ref.number)
         try:
-            # A Path would take a slash out of a URL.
-            with open(path, "rb") as file:
-                image = file.read()
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise OSError(f"{path!r} is no file")
+            image = read_image_file(path)
         except (OSError, ValueError) as error:
             reason = "image is a URL" if is_remote(path) else "unreadable image file"
             detail = f"{path!r}; img2dataset makes shards of it" if is_remote(path) else str(error)
