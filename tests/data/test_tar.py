@@ -8,6 +8,7 @@ import os
 import subprocess
 import tarfile
 
+import numpy as np
 import pytest
 
 from clip_pgs.data import tar
@@ -272,6 +273,45 @@ def test_index_that_is_damaged_or_of_another_version_is_made_anew(large, monkeyp
     monkeypatch.setattr(tar, "_CACHE_VERSION", 0)
     assert by_index(large) == expected
     assert cached.read_bytes() != good
+
+
+def index_arrays(path):
+    with np.load(path) as kept:
+        return dict(kept)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda kept: kept.update(keys=kept["keys"][:2]),
+        lambda kept: kept.update(keys=np.append(kept["keys"], b"x")),
+        lambda kept: kept.update(keys=kept["keys"].astype("U")),
+        lambda kept: kept.update(ends=kept["ends"] + 99),
+        lambda kept: kept.update(ends=kept["ends"][::-1].copy()),
+        lambda kept: kept.update(ends=kept["ends"].astype(float)),
+        lambda kept: kept.update(members=kept["members"][:, :2]),
+        lambda kept: kept["members"].__setitem__((0, 0), 99),
+    ],
+)
+def test_index_whose_parts_do_not_fit_each_other_is_made_anew(large, spoil):
+    expected = by_index(large)
+    cached = cache_paths(str(large))[0]
+    good, kept = cached.read_bytes(), index_arrays(cached)
+    spoil(kept)
+    with cached.open("wb") as file:
+        np.savez(file, **kept)
+    assert by_index(large) == expected
+    assert cached.read_bytes() == good
+
+
+def test_index_that_unpacks_to_more_than_it_has_bytes_is_made_anew(large):
+    expected = by_index(large)
+    cached = cache_paths(str(large))[0]
+    good, kept = cached.read_bytes(), index_arrays(cached)
+    with cached.open("wb") as file:
+        np.savez_compressed(file, **kept)
+    assert by_index(large) == expected
+    assert cached.read_bytes() == good
 
 
 def test_index_that_cannot_be_kept_is_made_all_the_same_and_told(large, monkeypatch, caplog):

@@ -27,6 +27,7 @@ from functools import lru_cache
 from pathlib import Path
 from time import monotonic
 from typing import Any, BinaryIO, Literal, TypeVar
+from zipfile import ZIP_STORED
 
 import numpy as np
 
@@ -167,6 +168,18 @@ class ShardIndex:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def is_sound(self) -> bool:
+        """Return whether the parts fit each other: those out of a file may not."""
+        kinds = self.members[:, 0]
+        return (
+            self.keys.dtype.kind == "S"
+            and self.keys.shape == self.ends.shape
+            and self.members.shape[1:] == (3,)
+            and {self.ends.dtype, self.members.dtype} == {np.dtype(np.int64)}
+            and bool((np.diff(self.ends, prepend=0, append=len(self.members)) >= 0).all())
+            and bool(((kinds >= 0) & (kinds < len(self.suffixes))).all())
+        )
 
     def read(
         self, file: BinaryIO, number: int, *, repeat: int = 0, use_json: bool = False
@@ -333,9 +346,13 @@ def _index_file(shard: str, file: BinaryIO) -> ShardIndex:
     for path in cache_paths(shard):
         # Whatever is wrong with such a file, it is made anew.
         with suppress(Exception), np.load(path, allow_pickle=False) as kept:
-            if kept["state"].tolist() == state:
+            # Ours is not compressed, and takes no more memory than it has bytes.
+            is_ours = all(part.compress_type == ZIP_STORED for part in kept.zip.infolist())
+            if is_ours and kept["state"].tolist() == state:
                 names = str(kept["suffixes"]).split("/")
-                return ShardIndex(shard, kept["keys"], kept["ends"], kept["members"], names)
+                index = ShardIndex(shard, kept["keys"], kept["ends"], kept["members"], names)
+                if index.is_sound():
+                    return index
     index = _make_index(shard, file, status.st_size)
     if index.failure is None and len(index) >= _MIN_CACHED:
         arrays: dict[str, Any] = {
