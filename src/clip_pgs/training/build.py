@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -264,24 +265,45 @@ def optimizer_misfit(optimizer: torch.optim.Optimizer, state: Any) -> str | None
     try:
         groups = [group for group in state["param_groups"] if group["params"]]
         numbers = [number for group in groups for number in group["params"]]
-        moments = [state["state"].get(number, {}).get("exp_avg") for number in numbers]
-    except (LookupError, TypeError, AttributeError):
+        entries = [dict(state["state"].get(number, {})) for number in numbers]
+    except (LookupError, TypeError, ValueError, AttributeError):
         return "it holds no state of an optimizer"
     own = [group for group in optimizer.param_groups if group["params"]]
     trained = [parameter for group in own for parameter in group["params"]]
     if any(("betas" in a) != ("betas" in b) for a, b in zip(groups, own, strict=False)):
         return "its optimizer is of another kind (--opt)"
     sizes = [len(group["params"]) for group in groups]
-    if sizes != [len(group["params"]) for group in own] or any(
-        moment is not None and moment.shape != parameter.shape
-        for moment, parameter in zip(moments, trained, strict=True)
-    ):
+    if sizes != [len(group["params"]) for group in own]:
         return (
             f"its optimizer trained {len(numbers)} parameters, and not the {len(trained)} of this "
             "run (--lock-image and --lock-text with their groups must be as they were; "
             "--pretrained takes the weights alone)"
         )
+    for group, fresh in zip(groups, own, strict=True):
+        for name, value in fresh.items():
+            # Switches came with versions of torch.
+            if name != "params" and _kind(group.get(name)) != _kind(value) != "switch":
+                return f"its optimizer's {name} is {group.get(name)!r}, where {value!r} could stand"
+    for number, entry, parameter in zip(numbers, entries, trained, strict=True):
+        for name, value in entry.items():
+            if _kind(value) not in ("switch", "number") and not isinstance(value, Tensor):
+                return f"its optimizer's {name} of parameter {number} is {type(value).__name__}"
+            is_moment = name in ("exp_avg", "exp_avg_sq")
+            if is_moment and getattr(value, "shape", None) != parameter.shape:
+                return (
+                    f"its optimizer's {name} of parameter {number} has not the shape "
+                    f"{tuple(parameter.shape)} of this run's"
+                )
     return None
+
+
+def _kind(value: Any) -> Any:
+    """Return what may stand where an optimizer has this setting or number."""
+    if value is None or isinstance(value, bool):
+        return "switch"
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
+        return "number"
+    return [_kind(item) for item in value] if isinstance(value, (list, tuple)) else type(value)
 
 
 def build_trimmer(options: TrainOptions, model: nn.Module) -> CaptionTrimmer | None:

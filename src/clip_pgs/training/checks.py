@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ from clip_pgs.training.options import (
     flag_of,
 )
 from clip_pgs.training.run_folder import changed_options, holds_run, keeps_logs, run_folder
+from clip_pgs.training.telemetry import Cost
 
 # OpenCLIP's byte-pair vocabulary, of which the last token ends every caption.
 _NUM_TOKENS = 49408
@@ -433,4 +435,11 @@ def _damaged_record(checkpoint: Mapping[str, Any]) -> str | None:
     for name, entry in entries.items():
         if entry is not None and not isinstance(entry, dict):
             return f"its {name} holds {type(entry).__name__}, and not a mapping of names"
+    cost, metrics = entries.get("clip_pgs/cost") or {}, entries.get("clip_pgs/metrics") or {}
+    unknown = cost.keys() - {field.name for field in dataclasses.fields(Cost)}
+    for name in unknown:
+        return f"its clip_pgs/cost holds {name!r}, which no trainer writes"
+    for name, value in (cost | metrics).items():
+        if not isinstance(value, Real):
+            return f"its clip_pgs record says {value!r} of {name}, which is no number"
     return None

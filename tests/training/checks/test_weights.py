@@ -160,6 +160,27 @@ def test_a_begun_run_without_its_optimizer_does_not_go_on(model, content):
     accept(*argv, "--pretrained", "weights.pt")
 
 
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("betas is None", lambda group, entry: group.update(betas=None)),
+        ("betas", lambda group, entry: group.update(betas=(0.9, "0.98"))),
+        ("lr", lambda group, entry: group.pop("lr")),
+        ("eps", lambda group, entry: group.update(eps=[1e-6])),
+        ("step of parameter 0 is str", lambda group, entry: entry.update(step="3")),
+        ("exp_avg of parameter 0", lambda group, entry: entry.update(exp_avg=None)),
+        ("exp_avg_sq of parameter 0", lambda group, entry: entry.update(exp_avg_sq=torch.ones(7))),
+    ],
+)
+def test_an_optimizer_that_could_not_take_a_step_is_refused_by_name(model, part, change):
+    argv, weights = model
+    content = begun(weights)
+    change(content["optimizer"]["param_groups"][0], content["optimizer"]["state"][0])
+    assert f"its optimizer's {part}" in refusal(
+        *argv, "--resume", save(weights.state_dict(), **content)
+    )
+
+
 def test_a_file_of_another_model_is_not_resumed(model):
     argv, _ = model
     save(open_clip.create_model("vit_weights", force_custom_text=True).state_dict())
@@ -213,7 +234,10 @@ def test_weights_that_are_no_finite_numbers_are_refused_by_name(model, flag, cha
     [
         {"clip_pgs": "text"},
         {"clip_pgs": {"cost": [1]}},
+        {"clip_pgs": {"cost": {"hours": 1}}},
+        {"clip_pgs": {"cost": {"steps": "many"}}},
         {"clip_pgs": {"metrics": 3}},
+        {"clip_pgs": {"metrics": {"top1": None}}},
         {"masking_state": [1]},
         {"epoch": 10**30},
     ],
