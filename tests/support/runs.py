@@ -2,7 +2,12 @@
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -146,3 +151,26 @@ def run(folder, *, evaluate=None, **options):
     args = parse_options(flags(folder, **options))
     check_options(args)
     return train(args, evaluate=evaluate)
+
+
+_HOLD = """
+import sys, time
+from pathlib import Path
+from clip_pgs.training.stop import RunLock
+with RunLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Let another process hold a run's folder."""
+    command = [sys.executable, "-c", _HOLD, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()

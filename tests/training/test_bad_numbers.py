@@ -69,6 +69,13 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint(tmp_pa
     assert json.loads((folder / "exit.json").read_text())["code"] == 1
 
 
+def test_a_run_without_a_single_good_step_is_no_success(tmp_path, world, spoil):
+    spoil(range(100))
+    with pytest.raises(BadNumbersError, match="not finite in any of the 4 steps"):
+        run(tmp_path, train_data=world.train_data, epochs=1)
+    assert not (tmp_path / "logs" / "run" / "export").exists()
+
+
 @pytest.mark.parametrize("is_fused", [True, False])
 def test_gradients_that_are_not_finite_change_no_weight_and_no_moment(is_fused):
     model = small_clip()

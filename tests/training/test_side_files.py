@@ -1,14 +1,16 @@
 """Files of a run's folder that are damaged or gone: what a run can do without, and what not."""
 
 import json
+import os
 import shutil
+from contextlib import ExitStack
 
 import pytest
 
 from clip_pgs.training.__main__ import main
 from clip_pgs.training.trainer import Trainer
 from support.resuming import last_checkpoint
-from support.runs import flags, run
+from support.runs import flags, holding, run
 
 _save_if_due = Trainer.save_if_due
 DAMAGE = {
@@ -89,6 +91,32 @@ def test_a_folder_that_was_removed_in_mid_run_is_made_again(tmp_path, world, mon
     for part in ("params.txt", "env.json"):
         assert (folder / part).read_text()
     assert "Saved epoch_2.pt" in (folder / "out.log").read_text()
+
+
+def test_a_removed_folder_that_another_run_took_meanwhile_is_left_to_it(
+    tmp_path, world, monkeypatch, capfd
+):
+    folder = tmp_path / "logs" / "run"
+    with ExitStack() as stack:
+        others = []
+
+        def replace_by_another_run():
+            shutil.rmtree(folder)
+            others.append(stack.enter_context(holding(folder)))
+
+        remove_at(monkeypatch, 3, replace_by_another_run)
+        assert main(flags(tmp_path, train_data=world.train_data, save_every_steps=1)) == 1
+        assert f"process {others[0].pid} on " in capfd.readouterr().err.splitlines()[-1]
+        assert list(folder.glob("**/*.pt")) == []
+
+
+def test_a_removed_folder_is_held_again(tmp_path, world, monkeypatch):
+    folder = tmp_path / "logs" / "run"
+    found = []
+    remove_at(monkeypatch, 2, lambda: shutil.rmtree(folder))
+    remove_at(monkeypatch, 3, lambda: found.append(json.loads((folder / ".lock").read_text())))
+    run(tmp_path, train_data=world.train_data, save_every_steps=1)
+    assert found[0]["process"] == os.getpid()
 
 
 def test_no_run_ends_with_0_and_without_a_checkpoint(tmp_path, world, monkeypatch, capfd):

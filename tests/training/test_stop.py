@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 
@@ -22,7 +20,7 @@ from clip_pgs.training.stop import StoppedError, StopRequest, StopSignals
 from clip_pgs.training.trainer import Trainer
 from support.disk import files_limited_to
 from support.ranks import output, train_together
-from support.runs import flags, run, write_shards
+from support.runs import flags, holding, run, write_shards
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 
@@ -182,23 +180,10 @@ def test_a_user_sees_what_each_epoch_brought(tmp_path, world, capfd):
     assert "zeroshot/shapes" not in said
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from clip_pgs.training.stop import run_lock
-with run_lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
-
 @pytest.fixture
 def holder(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "logs" / "run")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
+    with holding(tmp_path / "logs" / "run") as process:
         yield process
-        process.kill()
 
 
 def contents(folder):

@@ -381,34 +381,68 @@ def _write_new(path: Path, text: str) -> bool:
     return False
 
 
-@contextmanager
-def run_lock(folder: Path | None) -> Iterator[None]:
-    """Hold a run's folder for this process, as long as the block runs.
+class RunLock:
+    """Holds a run's folder for this process, as long as the block runs.
 
     The lock ends with the process, however that ends; a file system without locks has none.
 
     Args:
-        folder: The run's folder; None holds nothing.
+        folder: The run's folder.
 
     Raises:
-        BadInputError: If another process holds it for `LOCK_SECONDS`.
-        UnwrittenError: If the folder cannot be written.
+        BadInputError: On entry, if another process holds it for `LOCK_SECONDS`.
+        UnwrittenError: On entry, if the folder cannot be written.
     """
-    if folder is None:
-        yield
-        return
-    with writing("the run's folder"):
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> RunLock:
+        with writing("the run's folder"):
+            self._file = self._open()
+        try:
+            _wait_for_lock(self._file, self._folder)
+        except BaseException:
+            self._file.close()
+            raise
+        self._sign()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def keep(self) -> None:
+        """Take the lock again where its file was removed, with or without the folder.
+
+        Raises:
+            UnwrittenError: If another process took it meanwhile.
+        """
+        # Whatever keeps the lock from being made keeps a checkpoint from being written, too.
+        with suppress(OSError):
+            with suppress(FileNotFoundError):
+                now = os.stat(self._folder / LOCK_NAME)
+                if os.path.samestat(now, os.fstat(self._file.fileno())):
+                    return
+            self._file.close()
+            self._file = self._open()
+            if not take_lock(self._file):
+                raise UnwrittenError(
+                    f"{self._folder} was removed under this run, and {lock_holder(self._file)} "
+                    "trains there now; nothing more of this run is kept"
+                )
+            self._sign()
+
+    def _open(self) -> IO[bytes]:
+        self._folder.mkdir(parents=True, exist_ok=True)
         # Unbuffered: what a full disk refuses is not tried again when the file is closed.
-        file = (folder / LOCK_NAME).open("ab+", buffering=0)
-    with file:
-        _wait_for_lock(file, folder)
+        return (self._folder / LOCK_NAME).open("ab+", buffering=0)
+
+    def _sign(self) -> None:
         # Where the disk is full, the lock holds without a name.
         with suppress(OSError):
-            file.truncate(0)
+            self._file.truncate(0)
             holder = {"process": os.getpid(), "host": socket.gethostname()}
-            file.write(json.dumps(holder).encode())
-        yield
+            self._file.write(json.dumps(holder).encode())
 
 
 def _wait_for_lock(file: IO[bytes], folder: Path) -> None:

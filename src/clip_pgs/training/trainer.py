@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from itertools import islice
@@ -67,13 +68,13 @@ from clip_pgs.training.stop import (
     BadNumbersError,
     ExitReport,
     OtherProcessError,
+    RunLock,
     StoppedError,
     StopRequest,
     StopSignals,
     UnwrittenError,
     Verdict,
     as_bad_input,
-    run_lock,
     stop_vote,
     writing,
 )
@@ -132,7 +133,8 @@ def train(
         options.name = group.broadcast(options.name or default_name(options))
         folder = run_folder(options)
         sentences = option_warnings(options) if is_main else []
-        with run_lock(folder if is_main else None):
+        lock = RunLock(folder) if folder is not None and is_main else None
+        with lock or nullcontext():
             if folder is not None and is_main:
                 report.folder = folder
                 report.forget()
@@ -166,6 +168,7 @@ def train(
                                 signals=signals,
                                 watchdog=watchdog,
                                 evaluate=evaluate,
+                                lock=lock,
                             )
                         trainer.run()
                 else:
@@ -186,6 +189,7 @@ class Trainer:
         signals: Signals to this process.
         watchdog: Is told what this process does.
         evaluate: Measures more than OpenCLIP does.
+        lock: What rank 0 holds on the folder.
 
     Raises:
         ValueError: If the data does not fill one step, or the checkpoint does not fit.
@@ -201,8 +205,10 @@ class Trainer:
         signals: StopSignals,
         watchdog: Watchdog,
         evaluate: Evaluate | None,
+        lock: RunLock | None,
     ) -> None:
         self._options = options
+        self._lock = lock
         self._device = device
         self._group = group
         self._signals = signals
@@ -417,6 +423,8 @@ class Trainer:
         """Save a place in the run: completed epochs, and samples of the one under way."""
         if self._store is None or not any(names.values()):
             return
+        if self._lock is not None:
+            self._lock.keep()
         self._run_files.restore()
         epoch, position = place
         content = pack_checkpoint(
@@ -523,6 +531,14 @@ class Trainer:
             model=self._parts.model,
             record=self._record_now(),
         )
+        if self._lock is not None:
+            self._lock.keep()
+        cost = self._telemetry.cost
+        if 0 < cost.steps == cost.skipped_steps:
+            raise BadNumbersError(
+                "the loss or its gradient was not finite in any of the "
+                f"{counted(cost.steps, 'step')}; no weight was changed, and no model is exported"
+            )
         try:
             export = write_export(checkpoint, self._folder / EXPORT_NAME)
         except OSError as error:
@@ -534,7 +550,6 @@ class Trainer:
             raise UnwrittenError(
                 f"the last checkpoint could not be written or is gone; the export is in {export}"
             )
-        cost = self._telemetry.cost
         _logger.info(
             "Done: %s, %s, %.3g FLOPs in %s",
             counted(cost.steps, "step"),
