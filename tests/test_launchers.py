@@ -92,6 +92,23 @@ def test_bad_input_ends_with_code_2_one_sentence_and_nothing_made(
             {"NNODES": "2", "NPROC_PER_NODE": "1", "NODE_RANK": "1"},
             "NNODES=2 needs NODE_RANK, a number from 0, and MASTER_ADDR",
         ),
+        (
+            {"NNODES": "2", "NPROC_PER_NODE": "1", "NODE_RANK": "2", "MASTER_ADDR": "localhost"},
+            "NODE_RANK must be in [0, NNODES), got 2 of NNODES=2",
+        ),
+        *(
+            (
+                {
+                    "NNODES": "2",
+                    "NPROC_PER_NODE": "1",
+                    "NODE_RANK": "1",
+                    "MASTER_ADDR": "localhost",
+                    "MASTER_PORT": port,
+                },
+                f"MASTER_PORT must be a whole number in [1, 65535], got {port!r}",
+            )
+            for port in ("abc", "0", "65536", "-1")
+        ),
     ],
 )
 def test_a_wrong_environment_variable_is_named(tmp_path, environment, sentence):

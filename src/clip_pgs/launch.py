@@ -127,7 +127,12 @@ class Processes:
         found = int(per_node) if per_node else _count_gpus()
         if nodes == "1":
             return cls(found, max_restarts=int(restarts))
-        address = f"{host}:{os.environ.get('MASTER_PORT') or 29500}"
+        if int(rank) >= int(nodes):
+            raise ValueError(f"NODE_RANK must be in [0, NNODES), got {rank} of NNODES={nodes}")
+        port = os.environ.get("MASTER_PORT") or "29500"
+        if not (_is_count(port) and 0 < int(port) < 2**16):
+            raise ValueError(f"MASTER_PORT must be a whole number in [1, 65535], got {port!r}")
+        address = f"{host}:{port}"
         return cls(found, int(nodes), int(rank), address, int(restarts))
 
     @property
@@ -252,7 +257,7 @@ def _take_nproc(argv: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def _count_gpus() -> int:
