@@ -176,6 +176,10 @@ def test_the_last_word_on_a_switch_holds():
     assert parse_options([*VALID, "--no-local-loss", "--local-loss"]).local_loss
 
 
+def test_a_switch_that_is_refused_may_be_said_to_be_off():
+    assert parse_options([*VALID, "--no-horovod", "--no-trace"]).name is None
+
+
 def test_a_switch_that_begins_with_no_is_itself_and_can_be_undone():
     assert parse_options([*VALID, "--no-set-device-rank"]).no_set_device_rank
     undone = [*VALID, "--no-set-device-rank", "--no-no-set-device-rank"]
@@ -327,6 +331,12 @@ def test_every_option_of_ours_is_explained_in_help_and_listed_in_its_page(option
     action = next(a for a in option_parser()._actions if flag in a.option_strings)
     assert action.help
     assert flag in PAGE.read_text()
+
+
+@pytest.mark.parametrize("flag", ["--data-timeout", "--hang-timeout"])
+def test_seconds_that_no_clock_counts_are_refused(flag):
+    with pytest.raises(ValueError, match=rf"{flag} must be in \[0, 10\*\*8\]"):
+        check_options(parse_options([*VALID, flag, "1e15"]))
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])

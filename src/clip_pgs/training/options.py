@@ -55,6 +55,8 @@ AT_LEAST_2 = Rule(">= 2", lambda value: value >= 2)
 ABOVE_0 = Rule("> 0", lambda value: value > 0)
 SHARE = Rule("in [0, 1]", lambda value: 0 <= value <= 1)
 BELOW_1 = Rule("in [0, 1)", lambda value: 0 <= value < 1)
+# No clock counts further.
+SECONDS = Rule("in [0, 10**8]", lambda value: 0 <= value <= 10**8)
 WORKERS = Rule("in [0, 1024]", lambda value: 0 <= value <= 1024)
 # numpy takes no other seed.
 SEED = Rule("in [0, 2**32)", lambda value: 0 <= value < 2**32)
@@ -230,9 +232,9 @@ class TrainOptions(argparse.Namespace):
     accept_changes: bool = _ours(False, SAVING)
     max_bad_steps: int = _ours(10, ENDING, "N", rule=AT_LEAST_1)
     max_bad_share: float = _ours(0.1, ENDING, "F", rule=SHARE)
-    data_timeout: float = _ours(300.0, ENDING, "S", rule=AT_LEAST_0)
+    data_timeout: float = _ours(300.0, ENDING, "S", rule=SECONDS)
     # Before NCCL gives up, after ten minutes, with an error that names nobody.
-    hang_timeout: float = _ours(480.0, ENDING, "S", rule=AT_LEAST_0)
+    hang_timeout: float = _ours(480.0, ENDING, "S", rule=SECONDS)
     target_mask_ratio: float | None = _ours(None, RELEASED, "F")
     min_mask_ratio: float | None = _ours(None, RELEASED, "F")
     use_ed: bool = _ours(False, RELEASED)
@@ -618,6 +620,7 @@ def read_options(argv: Sequence[str]) -> TrainOptions:
         if said[name] is not False:
             reason = REFUSED_FLAGS.get(flag_of(name), "this version of OpenCLIP added it after us")
             raise ValueError(f"{flag_of(name)} is not supported: {reason}")
+        del said[name]
     # What is None, or a switch that is off, is as if nobody had said it; a ratio of 0 is said.
     said = {name: value for name, value in said.items() if value is not None and value != {}}
     given = {name for name, value in said.items() if value is not False}
