@@ -158,6 +158,15 @@ def test_members_that_lead_elsewhere_are_read_and_never_written(tmp_path, capsys
     assert {parts[3] for parts in written if len(parts) == 4} == {"run"}
 
 
+def test_no_name_in_a_shard_reaches_the_terminal_as_a_control_sequence(tmp_path, capsys):
+    with tarfile.open(tmp_path / "\x1b[2J.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("\x1b[31mred\x07.txt"))
+    assert data(["check", str(tmp_path / "*.tar")]) == 1
+    said = capsys.readouterr()
+    assert "\\x1b[31mred\\x07" in said.out
+    assert not {"\x1b", "\x07"} & {*said.out, *said.err}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "arguments"),

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from clip_pgs.common import one_sentence
+
 logger = logging.getLogger(__name__)
 
 _MAX_LOGGED = 10
@@ -32,7 +34,9 @@ class Skip:
 
     def __str__(self) -> str:
         place = f"{self.shard}: {self.key}" if self.key else self.shard
-        return f"{place}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        detail = f" ({self.detail})" if self.detail else ""
+        # A shard may come from anybody, and its names may hold what moves a terminal's cursor.
+        return one_sentence(f"{place}: {self.reason}{detail}")
 
 
 class BadSampleError(ValueError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from clip_pgs.common import atomic_folder
+from clip_pgs.common import atomic_folder, one_sentence
 from clip_pgs.data.bad_samples import BadSampleError, Skip
 from clip_pgs.data.decoding import UnreadableImageError, opened_image
 from clip_pgs.data.samples import RawSample, decode_captions, decode_image
@@ -234,7 +234,7 @@ def _cells(name: str, report: ShardReport) -> tuple[str, ...]:
             f"{min(sides)}..{max(sides)}" for sides in zip(*report.image_sizes, strict=True)
         )
     counts = (report.num_samples, report.num_usable, num_images, report.num_captions)
-    return (name, *map(str, counts), str(len(report.bad)), characters, pixels)
+    return (one_sentence(name), *map(str, counts), str(len(report.bad)), characters, pixels)
 
 
 def _format_row(cells: tuple[str, ...], width: int) -> str:
