@@ -4,7 +4,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
 
 from clip_pgs import MaskingStrategy, PatchInputs, create_masking, sinkhorn_plan
 from clip_pgs.masking.pgs_released import NUM_BALANCING_PASSES, balance
@@ -123,18 +122,50 @@ def candidates(inputs, **options):
     return [sorted(set(range(inputs.num_patches)) - set(row)) for row in index]
 
 
+def released_candidates(inputs):
+    """Return the candidates and the cosines of patches, computed in the released code's order.
+
+    Its edges are what rounding left of means that are 0, so that every step counts: the colors of a
+    pixel lie side by side, mean and deviation are taken apart, a convolution finds the edges.
+    """
+    side, (rows, columns) = inputs.patch_size[0], inputs.grid_size
+    patches = inputs.pixels.reshape(-1, 3, rows, side, columns, side).permute(0, 2, 4, 3, 5, 1)
+    patches = patches.reshape(len(patches), rows * columns, -1)
+    mean, std = patches.mean(dim=2, keepdim=True), patches.std(dim=2, keepdim=True)
+    patches = (patches - mean) / (std + 1e-6)
+    gray = patches.mean(dim=2).reshape(-1, 1, rows, columns)
+    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+    kernels = torch.stack([sobel, sobel.T])[:, None]
+    edges = torch.nn.functional.conv2d(gray, kernels, padding=1).square().sum(dim=1).sqrt()
+    edges = edges.flatten(1)
+    low, high = edges.amin(dim=1, keepdim=True), edges.amax(dim=1, keepdim=True)
+    keys = inputs.noise + 1e6 * (edges - low) / (high - low + 1e-6)
+    order = keys.argsort(dim=1, stable=True)
+    unit = patches / (patches.norm(dim=2, keepdim=True) + 1e-6)
+    return order[:, int(0.95 * inputs.num_patches) :], torch.bmm(unit, unit.transpose(1, 2))
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_candidates_have_the_highest_sobel_values_of_rounding_noise(seed):
+def test_candidates_are_the_released_codes_to_the_last_patch(seed):
     inputs = make_inputs(3, grid_size=(7, 7), noise=noise_like(3, 49, seed=seed))
-    patches = torch.nn.functional.unfold(inputs.pixels, 8, stride=8).transpose(1, 2).contiguous()
-    std, mean = torch.std_mean(patches, dim=2, keepdim=True)
-    means = ((patches - mean) / (std + 1e-6)).mean(dim=2).reshape(3, 7, 7).double().numpy()
-    assert np.abs(means).max() < 1e-6
-    for image, found in zip(means, candidates(inputs), strict=True):
-        sobel = [ndimage.sobel(image, axis=axis, mode="constant") for axis in (0, 1)]
-        strength = np.hypot(*sobel).ravel()
-        # Multiples of a rounding error are often equal; random numbers choose among those alone.
-        assert strength[found].min() >= np.delete(strength, found).max() - 1e-5 * strength.max()
+    expected, _ = released_candidates(inputs)
+    assert candidates(inputs) == expected.sort(dim=1).values.tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_exceeds_the_threshold_is_the_released_codes_to_the_last_patch(seed):
+    inputs = make_inputs(3, grid_size=(7, 7), noise=noise_like(3, 49, seed=seed))
+    index, similarity = released_candidates(inputs)
+    balanced = similarity
+    for _ in range(50):
+        sums = [balanced.sum(dim=dim, keepdim=True) + 1e-3 for dim in (1, 2)]
+        balanced = balanced / sums[0] / sums[1]
+    similarity = similarity + balanced
+    chosen = torch.stack([one[rows] for one, rows in zip(similarity, index, strict=True)])
+    # Nothing is dropped, so that the selection speaks of all patches.
+    options = {"mask_ratio": 0.5, "mask_ratio_min": 0.0, "attention_bias": True}
+    selection = create_masking("pgs-released", **options)(inputs)
+    assert torch.equal(selection.similar, (chosen > 0.5).any(dim=1))
 
 
 def test_without_edges_random_numbers_choose_the_candidates():

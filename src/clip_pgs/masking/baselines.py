@@ -4,8 +4,9 @@ Sources: FLIP (https://arxiv.org/abs/2212.00794) for `random`, GLIP
 (https://arxiv.org/abs/2403.15837) for `gaussian`, CLIPA (https://arxiv.org/abs/2305.07017) for
 `grid` and `block`.
 
-Deliberate differences: `gaussian` rounds its count as every strategy does, and takes any grid,
-which spans [-1, 1] along each side. `grid` and `block` keep exactly the stated count at any ratio.
+Deliberate differences: `random` and `gaussian` round their count as every strategy does, and
+`gaussian` takes any grid, which spans [-1, 1] along each side. `grid` and `block` keep exactly the
+stated count at any ratio.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 Source: the authors' public snapshot cdeb109 (November 2024) of https://arxiv.org/abs/2503.17080.
 Its two checkpoints come from these rules, which are not those of the paper; `pgs` follows the
-paper. Differences from that code (how much the fourth and fifth change was not measured):
+paper. Its "edges" are rounding noise, so that its order of operations is kept: candidates, and what
+exceeds the threshold, are the same to the last patch. Deliberate differences from that code (how
+much the fourth and fifth change was not measured):
 
 - The kept count is `int(N * (1 - mask_ratio_min))` in every batch. There it could grow with the
   other images of a batch, which happened in practice never.
@@ -102,7 +104,7 @@ class PGSReleasedMasking(MaskingStrategy):
         """Mark what resembles a candidate, then keep a fixed count, unmarked patches first."""
         assert isinstance(inputs.patch_size, tuple)
         noise_BN = draw_noise(inputs, generator)
-        patches_BNF = _standardized(patchify(inputs.pixels.float(), inputs.patch_size))
+        patches_BNF = _standardized(_channels_last(inputs.pixels.float(), inputs.patch_size))
         candidate_index = self._candidates(noise_BN, patches_BNF, inputs.grid_size)
         similarity_BNN = self._similarity(inputs, patches_BNF)
         if self.transport:
@@ -156,8 +158,16 @@ def balance(similarity: Tensor) -> Tensor:
     return similarity
 
 
+def _channels_last(pixels: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Cut patches, the colors of a pixel side by side: the order decides how sums are rounded."""
+    patches_BNF = patchify(pixels, patch_size)
+    return patches_BNF.unflatten(2, (pixels.shape[1], -1)).transpose(2, 3).flatten(2)
+
+
 def _standardized(patches_BNF: Tensor) -> Tensor:
-    std_BN1, mean_BN1 = torch.std_mean(patches_BNF, dim=2, keepdim=True)
+    # Not std_mean, whose mean is rounded in another way.
+    mean_BN1 = patches_BNF.mean(dim=2, keepdim=True)
+    std_BN1 = patches_BNF.std(dim=2, keepdim=True)
     return (patches_BNF - mean_BN1) / (std_BN1 + _EPSILON)
 
 
