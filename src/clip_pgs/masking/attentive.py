@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clip_pgs.masking.sampling import draw_noise, select_top
+from clip_pgs.masking.sampling import draw_noise
 from clip_pgs.masking.strategy import (
     FixedRatioMasking,
     PatchInputs,
@@ -92,10 +92,11 @@ class AttentiveMasking(FixedRatioMasking):
         # Sorted by noise first, equal attentions stay in that order under a stable sort.
         order_BC = noise_BC.argsort(dim=1)
         place_BC = attention_BC.gather(1, order_BC).argsort(dim=1, descending=True, stable=True)
-        num_keep = self.num_keep(inputs)
-        kept_BC = torch.zeros_like(attention_BC).scatter(
-            1, order_BC.gather(1, place_BC[:, : num_keep // cell**2]), 1.0
+        kept_BC = order_BC.gather(1, place_BC[:, : self.num_keep(inputs) // cell**2])
+        across = width // cell
+        top, left = (
+            cell * each[:, :, None, None] for each in (kept_BC // across, kept_BC % across)
         )
-        kept_BHW = kept_BC.unflatten(1, (height // cell, width // cell))
-        kept_BHW = kept_BHW.repeat_interleave(cell, dim=1).repeat_interleave(cell, dim=2)
-        return select_top(kept_BHW.flatten(1), num_keep=num_keep)
+        inside = torch.arange(cell, device=kept_BC.device)
+        index_BK = ((top + inside[:, None]) * width + left + inside).flatten(1)
+        return PatchSelection(index_BK.sort(dim=1).values)
