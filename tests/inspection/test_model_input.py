@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -32,15 +34,17 @@ def test_a_model_config_gives_image_and_patch_size(tmp_path):
 
 @pytest.mark.parametrize("place", ["run/export", "run"])
 def test_a_run_or_its_export_gives_sizes_and_normalisation(tmp_path, place):
-    preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "resize_mode": "squash"}
     config = {"model_cfg": MODEL, "preprocess_cfg": preprocess}
     write_json(tmp_path / place / "open_clip_config.json", config)
     model_input = read_model_input(str(tmp_path / "run"))
-    assert model_input == ModelInput((64, 64), (8, 8), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    expected = ModelInput((64, 64), (8, 8), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert model_input == replace(expected, resize_mode="squash")
 
 
 def test_a_run_without_an_export_gives_its_newest_checkpoint(tmp_path):
-    config = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}
+    preprocess = {"mean": [0.5, 0.5, 0.5], "interpolation": "bilinear"}
+    config = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": preprocess}
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
     models = [open_clip.CLIP(**MODEL_CONFIG) for _ in range(2)]
@@ -54,6 +58,7 @@ def test_a_run_without_an_export_gives_its_newest_checkpoint(tmp_path):
         assert model_input.image_size == 2 * (vision["image_size"],)
         assert model_input.patch_size == 2 * (vision["patch_size"],)
         assert model_input.mean == (0.5, 0.5, 0.5)
+        assert model_input.interpolation == "bilinear"
         loaded = load_model(str(source)).visual.conv1.weight
         assert torch.equal(loaded, model.visual.conv1.weight)
 
@@ -118,13 +123,36 @@ def test_patches_that_do_not_divide_the_image_are_refused(patch_size, sentence):
 
 
 @pytest.mark.parametrize("size", [(300, 224), (640, 128), (40, 60)])
-def test_the_model_receives_what_open_clip_would_give_it(size):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"interpolation": "bilinear", "resize_mode": "squash"},
+        {"image_size": (224, 96)},
+        {"image_size": (96, 224), "resize_mode": "longest"},
+    ],
+    ids=lambda options: "-".join(options) or "default",
+)
+def test_the_model_receives_what_open_clip_would_give_it(size, options):
     image = Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB")
-    model_input = ModelInput()
-    transform = open_clip.image_transform(224, is_train=False, interpolation="bilinear")
+    model_input = ModelInput(**options)
+    transform = open_clip.image_transform(
+        is_train=False, **{"image_size": model_input.image_size, **options}
+    )
     pixels = model_input.normalize([model_input.crop(image)])
-    difference = (pixels[0] - transform(image)).abs()
-    assert difference.mean() < 0.02
+    assert torch.equal(pixels[0], transform(image))
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+def test_a_mask_is_cropped_where_its_image_is(resize_mode):
+    # An edge that no resampling blurs shows where a pixel comes from.
+    mask = Image.new("L", (400, 300), 0)
+    mask.paste(1, (100, 60, 300, 240))
+    model_input = ModelInput((96, 192), (16, 16), resize_mode=resize_mode)
+    cropped = np.asarray(model_input.crop_mask(mask))
+    image = np.asarray(model_input.crop(mask.point(lambda value: 255 * value).convert("RGB")))
+    assert set(np.unique(cropped)) == {0, 1}
+    assert np.mean((image[:, :, 0] > 127) == (cropped == 1)) > 0.99
 
 
 def test_pixels_alone_need_no_model():

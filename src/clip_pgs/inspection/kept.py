@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
@@ -150,10 +150,8 @@ def _foreground_patches(mask: Image.Image, model_input: ModelInput) -> Tensor:
         # The last of two or four bands says how opaque a pixel is.
         bands = values.shape[2] - (values.shape[2] in (2, 4))
         values = values[:, :, :bands].max(axis=2)
-    height, width = model_input.image_size
-    white = Image.fromarray((values != 0).astype(np.uint8) * 255)
-    fitted = ImageOps.fit(white, (width, height), Image.Resampling.BILINEAR)
-    share = pil_to_tensor(fitted)[None].float() / 255
+    white = Image.fromarray((values != 0).astype(np.uint8))
+    share = pil_to_tensor(model_input.crop_mask(white))[None].float()
     return patchify(share, model_input.patch_size).mean(dim=2)[0] > 0.5
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import normalize, pil_to_tensor, to_pil_image
 
 from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MODEL_CONFIG_NAME, literal
@@ -89,6 +90,9 @@ class ModelInput:
         patch_size: (height, width) of a patch, dividing the image size.
         mean: Of each color channel, for images in [0, 1].
         std: Of each color channel.
+        interpolation: "bicubic" or "bilinear", OpenCLIP's name.
+        resize_mode: "shortest", "longest" or "squash", OpenCLIP's name: which side is brought to
+            the input's, or both.
 
     Raises:
         ValueError: If the patches do not divide the image.
@@ -98,6 +102,8 @@ class ModelInput:
     patch_size: tuple[int, int] = (16, 16)
     mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
 
     def __post_init__(self) -> None:
         if not 1 <= min(self.image_size) <= max(self.image_size) <= MAX_SIDE:
@@ -112,12 +118,34 @@ class ModelInput:
         return patch_grid(self.image_size, patch_sides(self.patch_size))
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """Resize an image until it covers the input, bilinear, and cut out the center.
+        """Resize and crop an image as OpenCLIP's own transform for evaluation does.
 
         Colors are those that training sees; see `clip_pgs.data.decoding.to_rgb`.
         """
-        height, width = self.image_size
-        return ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.BILINEAR)
+        return self._fit(to_rgb(image))
+
+    def crop_mask(self, mask: Image.Image) -> Image.Image:
+        """Crop a mask as `crop` does its image, by the nearest pixels."""
+        return self._fit(mask, InterpolationMode.NEAREST)
+
+    def _fit(
+        self, image: Image.Image, interpolation: InterpolationMode | None = None
+    ) -> Image.Image:
+        # It takes seconds to import.
+        import open_clip
+
+        transform = open_clip.image_transform(
+            self.image_size,
+            is_train=False,
+            interpolation=self.interpolation,
+            resize_mode=self.resize_mode,
+        )
+        # The last three are colors, tensor and normalization.
+        for step in transform.transforms[:-3]:
+            if interpolation is not None and hasattr(step, "interpolation"):
+                step.interpolation = interpolation
+            image = step(image)
+        return image
 
     def normalize(self, crops: Sequence[Image.Image]) -> Tensor:
         """Return cropped images as the model receives them, shape (B, 3, H, W), float32."""
@@ -146,7 +174,7 @@ def read_model_input(source: str) -> ModelInput:
     model: Any
     if _checkpoint(source) is not None:
         model = load_model(source)
-        preprocess = {"mean": model.visual.image_mean, "std": model.visual.image_std}
+        preprocess = model.visual.preprocess_cfg
     else:
         config = read_config(source)
         model_config = config.get("model_cfg", config)
@@ -169,6 +197,8 @@ def read_model_input(source: str) -> ModelInput:
         patch_size=patch,
         mean=tuple(preprocess.get("mean") or OPENAI_MEAN),
         std=tuple(preprocess.get("std") or OPENAI_STD),
+        interpolation=preprocess.get("interpolation") or "bicubic",
+        resize_mode=preprocess.get("resize_mode") or "shortest",
     )
 
 
