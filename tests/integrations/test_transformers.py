@@ -1,6 +1,7 @@
 """Masking of Hugging Face models, built from configs."""
 
 import copy
+import importlib
 import subprocess
 import sys
 
@@ -448,3 +449,13 @@ def test_it_works_where_open_clip_is_not_installed():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "(2, 8)\n"
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.5.4"])
+def test_a_transformers_of_another_shape_is_refused(monkeypatch, version):
+    name = "clip_pgs.integrations.transformers"
+    # The package puts another module into its place while it is imported.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=f"needs transformers 5.6 or newer, got {version}"):
+        importlib.import_module(name)

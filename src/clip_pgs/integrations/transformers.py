@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 6):
+    # Before, the vision models wrapped another class, with other arguments in its blocks.
+    raise ImportError(
+        "clip_pgs.integrations.transformers needs transformers 5.6 or newer, "
+        f"got {transformers.__version__}"
+    )
+
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.chinese_clip import modeling_chinese_clip
 from transformers.models.clip import modeling_clip
