@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from clip_pgs import PatchInputs, create_masking
-from clip_pgs.masking.cluster import (
-    DEFAULT_THRESHOLDS,
-    NUM_BATCHES,
-    ThresholdRecord,
-    bisect_threshold,
-    default_threshold,
-)
+from clip_pgs.masking.calibration import NUM_BATCHES, ThresholdRecord, bisect_threshold
+from clip_pgs.masking.cluster import DEFAULT_THRESHOLDS, default_threshold
 from clip_pgs.masking.sampling import kept_patches, patchify
 from clip_pgs.masking.strategy import interpolate
 from masking import oracle
@@ -248,7 +243,7 @@ def test_the_state_before_calibration_restores_the_default():
 
 @pytest.mark.parametrize("state", [{"threshold": 0.4}, {"thresholds": [0.4], "progress": []}])
 def test_anything_else_is_no_state(state):
-    with pytest.raises(ValueError, match="the state of cluster must hold lists of one length"):
+    with pytest.raises(ValueError, match="the state of a threshold must hold lists of one length"):
         create_masking("cluster").load_state(state)
 
 

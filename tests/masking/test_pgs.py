@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,49 @@ def test_without_a_threshold_each_grid_follows_its_own(size):
     assert implied.min() < count
 
 
+def mean_ratio(strategy, inputs):
+    return 1 - strategy(inputs).kept_counts().float().mean().item() / inputs.num_patches
+
+
+def calibrated(strategy, inputs):
+    """Show a strategy the same batch until it asks for no more."""
+    while strategy.needs_calibration(inputs.progress):
+        strategy.calibrate(inputs)
+    return strategy
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5])
+@pytest.mark.parametrize("target", [0.35, 0.45])
+def test_training_finds_the_threshold_of_a_mean_ratio(progress, target):
+    noise = torch.rand(8, 49, generator=torch.Generator().manual_seed(0))
+    inputs = make_inputs(8, noise=noise, progress=progress)
+    bounds = {"mask_ratio": 0.5, "mask_ratio_min": 0.3}
+    strategy = create_masking("pgs", mask_ratio_mean=target, **bounds)
+    assert torch.equal(strategy(inputs).index, create_masking("pgs", **bounds)(inputs).index)
+    calibrated(strategy, inputs)
+    assert mean_ratio(strategy, inputs) == pytest.approx(target, abs=0.01)
+    ratios = 1 - strategy(inputs).kept_counts() / 49
+    assert len(ratios.unique()) > 2
+    again = create_masking("pgs", mask_ratio_mean=target, **bounds)
+    again.load_state(json.loads(json.dumps(strategy.state())))
+    assert torch.equal(again(inputs).index, strategy(inputs).index)
+    assert not again.needs_calibration(progress)
+
+
+def test_the_mean_ratio_follows_a_schedule():
+    inputs = make_inputs(8, noise=torch.rand(8, 49, generator=torch.Generator().manual_seed(0)))
+    strategy = create_masking("pgs", mask_ratio=0.5, mask_ratio_min=0.3, mask_ratio_mean=0.4)
+    calibrated(strategy, inputs).set_mask_ratio(0.25)
+    assert strategy.needs_calibration(0.0)
+    assert mean_ratio(calibrated(strategy, inputs), inputs) == pytest.approx(0.2, abs=0.01)
+
+
+def test_without_a_mean_ratio_training_finds_nothing():
+    strategy = create_masking("pgs", mask_ratio=0.5, mask_ratio_min=0.3)
+    assert not strategy.needs_calibration(0.0)
+    assert strategy.state() == {}
+
+
 def test_an_object_on_a_smooth_slope_is_kept():
     image, foreground = square_on_gradient()
     is_object = patchify(foreground[None, None].float(), (8, 8))[0].mean(dim=1) > 0.5
@@ -106,6 +151,11 @@ def test_an_object_on_a_smooth_slope_is_kept():
     ("options", "sentence"),
     [
         ({"mask_ratio": 1.0}, r"mask_ratio must be in \[0, 1\), got 1.0"),
+        ({"mask_ratio_mean": 0.4}, r"mask_ratio_mean must be in \[0\.5, 0\.5\], got 0\.4"),
+        (
+            {"mask_ratio_mean": 0.4, "mask_ratio_min": 0.3, "threshold": 0.2},
+            "mask_ratio_mean needs .* no threshold, got .*threshold=0.2",
+        ),
         ({"mask_ratio_min": -0.1}, r"mask_ratio_min must be in \[0, 1\), got -0.1"),
         (
             {"mask_ratio": 0.3, "mask_ratio_min": 0.5},

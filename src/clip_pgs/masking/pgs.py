@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from clip_pgs.common import check_choice
+from clip_pgs.masking.calibration import CalibratedMasking, ThresholdRecord
 from clip_pgs.masking.edges import canny_edges, sobel_edges
 from clip_pgs.masking.sampling import (
     draw_noise,
@@ -32,7 +33,6 @@ from clip_pgs.masking.schedule import scheduled_ratio
 from clip_pgs.masking.similarity import mixed_similarity
 from clip_pgs.masking.sinkhorn import check_sinkhorn_options, plan_average, sinkhorn_plan
 from clip_pgs.masking.strategy import (
-    MaskingStrategy,
     PatchInputs,
     PatchSelection,
     check_range,
@@ -76,6 +76,8 @@ class PGSOptions:
         mask_ratio: Share of patches dropped, in [0, 1); the upper bound where the count adapts.
         mask_ratio_min: Lower bound of an adaptive count, in [0, mask_ratio]. None, or the same
             value as `mask_ratio`, drops the same count in every image.
+        mask_ratio_mean: Mean of an adaptive count, between its bounds; training finds the threshold
+            for it, as that of `cluster` (ours). None takes `threshold`.
         candidate_ratio: Share of patches drawn as candidates, in (0, 1]; at least one patch.
         candidate_region: Where candidates come from: "image", or "border" for the outermost rows
             and columns of patches, where objects seldom are; only if those are fewer than the
@@ -110,6 +112,7 @@ class PGSOptions:
 
     mask_ratio: float = 0.5
     mask_ratio_min: float | None = None
+    mask_ratio_mean: float | None = None
     candidate_ratio: float = 0.05
     candidate_region: str = "image"
     edge_protection: float = 4.0
@@ -127,7 +130,15 @@ class PGSOptions:
     random_share_end: float | None = None
 
     def __post_init__(self) -> None:
-        lower_bound(self.mask_ratio, self.mask_ratio_min)
+        low = lower_bound(self.mask_ratio, self.mask_ratio_min)
+        check_range(self.mask_ratio_mean, name="mask_ratio_mean", low=low, high=self.mask_ratio)
+        if self.mask_ratio_mean is not None and (
+            low == self.mask_ratio or self.threshold is not None
+        ):
+            raise ValueError(
+                "mask_ratio_mean needs mask_ratio_min below mask_ratio and no threshold, got "
+                f"mask_ratio_min={self.mask_ratio_min}, threshold={self.threshold}"
+            )
         check_share(self.candidate_ratio, name="candidate_ratio")
         check_choice(self.candidate_region, CANDIDATE_REGIONS, name="candidate_region")
         check_choice(self.edge_detector, EDGE_DETECTORS, name="edge_detector")
@@ -285,11 +296,12 @@ class PGSSteps(NamedTuple):
         {"neighborhood": 1},
         {"neighborhood": 2, "mask_ratio_min": 0.3},
         {"neighborhood": 2, "transport": False},
+        {"mask_ratio_mean": 0.4, "mask_ratio_min": 0.3},
         {"random_share": 0.5},
         {"random_share": 1.0, "random_share_end": 0.2, "mask_ratio_min": 0.3},
     ],
 )
-class PGSMasking(MaskingStrategy):
+class PGSMasking(CalibratedMasking):
     """Mask patches that resemble random candidates; keep edges and what is unique.
 
     Args:
@@ -305,6 +317,9 @@ class PGSMasking(MaskingStrategy):
         self.weighs_candidates = self.options.transport
         self.mask_ratio = self.options.mask_ratio
         self.mask_ratio_min = lower_bound(self.mask_ratio, self.options.mask_ratio_min)
+        self.is_calibrated_in_training = self.options.mask_ratio_mean is not None
+        self.record = ThresholdRecord() if self.is_calibrated_in_training else None
+        self.threshold = self.options.threshold
 
     def forward(
         self, inputs: PatchInputs, *, generator: torch.Generator | None = None
@@ -351,20 +366,42 @@ class PGSMasking(MaskingStrategy):
         bonus = 3.0 + options.edge_weight + options.center_weight
         bonus_BN = torch.zeros_like(scores).scatter(1, candidate_index, bonus)
         num_patches = scores.shape[1]
-        num_mask_max = mask_count(num_patches, self.mask_ratio)
-        num_mask_min = mask_count(num_patches, self.mask_ratio_min)
+        num_mask_min, num_mask_max = self._bounds(num_patches)
         if num_mask_min == num_mask_max:
             keys_BN = _share_at_random(scores + bonus_BN, noise, num_mask_max, progress, options)
             return mask_top(keys_BN, num_mask=num_mask_max)
-        threshold: float | Tensor | None = options.threshold
+        threshold: float | Tensor | None = self.threshold
         if threshold is None:
             threshold = calibrated_threshold(
                 progress, num_patches=num_patches, center_weight=options.center_weight
             )
-        above_BN = (scores > threshold) | (bonus_BN > 0)
-        num_mask_B = above_BN.sum(dim=1).clamp(num_mask_min, num_mask_max)
+        scores_BN = scores.scatter(1, candidate_index, torch.inf)
+        num_mask_B = self.masked_counts(scores_BN, threshold)
         keys_BN = _share_at_random(scores + bonus_BN, noise, num_mask_B, progress, options)
         return mask_top_counts(keys_BN, num_mask=num_mask_B, num_mask_min=num_mask_min)
+
+    def _bounds(self, num_patches: int) -> tuple[int, int]:
+        """Return how many patches go at least and at most."""
+        ratios = (self.mask_ratio_min, self.mask_ratio)
+        low, high = (mask_count(num_patches, ratio) for ratio in ratios)
+        return low, high
+
+    def masked_counts(self, scores: Tensor, threshold: float | Tensor) -> Tensor:
+        """Return how many patches of each image score above a threshold, within the bounds."""
+        return (scores > threshold).sum(dim=1).clamp(*self._bounds(scores.shape[1]))
+
+    def score_for_threshold(self, inputs: PatchInputs, noise: Tensor) -> Tensor:
+        """Return the scores, infinite for a candidate."""
+        _, candidate_index, scores_BN = self.steps(inputs, noise)
+        return scores_BN.scatter(1, candidate_index, torch.inf)
+
+    def mean_ratio(self) -> float:
+        """Return `mask_ratio_mean`, which follows a schedule of `mask_ratio`."""
+        assert self.options.mask_ratio_mean is not None
+        return self.options.mask_ratio_mean * self.mask_ratio / self.options.mask_ratio
+
+    def first_threshold(self) -> None:
+        """Return None: `calibrated_threshold` holds before any was found."""
 
 
 def pgs_scores(inputs: PatchInputs, candidate_index: Tensor, **options: Any) -> Tensor:
