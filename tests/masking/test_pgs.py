@@ -72,9 +72,11 @@ def test_the_calibrated_threshold_goes_with_the_grid_and_stays_what_it_was_on_14
     for progress in torch.linspace(0, 1, 41).tolist():
         before = interpolate(CALIBRATED_THRESHOLDS, progress) - interpolate(CENTER_SHIFTS, 0.0)
         assert calibrated_threshold(progress, num_patches=196) == before
-        # 8 times the patches leave half the distance from 1.
-        left = [1 - calibrated_threshold(progress, num_patches=n) for n in (90, 720)]
-        assert left[0] == pytest.approx(2 * left[1])
+        # 8 times the patches leave half the distance from 1, at the end less.
+        left = [1 - calibrated_threshold(progress, num_patches=n) for n in (90, 196, 720)]
+        assert left[1] / left[2] == pytest.approx((720 / 196) ** (1 / 3))
+        exponent = 1 / 3 + max(progress - 0.5, 0) * 2 / 7
+        assert left[0] / left[1] == pytest.approx((196 / 90) ** exponent)
         for beyond, end in ((4, 49), (4096, 729)):
             assert calibrated_threshold(progress, num_patches=beyond) == calibrated_threshold(
                 progress, num_patches=end
