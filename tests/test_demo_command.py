@@ -102,6 +102,17 @@ def test_the_exit_code_of_a_part_that_fails_is_the_demos(demo, monkeypatch):
     assert (error, modules(calls)) == ("", ["data"])
 
 
+def test_a_demo_that_is_told_to_leave_takes_its_part_along(demo, tmp_path):
+    stub = "echo $$ >part; kill -TERM $PPID; exec sleep 60"
+    write_executable(tmp_path / "python", f"#!/usr/bin/env bash\n{stub}\n")
+    script = f"import sys; sys.executable = {str(tmp_path / 'python')!r}; "
+    script += "from clip_pgs.cli import main; sys.exit(main(['demo']))"
+    done = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (85, "stopped by SIGTERM\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("part").read_text()), 0)
+
+
 @pytest.mark.parametrize("holder", [{"process": 7, "host": "here"}, "", [], {"process": 7}])
 def test_a_run_that_is_being_trained_is_not_removed(demo, holder):
     demo()

@@ -23,6 +23,7 @@ from clip_pgs.common import (
     INTERRUPTED,
     LOCK_NAME,
     LOG_NAME,
+    AskedToLeaveError,
     SentenceParser,
     write_text,
 )
@@ -165,10 +166,18 @@ def _call(module: str, *arguments: str, output: int | None = None) -> str:
         text=True,
     )
     lines = []
-    for line in process.stdout or ():
-        lines.append(line)
-        sys.stdout.write(line)
-    if code := process.wait():
+    try:
+        for line in process.stdout or ():
+            lines.append(line)
+            sys.stdout.write(line)
+        code = process.wait()
+    except (AskedToLeaveError, KeyboardInterrupt) as error:
+        # A terminal tells the part of Ctrl-C itself; it saves what it has.
+        if isinstance(error, AskedToLeaveError):
+            process.terminate()
+        process.wait()
+        raise
+    if code:
         raise _DemoError("", code if code > 0 else 128 - code)
     return "".join(lines)
 
