@@ -174,8 +174,8 @@ def test_a_user_sees_what_each_epoch_brought(tmp_path, world, capfd):
         assert f"After epoch {epoch}:\n" in said
     assert len(re.findall(r"^clip_val_loss +\d", said, re.M)) == 2
     assert re.findall(r"^zeroshot/average/acc1 +(.+)", said, re.M) == [
-        "0.5  *",
-        "0.4  0.5 after epoch 1",
+        "0.5000  *",
+        "0.4000  0.5000 after epoch 1",
     ]
     assert "zeroshot/shapes" not in said
 

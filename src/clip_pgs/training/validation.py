@@ -150,8 +150,8 @@ def metrics_table(measured: Sequence[Mapping[str, Any]]) -> str:
         scored = [entry for entry in measured if name in entry]
         best = max(scored, key=lambda entry: sign * entry[name])
         is_best = best[name] == now[name]
-        earlier = f"{best[name]:.4g} after epoch {best['epoch']}"
-        rows.append((name, Cell(now[name], f"{now[name]:.4g}"), "*" if is_best else earlier))
+        earlier = f"{best[name]:.4f} after epoch {best['epoch']}"
+        rows.append((name, Cell(now[name], f"{now[name]:.4f}"), "*" if is_best else earlier))
     return Table.of(["", "now", "best so far"], rows).text()
 
 
