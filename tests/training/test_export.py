@@ -10,6 +10,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from clip_pgs.evaluation.models import load_model, weights_digest
+from clip_pgs.evaluation.results import DONE, Result, write_result
 from clip_pgs.training import export
 from support.disk import files_limited_to
 from support.models import image_batch
@@ -58,6 +60,40 @@ def test_the_model_card_states_data_masking_cost_and_metrics(finished_run, world
         "| hardware | 1 x ",
     ):
         assert expected in card
+
+
+def test_the_card_has_the_scores_of_just_its_weights_and_the_license_for_the_hub(
+    tmp_path, finished_run
+):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    digest = weights_digest(load_model(folder).model)
+    facts = {"status": DONE, "samples": 4, "error": None, "seconds": 1.0, "location": "here"}
+    facts |= {"task": "zeroshot_classification", "model": "tiny", "pretrained": str(folder)}
+    for name, weights, through in (
+        ("shape", digest, ""),
+        ("masked", digest, "pgs 0.5"),
+        ("stale", 64 * "0", ""),
+    ):
+        result = Result(
+            suite="zeroshot-classification",
+            dataset=name,
+            metrics={"acc1": 0.57168, "acc5": 1.0},
+            weights_digest=weights,
+            inference_masking=through,
+            **facts,
+        )
+        write_result(result, folder / "eval" / f"{name}.json")
+    assert export.main([str(folder), "--license", "cc-by-4.0"]) == 0
+    card = (folder / "export" / "README.md").read_text()
+    metadata = huggingface_hub.ModelCard(card).data
+    assert metadata.license == "cc-by-4.0"
+    found = {one.dataset_name: one for one in metadata.eval_results}
+    assert found.keys() == {"shape", "masked"}
+    shape = found["shape"]
+    assert (shape.task_type, shape.metric_type) == ("zero-shot-image-classification", "acc1")
+    assert shape.metric_value == 57.17
+    assert found["masked"].metric_name.endswith(", through pgs 0.5")
+    assert f"| shape | {shape.metric_name} | 57.17 |" in card
 
 
 def test_changed_architecture_options_are_in_the_config(tmp_path, world):
@@ -122,6 +158,9 @@ def test_one_command_uploads_the_export(tmp_path, world, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert export.main([str(folder), "--push-to-hub", "me/tiny", "--private"]) == 0
     assert calls == [("create", "me/tiny", True), ("upload", "me/tiny", folder / "export")]
+    card = (folder / "export" / "README.md").read_text()
+    assert card.count('("hf-hub:me/tiny")') == 2
+    assert "local-dir:" not in card
 
 
 def test_a_checkpoint_without_a_record_is_refused(tmp_path):

@@ -1,7 +1,7 @@
 """A trained model as plain files that OpenCLIP opens by itself, and on the Hugging Face Hub.
 
-`python -m clip_pgs.training.export RUN [--push-to-hub OWNER/NAME]` writes `RUN/export` from the
-run's latest checkpoint. `open_clip.create_model_and_transforms("local-dir:RUN/export")` and
+`clip-pgs export RUN [--push-to-hub OWNER/NAME]` writes `RUN/export` from the run's latest
+checkpoint. `open_clip.create_model_and_transforms("local-dir:RUN/export")` and
 `open_clip.get_tokenizer("local-dir:RUN/export")` open it without this package.
 """
 
@@ -20,11 +20,13 @@ from typing import Any
 
 import open_clip
 import safetensors.torch
+from huggingface_hub import EvalResult, ModelCardData
 from open_clip.tokenizer import HFTokenizer
 
 from clip_pgs.checkpoint_io import newest_checkpoint
 from clip_pgs.common import (
     CHECKPOINTS_NAME,
+    EVAL_NAME,
     EXPORT_NAME,
     MODEL_CONFIG_NAME,
     WEIGHTS_NAME,
@@ -40,13 +42,15 @@ from clip_pgs.training.options import TrainOptions
 
 CARD_NAME = "README.md"
 
+# What stands in a card for "this folder", until it is uploaded.
+_PLACE = "local-dir:PATH_TO_THIS_FOLDER"
+_NO_SCORES = (
+    "No suite was scored. `clip-pgs test RUN` does it, and `clip-pgs export RUN` writes this again."
+)
+
 _TEMPLATE = """\
 ---
-library_name: open_clip
-pipeline_tag: zero-shot-image-classification
-tags:
-- clip
-- {masking}
+{metadata}
 ---
 # {name}
 
@@ -56,10 +60,14 @@ A {model} model for [OpenCLIP](https://github.com/mlfoundations/open_clip), trai
 ```python
 import open_clip
 
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:PATH_TO_THIS_FOLDER")
-tokenizer = open_clip.get_tokenizer("local-dir:PATH_TO_THIS_FOLDER")
+model, _, preprocess = open_clip.create_model_and_transforms("{place}")
+tokenizer = open_clip.get_tokenizer("{place}")
 ```
 {inference}
+## Scores
+
+{scores}
+
 ## Training
 
 {training}
@@ -68,10 +76,17 @@ tokenizer = open_clip.get_tokenizer("local-dir:PATH_TO_THIS_FOLDER")
 
 {cost}
 
-## Measurements
+## Validation
 
 {metrics}
 """
+
+# The Hub's names of clip_benchmark's tasks, where they differ by more than dashes.
+_TASKS = {
+    "zeroshot_classification": "zero-shot-image-classification",
+    "zeroshot_retrieval": "zero-shot-retrieval",
+    "linear_probe": "image-classification",
+}
 
 _logger = logging.getLogger(__name__)
 
@@ -103,12 +118,15 @@ def open_clip_config(options: TrainOptions, model: open_clip.CLIP) -> dict[str, 
     return json.loads(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
 
 
-def write_export(checkpoint: dict[str, Any], folder: Path) -> Path:
+def write_export(
+    checkpoint: dict[str, Any], folder: Path, *, license_name: str = "unknown"
+) -> Path:
     """Write a checkpoint's model as OpenCLIP's files, whole or not at all.
 
     Args:
         checkpoint: From `pack_checkpoint` or `load_checkpoint`, with this trainer's record.
         folder: Written beside itself first; one that is there is replaced.
+        license_name: Of the weights, as the Hub calls it.
 
     Returns:
         The folder.
@@ -124,11 +142,14 @@ def write_export(checkpoint: dict[str, Any], folder: Path) -> Path:
     if trouble is not None:
         raise ValueError(f"the model is not exported: {trouble}")
     with atomic_folder(folder) as unfinished:
-        _write_files(checkpoint, record, unfinished)
+        card = write_model_card(checkpoint["name"], record, license_name=license_name)
+        _write_files(checkpoint, record, card, unfinished)
     return folder
 
 
-def _write_files(checkpoint: dict[str, Any], record: dict[str, Any], folder: Path) -> None:
+def _write_files(
+    checkpoint: dict[str, Any], record: dict[str, Any], card: str, folder: Path
+) -> None:
     config_path = folder / MODEL_CONFIG_NAME
     write_text(config_path, json.dumps(record["open_clip_config"], indent=2) + "\n")
     # A copy of its own for each name: safetensors refuses tied weights.
@@ -141,7 +162,7 @@ def _write_files(checkpoint: dict[str, Any], record: dict[str, Any], folder: Pat
     (folder / WEIGHTS_NAME).chmod(config_path.stat().st_mode)
     if record["tokenizer"] is not None:
         HFTokenizer(record["tokenizer"]).save_pretrained(folder)
-    write_text(folder / CARD_NAME, write_model_card(checkpoint["name"], record))
+    write_text(folder / CARD_NAME, card)
     for path in (*folder.iterdir(), folder):
         sync(path)
 
@@ -154,18 +175,39 @@ def tokenizer_source(options: TrainOptions) -> str | None:
     return name or None
 
 
-def write_model_card(name: str, record: Mapping[str, Any]) -> str:
-    """Describe a model in Markdown.
+def write_model_card(
+    name: str,
+    record: Mapping[str, Any],
+    *,
+    license_name: str = "unknown",
+    scores: Sequence[EvalResult] = (),
+) -> str:
+    """Describe a model in Markdown, with metadata for the Hub.
 
     Args:
         name: The run's name.
         record: What the run stored under "clip_pgs" in its checkpoint.
+        license_name: Of the weights, as the Hub calls it.
+        scores: What the model reached.
     """
     cost = record["cost"]
     masking = record["masking"]
+    metadata = ModelCardData(
+        library_name="open_clip",
+        pipeline_tag="zero-shot-image-classification",
+        license=license_name,
+        tags=["clip", f"masking-{masking}"],
+        model_name=name if scores else None,
+        eval_results=list(scores) or None,
+    )
+    rows = (f"| {one.dataset_name} | {one.metric_name} | {one.metric_value} |" for one in scores)
     return _TEMPLATE.format(
         name=name,
-        masking=f"masking-{masking}",
+        metadata=metadata.to_yaml(),
+        place=_PLACE,
+        scores="\n".join(["| data set | score | percent |", "|---|---|---|", *rows])
+        if scores
+        else _NO_SCORES,
         model=record["model"],
         version=record["version"],
         how=_course(record),
@@ -182,7 +224,7 @@ def write_model_card(name: str, record: Mapping[str, Any]) -> str:
             {
                 "hardware": f"{record['world_size']} x {record['device']}",
                 "samples seen": f"{cost['samples']:,}",
-                "optimiser steps": f"{cost['steps']:,}",
+                "optimizer steps": f"{cost['steps']:,}",
                 "floating-point operations": f"{cost['flops']:.3g}",
                 "of them to choose patches": _share(cost.get("selection_flops", 0), cost["flops"]),
                 "wall time": str(timedelta(seconds=round(cost["seconds"]))),
@@ -218,7 +260,7 @@ def _inference(record: Mapping[str, Any]) -> str:
     if recipe.get("mask_schedule", "constant") != "constant":
         options |= {"mask_ratio": recipe["mask_ratio_end"]}
     ratio = options.pop("mask_ratio", None)
-    command = ["bash clip-test.sh PATH_TO_THIS_FOLDER --inference-masking", record["masking"]]
+    command = [f"clip-pgs test {_PLACE} --inference-masking", record["masking"]]
     command += [] if ratio is None else [f"--inference-mask-ratio {ratio}"]
     if recipe.get("merge", "none") != "none":
         command.append(f"--inference-merge {recipe['merge']}")
@@ -249,8 +291,12 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|")
 
 
-def export_run(run_folder: Path) -> Path:
-    """Export a run's latest checkpoint into its `export` folder.
+def export_run(run_folder: Path, *, license_name: str = "unknown") -> Path:
+    """Export a run's latest checkpoint into its `export` folder, with the scores of its weights.
+
+    Args:
+        run_folder: The run's; its `eval` has the scores, where there are any.
+        license_name: Of the weights, as the Hub calls it.
 
     Raises:
         ValueError: If the run has no checkpoint of this trainer.
@@ -258,7 +304,48 @@ def export_run(run_folder: Path) -> Path:
     path = newest_checkpoint(run_folder / CHECKPOINTS_NAME)
     if path is None:
         raise ValueError(f"{str(run_folder)!r} has no checkpoint to export")
-    return write_export(load_checkpoint(path), run_folder / EXPORT_NAME)
+    checkpoint = load_checkpoint(path)
+    folder = write_export(checkpoint, run_folder / EXPORT_NAME, license_name=license_name)
+    if scores := _scores(run_folder / EVAL_NAME, folder):
+        card = write_model_card(
+            checkpoint["name"], checkpoint["clip_pgs"], license_name=license_name, scores=scores
+        )
+        write_text(folder / CARD_NAME, card)
+    return folder
+
+
+def _scores(eval_folder: Path, export_folder: Path) -> list[EvalResult]:
+    """Return what the suites found of just the weights of an export: the main metrics."""
+    # A command may look at both, training never looks at evaluation.
+    from clip_pgs.evaluation.models import load_model, weights_digest
+    from clip_pgs.evaluation.report.scores import suite_of
+    from clip_pgs.evaluation.results import DONE, read_results
+
+    results = [result for result in read_results(eval_folder) if result.status == DONE]
+    if not results:
+        return []
+    digest = weights_digest(load_model(export_folder).model)
+    found = []
+    for result in results:
+        if result.weights_digest != digest:
+            continue
+        suite = suite_of(result.suite)
+        for metric in suite.main_metrics or result.metrics:
+            value = result.metrics.get(metric)
+            if value is not None:
+                label = f"{suite.title}, {suite.metrics.get(metric, metric)}"
+                through = result.inference_masking
+                found.append(
+                    EvalResult(
+                        task_type=_TASKS.get(result.task, result.task.replace("_", "-")),
+                        dataset_type=result.dataset,
+                        dataset_name=result.dataset,
+                        metric_type=metric,
+                        metric_value=round(100 * value, 2),
+                        metric_name=f"{label}, through {through}" if through else label,
+                    )
+                )
+    return found
 
 
 def push_to_hub(export_folder: Path, repo_id: str, *, private: bool = False) -> str:
@@ -282,6 +369,8 @@ def push_to_hub(export_folder: Path, repo_id: str, *, private: bool = False) -> 
         # The tokenizer's files travel with the model.
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = repo_id
         write_text(config_path, json.dumps(config, indent=2) + "\n")
+    card_path = export_folder / CARD_NAME
+    write_text(card_path, card_path.read_text("utf-8").replace(_PLACE, f"hf-hub:{repo_id}"))
     api.upload_folder(
         repo_id=repo_id, folder_path=export_folder, commit_message="Upload a CLIP-PGS model"
     )
@@ -291,10 +380,16 @@ def push_to_hub(export_folder: Path, repo_id: str, *, private: bool = False) -> 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = SentenceParser(
-        prog="python -m clip_pgs.training.export", description=export_run.__doc__
+        prog="clip-pgs export",
+        description="Write RUN/export: a run's latest checkpoint for OpenCLIP, and its card.",
     )
     parser.add_argument("run", type=Path, help="a run folder, such as logs/demo")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the export as well")
+    parser.add_argument(
+        "--license",
+        default="unknown",
+        help="of the weights, as the Hub calls it, such as mit or cc-by-nc-4.0 (%(default)s)",
+    )
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     return parser
 
@@ -304,7 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        folder = export_run(arguments.run)
+        folder = export_run(arguments.run, license_name=arguments.license)
     except ValueError as error:
         return refuse(error)
     except OSError as error:

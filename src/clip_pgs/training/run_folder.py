@@ -33,6 +33,7 @@ from clip_pgs.common import (
     PARAMS_NAME,
     write_text,
 )
+from clip_pgs.tables import counted
 from clip_pgs.training.export import open_clip_config, tokenizer_source
 from clip_pgs.training.options import IDENTITY, RECIPE, TrainOptions, names_of
 from clip_pgs.training.sinks import BestEffort
@@ -353,7 +354,7 @@ def device_name(device: torch.device) -> str:
     """Return what people call a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()} ({torch.get_num_threads()} threads)"
+    return f"{_cpu_name()} ({counted(torch.get_num_threads(), 'thread')})"
 
 
 def _cpu_name() -> str:
