@@ -38,7 +38,7 @@ _TRAIN = ("clip_pgs.training", "--config", "demo")
 _RANDOM = """
 With random patches in place of PGS (clip-pgs train demo_random, the same seed), in percent:
 zero-shot shape 16.3, color 98.6; retrieval R@5 96.3 and 97.3; linear probe, shape 19.0, color 98.6.
-One seed says little; docs/results.md has six, at ratio 0.75."""
+One seed says little; docs/results.md of the repository has six, at ratio 0.75."""
 # Asking what a fresh demo would do removes nothing.
 _QUESTIONS = {"-h", "--help", "--help-all", "--check-only", "--trial"}
 

@@ -88,7 +88,7 @@ def test_report_is_on_the_present_weights_alone(run, options, save_run):
 def test_missing_demo_data_comes_with_the_command_that_makes_it(run, capsys, caplog):
     assert main([str(run), "--suite", "zeroshot-retrieval"]) == 1
     assert "missing: no folder data/demo/eval/retrieval" in capsys.readouterr().out
-    assert "python -m clip_pgs.data world data/demo" in caplog.text
+    assert "clip-pgs data world data/demo" in caplog.text
 
 
 def test_two_models_go_to_two_folders(run, options):

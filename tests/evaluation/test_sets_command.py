@@ -87,7 +87,7 @@ def test_demo_sets_come_with_the_command_that_makes_them(tmp_path, monkeypatch, 
     last_lines = capsys.readouterr().out.splitlines()[-2:]
     assert last_lines == [
         "To get what is not there:",
-        "  python -m clip_pgs.data world data/demo",
+        "  clip-pgs data world data/demo",
     ]
 
 

@@ -74,9 +74,7 @@ def test_an_export_that_cannot_be_written_can_be_made_later(tmp_path, world):
     assert code == 1
     last = said.splitlines()[-1]
     assert last.startswith("error: the export cannot be written: ")
-    assert last.endswith(
-        f"; python -m clip_pgs.training.export {folder} makes it from the checkpoint"
-    )
+    assert last.endswith(f"; clip-pgs export {folder} makes it from the checkpoint")
     assert "Traceback" not in said
     (folder / ".export.unfinished").unlink()
     assert export([str(folder)]) == 0

@@ -1,4 +1,4 @@
-"""`python -m clip_pgs.data`: make the demo world, pack pairs, check shards, count words."""
+"""`clip-pgs data`: make the demo world, pack pairs, check shards, count words."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = SentenceParser(
-        prog="python -m clip_pgs.data",
+        prog="clip-pgs data",
         description="Make, pack, check and count image-caption data.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -145,7 +145,7 @@ def _check_tagger() -> None:
     summary="frequent words dropped at random",
     source="CLIPF, arXiv 2412.16148",
     needs_budget=False,
-    needs="a file of `python -m clip_pgs.data words`",
+    needs="a file of `clip-pgs data words`",
 )
 class FrequencyMasking:
     """Take frequent words out of captions (CLIPF); the others stay as they are, in order.
@@ -166,7 +166,7 @@ class FrequencyMasking:
     Args:
         tokenizer: The model's.
         num_tokens: The budget, start and end token included; None for no budget.
-        frequencies: File of word counts, from `python -m clip_pgs.data words`.
+        frequencies: File of word counts, from `clip-pgs data words`.
         threshold: The t of the rule, in (0, 1]; words up to this frequency are never dropped.
         fill: Keep as many words as the token budget holds, whatever the rule dropped.
 
@@ -187,7 +187,7 @@ class FrequencyMasking:
         if not isinstance(frequencies, (str, Path)):
             raise ValueError(
                 "text masking 'frequency' needs the option frequencies=FILE, a file from "
-                f"`python -m clip_pgs.data words`, got {frequencies!r}"
+                f"`clip-pgs data words`, got {frequencies!r}"
             )
         is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
         if not is_number or not 0.0 < threshold <= 1.0:

@@ -1,6 +1,6 @@
 """How often each word stands in the training captions: counted, and kept as a small JSON file.
 
-`python -m clip_pgs.data words` writes it and `--text-masking frequency` reads it.
+`clip-pgs data words` writes it and `--text-masking frequency` reads it.
 
 A word is a run of letters, marks and digits in lower case, with what an apostrophe ties to it
 ("don't", "dog's"), or a run of other characters that are no space (",", "..."). So punctuation
@@ -116,7 +116,7 @@ def read_word_frequencies(path: Path) -> WordFrequencies:
     if not path.is_file():
         raise ValueError(
             f"word frequencies {str(path)!r} do not exist; "
-            f"`python -m clip_pgs.data words SHARDS -o {path}` counts them"
+            f"`clip-pgs data words SHARDS -o {path}` counts them"
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -130,7 +130,7 @@ def read_word_frequencies(path: Path) -> WordFrequencies:
 
 def _find_fault(record: Any) -> str | None:
     if not isinstance(record, dict) or "version" not in record:
-        return "`python -m clip_pgs.data words` did not write them"
+        return "`clip-pgs data words` did not write them"
     if record["version"] != _VERSION:
         return f"they have version {record['version']!r}, this package reads {_VERSION}"
     counts = record.get("counts")

@@ -1,4 +1,4 @@
-"""Evaluation in five suites, as functions and as `python -m clip_pgs.evaluation`.
+"""Evaluation in five suites, as functions and as `clip-pgs test`.
 
 from clip_pgs.evaluation import evaluate, format_table, load_model, load_suite
 

@@ -1,4 +1,4 @@
-"""Command line: `python -m clip_pgs.evaluation RUN_OR_CHECKPOINT...`, `sets` and `report`."""
+"""Command line: `clip-pgs test RUN_OR_CHECKPOINT...`, `sets` and `report`."""
 
 from __future__ import annotations
 

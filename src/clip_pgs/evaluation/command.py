@@ -1,7 +1,7 @@
 """Evaluate CLIP models in suites, and say which data sets are there.
 
-clip-test.sh sets --help     which data sets are there, and how to get the others
-clip-test.sh report --help   a report on results, beside the published numbers
+clip-pgs test sets --help     which data sets are there, and how to get the others
+clip-pgs test report --help   a report on results, beside the published numbers
 
 exit codes: 0 all data sets done, 1 some missing or failed, 2 bad input, 85 told to leave by a
 signal (SIGTERM), 130 Ctrl-C
@@ -61,8 +61,8 @@ REPORT_NAME = "report"
 _INFERENCE_FLAGS = ("mask_ratio", "merge", "merge_counts")
 
 _HINTS = {
-    "demo": "make the demo data with `python -m clip_pgs.data world data/demo`",
-    "paper": "`python -m clip_pgs.evaluation sets --datasets paper` tells how to get each",
+    "demo": "make the demo data with `clip-pgs data world data/demo`",
+    "paper": "`clip-pgs test sets --datasets paper` tells how to get each",
 }
 _PAIRS_URL = "https://raw.githubusercontent.com/RAIVNLab/sugar-crepe/main/data"
 _IMAGES_URL = "http://images.cocodataset.org/zips/val2017.zip"
@@ -123,7 +123,7 @@ def run_sets(argv: Sequence[str]) -> int:
 def make_sets_parser() -> argparse.ArgumentParser:
     """Return the parser of `sets`."""
     parser = SentenceParser(
-        prog="clip-test.sh sets",
+        prog="clip-pgs test sets",
         description="Tell which data sets are present, incomplete or missing.",
         epilog="exit codes: 0 all present, 1 some incomplete or missing, 2 bad input",
         allow_abbrev=False,
@@ -137,7 +137,7 @@ def make_parser() -> argparse.ArgumentParser:
     summaries = [f"{suite.name:23}  {suite.summary}" for suite in suites()]
     description, _, epilog = (__doc__ or "").partition("\n\n")
     parser = SentenceParser(
-        prog="clip-test.sh",
+        prog="clip-pgs test",
         description=description,
         epilog="\n".join(["suites:", *summaries, "", epilog]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -378,7 +378,7 @@ def _commands_to_get(eval_set: EvalSet, datasets: str) -> list[str]:
     """Return the shell commands that bring a data set to where it was looked for."""
     if datasets == "demo":
         root = Path(eval_set.location).parents[1]
-        return [f"python -m clip_pgs.data world {shlex.quote(str(root))}"]
+        return [f"clip-pgs data world {shlex.quote(str(root))}"]
     # Nothing is known of the sets of one's own list, nor of another server than the hub.
     if datasets != "paper" or is_remote(eval_set.location):
         return []

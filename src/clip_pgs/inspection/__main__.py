@@ -1,4 +1,4 @@
-"""Command line: `python -m clip_pgs.inspection COMMAND`, such as `masks`, `kept` or `cost`.
+"""Command line: `clip-pgs inspect COMMAND`, such as `masks`, `kept` or `cost`.
 
 What a command needs is imported when it runs: open_clip alone takes seconds.
 """
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = SentenceParser(
-        prog="python -m clip_pgs.inspection",
+        prog="clip-pgs inspect",
         description="Look at what masking strategies do, and measure what they cost.",
         allow_abbrev=False,
     )

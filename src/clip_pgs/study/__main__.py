@@ -1,4 +1,4 @@
-"""Command line: `python -m clip_pgs.study STUDY.yaml`, arms times seeds with paired statistics.
+"""Command line: `clip-pgs study STUDY.yaml`, arms times seeds with paired statistics.
 
 It trains and evaluates what is missing, goes on after any interruption, and writes tables and
 plots into logs/study/NAME.
@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     description, _, epilog = (__doc__ or "").partition("\n\n")
     parser = SentenceParser(
-        prog="python -m clip_pgs.study",
+        prog="clip-pgs study",
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -4,7 +4,7 @@
     base: ../train/demo.yaml         # a training config, relative to this file
     overrides: {mask-ratio: 0.75}    # for all arms
     seeds: [0, 1, 2, 3, 4, 5]
-    evaluations:                     # for all arms; each is a call of clip-test.sh
+    evaluations:                     # for all arms; each is a call of clip-pgs test
       - {suite: all, datasets: configs/eval/study_demo.txt, data-root: data/demo/eval}
     arms:
       random: {train: {masking: random}}

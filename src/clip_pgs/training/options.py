@@ -75,7 +75,7 @@ _BELOW_HEADINGS = {
     "epochs the run goes on as a second run from its weights would, with a fresh optimizer, a "
     "linear warm-up and a cosine to 0 (FLIP, arXiv 2212.00794; GLIP, arXiv 2403.15837; CLIPF, "
     "arXiv 2412.16148).",
-    EVALUATION: "Suites of clip-test.sh after an epoch, on rank 0 while the others wait; results "
+    EVALUATION: "Suites of clip-pgs test after an epoch, on rank 0 while the others wait; results "
     "go to eval/epoch_N in the run's folder, and their curves beside the others.",
     SAVING: "Beside the epochs' checkpoints. SIGTERM, SIGUSR1 and Ctrl-C save before they end a "
     "run; --resume latest goes on at the very step, with the same samples, masks and rates.",
@@ -161,10 +161,10 @@ class TrainOptions(argparse.Namespace):
         unmasked_accum_freq: their --accum-freq (default: --accum-freq)
         eval_suite: zeroshot-classification, zeroshot-retrieval, linear-probe, robustness,
             compositionality or all (default: none)
-        eval_datasets: its data sets, as clip-test.sh --datasets takes them
-        eval_data_root: where they are, as clip-test.sh --data-root takes it
+        eval_datasets: its data sets, as clip-pgs test --datasets takes them
+        eval_data_root: where they are, as clip-pgs test --data-root takes it
         eval_every: every N epochs, and after the last
-        eval_inference_masking: encode their images through a masking, as clip-test.sh
+        eval_inference_masking: encode their images through a masking, as clip-pgs test
             --inference-masking does, or run for this run's own (default: whole images)
         eval_inference_mask_ratio: its share of dropped patches
         save_every_steps: save checkpoints/step_N.pt every N optimizer steps (default: none)

@@ -542,7 +542,7 @@ class Trainer:
         try:
             export = write_export(checkpoint, self._folder / EXPORT_NAME)
         except OSError as error:
-            cure = f"python -m clip_pgs.training.export {self._folder} makes it from the checkpoint"
+            cure = f"clip-pgs export {self._folder} makes it from the checkpoint"
             if not is_saved:
                 cure = "nor could the last checkpoint be; --resume latest makes both"
             raise UnwrittenError(f"the export cannot be written: {error}; {cure}") from error

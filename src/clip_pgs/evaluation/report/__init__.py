@@ -1,1 +1,1 @@
-"""Reports: `python -m clip_pgs.evaluation report RESULTS... -o report/`."""
+"""Reports: `clip-pgs test report RESULTS... -o report/`."""

@@ -1,4 +1,4 @@
-"""Reports: `python -m clip_pgs.evaluation report RESULTS... -o report/`, from results to files."""
+"""Reports: `clip-pgs test report RESULTS... -o report/`, from results to files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     layout = argparse.RawDescriptionHelpFormatter
-    name = "python -m clip_pgs.evaluation report"
+    name = "clip-pgs test report"
     parser = SentenceParser(prog=name, description=_DESCRIPTION, formatter_class=layout)
     help_text = "run folders, folders of results, or result files (JSON, results.csv)"
     parser.add_argument("results", nargs="+", metavar="RESULTS", help=help_text)

@@ -291,7 +291,7 @@ def _read_source(source: Path) -> list[tuple[Path, list[Result]]]:
     ]
     parts = [(folder, results) for folder, results in parts if results]
     if not parts:
-        raise ValueError(f"{source} holds no results; evaluate first, `bash clip-test.sh RUN`")
+        raise ValueError(f"{source} holds no results; evaluate first, `clip-pgs test RUN`")
     return parts
 
 
