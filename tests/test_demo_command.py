@@ -103,7 +103,8 @@ def test_the_exit_code_of_a_part_that_fails_is_the_demos(demo, monkeypatch):
 
 
 def test_a_demo_that_is_told_to_leave_takes_its_part_along(demo, tmp_path):
-    stub = "echo $$ >part; kill -TERM $PPID; exec sleep 60"
+    # In the first moment there is no part yet that the demo could take along.
+    stub = "echo $$ >part; sleep 1; kill -TERM $PPID; exec sleep 60"
     write_executable(tmp_path / "python", f"#!/usr/bin/env bash\n{stub}\n")
     script = f"import sys; sys.executable = {str(tmp_path / 'python')!r}; "
     script += "from clip_pgs.cli import main; sys.exit(main(['demo']))"

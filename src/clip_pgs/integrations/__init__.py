@@ -1,7 +1,5 @@
 """Where the masking core meets other libraries."""
 
-from importlib import metadata
-
 
 def check_versions() -> None:
     """Refuse an open_clip this package was not written for, before any of it is imported.
@@ -9,6 +7,9 @@ def check_versions() -> None:
     Raises:
         ValueError: If its version is outside >=3.3,<4.
     """
+    # It takes as long as the rest of `clip-pgs --help`, which needs none of it.
+    from importlib import metadata
+
     try:
         found = metadata.version("open_clip_torch")
     except metadata.PackageNotFoundError:
