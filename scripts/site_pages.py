@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages that are made of README.md and of the code, links, and equations.
+"""Hooks of mkdocs: pages made of README.md, of the notebooks and of the code, links, and equations.
 
 Links are written for the repository's own pages. On the site, those to files outside docs/ lead to
 the repository.
@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import json
+import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latex2mathml.converter import convert
@@ -37,6 +39,8 @@ def on_files(files: Files, *, config: Any) -> Files:
         "reference/options.md": options_page(),
         "reference/python.md": python_page(),
     }
+    for path in sorted((ROOT / "docs").glob("notebooks/*.ipynb")):
+        pages[f"notebooks/{path.stem}.md"] = notebook_page(path)
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
@@ -44,9 +48,10 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
     """Turn the links of a page into those of the site."""
-    folder = ROOT if page.file.src_uri == "index.md" else ROOT / "docs"
-    if page.file.src_uri.startswith("reference/"):
+    uri = PurePosixPath(page.file.src_uri)
+    if uri.parent.name == "reference":
         return markdown
+    folder = ROOT if uri.name == "index.md" else ROOT / "docs" / uri.parent
     return _LINK.sub(lambda link: f"]({site_link(link[1], folder, config['repo_url'])}", markdown)
 
 
@@ -58,7 +63,8 @@ def site_link(target: str, folder: Path, repository: str) -> str:
     """
     path = (folder / target).resolve()
     if path.is_relative_to(ROOT / "docs"):
-        return path.relative_to(ROOT / "docs").as_posix()
+        page = path.with_suffix(".md") if path.suffix == ".ipynb" else path
+        return Path(os.path.relpath(page, ROOT / "docs" if folder == ROOT else folder)).as_posix()
     if not path.exists():
         raise PluginError(f"{target} is not in {folder}")
     kind = "tree" if path.is_dir() else "blob"
@@ -75,6 +81,22 @@ def on_page_content(html: str, **_: Any) -> str:
     # GitHub wants a bar inside of a table escaped even in code, where Python-Markdown shows both.
     html = re.sub(r"<code>[^<]*</code>", lambda code: code[0].replace("\\|", "|"), html)
     return _EQUATION.sub(as_mathml, html)
+
+
+def notebook_page(path: Path) -> str:
+    """Return a notebook as Markdown: its text, its code, and what the code printed and drew."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/jpeg" in data:
+                pixels = data["image/jpeg"].strip()
+                parts.append(f'<img alt="its picture" src="data:image/jpeg;base64,{pixels}">')
+            else:
+                parts.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
+    return "\n\n".join(parts)
 
 
 def options_page() -> str:

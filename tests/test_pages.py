@@ -1,12 +1,14 @@
-"""README and docs/: code runs, commands parse, and links and names lead somewhere.
+"""README, docs/ and notebooks: code runs, commands parse, and links and names lead somewhere.
 
-A comment `<!-- needs: NAME ... -->` above a block names modules and folders without which it is
-skipped.
+A comment `<!-- needs: NAME ... -->` above a block names modules without which it is skipped, and
+folders of the demo that it reads.
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import re
 import runpy
@@ -18,14 +20,18 @@ import pytest
 import torch
 
 from clip_pgs.cli import COMMANDS
+from clip_pgs.data.world.writing import write_world
 from clip_pgs.integrations.open_clip import last_selection
+from clip_pgs.study.plan import check_study, read_study
 from clip_pgs.training.options import check_values, read_options
 from support.hf_models import hf_model
 from support.models import image_batch, small_clip, text_batch
+from support.runs import run
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 BLOCK = re.compile(r"(?:<!-- needs: ([^\n]+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 
 
@@ -83,14 +89,22 @@ def reader(tmp_path, monkeypatch):
     }
 
 
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Return a folder with what the demo leaves behind, of a smaller world and run."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_world(folder / "data" / "demo", num_train=32, num_val=8, num_per_class=1)
+    train_data = str(folder / "data" / "demo" / "train" / "00000.tar")
+    run(folder, name="demo", train_data=train_data, epochs=1, warmup=1)
+    return folder
+
+
 @pytest.mark.parametrize(("needs", "text"), blocks("python"))
-def test_every_python_block_runs(reader, needs, text):
+def test_every_python_block_runs(reader, request, needs, text):
     for need in needs:
         if "/" in need:
-            if not (ROOT / need).exists():
-                pytest.skip(f"{need} is not there")
             Path(need).parent.mkdir()
-            Path(need).symlink_to(ROOT / need)
+            Path(need).symlink_to(request.getfixturevalue("demo") / need)
         elif importlib.util.find_spec(need) is None:
             pytest.skip(f"{need} is not installed")
     exec(text, reader)
@@ -138,6 +152,54 @@ def test_shards_of_coco_hold_each_picture_with_its_captions(reader):
     with tarfile.open("coco/00000.tar") as shard:
         assert shard.getnames() == ["7.jpg", "7.0.txt", "7.1.txt"]
         assert shard.extractfile("7.1.txt").read() == b"a cat"
+
+
+@pytest.mark.parametrize(("needs", "text"), blocks("yaml"))
+def test_every_study_passes_its_checks(tmp_path, demo, monkeypatch, needs, text):
+    monkeypatch.chdir(demo)
+    (tmp_path / "train").symlink_to(ROOT / "configs" / "train")
+    path = tmp_path / "study" / "page.yaml"
+    path.parent.mkdir()
+    path.write_text(text)
+    study = read_study(path, root=tmp_path / "logs")
+    assert check_study(study, are_data_needed=False).keys() == study.arms.keys()
+
+
+# ------------------------------------------------------------------------------------------------
+# Notebooks
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_notebook_runs_and_prints_what_it_shows(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                exec("".join(cell["source"]), names)
+            shown = "".join(line for each in cell["outputs"] for line in each.get("text", ()))
+            (text, numbers), (shown_text, shown_numbers) = map(
+                split_numbers, (said.getvalue(), shown)
+            )
+            assert text == shown_text
+            assert numbers == pytest.approx(shown_numbers, rel=0.1, abs=0.1)
+
+
+def split_numbers(text):
+    """Return a text with each number replaced, and the numbers."""
+    number = r"\d+(?:\.\d+)?"
+    return re.sub(number, "N", text), [float(found) for found in re.findall(number, text)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_notebook_is_small_and_shows_what_its_cells_gave(path):
+    assert path.stat().st_size < 150_000
+    cells = json.loads(path.read_text())["cells"]
+    shown = [cell["outputs"] for cell in cells if cell["cell_type"] == "code"]
+    assert all(shown)
+    assert all(output["output_type"] != "error" for outputs in shown for output in outputs)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -224,7 +286,7 @@ def anchors(page):
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: page.stem)
 def test_every_link_leads_to_a_file_and_a_heading_of_it(page):
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
         path, _, anchor = target.partition("#")
