@@ -1,10 +1,11 @@
 """What a run measures of itself, and where it goes."""
 
+import importlib.machinery
 import io
 import json
 import re
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from clip_pgs.integrations.open_clip.flops import SampleFlops
 from clip_pgs.training.sinks import JsonLines, Sinks
 from clip_pgs.training.step import StepResult
 from clip_pgs.training.telemetry import Cost, Telemetry, WindowMeter
+from support.runs import run
 
 OPEN_CLIP_TAGS = {
     "train/loss",
@@ -72,6 +74,48 @@ def test_validation_is_drawn_against_epochs_and_samples(events):
     by_epoch = [point.step for point in events.Scalars("val/clip_val_loss")]
     by_samples = [point.step for point in events.Scalars("val_by_samples/clip_val_loss")]
     assert (by_epoch, by_samples) == ([1, 2], [32, 64])
+
+
+class StubOfWeightsAndBiases(ModuleType):
+    """Takes rows as wandb does: one of an earlier step than the last is lost."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.rows, self.saved, self.is_finished = {}, [], False
+        self.save = self.saved.append
+        self.Image, self.Table = lambda pixels: pixels, lambda columns, data: (columns, data)
+
+    def init(self, **options):
+        self.options = options
+        return self
+
+    def log(self, row, *, step):
+        if step >= max(self.rows, default=0):
+            self.rows.setdefault(step, {}).update(row)
+
+    def finish(self):
+        self.is_finished = True
+
+
+@pytest.mark.slow
+def test_weights_and_biases_gets_curves_masks_and_tables(tmp_path, world, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", stub := StubOfWeightsAndBiases())
+    options = {"train_data": world.train_data, "val_data": world.val_data, "masking": "pgs"}
+    folder = run(tmp_path, report_to="wandb", name="mine", **options)
+    assert not (folder / "tensorboard").exists()
+    assert (stub.options["name"], stub.options["config"]["masking"]) == ("mine", "pgs")
+    assert stub.saved == [str(folder / "params.txt")]
+    assert stub.is_finished
+    steps = {step for step, row in stub.rows.items() if "train/loss" in row}
+    assert steps == set(range(8))
+    for epoch, step in ((1, 4), (2, 8)):
+        row = stub.rows[step]
+        assert (row["epoch"], row["steps"], row["samples"]) == (epoch, step, 8 * step)
+        assert row["masks"].shape[0] == 3
+        columns, data = row["measured"]
+        assert columns == ["measurement", "value"]
+        assert dict(data)["clip_val_loss"] == row["val/clip_val_loss"]
 
 
 def test_metrics_file_counts_samples_and_flops(finished_run):
