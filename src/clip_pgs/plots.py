@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import LogLocator, NullLocator
 
 INK, FAINT, MIDDLE = "#1a1a1a", "#d9d9d9", "#808080"
@@ -48,6 +50,31 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a page, in both its forms.
+
+    Attributes:
+        name: Of its files, without ending.
+        alt: What it shows, for those who do not see it.
+        caption: How to read it.
+        svg: As SVG.
+        png: As PNG.
+    """
+
+    name: str
+    alt: str
+    caption: str
+    svg: bytes
+    png: bytes
+
+    @classmethod
+    def of(cls, drawing: Drawing, name: str, alt: str, caption: str, *, mark: str) -> Figure:
+        """Save a drawing; see `picture`."""
+        svg, png = (picture(drawing, form, mark=mark) for form in ("svg", "png"))
+        return cls(name, alt, caption, svg, png)
+
+
 @contextmanager
 def plot_style() -> Iterator[None]:
     """Set the style while a figure is drawn and saved, whatever the user's own settings are."""
@@ -78,7 +105,7 @@ def legend_label(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def picture(drawing: Figure, form: str, *, mark: str | None = None) -> bytes:
+def picture(drawing: Drawing, form: str, *, mark: str | None = None) -> bytes:
     """Return a figure as a file's content, the same for the same figure: without any date.
 
     Args:
@@ -100,3 +127,11 @@ def picture(drawing: Figure, form: str, *, mark: str | None = None) -> bytes:
         facecolor="white",
     )
     return stream.getvalue()
+
+
+def write_figures(figures: Iterable[Figure], folder: Path) -> None:
+    """Write both forms of figures into a folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for figure in figures:
+        (folder / f"{figure.name}.svg").write_bytes(figure.svg)
+        (folder / f"{figure.name}.png").write_bytes(figure.png)

@@ -15,6 +15,8 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from clip_pgs.common import one_sentence
@@ -23,7 +25,6 @@ PLUS_MINUS, BLANK = "\N{PLUS-MINUS SIGN}", "\N{EN DASH}"
 PUBLISHED = "published"  # the kind of rows that are set in italics
 
 _ASCII = str.maketrans({PLUS_MINUS: "+-", BLANK: "-"})  # for terminals that have no more
-_GROUP = ' class="group"'
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~#!$&])")
 # A spreadsheet computes a cell that begins so; one that parts cells at semicolons or tabs, each.
@@ -170,24 +171,10 @@ class Table:
 
     def html(self) -> str:
         """Return caption, table and notes as HTML, in a region that can be scrolled."""
-        caption = html_text(self.caption)
-        kinds = ["corner"]
-        for place, column in enumerate(self.columns[1:], start=1):
-            side = "number" if self.is_number(place) else "text"
-            kinds.append(f"{side} average" if column.is_average else side)
-        head = "".join(
-            f'<th scope="col" class="{kind}">{html_text(column.label)}</th>'
-            for kind, column in zip(kinds, self.columns, strict=True)
-        )
-        lines = [
-            f'<p class="caption">{caption}</p>',
-            f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0">',
-            f"<table>\n<thead>\n{self._html_groups()}<tr>{head}</tr>\n</thead>\n<tbody>",
-            *(self._html_row(row, kinds) for row in self.rows),
-            "</tbody>\n</table>\n</div>",
-            *(f'<p class="note">{html_text(note)}</p>' for note in self.notes),
-        ]
-        return "\n".join(lines) + "\n"
+        kinds = ["number" if self.is_number(n) else "text" for n in range(len(self.columns))]
+        groups = itertools.groupby(column.group for column in self.columns[1:])
+        runs = [(group, len(list(run))) for group, run in groups]
+        return _html_template().render(table=self, kinds=kinds, groups=runs)
 
     def _markdown_cells(self, row: Row) -> list[str]:
         cells = [
@@ -199,31 +186,15 @@ class Table:
             cells[0] = f"*{cells[0]}*"
         return cells + [""] * (len(self.columns) - len(cells))
 
-    def _html_groups(self) -> str:
-        """Return the line of headings over several columns, "" where there is none."""
-        if not any(column.group for column in self.columns):
-            return ""
-        runs = itertools.groupby(column.group for column in self.columns[1:])
-        cells = "".join(
-            f'<th scope="colgroup" colspan="{len(list(run))}"{_GROUP if group else ""}>'
-            f"{html_text(group)}</th>"
-            for group, run in runs
-        )
-        return f'<tr><td class="corner"></td>{cells}</tr>\n'
 
-    def _html_row(self, row: Row, kinds: Sequence[str]) -> str:
-        facts = f'<span class="facts">{html_text(row.facts)}</span>' if row.facts else ""
-        name = f'<span class="name">{html_text(row.cells[0].shown)}</span>'
-        span = len(self.columns) - len(row.cells) + 1
-        cells = ""
-        for place, cell in enumerate(row.cells[1:], start=1):
-            is_last = span > 1 and place == len(row.cells) - 1
-            kind = "text" if is_last else kinds[place]
-            cells += f'<td class="{kind}{" best" if cell.is_best else ""}"'
-            cells += f' colspan="{span}">' if is_last else ">"
-            note = f" <small>{html_text(cell.note)}</small>" if cell.note else ""
-            cells += f"{html_text(cell.shown)}{note}</td>"
-        return f'<tr class="{row.kind}"><th scope="row">{name}{facts}</th>{cells}</tr>'
+@cache
+def _html_template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, keep_trailing_newline=True)
+    environment.filters["plain"] = plain
+    text = Path(__file__).with_name("table.html.jinja").read_text("utf-8")
+    return environment.from_string(text)
 
 
 def plain(value: object) -> str:

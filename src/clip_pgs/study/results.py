@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FuncFormatter
 
 from clip_pgs import plots
 from clip_pgs.common import write_text
+from clip_pgs.evaluation.report.command import FIGURES_NAME, page_templates
 from clip_pgs.evaluation.results import DONE, read_results
 from clip_pgs.study.plan import UNMASKED, Study, evaluate_formula
 from clip_pgs.study.record import Record, Spent, read_record, read_spent
@@ -29,10 +28,6 @@ JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME = (
     "results.md",
     "index.html",
 )
-FIGURES_NAME = "figures"
-
-_MARK = "clip-pgs study"
-
 # What a study remembers of its runs, by arm and seed.
 Records = Mapping[tuple[str, int], Record]
 
@@ -203,10 +198,7 @@ def write_results(study: Study, *, command: str) -> Path:
     figures = _draw_all(study, rows)
 
     study.folder.mkdir(parents=True, exist_ok=True)
-    (study.folder / FIGURES_NAME).mkdir(exist_ok=True)
-    for name, _, svg, png in figures:
-        (study.folder / FIGURES_NAME / f"{name}.svg").write_bytes(svg)
-        (study.folder / FIGURES_NAME / f"{name}.png").write_bytes(png)
+    plots.write_figures(figures, study.folder / FIGURES_NAME)
     content = {
         "study": study.name,
         "about": study.about,
@@ -224,14 +216,15 @@ def write_results(study: Study, *, command: str) -> Path:
     write_text(study.folder / CSV_NAME, csv_text(header, lines))
     parts = [f"# Study {study.name}", study.about, *notes]
     parts += [table.markdown() for table in [*([trouble] if trouble else []), *tables]]
-    parts += [f"![{alt}]({FIGURES_NAME}/{name}.png)" for name, alt, *_ in figures]
+    parts += [f"![{drawn.alt}]({FIGURES_NAME}/{drawn.name}.png)" for drawn in figures]
     parts += [
         seeds_table.markdown(),
         "\n".join(f"- {name}: {said}" for name, said in facts.items()),
     ]
     text = "\n\n".join(part.strip() for part in parts if part)
     write_text(study.folder / MARKDOWN_NAME, f"{text}\n")
-    page = _environment().get_template("study.html.jinja")
+    templates = page_templates("clip_pgs.study", "clip_pgs.evaluation.report")
+    page = templates.get_template("study.html.jinja")
     html = page.render(
         study=study,
         notes=notes,
@@ -239,25 +232,10 @@ def write_results(study: Study, *, command: str) -> Path:
         trouble=trouble,
         tables=tables,
         seeds_table=seeds_table,
-        figures=[(alt, base64.b64encode(svg).decode()) for _, alt, svg, _ in figures],
+        figures=figures,
     )
     write_text(study.folder / HTML_NAME, html)
     return study.folder / HTML_NAME
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.ChoiceLoader(
-            [
-                jinja2.PackageLoader("clip_pgs.study", "templates"),
-                # One style for all pages.
-                jinja2.PackageLoader("clip_pgs.evaluation.report", "templates"),
-            ]
-        ),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
 
 
 def _references(comparisons: Iterable[Comparison]) -> list[str]:
@@ -454,7 +432,7 @@ def _seeds_table(study: Study, rows: Sequence[Row], comparisons: Sequence[Compar
     return Table.of(shown, cells, caption="Every run: metrics and differences, in percent.")
 
 
-def _draw_all(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, bytes, bytes]]:
+def _draw_all(study: Study, rows: Sequence[Row]) -> list[plots.Figure]:
     """Return name, description, SVG and PNG of each plot that there is something to draw of."""
     axes = (
         ("training_flops", "training FLOPs", {row.name: row.mean_of("flops") for row in rows}),
@@ -469,13 +447,13 @@ def _draw_all(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, bytes, 
         ]
         if points:
             alt = f"{study.primary} against {label}, mean and 95 % interval over seeds"
-            drawn.append((f"{study.primary}_by_{name}", alt, *_draw(study, label, points)))
+            drawn.append(_draw(study, f"{study.primary}_by_{name}", alt, label, points))
     return drawn
 
 
 def _draw(
-    study: Study, label: str, points: Sequence[tuple[Row, float, Mean]]
-) -> tuple[bytes, bytes]:
+    study: Study, name: str, alt: str, label: str, points: Sequence[tuple[Row, float, Mean]]
+) -> plots.Figure:
     arms = list(dict.fromkeys(row.arm for row, *_ in points))
     with plots.plot_style():
         drawing = Drawing(figsize=(6.2, 3.6), layout="constrained")
@@ -506,7 +484,4 @@ def _draw(
         axes.set_xlabel(label)
         axes.set_ylabel(f"{study.primary}, percent")
         drawing.legend(loc="outside right upper")
-        return (
-            plots.picture(drawing, "svg", mark=_MARK),
-            plots.picture(drawing, "png", mark=_MARK),
-        )
+        return plots.Figure.of(drawing, name, alt, alt, mark="clip-pgs study")

@@ -78,9 +78,10 @@ def write_report(results: Sequence[str | Path], output: str | Path = "report") -
         OSError: If a file cannot be written.
     """
     try:
-        import jinja2
-
+        from clip_pgs import plots
         from clip_pgs.evaluation.report import figures
+
+        templates = page_templates("clip_pgs.evaluation.report")
     except ModuleNotFoundError as error:
         raise ValueError(
             f"the report needs the package {error.name}; install clip-pgs with its extra 'eval'"
@@ -127,36 +128,40 @@ def write_report(results: Sequence[str | Path], output: str | Path = "report") -
         "details": results_table.details_tables(runs),
         "provenance": results_table.provenance_table(runs),
     }
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("clip_pgs.evaluation.report", "templates"),
-        autoescape=lambda name: name is not None and name.startswith(HTML_NAME),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    templates.filters.update(plain=plain, md=markdown_text, anchor=_anchor, base64=_base64)
     names = (MARKDOWN_NAME, HTML_NAME)
     markdown, page = (templates.get_template(f"{n}.jinja").render(report=content) for n in names)
 
-    (folder / FIGURES_NAME).mkdir(parents=True, exist_ok=True)
-    files = {f"{figure.name}.svg": figure.svg for figure in drawn}
-    files |= {f"{figure.name}.png": figure.png for figure in drawn}
-    for path in (folder / FIGURES_NAME).iterdir():
-        if path.name not in files and figures.is_own_figure(path):
+    for path in (folder / FIGURES_NAME).glob("*"):
+        if path.stem not in [figure.name for figure in drawn] and figures.is_own_figure(path):
             path.unlink()
-    for name, picture in files.items():
-        (folder / FIGURES_NAME / name).write_bytes(picture)
+    plots.write_figures(drawn, folder / FIGURES_NAME)
     write_text(folder / CSV_NAME, results_table.scores_csv(models, families, paper))
     write_text(folder / MARKDOWN_NAME, re.sub(r"\n{3,}", "\n\n", markdown).rstrip() + "\n")
     write_text(folder / HTML_NAME, page)
     return folder
 
 
-def _anchor(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+def page_templates(*packages: str) -> Any:
+    """Return the templates of packages, with what all pages share: style, figures, filters.
 
+    Raises:
+        ModuleNotFoundError: If jinja2 is not installed.
+    """
+    import jinja2
 
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
+    templates = jinja2.Environment(
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(name) for name in packages]),
+        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    templates.filters.update(
+        plain=plain,
+        md=markdown_text,
+        anchor=lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-"),
+        base64=lambda data: base64.b64encode(data).decode("ascii"),
+    )
+    return templates
 
 
 def _whole_runs(models: Sequence[Model]) -> list[Run]:

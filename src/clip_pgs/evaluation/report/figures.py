@@ -10,7 +10,6 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from clip_pgs.evaluation.report.gather import Model
 from clip_pgs.evaluation.report.published import Paper
 from clip_pgs.evaluation.report.scores import AXES, CHANCE, RUN, Axis, Entry, Family, Place
 from clip_pgs.evaluation.results import DONE, Result, ordered_metrics
-from clip_pgs.plots import INK
+from clip_pgs.plots import INK, Figure
 from clip_pgs.tables import PREFIXES, PUBLISHED, percent, plain
 
 # Stands in every figure file, so that a later report knows it from the files of others and from
@@ -59,25 +58,6 @@ _CURVES = {
     "lr": "learning rate",
     "mask_ratio_mean": "mask ratio",
 }
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure in both its forms.
-
-    Attributes:
-        name: Of its files, without ending.
-        alt: What it shows, for those who do not see it.
-        caption: How to read it.
-        svg: As SVG.
-        png: As PNG.
-    """
-
-    name: str
-    alt: str
-    caption: str
-    svg: bytes
-    png: bytes
 
 
 class Look(NamedTuple):
@@ -555,6 +535,4 @@ def _draw_costs(
 def _finish(drawing: Drawing, name: str, alt: str, caption: str) -> Figure:
     """Save a drawing in both forms, with our mark."""
     name = re.sub(r"[^\w-]+", "-", name, flags=re.ASCII)[-_MAX_NAME:]
-    mark = _MARK.format(name=name)
-    svg, png = (plots.picture(drawing, form, mark=mark) for form in ("svg", "png"))
-    return Figure(name, alt, caption, svg, png)
+    return Figure.of(drawing, name, alt, caption, mark=_MARK.format(name=name))
