@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Generic, NoReturn, TypeVar
@@ -327,6 +327,29 @@ def append_line(path: Path, line: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(file)
+
+
+@contextmanager
+def folder_lock(folder: Path, *, on_busy: Callable[[], object]) -> Iterator[None]:
+    """Hold a folder, together with the processes started meanwhile; some file systems cannot.
+
+    Args:
+        folder: It is there, and nothing is written into it.
+        on_busy: Called where another process holds it, which is waited for unless this raises.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError, ImportError):
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            os.set_inheritable(descriptor, True)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_busy()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def check_writable(*paths: Path) -> None:

@@ -7,14 +7,13 @@ demo at a time in a folder.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from clip_pgs.common import (
     BAD_INPUT,
@@ -25,6 +24,7 @@ from clip_pgs.common import (
     LOG_NAME,
     AskedToLeaveError,
     SentenceParser,
+    folder_lock,
     write_text,
 )
 from clip_pgs.training.stop import lock_holder, take_lock
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not is_fresh:
         parser.parse_args(arguments)
     try:
-        with _only_demo():
+        with folder_lock(Path(), on_busy=_refuse_second):
             _demo(is_fresh, flags)
     except _DemoError as error:
         if str(error):
@@ -186,22 +186,9 @@ def _is_newer(path: Path, than: Path) -> bool:
     return path.exists() and path.stat().st_mtime_ns > than.stat().st_mtime_ns
 
 
-@contextmanager
-def _only_demo() -> Iterator[None]:
-    """Keep a second demo out of this folder by a lock on it; some file systems have none."""
-    folder = os.open(".", os.O_RDONLY)
-    os.set_inheritable(folder, True)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sentence = "another demo is running in this folder; wait for its end, or stop it"
-            raise _DemoError(sentence, BAD_INPUT) from None
-        except OSError:
-            pass
-        yield
-    finally:
-        os.close(folder)
+def _refuse_second() -> NoReturn:
+    sentence = "another demo is running in this folder; wait for its end, or stop it"
+    raise _DemoError(sentence, BAD_INPUT)
 
 
 @contextmanager

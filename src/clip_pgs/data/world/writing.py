@@ -6,9 +6,7 @@ import hashlib
 import io
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clip_pgs.common import atomic_folder
+from clip_pgs.common import atomic_folder, folder_lock
 from clip_pgs.data.tar import write_shard
 from clip_pgs.data.words import count_shards, write_word_frequencies
 from clip_pgs.data.world.captions import TASKS, hard_negatives
@@ -87,7 +85,8 @@ def write_world(
     if root.exists() and (not root.is_dir() or {path.name for path in root.iterdir()} - _NAMES):
         raise ValueError(f"{root} holds something else than a demo world; name another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
-    with _sole_writer(root.parent):
+    waiting = f"waiting for another process, which writes a world in {root.parent}"
+    with folder_lock(root.parent, on_busy=lambda: logger.info(waiting)):
         if not _is_complete(root, identity):
             _write_whole(root, identity, list_parts(seed, **counts), progress)
 
@@ -114,28 +113,6 @@ def _is_complete(root: Path, identity: dict[str, int]) -> bool:
         # Whatever else may stand there, it is no world of ours.
         return False
     return bool(sums and is_whole) and all(is_whole)
-
-
-@contextmanager
-def _sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; where it or its system has no locks, go on without."""
-    descriptor = None
-    try:
-        import fcntl
-
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another process, which writes a world in %s", folder)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except (ImportError, OSError):
-        pass
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 class Record:
