@@ -1,7 +1,7 @@
 import random
 
 from clip_pgs.evaluation import EvalSet, load_suite
-from clip_pgs.evaluation.runner import divide, format_seconds, seconds_left, sizes_to_read
+from clip_pgs.evaluation.runner import divide, seconds_left, sizes_to_read
 
 
 def sets(count):
@@ -50,13 +50,3 @@ def test_time_left_is_not_guessed_where_a_size_is_unknown():
     assert seconds_left(10.0, 100, [100, None]) is None
     assert seconds_left(0.0, 0, [100]) is None
     assert seconds_left(10.0, 100, []) is None
-
-
-def test_durations_read_as_people_say_them():
-    assert [format_seconds(s) for s in (12.4, 89, 90, 600, 7200)] == [
-        "12 s",
-        "89 s",
-        "2 min",
-        "10 min",
-        "2.0 h",
-    ]

@@ -52,7 +52,7 @@ from clip_pgs.evaluation.report.results_table import format_table
 from clip_pgs.evaluation.results import CSV_NAME, DONE, MISSING, Result, result_files
 from clip_pgs.evaluation.runner import ERRORS_NAME, Ranks, evaluate, join_ranks
 from clip_pgs.evaluation.suites import load_suite, suites
-from clip_pgs.tables import plain, scaled
+from clip_pgs.tables import Table, plain, scaled
 
 logger = logging.getLogger(__name__)
 
@@ -358,19 +358,15 @@ def _complain(error: Exception, ranks: Ranks) -> int:
 
 
 def _presence_table(found: Sequence[tuple[EvalSet, Presence]]) -> str:
-    suites = dict.fromkeys(eval_set.suite for eval_set, _ in found)
-    width = max(len(text) for eval_set, _ in found for text in (eval_set.name, eval_set.suite))
     blocks = []
-    for suite in suites:
-        members = [(eval_set, presence) for eval_set, presence in found if eval_set.suite == suite]
-        num_present = sum(presence.state == PRESENT for _, presence in members)
-        lines = [f"{suite.ljust(width)}  {num_present} of {len(members)} present\n"]
-        lines += [
-            f"{eval_set.name.ljust(width)}  {presence.state.ljust(10)}  "
-            f"{presence.reason or eval_set.location}\n"
-            for eval_set, presence in members
+    for suite in dict.fromkeys(eval_set.suite for eval_set, _ in found):
+        rows = [
+            (eval_set.name, presence.state, presence.reason or eval_set.location)
+            for eval_set, presence in found
+            if eval_set.suite == suite
         ]
-        blocks.append("".join(lines))
+        num_present = sum(state == PRESENT for _, state, _ in rows)
+        blocks.append(Table.of((suite, f"{num_present} of {len(rows)} present", ""), rows).text())
     return "\n".join(blocks)
 
 

@@ -51,6 +51,7 @@ from clip_pgs.evaluation.results import (
     write_result,
 )
 from clip_pgs.evaluation.suites import SUITES, Scores
+from clip_pgs.tables import duration
 
 logger = logging.getLogger(__name__)
 
@@ -394,7 +395,7 @@ def _outcome(result: Result, is_new: bool, seconds: float, left: float | None) -
     if not is_new:
         return "done before"
     rate = result.samples / max(seconds, 1e-9)
-    rest = "" if left is None else f", {format_seconds(left)} left"
+    rest = "" if left is None else f", {duration(left)} left"
     return f"{result.samples} samples in {seconds:.1f} s, {rate:.0f}/s{rest}"
 
 
@@ -459,10 +460,3 @@ def seconds_left(spent: float, num_read: int, sizes: Sequence[int | None]) -> fl
     if not known or len(known) < len(sizes) or not num_read:
         return None
     return spent * sum(known) / num_read
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration as a person says it, such as "40 s", "12 min" or "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
