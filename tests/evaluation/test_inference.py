@@ -11,6 +11,7 @@ import torch
 from clip_pgs.evaluation import evaluate, load_model
 from clip_pgs.evaluation.__main__ import main
 from clip_pgs.evaluation.features import Encoder
+from clip_pgs.evaluation.inference import choose_masking
 from clip_pgs.evaluation.suites import get_suite
 from clip_pgs.integrations.open_clip import (
     apply_masking,
@@ -68,6 +69,15 @@ def test_features_are_those_of_a_model_masked_in_eval_mode_with_the_same_noise(
     assert last_selection(model).index.shape == (12, 2)
     torch.testing.assert_close(features.images, expected)
     assert not torch.allclose(features.images, encode(load_model(finished_run), six).images)
+
+
+def test_the_options_of_a_run_of_many_shards_are_read(tmp_path):
+    shards = [f"{number:05d}.tar: 300000000 bytes, 10000 samples" for number in range(40_000)]
+    said = {"masking": "random", "masking_options": {}, "train_files": shards}
+    (tmp_path / "options.json").write_text(json.dumps(said))
+    (tmp_path / "checkpoints").mkdir()
+    masking = choose_masking("run", weights=str(tmp_path / "checkpoints/epoch_1.pt"))
+    assert masking.name == "random"
 
 
 def test_a_ratio_of_0_gives_the_features_of_whole_images(finished_run, six, add_att):

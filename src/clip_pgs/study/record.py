@@ -16,6 +16,7 @@ from pathlib import Path
 import clip_pgs
 from clip_pgs.common import EXIT_NAME, EXPORT_NAME, write_text
 from clip_pgs.evaluation.report.gather import read_training_facts
+from clip_pgs.integrations.open_clip.model_config import read_json_object
 from clip_pgs.training.build import read_model_config
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.run_folder import changed_options, changed_recipe, holds_run
@@ -138,8 +139,8 @@ def write_record(record: Record, run: Path) -> None:
 def is_trained(run: Path) -> bool:
     """Return whether a run went to its end."""
     try:
-        ended = json.loads((run / EXIT_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        ended = read_json_object(run / EXIT_NAME, what="it")
+    except ValueError:
         return False
     return ended.get("code") == 0 and (run / EXPORT_NAME).is_dir()
 

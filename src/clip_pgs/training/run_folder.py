@@ -33,6 +33,7 @@ from clip_pgs.common import (
     PARAMS_NAME,
     write_text,
 )
+from clip_pgs.integrations.open_clip.model_config import read_json_object
 from clip_pgs.tables import counted
 from clip_pgs.training.export import open_clip_config, tokenizer_source
 from clip_pgs.training.options import IDENTITY, RECIPE, TrainOptions, names_of
@@ -211,10 +212,9 @@ def _read_options(folder: Path) -> tuple[dict[str, Any], str | None]:
     if not path.exists():
         return {}, f"{path} is not there" if holds_run(folder) else None
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        return {}, f"{path} cannot be read: {error}"
-    return (saved, None) if isinstance(saved, dict) else ({}, f"{path} holds no options")
+        return read_json_object(path, what=str(path)), None
+    except ValueError as error:
+        return {}, str(error)
 
 
 def changed_options(
@@ -372,10 +372,10 @@ def save_environment(environment: dict[str, Any], folder: Path) -> None:
     earlier: list[dict[str, Any]] = []
     if path.is_file():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = read_json_object(path, what=str(path))
             earlier = [*before.pop("earlier_launches", []), before]
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            _logger.warning("%s cannot be read: %s; it begins anew", path, error)
+        except (ValueError, TypeError) as error:
+            _logger.warning("%s; it begins anew", error)
     text = json.dumps({**environment, "earlier_launches": earlier}, indent=2) + "\n"
     write_text(path, text)
 

@@ -37,6 +37,7 @@ from clip_pgs.evaluation.results import (
     run_of_results,
     run_of_weights,
 )
+from clip_pgs.integrations.open_clip.model_config import read_json_object
 from clip_pgs.tables import counted
 
 logger = logging.getLogger(__name__)
@@ -403,13 +404,9 @@ def _from_record(record: dict[str, Any], checkpoint: Path) -> TrainingFacts:
 
 def _from_logs(run: Path) -> TrainingFacts:
     try:
-        options = json.loads((run / OPTIONS_NAME).read_text("utf-8"))
-    # The last where it nests too deep.
-    except (ValueError, RecursionError) as error:
+        options = read_json_object(run / OPTIONS_NAME, what="its file")
+    except ValueError as error:
         _warn(run / OPTIONS_NAME, f"cannot be read ({error})")
-        return TrainingFacts()
-    if not isinstance(options, dict):
-        _warn(run / OPTIONS_NAME, "holds no options")
         return TrainingFacts()
     told = [e for e in _measurements(run / METRICS_NAME) if _number(e.get("samples")) is not None]
     spent = told[-1] if told else {}

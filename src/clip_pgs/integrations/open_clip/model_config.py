@@ -34,7 +34,7 @@ _MAX_SIZE = 2**24
 _CAN_BE_ZERO = ("pad_id", "eos_id")
 # Sizes that open_clip takes as a list too, and how long it is.
 _LISTS = {"image_size": 2, "patch_size": 2, "layers": 4}
-_MAX_JSON_BYTES = 2**20
+_MAX_JSON_BYTES = 2**26  # a run's options name each of its shards
 
 # What open_clip, timm and torch raise on numbers that do not go together.
 MISFITS = (
@@ -52,7 +52,7 @@ _BYTES = 4
 
 
 def read_json_object(path: Path, *, what: str) -> dict[str, Any]:
-    """Read a small JSON file that holds an object.
+    """Read a JSON file that holds an object.
 
     Args:
         path: The file.
