@@ -34,6 +34,7 @@ from clip_pgs.integrations.open_clip.model_config import (
     read_json_object,
 )
 from clip_pgs.training.checkpoint import find_non_finite
+from clip_pgs.training.loss import in_chunks
 from clip_pgs.training.masks import seed_everything
 from clip_pgs.training.options import MODEL_SCHEMAS, TrainOptions
 
@@ -316,7 +317,8 @@ def build_loss(options: TrainOptions, model: nn.Module) -> nn.Module:
     """Create OpenCLIP's loss for a model; options needs `rank` and `world_size`."""
     # OpenCLIP goes by the name, which says nothing where the model comes from one's own file.
     name = "coca" if is_coca(model) else options.model.lower().replace("coca", "")
-    return open_clip.create_loss(argparse.Namespace(**{**vars(options.openclip), "model": name}))
+    loss = open_clip.create_loss(argparse.Namespace(**{**vars(options.openclip), "model": name}))
+    return loss if options.loss_chunk is None else in_chunks(loss, options.loss_chunk)
 
 
 def build_optimizer(options: TrainOptions, model: nn.Module) -> torch.optim.Optimizer:

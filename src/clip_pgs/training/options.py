@@ -144,6 +144,9 @@ class TrainOptions(argparse.Namespace):
             sequence instead of padding images to the longest: on CUDA in half precision, at the
             price of one synchronization per step; on a CPU without --torchcompile (default: on a
             CPU, unless the model is tiny)
+        loss_chunk: rows of the matrix of similarities that the loss holds at once, where the whole
+            one of a large batch takes too much memory; value and gradients stay the same (default:
+            all)
         text_masking: what stays of a training caption; package.module:function is one of your own
             (default: none, truncate with --text-tokens alone)
         caption_key: in shards, the field of the side-car .json that holds the caption, or a list of
@@ -211,6 +214,7 @@ class TrainOptions(argparse.Namespace):
     merge: str = _ours("none", IMAGE, "GROUPS", IDENTITY)
     merge_counts: bool = _ours(False, IMAGE, part=IDENTITY)
     pack_tokens: bool | None = _ours(None, IMAGE)
+    loss_chunk: int | None = _ours(None, GENERAL, "N", rule=AT_LEAST_1)
     text_masking: str = _ours("none", TEXT, "NAME", IDENTITY, is_basic=True, registered="data")
     caption_key: str | None = _ours(None, TEXT, "KEY", IDENTITY)
     text_tokens: int | None = _ours(None, TEXT, "N", IDENTITY, is_basic=True)
