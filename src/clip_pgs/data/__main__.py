@@ -160,25 +160,18 @@ def _run_check(shards: str, caption_key: str | None) -> int:
     return 1 if total.bad else 0
 
 
-def _run_words(
-    shards: str,
-    out: Path,
-    min_count: int,
-    workers: int,
-    caption_key: str | None,
-    separator: str | None,
-) -> int:
+def _run_words(shards: str, out: Path, min_count: int, workers: int, **columns: Any) -> int:
     check_writable(out)
     if min_count < 1:
         raise ValueError(f"--min-count must be >= 1, got {min_count}")
     if shards.lower().endswith((".csv", ".tsv")):
-        count = count_table(Path(shards), caption_key=caption_key or "title", separator=separator)
+        columns["caption_key"] = columns["caption_key"] or "title"
+        count = count_table(Path(shards), **columns)
     else:
         names = expand_shards(shards)
         with tqdm(total=len(names), unit="shard", disable=not sys.stderr.isatty()) as bar:
-            count = count_shards(
-                names, caption_key=caption_key, num_workers=workers, progress=bar.update
-            )
+            key = columns["caption_key"]
+            count = count_shards(names, caption_key=key, num_workers=workers, progress=bar.update)
     frequencies = count.frequencies(min_count=min_count)
     write_word_frequencies(frequencies, out)
     sys.stdout.write(

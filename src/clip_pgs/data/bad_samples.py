@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from clip_pgs.common import one_sentence
 
@@ -74,6 +74,7 @@ def describe_reasons(counts: Counter[str]) -> str:
     return ", ".join(f"{reason}: {number}" for reason, number in ordered)
 
 
+@dataclass(eq=False)
 class SkipAccount:
     """Counts and reports what is skipped, and stops where it is too much.
 
@@ -86,17 +87,14 @@ class SkipAccount:
         counts: Skips by reason in the epoch that is being read or was read last.
     """
 
-    def __init__(
-        self,
-        *,
-        on_skip: OnSkip | None = None,
-        max_bad_share: float | None = None,
-        epoch_size: int | None = None,
-    ) -> None:
-        self.counts: Counter[str] = Counter()
-        self._on_skip = on_skip
-        self._max_bad_share = max_bad_share
-        self._judge_every = _MIN_TRIED if epoch_size is None else min(epoch_size, _MIN_TRIED)
+    on_skip: OnSkip | None = None
+    max_bad_share: float | None = None
+    epoch_size: int | None = None
+    counts: Counter[str] = field(default_factory=Counter, init=False)
+
+    def __post_init__(self) -> None:
+        size = _MIN_TRIED if self.epoch_size is None else self.epoch_size
+        self._judge_every = min(size, _MIN_TRIED)
         self._judge_at = self._judge_every
         self._first: Skip | None = None
         # Over all epochs, so that one entered near its end is not judged by the rest alone.
@@ -126,8 +124,8 @@ class SkipAccount:
             elif self.counts.total() == _MAX_LOGGED:
                 logger.warning("skipped more; the epoch's total follows at its end")
             self.counts[skip.reason] += 1
-            if self._on_skip is not None:
-                self._on_skip(skip)
+            if self.on_skip is not None:
+                self.on_skip(skip)
         if num_tried == 0:
             return
         self._num_tried += num_tried
@@ -135,7 +133,7 @@ class SkipAccount:
         if self._num_tried < self._judge_at:
             return
         self._judge_at += self._judge_every
-        allowed = self._max_bad_share
+        allowed = self.max_bad_share
         if allowed is not None and self._num_bad > allowed * self._num_tried:
             raise TooManyBadSamplesError(
                 f"{self._num_bad} of {self._num_tried} samples are bad, more than "

@@ -119,6 +119,7 @@ class Batching:
         return self.num_batches(num_samples) * self.batch_size * self.world_size
 
 
+@dataclass(eq=False)
 class PlannedBatches(Dataset[Batch]):
     """The batches of an epoch by their positions, which it gives to torch's loader as a sampler.
 
@@ -134,25 +135,19 @@ class PlannedBatches(Dataset[Batch]):
         num_workers: Loading processes, no more than there are batches.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        plan: EpochPlan,
-        decode: SampleDecoder,
-        batching: Batching,
-        *,
-        num_samples: int,
-        num_workers: int,
-    ) -> None:
-        self.source = source
-        self.plan = plan
-        self.decode = decode
-        self.batching = batching
-        self.num_workers = min(num_workers, batching.num_batches(num_samples))
+    source: Source
+    plan: EpochPlan
+    decode: SampleDecoder
+    batching: Batching
+    num_samples: int
+    num_workers: int
+
+    def __post_init__(self) -> None:
+        self.num_workers = min(self.num_workers, self.batching.num_batches(self.num_samples))
         self.status = DataWorkerStatus(self.num_workers)
         self.sampler = self
-        self.num_samples = batching.num_samples(num_samples)
-        self._num_planned = num_samples
+        self._num_planned = self.num_samples
+        self.num_samples = self.batching.num_samples(self.num_samples)
         self._epoch = self._position = 0
 
     @property

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ _LEAVE_SECONDS = 0.5
 _KILL_SECONDS = 2.0
 
 
+@dataclass(eq=False)
 class SampleStream:
     """Batches of images and texts, epoch by epoch.
 
@@ -46,19 +48,14 @@ class SampleStream:
         num_workers: Loading processes, after what the data allows; 0 loads in this one.
     """
 
-    def __init__(
-        self,
-        batches: PlannedBatches | StreamingBatches,
-        account: SkipAccount,
-        *,
-        timeout: float = 0.0,
-    ) -> None:
-        self.num_workers = batches.num_workers
-        self.num_samples = batches.num_samples
-        self.num_batches = batches.num_batches
-        self._batches = batches
-        self._account = account
-        self._timeout = timeout
+    batches: PlannedBatches | StreamingBatches
+    account: SkipAccount
+    timeout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.num_workers = self.batches.num_workers
+        self.num_samples = self.batches.num_samples
+        self.num_batches = self.batches.num_batches
         self._loader = self._make_loader()
         # The one that is being read; frames of an error would keep it, and with it the workers.
         self._reader: Iterator[Batch] = iter(())
@@ -66,17 +63,17 @@ class SampleStream:
     @property
     def skipped(self) -> Counter[str]:
         """Samples skipped by reason in the epoch that is being read or was read last."""
-        return self._account.counts
+        return self.account.counts
 
     @property
     def is_ordered(self) -> bool:
         """Whether the order is the same for any number of processes, workers and batch size."""
-        return isinstance(self._batches, PlannedBatches)
+        return isinstance(self.batches, PlannedBatches)
 
     @property
     def num_batches_left(self) -> int | None:
         """Batches that the next iterator gives; None if not known."""
-        return self._batches.num_batches
+        return self.batches.num_batches
 
     def start_at(self, epoch: int, position: int) -> None:
         """Choose where the next iterator begins: at first, epoch 0 and position 0.
@@ -85,25 +82,25 @@ class SampleStream:
             epoch: Any epoch; it gives the same batches whatever was read before.
             position: Samples of the epoch, over all ranks, that are left out, unread.
         """
-        self._batches.start_at(epoch, position)
+        self.batches.start_at(epoch, position)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self._account.start_epoch()
+        self.account.start_epoch()
         num_given = 0
         try:
             for batch in self._read_loader():
-                self._account.add(batch.skips, num_tried=batch.num_tried)
+                self.account.add(batch.skips, num_tried=batch.num_tried)
                 if batch.barren:
-                    raise self._account.no_usable_sample(batch.barren)
+                    raise self.account.no_usable_sample(batch.barren)
                 if batch.images is not None and batch.texts is not None:
                     num_given += 1
                     yield batch.images, batch.texts
-            if num_given == 0 and self._batches.num_batches != 0:
-                raise self._account.no_usable_sample([])
+            if num_given == 0 and self.batches.num_batches != 0:
+                raise self.account.no_usable_sample([])
         except (ValueError, RuntimeError):
             self.close()
             raise
-        self._account.finish_epoch()
+        self.account.finish_epoch()
 
     def close(self) -> None:
         """End the workers, also those that hang; a new iterator starts others.
@@ -116,11 +113,11 @@ class SampleStream:
         self._loader = self._make_loader()
 
     def _kill_hanging(self) -> None:
-        busy = self._batches.status.busy()
+        busy = self.batches.status.busy()
         if self.num_workers == 0 or not busy:
             return
         time.sleep(_LEAVE_SECONDS)
-        hanging = {process for _, process, *_ in {*busy} & {*self._batches.status.busy()}}
+        hanging = {process for _, process, *_ in {*busy} & {*self.batches.status.busy()}}
         for child in multiprocessing.active_children():
             if child.pid in hanging:
                 # torch raises an error where one of its workers is killed.
@@ -137,8 +134,8 @@ class SampleStream:
                     batch = next(self._reader, None)
                 else:
                     # Samples seed the generators of the process that decodes them: this one.
-                    error = StalledDataError(f"no batch for {self._timeout:g} seconds")
-                    with time_limit(self._timeout, error), _preserved_generators():
+                    error = StalledDataError(f"no batch for {self.timeout:g} seconds")
+                    with time_limit(self.timeout, error), _preserved_generators():
                         batch = next(self._reader, None)
             except StalledDataError as error:
                 what = str(error)
@@ -147,7 +144,7 @@ class SampleStream:
                 if found is None:
                     raise
                 if found[1] == "timed out":
-                    what = f"no batch for {self._timeout:g} seconds"
+                    what = f"no batch for {self.timeout:g} seconds"
                 else:
                     what = "a data worker died"
             # Out here, without the error, whose frames hold the workers.
@@ -159,19 +156,19 @@ class SampleStream:
 
     def _stalled(self, what: str) -> StalledDataError:
         busy = [
-            f"worker {worker} (process {process}) is at {self._batches.describe(shard, number)}"
-            for worker, process, shard, number in self._batches.status.busy()
+            f"worker {worker} (process {process}) is at {self.batches.describe(shard, number)}"
+            for worker, process, shard, number in self.batches.status.busy()
         ]
         return StalledDataError(f"{what}: {'; '.join(busy) or 'no worker is reading'}")
 
     def _make_loader(self) -> DataLoader[Batch]:
         return DataLoader(
-            self._batches,
+            self.batches,
             batch_size=None,
-            sampler=self._batches.sampler,
+            sampler=self.batches.sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            timeout=self._timeout if self.num_workers > 0 else 0,
+            timeout=self.timeout if self.num_workers > 0 else 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_leave_process_group,
             # The loader draws a number at each start; not from the stream of the run.

@@ -11,7 +11,7 @@ import logging
 import math
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from multiprocessing.sharedctypes import RawArray
 from typing import TypeVar
@@ -37,6 +37,7 @@ _MAX_PENDING_SKIPS = 256
 _MAX_BAD_IN_ROW = 10_000
 
 
+@dataclass(eq=False)
 class StreamingBatches(IterableDataset[Batch]):
     """The batches of an epoch, each worker its own, whose samples are read in passes.
 
@@ -59,37 +60,31 @@ class StreamingBatches(IterableDataset[Batch]):
 
     sampler = None
 
-    def __init__(
-        self,
-        shards: list[str],
-        decode: SampleDecoder,
-        batching: Batching,
-        *,
-        num_samples: int | None,
-        num_workers: int,
-        resampled: bool = False,
-        weights: list[float] | None = None,
-    ) -> None:
-        self.shards = shards
-        self.decode = decode
-        self.batching = batching
-        self.resampled = resampled
-        self.weights = weights
-        self.num_samples = None if num_samples is None else batching.num_samples(num_samples)
+    shards: list[str]
+    decode: SampleDecoder
+    batching: Batching
+    num_samples: int | None
+    num_workers: int
+    resampled: bool = False
+    weights: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_samples is not None:
+            self.num_samples = self.batching.num_samples(self.num_samples)
         # Epoch and first batch. Persistent workers hold copies of the data set; this reaches them.
         self._start = RawArray("q", 2)
-        self.num_workers = num_workers
-        if batching.per_step is not None:
+        asked = self.num_workers
+        if self.batching.per_step is not None:
             # A worker with less than one batch of its own would repeat samples within a batch.
-            fed = len(shards) // batching.world_size if not resampled else num_workers
-            self.num_workers = min(num_workers, fed, self.num_batches or 0)
-        if self.num_workers < num_workers:
+            fed = len(self.shards) // self.batching.world_size if not self.resampled else asked
+            self.num_workers = min(asked, fed, self.num_batches or 0)
+        if self.num_workers < asked:
             logger.warning(
                 "%d workers per process instead of --workers %d: %d shards with %d batches per "
                 "process feed no more",
                 self.num_workers,
-                num_workers,
-                len(shards),
+                asked,
+                len(self.shards),
                 self.num_batches,
             )
         self.status = DataWorkerStatus(self.num_workers)

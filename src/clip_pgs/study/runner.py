@@ -61,25 +61,6 @@ def num_processes() -> int:
     return Processes.of_environment(None, num_nodes="1").per_node
 
 
-def is_complete(study: Study, pair: Pair, code: Code, *, accepts_changes: bool = False) -> bool:
-    """Return whether a run is trained, and evaluated as its study says by the present code."""
-    run = study.run(pair.arm, pair.seed)
-    ways = study.arms[pair.arm].evaluations
-    return is_trained(run) and all(
-        is_evaluated(study, pair, way, code, accepts_changes=accepts_changes) for way in ways
-    )
-
-
-def is_evaluated(
-    study: Study, pair: Pair, way: str, code: Code, *, accepts_changes: bool = False
-) -> bool:
-    """Return whether one evaluation of a run is there as the study says, by the present code."""
-    done = read_record(study.run(pair.arm, pair.seed)).evaluations.get(way)
-    if done is None or done.flags != study.evaluate_arguments(pair.arm, way):
-        return False
-    return done.code == code.evaluation or accepts_changes
-
-
 def refuse_other_runs(
     study: Study, options: dict[str, TrainOptions], pairs: Sequence[Pair], code: Code
 ) -> dict[Pair, list[str]]:
@@ -100,6 +81,7 @@ def refuse_other_runs(
     return {pair: changes for pair, changes in found.items() if changes}
 
 
+@dataclass(eq=False)
 class Runner:
     """Runs what a study lacks.
 
@@ -115,28 +97,18 @@ class Runner:
         signals: Signals to this process.
     """
 
-    def __init__(
-        self,
-        study: Study,
-        options: dict[str, TrainOptions],
-        pairs: Sequence[Pair],
-        code: Code,
-        *,
-        jobs: int,
-        changed: dict[Pair, list[str]],
-        accepts_changes: bool,
-        signals: StopSignals,
-    ) -> None:
-        self._study = study
-        self._options = options
-        self._pairs = list(pairs)
-        self._code = code
-        self._jobs = jobs
-        self._changed = changed
-        self._accepts_changes = accepts_changes
-        self._signals = signals
+    study: Study
+    options: dict[str, TrainOptions]
+    pairs: Sequence[Pair]
+    code: Code
+    jobs: int
+    changed: dict[Pair, list[str]]
+    accepts_changes: bool
+    signals: StopSignals
+
+    def __post_init__(self) -> None:
         # Of a run in several processes, the command shares the cores out itself.
-        self._cores = share_cores(jobs) if num_processes() == 1 else {}
+        self._cores = share_cores(self.jobs) if num_processes() == 1 else {}
         self._lock = threading.Lock()
         self._children: set[subprocess.Popen[bytes]] = set()
         self._is_stopping = False
@@ -155,29 +127,25 @@ class Runner:
         Raises:
             KeyboardInterrupt: At a second Ctrl-C; the processes are killed.
         """
-        for pair, changes in self._changed.items():
+        for pair, changes in self.changed.items():
             self._note_accepted(pair, changes)
-        missing = [
-            pair
-            for pair in self._pairs
-            if not is_complete(self._study, pair, self._code, accepts_changes=self._accepts_changes)
-        ]
-        self._ended = set(self._pairs) - set(missing)
-        self._say(f"{len(missing)} of {len(self._pairs)} runs are left{self._time_left()}")
-        with ThreadPoolExecutor(self._jobs) as pool:
+        missing = [pair for pair in self.pairs if not self._is_complete(pair)]
+        self._ended = set(self.pairs) - set(missing)
+        self._say(f"{len(missing)} of {len(self.pairs)} runs are left{self._time_left()}")
+        with ThreadPoolExecutor(self.jobs) as pool:
             ends = [pool.submit(self._complete, pair) for pair in missing]
             try:
                 while wait(ends, timeout=_POLL_SECONDS).not_done:
-                    if self._signals.code and not self._is_stopping:
-                        self._say(f"{self._signals.name}: stopping; the same command goes on")
+                    if self.signals.code and not self._is_stopping:
+                        self._say(f"{self.signals.name}: stopping; the same command goes on")
                         self._stop(signal.SIGTERM)
             except BaseException:
                 self._stop(signal.SIGKILL)
                 raise
             for end in ends:
                 end.result()
-        if self._signals.code:
-            return self._signals.code
+        if self.signals.code:
+            return self.signals.code
         if self._other_code:
             sys.stderr.write(f"error: {self._other_code}\n")
         return 1 if self._num_failed or self._other_code else 0
@@ -199,14 +167,14 @@ class Runner:
             return
         self._started[pair] = time.monotonic()
         reason = self._train(pair)
-        for way in self._study.arms[pair.arm].evaluations:
+        for way in self.study.arms[pair.arm].evaluations:
             if not reason and not self._is_stopping:
                 reason = self._evaluate(pair, way)
         if self._is_stopping or (self._other_code and not reason):
             return
-        run = self._study.run(pair.arm, pair.seed)
+        run = self.study.run(pair.arm, pair.seed)
         write_record(replace(read_record(run), failed=reason), run)
-        if not reason and not self._study.keep_checkpoints:
+        if not reason and not self.study.keep_checkpoints:
             # The export has the weights; only going on from here needs more.
             shutil.rmtree(run / CHECKPOINTS_NAME, ignore_errors=True)
         with self._lock:
@@ -214,15 +182,27 @@ class Runner:
             self._num_failed += bool(reason)
         spent = duration(time.monotonic() - self._started[pair])
         outcome = f"failed: {reason}" if reason else f"done in {spent}"
-        count = f"[{len(self._ended)}/{len(self._pairs)}]"
+        count = f"[{len(self._ended)}/{len(self.pairs)}]"
         self._say(f"{count} {pair}: {outcome}{self._time_left()}")
+
+    def _is_complete(self, pair: Pair) -> bool:
+        """Return whether a run is trained, and evaluated as its study says by the present code."""
+        ways = self.study.arms[pair.arm].evaluations
+        is_ready = is_trained(self.study.run(pair.arm, pair.seed))
+        return is_ready and all(self._is_evaluated(pair, way) for way in ways)
+
+    def _is_evaluated(self, pair: Pair, way: str) -> bool:
+        done = read_record(self.study.run(pair.arm, pair.seed)).evaluations.get(way)
+        if done is None or done.flags != self.study.evaluate_arguments(pair.arm, way):
+            return False
+        return done.code == self.code.evaluation or self.accepts_changes
 
     def _is_same_code(self) -> bool:
         """Return whether processes that start now run the code that was checked."""
         with self._lock:
-            if self._accepts_changes or self._other_code:
+            if self.accepts_changes or self._other_code:
                 return not self._other_code
-            if read_code() != self._code:
+            if read_code() != self.code:
                 self._other_code = (
                     "the code changed while the study ran, which began nothing more; run it from "
                     "a checkout that nobody edits, or go on with --accept-changes"
@@ -231,21 +211,21 @@ class Runner:
 
     def _train(self, pair: Pair) -> str:
         """Train a run, or go on with it; return why it failed, "" if it did not."""
-        study, run = self._study, self._study.run(pair.arm, pair.seed)
+        study, run = self.study, self.study.run(pair.arm, pair.seed)
         if is_trained(run):
             return ""
         config = run.parent / CONFIG_NAME
         run.mkdir(parents=True, exist_ok=True)
         with self._lock:
             write_text(config, study.config_text(pair.arm, config.parent))
-        code = read_code().training if self._accepts_changes else self._code.training
-        record = Record(clip_pgs.__version__, [], model_digest(self._options[pair.arm]))
+        code = read_code().training if self.accepts_changes else self.code.training
+        record = Record(clip_pgs.__version__, [], model_digest(self.options[pair.arm]))
         if holds_run(run):
             record = read_record(run)
         record.code = list(dict.fromkeys([*record.code, code]))
         write_record(record, run)
         arguments = study.train_arguments(pair.arm, pair.seed, config)
-        if pair in self._changed:
+        if pair in self.changed:
             arguments.append("--accept-changes")
         exit_code, reason = self._launch("train", arguments, run)
         if exit_code:
@@ -255,11 +235,8 @@ class Runner:
 
     def _evaluate(self, pair: Pair, way: str) -> str:
         """Evaluate a run in one way; return why that failed, "" if it did not."""
-        study, run = self._study, self._study.run(pair.arm, pair.seed)
-        accepts = self._accepts_changes
-        if is_evaluated(study, pair, way, self._code, accepts_changes=accepts):
-            return ""
-        if not self._is_same_code():
+        study, run = self.study, self.study.run(pair.arm, pair.seed)
+        if self._is_evaluated(pair, way) or not self._is_same_code():
             return ""
         record = read_record(run)
         output = study.results(pair.arm, pair.seed, way)
@@ -268,7 +245,7 @@ class Runner:
         write_record(record, run)
         # What was scored by other code, or through another mask, must not stay beside the new.
         shutil.rmtree(output, ignore_errors=True)
-        code = read_code().evaluation if accepts else self._code.evaluation
+        code = read_code().evaluation if self.accepts_changes else self.code.evaluation
         start = time.monotonic()
         for flags in calls:
             arguments = [str(run), f"--output={output}", "--no-report", *flags]
@@ -305,7 +282,7 @@ class Runner:
         return code, _last_words(run / OUTPUT_NAME, start)
 
     def _note_accepted(self, pair: Pair, changes: list[str]) -> None:
-        run = self._study.run(pair.arm, pair.seed)
+        run = self.study.run(pair.arm, pair.seed)
         record = read_record(run)
         accepted = list(dict.fromkeys([*record.accepted, *changes]))
         write_record(replace(record, accepted=accepted), run)
@@ -313,8 +290,8 @@ class Runner:
     def _time_left(self) -> str:
         """Return how long the rest will take, from what runs of each arm took."""
         seconds: dict[str, list[float]] = {}
-        for pair in self._pairs:
-            record = read_record(self._study.run(pair.arm, pair.seed))
+        for pair in self.pairs:
+            record = read_record(self.study.run(pair.arm, pair.seed))
             if pair in self._ended and record.spent is not None and not record.failed:
                 evaluating = sum(done.seconds for done in record.evaluations.values())
                 spent = (record.spent.seconds or 0.0) + _START_SECONDS + evaluating
@@ -324,11 +301,11 @@ class Runner:
         means = {arm: sum(spent) / len(spent) for arm, spent in seconds.items()}
         mean = sum(means.values()) / len(means)
         now, left = time.monotonic(), 0.0
-        for pair in self._pairs:
+        for pair in self.pairs:
             if pair not in self._ended:
                 passed = now - self._started.get(pair, now)
                 left += max(means.get(pair.arm, mean) - passed, 0.0)
-        return f"; about {duration(left / self._jobs)} left" if left else ""
+        return f"; about {duration(left / self.jobs)} left" if left else ""
 
     def _say(self, sentence: str) -> None:
         sys.stdout.write(f"{sentence}\n")
