@@ -37,6 +37,7 @@ def test_a_run_scores_a_suite_every_n_epochs_and_at_the_end(argv, tmp_path):
     assert curve[3]["zeroshot-classification/six/acc1"] == content["metrics"]["acc1"]
 
 
+@pytest.mark.slow
 def test_evaluation_through_the_runs_own_mask_equals_that_of_the_finished_run(
     argv, tmp_path, capsys, dataset_list, data_root
 ):

@@ -307,6 +307,7 @@ def test_every_tensor_is_made_on_the_images_device(name, options):
         assert create_masking(name, **options)(inputs).index.device.type == "cuda"
 
 
+@pytest.mark.slow
 @every_strategy
 def test_it_compiles_into_one_graph_with_the_same_result(name, options):
     strategy = create_masking(name, **options)

@@ -274,6 +274,7 @@ print(clip_pgs.create_masking("pgs")(inputs).index.shape[1])
 """
 
 
+@pytest.mark.slow
 def test_the_core_imports_and_runs_with_torch_alone():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True

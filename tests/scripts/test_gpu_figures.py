@@ -62,6 +62,7 @@ def stage_of(**parts):
     return (60.0, lambda sizes: iter(parts.items()))
 
 
+@pytest.mark.slow
 def test_a_stage_goes_on_with_the_parts_it_lacks(script, tmp_path, monkeypatch):
     def fail():
         raise RuntimeError("out of memory")
@@ -86,6 +87,7 @@ def test_figures_of_another_machine_are_not_mixed(script, tmp_path, monkeypatch)
         script.run_stage("c", script.Sizes(tmp_path, tmp_path, device="cpu", precision="fp32"))
 
 
+@pytest.mark.slow
 def test_a_stage_that_takes_too_long_is_ended_and_keeps_what_it_has(script, tmp_path, monkeypatch):
     slow = stage_of(quick=lambda: [{"n": 1}], endless=lambda: time.sleep(600))
     monkeypatch.setitem(script.STAGES, "c", slow)

@@ -1,5 +1,6 @@
 """Small OpenCLIP models, built without any file or network."""
 
+import pytest
 import torch
 from open_clip import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
@@ -9,6 +10,21 @@ from timm.models.vision_transformer import VisionTransformer
 TEXT = {"context_length": 16, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1}
 VISION = {"image_size": 64, "patch_size": 16, "width": 64, "layers": 2, "head_width": 32}
 TRUNK = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2}
+
+
+def over(name, cases, *quick):
+    """Return a mark that runs a test over named cases, in the fast lane over the quick ones alone.
+
+    Args:
+        name: Of the test's argument.
+        cases: What it takes, by name.
+        *quick: Names of a few that differ most; the others are marked slow.
+    """
+    assert set(quick) <= cases.keys()
+    marks = {case: () if case in quick else pytest.mark.slow for case in cases}
+    return pytest.mark.parametrize(
+        name, [pytest.param(cases[case], id=case, marks=marks[case]) for case in cases]
+    )
 
 
 def small_clip(*, custom_text=False, seed=0, text=None, **vision):

@@ -282,6 +282,7 @@ def test_the_whole_help_gives_a_default_of_every_option():
             assert "default" in action.help.lower(), action.option_strings
 
 
+@pytest.mark.slow
 def test_names_read_from_the_source_are_those_that_are_registered():
     # In a process of its own: other tests register strategies.
     script = """

@@ -152,6 +152,7 @@ def test_the_model_card_tells_of_both_phases(tuned):
     assert "| mask_ratio_end | 0.25 |" in card
 
 
+@pytest.mark.slow
 def test_a_calibrated_threshold_is_kept_and_carried_on(tmp_path, world):
     options = {"train_data": world.train_data, "masking": "cluster", "mask_ratio": 0.5}
     folder = run(tmp_path, name="whole", **options)

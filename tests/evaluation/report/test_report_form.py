@@ -3,7 +3,11 @@
 import base64
 import re
 
+import pytest
+
 from support.reports import EVIL_NAME
+
+pytestmark = pytest.mark.slow
 
 
 def markdown_tables(text):

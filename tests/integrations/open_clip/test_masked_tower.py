@@ -24,6 +24,7 @@ from clip_pgs.masking.sampling import kept_patches
 from support.host_waits import noting_host_waits
 from support.models import (
     image_batch,
+    over,
     small_clip,
     small_coca,
     small_eva_clip,
@@ -113,7 +114,12 @@ BUILDERS = {
     "timm: distilled": partial(small_timm_clip, trunk_class=VisionTransformerDistilled),
     "timm: without fused attention": timm_clip_without_fused_attention,
 }
-every_tower = pytest.mark.parametrize("build", list(BUILDERS.values()), ids=list(BUILDERS))
+every_tower = over(
+    "build",
+    BUILDERS,
+    *("class token", "parallel", "output tokens"),
+    *("timm: siglip", "timm: all tokens", "timm: post norm", "timm: pe", "timm: dinov3"),
+)
 FIXED = PatchSelection(torch.tensor([[0, 5, 6, 11], [1, 2, 3, 4], [7, 8, 9, 15]]))
 ADAPTIVE = PatchSelection(
     torch.tensor([[0, 5, 6, 11], [1, 2, 2, 2], [7, 8, 9, 9]]),

@@ -24,7 +24,7 @@ from clip_pgs.integrations.tokens import (
     packs_by_default,
     released_attention_bias,
 )
-from support.models import image_batch, small_clip, small_timm_clip
+from support.models import image_batch, over, small_clip, small_timm_clip
 from support.tower_gradients import adaptive, features_and_gradients
 
 POOLER = {"attn_pooler_queries": 4, "attn_pooler_heads": 2}
@@ -44,7 +44,9 @@ PACKED_MODELS = {
     "timm: map": partial(small_timm_clip, global_pool="map", class_token=False),
     "timm: all tokens": partial(small_timm_clip, global_pool=""),
 }
-
+every_packed_model = over(
+    "build", PACKED_MODELS, "class token", "attentional", "output tokens", "timm: registers"
+)
 
 PACKED_COUNTS = {
     "mixed": [12, 4, 7, 4],
@@ -113,20 +115,20 @@ def on_kernel(monkeypatch):
 
 
 @pytest.mark.parametrize("counts", list(PACKED_COUNTS))
-@pytest.mark.parametrize("model", list(PACKED_MODELS))
-def test_features_and_gradients_are_those_of_padded_rows(model, counts):
+@every_packed_model
+def test_features_and_gradients_are_those_of_padded_rows(build, counts):
     selection = adaptive(PACKED_COUNTS[counts])
-    got = packed_or_padded(PACKED_MODELS[model], selection, pack_tokens=True)
-    expected = packed_or_padded(PACKED_MODELS[model], selection, pack_tokens=False)
+    got = packed_or_padded(build, selection, pack_tokens=True)
+    expected = packed_or_padded(build, selection, pack_tokens=False)
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("model", list(PACKED_MODELS))
-def test_the_kernels_branch_gives_the_same(on_kernel, model):
+@every_packed_model
+def test_the_kernels_branch_gives_the_same(on_kernel, build):
     selection = adaptive(PACKED_COUNTS["mixed"])
-    got = packed_or_padded(PACKED_MODELS[model], selection, pack_tokens=True)
+    got = packed_or_padded(build, selection, pack_tokens=True)
     assert len(on_kernel) == 2
-    expected = packed_or_padded(PACKED_MODELS[model], selection, pack_tokens=False)
+    expected = packed_or_padded(build, selection, pack_tokens=False)
     assert len(on_kernel) == 2
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10)
 
@@ -199,6 +201,7 @@ def test_packing_is_no_part_of_the_state():
     assert list(packed.state_dict()) == list(padded.state_dict()) == list(small_clip().state_dict())
 
 
+@pytest.mark.slow
 def test_a_compiled_model_on_the_cpu_pads_and_compiles_once():
     model = apply_masking(small_clip(), "random", pack_tokens=True).train()
     torch._dynamo.reset()
@@ -356,12 +359,12 @@ SELECTIONS = {
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("selection", list(SELECTIONS))
-@pytest.mark.parametrize("model", list(FIRST_TOKEN_MODELS))
+@over("build", FIRST_TOKEN_MODELS, "open_clip", "timm, registers")
 def test_features_and_gradients_are_those_of_a_whole_block(
-    monkeypatch, model, selection, checkpointing
+    monkeypatch, build, selection, checkpointing
 ):
     def run():
-        masked = apply_masking(FIRST_TOKEN_MODELS[model](), "random", pack_tokens=False)
+        masked = apply_masking(build(), "random", pack_tokens=False)
         return features_and_gradients(masked, SELECTIONS[selection], checkpointing=checkpointing)
 
     got = run()
