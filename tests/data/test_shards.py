@@ -67,6 +67,18 @@ def test_name_that_no_file_system_takes_matches_nothing():
     assert main(["check", "x" * 5000]) == 2
 
 
+def test_brackets_and_escaped_braces_are_part_of_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("d [1]", "d 1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.tar").touch()
+    (tmp_path / "{x.tar").touch()
+    assert expand_shards("d [1]/*.tar") == ["d [1]/0.tar"]
+    assert expand_shards(r"\{x.tar") == ["{x.tar"]
+    with pytest.raises(ValueError, match=r"unbalanced braces; one of a name is \\{ or \\}"):
+        expand_shards("{x.tar")
+
+
 def test_folder_is_refused_with_advice(folder):
     with pytest.raises(ValueError, match=r"is a folder; name the shards"):
         expand_shards(str(folder))

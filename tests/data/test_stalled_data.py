@@ -62,6 +62,13 @@ def test_worker_that_dies_is_named_with_what_it_was_reading(args):
         read_from(stream)
 
 
+def test_worker_that_dies_between_samples_is_told_without_one(args):
+    stream = open_stream(args)
+    assert str(stream._stalled("a data worker died")) == (
+        "a data worker died while no worker was at a sample"
+    )
+
+
 def test_no_limit_is_set_by_a_timeout_of_0(args):
     stream = open_stream(with_options(args, data_timeout=0.0))
     assert len(numbers(read_from(stream))) == 30

@@ -125,6 +125,22 @@ def test_cell_of_several_lines_is_kept_and_told_by_its_row(tmp_path, caplog):
     assert "of several lines in 1 rows: row 2;" in caplog.text
 
 
+def test_first_of_several_columns_of_a_name_is_read_and_told(tmp_path, caplog):
+    path = tmp_path / "pairs.csv"
+    path.write_text("filepath,title,title,title.1\na.jpg,one,two,three\n")
+    assert read_pairs(path, **KEYS).captions == ["one"]
+    assert "pairs.csv: of 2 columns 'title' the first is read" in caplog.text
+
+
+def test_separator_that_takes_for_ever_at_a_line_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("clip_pgs.data.tables._LEAST_SECONDS", 0.2)
+    path = tmp_path / "pairs.csv"
+    path.write_text(f"filepath,title\n{'x' * 60},one\n")
+    with pytest.raises(ValueError, match=r"'\(x\+x\+\)\+y\|,': it takes more than 0 seconds"):
+        read_pairs(path, **{**KEYS, "separator": "(x+x+)+y|,"})
+    assert read_pairs(path, **{**KEYS, "separator": ",|;"}).captions == ["one"]
+
+
 def test_image_that_is_no_file_or_has_no_end_is_skipped_and_never_waited_for(tmp_path):
     path = tmp_path / "pairs.csv"
     os.mkfifo(tmp_path / "fifo.png")

@@ -159,7 +159,9 @@ class SampleStream:
             f"worker {worker} (process {process}) is at {self.batches.describe(shard, number)}"
             for worker, process, shard, number in self.batches.status.busy()
         ]
-        return StalledDataError(f"{what}: {'; '.join(busy) or 'no worker is reading'}")
+        return StalledDataError(
+            f"{what}: {'; '.join(busy)}" if busy else f"{what} while no worker was at a sample"
+        )
 
     def _make_loader(self) -> DataLoader[Batch]:
         return DataLoader(

@@ -191,7 +191,9 @@ def _expand_braces(source: str) -> list[str]:
         if not is_too_long and source.count("{") <= _MAX_BRACES:
             candidates = list(islice(braceexpand(source), MAX_SHARDS + 1))
     except ValueError as error:
-        raise ValueError(f"shard pattern {source!r} has unbalanced braces") from error
+        raise ValueError(
+            f"shard pattern {source!r} has unbalanced braces; one of a name is \\{{ or \\}}"
+        ) from error
     if not 0 < len(candidates) <= MAX_SHARDS:
         raise ValueError(
             f"shard pattern {source!r} names more than {MAX_SHARDS} files, or has more than "
@@ -222,7 +224,8 @@ def _expand_source(source: str) -> list[str]:
         if os.path.isfile(path):
             shards.append(_as_local(path))
         elif "*" in path or "?" in path:
-            found = sorted(filter(os.path.isfile, glob.glob(path)))
+            # Brackets are part of a name.
+            found = sorted(filter(os.path.isfile, glob.glob(path.replace("[", "[[]"))))
             shards.extend(map(_as_local, found))
         else:
             missing.append(path)

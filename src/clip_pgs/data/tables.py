@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from clip_pgs.data.bad_samples import Skip
-from clip_pgs.data.decoding import read_image_file
+from clip_pgs.data.decoding import read_image_file, time_limit
 from clip_pgs.data.order import SampleRef
 from clip_pgs.data.samples import RawSample
 from clip_pgs.data.shards import is_remote
@@ -22,6 +22,8 @@ from clip_pgs.data.shards import is_remote
 logger = logging.getLogger(__name__)
 
 _MAX_NAMED = 5
+# Many times what it takes to part a table's columns by an expression.
+_LEAST_SECONDS, _BYTES_PER_SECOND = 10.0, 2**18
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ def _read_once(
     separator = {"\\t": "\t"}.get(separator, separator)
     try:
         frame = _read_frame(path, separator)
+        # pandas gives further columns of a name another.
+        names = _read_frame(path, separator, header=None, nrows=1).iloc[0].tolist()
         if not isinstance(frame.index, pd.RangeIndex) and (frame.iloc[:, -1] == "").all():
             # Each row ends with a separator.
             frame = _read_frame(path, separator, index_col=False)
@@ -126,6 +130,9 @@ def _read_once(
         raise ValueError(
             f"table {str(path)!r} cannot be read with separator {separator!r}: {reason}"
         ) from error
+    for key in keys:
+        if names.count(key) > 1:
+            logger.warning("%s: of %d columns %r the first is read", path, names.count(key), key)
     columns = ", ".join(repr(str(column)) for column in frame.columns)
     for key in keys:
         if key not in frame.columns:
@@ -144,16 +151,21 @@ def _read_once(
 
 
 def _read_frame(path: Path, separator: str, **options: Any) -> pd.DataFrame:
+    # An expression may take for ever at a line.
+    is_expression = len(separator) > 1
+    limit = _LEAST_SECONDS + path.stat().st_size / _BYTES_PER_SECOND if is_expression else 0
+    error = TimeoutError(f"it takes more than {limit:.0f} seconds of processor time")
     # Captions may say "nan" or "None"; they are text, whatever they look like.
-    return pd.read_csv(
-        path,
-        sep=separator,
-        dtype=str,
-        keep_default_na=False,
-        na_filter=False,
-        engine="c" if len(separator) == 1 else "python",
-        **options,
-    )
+    with time_limit(limit, error, of_processor=True):
+        return pd.read_csv(
+            path,
+            sep=separator,
+            dtype=str,
+            keep_default_na=False,
+            na_filter=False,
+            engine="c" if len(separator) == 1 else "python",
+            **options,
+        )
 
 
 def _without_swallowed_rows(

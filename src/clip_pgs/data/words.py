@@ -173,11 +173,17 @@ class CaptionCount:
             min_count: Leave words out that occur less often; at least 1.
 
         Raises:
-            ValueError: If no caption was counted.
+            ValueError: If no caption was counted, or no word so often.
         """
         if not self.num_captions:
             raise ValueError(f"there is no caption to count: {describe_skipped(self.skipped)}")
         common = {word: count for word, count in self.words.items() if count >= min_count}
+        if not common:
+            most = max(self.words.values(), default=0)
+            raise ValueError(
+                f"--min-count must be at most {most}, the count of the most common word, "
+                f"got {min_count}"
+            )
         ordered = sorted(common.items(), key=lambda item: (-item[1], item[0]))
         return WordFrequencies(dict(ordered), self.words.total(), self.num_captions, min_count)
 
