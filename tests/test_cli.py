@@ -50,9 +50,10 @@ IMPORTERS = (
 )
 
 
+@pytest.mark.parametrize("modules", [("typing",), ("torch", "tqdm", "huggingface_hub")], ids=str)
 @pytest.mark.parametrize("command", IMPORTERS)
-def test_ctrl_c_while_a_command_is_imported_shows_no_traceback(tmp_path, command):
-    for name in ("torch", "tqdm", "huggingface_hub"):
+def test_ctrl_c_while_a_command_is_imported_shows_no_traceback(tmp_path, command, modules):
+    for name in modules:
         (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt")
     done = subprocess.run(
         [sys.executable, *command.split(), "x"],

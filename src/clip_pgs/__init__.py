@@ -6,9 +6,12 @@ import importlib
 import io
 import os
 import sys
-from typing import TYPE_CHECKING, Any
 
+# Whoever checks types takes it as true. Python's own takes as long to import as all the rest here.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from clip_pgs.masking import (
         MaskingStrategy,
         PatchInputs,
