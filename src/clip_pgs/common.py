@@ -177,7 +177,10 @@ def check_choice(value: str | None, choices: Collection[str], *, name: str) -> N
 
 
 class Pairs(argparse.Action):
-    """Collects KEY=VALUE pairs from every occurrence of a flag; a later one wins."""
+    """Collects KEY=VALUE pairs from every occurrence of a flag; a later one wins.
+
+    A key that one occurrence gives twice is refused.
+    """
 
     def __call__(
         self,
@@ -187,13 +190,16 @@ class Pairs(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         """Add the pairs of one occurrence."""
-        pairs = dict(getattr(namespace, self.dest, None) or {})
+        pairs: dict[str, Any] = {}
         for pair in values:
             key, separator, text = pair.partition("=")
             if not separator or not key:
                 parser.error(f"{option_string} takes KEY=VALUE, got {pair!r}")
-            pairs[key.replace("-", "_")] = literal(text)
-        setattr(namespace, self.dest, pairs)
+            name = key.replace("-", "_")
+            if name in pairs:
+                parser.error(f"{option_string} takes each key once, got {key!r} twice")
+            pairs[name] = literal(text)
+        setattr(namespace, self.dest, (getattr(namespace, self.dest, None) or {}) | pairs)
 
 
 def find_config(name: str, kind: str) -> str:

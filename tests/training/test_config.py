@@ -150,6 +150,10 @@ def test_unknown_keys_are_refused_with_near_names(tmp_path, line, near):
         ("lr: 1\nlr: 2", ["'lr' is given twice"]),
         ("wd: 1\nsave_frequency: 1\nsave-frequency: 2", ["'save-frequency' is given twice"]),
         ("aug-cfg: {scale: 1, scale: 2}", ["'scale' is given twice"]),
+        ("masking-option: {mask-edges: 1, mask_edges: 2}", ["'mask_edges' twice"]),
+        ("<<: {lr: 1}", ["merge keys (<<) are not taken"]),
+        ("!!merge a: {lr: 1}", ["merge keys (<<) are not taken"]),
+        ("aug-cfg: {<<: {scale: 1}}", ["merge keys (<<) are not taken"]),
     ],
 )
 def test_a_wrong_value_names_file_key_and_value(tmp_path, line, parts):

@@ -137,6 +137,7 @@ def test_values_that_look_like_flags_are_left_alone():
         (["--precision", "int3"], "invalid choice: 'int3'"),
         (["--mask-ratio", "half"], "--mask-ratio"),
         (["--masking-option", "edges"], "KEY=VALUE"),
+        (["--masking-option", "edges=false", "edges=true"], "each key once, got 'edges' twice"),
         (["--aug-cfg", "scale"], "KEY=VALUE"),
         (["--local-loss=true"], "--local-loss"),
         (["--lr=--"], "'--' is no value, got '--lr=--'"),

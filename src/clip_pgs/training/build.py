@@ -286,11 +286,14 @@ def optimizer_misfit(optimizer: torch.optim.Optimizer, state: Any) -> str | None
             if name != "params" and _kind(group.get(name)) != _kind(value) != "switch":
                 return f"its optimizer's {name} is {group.get(name)!r}, where {value!r} could stand"
     for number, entry, parameter in zip(numbers, entries, trained, strict=True):
+        # NovoGrad has one second moment for a layer.
+        shapes = {"exp_avg": [parameter.shape], "exp_avg_sq": [parameter.shape, torch.Size()]}
         for name, value in entry.items():
-            if _kind(value) not in ("switch", "number") and not isinstance(value, Tensor):
+            # Kron has several tensors under one name.
+            parts = value if isinstance(value, (list, tuple)) else [value]
+            if not all(_kind(p) in ("switch", "number") or isinstance(p, Tensor) for p in parts):
                 return f"its optimizer's {name} of parameter {number} is {type(value).__name__}"
-            is_moment = name in ("exp_avg", "exp_avg_sq")
-            if is_moment and getattr(value, "shape", None) != parameter.shape:
+            if name in shapes and getattr(value, "shape", None) not in shapes[name]:
                 return (
                     f"its optimizer's {name} of parameter {number} has not the shape "
                     f"{tuple(parameter.shape)} of this run's"

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import logging
+import math
 import os
 import sys
 import warnings
@@ -52,6 +53,7 @@ from clip_pgs.training.data_checks import (
     check_data,
     check_shared_memory,
     has_training_data,
+    num_training_samples,
     training_files,
 )
 from clip_pgs.training.options import (
@@ -60,11 +62,13 @@ from clip_pgs.training.options import (
     check_values,
     flag_of,
 )
+from clip_pgs.training.phases import total_epochs
 from clip_pgs.training.run_folder import changed_options, holds_run, keeps_logs, run_folder
 from clip_pgs.training.telemetry import Cost
 
 # OpenCLIP's byte-pair vocabulary, of which the last token ends every caption.
 _NUM_TOKENS = 49408
+_LEAST_CONTEXT = 3
 _TRIED_SIZE = 32
 
 
@@ -144,6 +148,13 @@ def _check_model(options: TrainOptions) -> tuple[nn.Module, torch.optim.Optimize
             f"the config of --model {name} has a vocab_size of {num_tokens}, less than the "
             f"{_NUM_TOKENS} tokens of OpenCLIP's tokenizer"
         )
+    if (length := context_length(options)) < _LEAST_CONTEXT:
+        is_forced = options.force_context_length is not None
+        what = "--force-context-length" if is_forced else f"the context_length of --model {name}"
+        raise ValueError(
+            f"{what} must be >= {_LEAST_CONTEXT}, for a start token, a word and an end token, "
+            f"got {length}"
+        )
     is_own = options.model_config is not None or brings_weights
     if is_own or options.force_image_size is not None or options.force_context_length is not None:
         model = build_on_meta(
@@ -182,9 +193,15 @@ def _try_model(
             ) from None
         make_tokenizer(options)
         try:
-            return model, build_optimizer(options, model)
+            optimizer = build_optimizer(options, model)
         except MISFITS as error:
             raise ValueError(f"--opt {options.opt} cannot be made: {one_sentence(error)}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise ValueError(
+            f"--opt {options.opt} needs second derivatives of the loss, and a step here has the "
+            "first alone"
+        )
+    return model, optimizer
 
 
 @contextlib.contextmanager
@@ -212,6 +229,21 @@ def _check_batch(options: TrainOptions) -> None:
         )
 
 
+def _check_crop(aug_cfg: Mapping[str, Any]) -> None:
+    """Refuse boxes that no image has: torchvision would cut out the middle in their place."""
+    if "scale" in aug_cfg:
+        low, high = aug_cfg["scale"][:2]
+        if not (0 <= low <= high and high > 0 and low <= 1):
+            raise ValueError(
+                "scale must be two shares of an image's area, the least in [0, 1], and the most "
+                "above 0 and not below it"
+            )
+    if aug_cfg.get("ratio") is not None:
+        low, high = aug_cfg["ratio"][:2]
+        if not 0 < low <= high < math.inf:
+            raise ValueError("ratio must be two finite numbers > 0, the least first")
+
+
 def _check_augmentation(options: TrainOptions) -> None:
     """Refuse `--aug-cfg` with options, or values, that OpenCLIP cannot augment with."""
     known = [field.name for field in dataclasses.fields(open_clip.AugmentationCfg)]
@@ -223,6 +255,7 @@ def _check_augmentation(options: TrainOptions) -> None:
     try:
         augment = open_clip.image_transform(_TRIED_SIZE, is_train=True, aug_cfg={**options.aug_cfg})
         augment(Image.new("RGB", (_TRIED_SIZE, _TRIED_SIZE)))
+        _check_crop(options.aug_cfg)
     except MISFITS as error:
         raise ValueError(
             f"OpenCLIP cannot augment with --aug-cfg {options.aug_cfg}: {one_sentence(error)}"
@@ -421,8 +454,24 @@ def _check_resumed(
     has_begun = (checkpoint.get("epoch", 0), checkpoint.get("position", 0)) > (0, 0)
     if has_begun and has_training_data(options):
         misfit = optimizer_misfit(optimizer, checkpoint.get("optimizer"))
+        misfit = misfit or _misplacement(options, checkpoint)
         if misfit is not None:
             raise ValueError(f"--resume: {path} cannot go on: {misfit}")
+
+
+def _misplacement(options: TrainOptions, checkpoint: Mapping[str, Any]) -> str | None:
+    """Say why a place that a checkpoint names cannot be one of this run's."""
+    epoch, position = checkpoint.get("epoch", 0), checkpoint.get("position", 0)
+    if (epoch, position) > (last := total_epochs(options), 0):
+        return f"its epoch {epoch} lies behind the {last} of this run (--epochs)"
+    num_samples = num_training_samples(options)
+    if num_samples is not None and position > num_samples:
+        return f"its position in an epoch of {num_samples} samples is {position}"
+    cost = (checkpoint.get("clip_pgs") or {}).get("cost") or {}
+    step = checkpoint.get("step", cost.get("steps"))
+    if step != cost.get("steps", step):
+        return f"its step is {step}, and its record counts {cost['steps']}"
+    return None
 
 
 def _damaged_record(checkpoint: Mapping[str, Any]) -> str | None:

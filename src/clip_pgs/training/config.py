@@ -26,6 +26,7 @@ _DATA_FLAGS = frozenset({"--train-data", "--val-data"})
 _OPTION_NAME = re.compile(r"[A-Za-z][\w-]*")
 _MAX_BYTES = 2**20
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_MERGE = "tag:yaml.org,2002:merge"
 _NUMBER_STARTS = list("-+.0123456789")
 
 
@@ -109,6 +110,8 @@ class _Loader(yaml.SafeLoader):
         if isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, _ in node.value:
+                if key.tag == _MERGE:
+                    raise yaml.YAMLError("merge keys (<<) are not taken")
                 if str(key.value) in seen:
                     raise yaml.YAMLError(f"{key.value!r} is given twice")
                 seen.add(str(key.value))

@@ -375,6 +375,8 @@ SIGLIP_LOSS_IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
 
 # Beyond it floats pass over whole numbers.
 _LARGEST = 2**53
+# An empty text, as a shell makes of a variable that is not set, would mean none or this folder.
+_PLACES = ("logs", "resume", "imagenet_val", "imagenet_v2", "cache_dir", "eval_data_root")
 # What file systems take.
 _LONGEST_NAME = 255
 _REGISTRATION = re.compile(
@@ -749,9 +751,17 @@ def check_values(options: TrainOptions) -> None:
         check_choice(options.loss_dist_impl, SIGLIP_LOSS_IMPLEMENTATIONS, name="--loss-dist-impl")
     for target in filter(None, map(str.strip, options.report_to.split(","))):
         check_choice(target, REPORT_TARGETS, name="--report-to, names joined by commas,")
+    for place in _PLACES:
+        if getattr(options, place) == "":
+            raise ValueError(f"{flag_of(place)} must name something, got an empty text")
     name = options.name
     if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
         raise ValueError(f"--name must be one folder name without separators, got {name!r}")
+    # A byte that is no letter of the locale's is a surrogate here.
+    if name is not None and not re.sub("[\udc80-\udcff]", "", name).isprintable():
+        raise ValueError(f"--name must be one folder name of printable characters, got {name!r}")
+    if "://" in (options.resume or ""):
+        raise ValueError(f"--resume takes a file or a folder, and no URL, got {options.resume!r}")
     if name is not None and len(name.encode(errors="surrogateescape")) > _LONGEST_NAME:
         raise ValueError(f"--name must be at most {_LONGEST_NAME} bytes long, got {name!r}")
     if options.resume == "latest" and name is None:
@@ -763,9 +773,10 @@ def _check_ranges(options: TrainOptions) -> None:
         rule, value = option.metadata.get("rule"), getattr(options, option.name)
         if rule is None or value is None or (abs(value) <= _LARGEST and rule.holds(value)):
             continue
-        if isinstance(value, int) and value > _LARGEST:
-            raise ValueError(f"{flag_of(option.name)} must be at most 2**53, got {value}")
-        raise ValueError(f"{flag_of(option.name)} must be {rule.text}, got {value}")
+        text = "at most 2**53" if rule.holds(value) else rule.text
+        if isinstance(value, float) and not math.isfinite(value):
+            text = f"a finite number {rule.text}"
+        raise ValueError(f"{flag_of(option.name)} must be {text}, got {value}")
     for flag, values in (("--image-mean", options.image_mean), ("--image-std", options.image_std)):
         if values is not None and not (len(values) == 3 and all(map(math.isfinite, values))):
             raise ValueError(f"{flag} takes 3 finite numbers, got {values}")

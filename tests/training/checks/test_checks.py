@@ -26,14 +26,18 @@ def test_a_valid_run_passes_without_a_warning_and_creates_nothing(tmp_path):
         ("--workers", "-1", "in [0, 1024]"),
         ("--warmup", "-1", ">= 0"),
         ("--lr", "0", "> 0"),
-        ("--lr", "nan", "> 0"),
-        ("--lr", "inf", "> 0"),
+        ("--lr", "nan", "a finite number > 0"),
+        ("--lr", "inf", "a finite number > 0"),
+        ("--lr", "1e300", "at most 2**53"),
+        ("--coca-caption-loss-weight", "inf", "a finite number >= 0"),
         ("--wd", "-0.1", ">= 0"),
         ("--beta1", "1", "in [0, 1)"),
         ("--eps", "0", "> 0"),
         ("--grad-clip-norm", "0", "> 0"),
         ("--log-every-n-steps", "0", ">= 1"),
         ("--seed", "-1", "in [0, 2**32)"),
+        ("--seed", "9" * 20, "in [0, 2**32)"),
+        ("--seed", "9" * 400, "in [0, 2**32)"),
         ("--train-num-samples", "0", ">= 1"),
     ],
 )
@@ -85,6 +89,8 @@ def test_numbers_out_of_their_range_are_refused(flag, value, rule):
         (["--dist-url", "nowhere"], "--dist-url must be like"),
         (["--opt", "timm/fusedadam", "--lr", "1"], "--opt timm/fusedadam cannot be made"),
         (["--name", ".."], "--name must be one folder name"),
+        (["--opt", "timm/adahessian", "--lr", "1"], "--opt timm/adahessian needs second"),
+        (["--opt", "timm/lookahead_adahessian", "--lr", "1"], "needs second derivatives"),
         (["--imagenet-val", "nowhere"], "--imagenet-val 'nowhere' is not a folder"),
         (["--batch-size", "1001"], "1000 training samples are less than one optimizer step"),
         (["--batch-size", "500", "--accum-freq", "3"], "takes 1500"),
@@ -92,6 +98,48 @@ def test_numbers_out_of_their_range_are_refused(flag, value, rule):
 )
 def test_what_cannot_work_is_refused(argv, part):
     assert part in refusal(*VALID, *argv)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--logs", "--resume", "--imagenet-val", "--imagenet-v2", "--cache-dir", "--eval-data-root"],
+)
+def test_an_empty_text_names_no_place(flag):
+    assert refusal(*VALID, flag, "") == f"{flag} must name something, got an empty text"
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\x7f", "a\u202eb"])
+def test_a_name_that_a_terminal_would_obey_is_refused_and_shown_escaped(name):
+    assert refusal(*VALID, "--name", name).endswith(f"of printable characters, got {name!r}")
+
+
+def test_a_name_in_any_language_is_taken():
+    accept(*VALID, "--name", "l\u00e4uft \u8d70")
+
+
+def test_a_url_is_not_resumed_and_shown_as_it_is():
+    assert "no URL, got 'https://host/y.pt'" in refusal(*VALID, "--resume", "https://host/y.pt")
+
+
+@pytest.mark.parametrize("length", ["1", "2"])
+def test_captions_without_room_for_a_word_are_refused(length):
+    message = refusal(*VALID, "--force-context-length", length)
+    assert message.startswith("--force-context-length must be >= 3, for a start token, a word")
+    assert message.endswith(f"got {length}")
+
+
+@pytest.mark.parametrize(
+    "crop",
+    ["scale=(0,0)", "scale=(5,9)", "scale=(-1,1)", "scale=(0.9,0.1)", "ratio=(0,0)", "ratio=(2,1)"],
+)
+def test_crops_that_no_image_has_are_refused(crop):
+    message = refusal(*VALID, "--aug-cfg", crop)
+    assert message.startswith("OpenCLIP cannot augment with --aug-cfg {")
+    assert crop.partition("=")[0] in message
+
+
+def test_crops_of_any_size_are_taken():
+    accept(*VALID, "--aug-cfg", "scale=(0,1)", "ratio=(0.5,2)")
 
 
 def test_the_default_device_may_be_absent():

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from clip_pgs.training.__main__ import main
-from support.options import SYNTHETIC, write_model_config
+from clip_pgs.training.build import build_optimizer, optimizer_misfit
+from clip_pgs.training.options import parse_options
+from support.options import SYNTHETIC, VALID, write_model_config
 from support.refusals import accept, refusal
 
 
@@ -179,6 +181,43 @@ def test_an_optimizer_that_could_not_take_a_step_is_refused_by_name(model, part,
     assert f"its optimizer's {part}" in refusal(
         *argv, "--resume", save(weights.state_dict(), **content)
     )
+
+
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [
+        ({"epoch": 10**9}, "its epoch 1000000000 lies behind the 32 of this run (--epochs)"),
+        ({"epoch": 32, "position": 1}, "its epoch 32 lies behind the 32 of this run (--epochs)"),
+        ({"position": 1001}, "its position in an epoch of 1000 samples is 1001"),
+        (
+            {"step": 12345, "clip_pgs": {"cost": {"steps": 15}}},
+            "its step is 12345, and its record counts 15",
+        ),
+    ],
+)
+def test_a_place_outside_of_the_run_is_refused(model, place, sentence):
+    argv, weights = model
+    path = save(weights.state_dict(), **begun(weights) | place)
+    assert refusal(*argv, "--resume", path) == f"--resume: {path} cannot go on: {sentence}"
+
+
+@pytest.mark.parametrize("place", [{"epoch": 32}, {"position": 1000}, {"clip_pgs": {"cost": None}}])
+def test_the_last_place_of_a_run_is_one_of_its_places(model, place):
+    argv, weights = model
+    accept(*argv, "--resume", save(weights.state_dict(), **begun(weights) | place))
+
+
+@pytest.mark.parametrize("opt", ["timm/kron", "timm/novograd", "timm/adafactor"])
+def test_what_an_optimizer_keeps_beside_moments_is_taken_up_again(monkeypatch, opt):
+    # Kron compiles what it does to each shape.
+    monkeypatch.setattr("timm.optim.kron.has_dynamo", False)
+    options = parse_options([*VALID, "--opt", opt, "--lr", "1"])
+    layer = torch.nn.Linear(2, 2)
+    used, fresh = (build_optimizer(options, layer) for _ in range(2))
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    used.step()
+    assert optimizer_misfit(fresh, used.state_dict()) is None
 
 
 def test_a_file_of_another_model_is_not_resumed(model):
