@@ -127,7 +127,8 @@ def test_a_full_disk_is_told_with_the_file_and_ends_with_1(tmp_path, write, code
         raise OSError(code, os.strerror(code))
     assert one_sentence(caught.value) == f"{path}: {os.strerror(code)}"
     assert refusal_code(caught.value) == 1
-    assert refusal_code(FileNotFoundError(errno.ENOENT, "none", "a")) == 2
+    for asked in (errno.ENOENT, errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.ENOTDIR):
+        assert refusal_code(OSError(asked, os.strerror(asked), "a")) == 2
 
 
 def test_a_full_disk_is_told_by_the_system_itself(tmp_path):
