@@ -27,7 +27,7 @@ import clip_pgs
 from clip_pgs.checkpoint_io import newest_checkpoint, read_checkpoint
 from clip_pgs.common import CHECKPOINTS_NAME, OPTIONS_NAME
 from clip_pgs.data.order import stable_seed
-from clip_pgs.evaluation.results import run_of_weights
+from clip_pgs.evaluation.results import amount, run_of_weights
 from clip_pgs.integrations.open_clip import (
     load_masking_state,
     masked_inference,
@@ -238,15 +238,12 @@ def _read_training(weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _progress(told: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> float:
     """Return the completed share of the masked epochs of a checkpoint; 1.0 where unknown."""
-    epochs, samples = (_positive(told.get(name)) for name in ("epochs", "samples per epoch"))
-    if "epoch" not in checkpoint or epochs is None:
+    epochs, samples = (amount(told.get(name)) for name in ("epochs", "samples per epoch"))
+    epoch, position = (amount(checkpoint.get(name)) for name in ("epoch", "position"))
+    if epoch is None or not epochs:
         return 1.0
-    part = 0.0 if samples is None else checkpoint.get("position", 0) / samples
-    return min((checkpoint["epoch"] + part) / epochs, 1.0)
-
-
-def _positive(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and value > 0 else None
+    part = position / samples if position and samples else 0.0
+    return min((epoch + part) / epochs, 1.0)
 
 
 def _trained_options(told: Mapping[str, Any], progress: float) -> dict[str, Any]:

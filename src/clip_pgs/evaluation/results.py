@@ -31,6 +31,8 @@ _TEXT_COLUMNS = {"suite", "dataset", "status", "error", "model", "pretrained", "
 _MASK_COLUMNS = ("inference_masking", "flops_per_image")
 _OTHER_COLUMNS = {"samples", "seconds", "date", "task", "location", "language", *_MASK_COLUMNS}
 _EPOCH = re.compile(r"epoch_(\d+)")
+# What a report computes with, where the details of a result tell it.
+_COUNTS = ("items", "ties", "classes")
 _REQUIRED = {"suite", "dataset", "status", "samples", "model", "weights_digest"}
 
 
@@ -151,6 +153,33 @@ def _holds(content: dict[str, Any], column: Field) -> bool:
     if column.name == "metrics":
         return is_fit and all(isinstance(share, (int, float, NoneType)) for share in value.values())
     return is_fit
+
+
+def is_sound(result: Result, path: Path) -> bool:
+    """Say whether a report can compute with a result, and warn where it cannot.
+
+    Args:
+        result: As it was read.
+        path: Where it was read, for the warning.
+    """
+    shares = {name: value for name, value in result.metrics.items() if value is not None}
+    counts = {name: result.details[name] for name in _COUNTS if name in result.details}
+    counts["samples"] = result.samples
+    if result.flops_per_image is not None:
+        counts["flops_per_image"] = result.flops_per_image
+    odd = [f"{name} {value}" for name, value in shares.items() if not -1e-6 <= value <= 1 + 1e-6]
+    odd += [f"{name} {value}" for name, value in counts.items() if amount(value) is None]
+    if odd:
+        logger.warning(
+            "left out %s: it says %s", one_sentence(str(path)), one_sentence(", ".join(odd))
+        )
+    return not odd
+
+
+def amount(value: Any) -> float | None:
+    """Return a finite number that is not negative, or None for anything else."""
+    is_number = isinstance(value, int | float) and 0 <= value < 1e40
+    return value if is_number else None
 
 
 def write_csv(results: Iterable[Result], path: Path) -> None:

@@ -29,8 +29,10 @@ from clip_pgs.common import (
 from clip_pgs.data.decoding import UnreadableImageError, open_image, to_rgb
 from clip_pgs.evaluation.results import (
     Result,
+    amount,
     epoch_folders,
     is_epoch_folder,
+    is_sound,
     read_csv,
     read_result,
     result_files,
@@ -42,8 +44,6 @@ from clip_pgs.tables import counted
 
 logger = logging.getLogger(__name__)
 
-# What a report computes with, where the details of a result tell it.
-_COUNTS = ("items", "ties", "classes")
 # Of a mask picture, in pixels: eight images beside each other stay legible at it.
 _PICTURE_WIDTH = 1200
 
@@ -108,7 +108,7 @@ class Run:
 
     def curve(self, name: str) -> list[tuple[float, float]]:
         """Return a measurement against the samples seen, where both are numbers."""
-        points = [(_number(e.get("samples")), _number(e.get(name))) for e in self.measured]
+        points = [(amount(e.get("samples")), amount(e.get(name))) for e in self.measured]
         return [(x, y) for x, y in points if x is not None and y is not None]
 
     @property
@@ -277,7 +277,7 @@ def _read_source(source: Path) -> list[tuple[Path, list[Result]]]:
     """Return the results of a source, with the folder that each part lies in."""
     if source.is_file():
         results = read_csv(source) if source.suffix == ".csv" else [read_result(source)]
-        sound = [result for result in results if result is not None and _is_sound(result, source)]
+        sound = [result for result in results if result is not None and is_sound(result, source)]
         if not sound:
             raise ValueError(f"{source} is no result of an evaluation")
         return [(source.parent, sound)]
@@ -353,25 +353,7 @@ def _through(mask: str) -> str:
 
 
 def _read_files(folder: Path) -> list[Result]:
-    return [result for path, result in result_files(folder) if _is_sound(result, path)]
-
-
-def _is_sound(result: Result, path: Path) -> bool:
-    """Say whether a report can compute with a result, and warn where it cannot."""
-    shares = {name: value for name, value in result.metrics.items() if value is not None}
-    counts = {name: result.details[name] for name in _COUNTS if name in result.details}
-    counts["samples"] = result.samples
-    odd = [f"{name} {value}" for name, value in shares.items() if not -1e-6 <= value <= 1 + 1e-6]
-    odd += [f"{name} {value}" for name, value in counts.items() if _number(value) is None]
-    if odd:
-        _warn(path, f"says {', '.join(odd)}")
-    return not odd
-
-
-def _number(value: Any) -> float | None:
-    """Return a finite number that is not negative, or None for anything else."""
-    is_number = isinstance(value, int | float) and 0 <= value < 1e40
-    return value if is_number else None
+    return [result for path, result in result_files(folder) if is_sound(result, path)]
 
 
 def _warn(path: Path | str, what: str) -> None:
@@ -408,7 +390,7 @@ def _from_logs(run: Path) -> TrainingFacts:
     except ValueError as error:
         _warn(run / OPTIONS_NAME, f"cannot be read ({error})")
         return TrainingFacts()
-    told = [e for e in _measurements(run / METRICS_NAME) if _number(e.get("samples")) is not None]
+    told = [e for e in _measurements(run / METRICS_NAME) if amount(e.get("samples")) is not None]
     spent = told[-1] if told else {}
     facts = _facts(options, data=options, spent=spent, recipe=options)
     return replace(facts, recipe=_as_text([facts.recipe, spent.get("samples")]))
@@ -423,9 +405,9 @@ def _facts(
         architecture=str(choices.get("model") or ""),
         data=" + ".join(map(str, shards)) if isinstance(shards, list) else str(shards),
         masking=_masking_name({**recipe, **choices}),
-        samples=_number(spent.get("samples")),
-        flops=_number(spent.get("flops")),
-        seconds=_number(spent.get("seconds")),
+        samples=amount(spent.get("samples")),
+        flops=amount(spent.get("flops")),
+        seconds=amount(spent.get("seconds")),
         seed=seed if isinstance(seed, int) else None,
         recipe=_as_text({name: value for name, value in recipe.items() if name != "seed"}),
     )
