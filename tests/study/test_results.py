@@ -62,6 +62,16 @@ def filled(tmp_path_factory):
     return study
 
 
+@pytest.mark.parametrize("change", [{"flops_per_image": 10**400}, {"metrics": {"acc1": 10**400}}])
+def test_a_result_of_a_number_that_cannot_be_is_left_out(study, change):
+    fill(study, {"random": RANDOM[:2], "pgs": PGS[:2]})
+    path = study.study / "pgs/seed_1/eval-unmasked/zeroshot-classification.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert main(study.argv("--report-only")) == 0
+    rows = json.loads((study.study / "results.json").read_text())["rows"]
+    assert [list(row["seeds"]) for row in rows if row["arm"] == "pgs"] == [["0"], []]
+
+
 def test_differences_are_paired_by_seed(filled):
     content = json.loads((filled.study / "results.json").read_text())
     (primary,) = [said for said in content["comparisons"] if said["metric"] == "score"]

@@ -1,10 +1,13 @@
 """The command: what it runs, goes on with and refuses."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 
+from clip_pgs.study import plan
 from clip_pgs.study.__main__ import main
 from support.commands import refusal
 
@@ -116,6 +119,15 @@ BAD = {
     "a metric that is not evaluated": {"metrics": {"score": ["zeroshot-retrieval/four/acc1"]}},
     "a metric that a suite lacks": {"metrics": {"score": ["zeroshot-classification/four/acc3"]}},
     "a name with a slash": {"name": "a/b"},
+    "a name too long for a file": {"name": "a" * 61},
+    "a base too long for a file": {"base": "a" * 5000},
+    "no reference": {"reference": []},
+    "a reference twice": {"reference": ["random", "random"]},
+    "a mapping as reference": {"reference": {"random": 1}},
+    "a list in the list of references": {"reference": [["random"]]},
+    "a list as primary": {"primary": ["score"]},
+    "a mapping as primary": {"primary": {"score": 1}},
+    "no way to evaluate": {"arms": {"random": {"evaluate": {}}}},
 }
 
 
@@ -124,6 +136,54 @@ def test_a_bad_study_is_refused_before_anything_starts(study, capsys, parts):
     study.change(**parts)
     refusal(main, study.argv(), capsys)
     assert not study.root.exists()
+
+
+@pytest.mark.parametrize("name", plan.RESULTS_NAMES)
+def test_no_arm_takes_the_place_of_the_results(study, capsys, name):
+    study.change(arms={"random": {"train": {"masking": "random"}}, name: {}})
+    assert repr(name) in refusal(main, study.argv("--check-only"), capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"batch-size": 0}, "--batch-size"),
+        ({"batch-size": "many"}, "--batch-size"),
+        ({"workers": -1}, "--workers"),
+        ({"device": "toaster"}, "toaster"),
+        ({"device": "meta"}, "meta"),
+        ({"data-root": "nowhere"}, "nowhere"),
+        ({"model-config": "tiny.json"}, "model-config"),
+        ({"help": True}, "help"),
+        ({"inference-masking": "nosuch"}, "nosuch"),
+        ({"inference-masking": "pgs", "inference-mask-ratio": 7}, "mask_ratio"),
+        ({"inference-mask-ratio": 0.5}, "--inference-masking"),
+        ({"inference-masking": "pgs", "inference-merge": "9x9"}, "merge"),
+        ({"inference-masking": "pgs", "inference-masking-option": {"colour": 1}}, "colour"),
+        ({"inference-masking": "run", "inference-masking-option": {"solver": "?"}}, "solver"),
+    ],
+    ids=str,
+)
+def test_flags_of_evaluation_are_checked_before_a_run_is_trained(study, capsys, flags, named):
+    study.change(arms={"pgs": {"train": {"masking": "pgs"}, "evaluate": {"odd": flags}}})
+    study.change(reference="pgs", seeds=[0])
+    error = refusal(main, study.argv("--check-only"), capsys)
+    assert named in error
+    assert "odd" in error
+    assert "arm pgs" in error
+
+
+def test_a_config_that_is_its_own_base_is_named_as_the_user_knows_it(study, capsys):
+    (study.folder / "loop.yaml").write_text("base: loop.yaml\n")
+    study.change(base="loop.yaml")
+    error = refusal(main, study.argv("--check-only"), capsys)
+    assert f"{study.folder / 'loop.yaml'} is its own base" in error
+
+
+def test_a_check_that_is_interrupted_says_so(study, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "check_study", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert main(study.argv("--check-only")) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_missing_evaluation_data_is_refused(study, capsys):

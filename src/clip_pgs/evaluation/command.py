@@ -215,12 +215,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate_all(args: argparse.Namespace, ranks: Ranks) -> int:
     try:
-        eval_sets = load_suite(args.suite, datasets=args.datasets, data_root=args.data_root)
-        device = _device(args.device, ranks)
-        if args.batch_size < 1:
-            raise ValueError(f"--batch-size must be >= 1, got {args.batch_size}")
-        if args.workers is not None and args.workers < 0:
-            raise ValueError(f"--workers must be >= 0, got {args.workers}")
+        eval_sets, device = check_call(args, ranks)
         outputs = _output_folders(args)
     # OSError: a path that cannot be looked up.
     except (ValueError, OSError) as error:
@@ -245,20 +240,56 @@ def _evaluate_all(args: argparse.Namespace, ranks: Ranks) -> int:
     return exit_code
 
 
+def check_call(args: argparse.Namespace, ranks: Ranks) -> tuple[list[EvalSet], str]:
+    """Check everything in a call but its sources, what masks their images, and its output.
+
+    Args:
+        args: From `make_parser`.
+        ranks: This process among those of the call.
+
+    Returns:
+        The data sets, and the device of this process.
+
+    Raises:
+        ValueError: If there is no such suite, list, folder or device, or a number is out of range.
+        OSError: If a path cannot be looked up.
+    """
+    eval_sets = load_suite(args.suite, datasets=args.datasets, data_root=args.data_root)
+    device = _device(args.device, ranks)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be >= 1, got {args.batch_size}")
+    if args.workers is not None and args.workers < 0:
+        raise ValueError(f"--workers must be >= 0, got {args.workers}")
+    return eval_sets, device
+
+
 def _device(name: str | None, ranks: Ranks) -> str:
     if name is None:
         if not torch.cuda.is_available():
             return "cpu"
         return "cuda" if ranks.world_size == 1 else f"cuda:{ranks.local_rank}"
     try:
-        torch.empty(0, device=name)
-    # torch raises either, or an AssertionError where it was built without the backend.
-    except (RuntimeError, AssertionError) as error:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+        # A GPU is counted, not used: a study asks too, and would hold memory on it for hours.
+        if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
+            torch.empty(0, device=device)
+    # torch raises the first, or one of the others where it was built without the backend.
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device {name!r} cannot be used here") from error
     return name
 
 
-def _model_choice(args: argparse.Namespace) -> dict[str, Any]:
+def inference_choice(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
+    """Return the masking that a call's images are encoded through, and its options.
+
+    Args:
+        args: From `make_parser`.
+
+    Raises:
+        ValueError: If an option is given twice, or without a masking.
+    """
     flags = {name: getattr(args, f"inference_{name}") for name in _INFERENCE_FLAGS}
     options = {name: value for name, value in flags.items() if value is not None}
     for name in options.keys() & args.inference_masking_option.keys():
@@ -266,8 +297,13 @@ def _model_choice(args: argparse.Namespace) -> dict[str, Any]:
     options |= args.inference_masking_option
     if options and args.inference_masking is None:
         raise ValueError(f"{', '.join(options)} at inference needs --inference-masking NAME")
-    names = ("model", "model_config", "pretrained", "inference_masking")
-    return {name: getattr(args, name) for name in names} | {"inference_options": options}
+    return args.inference_masking, options
+
+
+def _model_choice(args: argparse.Namespace) -> dict[str, Any]:
+    masking, options = inference_choice(args)
+    choice = {name: getattr(args, name) for name in ("model", "model_config", "pretrained")}
+    return {**choice, "inference_masking": masking, "inference_options": options}
 
 
 def _output_folders(args: argparse.Namespace) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""Command line: `clip-pgs study STUDY.yaml`, arms times seeds with paired statistics.
+"""Train and evaluate arms times seeds, and compare them with paired statistics.
 
 It trains and evaluates what is missing, goes on after any interruption, and writes tables and
 plots into logs/study/NAME.
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(args, signals)
         except StopRequest:
+            is_interrupt = signals.code == INTERRUPTED
+            sys.stderr.write("interrupted\n" if is_interrupt else f"stopped by {signals.name}\n")
             return signals.code
         except KeyboardInterrupt:
             leave(INTERRUPTED)

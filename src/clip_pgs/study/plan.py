@@ -36,17 +36,29 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from clip_pgs.common import expand_home, one_sentence
-from clip_pgs.evaluation.command import make_parser
+from clip_pgs.evaluation.command import check_call, inference_choice, make_parser
 from clip_pgs.evaluation.datasets import PRESENT, EvalSet, check_presence
-from clip_pgs.evaluation.suites import get_suite, load_suite
+from clip_pgs.evaluation.inference import masking_of
+from clip_pgs.evaluation.report.command import FIGURES_NAME
+from clip_pgs.evaluation.runner import Ranks
+from clip_pgs.evaluation.suites import get_suite
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.config import read_mapping
 from clip_pgs.training.options import SEED, TrainOptions, parse_options
 
 UNMASKED = "unmasked"
 CONFIG_NAME = "train.yaml"
+# What lies beside the folders of the arms.
+JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME = (
+    "results.json",
+    "results.csv",
+    "results.md",
+    "index.html",
+)
+RESULTS_NAMES = (JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME, FIGURES_NAME)
 
 _KEYS = (
     "name",
@@ -62,10 +74,13 @@ _KEYS = (
     "keep_checkpoints",
 )
 _OPTIONAL = ("about", "overrides", "keep_checkpoints")
-_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+# File systems take 255 bytes, and a letter can have four.
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,59}")
 # The study decides on these itself.
 _OWN_TRAIN = {"seed", "name", "logs", "resume", "accept-changes"}
-_OWN_EVALUATE = {"output", "force", "no-report", "exit-code-file", "model", "pretrained"}
+_OWN_EVALUATE = {"output", "force", "no-report", "exit-code-file", "help"}
+# A run's export has its own.
+_OWN_EVALUATE |= {"model", "model-config", "pretrained"}
 
 # A value `SUITE/DATASET/METRIC`, or the mean of such.
 Formula = str | list[Any]
@@ -147,10 +162,10 @@ class Study:
         own = self.arms[arm].evaluations[evaluation]
         return [_words({**shared, **own}) for shared in self.evaluations]
 
-    def config_text(self, arm: str, folder: Path) -> str:
-        """Return the training config of an arm, as it is to lie in a folder."""
-        base = os.path.relpath(self.base, folder)
-        return yaml.safe_dump({"base": base, **self.arms[arm].train}, sort_keys=False)
+    def config_text(self, arm: str, folder: Path | None = None) -> str:
+        """Return the training config of an arm, as it is to lie in a folder; None is any folder."""
+        base = self.base.absolute() if folder is None else os.path.relpath(self.base, folder)
+        return yaml.safe_dump({"base": str(base), **self.arms[arm].train}, sort_keys=False)
 
 
 def read_study(path: Path, *, root: Path) -> Study:
@@ -183,13 +198,12 @@ def _study(path: Path, content: dict[Any, Any], root: Path) -> Study:
         for name, said in _mapping("arms", content["arms"]).items()
     }
     base = path.parent / expand_home(_text("base", content["base"]))
-    if not base.is_file():
+    # os.path: a name that is too long is that of none.
+    if not os.path.isfile(base):
         raise ValueError(f"'base' is a training config, and there is no {base}")
-    named = content["reference"]
-    references = tuple(named) if isinstance(named, list) else (named,)
-    for name in references:
-        if name not in arms:
-            raise ValueError(f"'reference' is one of {', '.join(arms)}, got {name!r}")
+    for name in RESULTS_NAMES:
+        if name in arms:
+            raise ValueError(f"no arm can be named {name!r}, like a file of the study's results")
     metrics = {
         _text("a metric", name): _formula(name, said)
         for name, said in _mapping("metrics", content["metrics"]).items()
@@ -198,7 +212,7 @@ def _study(path: Path, content: dict[Any, Any], root: Path) -> Study:
         raise ValueError(
             f"'keep_checkpoints' is true or false, got {content['keep_checkpoints']!r}"
         )
-    if content["primary"] not in metrics:
+    if content["primary"] not in list(metrics):
         raise ValueError(f"'primary' is one of {', '.join(metrics)}, got {content['primary']!r}")
     return Study(
         path=path,
@@ -207,7 +221,7 @@ def _study(path: Path, content: dict[Any, Any], root: Path) -> Study:
         base=base,
         arms=arms,
         seeds=_seeds(content["seeds"]),
-        references=references,
+        references=_references(content["reference"], list(arms)),
         evaluations=_evaluations(content["evaluations"]),
         metrics=metrics,
         primary=content["primary"],
@@ -216,12 +230,21 @@ def _study(path: Path, content: dict[Any, Any], root: Path) -> Study:
     )
 
 
+def _references(said: Any, arms: list[str]) -> tuple[str, ...]:
+    references = said if isinstance(said, list) else [said]
+    if not references or any(name not in arms for name in references):
+        raise ValueError(f"'reference' is one or more of {', '.join(arms)}, got {said!r}")
+    if len(set(references)) < len(references):
+        raise ValueError(f"'reference' names an arm twice, got {said}")
+    return tuple(references)
+
+
 def _arm(name: str, said: Any, overrides: dict[str, Any]) -> Arm:
     content = {} if said is None else said
     if not isinstance(content, dict) or content.keys() - {"train", "evaluate"}:
         raise ValueError(f"arm {name} takes 'train' and 'evaluate', got {said!r}")
     train = _options(f"train of arm {name}", content.get("train"), refused=_OWN_TRAIN)
-    ways = content.get("evaluate") or {UNMASKED: {}}
+    ways: Any = {UNMASKED: {}} if content.get("evaluate") is None else content["evaluate"]
     evaluations = {
         _name("an evaluation", way): _options(f"{way} of arm {name}", flags, refused=_OWN_EVALUATE)
         for way, flags in _mapping(f"evaluate of arm {name}", ways).items()
@@ -257,7 +280,9 @@ def _mapping(what: str, said: Any) -> dict[Any, Any]:
 
 def _name(what: str, said: Any) -> str:
     if not isinstance(said, str) or not _NAME.fullmatch(said):
-        raise ValueError(f"the name of {what} takes letters, digits and . _ + -, got {said!r}")
+        raise ValueError(
+            f"the name of {what} takes up to 60 letters, digits and . _ + -, got {said!r}"
+        )
     return said
 
 
@@ -324,31 +349,64 @@ def check_study(study: Study, *, are_data_needed: bool = True) -> dict[str, Trai
     Raises:
         ValueError: With one sentence, for the first thing that is wrong.
     """
-    for arm, way in study.rows:
-        sets: list[EvalSet] = []
-        for flags in study.evaluate_arguments(arm, way):
+    options: dict[str, TrainOptions] = {}
+    for arm in study.arms.values():
+        said, model = _check_arm(study, arm.name, are_data_needed=are_data_needed)
+        options[arm.name] = said
+        for way in arm.evaluations:
+            sets: list[EvalSet] = []
             try:
-                args = _parse_evaluation(["RUN", *flags])
-                sets += load_suite(args.suite, datasets=args.datasets, data_root=args.data_root)
+                for flags in study.evaluate_arguments(arm.name, way):
+                    sets += _check_evaluation(flags, said, model)
             except (ValueError, OSError) as error:
-                raise ValueError(f"{study.path}: evaluation {way} of arm {arm}: {error}") from None
-        _check_sets(study, sets, are_data_needed=are_data_needed)
-    return {arm: _check_arm(study, arm, are_data_needed=are_data_needed) for arm in study.arms}
+                place = f"{study.path}: evaluation {way} of arm {arm.name}"
+                raise ValueError(f"{place}: {one_sentence(error)}") from None
+            _check_sets(study, sets, are_data_needed=are_data_needed)
+    return options
 
 
-def _check_arm(study: Study, arm: str, *, are_data_needed: bool) -> TrainOptions:
+def _check_arm(
+    study: Study, arm: str, *, are_data_needed: bool
+) -> tuple[TrainOptions, nn.Module | None]:
+    """Return the options of an arm's runs, and their model on the device "meta", if data is there.
+
+    Without data there is no model.
+    """
+    model = None
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, CONFIG_NAME)
-        config.write_text(study.config_text(arm, config.parent), encoding="utf-8")
+        config.write_text(study.config_text(arm), encoding="utf-8")
         try:
             options = parse_options(study.train_arguments(arm, study.seeds[0], config))
             if are_data_needed:
                 # Whether a run may go on is the study's own question.
-                check_options(replace(options, logs="none", resume=None))
+                model = check_options(replace(options, logs="none", resume=None))
         except ValueError as error:
             sentence = str(error).removeprefix(f"{config}: ")
             raise ValueError(f"{study.path}: arm {arm}: {sentence}") from None
-    return options
+    return options, model
+
+
+def _check_evaluation(
+    flags: Sequence[str], trained: TrainOptions, model: nn.Module | None
+) -> list[EvalSet]:
+    """Return the data sets of a call, after all checks that it could make before its run is there.
+
+    Args:
+        flags: Of the call, without the run.
+        trained: Options of the run.
+        model: Its model, where that is at hand.
+    """
+    args = _parse_evaluation(["RUN", *flags])
+    sets, _ = check_call(args, Ranks())
+    name, chosen = inference_choice(args)
+    masking = masking_of(
+        name, chosen, told=trained.values(), weights="the run", progress=1.0, state={}
+    )
+    if masking is not None and model is not None:
+        with masking.applied(model):
+            pass
+    return sets
 
 
 def _parse_evaluation(argv: Sequence[str]) -> argparse.Namespace:

@@ -16,18 +16,20 @@ from matplotlib.ticker import FuncFormatter
 from clip_pgs import plots
 from clip_pgs.common import write_text
 from clip_pgs.evaluation.report.command import FIGURES_NAME, page_templates
-from clip_pgs.evaluation.results import DONE, read_results
-from clip_pgs.study.plan import UNMASKED, Study, evaluate_formula
+from clip_pgs.evaluation.results import DONE, is_sound, result_files
+from clip_pgs.study.plan import (
+    CSV_NAME,
+    HTML_NAME,
+    JSON_NAME,
+    MARKDOWN_NAME,
+    UNMASKED,
+    Study,
+    evaluate_formula,
+)
 from clip_pgs.study.record import Record, Spent, read_record, read_spent
 from clip_pgs.study.statistics import MIN_SEEDS, Mean, holm, mean_with_interval, sign_flip_p
 from clip_pgs.tables import Cell, Table, counted, csv_text, percent, scaled
 
-JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME = (
-    "results.json",
-    "results.csv",
-    "results.md",
-    "index.html",
-)
 # What a study remembers of its runs, by arm and seed.
 Records = Mapping[tuple[str, int], Record]
 
@@ -108,7 +110,8 @@ def read_rows(study: Study, records: Records) -> list[Row]:
             record = records[arm, seed]
             if evaluation not in record.evaluations:
                 continue
-            results = read_results(study.results(arm, seed, evaluation))
+            files = result_files(study.results(arm, seed, evaluation))
+            results = [result for path, result in files if is_sound(result, path)]
             found = {
                 (result.suite, result.dataset, name): value
                 for result in results
