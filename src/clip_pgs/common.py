@@ -461,6 +461,8 @@ class Registry(Generic[Entry]):
         Raises:
             ValueError: If nothing is registered under it, or the import fails.
         """
+        if not isinstance(name, str):
+            raise ValueError(f"the name of a {self.kind} must be a text, got {name!r}")
         if ":" not in name:
             if name not in self._entries:
                 choices = ", ".join(self.names())

@@ -9,6 +9,7 @@ import torch
 
 from clip_pgs import PatchInputs, PatchSelection, create_masking, list_maskings
 from clip_pgs.masking import MaskingStrategy, masking_options
+from clip_pgs.masking.baselines import RandomMasking
 from clip_pgs.masking.strategy import (
     check_mask_ratio,
     check_share,
@@ -41,6 +42,9 @@ def test_grid_follows_the_image_and_the_patch():
         ({"progress": 1.5}, r"progress must be in \[0, 1\], got 1.5"),
         ({"tokens": torch.zeros(2, 5, 8)}, r"tokens must have shape \(B, N, D\)"),
         ({"noise": torch.zeros(2, 5)}, r"noise must have shape \(B, N\) = \(2, 6\)"),
+        ({"noise": torch.zeros(2, 6).long()}, "noise must be floating point, got torch.int64"),
+        ({"noise": "x"}, r"noise must have shape \(B, N\) = \(2, 6\), got str"),
+        ({"progress": "x"}, r"progress must be in \[0, 1\], got x"),
         ({"attention": torch.zeros(6)}, r"attention must have shape \(B, N\) = \(2, 6\)"),
     ],
 )
@@ -48,6 +52,49 @@ def test_wrong_inputs_are_refused_in_one_sentence(changes, sentence):
     fields = {"pixels": IMAGES, "patch_size": 16, **changes}
     with pytest.raises(ValueError, match=sentence):
         PatchInputs(**fields)
+
+
+class Wrong(MaskingStrategy):
+    """Returns what it is told to."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, inputs, *, generator=None):
+        return self.answer
+
+
+TWO_OF_SIX = torch.tensor([[0, 5], [1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("answer", "rule"),
+    [
+        (None, "must be a PatchSelection, got NoneType"),
+        (TWO_OF_SIX, r"must be a PatchSelection, got \(2, 2\), torch.int64"),
+        (PatchSelection(None), r"\(B, K\), with B = 2 .* int64, got NoneType"),
+        (PatchSelection(TWO_OF_SIX[:1]), r"B = 2 .* got \(1, 2\)"),
+        (PatchSelection(TWO_OF_SIX.repeat(2, 1)), r"B = 2 .* got \(4, 2\)"),
+        (PatchSelection(TWO_OF_SIX[0]), r"\(B, K\).* got \(2,\)"),
+        (PatchSelection(TWO_OF_SIX[:, :0]), r"K >= 1.* got \(2, 0\)"),
+        (PatchSelection(TWO_OF_SIX.float()), "int64, got .*float32"),
+        (PatchSelection(TWO_OF_SIX > 1), "int64, got .*bool"),
+        (PatchSelection(TWO_OF_SIX + 1), r"\[0, N\) with N = 6, got 1 to 6"),
+        (PatchSelection(TWO_OF_SIX - 1), r"\[0, N\) with N = 6, got -1 to 4"),
+        (PatchSelection(TWO_OF_SIX, TWO_OF_SIX), r"valid .*\(2, 2\), bool, got .*int64"),
+        (PatchSelection(TWO_OF_SIX, TWO_OF_SIX[:1] > 1), r"valid .*\(2, 2\), bool, got \(1, 2\)"),
+        (PatchSelection(TWO_OF_SIX, similar=TWO_OF_SIX[0] > 1), "similar .* got"),
+    ],
+)
+def test_a_selection_that_is_none_is_refused_with_the_strategy_and_the_rule(answer, rule):
+    with pytest.raises(ValueError, match=f"the selection of Wrong .*{rule}"):
+        Wrong(answer)(PatchInputs(IMAGES, 16))
+
+
+def test_a_selection_is_taken_as_it_is():
+    selection = PatchSelection(TWO_OF_SIX, TWO_OF_SIX < 5)
+    assert Wrong(selection)(PatchInputs(IMAGES, 16)) is selection
 
 
 def test_kept_counts_count_valid_slots():
@@ -81,6 +128,19 @@ def test_a_fixed_count_stays_fixed():
 def test_a_ratio_out_of_its_range_is_refused():
     with pytest.raises(ValueError, match=r"mask_ratio must be in \[0, 1\), got 1.0"):
         create_masking("random").set_mask_ratio(1.0)
+
+
+@pytest.mark.parametrize("ratio", ["half", None, float("nan"), [0.5]])
+def test_a_ratio_that_is_no_number_is_refused(ratio):
+    for change in (create_masking("random").set_mask_ratio, lambda r: RandomMasking(mask_ratio=r)):
+        with pytest.raises(ValueError, match=r"mask_ratio must be in \[0, 1\)"):
+            change(ratio)
+
+
+@pytest.mark.parametrize("name", [5, None, ["pgs"]])
+def test_a_name_that_is_no_text_is_refused(name):
+    with pytest.raises(ValueError, match="name of a masking must be a text"):
+        create_masking(name)
 
 
 def test_a_strategy_without_a_ratio_says_so():

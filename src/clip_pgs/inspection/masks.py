@@ -92,6 +92,9 @@ def mask_columns(
     """Draw the columns of `draw_masks`, which says what is taken, given and raised."""
     if len(images) == 0:
         raise ValueError("there is no image to draw")
+    for strategy in strategies.values():
+        if not isinstance(strategy, MaskingStrategy):
+            raise ValueError(f"a strategy must be a MaskingStrategy, got {strategy!r}")
     names = [""] * len(images) if names is None else names
     if len(names) != len(images):
         raise ValueError(f"names must be as many as images, {len(images)}, got {len(names)}")

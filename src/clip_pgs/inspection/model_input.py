@@ -69,11 +69,13 @@ def read_image(image: Image.Image | Tensor | str | Path) -> Image.Image:
             uint8.
 
     Raises:
-        ValueError: If a file cannot be read, or not at a usual cost.
+        ValueError: If a file cannot be read, or not at a usual cost, or a tensor is not finite.
     """
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, Tensor):
+        if not image.isfinite().all():
+            raise ValueError("an image must be finite, got a tensor with a NaN or an infinity")
         return to_pil_image(image)
     try:
         return open_image(image)

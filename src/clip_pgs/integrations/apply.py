@@ -90,6 +90,8 @@ def apply_masking(
         strategy = create_masking(masking, **options)
     elif options:
         raise ValueError(f"options go with a masking's name, got {', '.join(options)} beside one")
+    elif not isinstance(masking, MaskingStrategy):
+        raise ValueError(f"masking must be a name or a MaskingStrategy, got {masking!r}")
     else:
         strategy = masking
     merging = Merge.parse(merge, counts=merge_counts)
@@ -256,9 +258,13 @@ def set_masking_progress(model: nn.Module, progress: float) -> None:
     Raises:
         ValueError: If the model is not masked or `progress` is out of its range.
     """
+    try:
+        progress = float(progress)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"progress must be in [0, 1], got {progress!r}") from None
     check_range(progress, name="progress", low=0, high=1)
     masking, (tower, kind) = tower_masking(model), image_tower(model)
-    masking.progress = float(progress)
+    masking.progress = progress
     masking.progress_tensor = torch.full_like(
         masking.progress_tensor, progress, device=kind.patch_weight(tower).device
     )

@@ -24,7 +24,12 @@ from clip_pgs.integrations.tokens import (
 )
 from clip_pgs.masking.merge import Merge, merge_tokens
 from clip_pgs.masking.sampling import gather_tokens
-from clip_pgs.masking.strategy import MaskingStrategy, PatchInputs, PatchSelection
+from clip_pgs.masking.strategy import (
+    MaskingStrategy,
+    PatchInputs,
+    PatchSelection,
+    check_selection,
+)
 
 WHEN = ("train", "always")
 
@@ -145,6 +150,11 @@ class TowerMasking(nn.Module):
         selection = self.forced_selection
         if selection is None:
             selection = self.strategy(self.inputs(pixels, tokens))
+        else:
+            batch_size, num_patches, _ = tokens.shape
+            check_selection(
+                selection, batch_size=batch_size, num_patches=num_patches, name="force_selection"
+            )
         self.last_selection = selection
         return selection
 

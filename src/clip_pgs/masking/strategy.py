@@ -75,10 +75,12 @@ class PatchInputs:
                 f"got {tuple(self.tokens.shape)}"
             )
         for name, values in (("noise", self.noise), ("attention", self.attention)):
-            if values is not None and tuple(values.shape) != expected:
+            if values is not None and not _is_tensor(values, expected):
                 raise ValueError(
-                    f"{name} must have shape (B, N) = {expected}, got {tuple(values.shape)}"
+                    f"{name} must have shape (B, N) = {expected}, got {_described(values)}"
                 )
+            if values is not None and not values.is_floating_point():
+                raise ValueError(f"{name} must be floating point, got {values.dtype}")
 
     @property
     def compares_tokens(self) -> bool:
@@ -127,6 +129,66 @@ class PatchSelection:
         if self.valid is None:
             return self.index.new_full((self.index.shape[0],), self.index.shape[1])
         return self.valid.sum(dim=1)
+
+
+def check_selection(selection: Any, *, batch_size: int, num_patches: int, name: str) -> None:
+    """Refuse what a strategy must not return; no device is waited for.
+
+    Args:
+        selection: What a strategy returned.
+        batch_size: Number of images that it was given, B.
+        num_patches: Number of patches of each, N.
+        name: What to call it in messages.
+
+    Raises:
+        ValueError: If it is no `PatchSelection`, or has an index, or beside it `valid` or
+            `similar`, of another shape or type; on a CPU, unless compiled, also if a number in the
+            index is that of no patch.
+    """
+    if not isinstance(selection, PatchSelection):
+        raise ValueError(
+            f"the selection of {name} must be a PatchSelection, got {_described(selection)}"
+        )
+    index = selection.index
+    if (
+        not isinstance(index, Tensor)
+        or index.dtype != torch.int64
+        or index.ndim != 2
+        or index.shape[0] != batch_size
+        or index.shape[1] < 1
+    ):
+        raise ValueError(
+            f"the selection of {name} must have an index of shape (B, K), with B = {batch_size} "
+            f"and K >= 1, int64, got {_described(index)}"
+        )
+    for part, values in (("valid", selection.valid), ("similar", selection.similar)):
+        if values is not None and not (
+            _is_tensor(values, tuple(index.shape)) and values.dtype == torch.bool
+        ):
+            raise ValueError(
+                f"the selection of {name} must have {part} of the shape of its index, "
+                f"{tuple(index.shape)}, bool, got {_described(values)}"
+            )
+    if index.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    try:
+        # Without reading a number, as whoever traces the operators could not go on.
+        torch._assert_async(((index >= 0) & (index < num_patches)).all())
+    except RuntimeError:
+        raise ValueError(
+            f"the selection of {name} must have an index in [0, N) with N = {num_patches}, "
+            f"got {index.min()} to {index.max()}"
+        ) from None
+
+
+def _is_tensor(values: Any, shape: tuple[int, ...]) -> bool:
+    return isinstance(values, Tensor) and tuple(values.shape) == shape
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)}, {value.dtype}"
 
 
 def patch_sides(patch_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -191,6 +253,27 @@ class MaskingStrategy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._min_share: float | None = None
+
+    def __call__(
+        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
+    ) -> PatchSelection:
+        """Choose patches by `forward`, and refuse a selection that is none; see `check_selection`.
+
+        Args:
+            inputs: What there is to look at.
+            generator: Source of randomness; see `forward`.
+
+        Raises:
+            ValueError: If `forward` returned what a strategy must not return.
+        """
+        selection = super().__call__(inputs, generator=generator)
+        check_selection(
+            selection,
+            batch_size=inputs.batch_size,
+            num_patches=inputs.num_patches,
+            name=type(self).__name__,
+        )
+        return selection
 
     def extra_repr(self) -> str:
         """Show the ratios in the module's printed form."""
@@ -542,7 +625,7 @@ def check_mask_ratio(mask_ratio: float, *, name: str = "mask_ratio") -> None:
     Raises:
         ValueError: If it is.
     """
-    if not 0.0 <= mask_ratio < 1.0:
+    if not isinstance(mask_ratio, Real) or not 0.0 <= mask_ratio < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {mask_ratio}")
 
 
@@ -577,7 +660,7 @@ def check_range(value: float | None, *, name: str, low: float, high: float) -> N
     Raises:
         ValueError: If it is.
     """
-    if value is not None and not low <= value <= high:
+    if value is not None and not (isinstance(value, Real) and low <= value <= high):
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
 
 
@@ -587,7 +670,7 @@ def check_share(share: float, *, name: str) -> None:
     Raises:
         ValueError: If it is.
     """
-    if not 0.0 < share <= 1.0:
+    if not isinstance(share, Real) or not 0.0 < share <= 1.0:
         raise ValueError(f"{name} must be in (0, 1], got {share}")
 
 

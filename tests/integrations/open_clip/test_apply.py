@@ -261,9 +261,28 @@ def test_plain_models_have_no_masking_to_set():
             call()
 
 
-def test_progress_outside_its_range_is_refused():
-    with pytest.raises(ValueError, match=r"progress must be in \[0, 1\], got 1.5"):
-        set_masking_progress(apply_masking(small_clip(), "pgs"), 1.5)
+@pytest.mark.parametrize("progress", [1.5, "x", None, float("nan"), torch.zeros(2)], ids=str)
+def test_progress_outside_its_range_is_refused(progress):
+    with pytest.raises(ValueError, match=r"progress must be in \[0, 1\], got "):
+        set_masking_progress(apply_masking(small_clip(), "pgs"), progress)
+
+
+@pytest.mark.parametrize("masking", [5, None, MaskingStrategy])
+def test_what_is_neither_a_name_nor_a_strategy_is_refused(masking):
+    model = small_clip()
+    with pytest.raises(ValueError, match="masking must be a name or a MaskingStrategy, got"):
+        apply_masking(model, masking)
+    assert type(model.visual) is VisionTransformer
+
+
+def test_a_forced_selection_of_other_images_is_refused():
+    model = apply_masking(small_clip(), "random").train()
+    selection = PatchSelection(torch.arange(8).repeat(2, 1))
+    with (
+        force_selection(model, selection),
+        pytest.raises(ValueError, match=r"force_selection .* B = 3 .* got \(2, 8\)"),
+    ):
+        model.encode_image(image_batch(3))
 
 
 BUILDERS = {
