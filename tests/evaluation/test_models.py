@@ -1,12 +1,13 @@
 import hashlib
 import json
+import re
 
 import open_clip
 import pytest
 import torch
 
 from clip_pgs.evaluation import load_model, weights_digest
-from clip_pgs.evaluation.models import model_name
+from clip_pgs.evaluation.models import check_source, model_name
 
 BATCH = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
 
@@ -78,6 +79,40 @@ def test_checkpoint_of_an_unfinished_run_opens_from_its_recorded_parameters(
     assert loaded.transform.transforms[-1].mean == (0.1, 0.2, 0.3)
 
 
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("model_config: 5", "model_config takes the name of a file, got 5"),
+        ("model_config: [1]", "model_config takes the name of a file"),
+        ("model_config: " + "a" * 5000, ""),
+        ("model: " + "-" * 200_000 + "1", "model '---"),
+        ("model: [1]", "model '[1]'"),
+        ("force_image_size: abc", "force_image_size takes a size or two, got 'abc'"),
+        ("force_image_size: -4", "force_image_size"),
+        ("force_image_size: [16, 16, 16]", "force_image_size"),
+        ("force_context_length: 1.5", "force_context_length takes a whole number, got 1.5"),
+        ("force_quick_gelu: maybe", "force_quick_gelu takes true or false"),
+        ("force_custom_text: 2", "force_custom_text"),
+        ("image_mean: xyz", "image_mean takes 3 finite numbers, got 'xyz'"),
+        ("image_std: (0.1, 0.2, 0)", "image_std"),
+        ("image_interpolation: evil", "image_interpolation"),
+        ("image_resize_mode: [1]", "image_resize_mode"),
+    ],
+    ids=lambda text: text[:24],
+)
+def test_parameters_that_are_none_are_refused_with_the_file(lone_checkpoint, tmp_path, line, part):
+    (tmp_path / "checkpoints").mkdir()
+    path = lone_checkpoint.rename(tmp_path / "checkpoints/epoch_7.pt")
+    text = f"{line}\n" if line.startswith("model: ") else f"model: ViT-B-32\n{line}\n"
+    (tmp_path / "params.txt").write_text(text)
+    if not part:
+        check_source(str(path))
+        return
+    with pytest.raises(ValueError, match=re.escape(part)) as caught:
+        check_source(str(path))
+    assert str(tmp_path / "params.txt") in str(caught.value)
+
+
 def test_checkpoint_of_a_distributed_compiled_run_opens(lone_checkpoint, model_config):
     content = torch.load(lone_checkpoint, weights_only=True)
     state_dict = {f"module._orig_mod.{k}": v for k, v in content["state_dict"].items()}
@@ -113,6 +148,7 @@ def test_checkpoint_of_a_siglip_run_keeps_its_bias(lone_checkpoint, model_config
     ("source", "options", "sentence"),
     [
         ("nowhere/at-all", {}, "no run, export or checkpoint at nowhere/at-all"),
+        ("a" * 5000, {}, "no run, export or checkpoint at aaa"),
         ("{tmp}", {}, "is no run and no export"),
         ("{tmp}/epoch_7.pt", {}, "architecture of .*epoch_7.pt is unknown; give --model NAME"),
         ("{tmp}/epoch_7.pt", {"model": "ViT-Z-99"}, "open_clip knows no model 'ViT-Z-99'"),

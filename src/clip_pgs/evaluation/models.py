@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import logging
+import os
 import tempfile
 import textwrap
 from collections.abc import Callable, Mapping
@@ -25,9 +25,16 @@ from clip_pgs.checkpoint_io import (
     non_finite,
     read_checkpoint,
 )
-from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MODEL_CONFIG_NAME, PARAMS_NAME
+from clip_pgs.common import (
+    CHECKPOINTS_NAME,
+    EXPORT_NAME,
+    MODEL_CONFIG_NAME,
+    PARAMS_NAME,
+    literal,
+)
 from clip_pgs.evaluation.inference import InferenceMasking, choose_masking
 from clip_pgs.integrations.open_clip.model_config import (
+    check_build_options,
     check_buildable,
     check_preprocessing,
     read_json_object,
@@ -144,11 +151,12 @@ def _resolve(
 ) -> tuple[Callable[[], Built], str]:
     """Return what builds the model of a source, and where its weights come from."""
     path = Path(source.removeprefix("local-dir:"))
-    if path.is_file():
+    # os.path: a name that is too long is that of none.
+    if os.path.isfile(path):
         checkpoint = _read(path)
         architecture = _find_architecture(checkpoint, model=model, model_config=model_config)
         return partial(_build_checkpoint, checkpoint, architecture), source
-    if path.is_dir():
+    if os.path.isdir(path):
         folder = _export_folder(path)
         return partial(_create, f"local-dir:{folder}"), str(folder)
     if source.startswith("hf-hub:"):
@@ -335,12 +343,12 @@ def _from_params(path: Path) -> _Architecture:
     params: dict[str, Any] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         name, _, text = line.partition(": ")
-        try:
-            params[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            params[name] = text
+        params[name] = literal(text)
     config = params.get("model_config")
-    if config and Path(config).is_file():
+    if config and not isinstance(config, str):
+        raise ValueError(f"{path}: model_config takes the name of a file, got {config!r}")
+    # os.path: a name that is too long is that of no file.
+    if config and os.path.isfile(config):
         _register_model_config(Path(config))
     model = str(params.get("model"))
     if model not in open_clip.list_models():
@@ -349,6 +357,7 @@ def _from_params(path: Path) -> _Architecture:
     match options.get("force_image_size"):
         case [side]:
             options["force_image_size"] = side
+    check_build_options(options, what=str(path))
     return _Architecture(model, options)
 
 

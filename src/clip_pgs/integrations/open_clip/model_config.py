@@ -131,28 +131,44 @@ def check_preprocessing(preprocess: Any, *, what: str) -> None:
     """
     if not isinstance(preprocess, dict):
         raise ValueError(f"{what}: preprocess_cfg must be a JSON object")
+    _check_by(_PREPROCESSING, preprocess, what=f"{what}: preprocess_cfg")
+
+
+def check_build_options(options: Mapping[str, Any], *, what: str) -> None:
+    """Refuse flags of OpenCLIP's trainer with which open_clip could build no model.
+
+    Args:
+        options: Such as `force_image_size` and `image_mean`, as a run's `params.txt` has them.
+        what: What to call the file in messages.
+
+    Raises:
+        ValueError: If a value is of the wrong type or out of its range.
+    """
+    switch = (lambda value: isinstance(value, bool), "true or false")
     rules = {
-        "size": (_is_size, "a size or two"),
-        "mode": (lambda value: value == "RGB", "RGB"),
-        "mean": (_is_color, "3 finite numbers"),
-        "std": (lambda value: _is_color(value) and min(value) > 0, "3 finite numbers > 0"),
-        "interpolation": (("bicubic", "bilinear", "random").__contains__, "bicubic or bilinear"),
-        "resize_mode": (("shortest", "longest", "squash").__contains__, "shortest or the like"),
-        "fill_color": (lambda value: type(value) is int and 0 <= value < 256, "a value below 256"),
+        **{f"image_{key}": rule for key, rule in _PREPROCESSING.items()},
+        "force_image_size": _PREPROCESSING["size"],
+        "force_context_length": (lambda value: not _size_problem("", value), "a whole number"),
+        "force_quick_gelu": switch,
+        "force_custom_text": switch,
     }
+    _check_by(rules, options, what=what)
+
+
+def _check_by(rules: Mapping[str, Any], options: Mapping[str, Any], *, what: str) -> None:
     for key, (is_good, kind) in rules.items():
-        value = preprocess.get(key)
+        value = options.get(key)
         if value is not None and not is_good(value):
-            raise ValueError(f"{what}: preprocess_cfg: {key} takes {kind}, got {value!r}")
+            raise ValueError(f"{what}: {key} takes {kind}, got {value!r}")
 
 
 def _is_size(value: Any) -> bool:
-    sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
     return not any(_size_problem("size", side) for side in sides)
 
 
 def _is_color(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
+    return isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_number, value))
 
 
 def _check_tower(tower: Any, tower_class: Any, *, what: str) -> None:
@@ -223,6 +239,17 @@ def _check_patches(vision: Mapping[str, Any], *, what: str) -> None:
     image, patch = (side if isinstance(side, list) else [side, side] for side in sides)
     if any(image_side < patch_side for image_side, patch_side in zip(image, patch, strict=True)):
         raise ValueError(f"{what}: image_size {image} is smaller than patch_size {patch}")
+
+
+_PREPROCESSING = {
+    "size": (_is_size, "a size or two"),
+    "mode": (lambda value: value == "RGB", "RGB"),
+    "mean": (_is_color, "3 finite numbers"),
+    "std": (lambda value: _is_color(value) and min(value) > 0, "3 finite numbers > 0"),
+    "interpolation": (("bicubic", "bilinear", "random").__contains__, "bicubic or bilinear"),
+    "resize_mode": (("shortest", "longest", "squash").__contains__, "shortest or the like"),
+    "fill_color": (lambda value: type(value) is int and 0 <= value < 256, "a value below 256"),
+}
 
 
 # ------------------------------------------------------------------------------------------------
