@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from clip_pgs.evaluation import evaluate, load_model, load_suite, weights_digest
+from clip_pgs.evaluation.features import Encoder
 from clip_pgs.evaluation.suites import get_suite
 
 classification = get_suite("zeroshot-classification")
@@ -90,6 +91,25 @@ def test_missing_and_damaged_sets_do_not_stop_the_rest(
     with (output / "results.csv").open() as file:
         statuses = {row["dataset"]: row["status"] for row in csv.DictReader(file)}
     assert statuses == {"absent": "missing", "damaged": "failed", "six": "done"}
+
+
+def test_a_damaged_set_is_told_in_its_result_alone_where_no_files_are_kept(
+    color_model, damaged_folder, caplog
+):
+    damaged = classification.eval_set("damaged", str(damaged_folder))
+    (result,) = evaluate(color_model, [damaged], workers=0)
+    assert (result.status, "test/0.tar" in result.error) == ("failed", True)
+    assert "Traceback" not in caplog.text
+
+
+def test_an_error_of_the_program_is_told_with_its_traceback_and_no_other(
+    color_model, eval_sets, caplog, monkeypatch
+):
+    monkeypatch.setattr(Encoder, "images", lambda *_, **__: 1 / 0)
+    (result,) = evaluate(color_model, eval_sets[:1], workers=0)
+    assert result.status == "failed"
+    assert "ZeroDivisionError" in caplog.text
+    assert "another exception" not in caplog.text
 
 
 def test_set_that_lacks_a_shard_is_missing(color_model, eval_sets, data_root, tmp_path):

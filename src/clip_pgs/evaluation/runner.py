@@ -285,9 +285,11 @@ class _Evaluation:
         # Anything may be wrong with other people's files, and the rest must run. What asks the
         # process to leave is no Exception, and ends the evaluation.
         except Exception as error:
-            kind = "" if isinstance(error, DamagedDataError) else f"{type(error).__name__}: "
+            is_told = isinstance(error, DamagedDataError)
+            kind = "" if is_told else f"{type(error).__name__}: "
             status, reason = FAILED, f"{kind}{one_sentence(error)}"
-            self._keep_traceback(eval_set)
+            if not self._keep_traceback(eval_set) and not is_told:
+                logger.warning("%s failed: %s", eval_set.name, traceback.format_exc())
         result = Result(
             **_origin(eval_set),
             status=status,
@@ -359,15 +361,17 @@ class _Evaluation:
     def _path(self, folder: Path, eval_set: EvalSet) -> Path:
         return folder / f"{eval_set.file_stem}{self._ending}.json"
 
-    def _keep_traceback(self, eval_set: EvalSet) -> None:
+    def _keep_traceback(self, eval_set: EvalSet) -> bool:
+        """Add the traceback to a file; return whether that could be done."""
+        if self._folder is None:
+            return False
         try:
-            if self._folder is None:
-                raise FileNotFoundError
             self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / ERRORS_NAME).open("a", encoding="utf-8") as file:
                 file.write(f"{eval_set.suite} {eval_set.name}\n{traceback.format_exc()}\n")
         except OSError:
-            logger.warning("%s failed: %s", eval_set.name, traceback.format_exc())
+            return False
+        return True
 
 
 def _origin(eval_set: EvalSet) -> dict[str, Any]:
