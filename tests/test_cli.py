@@ -181,6 +181,7 @@ def test_completion_is_of_commands_options_and_names(tmp_path):
     assert "--data-root" in complete("clip-pgs", "test", "logs/demo", "--data")
     assert complete("clip-pgs", "test", "report", "logs/demo", "--out") == ["--output"]
     assert complete("clip-pgs", "export", "--pu") == ["--push-to-hub"]
+    assert complete("clip-pgs", "demo", "--fr") == ["--fresh"]
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ _PARSERS = {
     ("inspect",): "clip_pgs.inspection.__main__:make_parser",
     ("study",): "clip_pgs.study.__main__:make_parser",
     ("export",): "clip_pgs.training.export:make_parser",
+    ("demo",): "clip_pgs.demo:make_parser",
 }
 _EXAMPLES = """\
 clip-pgs demo                                      from nothing to a report

@@ -7,6 +7,7 @@ demo at a time in a folder.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -60,19 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for bad input or a demo that is running, else that of what failed.
     """
-    parser = SentenceParser(
-        prog="clip-pgs demo",
-        usage="%(prog)s [--fresh [FLAGS]]",
-        description=__doc__,
-        allow_abbrev=False,
-    )
-    text = "train and evaluate anew; flags after it go to training"
-    parser.add_argument("--fresh", action="store_true", help=text)
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_fresh = arguments[:1] == ["--fresh"]
     flags = arguments[1:] if is_fresh else []
     if not is_fresh:
-        parser.parse_args(arguments)
+        make_parser().parse_args(arguments)
     try:
         with folder_lock(Path(), on_busy=_refuse_second):
             _demo(is_fresh, flags)
@@ -83,6 +76,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = SentenceParser(
+        prog="clip-pgs demo",
+        usage="%(prog)s [--fresh [FLAGS]]",
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    text = "train and evaluate anew; flags after it go to training"
+    parser.add_argument("--fresh", action="store_true", help=text)
+    return parser
 
 
 def _demo(is_fresh: bool, flags: Sequence[str]) -> None:
