@@ -118,6 +118,14 @@ def test_five_seeds_are_said_to_give_no_p_below_0_05(study):
     assert "Not all of 6 seeds are there: pgs | unmasked (5)" in text
 
 
+def test_why_a_row_has_no_interval_is_said_once_however_many_metrics_it_has(study):
+    study.change(seeds=list(range(6)))
+    fill(study, {"random": RANDOM[:1], "pgs": PGS[:1]})
+    assert main(study.argv("--report-only")) == 0
+    text = (study.study / "results.md").read_text()
+    assert text.count("one seed has no interval") == 1
+
+
 def test_the_record_of_an_earlier_version_is_read(study):
     fill(study, {"random": RANDOM[:2], "pgs": PGS[:2]})
     path = study.study / "pgs/seed_1/study.json"

@@ -387,8 +387,11 @@ def _differences_table(
             cells += [_shown(said.mean, is_difference=True), Cell(said.p, f"{said.p:.3f}")]
             if metric == study.primary:
                 cells.append(Cell(said.p_holm, f"{said.p_holm:.3f}"))
-            if said.mean.remark:
-                remarks.append(f"{name}, {metric}: {said.mean.remark}.")
+        for remark in dict.fromkeys(said.mean.remark for said in by_metric.values()):
+            told = [metric for metric in metrics if by_metric[metric].mean.remark == remark]
+            which = "" if len(told) == len(metrics) else f", {', '.join(told)}"
+            if remark:
+                remarks.append(f"{name}{which}: {remark}.")
         lines.append(cells)
     header = ["arm | evaluation", "pairs", "training FLOPs", "FLOPs per image"]
     for metric in metrics:
