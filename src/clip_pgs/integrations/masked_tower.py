@@ -42,6 +42,25 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_exactly(module: nn.Module, kind: type) -> bool:
+    """Return whether a module is of a class and of no subclass but the one that FSDP makes."""
+    return type(module) is kind or type(module).__bases__[1:] == (kind,)
+
+
+def run_as_forward(block: Any, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Run a function of a block's weights as its forward pass, so that the block's hooks act.
+
+    FSDP gathers a block's weights in hooks on its forward pass, and gives them up again.
+    """
+    if not block._forward_pre_hooks:
+        return run(x)
+    block.forward = run
+    try:
+        return block(x)
+    finally:
+        del block.forward
+
+
 @dataclass(frozen=True)
 class PatchGrid:
     """How an image tower cuts its images.
@@ -482,7 +501,9 @@ class MaskedTower:
         rotation: Tensor | None,
     ) -> Tensor:
         if isinstance(layout, PackedTokens):
-            return _known(self.block_parts(block, rotation)).run(x, layout)
+            return run_as_forward(
+                block, lambda x: _known(self.block_parts(block, rotation)).run(x, layout), x
+            )
         return self.run_block(block, x, layout, rotation)
 
     def _run_for_first_tokens(
@@ -493,7 +514,11 @@ class MaskedTower:
         rotation: Tensor | None,
     ) -> Tensor:
         tokens = layout if isinstance(layout, PackedTokens) else PaddedTokens(layout)
-        return _known(self.block_parts(block, rotation)).run_for_first_tokens(x, tokens)
+        return run_as_forward(
+            block,
+            lambda x: _known(self.block_parts(block, rotation)).run_for_first_tokens(x, tokens),
+            x,
+        )
 
 
 def _keep(tokens: Tensor, selection: PatchSelection, weights: Tensor | None) -> Tensor:

@@ -119,7 +119,10 @@ class Teacher:
 
 
 def _float_weights(tower: nn.Module) -> list[Tensor]:
-    return [weight.detach().float() for weight in tower.state_dict().values()]
+    # Of a tower whose weights several processes share out, each takes part in gathering them.
+    weights = tower.state_dict().values()
+    every = (w.full_tensor() if hasattr(w, "full_tensor") else w for w in weights)
+    return [weight.detach().float() for weight in every]
 
 
 def _precision_of(pixels: Tensor) -> AbstractContextManager:

@@ -34,6 +34,7 @@ from clip_pgs.integrations.open_clip.model_config import (
     read_json_object,
 )
 from clip_pgs.training.checkpoint import find_non_finite
+from clip_pgs.training.distributed import ShardedModel
 from clip_pgs.training.loss import in_chunks
 from clip_pgs.training.masks import seed_everything
 from clip_pgs.training.options import MODEL_SCHEMAS, TrainOptions
@@ -50,12 +51,14 @@ class ModelParts:
         train_transform: Image to augmented pixels.
         val_transform: Image to pixels.
         tokenize: Captions to token numbers of shape (B, context length).
+        sharded: What `--fsdp` trains in place of the model; None trains the model itself.
     """
 
     model: open_clip.CLIP
     train_transform: Callable
     val_transform: Callable
     tokenize: Callable
+    sharded: ShardedModel | None = None
 
 
 def build_model(options: TrainOptions, device: torch.device) -> ModelParts:
@@ -312,8 +315,10 @@ def _kind(value: Any) -> Any:
 
 def build_trimmer(options: TrainOptions, model: nn.Module) -> CaptionTrimmer | None:
     """Return what cuts captions to what reaches their features, None where padding does, too."""
-    # Groups of several lengths are compiled anew for each combination.
-    return caption_trimmer(model, shares=(1.0,)) if options.torchcompile else caption_trimmer(model)
+    # Groups of several lengths are compiled anew for each combination, and FSDP would gather the
+    # weights for each of them, of which processes may have different numbers.
+    is_one_group = options.torchcompile or options.fsdp
+    return caption_trimmer(model, shares=(1.0,)) if is_one_group else caption_trimmer(model)
 
 
 def build_loss(options: TrainOptions, model: nn.Module) -> nn.Module:

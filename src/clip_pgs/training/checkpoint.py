@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_pgs.checkpoint_io import check_sum, fit_weights, non_finite, read_checkpoint
+from clip_pgs.training.distributed import share_of, whole
 
 
 def pack_checkpoint(
@@ -110,13 +111,26 @@ def restore(
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's state, also that of one with the same numbers that was not fused."""
+    """Load an optimizer's state, also that of one with the same numbers that was not fused.
+
+    Where processes share its parameters out, each takes its share.
+    """
     now = optimizer.state_dict()["param_groups"]
     groups = [
         {**group, "fused": fresh["fused"]} if "fused" in fresh else group
         for group, fresh in zip(state["param_groups"], now, strict=False)
     ]
-    optimizer.load_state_dict({**state, "param_groups": groups})
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    moments = {
+        number: {
+            name: value if name == "step" else share_of(value, parameter)
+            for name, value in state["state"][number].items()
+        }
+        for number, parameter in zip(numbers, trained, strict=True)
+        if number in state["state"]
+    }
+    optimizer.load_state_dict({**state, "state": moments, "param_groups": groups})
 
 
 def find_non_finite(checkpoint: Mapping[str, Any]) -> str | None:
@@ -168,7 +182,7 @@ class HostCopy:
 
     def _copy(self, value: Any, path: tuple[Any, ...], used: dict[tuple[Any, ...], Tensor]) -> Any:
         if isinstance(value, Tensor):
-            used[path] = self._copy_tensor(value.detach(), self._kept.get(path))
+            used[path] = self._copy_tensor(whole(value.detach()), self._kept.get(path))
             return used[path]
         if isinstance(value, Mapping):
             return {key: self._copy(item, (*path, key), used) for key, item in value.items()}

@@ -18,6 +18,7 @@ from typing import Any
 import open_clip
 import timm.optim
 import torch
+from open_clip_train.distributed import world_info_from_env
 from PIL import Image
 from torch import nn
 
@@ -94,6 +95,7 @@ def check_options(options: TrainOptions) -> nn.Module:
         check_data(options)
         check_shared_memory(options)
         _check_device(options)
+        _check_sharing(options)
         _check_reports(options)
         _check_folder(options)
         _check_resumed(options, model, optimizer)
@@ -363,6 +365,14 @@ def _check_device(options: TrainOptions) -> None:
         count = int(device.type != "meta" and _has_memory(device))
     if (device.index or 0) >= count:
         raise ValueError(f"--device {options.device} is not available on this machine")
+
+
+def _check_sharing(options: TrainOptions) -> None:
+    """Refuse to share a model out among one process."""
+    if options.fsdp and world_info_from_env()[2] < 2:
+        raise ValueError(
+            "--fsdp shares a model out among processes, and this run has 1; see --nproc"
+        )
 
 
 def _has_memory(device: torch.device) -> bool:

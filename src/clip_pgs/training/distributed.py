@@ -1,7 +1,13 @@
-"""Processes of a run: who is who, waiting for each other, and data-parallel models."""
+"""Processes of a run: who is who, waiting for each other, and the models that they share.
+
+With `--fsdp` each process holds a share of every weight (FSDP2), and a block of a tower is whole
+only while it computes. What rank 0 does alone, it does with a plain copy of the model.
+"""
 
 from __future__ import annotations
 
+import copy
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +16,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from open_clip import CLIP
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
 from open_clip_train.distributed import init_distributed_device
-from torch import nn
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.training.options import TrainOptions
+
+# Each is shared out by itself; what lies outside of any is gathered as one.
+_BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock, Block)
+
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -140,3 +156,89 @@ def _lay_out_buckets(parallel: DistributedDataParallel) -> None:
     """
     parallel().backward()
     parallel.zero_grad(set_to_none=True)
+
+
+class ShardedModel(nn.Module):
+    """A model of which each process holds a share; called as the model is.
+
+    Args:
+        model: The model, the same on every process, which keeps its weights' share from now on.
+        options: The run's.
+        device: This process's device.
+
+    Attributes:
+        model: The model; its weights are DTensors, its logit scale and bias vectors of one.
+    """
+
+    def __init__(self, model: CLIP, options: TrainOptions, device: torch.device) -> None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        super().__init__()
+        self.model: Any = model
+        for name in ("logit_scale", "logit_bias"):
+            # FSDP takes no scalars.
+            if (number := getattr(model, name, None)) is not None:
+                vector = nn.Parameter(number.detach().reshape(1), number.requires_grad)
+                setattr(model, name, vector)
+        num_weights = sum(p.numel() for p in model.parameters())
+        mesh = init_device_mesh(device.type, (options.world_size,))
+        # As autocast has it, blocks compute in half precision; what lies outside of them, and sums
+        # of gradients, stay float32.
+        half = torch.bfloat16 if options.precision.startswith("amp_bf") else None
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+        for block in [module for module in model.modules() if isinstance(module, _BLOCKS)]:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(self, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        own = sum(p.to_local().numel() for p in model.parameters())
+        _logger.info("FSDP: this process holds %d of %d weights", own, num_weights)
+
+    def forward(self, *inputs: Any) -> dict[str, Tensor]:
+        """Return the model's outputs, no weight itself, which would keep the hooks of FSDP."""
+        return {name: value.view_as(value) for name, value in self.model(*inputs).items()}
+
+
+def share_out(model: CLIP, options: TrainOptions, device: torch.device) -> ShardedModel:
+    """Return a model to train of which each process holds a share.
+
+    Args:
+        model: The plain model; rank 0 keeps it, with the masking that the other has, and
+            `gather` brings it up to date. On other ranks it is the one that is shared out.
+        options: The run's.
+        device: This process's device.
+    """
+    if options.rank == 0:
+        masking = masking_or_none(model)
+        model = copy.deepcopy(model, {} if masking is None else {id(masking): masking})
+    return ShardedModel(model, options, device)
+
+
+@torch.no_grad()
+def gather(sharded: ShardedModel, plain: CLIP) -> None:
+    """Copy a shared-out model's weights into rank 0's plain one; all processes call it."""
+    own = plain.state_dict() if plain is not sharded.model else {}
+    for name, tensor in sharded.model.state_dict().items():
+        weight = whole(tensor)
+        if name in own:
+            own[name].copy_(weight)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that processes share, who all call it; any other as it is.
+
+    A vector of one, as which FSDP holds a scalar, is a scalar again.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    full = tensor.full_tensor()
+    return full.reshape(()) if full.shape == (1,) else full
+
+
+def share_of(tensor: Tensor, parameter: Any) -> Tensor:
+    """Return this process's share of a tensor that it has whole, laid out as a parameter's is."""
+    if not hasattr(parameter, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, device = parameter.device_mesh, parameter.device
+    local = tensor.to(device).reshape(parameter.shape)
+    return distribute_tensor(local, mesh, parameter.placements, src_data_rank=None)

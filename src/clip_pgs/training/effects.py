@@ -152,6 +152,7 @@ def _idle_groups(options: TrainOptions) -> list[tuple[bool, str, str]]:
             "pretrained",
             f"on {model}, which brings its own weights",
         ),
+        (options.fsdp, "ddp_static_graph", "with --fsdp"),
         (options.resume != "latest", "accept_changes", "without --resume latest"),
         (
             not keeps_logs(options),

@@ -144,6 +144,9 @@ class TrainOptions(argparse.Namespace):
             sequence instead of padding images to the longest: on CUDA in half precision, at the
             price of one synchronization per step; on a CPU without --torchcompile (default: on a
             CPU, unless the model is tiny)
+        fsdp: share weights, gradients and the optimizer's state out among the processes (FSDP2),
+            for models that are too large for one device; with --precision fp32, amp_bf16 or
+            pure_bf16
         loss_chunk: rows of the matrix of similarities that the loss holds at once, where the whole
             one of a large batch takes too much memory; value and gradients stay the same (default:
             all)
@@ -214,6 +217,7 @@ class TrainOptions(argparse.Namespace):
     merge: str = _ours("none", IMAGE, "GROUPS", IDENTITY)
     merge_counts: bool = _ours(False, IMAGE, part=IDENTITY)
     pack_tokens: bool | None = _ours(None, IMAGE)
+    fsdp: bool = _ours(False, GENERAL)
     loss_chunk: int | None = _ours(None, GENERAL, "N", rule=AT_LEAST_1)
     text_masking: str = _ours("none", TEXT, "NAME", IDENTITY, is_basic=True, registered="data")
     caption_key: str | None = _ours(None, TEXT, "KEY", IDENTITY)
@@ -370,6 +374,7 @@ REFUSED_FLAGS = {
 }
 
 LR_SCHEDULERS = ("cosine", "const", "const-cooldown")
+FSDP_PRECISIONS = ("fp32", "amp_bf16", "amp_bfloat16", "pure_bf16")
 REPORT_TARGETS = ("tensorboard", "wandb", "all")
 SIGLIP_LOSS_IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
 
@@ -764,6 +769,14 @@ def check_values(options: TrainOptions) -> None:
         raise ValueError(f"--resume takes a file or a folder, and no URL, got {options.resume!r}")
     if name is not None and len(name.encode(errors="surrogateescape")) > _LONGEST_NAME:
         raise ValueError(f"--name must be at most {_LONGEST_NAME} bytes long, got {name!r}")
+    if options.fsdp:
+        check_choice(options.precision, FSDP_PRECISIONS, name="--precision with --fsdp")
+        for name, cause in (
+            ("torchcompile", options.torchcompile),
+            ("opt", options.opt != "adamw"),
+        ):
+            if cause:
+                raise ValueError(f"--fsdp cannot go with {flag_of(name)} {getattr(options, name)}")
     if options.resume == "latest" and name is None:
         raise ValueError("--resume latest needs the --name of the run to continue")
 

@@ -41,13 +41,21 @@ from clip_pgs.training.build import (
     supported_precision,
 )
 from clip_pgs.training.checkpoint import (
+    named_tensors,
     pack_checkpoint,
     restore,
     restore_optimizer,
 )
 from clip_pgs.training.checkpoint_store import CheckpointStore, load_start
 from clip_pgs.training.data_checks import has_training_data, training_files
-from clip_pgs.training.distributed import ProcessGroup, join_processes, parallelize
+from clip_pgs.training.distributed import (
+    ProcessGroup,
+    gather,
+    join_processes,
+    parallelize,
+    share_out,
+    whole,
+)
 from clip_pgs.training.effects import option_warnings
 from clip_pgs.training.export import write_export
 from clip_pgs.training.masks import MaskPictures, StepMasks, seed_everything
@@ -57,6 +65,7 @@ from clip_pgs.training.run_folder import (
     RunFiles,
     default_name,
     describe_run,
+    keeps_logs,
     run_folder,
     warn_of_changes,
     write_run_files,
@@ -227,6 +236,8 @@ class Trainer:
                 self._checkpoint, model=self._parts.model, scaler=self._scaler
             )
             self._first_position = self._checkpoint.get("position", 0)
+        if options.fsdp:
+            self._parts.sharded = share_out(self._parts.model, options, device)
         # A place that is saved, or was never trained, needs no file of its own.
         self._saved_place = (self._first_epoch, self._first_position)
         self._saved_at = monotonic()
@@ -380,26 +391,38 @@ class Trainer:
         try:
             self._telemetry.step(
                 result,
-                model=trainer.model,
+                model=self._parts.model,
                 epoch=trainer.epoch,
                 done=trainer.position,
                 is_last=trainer.steps_left == 0,
                 data_seconds=data_seconds,
             )
-            self.save_if_due(trainer)
         except BadNumbersError as error:
             # Rank 0 alone looks; the others hear of it before the next step.
             self._error = error
+        self.save_if_due(trainer)
 
     def save_if_due(self, trainer: PhaseTrainer) -> None:
-        """Save after a step where `--save-every-steps` or `--save-every-minutes` asks for it.
+        """Save after a step where `--save-every-steps` or `--save-every-minutes` asks for it."""
+        is_due = False
+        try:
+            is_due = self._error is None and self._is_save_due(trainer)
+        except BadNumbersError as error:
+            self._error = error
+        if self._options.fsdp:
+            is_due = self._group.sum([is_due])[0] > 0
+        if is_due:
+            self._save(trainer, (trainer.epoch, trainer.position), as_step=True)
+
+    def _is_save_due(self, trainer: PhaseTrainer) -> bool:
+        """Return whether rank 0 is to save now.
 
         Raises:
             BadNumbersError: If the last steps were not good enough to be saved.
         """
         options = self._options
         if self._store is None:
-            return
+            return False
         every = options.save_every_steps
         is_due = every is not None and self.step % every == 0
         seconds = 60 * (options.save_every_minutes or 0)
@@ -411,7 +434,8 @@ class Trainer:
         is_saved_next = trainer.steps_left == 0 and not self._is_measured and is_epoch_saved
         if is_due and not is_saved_next:
             self._telemetry.check_numbers()
-            self._save(trainer, (trainer.epoch, trainer.position), as_step=True)
+            return True
+        return False
 
     def _epoch_names(self, trainer: PhaseTrainer, epoch: int) -> dict[str, bool]:
         """Return as what to save after `epoch` epochs; a phase's last always is saved."""
@@ -420,25 +444,33 @@ class Trainer:
         return {"as_epoch": is_kept, "as_most_recent": self._options.save_most_recent}
 
     def _save(self, trainer: PhaseTrainer, place: tuple[int, int], **names: bool) -> None:
-        """Save a place in the run: completed epochs, and samples of the one under way."""
-        if self._store is None or not any(names.values()):
+        """Save a place in the run: completed epochs, and samples of the one under way.
+
+        All processes take part where they share the model out, else rank 0 alone.
+        """
+        saves = self._store is not None or (self._options.fsdp and keeps_logs(self._options))
+        if not saves or not any(names.values()):
             return
-        if self._lock is not None:
-            self._lock.keep()
-        self._run_files.restore()
         epoch, position = place
         content = pack_checkpoint(
             epoch=epoch,
             step=self.step,
             position=position,
             name=self._options.name or "",
-            model=self._parts.model,
+            model=trainer.model,
             optimizer=trainer.optimizer,
             scaler=self._scaler,
             masking_state=trainer.masks.state() if trainer.masks is not None else {},
-            record=self._record_now(),
+            record=self._record_now() if self._store is not None else {},
         )
-        self._store.save(content, **names)
+        if self._store is not None:
+            if self._lock is not None:
+                self._lock.keep()
+            self._run_files.restore()
+            self._store.save(content, **names)
+        else:
+            for _, tensor in named_tensors(content):
+                whole(tensor)
         self._saved_at, self._saved_place = monotonic(), place
 
     def _record_now(self) -> dict[str, Any]:
@@ -467,7 +499,8 @@ class Trainer:
 
     def _leave(self, trainer: PhaseTrainer, place: tuple[int, int], verdict: Verdict) -> NoReturn:
         # Rank 0 finds bad numbers, and rank 0 saves.
-        if not isinstance(self._error, BadNumbersError) and place != self._saved_place:
+        is_new = not isinstance(self._error, BadNumbersError) and place != self._saved_place
+        if self._group.broadcast(is_new):
             self._save(trainer, place, as_step=True)
         is_saved = self._group.broadcast(self._store is None or self._store.wait())
         if self._error is not None:
@@ -490,15 +523,19 @@ class Trainer:
         self._vote(trainer, place)
         self._telemetry.finish_epoch(epoch + 1, epochs)
         is_done = True
+        if self._parts.sharded is not None:
+            gather(self._parts.sharded, self._parts.model)
         if self._validation is not None:
             try:
                 with self._signals.interruptible():
                     if trainer.masks is not None:
                         self._draw_masks(epoch + 1)
                     self._measure(self._validation, epoch + 1, epochs)
-                self._save(trainer, (epoch + 1, 0), **self._epoch_names(trainer, epoch + 1))
             except StopRequest:
                 is_done = False
+        is_done = self._group.broadcast(is_done)
+        if is_done:
+            self._save(trainer, (epoch + 1, 0), **self._epoch_names(trainer, epoch + 1))
         place = (epoch + 1, 0) if is_done else place
         self._vote(trainer, place, is_done=is_done and epoch + 1 == epochs)
 
@@ -591,10 +628,13 @@ class PhaseTrainer:
         self.phase = phase
         self._options = options
         self._device = device
-        self.model = parts.model
+        self._plain = parts.model
+        self._sharded: Any = parts.sharded
+        self.model = parts.model if parts.sharded is None else parts.sharded.model
         self._scaler = scaler
         if phase.removes_masking:
             remove_masking(self.model)
+            remove_masking(self._plain)
         self.optimizer = build_optimizer(options, self.model)
         self.masks = StepMasks(self.model, options) if options.masking != "none" else None
         if checkpoint is not None:
@@ -606,7 +646,7 @@ class PhaseTrainer:
         )
         self._loss = build_loss(options, self.model)
         self._trim = build_trimmer(options, self.model)
-        self._parallel = parallelize(self.model, options, device)
+        self._parallel = self._sharded or parallelize(self.model, options, device)
         self._autocast = get_autocast(options.precision, device_type=device.type)
         self._input_dtype = get_input_dtype(options.precision)
         self._normalize = pixel_normalizer(parts.train_transform, device=device)
@@ -666,6 +706,9 @@ class PhaseTrainer:
         lr = self._schedule(step_in_phase)
         # Dropout draws from the global stream; keyed by the step, it survives a resume.
         torch.manual_seed(stable_seed(self._options.seed, "step", step, self._options.rank))
+        if self._sharded is not None:
+            # The coming forward would do it; a strategy may look at the patch embedding before.
+            self._sharded.unshard()
         if masks is not None:
             masks.start_step(step_in_phase, total_steps=num_steps, device=self._device)
             masks.calibrate(batches[0][0])
@@ -683,16 +726,27 @@ class PhaseTrainer:
             scaler=self._scaler,
             grad_clip_norm=self._options.grad_clip_norm,
         )
+        if self._sharded is not None:
+            self._show_logit_scale()
         if masks is not None:
             masks.follow_weights(step_in_phase, total_steps=num_steps)
         kept_counts = masks.finish_step() if masks else []
         return StepResult(losses, grad_norm, kept_counts, is_bad, lr)
 
+    @torch.no_grad()
+    def _show_logit_scale(self) -> None:
+        """Tell the plain model the numbers that the log shows; `gather` brings all others."""
+        for name in ("logit_scale", "logit_bias"):
+            if (number := getattr(self.model, name, None)) is not None:
+                current = whole(number)
+                if self._plain is not self.model:
+                    getattr(self._plain, name).copy_(current)
+
     def count_flops(self, images: Tensor, texts: Texts) -> SampleFlops:
         """Count what one sample of such a batch costs, at the mask ratio of the coming step."""
         some_texts = few_texts(texts, _FLOP_SAMPLES)
         return count_sample_flops(
-            self.model,
+            self._plain,
             images[: len(some_texts)],
             some_texts,
             is_masked=self.masks is not None,

@@ -11,7 +11,13 @@ from open_clip.transformer import AttentionalPooler, ResidualAttentionBlock, Vis
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, unwrap
+from clip_pgs.integrations.masked_tower import (
+    MaskedTower,
+    PatchGrid,
+    is_exactly,
+    run_as_forward,
+    unwrap,
+)
 from clip_pgs.integrations.open_clip.compat import pool_tower
 from clip_pgs.integrations.tokens import BlockParts, first_token_attention
 from clip_pgs.masking import MaskingStrategy
@@ -109,7 +115,7 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
 
     def block_parts(self, block: Any, rotation: Tensor | None = None) -> BlockParts | None:
         """Return the parts of OpenCLIP's usual block."""
-        if type(block) is not ResidualAttentionBlock or block.attn.dropout > 0:
+        if not is_exactly(block, ResidualAttentionBlock) or block.attn.dropout > 0:
             return None
         attention = block.attn
         return BlockParts(
@@ -213,8 +219,12 @@ def masked_block(block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tenso
     # In eval mode `nn.MultiheadAttention` is one fused operation, which no FLOP counter sees into.
     if attn_mask is None and block.training:
         return block(x)
-    x = x + block.ls_1(_self_attention(block.attn, block.ln_1(x), attn_mask))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+    def run(x: Tensor) -> Tensor:
+        x = x + block.ls_1(_self_attention(block.attn, block.ln_1(x), attn_mask))
+        return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+    return run_as_forward(block, run, x)
 
 
 def pool_with_key_mask(

@@ -25,7 +25,7 @@ from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid
+from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, is_exactly
 from clip_pgs.integrations.tokens import (
     BlockParts,
     first_token_attention,
@@ -261,7 +261,7 @@ def _stacked_qkv(block: Any) -> tuple[Tensor, Tensor | None] | None:
     None for blocks of another kind, and where groups of heads share keys.
     """
     attention: Any = getattr(block, "attn", None)
-    if type(block) is Block and type(attention) is Attention:
+    if is_exactly(block, Block) and type(attention) is Attention:
         return attention.qkv.weight, attention.qkv.bias
     if type(block) is not EvaBlock:
         return None
