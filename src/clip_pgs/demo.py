@@ -181,7 +181,12 @@ def _call(module: str, *arguments: str, output: int | None = None) -> str:
         # A terminal tells the part of Ctrl-C itself; it saves what it has.
         if isinstance(error, AskedToLeaveError):
             process.terminate()
-        process.wait()
+        try:
+            process.wait()
+        except AskedToLeaveError:
+            # That Ctrl-C came from no terminal, and the part has heard of nothing.
+            process.terminate()
+            process.wait()
         raise
     if code:
         raise _DemoError("", code if code > 0 else 128 - code)
