@@ -1,7 +1,6 @@
 """The command: what it runs, goes on with and refuses."""
 
 import json
-import os
 import shutil
 import signal
 
@@ -181,8 +180,13 @@ def test_a_config_that_is_its_own_base_is_named_as_the_user_knows_it(study, caps
 
 
 def test_a_check_that_is_interrupted_says_so(study, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "check_study", lambda _: os.kill(os.getpid(), signal.SIGINT))
-    assert main(study.argv("--check-only")) == 130
+    monkeypatch.setattr(plan, "check_study", lambda _: signal.raise_signal(signal.SIGINT))
+    # In the background of a shell it would be ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(study.argv("--check-only")) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "interrupted\n"
 
 

@@ -1,13 +1,13 @@
 """Data workers that hang in a read: the process leaves all the same, with its code and sentence."""
 
-import os
 import signal
 import time
 
 import pytest
 
 from support.chaos import Launch, num_steps
-from support.runs import flags, write_csv
+from support.resuming import last_checkpoint
+from support.runs import flags, write_shards
 
 pytestmark = pytest.mark.slow
 
@@ -17,19 +17,22 @@ NUM_WORKERS, SECONDS_TO_LEAVE = 6, 25
 
 @pytest.fixture
 def hanging(tmp_path):
-    """Return a function that starts a run whose images are pipes after its first steps."""
+    """Return a function that starts a run whose shards never end after its first steps."""
 
     def start(**options):
-        table = write_csv(tmp_path / "pairs", num_samples=64)
+        shards = write_shards(tmp_path / "train", num_shards=NUM_WORKERS, samples_per_shard=12)
         argv = flags(
-            tmp_path, train_data=table, epochs=40, batch_size=4, workers=NUM_WORKERS, **options
+            tmp_path,
+            train_data=f"pipe:cat {shards}; [ ! -e {tmp_path}/stop ] || exec sleep 60",
+            train_num_samples=NUM_WORKERS * 12,
+            epochs=40,
+            batch_size=4,
+            workers=NUM_WORKERS,
+            **options,
         )
         launch = Launch(tmp_path, argv)
         assert launch.wait_until(lambda: num_steps(tmp_path / "logs" / "run") >= 2)
-        for path in (tmp_path / "pairs").glob("*.png"):
-            # Never without a name: a file that is missing is skipped.
-            os.mkfifo(path.with_suffix(".pipe"))
-            os.replace(path.with_suffix(".pipe"), path)
+        (tmp_path / "stop").touch()
         return launch
 
     return start
@@ -47,7 +50,7 @@ def test_data_that_stops_ends_the_run_though_its_workers_hang(hanging):
     assert wait_for(launch) == 1
     last = launch.output().splitlines()[-1]
     assert last.startswith("error: no batch for 2 seconds: worker ")
-    assert ".png" in last
+    assert ".tar" in last
     assert "Traceback" not in launch.output()
 
 
@@ -60,5 +63,5 @@ def test_a_run_that_waits_for_data_leaves_when_told_to(hanging, tmp_path):
     assert wait_for(launch) == 85
     assert "stopped by SIGTERM at sample" in launch.output().splitlines()[-1]
     # On a slow machine a step may have ended in between.
-    last = num_steps(tmp_path / "logs" / "run")
-    assert (tmp_path / "logs" / "run" / "checkpoints" / f"step_{last}.pt").is_file()
+    run = tmp_path / "logs" / "run"
+    assert last_checkpoint(run)["step"] == num_steps(run)
