@@ -10,6 +10,7 @@ import argparse
 import ast
 import errno
 import importlib
+import json
 import os
 import re
 import shutil
@@ -52,6 +53,10 @@ _PACKAGE = Path(__file__).resolve().parent
 CONFIGS = next(p / "configs" for p in (_PACKAGE, _PACKAGE.parents[1]) if (p / "configs").is_dir())
 
 UNFINISHED_ENDING = ".unfinished"
+
+# Of a file in a run's folder: its options name each of its shards.
+MAX_RUN_FILE_BYTES = 2**26
+_MAX_JSON_BYTES = 2**20
 
 _HEAD, _TAIL = 1500, 300
 # Before a slash or the end, after `--flag=`, `KEY=`, both, or the `::` of several data sources.
@@ -356,6 +361,35 @@ def folder_lock(folder: Path, *, on_busy: Callable[[], object]) -> Iterator[None
                 on_busy()
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+
+
+def read_json_object(path: Path, *, what: str, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: The file.
+        what: What to call it in messages, such as "--model-config tiny.json".
+        max_bytes: Largest size that is read.
+
+    Raises:
+        ValueError: If it cannot be read, is large, or holds anything else.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{what} is no file")
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise ValueError(f"cannot read {what}: {error.strerror}") from None
+    if len(data) > max_bytes:
+        raise ValueError(f"{what} is larger than {max_bytes} bytes")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} must hold one JSON object, got {type(content).__name__}")
+    return content
 
 
 def check_writable(*paths: Path) -> None:

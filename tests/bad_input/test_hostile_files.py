@@ -92,6 +92,13 @@ def test_a_hostile_model_config_is_refused(capsys, tower, options, part):
     assert part in refusal(training, ["--model-config", path, *SYNTHETIC], capsys)
 
 
+def test_a_model_config_of_no_models_size_is_refused(capsys):
+    path = write_config(Path("large.json"))
+    Path(path).write_text(Path(path).read_text() + " " * 2**20)
+    part = "is larger than 1048576 bytes"
+    assert part in refusal(training, ["--model-config", path, *SYNTHETIC], capsys)
+
+
 def test_a_tokenizer_that_brings_code_is_not_made(capsys):
     folder = Path("with_code")
     folder.mkdir()

@@ -25,7 +25,12 @@ from torch import Tensor, nn
 
 import clip_pgs
 from clip_pgs.checkpoint_io import newest_checkpoint, read_checkpoint
-from clip_pgs.common import CHECKPOINTS_NAME, OPTIONS_NAME
+from clip_pgs.common import (
+    CHECKPOINTS_NAME,
+    MAX_RUN_FILE_BYTES,
+    OPTIONS_NAME,
+    read_json_object,
+)
 from clip_pgs.data.order import stable_seed
 from clip_pgs.evaluation.results import amount, run_of_weights
 from clip_pgs.integrations.open_clip import (
@@ -33,7 +38,6 @@ from clip_pgs.integrations.open_clip import (
     masked_inference,
     set_masking_progress,
 )
-from clip_pgs.integrations.open_clip.model_config import read_json_object
 from clip_pgs.masking import create_masking, describe_masking, masking_options
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.schedule import scheduled_ratio
@@ -221,7 +225,8 @@ def _read_training(weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
     checkpoint = {} if path is None else read_checkpoint(path, use_mmap=True)
     options: dict[str, Any] = {}
     if run is not None and (run / OPTIONS_NAME).is_file():
-        options = read_json_object(run / OPTIONS_NAME, what=str(run / OPTIONS_NAME))
+        path = run / OPTIONS_NAME
+        options = read_json_object(path, what=str(path), max_bytes=MAX_RUN_FILE_BYTES)
     record = checkpoint.get("clip_pgs")
     if not isinstance(record, dict) or "masking" not in record:
         return options, checkpoint

@@ -31,13 +31,13 @@ from clip_pgs.common import (
     MODEL_CONFIG_NAME,
     PARAMS_NAME,
     literal,
+    read_json_object,
 )
 from clip_pgs.evaluation.inference import InferenceMasking, choose_masking
 from clip_pgs.integrations.open_clip.model_config import (
     check_build_options,
     check_buildable,
     check_preprocessing,
-    read_json_object,
 )
 
 # What open_clip looks for beside an export's config.

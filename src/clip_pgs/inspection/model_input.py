@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import normalize, pil_to_tensor, to_pil_image
 
-from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MODEL_CONFIG_NAME, literal
+from clip_pgs.common import (
+    CHECKPOINTS_NAME,
+    EXPORT_NAME,
+    MODEL_CONFIG_NAME,
+    literal,
+    read_json_object,
+)
 from clip_pgs.data.decoding import IMAGE_FORMATS, UnreadableImageError, open_image, to_rgb
 from clip_pgs.masking import (
     MaskingStrategy,
@@ -247,8 +253,6 @@ def read_config(source: str) -> dict[str, Any]:
     """
     # It takes seconds to import.
     import open_clip
-
-    from clip_pgs.integrations.open_clip.model_config import read_json_object
 
     path = Path(source)
     if path.is_dir():

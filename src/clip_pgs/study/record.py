@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import clip_pgs
-from clip_pgs.common import EXIT_NAME, EXPORT_NAME, write_text
+from clip_pgs.common import EXIT_NAME, EXPORT_NAME, read_json_object, write_text
 from clip_pgs.evaluation.report.gather import read_training_facts
-from clip_pgs.integrations.open_clip.model_config import read_json_object
 from clip_pgs.training.build import read_model_config
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.run_folder import changed_options, changed_recipe, holds_run

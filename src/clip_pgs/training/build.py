@@ -18,7 +18,7 @@ from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 from torch import Tensor, nn
 
 from clip_pgs.checkpoint_io import check_sum, find_checkpoint, fit_weights, read_checkpoint
-from clip_pgs.common import MODEL_CONFIG_NAME, one_sentence
+from clip_pgs.common import MODEL_CONFIG_NAME, one_sentence, read_json_object
 from clip_pgs.integrations.open_clip import (
     CaptionTrimmer,
     allow_short_text,
@@ -31,7 +31,6 @@ from clip_pgs.integrations.open_clip.model_config import (
     MISFITS,
     check_model_config,
     check_preprocessing,
-    read_json_object,
 )
 from clip_pgs.training.checkpoint import find_non_finite
 from clip_pgs.training.distributed import ShardedModel

@@ -22,7 +22,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from clip_pgs.common import MASK_SCHEDULES, Pairs, check_choice, expand_home, find_config
+from clip_pgs.common import (
+    MASK_SCHEDULES,
+    Pairs,
+    check_choice,
+    expand_home,
+    find_config,
+    read_json_object,
+)
 from clip_pgs.integrations.open_clip_trainer import (
     bundled_models,
     default_optimization,
@@ -730,7 +737,7 @@ def register_model_config(options: TrainOptions) -> None:
         return
     import open_clip
 
-    from clip_pgs.integrations.open_clip.model_config import check_model_config, read_json_object
+    from clip_pgs.integrations.open_clip.model_config import check_model_config
 
     path, what = Path(options.model_config), f"--model-config {options.model_config}"
     check_model_config(read_json_object(path, what=what), what=what)

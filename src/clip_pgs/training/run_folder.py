@@ -29,11 +29,12 @@ from clip_pgs.common import (
     CHECKPOINTS_NAME,
     ENVIRONMENT_NAME,
     LOG_NAME,
+    MAX_RUN_FILE_BYTES,
     OPTIONS_NAME,
     PARAMS_NAME,
+    read_json_object,
     write_text,
 )
-from clip_pgs.integrations.open_clip.model_config import read_json_object
 from clip_pgs.tables import counted
 from clip_pgs.training.export import open_clip_config, tokenizer_source
 from clip_pgs.training.options import IDENTITY, RECIPE, TrainOptions, names_of
@@ -212,7 +213,7 @@ def _read_options(folder: Path) -> tuple[dict[str, Any], str | None]:
     if not path.exists():
         return {}, f"{path} is not there" if holds_run(folder) else None
     try:
-        return read_json_object(path, what=str(path)), None
+        return read_json_object(path, what=str(path), max_bytes=MAX_RUN_FILE_BYTES), None
     except ValueError as error:
         return {}, str(error)
 
@@ -372,7 +373,7 @@ def save_environment(environment: dict[str, Any], folder: Path) -> None:
     earlier: list[dict[str, Any]] = []
     if path.is_file():
         try:
-            before = read_json_object(path, what=str(path))
+            before = read_json_object(path, what=str(path), max_bytes=MAX_RUN_FILE_BYTES)
             earlier = [*before.pop("earlier_launches", []), before]
         except (ValueError, TypeError) as error:
             _logger.warning("%s; it begins anew", error)

@@ -22,9 +22,11 @@ from clip_pgs.common import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
     MASKS_NAME,
+    MAX_RUN_FILE_BYTES,
     METRICS_NAME,
     OPTIONS_NAME,
     one_sentence,
+    read_json_object,
 )
 from clip_pgs.data.decoding import UnreadableImageError, open_image, to_rgb
 from clip_pgs.evaluation.results import (
@@ -39,7 +41,6 @@ from clip_pgs.evaluation.results import (
     run_of_results,
     run_of_weights,
 )
-from clip_pgs.integrations.open_clip.model_config import read_json_object
 from clip_pgs.tables import counted
 
 logger = logging.getLogger(__name__)
@@ -386,7 +387,9 @@ def _from_record(record: dict[str, Any], checkpoint: Path) -> TrainingFacts:
 
 def _from_logs(run: Path) -> TrainingFacts:
     try:
-        options = read_json_object(run / OPTIONS_NAME, what="its file")
+        options = read_json_object(
+            run / OPTIONS_NAME, what="its file", max_bytes=MAX_RUN_FILE_BYTES
+        )
     except ValueError as error:
         _warn(run / OPTIONS_NAME, f"cannot be read ({error})")
         return TrainingFacts()

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from tqdm import tqdm
 
-from clip_pgs.common import atomic_file, check_writable, write_text
+from clip_pgs.common import atomic_file, check_writable, read_json_object, write_text
 from clip_pgs.inspection.model_input import StrategySpec, parse_specs
 from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.integrations.open_clip import (
@@ -46,7 +46,6 @@ from clip_pgs.integrations.open_clip.flops import count_pass
 from clip_pgs.integrations.open_clip.model_config import (
     check_buildable,
     largest_memory,
-    read_json_object,
 )
 from clip_pgs.integrations.open_clip.text import GROUP_SHARES
 from clip_pgs.tables import Cell, Table

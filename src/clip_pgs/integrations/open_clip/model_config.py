@@ -7,12 +7,10 @@ built on torch's device "meta", without memory for their weights, to find out wh
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -34,7 +32,6 @@ _MAX_SIZE = 2**24
 _CAN_BE_ZERO = ("pad_id", "eos_id")
 # Sizes that open_clip takes as a list too, and how long it is.
 _LISTS = {"image_size": 2, "patch_size": 2, "layers": 4}
-_MAX_JSON_BYTES = 2**26  # a run's options name each of its shards
 
 # What open_clip, timm and torch raise on numbers that do not go together.
 MISFITS = (
@@ -49,34 +46,6 @@ MISFITS = (
 # It takes the place of a text tower that would have to be fetched.
 _TINY_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 _BYTES = 4
-
-
-def read_json_object(path: Path, *, what: str) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Args:
-        path: The file.
-        what: What to call it in messages, such as "--model-config tiny.json".
-
-    Raises:
-        ValueError: If it cannot be read, is large, or holds anything else.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{what} is no file")
-        with path.open("rb") as file:
-            data = file.read(_MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"cannot read {what}: {error.strerror}") from None
-    if len(data) > _MAX_JSON_BYTES:
-        raise ValueError(f"{what} is larger than {_MAX_JSON_BYTES} bytes")
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{what} must hold one JSON object, got {type(content).__name__}")
-    return content
 
 
 def check_model_config(config: Any, *, what: str) -> None:
