@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from clip_pgs.training.checks import check_options
-from clip_pgs.training.effects import option_warnings
+from clip_pgs.training.option_warnings import option_warnings
 from clip_pgs.training.options import parse_options
 from support.bad_files import model_configs, yaml_files
 from support.bad_flags import command_lines

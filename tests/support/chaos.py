@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clip_pgs.checkpoint_io import newest_checkpoint
+from clip_pgs.checkpoint_reading import newest_checkpoint
 from support.resuming import differences, last_checkpoint
 
 ROOT = Path(__file__).parents[2]

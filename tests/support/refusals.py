@@ -3,7 +3,7 @@
 import pytest
 
 from clip_pgs.training.checks import check_options
-from clip_pgs.training.effects import option_warnings
+from clip_pgs.training.option_warnings import option_warnings
 from clip_pgs.training.options import parse_options
 
 PGS = ("--masking", "pgs")

@@ -4,7 +4,7 @@ import torch
 from clip_pgs.integrations.apply import tower_masking
 from clip_pgs.training.build import build_model
 from clip_pgs.training.checks import check_options
-from clip_pgs.training.effects import option_warnings
+from clip_pgs.training.option_warnings import option_warnings
 from clip_pgs.training.options import IDENTITY, RECIPE, names_of, parse_options
 from support.options import SYNTHETIC, VALID, write_model_config
 

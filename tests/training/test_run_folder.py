@@ -5,7 +5,7 @@ import pytest
 
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.data_checks import training_files
-from clip_pgs.training.effects import option_warnings
+from clip_pgs.training.option_warnings import option_warnings
 from clip_pgs.training.options import parse_options
 from clip_pgs.training.run_folder import changed_options, save_options
 from support.options import VALID, write_shards

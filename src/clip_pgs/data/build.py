@@ -18,6 +18,7 @@ from PIL import Image
 
 from clip_pgs.data.bad_samples import OnSkip, Skip, SkipAccount
 from clip_pgs.data.batches import Batching, PlannedBatches, Source
+from clip_pgs.data.caption_tables import PairTable, TableSource, read_pairs
 from clip_pgs.data.decoding import RandomCrop, faster_transform
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.order import (
@@ -31,7 +32,6 @@ from clip_pgs.data.order import (
 from clip_pgs.data.samples import RawSample, SampleDecoder, Tokenize, Transform
 from clip_pgs.data.shards import count_samples, expand_shards, is_seekable, upsampling_weights
 from clip_pgs.data.streaming import StreamingBatches
-from clip_pgs.data.tables import PairTable, TableSource, read_pairs
 from clip_pgs.data.tar import ShardSource, index_shards, size_shards
 from clip_pgs.data.text_masking import create_text_masking
 

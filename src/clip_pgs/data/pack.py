@@ -12,10 +12,10 @@ from statistics import median
 
 from clip_pgs.common import atomic_folder, one_sentence
 from clip_pgs.data.bad_samples import BadSampleError, Skip
+from clip_pgs.data.caption_tables import PairTable, default_separator, read_pairs, row_name
 from clip_pgs.data.decoding import UnreadableImageError, opened_image
 from clip_pgs.data.samples import RawSample, decode_captions, decode_image
 from clip_pgs.data.shards import is_remote, read_sizes
-from clip_pgs.data.tables import PairTable, default_separator, read_pairs, row_name
 from clip_pgs.data.tar import read_shard, write_shard
 
 logger = logging.getLogger(__name__)

@@ -18,11 +18,11 @@ from clip_pgs.data.bad_samples import (
     describe_reasons,
 )
 from clip_pgs.data.build import dataset_kind, read_table
+from clip_pgs.data.caption_tables import TableSource
 from clip_pgs.data.decoding import time_limit
 from clip_pgs.data.order import SampleRef
 from clip_pgs.data.samples import RawSample, decode_captions, decode_image
 from clip_pgs.data.shards import expand_shards, is_remote, is_seekable
-from clip_pgs.data.tables import TableSource
 from clip_pgs.data.tar import index_shards, read_shard, size_shards, unreadable_shard
 
 _NUM_READERS = 8

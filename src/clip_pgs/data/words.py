@@ -26,8 +26,8 @@ import regex
 
 from clip_pgs.common import write_text
 from clip_pgs.data.bad_samples import BadSampleError, Skip, describe_reasons
+from clip_pgs.data.caption_tables import default_separator, read_captions
 from clip_pgs.data.samples import RawSample, decode_captions
-from clip_pgs.data.tables import default_separator, read_captions
 from clip_pgs.data.tar import read_shard
 
 _VERSION = 1

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import clip_pgs
-from clip_pgs.checkpoint_io import newest_checkpoint, read_checkpoint
+from clip_pgs.checkpoint_reading import newest_checkpoint, read_checkpoint
 from clip_pgs.common import (
     CHECKPOINTS_NAME,
     MAX_RUN_FILE_BYTES,

@@ -18,7 +18,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from clip_pgs.checkpoint_io import (
+from clip_pgs.checkpoint_reading import (
     check_sum,
     fit_weights,
     newest_checkpoint,

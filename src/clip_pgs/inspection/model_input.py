@@ -232,7 +232,7 @@ def load_model(source: str) -> nn.Module:
 
 def _checkpoint(source: str) -> Path | None:
     """Return the checkpoint file that a source is, or that stands for a run without an export."""
-    from clip_pgs.checkpoint_io import newest_checkpoint
+    from clip_pgs.checkpoint_reading import newest_checkpoint
 
     path = Path(source)
     if path.is_dir() and _export_folder(path) is None:

@@ -23,7 +23,7 @@ from clip_pgs.training.run_folder import changed_options, changed_recipe, holds_
 RECORD_NAME = "study.json"
 
 # Files and folders of the package that a trained weight, or a score, depends on.
-_SHARED = ("common.py", "checkpoint_io.py", "masking", "integrations")
+_SHARED = ("common.py", "checkpoint_reading.py", "masking", "integrations")
 _TRAINING = (*_SHARED, "training", "data", "study/controls.py")
 _EVALUATION = (*_SHARED, "evaluation", "data", "study/controls.py")
 # Of these, what writes about results, and the demo world's maker, whose files are compared.

@@ -78,7 +78,7 @@ def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, dict[str, Any]]:
 
         from clip_pgs.data.preflight import preflight
         from clip_pgs.training.checks import check_options
-        from clip_pgs.training.effects import option_warnings
+        from clip_pgs.training.option_warnings import option_warnings
         from clip_pgs.training.run_folder import follow_restart
 
         register_model_config(args)

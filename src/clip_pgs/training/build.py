@@ -17,7 +17,7 @@ import torch
 from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 from torch import Tensor, nn
 
-from clip_pgs.checkpoint_io import check_sum, find_checkpoint, fit_weights, read_checkpoint
+from clip_pgs.checkpoint_reading import check_sum, find_checkpoint, fit_weights, read_checkpoint
 from clip_pgs.common import MODEL_CONFIG_NAME, one_sentence, read_json_object
 from clip_pgs.integrations.open_clip import (
     CaptionTrimmer,
@@ -32,11 +32,11 @@ from clip_pgs.integrations.open_clip.model_config import (
     check_model_config,
     check_preprocessing,
 )
-from clip_pgs.training.checkpoint import find_non_finite
 from clip_pgs.training.distributed import ShardedModel
 from clip_pgs.training.loss import in_chunks
 from clip_pgs.training.masks import seed_everything
 from clip_pgs.training.options import MODEL_SCHEMAS, TrainOptions
+from clip_pgs.training.run_state import find_non_finite
 
 _logger = logging.getLogger(__name__)
 

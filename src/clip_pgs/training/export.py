@@ -23,7 +23,7 @@ import safetensors.torch
 from huggingface_hub import EvalResult, ModelCardData
 from open_clip.tokenizer import HFTokenizer
 
-from clip_pgs.checkpoint_io import newest_checkpoint
+from clip_pgs.checkpoint_reading import newest_checkpoint
 from clip_pgs.common import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
@@ -37,8 +37,8 @@ from clip_pgs.common import (
     write_text,
 )
 from clip_pgs.training.build import logit_options
-from clip_pgs.training.checkpoint import find_non_finite, load_checkpoint
 from clip_pgs.training.options import TrainOptions
+from clip_pgs.training.run_state import find_non_finite, load_checkpoint
 
 CARD_NAME = "README.md"
 

@@ -40,13 +40,7 @@ from clip_pgs.training.build import (
     create_scaler,
     supported_precision,
 )
-from clip_pgs.training.checkpoint import (
-    named_tensors,
-    pack_checkpoint,
-    restore,
-    restore_optimizer,
-)
-from clip_pgs.training.checkpoint_store import CheckpointStore, load_start
+from clip_pgs.training.checkpoint_saving import CheckpointStore, load_start
 from clip_pgs.training.data_checks import has_training_data, training_files
 from clip_pgs.training.distributed import (
     ProcessGroup,
@@ -56,9 +50,9 @@ from clip_pgs.training.distributed import (
     share_out,
     whole,
 )
-from clip_pgs.training.effects import option_warnings
 from clip_pgs.training.export import write_export
 from clip_pgs.training.masks import MaskPictures, StepMasks, seed_everything
+from clip_pgs.training.option_warnings import option_warnings
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.phases import Phase, plan_phases, total_epochs
 from clip_pgs.training.run_folder import (
@@ -69,6 +63,12 @@ from clip_pgs.training.run_folder import (
     run_folder,
     warn_of_changes,
     write_run_files,
+)
+from clip_pgs.training.run_state import (
+    named_tensors,
+    pack_checkpoint,
+    restore,
+    restore_optimizer,
 )
 from clip_pgs.training.sinks import BestEffort, Sinks, SkipLog, keep_lines_before, logging_to
 from clip_pgs.training.step import Batch, StepResult, Texts, compute_gradients, update_weights

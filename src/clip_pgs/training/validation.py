@@ -21,10 +21,10 @@ from clip_pgs.data.build import build_val_stream
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.tables import Cell, Table
 from clip_pgs.training.build import ModelParts, build_model
-from clip_pgs.training.checkpoint import restore
-from clip_pgs.training.checkpoint_store import load_start
+from clip_pgs.training.checkpoint_saving import load_start
 from clip_pgs.training.distributed import ProcessGroup
 from clip_pgs.training.options import TrainOptions
+from clip_pgs.training.run_state import restore
 from clip_pgs.training.sinks import Sinks
 from clip_pgs.training.stop import (
     StoppedError,

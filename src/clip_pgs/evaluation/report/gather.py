@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.checkpoint_io import newest_checkpoint, read_checkpoint
+from clip_pgs.checkpoint_reading import newest_checkpoint, read_checkpoint
 from clip_pgs.common import (
     CHECKPOINTS_NAME,
     EVAL_NAME,

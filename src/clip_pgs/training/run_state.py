@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_pgs.checkpoint_io import check_sum, fit_weights, non_finite, read_checkpoint
+from clip_pgs.checkpoint_reading import check_sum, fit_weights, non_finite, read_checkpoint
 from clip_pgs.training.distributed import share_of, whole
 
 

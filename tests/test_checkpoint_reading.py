@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from clip_pgs.checkpoint_io import (
+from clip_pgs.checkpoint_reading import (
     find_checkpoint,
     fit_weights,
     newest_checkpoint,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from clip_pgs.data.caption_tables import TableSource, default_separator, read_pairs
 from clip_pgs.data.order import SampleRef
-from clip_pgs.data.tables import TableSource, default_separator, read_pairs
 
 KEYS = {"image_key": "filepath", "caption_key": "title", "separator": ","}
 
@@ -133,7 +133,7 @@ def test_first_of_several_columns_of_a_name_is_read_and_told(tmp_path, caplog):
 
 
 def test_separator_that_takes_for_ever_at_a_line_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("clip_pgs.data.tables._LEAST_SECONDS", 0.2)
+    monkeypatch.setattr("clip_pgs.data.caption_tables._LEAST_SECONDS", 0.2)
     path = tmp_path / "pairs.csv"
     path.write_text(f"filepath,title\n{'x' * 60},one\n")
     with pytest.raises(ValueError, match=r"'\(x\+x\+\)\+y\|,': it takes more than 0 seconds"):

@@ -25,7 +25,7 @@ from typing import IO, Any, BinaryIO, cast
 
 import torch
 
-from clip_pgs.checkpoint_io import (
+from clip_pgs.checkpoint_reading import (
     LATEST_NAME,
     MOST_RECENT_NAME,
     RUN_FILE,
@@ -37,9 +37,9 @@ from clip_pgs.checkpoint_io import (
 )
 from clip_pgs.common import CHECKPOINTS_NAME, UNFINISHED_ENDING, atomic_file, write_text
 from clip_pgs.tables import counted
-from clip_pgs.training.checkpoint import HostCopy, find_non_finite, load_checkpoint, named_tensors
 from clip_pgs.training.distributed import ProcessGroup
 from clip_pgs.training.options import TrainOptions
+from clip_pgs.training.run_state import HostCopy, find_non_finite, load_checkpoint, named_tensors
 
 DAMAGED_ENDING = ".damaged"
 
@@ -282,7 +282,7 @@ def find_latest(folder: Path) -> Path | None:
 
     Files that cannot be read or whose checksum is wrong are named in a warning and set aside, as
     `*.damaged`, where one is whole. Who looks into the folder of a run that may be under way calls
-    `clip_pgs.checkpoint_io.newest_checkpoint` instead, which leaves everything as it is.
+    `clip_pgs.checkpoint_reading.newest_checkpoint` instead, which leaves everything as it is.
 
     Args:
         folder: A run's checkpoint folder.
