@@ -122,6 +122,20 @@ def test_stages_come_before_pgs_and_leave_its_picture_as_it_is():
     assert panel(staged, row=0, column=6).tobytes() == panel(plain, row=0, column=2).tobytes()
 
 
+def test_stages_of_further_strategies_are_rows_below():
+    strategies = create_strategies(["pgs", "random", "pgs:center_weight=0.5"])
+    names = list(strategies)
+    first, second = (
+        draw_masks([scene()], {n: strategies[n] for n in part}, model_input=SMALL, stages=True)
+        for part in (names[:2], names[2:])
+    )
+    both = draw_masks([scene()], strategies, model_input=SMALL, stages=True)
+    assert both.size == (first.width, first.height + second.height)
+    assert both.crop((0, 0, *first.size)).tobytes() == first.tobytes()
+    below = (0, first.height, second.width, both.height)
+    assert both.crop(below).tobytes() == second.tobytes()
+
+
 def test_without_edges_there_is_no_picture_of_them():
     strategies = create_strategies(["pgs:edges=false,transport=false"])
     figure = draw_masks([scene()], strategies, model_input=SMALL, stages=True)

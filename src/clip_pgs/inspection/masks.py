@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from clip_pgs.common import atomic_file, check_writable
-from clip_pgs.figure import PANEL_SIZE, Column, Legend, Panel, draw_figure
+from clip_pgs.figure import PANEL_SIZE, PAPER, Column, Legend, Panel, draw_figure
 from clip_pgs.inspection.model_input import (
     ModelInput,
     View,
@@ -68,7 +68,8 @@ def draw_masks(
         seed: Of the random draw, which is the same for every strategy.
 
     Returns:
-        One row per image: the original, then what each strategy keeps, with its mask ratio.
+        One row per image: the original, then what each strategy keeps, with its mask ratio. With
+        `stages`, every further PGS strategy has rows of its own below.
 
     Raises:
         ValueError: If there is no image, `names` are not as many as `images`, a strategy needs a
@@ -76,8 +77,14 @@ def draw_masks(
             cannot be read, or the figure would have more than `MAX_FIGURE_PIXELS`.
     """
     view = View(ModelInput() if model_input is None else model_input, model, progress)
-    columns = mask_columns(images, strategies, view, stages=stages, names=names, seed=seed)
-    return draw_figure(columns)
+    blocks = mask_columns(images, strategies, view, stages=stages, names=names, seed=seed)
+    figures = [draw_figure(columns) for columns in blocks]
+    size = (max(part.width for part in figures), sum(part.height for part in figures))
+    figure, y = Image.new("RGB", size, PAPER), 0
+    for part in figures:
+        figure.paste(part, (0, y))
+        y += part.height
+    return figure
 
 
 def mask_columns(
@@ -88,8 +95,11 @@ def mask_columns(
     stages: bool = False,
     names: Sequence[str] | None = None,
     seed: int = 0,
-) -> list[Column]:
-    """Draw the columns of `draw_masks`, which says what is taken, given and raised."""
+) -> list[list[Column]]:
+    """Draw the columns of `draw_masks`, which says what is taken, given and raised.
+
+    Those of its further rows are a list of their own.
+    """
     if len(images) == 0:
         raise ValueError("there is no image to draw")
     for strategy in strategies.values():
@@ -106,11 +116,12 @@ def mask_columns(
     if staged:
         scale = max(scale, math.ceil(_CELL_SIZE / min(model_input.patch_size)))
     height, width = (scale * side for side in model_input.image_size)
-    num_columns = 1 + len(strategies) + sum(3 + strategy.options.edges for strategy in staged)
-    if height * width * num_columns * len(images) > MAX_FIGURE_PIXELS:
+    num_columns = len(strategies) + sum(3 + strategy.options.edges for strategy in staged)
+    num_pictures = len(images) * (num_columns + max(1, len(staged)))
+    if height * width * num_pictures > MAX_FIGURE_PIXELS:
         raise ValueError(
-            f"the figure would be {len(images)} rows of {num_columns} pictures of {height} x "
-            f"{width} pixels, more than programs open; draw fewer or smaller images"
+            f"the figure would be {num_pictures} pictures of {height} x {width} pixels, more than "
+            "programs open; draw fewer or smaller images"
         )
 
     crops = [model_input.crop(read_image(image)) for image in images]
@@ -119,11 +130,15 @@ def mask_columns(
     pixels = model_input.normalize(crops)
     num_rows, num_patches_across = model_input.grid_size
     noise_BN = seeded_noise(len(crops), num_rows * num_patches_across, seed=seed)
-    columns = [Column("original", _panels(enlarged, names))]
+    original = Column("original", _panels(enlarged, names))
+    blocks = [[original]]
     for title, strategy in strategies.items():
         inputs = replace(view.inputs(pixels, strategy), noise=noise_BN)
-        legend = None
+        legend, columns = None, blocks[0]
         if stages and isinstance(strategy, PGSMasking):
+            if strategy is not staged[0]:
+                columns = [original]
+                blocks.append(columns)
             found = pgs_stages(strategy, inputs)
             columns += stage_columns(strategy, found, enlarged, model_input.grid_size)
             legend = Legend("The highest scores are masked, the rest is what the model sees.")
@@ -133,7 +148,7 @@ def mask_columns(
         captions = [f"{mask_ratio:.2f} masked" for mask_ratio in mask_ratios.tolist()]
         kept = paint_kept(enlarged, selection, (height // num_rows, width // num_patches_across))
         columns.append(Column(title, _panels(kept, captions), legend))
-    return columns
+    return blocks
 
 
 def _panels(pixels: Tensor, captions: Sequence[str]) -> list[Panel]:

@@ -127,7 +127,7 @@ class Playground:
             def columns(names: Sequence[str], *, stages: bool = False) -> list[Column]:
                 chosen = {title: shown[title] for title in names}
                 seen: dict[str, Any] = {"names": [caption], "seed": int(seed), "stages": stages}
-                return mask_columns([image], chosen, view, **seen)
+                return mask_columns([image], chosen, view, **seen)[0]
 
             is_pgs = isinstance(shown[name], PGSMasking)
             stages = columns([name], stages=True)[1:-1] if is_pgs else []

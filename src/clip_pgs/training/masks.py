@@ -252,7 +252,7 @@ def draw_masks(
         model: As for `MaskPictures`.
         images: As the model receives them. Shape (B, 3, H, W).
         seed: The same seed gives the same masks of the same scores.
-        title: Stands above each image.
+        title: Stands above, with the masking, and with the ratio where all images have the same.
         name: Of the masking.
 
     Returns:
@@ -282,9 +282,15 @@ def draw_masks(
         for part in (pixels, painted)
     ]
     ratios = (1 - selection.kept_counts() / num_patches(model)).tolist()
+    captions = [f"{ratio:.2f} masked" for ratio in ratios]
+    heading = [title, name]
+    if len(set(captions)) == 1:
+        heading, captions = [*heading, captions[0]], len(captions) * [""]
+    # Said once, above the first image.
+    titles = [", ".join(filter(None, heading)), *(len(captions) - 1) * [""]]
     columns = [
-        Column(title, [(whole, ""), (kept, f"{name}, {ratio:.2f} masked")])
-        for whole, kept, ratio in zip(*rows, ratios, strict=True)
+        Column(above, [(whole, ""), (kept, below)])
+        for above, whole, kept, below in zip(titles, *rows, captions, strict=True)
     ]
     return pil_to_tensor(draw_figure(columns)) / 255
 
