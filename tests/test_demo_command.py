@@ -109,7 +109,8 @@ def test_a_demo_that_is_told_to_leave_takes_its_part_along(demo, tmp_path):
     script = f"import sys; sys.executable = {str(tmp_path / 'python')!r}; "
     script += "from clip_pgs.cli import main; sys.exit(main(['demo']))"
     done = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, timeout=50)
-    assert (done.returncode, done.stderr) == (85, "stopped by SIGTERM\n")
+    cure = "the same command goes on where it was"
+    assert (done.returncode, done.stderr) == (85, f"stopped by SIGTERM; {cure}\n")
     with pytest.raises(ProcessLookupError):
         os.kill(int(Path("part").read_text()), 0)
 

@@ -8,6 +8,7 @@ demo at a time in a folder.
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,11 +21,11 @@ from clip_pgs.common import (
     BAD_INPUT,
     EVAL_NAME,
     EXPORT_NAME,
-    INTERRUPTED,
     LOCK_NAME,
     LOG_NAME,
     AskedToLeaveError,
     SentenceParser,
+    early_end,
     folder_lock,
     write_text,
 )
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; None takes those of the process.
 
     Returns:
-        The exit code: 0, 2 for bad input or a demo that is running, else that of what failed.
+        The exit code: 0, 2 for bad input or a demo that is running, 85 where a signal asked it to
+        leave, 130 for Ctrl-C, else that of what failed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_fresh = arguments[:1] == ["--fresh"]
@@ -73,8 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if str(error):
             sys.stderr.write(f"error: {error}\n")
         return error.code
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except (KeyboardInterrupt, AskedToLeaveError) as error:
+        sentence, code = early_end(error)
+        how = "the same command"
+        if is_fresh:
+            how += " without --fresh"
+        if flags:
+            how = f"clip-pgs train demo {shlex.join(flags)} --resume latest, then clip-pgs demo,"
+        sys.stderr.write(f"{sentence}; {how} goes on where it was\n")
+        return code
     return 0
 
 

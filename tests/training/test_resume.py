@@ -51,6 +51,8 @@ def test_signals_at_any_step_change_nothing(tmp_path, whole):
     folder = run_with_stops(tmp_path, [1, 4, 6], **options)
     assert differences(last_checkpoint(folder), last_checkpoint(expected)) == []
     assert steps_and_samples(folder) == steps_and_samples(expected)
+    assert "(both since the run was resumed)" in (folder / "out.log").read_text()
+    assert "resumed)" not in (expected / "out.log").read_text()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 
+from clip_pgs.training.__main__ import main
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.data_checks import training_files
 from clip_pgs.training.option_warnings import option_warnings
@@ -28,6 +29,13 @@ def demo(tmp_path, monkeypatch):
 def test_a_run_that_exists_is_refused_with_the_two_ways_out(demo):
     with pytest.raises(ValueError, match=r"run logs/demo exists; use --resume latest .* --name"):
         check_options(parse_options(RUN))
+
+
+def test_who_asks_for_the_cost_of_a_run_that_exists_hears_both(demo, capsys):
+    assert main([*RUN, "--check-only"]) == 2
+    said = capsys.readouterr()
+    assert "parameters" in said.out
+    assert said.err.startswith("error: run logs/demo exists; ")
 
 
 def test_a_run_of_open_clip_is_not_written_over(demo):

@@ -100,7 +100,11 @@ def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, dict[str, Any]]:
 
 
 def _say_cost(args: TrainOptions, model: Any) -> int:
-    """Say that the options are valid, and what the run will take; return the exit code."""
+    """Say that the options are valid, and what the run will take; return the exit code.
+
+    It is that of bad input, after the answer, where another run has the name.
+    """
+    from clip_pgs.training.checks import taken_name
     from clip_pgs.training.estimate import estimate, trial
 
     try:
@@ -114,7 +118,9 @@ def _say_cost(args: TrainOptions, model: Any) -> int:
         return code
     notes = "".join(f"{note}\n" for note in table.notes)
     sys.stdout.write(f"{_summary(args)}\n{table.text()}{notes}")
-    return 0
+    sys.stdout.flush()
+    sentence = taken_name(args)
+    return 0 if sentence is None else _refuse(sentence, is_before_start=True)
 
 
 def _leave_early(signals: StopSignals) -> int:

@@ -394,6 +394,14 @@ def _check_reports(options: TrainOptions) -> None:
                 )
 
 
+def taken_name(options: TrainOptions) -> str | None:
+    """Say that another run has the name of this one, which does not continue it; else None."""
+    folder = run_folder(options)
+    if folder is None or options.resume == "latest" or not holds_run(folder):
+        return None
+    return f"run {folder} exists; use --resume latest to continue it or another --name"
+
+
 def _check_folder(options: TrainOptions) -> None:
     """Refuse a run that exists already, one that cannot be made, and a resume from nothing."""
     if not keeps_logs(options):
@@ -418,12 +426,12 @@ def _check_folder(options: TrainOptions) -> None:
         raise ValueError(f"{place} is a file where a folder on the way to {folder} should go")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"the run's folder {folder} needs leave to write in {place}")
-    if not holds_run(folder):
+    sentence = taken_name(options)
+    # Who only asks what a run would cost hears this after the answer.
+    if sentence is not None and not (options.check_only or options.trial):
+        raise ValueError(sentence)
+    if sentence is not None or not holds_run(folder):
         return
-    if options.resume != "latest":
-        raise ValueError(
-            f"run {folder} exists; use --resume latest to continue it or another --name"
-        )
     files = training_files(options) if has_training_data(options) else []
     changes = changed_options(options, folder, files=files)
     if changes and not options.accept_changes:

@@ -202,6 +202,7 @@ class Telemetry:
         self._earlier_skipped_steps = cost.skipped_steps
         self._samples_per_epoch = 0
         self._epoch_losses: list[float] = []
+        self._is_resumed = False
         self.is_active = options.rank == 0
         self._started = time.perf_counter() - cost.seconds
         self._epoch_started = time.perf_counter()
@@ -248,9 +249,13 @@ class Telemetry:
         """Count samples that all ranks together could not use."""
         self._cost.skipped_samples += number
 
-    def start_epoch(self) -> None:
-        """Begin a logging window, leaving out what happened between epochs."""
-        self._epoch_losses = []
+    def start_epoch(self, *, is_resumed: bool = False) -> None:
+        """Begin a logging window, leaving out what happened between epochs.
+
+        Args:
+            is_resumed: Whether an earlier launch has taken the epoch's first steps.
+        """
+        self._epoch_losses, self._is_resumed = [], is_resumed
         self._epoch_started = time.perf_counter()
         self._meter.start()
 
@@ -258,11 +263,12 @@ class Telemetry:
         """Say what the training of an epoch brought, the `epoch`-th of `epochs`."""
         if self._epoch_losses:
             _logger.info(
-                "Epoch %d of %d: mean loss %.4f, trained in %s",
+                "Epoch %d of %d: mean loss %.4f, trained in %s%s",
                 epoch,
                 epochs,
                 sum(self._epoch_losses) / len(self._epoch_losses),
                 timedelta(seconds=round(time.perf_counter() - self._epoch_started)),
+                " (both since the run was resumed)" if self._is_resumed else "",
             )
 
     def step(

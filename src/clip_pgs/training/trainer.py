@@ -356,8 +356,9 @@ class Trainer:
         self, trainer: PhaseTrainer, epoch: int
     ) -> Iterator[tuple[list[Batch], float]]:
         """Yield each step's batches, and the seconds they took, once all processes have theirs."""
-        trainer.start_epoch(epoch, self._first_position if epoch == self._first_epoch else 0)
-        self._telemetry.start_epoch()
+        position = self._first_position if epoch == self._first_epoch else 0
+        trainer.start_epoch(epoch, position)
+        self._telemetry.start_epoch(is_resumed=position > 0)
         while trainer.steps_left:
             is_first = not trainer.has_begun
             patience = _FIRST_STEP_PATIENCE if is_first else 1.0
@@ -511,9 +512,10 @@ class Trainer:
         where = f"sample {place[1]} of epoch {place[0]}"
         if not is_saved:
             raise StoppedError(f"stopped by {name}; {where} could not be saved", FAILED)
-        raise StoppedError(
-            f"stopped by {name} at {where}; --resume latest goes on there", verdict.code
-        )
+        # Whoever passed --resume, the demo above all, knows how to go on.
+        is_known = self._options.resume == "latest" and "resume" in self._options.given
+        how = "saved" if is_known else "--resume latest goes on there"
+        raise StoppedError(f"stopped by {name} at {where}; {how}", verdict.code)
 
     def _finish_epoch(self, trainer: PhaseTrainer, epoch: int) -> None:
         """Draw, measure and save after an epoch; nobody goes on, or leaves, before rank 0 has."""
