@@ -31,7 +31,14 @@ from clip_pgs.masking.sampling import (
 )
 from clip_pgs.masking.schedule import scheduled_ratio
 from clip_pgs.masking.similarity import mixed_similarity
-from clip_pgs.masking.sinkhorn import check_sinkhorn_options, plan_average, sinkhorn_plan
+from clip_pgs.masking.sinkhorn import (
+    NUM_ITERS,
+    SOLVER,
+    TEMPERATURE,
+    check_sinkhorn_options,
+    plan_average,
+    sinkhorn_plan,
+)
 from clip_pgs.masking.strategy import (
     PatchInputs,
     PatchSelection,
@@ -123,9 +130,9 @@ class PGSOptions:
     center_weight: float = 0.0
     neighborhood: int | None = None
     threshold: float | None = None
-    temperature: float = 0.1
-    num_iters: int = 12
-    solver: str = "log"
+    temperature: float = TEMPERATURE
+    num_iters: int = NUM_ITERS
+    solver: str = SOLVER
     edges: bool = True
     transport: bool = True
     random_share: float = 0.0

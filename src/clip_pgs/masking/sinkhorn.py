@@ -10,6 +10,8 @@ from torch import Tensor
 from clip_pgs.common import check_choice
 from clip_pgs.masking.strategy import check_range
 
+# The defaults, here and of `PGSOptions`.
+TEMPERATURE, NUM_ITERS, SOLVER = 0.1, 12, "log"
 SOLVERS = ("log", "pot")
 
 # From here on, float32 needs no logarithms for scores in [-1, 1]: kernel times scaling stays
@@ -20,9 +22,9 @@ _MIN_PLAIN_TEMPERATURE = 0.05
 def sinkhorn_plan(
     scores: Tensor,
     *,
-    temperature: float = 0.1,
-    num_iters: int = 12,
-    solver: str = "log",
+    temperature: float = TEMPERATURE,
+    num_iters: int = NUM_ITERS,
+    solver: str = SOLVER,
 ) -> Tensor:
     """Solve for the plan that moves uniform mass from candidates to patches.
 
@@ -65,9 +67,7 @@ def sinkhorn_plan(
     return (log_kernel_BCN + row_potential + column_potential).exp()
 
 
-def plan_average(
-    scores: Tensor, *, temperature: float = 0.1, num_iters: int = 12, solver: str = "log"
-) -> Tensor:
+def plan_average(scores: Tensor, *, temperature: float, num_iters: int, solver: str) -> Tensor:
     """Average the scores of each column by the weights that the plan gives them.
 
     It is `N * (sinkhorn_plan(scores) * scores).sum(dim=1)` up to rounding, in a fraction of the
