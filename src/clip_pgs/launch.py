@@ -208,14 +208,15 @@ class _Launch:
         self._pass_on()
 
     def _pass_on(self) -> None:
-        """Pass the first signal on, unless a terminal has sent it to all processes at once.
+        """Pass one signal on: the first that no terminal has sent to all processes at once.
 
-        A second one would keep torchrun from waiting for the run to save.
+        One more after a Ctrl-C lets torchrun wait anew, and serves where that came from no
+        terminal. A third would keep it from waiting for the run to save.
         """
-        is_due = self.stopped and self.stopped[0] != signal.SIGINT and not self.is_passed_on
-        if is_due and self.process is not None:
+        number = next((number for number in self.stopped if number != signal.SIGINT), None)
+        if number is not None and self.process is not None and not self.is_passed_on:
             self.is_passed_on = True
-            self.process.send_signal(self.stopped[0])
+            self.process.send_signal(number)
 
     def _run(
         self, command: Sequence[str], variables: Mapping[str, str], *, output: int | None = None
