@@ -109,6 +109,15 @@ def test_the_page_needs_nothing_else(filled):
         assert (filled.study / "figures" / f"{name}.png").is_file()
 
 
+def test_the_dearest_arm_is_drawn_inside_the_plot(filled):
+    drawing = (filled.study / "figures/score_by_training_flops.svg").read_text()
+    frame = re.search(r'<clipPath id="[^"]*">\s*<rect x="([\d.]+)" [^>]*width="([\d.]+)"', drawing)
+    right = float(frame[1]) + float(frame[2])
+    marks = [float(x) for x in re.findall(r'<g clip-path.*?<use [^>]*x="([\d.]+)"', drawing, re.S)]
+    assert len(marks) >= 2
+    assert max(marks) < right - 10
+
+
 def test_five_seeds_are_said_to_give_no_p_below_0_05(study):
     study.change(seeds=list(range(6)))
     fill(study, {"random": RANDOM, "pgs": PGS[:5]})

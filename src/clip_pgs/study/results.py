@@ -485,7 +485,8 @@ def _draw(
                 capsize=2.5,
                 label=plots.legend_label(row.arm if row.evaluation == UNMASKED else row.name),
             )
-        axes.set_xlim(left=0)
+        # Equal costs are the usual case: the last arm's mark and bars stay inside.
+        axes.set_xlim(0, 1.1 * max((cost for _, cost, _ in points), default=0.0) or 1)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: scaled(value)))
         axes.set_xlabel(label)
         axes.set_ylabel(f"{study.primary}, percent")
