@@ -180,7 +180,7 @@ def test_images_without_structure_are_masked_like_any_other(name, options, kind)
     selection = select(create_masking(name, **options), hard_inputs(HARD_IMAGES[kind]))
     for row in rows(selection):
         assert row == sorted(set(row))
-        assert 24 <= len(row) <= 49
+        assert 16 <= len(row) <= 49
 
 
 @every_strategy
@@ -192,7 +192,8 @@ def test_same_generator_seed_gives_same_selection(name, options):
 @pytest.mark.parametrize("name", list_maskings())
 def test_another_seed_gives_another_selection_where_it_is_random(name):
     strategy, inputs = create_masking(name), make_inputs(grid_size=(14, 14), patch_size=4)
-    is_same = rows(select(strategy, inputs)) == rows(select(strategy, inputs, seed=1))
+    first, *others = (rows(select(strategy, inputs, seed=seed)) for seed in range(9))
+    is_same = all(other == first for other in others)
     assert is_same != describe_masking(name).random
 
 

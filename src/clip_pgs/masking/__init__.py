@@ -1,6 +1,6 @@
 """Choosing which patches of an image a vision transformer sees; torch alone."""
 
-from clip_pgs.masking import attentive, baselines, cluster, pgs, pgs_released
+from clip_pgs.masking import attentive, baselines, cluster, pgs, pgs_released, saliency_crop
 from clip_pgs.masking.edges import sobel_edges
 from clip_pgs.masking.pgs import pgs_scores
 from clip_pgs.masking.sinkhorn import sinkhorn_plan
@@ -34,6 +34,7 @@ __all__ = [
     "pgs_released",
     "pgs_scores",
     "register_masking",
+    "saliency_crop",
     "sinkhorn_plan",
     "sobel_edges",
 ]

@@ -117,12 +117,15 @@ class PatchSelection:
         candidate_weights: How much of each patch each candidate absorbs: the transport plan times
             N, columns summing to 1, or to 0 where no candidate reaches. `pgs` gives it, where it is
             asked for. Shape (B, C, N), float32.
+        window: Rows and columns, (r, c), where the kept patches of every image are a rectangle of
+            these sides without a gap; a convolutional tower then cuts it out. K = r * c.
     """
 
     index: Tensor
     valid: Tensor | None = None
     similar: Tensor | None = None
     candidate_weights: Tensor | None = None
+    window: tuple[int, int] | None = None
 
     def kept_counts(self) -> Tensor:
         """Return the number of kept patches of each image, shape (B,), int64."""
