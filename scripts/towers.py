@@ -2,10 +2,11 @@
 
     python scripts/towers.py [NAME...]
 
-Each tower is built with two blocks, images of 4 x 4 patches and random weights. What is masked is
-checked: in eval mode it has the bits of the plain tower, keeping every patch it agrees with the
-plain tower in train mode, adaptive `pgs` runs forward and backward, and the state dict stays as it
-is. Towers that are refused are built without weights. Exit code 1 where a check fails.
+Each tower is built with two blocks, or one a stage, images of 4 x 4 patches and random weights. A
+convolutional tower is regularized: masked without saving FLOPs. What is masked is checked: in eval
+mode it has the bits of the plain tower, keeping every patch it agrees with the plain tower in train
+mode, adaptive `pgs` runs forward and backward, and the state dict stays as it is. Towers that are
+refused are built without weights. Exit code 1 where a check fails.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from clip_pgs.integrations.open_clip import (
 SIDE = 4
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 1, "layers": 1}
 ATOL = 1e-4
+MASKED = ("masked", "regularized")
 
 
 def build(name: str) -> nn.Module:
@@ -44,19 +46,22 @@ def build(name: str) -> nn.Module:
     patch_size = vision.get("patch_size", 16)
     vision.update(timm_model_pretrained=False, patch_dropout=0.0)
     small: dict[str, Any] = {"depth": 2}
-    is_small = not isinstance(vision.get("layers"), list)
-    if trunk is None and is_small:
+    if isinstance(vision.get("layers"), list):
+        vision.update(layers=[1] * 4, width=8, image_size=SIDE * 32)
+    elif trunk is None:
         vision.update(layers=2, image_size=SIDE * patch_size)
-    elif is_small:
+    elif trunk.startswith("convnext"):
+        vision["image_size"] = SIDE * 32
+        small = {"depths": (1, 1, 1, 1), "dims": (8, 16, 32, 64)}
+    else:
         digits = trunk.split("patch")[-1].split("_")[0] if "patch" in trunk else "16"
         small["img_size"] = SIDE * int(digits)
     make = partial(CustomTextCLIP, config["embed_dim"], vision, TEXT)
-    if is_small:
-        try:
-            with mock.patch.object(timm, "create_model", partial(timm.create_model, **small)):
-                return make(quick_gelu=config.get("quick_gelu", False))
-        except TypeError:
-            pass  # not built of equal blocks
+    try:
+        with mock.patch.object(timm, "create_model", partial(timm.create_model, **small)):
+            return make(quick_gelu=config.get("quick_gelu", False))
+    except TypeError:
+        pass  # not built of equal blocks
     with torch.device("meta"):
         return make()
 
@@ -79,7 +84,7 @@ def encode(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def check(plain: nn.Module) -> str:
-    """Mask a model and return what is wrong with it, "masked" for nothing, or the refusal."""
+    """Mask a model; return one of `MASKED`, what is wrong with it, or why it is refused."""
     try:
         model = apply_masking(copy.deepcopy(plain), "pgs", mask_ratio=0.5, mask_ratio_min=0.3)
     except ValueError as error:
@@ -103,7 +108,7 @@ def check(plain: nn.Module) -> str:
         return "FAILED: gradients"
     if model.state_dict().keys() != plain.state_dict().keys():
         return "FAILED: another state dict"
-    return "masked"
+    return "masked" if model.visual.saves_flops else "regularized"
 
 
 def main() -> int:
@@ -120,10 +125,10 @@ def main() -> int:
     print("| image tower | models | outcome | which |\n|---|---|---|---|")
     for (tower, outcome), found in sorted(rows.items()):
         print(f"| {tower} | {len(found)} | {outcome} | {', '.join(found)} |")
-    masked = sum(len(found) for (_, outcome), found in rows.items() if outcome == "masked")
+    masked = sum(len(found) for (_, outcome), found in rows.items() if outcome in MASKED)
     print(
-        f"\n{masked} of {len(names)} masked; open_clip {open_clip.__version__}, timm "
-        f"{timm.__version__}, torch {torch.__version__}"
+        f"\n{masked} of {len(names)} masked or regularized; open_clip {open_clip.__version__}, "
+        f"timm {timm.__version__}, torch {torch.__version__}"
     )
     return int(any(outcome.startswith("FAILED") for _, outcome in rows))
 

@@ -67,7 +67,7 @@ def test_ratios_are_those_that_the_masked_model_itself_reaches(
 def test_models_and_images_that_are_not_there_are_named(monkeypatch, capsys, tmp_path, model):
     for arguments, sentence in [
         (["mine=*.png", "--model", "ViT-Z"], "no run or checkpoint at ViT-Z"),
-        (["mine=*.png", "--model", "RN50"], "image tower ModifiedResNet"),
+        (["mine=*.png", "--model", "MobileCLIP-S1"], "image tower is timm's FastVit"),
         ([f"mine={tmp_path}/*.png", "--model", model], "no image at"),
     ]:
         code, rows, error = calibrate(monkeypatch, capsys, *arguments)

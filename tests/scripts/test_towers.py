@@ -10,7 +10,14 @@ from support.scripts import ROOT
 def test_models_by_name_are_masked_and_their_contract_is_checked_or_told_what_is_missing(
     monkeypatch, capsys
 ):
-    names = ["EVA02-B-16", "PE-Core-T-16-384", "ViTamin-S", "RN50", "MobileCLIP2-S0"]
+    names = [
+        "EVA02-B-16",
+        "PE-Core-T-16-384",
+        "ViTamin-S",
+        "RN50",
+        "convnext_base",
+        "MobileCLIP2-S0",
+    ]
     monkeypatch.setattr(sys, "argv", ["towers.py", *names])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "scripts" / "towers.py"), run_name="__main__")
@@ -18,6 +25,7 @@ def test_models_by_name_are_masked_and_their_contract_is_checked_or_told_what_is
     table, progress = capsys.readouterr()
     outcomes = dict(line.split(": ", 1) for line in progress.splitlines())
     assert [name for name in names if outcomes[name] == "masked"] == names[:3]
-    assert "would need sparse convolutions" in outcomes["MobileCLIP2-S0"]
+    assert [name for name in names if outcomes[name] == "regularized"] == names[3:5]
+    assert "would need squeeze-excitation" in outcomes["MobileCLIP2-S0"]
     assert "| timm `Eva` | 2 | masked | EVA02-B-16, PE-Core-T-16-384 |" in table
-    assert "3 of 5 masked" in table
+    assert "5 of 6 masked or regularized" in table

@@ -4,6 +4,7 @@ import pytest
 import torch
 from open_clip import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
+from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
@@ -52,6 +53,36 @@ def small_eva_clip(**trunk):
             # It starts so small that attention is all but uniform.
             if weight.ndim == 2 and ".attn." in name:
                 weight.mul_(8)
+    return model
+
+
+def small_resnet_clip(*, seed=0, **vision):
+    """Return a CLIP on OpenCLIP's ResNet with 3 x 3 cells of 32; `vision` changes its config."""
+    torch.manual_seed(seed)
+    model = CLIP(32, {"layers": [1] * 4, "image_size": 96, "width": 8, **vision}, dict(TEXT))
+    for block in model.visual.modules():
+        if hasattr(block, "bn3") and hasattr(block, "downsample"):
+            # It starts at zero, so that the block would do nothing.
+            torch.nn.init.normal_(block.bn3.weight)
+    return model
+
+
+def small_convnext_clip(*, seed=0, **trunk):
+    """Return a CustomTextCLIP on timm's ConvNeXt, alike; `trunk` changes its arguments."""
+    torch.manual_seed(seed)
+    # Any will do: its trunk is replaced by one of our own size.
+    vision = {
+        "timm_model_name": "test_convnext",
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "image_size": 96,
+    }
+    model = CustomTextCLIP(32, vision, dict(TEXT))
+    small = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 64), "ls_init_value": 0.5}
+    model.visual.trunk = ConvNeXt(num_classes=0, **{**small, **trunk})
+    for name, weight in model.visual.trunk.named_parameters():
+        if ".grn." in name:
+            torch.nn.init.normal_(weight)
     return model
 
 

@@ -38,6 +38,7 @@ def apply_masking(
     pack_tokens: bool | None = None,
     merge: str = "none",
     merge_counts: bool = False,
+    image_size: int | tuple[int, int] | None = None,
     **options: Any,
 ) -> Model:
     """Mask the patches of a model's image tower.
@@ -57,8 +58,9 @@ def apply_masking(
 
     Args:
         model: An OpenCLIP model (CLIP, CustomTextCLIP, CoCa), also wrapped, whose image tower,
-            `model.visual`, is OpenCLIP's own `VisionTransformer` or timm's; or a Hugging Face
-            model that `integrations.transformers` names.
+            `model.visual`, is OpenCLIP's own `VisionTransformer` or timm's, or one of the
+            convolutional ones of `integrations.open_clip.conv`, for which masking saves no FLOPs;
+            or a Hugging Face model that `integrations.transformers` names.
         masking: A name out of `clip_pgs.list_maskings()`, or a strategy.
         when: "train" masks in train mode, "always" in eval mode as well.
         pack_tokens: Where images keep different counts, put the kept tokens of all into one
@@ -75,6 +77,9 @@ def apply_masking(
             Where the tower pools by mean, maximum or a query, a merged token counts as one.
         merge_counts: Let the blocks' attention weigh a merged token by the number of patches that
             it stands for (ToMe, https://arxiv.org/abs/2210.09461).
+        image_size: Side, or (height, width), of the images that the tower is given where it masks,
+            if they are smaller than its own: multiples of a patch's. Positions are interpolated
+            (RECLIP, https://arxiv.org/abs/2304.06028). "none" then trains on whole small images.
         **options: The strategy's options, with a name alone.
 
     Returns:
@@ -95,7 +100,11 @@ def apply_masking(
     else:
         strategy = masking
     merging = Merge.parse(merge, counts=merge_counts)
-    _check_fit(model, strategy, merging)
+    grid = kind.patch_grid(tower)
+    if image_size is not None:
+        grid = _smaller_grid(kind, grid, image_size)
+    is_resized = grid != kind.patch_grid(tower)
+    _check_fit(model, strategy, merging, grid, is_resized=is_resized)
 
     remove_masking(model)
     tower.__class__ = kind
@@ -108,7 +117,8 @@ def apply_masking(
         )
     tower.masking = TowerMasking(
         strategy,
-        kind.patch_grid(tower),
+        grid,
+        is_resized=is_resized,
         when=when,
         teacher=teacher,
         pack_tokens=pack_tokens,
@@ -164,10 +174,35 @@ def masked_inference(
             tower.masking = before
 
 
-def _check_fit(model: nn.Module, strategy: MaskingStrategy, merge: Merge | None) -> None:
+def _smaller_grid(
+    kind: type[MaskedTower], own: PatchGrid, image_size: int | tuple[int, int]
+) -> PatchGrid:
+    """Return how a tower of a grid of its own cuts images of another size."""
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    sides = own.patch_size
+    most = (own.size[0] * sides[0], own.size[1] * sides[1])
+    is_cut = all(side > 0 and side % patch == 0 for side, patch in zip(size, sides, strict=True))
+    if not is_cut or size[0] > most[0] or size[1] > most[1]:
+        raise ValueError(
+            f"image_size must be multiples of the patch of {sides[0]} x {sides[1]}, at most "
+            f"{most[0]} x {most[1]}, got {size[0]} x {size[1]}"
+        )
+    if not kind.takes_smaller_images:
+        raise ValueError(f"image_size cannot be set for {kind.supported}")
+    return PatchGrid((size[0] // sides[0], size[1] // sides[1]), sides)
+
+
+def _check_fit(
+    model: nn.Module,
+    strategy: MaskingStrategy,
+    merge: Merge | None,
+    grid: PatchGrid,
+    *,
+    is_resized: bool,
+) -> None:
     tower, kind = image_tower(model)
     if merge is not None:
-        merge.check(strategy, kind.patch_grid(tower).size)
+        merge.check(strategy, grid.size)
         if strategy.attention_bias:
             raise ValueError("merge and attention_bias do not go together; set one of them")
     if "attention" in strategy.requires:
@@ -176,6 +211,11 @@ def _check_fit(model: nn.Module, strategy: MaskingStrategy, merge: Merge | None)
             raise ValueError(
                 f"{type(strategy).__name__} reads the attention of the class token or of the query "
                 f"that makes the image feature, and {reason}; pgs and random need neither"
+            )
+        if is_resized:
+            raise ValueError(
+                f"{type(strategy).__name__} has a teacher, which looks at images of the tower's "
+                "own size; leave out image_size"
             )
     if strategy.attention_bias and not kind.takes_attention_bias:
         raise ValueError(
@@ -205,24 +245,26 @@ def image_tower(model: nn.Module) -> tuple[Any, type[MaskedTower]]:
         ValueError: If it has no image tower that can be masked.
     """
     tower: Any = tower_of(model)
-    kind = MaskedTower.kinds.get(type(tower))
+    kinds = MaskedTower.kinds.get(type(tower), [])
+    kind = next((kind for kind in kinds if kind.takes(tower)), None)
     if kind is not None:
         if (reason := kind.refusal(tower)) is not None:
             raise ValueError(reason)
         return tower, kind
     found = "no image tower" if tower is None else f"the image tower {type(tower).__name__}"
-    supported = ", ".join(dict.fromkeys(kind.supported for kind in MaskedTower.kinds.values()))
+    every = (kind for kinds in MaskedTower.kinds.values() for kind in kinds)
+    supported = ", ".join(dict.fromkeys(kind.supported for kind in every))
     raise ValueError(f"{type(unwrap(model)).__name__} has {found}; masking supports {supported}")
 
 
 def patch_grid(model: nn.Module) -> PatchGrid:
-    """Return how a model's image tower cuts its images, masked or not.
+    """Return how a model's image tower cuts its images; of a masked one, those that it masks.
 
     Raises:
         ValueError: If it has no image tower that can be masked.
     """
     tower, kind = image_tower(model)
-    return kind.patch_grid(tower)
+    return tower.masking.grid if isinstance(tower, MaskedTower) else kind.patch_grid(tower)
 
 
 def tower_masking(model: nn.Module) -> TowerMasking:

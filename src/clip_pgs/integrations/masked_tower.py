@@ -93,7 +93,9 @@ class TowerMasking(nn.Module):
 
     Args:
         strategy: Chooses the patches.
-        grid: How the tower cuts its images.
+        grid: How the tower cuts the images that it masks.
+        is_resized: Whether these are smaller than the tower's own, so that its plain forward pass
+            cannot take them.
         when: "train" masks in train mode, "always" in eval mode as well.
         teacher: Scores the patches of a strategy that requires attention.
         pack_tokens: Whether tokens of adaptive selections are packed; see `apply_masking`.
@@ -118,6 +120,7 @@ class TowerMasking(nn.Module):
         strategy: MaskingStrategy,
         grid: PatchGrid,
         *,
+        is_resized: bool = False,
         when: str = "train",
         teacher: Teacher | None = None,
         pack_tokens: bool | None = None,
@@ -127,6 +130,7 @@ class TowerMasking(nn.Module):
         check_choice(when, WHEN, name="when")
         self.strategy = strategy
         self.grid = grid
+        self.is_resized = is_resized
         self.when = when
         self.teacher = teacher
         self.pack_tokens = pack_tokens
@@ -139,8 +143,9 @@ class TowerMasking(nn.Module):
         self.load_hook: RemovableHandle | None = None
 
     def is_active(self, *, training: bool) -> bool:
-        """Return whether a forward pass in train mode, or in eval mode, drops patches."""
-        return not self.strategy.keeps_all and (training or self.when == "always")
+        """Return whether a forward pass in train mode, or in eval mode, is not the plain one."""
+        does_something = self.is_resized or not self.strategy.keeps_all
+        return does_something and (training or self.when == "always")
 
     @torch.no_grad()
     def inputs(self, pixels: Tensor, tokens: Tensor) -> PatchInputs:
@@ -192,18 +197,22 @@ class MaskedTower:
     forward pass runs.
 
     Attributes:
-        kinds: The class that masks a tower, by the tower's class before and after.
+        kinds: The classes that mask a tower, by the tower's class before and after.
         plain_class: The class of the tower before and after.
         supported: Which towers these are, for those who bring others.
+        saves_flops: Whether it leaves out the work of what is dropped, wherever that lies.
+        takes_smaller_images: Whether it can be trained on images smaller than its own.
         takes_attention_bias: Whether `run_block` takes one.
         masking: What chooses the patches.
     """
 
     # A subclass of a tower may have a forward pass of its own, which masking would undo without a
     # word; so kinds go by the very class.
-    kinds: ClassVar[dict[type, type[MaskedTower]]] = {}
+    kinds: ClassVar[dict[type, list[type[MaskedTower]]]] = {}
     plain_class: ClassVar[type[nn.Module]]
     supported: ClassVar[str]
+    saves_flops: ClassVar[bool] = True
+    takes_smaller_images: ClassVar[bool] = True
     takes_attention_bias: ClassVar[bool] = False
     masking: TowerMasking
     training: bool
@@ -211,7 +220,8 @@ class MaskedTower:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "plain_class" in vars(cls):
-            MaskedTower.kinds.update({cls: cls, cls.plain_class: cls})
+            for tower_class in (cls, cls.plain_class):
+                MaskedTower.kinds.setdefault(tower_class, []).append(cls)
 
     def forward(self, x: Tensor) -> Any:
         """Encode images.
@@ -226,9 +236,14 @@ class MaskedTower:
         """
         if not self.masking.is_active(training=self.training):
             return super().forward(x)  # type: ignore[misc]
+        return self.encode_masked(x)
+
+    def encode_masked(self, x: Tensor) -> Any:
+        """Encode what a selection keeps of images; see `forward`."""
         tokens_BND = self.embed_patches(x)
         selection = self.masking.select(x, tokens_BND)
-        return self.read_out(*self.run_kept(self.add_positions(tokens_BND), selection))
+        placed = self.add_positions(tokens_BND, grid_size=self.masking.grid.size)
+        return self.read_out(*self.run_kept(placed, selection))
 
     def run_kept(self, placed: Tensor, selection: PatchSelection) -> tuple[Tensor, Tensor | None]:
         """Run the blocks over what is kept, and over what the rest is merged into.
@@ -249,7 +264,7 @@ class MaskedTower:
             counts_BG = weights_BGN.sum(dim=2)
             valid = torch.cat([valid, counts_BG > 0], dim=1)
         patches = _keep(placed, selection, weights_BGN)
-        rotations = self.rotations()
+        rotations = self.rotations_on(self.masking.grid.size)
         if rotations is not None:
             rotations = _keep_rotations(rotations, placed.shape[1], selection, weights_BGN)
         x = self.add_prefix(patches)
@@ -266,8 +281,13 @@ class MaskedTower:
     # methods: those are looked at when an object is made, and none ever is.
 
     @staticmethod
+    def takes(tower: Any) -> bool:
+        """Return whether a tower of `plain_class` is of this kind; no two take the same one."""
+        return True
+
+    @staticmethod
     def refusal(tower: Any) -> str | None:
-        """Return why a tower of `plain_class` cannot be masked, None where it can."""
+        """Return why a tower of this kind cannot be masked, None where it can."""
         raise NotImplementedError
 
     @staticmethod
@@ -318,7 +338,7 @@ class MaskedTower:
             return tokens
         own_size = self.patch_grid(self).size
         if grid_size is not None and grid_size != own_size:
-            positions_ND = _resize_positions(positions_ND, own_size, grid_size)
+            positions_ND = resize_positions(positions_ND, own_size, grid_size)
         return tokens + positions_ND
 
     def rotations(self) -> Tensor | None:
@@ -564,9 +584,10 @@ def _resize_rotations(
     return torch.cat([prefix, patches.to(prefix.dtype)], dim=1)
 
 
-def _resize_positions(
+def resize_positions(
     positions_ND: Tensor, old_size: tuple[int, int], new_size: tuple[int, int]
 ) -> Tensor:
+    """Return position embeddings (N, D) of a grid, interpolated to another, in their dtype."""
     grid = positions_ND.float().T.reshape(1, -1, *old_size)
     grid = functional.interpolate(grid, size=new_size, mode="bicubic", antialias=True)
     return grid.flatten(2)[0].T.to(positions_ND.dtype)

@@ -153,14 +153,11 @@ def test_the_mask_ratio_changes_between_steps():
 
 
 def test_towers_of_another_kind_are_named():
-    resnet = open_clip.model.CLIP(
-        32,
-        {"layers": [1, 1, 1, 1], "image_size": 64, "width": 16},
-        {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1},
-    )
-    sentence = "CLIP has the image tower ModifiedResNet; masking supports OpenCLIP's own"
+    model = small_clip()
+    model.visual = torch.nn.Identity()
+    sentence = "CLIP has the image tower Identity; masking supports OpenCLIP's own"
     with pytest.raises(ValueError, match=sentence):
-        apply_masking(resnet, "pgs")
+        apply_masking(model, "pgs")
     with pytest.raises(ValueError, match="Linear has no image tower; masking supports"):
         apply_masking(torch.nn.Linear(2, 2), "pgs")
 
@@ -184,8 +181,8 @@ def timm_clip_of_another_pool():
     ("build", "sentence"),
     [
         (
-            lambda: timm_clip("convnext_atto"),
-            "timm's ConvNeXt, and masking would need sparse",
+            lambda: timm_clip("test_resnet"),
+            "timm's ResNet, and masking would need its blocks",
         ),
         (lambda: timm_clip("vit_relpos_small_patch16_224"), "timm's VisionTransformerRelPos"),
         (
@@ -198,7 +195,7 @@ def timm_clip_of_another_pool():
         (timm_clip_of_another_pool, "pools by timm's Identity, which cannot leave tokens out"),
     ],
     ids=[
-        "convnext",
+        "resnet",
         "relative positions",
         "patch embedding",
         "padding",

@@ -22,7 +22,7 @@ from clip_pgs.integrations.apply import (
     set_masking_progress,
     update_masking,
 )
-from clip_pgs.integrations.open_clip import open_clip_vit, timm_vit  # noqa: F401
+from clip_pgs.integrations.open_clip import conv, open_clip_vit, timm_vit  # noqa: F401
 from clip_pgs.integrations.open_clip.text import (
     CaptionGroups,
     CaptionTrimmer,

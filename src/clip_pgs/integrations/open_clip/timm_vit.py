@@ -26,6 +26,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, is_exactly
+from clip_pgs.integrations.open_clip.conv import MaskedConvNeXt
 from clip_pgs.integrations.tokens import (
     BlockParts,
     first_token_attention,
@@ -36,10 +37,9 @@ from clip_pgs.integrations.tokens import (
 _TRUNKS = (VisionTransformer, VisionTransformerDistilled, Eva)
 # What the most usual of the others lack.
 _WOULD_NEED = {
-    "ConvNeXt": "sparse convolutions in every stage",
-    "FastVit": "sparse convolutions in every stage",
+    "FastVit": "squeeze-excitation and attention over what is visible of a convolution's map",
     "NaFlexVit": "positions apart from its patch embedding",
-    "ResNet": "sparse convolutions in every stage",
+    "ResNet": "its blocks with normalization over what is visible, as OpenCLIP's own ResNet has",
     "SwinTransformer": "windows over what is left of the grid",
     "VisionTransformerRelPos": "relative positions gathered for each image",
 }
@@ -49,7 +49,12 @@ class MaskedTimmModel(MaskedTower, TimmModel):
     """A `TimmModel` with a vision transformer of timm that sees a selection of its patches."""
 
     plain_class = TimmModel
-    supported = "timm's in OpenCLIP's TimmModel (ViT models, not ResNet or ConvNeXt)"
+    supported = "timm's vision transformers in OpenCLIP's TimmModel"
+
+    @staticmethod
+    def takes(tower: TimmModel) -> bool:
+        """Return whether the tower is none of convolutions."""
+        return not MaskedConvNeXt.takes(tower)
 
     @staticmethod
     def refusal(tower: TimmModel) -> str | None:
