@@ -186,6 +186,8 @@ def _summary(args: TrainOptions) -> str:
     ]
     if args.merge != "none":
         parts.append(f"merge {args.merge}")
+    if args.train_image_size is not None:
+        parts.append(f"images of {args.train_image_size} pixels")
     if args.text_masking != "none":
         parts.append(f"text masking {args.text_masking}")
     parts.append(f"{args.epochs} epochs")

@@ -14,6 +14,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 from torch import Tensor, nn
 
@@ -59,6 +60,14 @@ class ModelParts:
     tokenize: Callable
     sharded: ShardedModel | None = None
 
+    def training_transform(self, options: TrainOptions) -> Callable:
+        """Return the transform of a phase's training images, of which it may say the size."""
+        if options.train_image_size is None:
+            return self.train_transform
+        own: dict[str, Any] = self.model.visual.preprocess_cfg
+        config = PreprocessCfg(**{**own, "size": options.train_image_size})
+        return image_transform_v2(config, is_train=True, aug_cfg=options.aug_cfg)
+
 
 def build_model(options: TrainOptions, device: torch.device) -> ModelParts:
     """Create the model, lock what is to be locked, mask its image tower, let captions be short.
@@ -76,15 +85,24 @@ def build_model(options: TrainOptions, device: torch.device) -> ModelParts:
         nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
     if options.use_bn_sync and options.distributed:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if options.masking != "none":
+    if options.changes_tower:
         apply_masking(
             model,
             options.masking,
             pack_tokens=options.pack_tokens,
             merge=options.merge,
             merge_counts=options.merge_counts,
+            image_size=options.train_image_size,
             **options.masking_options,
         )
+        if options.masking != "none" and not model.visual.saves_flops:
+            _logger.warning(
+                "The image tower of %s is convolutional: --masking %s hides cells of 32 pixels "
+                "from it, which regularizes and saves no FLOPs, unless what stays is a window "
+                "(saliency-crop)",
+                options.model,
+                options.masking,
+            )
     allow_short_text(model)
     if options.text_tokens is not None and not is_text_trimming_lossless(model):
         _logger.warning(
@@ -217,10 +235,9 @@ def image_size(options: TrainOptions) -> int | list[int] | None:
 
 
 def input_size(options: TrainOptions) -> tuple[int, int]:
-    """Return height and width of the images that the image tower takes."""
-    size = image_size(options) or read_model_config(options.model)["vision_cfg"].get(
-        "image_size", 224
-    )
+    """Return height and width of the images that a phase trains on."""
+    size = options.train_image_size or image_size(options)
+    size = size or read_model_config(options.model)["vision_cfg"].get("image_size", 224)
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 

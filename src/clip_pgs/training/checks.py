@@ -278,7 +278,8 @@ def _check_masking(options: TrainOptions, model: nn.Module) -> None:
                 raise ValueError(f"{flag_of(name)} needs --masking NAME")
     strategy = create_masking(options.masking, **options.masking_options)
     _check_schedule(options)
-    if strategy.keeps_all and options.merge == "none" and not options.merge_counts:
+    merges = options.merge != "none" or options.merge_counts
+    if strategy.keeps_all and not merges and options.train_image_size is None:
         return
     dropout = options.force_patch_dropout
     if dropout is None:
@@ -289,9 +290,18 @@ def _check_masking(options: TrainOptions, model: nn.Module) -> None:
             f"{dropout}; set --force-patch-dropout 0"
         )
     try:
-        apply_masking(model, strategy, merge=options.merge, merge_counts=options.merge_counts)
+        apply_masking(
+            model,
+            strategy,
+            merge=options.merge,
+            merge_counts=options.merge_counts,
+            image_size=options.train_image_size,
+        )
     except ValueError as error:
-        raise ValueError(f"--masking {options.masking} on {options.model}: {error}") from None
+        size = options.train_image_size
+        flags = f"--masking {options.masking}"
+        flags += "" if size is None else f" --train-image-size {size}"
+        raise ValueError(f"{flags} on {options.model}: {error}") from None
 
 
 def _check_inference_masking(options: TrainOptions, model: nn.Module) -> None:

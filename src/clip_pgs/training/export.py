@@ -242,8 +242,10 @@ def _course(record: Mapping[str, Any]) -> str:
     text_masking = record.get("text_masking", "none")
     if text_masking != "none":
         parts.append(f"the masking `{text_masking}` of its captions")
-    how = f"with {' and '.join(parts)}"
     recipe = record["recipe"]
+    if recipe.get("train_image_size"):
+        parts.append(f"images of {recipe['train_image_size']} pixels")
+    how = f"with {' and '.join(parts)}"
     if recipe.get("unmasked_epochs"):
         how = (
             f"for {recipe['epochs']} epochs {how}, then for {recipe['unmasked_epochs']} "

@@ -130,7 +130,9 @@ class TrainOptions(argparse.Namespace):
         trial: the same, with time and memory measured by ten steps on the run's device
         model: a model open_clip knows, or local-dir:FOLDER, or hf-hub:OWNER/NAME
         model_config: a model of your own, as an open_clip model config; its name is the file's
-        masking: how patches are chosen; package.module:Class is a strategy of your own
+        masking: how patches are chosen; package.module:Class is a strategy of your own. On a ResNet
+            or ConvNeXt it hides cells of 32 pixels, which regularizes and saves no FLOPs;
+            saliency-crop and --train-image-size save them
         mask_ratio: share of patches dropped, in [0, 1); the most that an image drops where the
             count adapts, the average for cluster, a threshold of similarity for pgs-released; the
             papers use 0.5 and 0.75 for random, 0.5 for pgs (default: the strategy's, 0.5)
@@ -151,6 +153,10 @@ class TrainOptions(argparse.Namespace):
             sequence instead of padding images to the longest: on CUDA in half precision, at the
             price of one synchronization per step; on a CPU without --torchcompile (default: on a
             CPU, unless the model is tiny)
+        train_image_size: side in pixels of the images of the masked epochs, where they are smaller
+            than the model's, so that each costs less (RECLIP, arXiv 2304.06028); positions are
+            interpolated, also with --masking none; unmasked epochs and evaluations see the
+            model's size (default: the model's)
         fsdp: share weights, gradients and the optimizer's state out among the processes (FSDP2),
             for models that are too large for one device; with --precision fp32, amp_bf16 or
             pure_bf16
@@ -224,6 +230,7 @@ class TrainOptions(argparse.Namespace):
     merge: str = _ours("none", IMAGE, "GROUPS", IDENTITY)
     merge_counts: bool = _ours(False, IMAGE, part=IDENTITY)
     pack_tokens: bool | None = _ours(None, IMAGE)
+    train_image_size: int | None = _ours(None, IMAGE, "N", IDENTITY, rule=AT_LEAST_1)
     fsdp: bool = _ours(False, GENERAL)
     loss_chunk: int | None = _ours(None, GENERAL, "N", rule=AT_LEAST_1)
     text_masking: str = _ours("none", TEXT, "NAME", IDENTITY, is_basic=True, registered="data")
@@ -351,6 +358,11 @@ class TrainOptions(argparse.Namespace):
     local_rank: int = 0
     world_size: int = 1
     upstream: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def changes_tower(self) -> bool:
+        """Whether images meet another image tower in training than in evaluation."""
+        return self.masking != "none" or self.train_image_size is not None
 
     @property
     def openclip(self) -> argparse.Namespace:

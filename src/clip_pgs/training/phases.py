@@ -110,7 +110,7 @@ def plan_phases(
         tuning,
         stream,
         steps_per_epoch,
-        removes_masking=options.masking != "none",
+        removes_masking=options.changes_tower,
         first_epoch=masked.end_epoch,
         first_step=masked.num_steps,
     )
@@ -124,6 +124,7 @@ def unmasked_options(options: TrainOptions) -> TrainOptions:
         masking="none",
         masking_options={},
         mask_schedule="constant",
+        train_image_size=None,
         text_masking="none",
         text_tokens=None,
         text_masking_options={},
@@ -143,7 +144,7 @@ def _samples(
     """Return the training samples and the optimizer steps of an epoch."""
     stream = build_train_stream(
         options,
-        transform=parts.train_transform,
+        transform=parts.training_transform(options),
         tokenize=parts.tokenize,
         rank=options.rank,
         world_size=options.world_size,

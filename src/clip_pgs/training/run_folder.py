@@ -293,6 +293,7 @@ def describe_run(
     recipe = [
         *(_MASK_SCHEDULE if options.mask_schedule != "constant" else ()),
         *(_MERGE if options.merge != "none" else ()),
+        *(("train_image_size",) if options.train_image_size is not None else ()),
         *(_TEXT if options.text_masking != "none" else ()),
         *_RECORDED,
         *(_UNMASKED if options.unmasked_epochs > 0 else ()),

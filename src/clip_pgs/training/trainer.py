@@ -638,7 +638,7 @@ class PhaseTrainer:
             remove_masking(self.model)
             remove_masking(self._plain)
         self.optimizer = build_optimizer(options, self.model)
-        self.masks = StepMasks(self.model, options) if options.masking != "none" else None
+        self.masks = StepMasks(self.model, options) if options.changes_tower else None
         if checkpoint is not None:
             restore_optimizer(self.optimizer, checkpoint["optimizer"])
             if self.masks is not None:

@@ -24,7 +24,10 @@ def test_what_the_masking_cannot_do_is_refused(argv, part):
     assert part in refusal(*VALID, *PGS, *argv)
 
 
-@pytest.mark.parametrize(("model", "tower"), [("RN50", "ResNet"), ("convnext_base", "ConvNeXt")])
+@pytest.mark.parametrize(
+    ("model", "tower"),
+    [("swin_base_patch4_window7_224", "SwinTransformer"), ("MobileCLIP-S1", "FastVit")],
+)
 def test_towers_that_cannot_be_masked_are_named_with_what_is_supported(model, tower):
     message = refusal("--model", model, *SYNTHETIC, *PGS)
     assert message.startswith(f"--masking pgs on {model}: ")
@@ -33,8 +36,22 @@ def test_towers_that_cannot_be_masked_are_named_with_what_is_supported(model, to
     accept("--model", model, *SYNTHETIC)
 
 
-def test_a_timm_tower_can_be_masked():
-    accept("--model", "vit_medium_patch16_gap_256", *SYNTHETIC, *PGS)
+@pytest.mark.parametrize("model", ["vit_medium_patch16_gap_256", "RN50", "convnext_base"])
+def test_a_tower_that_is_no_usual_vit_can_be_masked(model):
+    accept("--model", model, *SYNTHETIC, *PGS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--train-image-size", "100"], "--masking pgs --train-image-size 100 on ViT-B-32: image"),
+        (["--train-image-size", "256"], "at most 224 x 224, got 256 x 256"),
+        (["--train-image-size", "0"], "--train-image-size must be >= 1"),
+        (["--train-image-size", "64", "--masking", "attentive"], "leave out image_size"),
+    ],
+)
+def test_a_size_that_training_images_cannot_have_is_refused(argv, part):
+    assert part in refusal("--model", "ViT-B-32", *SYNTHETIC, *PGS, *argv)
 
 
 def test_an_option_of_another_strategy_names_the_valid_ones():

@@ -1,0 +1,72 @@
+"""`--train-image-size`: small images where a run masks, whole ones of the model's size after."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+
+from clip_pgs.integrations.open_clip import num_patches
+from clip_pgs.training.build import build_model
+from clip_pgs.training.checks import check_options
+from clip_pgs.training.options import IDENTITY, names_of, parse_options
+from clip_pgs.training.phases import plan_phases
+from support.runs import MODEL, flags, run, write_model
+from support.trainers import open_trainer
+
+RESNET = {**MODEL, "vision_cfg": {"image_size": 64, "layers": [1] * 4, "width": 8}}
+
+
+def sizes_of_phases(folder, **options):
+    args = parse_options(flags(folder, unmasked_epochs=1, **options))
+    check_options(args)
+    args.rank, args.local_rank, args.world_size, args.distributed = 0, 0, 1, False
+    parts = build_model(args, torch.device("cpu"))
+    phases = plan_phases(args, parts)
+    for phase in phases:
+        phase.stream.start_at(phase.first_epoch, 0)
+    return [tuple(next(iter(phase.stream))[0].shape[-2:]) for phase in phases]
+
+
+@pytest.mark.parametrize("masking", ["none", "pgs"])
+def test_masked_epochs_see_small_images_and_unmasked_ones_the_models(tmp_path, world, masking):
+    options = {"train_data": world.train_data, "train_image_size": 16, "masking": masking}
+    assert sizes_of_phases(tmp_path, **options) == [(16, 16), (32, 32)]
+
+
+def test_a_step_costs_less_and_masks_are_drawn_on_the_small_grid(tmp_path, world):
+    flops = []
+    for size in (None, 16):
+        options = {"train_data": world.train_data, "masking": "random", "mask_ratio": 0.5}
+        trainer = open_trainer(tmp_path, train_image_size=size, **options)
+        trainer.start_epoch(0)
+        batches, _ = trainer.next_batches()
+        result = trainer.train_step(batches)
+        count = 16 if size is None else 4
+        assert trainer.masks.num_patches == num_patches(trainer.model) == count
+        assert result.kept_counts[0].tolist() == [count // 2] * 8
+        flops.append(trainer.count_flops(*batches[0]).total)
+    assert flops[1] < 0.8 * flops[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"masking": "none", "train_image_size": 32, "unmasked_epochs": 1},
+        {"masking": "saliency-crop", "train_image_size": 32},
+        {"masking": "pgs", "mask_ratio_min": 0.3, "accum_freq": 2, "batch_size": 4},
+    ],
+    ids=["small", "crop of small", "hidden"],
+)
+def test_a_resnet_trains_and_what_it_exports_is_a_plain_one(tmp_path, world, options):
+    model = write_model(tmp_path, name="tiny_resnet", config=RESNET)
+    options = {"train_data": world.train_data, "epochs": 1, **options}
+    folder = run(tmp_path, model=model, **options)
+    config = json.loads((folder / "export" / "open_clip_config.json").read_text())
+    assert config["model_cfg"]["vision_cfg"]["image_size"] == 64
+    loaded = open_clip.create_model(f"local-dir:{folder / 'export'}").eval()
+    assert torch.isfinite(loaded.encode_image(torch.zeros(1, 3, 64, 64))).all()
+
+
+def test_it_belongs_to_what_a_run_is():
+    assert "train_image_size" in names_of(IDENTITY)
