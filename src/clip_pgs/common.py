@@ -266,7 +266,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         OSError: If it cannot be written, or something is there that is no regular file, as a
             device; what was there is still there.
     """
-    path = _regular_file(path)
+    path = regular_file(path)
     unfinished = unfinished_path(path)
     try:
         with naming(path), unfinished.open("wb") as file:
@@ -324,7 +324,7 @@ def append_line(path: Path, line: str) -> None:
         OSError: If it cannot be written; the file is as it was.
     """
     data = f"{line}\n".encode()
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    file = os.open(regular_file(path), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         # Over NFS two machines' appends can meet at one place; not every file system has locks.
         with suppress(OSError, ImportError):
@@ -363,8 +363,8 @@ def folder_lock(folder: Path, *, on_busy: Callable[[], object]) -> Iterator[None
         yield
 
 
-def read_json_object(path: Path, *, what: str, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+def read_file(path: Path, *, what: str, max_bytes: int) -> bytes:
+    """Return what a regular file holds; a pipe or a device, which may never end, is not opened.
 
     Args:
         path: The file.
@@ -372,21 +372,38 @@ def read_json_object(path: Path, *, what: str, max_bytes: int = _MAX_JSON_BYTES)
         max_bytes: Largest size that is read.
 
     Raises:
-        ValueError: If it cannot be read, is large, or holds anything else.
+        ValueError: If it cannot be read, or is large.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{what} is no file")
-        with path.open("rb") as file:
+        with regular_file(path).open("rb") as file:
             data = file.read(max_bytes + 1)
     except OSError as error:
         raise ValueError(f"cannot read {what}: {error.strerror}") from None
     if len(data) > max_bytes:
         raise ValueError(f"{what} is larger than {max_bytes} bytes")
+    return data
+
+
+def read_json(path: Path, *, what: str, max_bytes: int = _MAX_JSON_BYTES) -> Any:
+    """Read a JSON file; see `read_file`.
+
+    Raises:
+        ValueError: If it cannot be read, is large, or is not JSON.
+    """
+    data = read_file(path, what=what, max_bytes=max_bytes)
     try:
-        content = json.loads(data)
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not JSON: {error}") from None
+
+
+def read_json_object(path: Path, *, what: str, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON file that holds an object; see `read_file`.
+
+    Raises:
+        ValueError: If it cannot be read, is large, or holds anything else.
+    """
+    content = read_json(path, what=what, max_bytes=max_bytes)
     if not isinstance(content, dict):
         raise ValueError(f"{what} must hold one JSON object, got {type(content).__name__}")
     return content
@@ -405,7 +422,7 @@ def check_writable(*paths: Path) -> None:
         if "\0" in str(path):
             raise ValueError(f"cannot write {path}: its name holds a null byte")
         try:
-            unfinished_path(_regular_file(path)).is_file()
+            unfinished_path(regular_file(path)).is_file()
             above = path.absolute().parents
             with tempfile.TemporaryFile(dir=next(folder for folder in above if folder.exists())):
                 pass
@@ -413,11 +430,12 @@ def check_writable(*paths: Path) -> None:
             raise ValueError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _regular_file(path: Path) -> Path:
+def regular_file(path: Path) -> Path:
     """Return the file that a path leads to, one that is to be made included.
 
     Raises:
-        OSError: If something is there that writing would destroy.
+        OSError: If something else is there: a folder, or a device or a pipe, which opening may wait
+            for without an end, and writing would destroy.
     """
     try:
         mode = path.stat().st_mode

@@ -203,7 +203,7 @@ def _call(module: str, *arguments: str, output: int | None = None) -> str:
 
 
 def _is_newer(path: Path, than: Path) -> bool:
-    return path.exists() and path.stat().st_mtime_ns > than.stat().st_mtime_ns
+    return path.is_file() and path.stat().st_mtime_ns > than.stat().st_mtime_ns
 
 
 def _refuse_second() -> NoReturn:

@@ -39,7 +39,7 @@ def refusal(main, argv, capsys):
         ("name: &a run\nlogs: *a", "aliases are not taken"),
         ("lr: " + "[" * 5000, "run.yaml is not a plain YAML file"),
         ("name: 2001-99-99", "month must be in 1..12"),
-        ("base: /dev/zero", "cannot read the config /dev/zero: it is no file"),
+        ("base: /dev/zero", "cannot read the config /dev/zero: it is no regular file"),
         ("base: large.yaml", "the config large.yaml is larger than 1048576 bytes"),
         ('base: "\\0"', "'base' takes the name of a config"),
         ('logs: "a\\0b"', "takes a text without null bytes"),

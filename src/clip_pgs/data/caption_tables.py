@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -54,8 +53,6 @@ class TableSource:
         """Read one row's image file."""
         table, path, key = str(self.table.path), self.table.images[ref.number], row_name(ref.number)
         try:
-            if os.path.exists(path) and not os.path.isfile(path):
-                raise OSError(f"{path!r} is no file")
             image = read_image_file(path)
         except (OSError, ValueError) as error:
             reason = "image is a URL" if is_remote(path) else "unreadable image file"

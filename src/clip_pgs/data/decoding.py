@@ -17,6 +17,7 @@ import io
 import os
 import re
 import signal
+import stat
 import threading
 import time
 import warnings
@@ -73,12 +74,16 @@ def read_image_file(path: str | Path) -> bytes:
 
     Raises:
         OSError: If it cannot be read.
-        UnreadableImageError: If it has more than `MAX_IMAGE_BYTES`.
+        UnreadableImageError: If it is no regular file, or has more than `MAX_IMAGE_BYTES`.
     """
-    _check_size(os.stat(path).st_size)
     # A Path would take a slash out of a URL.
+    status = os.stat(path)
+    # A pipe or a device may never end.
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableImageError(f"{str(path)!r} is no file")
+    _check_size(status.st_size)
     with open(path, "rb") as file:
-        return file.read()
+        return file.read(MAX_IMAGE_BYTES + 1)
 
 
 def _check_size(num_bytes: int) -> None:

@@ -343,7 +343,7 @@ def _index_file(shard: str, file: BinaryIO) -> ShardIndex:
     """Find the pairs of an open shard, in its cached index where that is still true."""
     status = os.fstat(file.fileno())
     state = [_CACHE_VERSION, status.st_size, status.st_mtime_ns]
-    for path in cache_paths(shard):
+    for path in filter(Path.is_file, cache_paths(shard)):
         # Whatever is wrong with such a file, it is made anew.
         with suppress(Exception), np.load(path, allow_pickle=False) as kept:
             # Ours is not compressed, and takes no more memory than it has bytes.

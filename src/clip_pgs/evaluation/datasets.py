@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from clip_pgs.common import expand_home
+from clip_pgs.common import expand_home, regular_file
 
 DATA_TYPES = ("classification", "multilabel", "retrieval")
 CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -187,7 +187,7 @@ def open_file(location: str, file_name: str, *, is_text: bool = False) -> Iterat
         OSError: If it cannot be read, or the server cannot be reached.
     """
     if not is_remote(location):
-        with Path(location, file_name).open("rb") as file:
+        with regular_file(Path(location, file_name)).open("rb") as file:
             yield file
         return
 

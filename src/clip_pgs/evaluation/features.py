@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from clip_pgs.common import one_sentence
+from clip_pgs.common import one_sentence, regular_file
 from clip_pgs.evaluation.datasets import MAX_TEXT, EvalSet, count_shards, is_remote
 from clip_pgs.evaluation.inference import Place
 from clip_pgs.evaluation.models import LoadedModel, weights_digest
@@ -435,7 +435,7 @@ def files_fingerprint(folder: Path, paths: Iterable[Path]) -> str:
 @functools.lru_cache(maxsize=65536)
 def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with regular_file(path).open("rb") as file:
         if size <= _WHOLE_FILE_BYTES:
             while block := file.read(_BLOCK_BYTES):
                 digest.update(block)

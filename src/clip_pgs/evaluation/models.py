@@ -193,8 +193,9 @@ def _export_folder(path: Path) -> Path:
     for folder in (path, path / EXPORT_NAME):
         if (folder / MODEL_CONFIG_NAME).is_file():
             _check_export_folder(folder)
-            if not any(folder.glob(f"*{ending}") for ending in _EXPORT_ENDINGS):
-                raise ValueError(f"{folder} holds {MODEL_CONFIG_NAME} but no weights")
+            weights = [path for ending in _EXPORT_ENDINGS for path in folder.glob(f"*{ending}")]
+            if not weights or not all(map(Path.is_file, weights)):
+                raise ValueError(f"{folder} holds {MODEL_CONFIG_NAME} but no file of weights")
             return folder
     newest = newest_checkpoint(path / CHECKPOINTS_NAME)
     if newest is not None:

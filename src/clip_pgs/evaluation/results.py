@@ -16,8 +16,10 @@ from clip_pgs import tables
 from clip_pgs.common import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
+    MAX_RUN_FILE_BYTES,
     OPTIONS_NAME,
     one_sentence,
+    read_json,
     write_text,
 )
 from clip_pgs.tables import csv_text
@@ -129,12 +131,11 @@ def read_result(path: Path) -> Result | None:
         another shape, a warning tells.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    # The last where it nests too deep.
-    except (OSError, ValueError, RecursionError) as error:
-        logger.warning("left out %s: it cannot be read (%s)", path, one_sentence(error))
+        if not path.exists():
+            return None
+        content = read_json(path, what="it", max_bytes=MAX_RUN_FILE_BYTES)
+    except (OSError, ValueError) as error:
+        logger.warning("left out %s: %s", path, one_sentence(error))
         return None
     if not isinstance(content, dict) or "weights_digest" not in content:
         return None

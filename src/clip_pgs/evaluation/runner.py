@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 import clip_pgs
-from clip_pgs.common import one_sentence
+from clip_pgs.common import one_sentence, regular_file
 from clip_pgs.evaluation.datasets import (
     CLASS_NAMES,
     TEMPLATES,
@@ -367,7 +367,8 @@ class _Evaluation:
             return False
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / ERRORS_NAME).open("a", encoding="utf-8") as file:
+            path = regular_file(self._folder / ERRORS_NAME)
+            with path.open("a", encoding="utf-8") as file:
                 file.write(f"{eval_set.suite} {eval_set.name}\n{traceback.format_exc()}\n")
         except OSError:
             return False

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from clip_pgs.common import one_sentence
+from clip_pgs.common import one_sentence, regular_file
 from clip_pgs.data.decoding import open_image
 from clip_pgs.data.tar import StrictTarInfo, regular_members
 from clip_pgs.evaluation.datasets import (
@@ -275,7 +275,7 @@ def _estimate_samples(location: str, split: str) -> int | None:
         return None
     shards = sorted(Path(location, split).glob("*.tar"))
     try:
-        with tarfile.open(shards[0]) as tar:
+        with tarfile.open(regular_file(shards[0])) as tar:
             names = {member.name.partition(".")[0] for member in tar}
         total_bytes = sum(shard.stat().st_size for shard in shards)
         return round(len(names) * total_bytes / shards[0].stat().st_size)

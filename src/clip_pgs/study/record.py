@@ -14,7 +14,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import clip_pgs
-from clip_pgs.common import EXIT_NAME, EXPORT_NAME, read_json_object, write_text
+from clip_pgs.common import (
+    EXIT_NAME,
+    EXPORT_NAME,
+    MAX_RUN_FILE_BYTES,
+    read_json_object,
+    write_text,
+)
 from clip_pgs.evaluation.report.gather import read_training_facts
 from clip_pgs.training.build import read_model_config
 from clip_pgs.training.options import TrainOptions
@@ -105,7 +111,9 @@ def read_record(run: Path) -> Record:
     """
     path = run / RECORD_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if not path.exists():
+            return Record()
+        content = read_json_object(path, what="it", max_bytes=MAX_RUN_FILE_BYTES)
         content["evaluations"] = {
             name: Evaluated(**said) for name, said in content["evaluations"].items()
         }
@@ -114,10 +122,8 @@ def read_record(run: Path) -> Record:
         # An earlier version held more.
         known = {part.name for part in fields(Record)}
         return Record(**{name: said for name, said in content.items() if name in known})
-    except FileNotFoundError:
-        return Record()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; remove the run {run}") from None
+        raise ValueError(f"{path} is damaged: {error}; remove the run {run}") from None
 
 
 def read_spent(run: Path) -> Spent:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import clip_pgs
-from clip_pgs.common import CHECKPOINTS_NAME, write_text
+from clip_pgs.common import CHECKPOINTS_NAME, regular_file, write_text
 from clip_pgs.evaluation.results import DONE, read_results
 from clip_pgs.launch import Processes, share_cores
 from clip_pgs.study.plan import CONFIG_NAME, Study
@@ -259,7 +259,7 @@ class Runner:
 
     def _launch(self, command: str, arguments: list[str], run: Path) -> tuple[int, str]:
         """Run `clip-pgs train` or `test`; return its exit code, and its last words."""
-        with (run / OUTPUT_NAME).open("ab") as output:
+        with regular_file(run / OUTPUT_NAME).open("ab") as output:
             start = output.tell()
             with self._lock:
                 if self._is_stopping:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from clip_pgs.common import expand_home, find_config
+from clip_pgs.common import expand_home, find_config, read_file
 
 # These say what to do with a config or with one call; none of them describes a run.
 COMMAND_LINE_ONLY = frozenset(
@@ -130,16 +130,7 @@ def read_mapping(path: str) -> dict[Any, Any]:
     Raises:
         ValueError: If it cannot be read, is no mapping, or says a thing twice.
     """
-    try:
-        # A device never ends.
-        if Path(path).exists() and not Path(path).is_file():
-            raise ValueError(f"cannot read the config {path}: it is no file")
-        with open(path, "rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"cannot read the config {path}: {error.strerror}") from None
-    if len(data) > _MAX_BYTES:
-        raise ValueError(f"the config {path} is larger than {_MAX_BYTES} bytes")
+    data = read_file(Path(path), what=f"the config {path}", max_bytes=_MAX_BYTES)
     try:
         content = yaml.load(data.decode("utf-8"), Loader=_Loader)
     # ValueError: a date or a number that is none, such as 2001-99-99.

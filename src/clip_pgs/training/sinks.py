@@ -24,6 +24,7 @@ from clip_pgs.common import (
     PARAMS_NAME,
     SKIPPED_NAME,
     append_line,
+    regular_file,
     write_text,
 )
 from clip_pgs.data.bad_samples import Skip
@@ -371,7 +372,7 @@ def logging_to(options: TrainOptions, folder: Path | None) -> Iterator[None]:
         with BestEffort(LOG_NAME):
             folder.mkdir(parents=True, exist_ok=True)
             name = f"out-{options.rank}" if options.log_local else LOG_NAME
-            path = folder / name
+            path = regular_file(folder / name)
             handlers.append(_RunFile(path, encoding="utf-8", errors="backslashreplace"))
     root = logging.getLogger()
     level_before, hook_before = root.level, threading.excepthook

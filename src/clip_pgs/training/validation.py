@@ -16,7 +16,7 @@ from open_clip_train.data import get_imagenet
 from open_clip_train.train import evaluate as evaluate_with_open_clip
 from torch import nn
 
-from clip_pgs.common import CHECKPOINTS_NAME
+from clip_pgs.common import CHECKPOINTS_NAME, append_line
 from clip_pgs.data.build import build_val_stream
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.tables import Cell, Table
@@ -162,8 +162,7 @@ def _is_due(every: int, epoch: int, epochs: int) -> bool:
 def save_results(metrics: Mapping[str, float], checkpoint_folder: Path) -> None:
     """Append measurements to OpenCLIP's `results.jsonl`."""
     checkpoint_folder.mkdir(parents=True, exist_ok=True)
-    with (checkpoint_folder / RESULTS_NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dict(metrics)) + "\n")
+    append_line(checkpoint_folder / RESULTS_NAME, json.dumps(dict(metrics)))
 
 
 def evaluate_only(

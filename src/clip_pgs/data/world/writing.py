@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clip_pgs.common import atomic_folder, folder_lock
+from clip_pgs.common import MAX_RUN_FILE_BYTES, atomic_folder, folder_lock, read_json_object
 from clip_pgs.data.tar import write_shard
 from clip_pgs.data.words import count_shards, write_word_frequencies
 from clip_pgs.data.world.captions import TASKS, hard_negatives
@@ -104,12 +104,12 @@ def describe_world(root: Path | str) -> str:
 def _is_complete(root: Path, identity: dict[str, int]) -> bool:
     """Return whether a folder holds the world of these numbers with every file in full length."""
     try:
-        world = json.loads((root / "world.json").read_text(encoding="utf-8"))
+        world = read_json_object(root / "world.json", what="it", max_bytes=MAX_RUN_FILE_BYTES)
         if {name: world[name] for name in identity} != identity:
             return False
         sums = [part["num_samples"] + len(part["about"]) for part in world["parts"].values()]
         is_whole = [(root / name).stat().st_size == size for name, size in world["files"].items()]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         # Whatever else may stand there, it is no world of ours.
         return False
     return bool(sums and is_whole) and all(is_whole)

@@ -68,7 +68,7 @@ def read_jpegs(paths: Sequence[str | Path], *, min_side: int = 0, limit: int = 5
 def _files(path: Path) -> Iterator[bytes]:
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in JPEG_SUFFIXES)
-        yield from (file.read_bytes() for file in files)
+        yield from (file.read_bytes() for file in files if file.is_file())
     elif path.suffix != ".tar":
         yield path.read_bytes()
     else:
