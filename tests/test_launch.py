@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
 import signal
+import subprocess
 import sys
-import threading
-import time
+import termios
 
 import pytest
 
@@ -61,38 +64,69 @@ def test_what_ends_without_a_reason_keeps_torchruns_code(launch, script, code):
     assert launch(script) == code
 
 
-@pytest.mark.parametrize("first", [[], [signal.SIGINT]])
-def test_one_signal_is_passed_on_but_not_a_ctrl_c(launch, tmp_path, capfd, first):
-    ready, counted = tmp_path / "ready", tmp_path / "counted"
-    script = f"""
+# Notes the signals that it gets, and waits a little for one more.
+PART = """
+import signal, sys, time
 def note(number, frame):
-    open({str(counted)!r}, "a").write("one ")
-signal.signal(signal.SIGTERM, note)
-open({str(ready)!r}, "w").close()
+    print(signal.Signals(number).name, flush=True)
+    noted.append(number)
+noted = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, note)
+print("ready", flush=True)
 for _ in range(1000):
-    if os.path.exists({str(tmp_path / "go")!r}):
+    time.sleep(0.02)
+    if noted:
         break
-    time.sleep(0.01)
-leave(85, "stopped by SIGTERM")
+time.sleep(0.3)
+sys.exit(1)
+"""
+LAUNCHER = """
+import sys
+from clip_pgs.launch import Processes, _Launch
+class Stub(Processes):
+    def torchrun(self, module, arguments):
+        return [sys.executable, "-c", *arguments]
+sys.exit(_Launch().train(sys.argv[1:], Stub(2, 2, 1, "host:1")))
 """
 
-    def send():
-        while not ready.exists():
-            time.sleep(0.01)
-        for number in (*first, signal.SIGTERM, signal.SIGTERM):
-            # Sent to the process, it could come to this thread, and leave the other waiting.
-            signal.pthread_kill(threading.main_thread().ident, number)
-        end = time.monotonic() + 10
-        while not counted.exists() and time.monotonic() < end:
-            time.sleep(0.01)
-        (tmp_path / "go").touch()
 
-    sender = threading.Thread(target=send)
-    sender.start()
-    assert launch(script) == 85
-    sender.join()
-    assert counted.read_text() == "one "
-    assert capfd.readouterr().err == "stopped by SIGTERM\n"
+@pytest.mark.parametrize(
+    ("source", "heard", "code"),
+    [
+        ([signal.SIGTERM, signal.SIGTERM], "SIGTERM", 85),
+        ([signal.SIGINT, signal.SIGTERM], "SIGINT", 130),
+        ("terminal", "SIGINT", 130),
+        ([signal.SIGKILL], "SIGTERM", -9),
+    ],
+)
+def test_processes_hear_of_one_signal_wherever_it_comes_from(source, heard, code):
+    terminal, end = pty.openpty()
+
+    def take_terminal():
+        # Ctrl-C comes as in a terminal, also where whoever runs the tests has it ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        fcntl.ioctl(end, termios.TIOCSCTTY, 0)
+
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, PART],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    with launcher:
+        assert launcher.stdout.readline() == "ready\n"
+        if source == "terminal":
+            os.write(terminal, b"\x03")
+        else:
+            for number in source:
+                launcher.send_signal(number)
+        # To its end: that of the process that the launcher started.
+        assert launcher.stdout.read() == f"{heard}\n"
+    assert launcher.returncode == code
+    os.close(terminal)
+    os.close(end)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGINT, 130)])

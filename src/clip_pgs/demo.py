@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from clip_pgs.common import (
     folder_lock,
     write_text,
 )
+from clip_pgs.launch import start
 from clip_pgs.training.stop import lock_holder, take_lock
 
 _WORLD = Path("data", "demo")
@@ -173,7 +175,7 @@ def _call(module: str, *arguments: str, output: int | None = None) -> str:
         _DemoError: If it fails.
     """
     command = [sys.executable, "-m", module, *arguments]
-    process = subprocess.Popen(
+    process = start(
         command,
         stdout=output,
         # The lock on the folder stays as long as something of the demo runs.
@@ -187,14 +189,14 @@ def _call(module: str, *arguments: str, output: int | None = None) -> str:
             sys.stdout.write(line)
         code = process.wait()
     except (AskedToLeaveError, KeyboardInterrupt) as error:
-        # A terminal tells the part of Ctrl-C itself; it saves what it has.
-        if isinstance(error, AskedToLeaveError):
-            process.terminate()
+        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+        process.send_signal(number)
         try:
+            # It saves what it has.
             process.wait()
-        except AskedToLeaveError:
-            # That Ctrl-C came from no terminal, and the part has heard of nothing.
-            process.terminate()
+        except (AskedToLeaveError, KeyboardInterrupt):
+            # A second Ctrl-C does not let it.
+            process.send_signal(number)
             process.wait()
         raise
     if code:

@@ -8,12 +8,13 @@
     OMP_NUM_THREADS           CPU threads of a process [cores / processes]
 
 torchrun ends with 1 whatever ended a run, below pages of its own. So bad input is refused here
-before it starts, a signal is passed on once, and the run leaves its exit code and its reason in a
-folder of the launch's own. torch is imported after the options are known to be good.
+before it starts, the first signal is passed on, and the run leaves its exit code and its reason in
+a folder of the launch's own. torch is imported after the options are known to be good.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from clip_pgs.common import INTERRUPTED, PREEMPTED, one_sentence, refuse
 from clip_pgs.training.stop import LAUNCH_FOLDER, leave
@@ -31,7 +33,8 @@ from clip_pgs.training.stop import LAUNCH_FOLDER, leave
 TRAINING, EVALUATION = "clip_pgs.training", "clip_pgs.evaluation"
 _GPU_TOOLS = ("nvidia-smi", "rocm-smi")
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
-_PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_PR_SET_PDEATHSIG = 1
 
 
 def train(argv: Sequence[str]) -> int:
@@ -156,6 +159,25 @@ class Processes:
         return [*command, "-m", "--", module, *arguments]
 
 
+def start(command: Sequence[str], **options: Any) -> subprocess.Popen:
+    """Start a command that hears of signals by way of this process, and so hears each once.
+
+    In a session of its own, a terminal's Ctrl-C does not reach it. Where Linux can tell it, it gets
+    SIGTERM when this process is killed.
+
+    Args:
+        command: Program and arguments.
+        **options: As `subprocess.Popen` takes them.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+
+    def follow() -> None:
+        if prctl is not None:
+            prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=follow, **options)
+
+
 @dataclass
 class _Launch:
     """Processes started one after the other, and the signals that came for them."""
@@ -201,22 +223,16 @@ class _Launch:
             # What whoever started us wants ignored (nohup) stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note)
-        signal.signal(signal.SIGINT, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.stopped.append(number)
         self._pass_on()
 
     def _pass_on(self) -> None:
-        """Pass one signal on: the first that no terminal has sent to all processes at once.
-
-        One more after a Ctrl-C lets torchrun wait anew, and serves where that came from no
-        terminal. A third would keep it from waiting for the run to save.
-        """
-        number = next((number for number in self.stopped if number != signal.SIGINT), None)
-        if number is not None and self.process is not None and not self.is_passed_on:
+        """Pass the first signal on; a second would keep torchrun from waiting for the save."""
+        if self.stopped and self.process is not None and not self.is_passed_on:
             self.is_passed_on = True
-            self.process.send_signal(number)
+            self.process.send_signal(self.stopped[0])
 
     def _run(
         self, command: Sequence[str], variables: Mapping[str, str], *, output: int | None = None
@@ -225,7 +241,7 @@ class _Launch:
         if self.stopped:
             return self._code_of_signal()
         environment = {**os.environ, **variables}
-        self.process = subprocess.Popen(command, env=environment, stdout=output)
+        self.process = start(command, env=environment, stdout=output)
         self._pass_on()
         status = self.process.wait()
         return status if status >= 0 else 128 - status

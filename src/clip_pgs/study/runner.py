@@ -154,7 +154,7 @@ class Runner:
         self._is_stopping = True
         with self._lock:
             for child in self._children:
-                # What a launcher started is in its group; it passes on what asks it to leave.
+                # A launcher passes on what asks it to leave, and what it started ends with it.
                 with suppress(ProcessLookupError):
                     if number == signal.SIGKILL:
                         os.killpg(child.pid, number)
