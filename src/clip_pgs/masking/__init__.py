@@ -1,6 +1,14 @@
 """Choosing which patches of an image a vision transformer sees; torch alone."""
 
-from clip_pgs.masking import attentive, baselines, cluster, pgs, pgs_released, saliency_crop
+from clip_pgs.masking import (
+    attentive,
+    baselines,
+    cluster,
+    colormae,
+    pgs,
+    pgs_released,
+    saliency_crop,
+)
 from clip_pgs.masking.edges import sobel_edges
 from clip_pgs.masking.pgs import pgs_scores
 from clip_pgs.masking.sinkhorn import sinkhorn_plan
@@ -26,6 +34,7 @@ __all__ = [
     "attentive",
     "baselines",
     "cluster",
+    "colormae",
     "create_masking",
     "describe_masking",
     "list_maskings",
