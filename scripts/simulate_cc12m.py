@@ -111,7 +111,7 @@ def look(shards: list[str]) -> dict[str, float]:
     pattern = str(Path(shards[0]).parent / "*.tar")
     names = ("train_data", "val_data", "dataset_type", "caption_key", "dataset_resampled")
     args = SimpleNamespace(**dict(zip(names, (pattern, None, "auto", None, False), strict=True)))
-    args.train_num_samples = None
+    args.train_num_samples = args.mae = None
     return timed(lambda: preflight(args))
 
 

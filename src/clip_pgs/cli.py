@@ -21,6 +21,7 @@ from clip_pgs.integrations import check_versions
 # What runs each command, and what it does.
 COMMANDS = {
     "train": ("clip_pgs.launch:train", "train a model, in one process or many"),
+    "mae": ("clip_pgs.launch:train_autoencoder", "train a masked autoencoder on images alone"),
     "test": ("clip_pgs.launch:evaluate", "evaluate models, list data sets, write a report"),
     "data": ("clip_pgs.data.__main__:main", "make, pack, check and count image-caption data"),
     "inspect": ("clip_pgs.inspection.__main__:main", "draw and measure what maskings do"),
@@ -32,6 +33,7 @@ COMMANDS = {
 # What makes the parser of each command, and of those below it that have one of their own.
 _PARSERS = {
     ("train",): "clip_pgs.training.options:option_parser",
+    ("mae",): "clip_pgs.training.options:option_parser",
     ("test",): "clip_pgs.evaluation.command:make_parser",
     ("test", "sets"): "clip_pgs.evaluation.command:make_sets_parser",
     ("test", "report"): "clip_pgs.evaluation.report.command:make_parser",

@@ -44,6 +44,9 @@ EVAL_NAME = "eval"
 # What an export holds, as OpenCLIP names it.
 MODEL_CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
+# What holds the config of a model of transformers, and what that of a masked autoencoder says.
+HF_CONFIG_NAME = "config.json"
+MAE_TYPE = "vit_mae"
 
 # How a mask ratio can go over training; here, as options know it before torch is there.
 MASK_SCHEDULES = ("constant", "linear", "cosine")

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from clip_pgs.common import INTERRUPTED, PREEMPTED, one_sentence, refuse
+from clip_pgs.common import INTERRUPTED, MAE_TYPE, PREEMPTED, one_sentence, refuse
 from clip_pgs.training.stop import LAUNCH_FOLDER, leave
 
 TRAINING, EVALUATION = "clip_pgs.training", "clip_pgs.evaluation"
@@ -37,7 +37,12 @@ _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
-def train(argv: Sequence[str]) -> int:
+def train_autoencoder(argv: Sequence[str]) -> int:
+    """Do what `train` does, for configs of masked autoencoders alone."""
+    return train(argv, wants_autoencoder=True)
+
+
+def train(argv: Sequence[str], *, wants_autoencoder: bool = False) -> int:
     """Train as `clip-pgs train` says: `[CONFIG] [--nproc N]` and the options of training.
 
     Returns:
@@ -49,7 +54,13 @@ def train(argv: Sequence[str]) -> int:
             arguments = ["--config", *arguments]
         from clip_pgs.training.options import check_values, read_options
 
-        check_values(read_options(arguments))
+        options = read_options(arguments)
+        check_values(options)
+        if wants_autoencoder and options.mae is None:
+            raise ValueError(
+                f"clip-pgs mae trains a masked autoencoder, and {options.model} is none; give "
+                f"--model-config FILE.json with the model_type {MAE_TYPE}"
+            )
         # In torchrun's hands this is one of its processes.
         is_worker = "RANK" in os.environ
         processes = Processes(1) if is_worker else Processes.of_environment(nproc)

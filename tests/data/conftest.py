@@ -91,6 +91,7 @@ def make_args():
             "csv_img_key": "filepath",
             "csv_caption_key": "title",
             "caption_key": None,
+            "mae": None,
             "workers": 0,
             "batch_size": 5,
             "accum_freq": 1,

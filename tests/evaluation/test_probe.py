@@ -4,15 +4,19 @@ import math
 import numpy as np
 import pytest
 import sklearn.linear_model
+import sklearn.neighbors
 import torch
 from scipy.optimize import minimize
 
+from clip_pgs.evaluation import probe as probe_module
+from clip_pgs.evaluation.datasets import DamagedDataError
 from clip_pgs.evaluation.features import Features
 from clip_pgs.evaluation.probe import (
     HELD_BACK_RATIO,
     LogisticRegression,
     hold_back,
     linear_probe,
+    nearest_neighbors,
 )
 
 CPU = torch.device("cpu")
@@ -273,3 +277,27 @@ def test_torch_converges_where_a_few_directions_dominate():
     features_ND = torch.randn(400, 40, generator=generator) * torch.logspace(2, -3, 40)
     classes = torch.randint(4, (400,), generator=generator)
     assert LogisticRegression(CPU).fit(features_ND, classes, c=10.0).is_converged
+
+
+@pytest.mark.parametrize("num_per_class", [3, 40])
+def test_the_nearest_vote_as_in_scikit_learn(num_per_class, monkeypatch):
+    monkeypatch.setattr(probe_module, "_CHUNK_LOGITS", 1000)
+    train, test = make_features(num_per_class, noise=1.5), make_features(30, noise=1.5, seed=1)
+    # Which numbers the classes have is of no account.
+    train.labels.mul_(7)
+    test.labels.mul_(7)
+    oracle = sklearn.neighbors.KNeighborsClassifier(
+        min(20, len(train.labels)),
+        metric="cosine",
+        weights=lambda distances: np.exp((1 - distances) / 0.07),
+    ).fit(train.images.numpy(), train.labels.numpy())
+    expected = oracle.score(test.images.numpy(), test.labels.numpy())
+    assert nearest_neighbors(train, test, name="clouds", device=CPU) == pytest.approx(expected)
+    assert 0.3 < expected < 0.95
+
+
+def test_captions_have_no_neighbors_that_vote():
+    train = make_features(3)
+    captioned = Features(train.images, captions=[["a"]] * len(train.images))
+    with pytest.raises(DamagedDataError, match="one class per image"):
+        nearest_neighbors(train, captioned, name="pairs", device=CPU)

@@ -94,12 +94,12 @@ def test_compositionality_shows_ties_and_the_averages_of_its_parts():
 
 
 def test_linear_probe_shows_the_regularisation_it_chose():
-    metrics = {"lp_acc1": 0.5, "lp_acc5": 0.9, "lp_mean_per_class_recall": 0.4}
+    metrics = {"lp_acc1": 0.5, "lp_acc5": 0.9, "lp_mean_per_class_recall": 0.4, "knn_acc1": 0.45}
     details = {"regularisation": 0.31622}
     text = format_table([result("six", suite="linear-probe", metrics=metrics, details=details)])
     assert text == (
-        "linear-probe  acc1  acc5  recall  regularisation  samples\n"
-        "six           50.0  90.0    40.0           0.316      100\n"
+        "linear-probe  20-NN  acc1  acc5  recall  regularisation  samples\n"
+        "six            45.0  50.0  90.0    40.0           0.316      100\n"
     )
 
 

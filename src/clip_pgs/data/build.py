@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from PIL import Image
 
 from clip_pgs.data.bad_samples import OnSkip, Skip, SkipAccount
 from clip_pgs.data.batches import Batching, PlannedBatches, Source
-from clip_pgs.data.caption_tables import PairTable, TableSource, read_pairs
+from clip_pgs.data.caption_tables import PairTable, TableSource, list_images, read_pairs
 from clip_pgs.data.decoding import RandomCrop, faster_transform
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.order import (
@@ -39,7 +40,7 @@ DatasetKind = Literal["webdataset", "csv", "synthetic"]
 
 
 def dataset_kind(dataset_type: str, path: str | None, *, flag: str) -> DatasetKind:
-    """Return the kind of data that `--dataset-type` and a path mean.
+    """Return the kind of data that `--dataset-type` and a path mean; a folder is a table.
 
     Args:
         dataset_type: "webdataset", "csv", "synthetic", or "auto" to judge by the path.
@@ -57,12 +58,12 @@ def dataset_kind(dataset_type: str, path: str | None, *, flag: str) -> DatasetKi
         )
     if dataset_type == "webdataset":
         return "webdataset"
-    if dataset_type == "csv" or path.lower().endswith((".csv", ".tsv")):
+    if dataset_type == "csv" or path.lower().endswith((".csv", ".tsv")) or os.path.isdir(path):
         return "csv"
     if ".tar" in path.lower():
         return "webdataset"
     raise ValueError(
-        f"{flag} {path!r} ends neither in .tar nor in .csv or .tsv; "
+        f"{flag} {path!r} is no folder, and ends neither in .tar nor in .csv or .tsv; "
         "say which it is with --dataset-type webdataset or csv"
     )
 
@@ -83,7 +84,7 @@ def build_train_stream(
             `train_data_upsampling_factors`, `train_num_samples`, `csv_*`, `batch_size`,
             `accum_freq`, `workers`, `seed`; and ours: `caption_key`, `text_masking`,
             `text_tokens`, `text_masking_options`, `data_timeout` (seconds; 0 waits for ever),
-            `max_bad_share` (None allows any).
+            `max_bad_share` (None allows any), `mae` (None where captions are needed).
         transform: RGB image to a float tensor of shape (3, H, W).
         tokenize: The model's tokenizer: B captions to a long tensor (B, context length).
         rank: This process, in [0, world_size).
@@ -109,7 +110,11 @@ def build_train_stream(
         **args.text_masking_options,
     )
     decode = SampleDecoder(
-        faster_transform(transform), shorten, args.seed, _caption_key(args, kind)
+        faster_transform(transform),
+        shorten,
+        args.seed,
+        _caption_key(args, kind),
+        with_captions=args.mae is None,
     )
     batching = Batching(args.batch_size, args.accum_freq, rank, world_size)
     batches, failures = _make_batches(args, kind, args.train_data, decode, batching)
@@ -152,7 +157,18 @@ def build_val_stream(
 
 
 def read_table(args: argparse.Namespace, path: str) -> PairTable:
-    """Read a table by the names of its columns; see `read_pairs`."""
+    """Read a table by the names of its columns, or list a folder of images without captions.
+
+    Raises:
+        ValueError: See `read_pairs` and `list_images`; or if captions are needed.
+    """
+    if os.path.isdir(path):
+        if args.mae is None:
+            raise ValueError(
+                f"{path!r} is a folder, whose images have no captions; a masked autoencoder alone "
+                "trains without (clip-pgs mae)"
+            )
+        return list_images(Path(path))
     return read_pairs(
         Path(path),
         image_key=args.csv_img_key,

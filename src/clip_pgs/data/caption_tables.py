@@ -15,7 +15,7 @@ import pandas as pd
 from clip_pgs.data.bad_samples import Skip
 from clip_pgs.data.decoding import read_image_file, time_limit
 from clip_pgs.data.order import SampleRef
-from clip_pgs.data.samples import RawSample
+from clip_pgs.data.samples import IMAGE_SUFFIXES, RawSample
 from clip_pgs.data.shards import is_remote
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class PairTable:
     """The pairs of a table, row by row.
 
     Args:
-        path: The table's file.
+        path: The table's file, or a folder of images.
         images: Image paths as written there.
         captions: Captions; empty where the cell is.
     """
@@ -91,6 +91,19 @@ def read_pairs(path: Path, *, image_key: str, caption_key: str, separator: str) 
     """
     images, captions = _read_columns(path, (image_key, caption_key), separator)
     return PairTable(path, images, captions)
+
+
+def list_images(folder: Path) -> PairTable:
+    """Return the images in a folder and those below, by their paths' order, without captions.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = (path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES)
+    images = sorted(map(str, found))
+    if not images:
+        raise ValueError(f"folder {str(folder)!r} holds no .{', .'.join(IMAGE_SUFFIXES)} file")
+    return PairTable(folder, images, [""] * len(images))
 
 
 def read_captions(path: Path, *, caption_key: str, separator: str) -> list[str]:

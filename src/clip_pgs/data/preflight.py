@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -61,10 +62,10 @@ def preflight(args: argparse.Namespace) -> list[str]:
         kind = dataset_kind(args.dataset_type, path, flag=flag)
         try:
             if kind == "csv":
-                warnings += _judge(_look_at_rows(TableSource(read_table(args, path))), flag)
+                warnings += _judge(_look_at_rows(TableSource(read_table(args, path)), args), flag)
             elif kind == "webdataset":
                 shards = expand_shards(path)
-                warnings += _judge(_look_at_shards(shards, args.caption_key), flag)
+                warnings += _judge(_look_at_shards(shards, args), flag)
                 if flag == "--train-data" and all(map(is_seekable, shards)):
                     warnings += _check_amount(args, shards)
         except NoUsableSampleError as error:
@@ -74,19 +75,22 @@ def preflight(args: argparse.Namespace) -> list[str]:
     return warnings
 
 
-def _look_at_rows(source: TableSource) -> list[_Look]:
+def _look_at_rows(source: TableSource, args: argparse.Namespace) -> list[_Look]:
     rows = _spread(len(source.table), _MAX_DECODED)
+    look = partial(_look, caption_key=None, with_captions=args.mae is None)
     with ThreadPoolExecutor(_NUM_READERS) as executor:
-        return list(executor.map(lambda row: _look([source.read(SampleRef(0, row))]), rows))
+        return list(executor.map(lambda row: look([source.read(SampleRef(0, row))]), rows))
 
 
-def _look_at_shards(shards: list[str], caption_key: str | None) -> list[_Look]:
+def _look_at_shards(shards: list[str], args: argparse.Namespace) -> list[_Look]:
+    caption_key = args.caption_key
     local = [shard for shard in shards if not is_remote(shard)]
     chosen = {local[index] for index in _spread(len(local), _MAX_DECODED)}
 
     def look_into(shard: str) -> _Look:
         items = read_shard(shard, use_json=caption_key is not None)
-        return _look(islice(items, _PAIRS_PER_SHARD), caption_key)
+        some = islice(items, _PAIRS_PER_SHARD)
+        return _look(some, caption_key=caption_key, with_captions=args.mae is None)
 
     def open_only(shard: str) -> list[Skip]:
         try:
@@ -110,13 +114,16 @@ def _look_at_shards(shards: list[str], caption_key: str | None) -> list[_Look]:
     return looks
 
 
-def _look(items: Iterable[RawSample | Skip], caption_key: str | None = None) -> _Look:
+def _look(
+    items: Iterable[RawSample | Skip], *, caption_key: str | None, with_captions: bool
+) -> _Look:
     """Decode samples up to the first that can be used."""
     skips: list[Skip] = []
     for item in items:
         try:
             if isinstance(item, RawSample):
-                decode_captions(item, caption_key=caption_key)
+                if with_captions:
+                    decode_captions(item, caption_key=caption_key)
                 decode_image(item)
                 return True, skips
             skips.append(item)

@@ -68,12 +68,14 @@ class SampleDecoder:
         seed: Seed of the run.
         caption_key: Fields of the side-car JSON that hold captions, as `--caption-key` names
             them; None where captions are texts.
+        with_captions: Whether a sample needs captions; else nobody reads any.
     """
 
     transform: Transform
     tokenize: Tokenize
     seed: int
     caption_key: str | None = None
+    with_captions: bool = True
 
     def __call__(self, raw: RawSample, *, epoch: int) -> tuple[Tensor, Tensor]:
         """Decode one pair; the process's generators, which both parts draw from, are seeded.
@@ -88,7 +90,9 @@ class SampleDecoder:
         Raises:
             BadSampleError: If image or caption is missing or cannot be read.
         """
-        captions = decode_captions(raw, caption_key=self.caption_key)
+        captions = [""]
+        if self.with_captions:
+            captions = decode_captions(raw, caption_key=self.caption_key)
         # The folder is left out, so that a data set may move.
         shard_name = raw.shard.rpartition("/")[2]
         place = (self.seed, epoch, shard_name, raw.key, raw.repeat)

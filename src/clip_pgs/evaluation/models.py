@@ -28,6 +28,8 @@ from clip_pgs.checkpoint_reading import (
 from clip_pgs.common import (
     CHECKPOINTS_NAME,
     EXPORT_NAME,
+    HF_CONFIG_NAME,
+    MAE_TYPE,
     MODEL_CONFIG_NAME,
     PARAMS_NAME,
     literal,
@@ -89,8 +91,9 @@ def load_model(
     """Open a model in float32 and eval mode.
 
     Args:
-        source: A run folder (its `export`), a folder with `open_clip_config.json`, a checkpoint
-            file, `local-dir:PATH`, `hf-hub:OWNER/NAME`, or the name of an open_clip model.
+        source: A run folder (its `export`), a folder with `open_clip_config.json` or of a ViT-MAE
+            of transformers, a checkpoint file, `local-dir:PATH`, `hf-hub:OWNER/NAME`, or the name
+            of an open_clip model.
         model: Architecture of a checkpoint file, by its open_clip name. By default it is what
             the file or its run records.
         model_config: The same as an OpenCLIP model config, a JSON file.
@@ -154,9 +157,15 @@ def _resolve(
     # os.path: a name that is too long is that of none.
     if os.path.isfile(path):
         checkpoint = _read(path)
+        record = checkpoint.config
+        if _is_autoencoder(record) and model is None and model_config is None:
+            return partial(_build_autoencoder, checkpoint), source
         architecture = _find_architecture(checkpoint, model=model, model_config=model_config)
         return partial(_build_checkpoint, checkpoint, architecture), source
     if os.path.isdir(path):
+        folder = next((f for f in (path, path / EXPORT_NAME) if _holds_autoencoder(f)), None)
+        if folder is not None:
+            return partial(_open_autoencoder, folder), str(folder)
         folder = _export_folder(path)
         return partial(_create, f"local-dir:{folder}"), str(folder)
     if source.startswith("hf-hub:"):
@@ -168,6 +177,34 @@ def _resolve(
         choices = f"one of {', '.join(tags)}" if tags else "but open_clip knows none"
         raise ValueError(f"{source} needs published weights, --pretrained TAG, {choices}")
     return partial(_create, source, pretrained=pretrained), f"{source},{pretrained}"
+
+
+def _is_autoencoder(record: Any) -> bool:
+    config = record.get("model_cfg") if isinstance(record, dict) else None
+    return isinstance(config, dict) and config.get("model_type") == MAE_TYPE
+
+
+def _holds_autoencoder(folder: Path) -> bool:
+    """Return whether transformers would open a folder as a masked autoencoder."""
+    path = folder / HF_CONFIG_NAME
+    if not path.is_file() or (folder / MODEL_CONFIG_NAME).is_file():
+        return False
+    return read_json_object(path, what=str(path)).get("model_type") == MAE_TYPE
+
+
+def _open_autoencoder(folder: Path) -> Built:
+    from clip_pgs.integrations.open_clip.mae import load_mae, no_tokens
+
+    model = load_mae(folder)
+    return model, model.transform(is_train=False), no_tokens
+
+
+def _build_autoencoder(checkpoint: _Checkpoint) -> Built:
+    from clip_pgs.integrations.open_clip.mae import build_mae, no_tokens
+
+    check_sum(checkpoint.path)
+    model = build_mae(checkpoint.config or {}, checkpoint.state_dict, what=str(checkpoint.path))
+    return model, model.transform(is_train=False), no_tokens
 
 
 def model_name(source: str, *, pretrained: str | None = None) -> str:

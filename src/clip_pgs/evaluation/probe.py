@@ -37,10 +37,13 @@ _COARSE_STEP = 2.0
 _LOWEST, _HIGHEST = -10.0, 10.0
 _FINER_STEPS = (1.0, 0.5, 0.25)
 
+NUM_NEIGHBORS = 20
+_TEMPERATURE = 0.07
+
 MAX_ITERATIONS = 3000
 # Largest entry of the gradient of the mean loss at which the solver stops.
 _TOLERANCE = 1e-5
-# Logits computed at once: 256 MiB.
+# Logits, or similarities, computed at once: 256 MiB.
 _CHUNK_LOGITS = 2**26
 
 
@@ -115,6 +118,39 @@ def linear_probe(
         "seed": seed,
     }
     return {f"lp_{key}": value for key, value in metrics.items()}, details
+
+
+def nearest_neighbors(train: Features, test: Features, *, name: str, device: torch.device) -> float:
+    """Let the nearest images of train vote on the class of each image of test.
+
+    As in DINO (https://arxiv.org/abs/2104.14294): the 20 with the highest cosine similarity s
+    vote, with a weight of exp(s / 0.07).
+
+    Args:
+        train: As for `linear_probe`.
+        test: As for `linear_probe`.
+        name: Of the data set, for messages.
+        device: As for `linear_probe`.
+
+    Returns:
+        The share of test whose class has the most votes, in [0, 1].
+
+    Raises:
+        DamagedDataError: If the data have no class per image.
+    """
+    device = device if device.type == "cuda" else torch.device("cpu")
+    test_labels = _labels(test, name)
+    class_ids, classes = _labels(train, name).unique(return_inverse=True)
+    train_ND = normalize(train.images, dim=-1).to(device)
+    classes = classes.to(device)
+    found: list[Tensor] = []
+    for part_MD in normalize(test.images, dim=-1).split(max(1, _CHUNK_LOGITS // len(train_ND))):
+        similarities_MN = part_MD.to(device) @ train_ND.T
+        top = similarities_MN.topk(min(NUM_NEIGHBORS, len(train_ND)), dim=1)
+        votes_MK = torch.zeros(len(part_MD), len(class_ids), device=device)
+        votes_MK.scatter_add_(1, classes[top.indices], (top.values / _TEMPERATURE).exp())
+        found.append(class_ids[votes_MK.argmax(dim=1).cpu()])
+    return (torch.cat(found) == test_labels).double().mean().item()
 
 
 def hold_back(features_ND: Tensor, classes: Tensor, *, seed: int) -> Tensor:

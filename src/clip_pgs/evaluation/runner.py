@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 FEATURES_NAME = "features"
 ERRORS_NAME = "errors.log"
 # Raise it when a suite's rules change, or what a result tells, so that older ones are redone.
-_RULES = 2
+_RULES = 3
 _PACKAGES = ("open_clip_torch", "torch", "torchvision", "numpy", "pillow")
 
 

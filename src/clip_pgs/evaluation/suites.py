@@ -44,7 +44,7 @@ from clip_pgs.evaluation.metrics import (
     retrieval_metrics,
     zeroshot_logits,
 )
-from clip_pgs.evaluation.probe import linear_probe
+from clip_pgs.evaluation.probe import NUM_NEIGHBORS, linear_probe, nearest_neighbors
 
 logger = logging.getLogger(__name__)
 
@@ -238,10 +238,14 @@ def score_retrieval(encoder: Encoder, eval_set: EvalSet) -> Scores:
 @register_suite(
     "linear-probe",
     title="Linear probe",
-    summary="logistic regression on features, tuned on a held-back fifth of train",
+    summary="logistic regression on features, tuned on a held-back fifth of train; and a vote of "
+    "the 20 nearest images of train",
     task="linear_probe",
     types=("classification",),
-    metrics={f"lp_{name}": label for name, label in _CLASS_METRICS.items()},
+    metrics={
+        **{f"lp_{name}": label for name, label in _CLASS_METRICS.items()},
+        "knn_acc1": f"{NUM_NEIGHBORS}-NN",
+    },
     main_metrics=("lp_acc1",),
     unit=_TOP_1,
     order=3,
@@ -249,7 +253,7 @@ def score_retrieval(encoder: Encoder, eval_set: EvalSet) -> Scores:
     fact="regularisation",
 )
 def score_linear_probe(encoder: Encoder, eval_set: EvalSet) -> Scores:
-    """Fit a linear classifier to the features of train and score it on those of test."""
+    """Score a linear classifier, and a vote of the nearest, on the features of test."""
     test = encoder.images(eval_set)
     train = encoder.images(eval_set, split="train")
     metrics, details = linear_probe(
@@ -259,6 +263,7 @@ def score_linear_probe(encoder: Encoder, eval_set: EvalSet) -> Scores:
         classes=read_class_names(eval_set.location),
         device=encoder.device,
     )
+    metrics["knn_acc1"] = nearest_neighbors(train, test, name=eval_set.name, device=encoder.device)
     return Scores(metrics, len(test.images), details)
 
 

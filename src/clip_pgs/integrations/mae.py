@@ -57,6 +57,12 @@ def mae_noise(
     inputs = PatchInputs(pixels, patch_size, tokens=tokens, progress=progress, noise=noise)
     if inputs.noise is None:
         inputs.noise = torch.rand(inputs.batch_size, inputs.num_patches, device=inputs.device)
+    return patch_order(strategy, inputs, sign=sign)
+
+
+def patch_order(strategy: MaskingStrategy, inputs: PatchInputs, *, sign: str) -> Tensor:
+    """Do what `mae_noise` does, for inputs that have noise."""
+    assert inputs.noise is not None
     is_shown_BN = kept_patches(strategy(inputs), inputs.num_patches) == (sign == "keep")
     return 0.5 * second_draw(inputs.noise) + torch.where(is_shown_BN, 0.0, 0.5)
 

@@ -187,7 +187,7 @@ def _is_text(statement: ast.stmt) -> bool:
 
 def model_digest(options: TrainOptions) -> str:
     """Return a digest of the config of a run's model."""
-    config = json.dumps(read_model_config(options.model), sort_keys=True, default=str)
+    config = json.dumps(read_model_config(options), sort_keys=True, default=str)
     return hashlib.sha256(config.encode()).hexdigest()[:_SHOWN]
 
 

@@ -33,6 +33,7 @@ from clip_pgs.integrations.open_clip.model_config import (
     check_model_config,
     check_preprocessing,
 )
+from clip_pgs.masking import MaskingStrategy, create_masking
 from clip_pgs.training.distributed import ShardedModel
 from clip_pgs.training.loss import in_chunks
 from clip_pgs.training.masks import seed_everything
@@ -78,6 +79,9 @@ def build_model(options: TrainOptions, device: torch.device) -> ModelParts:
     """
     seed_everything(options.seed)
     model, train_transform, val_transform = create_model(options, device)
+    if options.mae is not None:
+        apply_masking(model, build_masking(options))
+        return ModelParts(model, train_transform, val_transform, make_tokenizer(options))
     has_weights = options.pretrained or options.model.startswith(MODEL_SCHEMAS)
     if is_coca(model) and not has_weights:
         # OpenCLIP leaves this parameter as the memory it finds, other in each process.
@@ -113,6 +117,39 @@ def build_model(options: TrainOptions, device: torch.device) -> ModelParts:
     return ModelParts(model, train_transform, val_transform, make_tokenizer(options))
 
 
+def build_masking(options: TrainOptions) -> MaskingStrategy:
+    """Create the strategy of a run.
+
+    Raises:
+        ValueError: If there is no such strategy, or an option is wrong.
+    """
+    if options.mae is None:
+        return create_masking(options.masking, **options.masking_options)
+    from clip_pgs.integrations.open_clip.mae import create_mae_masking
+
+    rest = {name: value for name, value in options.masking_options.items() if name != "mask_ratio"}
+    config = _mae_record(options)["model_cfg"]
+    return create_mae_masking(options.masking, config, sign=options.mae_sign, **rest)
+
+
+def _mae_record(options: TrainOptions) -> dict[str, Any]:
+    """Return what rebuilds the masked autoencoder of a run."""
+    from clip_pgs.integrations.open_clip.mae import mae_config, mae_record
+
+    assert options.mae is not None
+    return mae_record(
+        mae_config(
+            options.mae,
+            what=f"--model-config {options.model_config}",
+            mask_ratio=options.masking_options.get("mask_ratio"),
+        ),
+        mean=options.image_mean,
+        std=options.image_std,
+        interpolation=options.image_interpolation,
+        resize_mode=options.image_resize_mode,
+    )
+
+
 def create_model(options: TrainOptions, device: torch.device) -> tuple[Any, Callable, Callable]:
     """Create OpenCLIP's model with the weights it starts from, and lock what is to be locked.
 
@@ -127,6 +164,13 @@ def create_model(options: TrainOptions, device: torch.device) -> tuple[Any, Call
         ValueError: If weights cannot be read or do not fit.
         RuntimeError, OSError: If something of it cannot be fetched.
     """
+    if options.mae is not None:
+        from clip_pgs.integrations.open_clip.mae import MaeModel
+
+        with device:
+            autoencoder = MaeModel(_mae_record(options))
+        train_transform = autoencoder.transform(is_train=True, aug_cfg=dict(options.aug_cfg))
+        return autoencoder, train_transform, autoencoder.transform(is_train=False)
     pretrained = options.pretrained
     if pretrained and Path(pretrained).is_dir():
         pretrained = str(find_checkpoint(pretrained))
@@ -194,6 +238,10 @@ def make_tokenizer(options: TrainOptions) -> Callable:
     Raises:
         ValueError: If it has to be fetched and cannot be.
     """
+    if options.mae is not None:
+        from clip_pgs.integrations.open_clip.mae import no_tokens
+
+        return no_tokens
     try:
         return open_clip.get_tokenizer(
             options.model, cache_dir=options.cache_dir, context_length=options.force_context_length
@@ -204,12 +252,19 @@ def make_tokenizer(options: TrainOptions) -> Callable:
         ) from None
 
 
-def read_model_config(name: str) -> dict[str, Any]:
-    """Return open_clip's config of a model.
+def read_model_config(options: TrainOptions) -> dict[str, Any]:
+    """Return open_clip's config of a run's model, or as much of it as a masked autoencoder has.
 
     Raises:
         ValueError: If there is none, or it cannot be read.
     """
+    if options.mae is not None:
+        return {
+            **(config := _mae_record(options)["model_cfg"]),
+            "vision_cfg": config,
+            "text_cfg": {},
+        }
+    name = options.model
     what = f"the config of --model {name}"
     if name.startswith("local-dir:"):
         path = Path(name.removeprefix("local-dir:"), MODEL_CONFIG_NAME)
@@ -237,14 +292,14 @@ def image_size(options: TrainOptions) -> int | list[int] | None:
 def input_size(options: TrainOptions) -> tuple[int, int]:
     """Return height and width of the images that a phase trains on."""
     size = options.train_image_size or image_size(options)
-    size = size or read_model_config(options.model)["vision_cfg"].get("image_size", 224)
+    size = size or read_model_config(options)["vision_cfg"].get("image_size", 224)
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def context_length(options: TrainOptions) -> int:
     """Return how many tokens the text tower takes."""
     default = open_clip.CLIPTextCfg().context_length
-    recorded = read_model_config(options.model)["text_cfg"].get("context_length", default)
+    recorded = read_model_config(options)["text_cfg"].get("context_length", default)
     return options.force_context_length or recorded
 
 
@@ -331,6 +386,8 @@ def _kind(value: Any) -> Any:
 
 def build_trimmer(options: TrainOptions, model: nn.Module) -> CaptionTrimmer | None:
     """Return what cuts captions to what reaches their features, None where padding does, too."""
+    if options.mae is not None:
+        return None
     # Groups of several lengths are compiled anew for each combination, and FSDP would gather the
     # weights for each of them, of which processes may have different numbers.
     is_one_group = options.torchcompile or options.fsdp
@@ -339,6 +396,10 @@ def build_trimmer(options: TrainOptions, model: nn.Module) -> CaptionTrimmer | N
 
 def build_loss(options: TrainOptions, model: nn.Module) -> nn.Module:
     """Create OpenCLIP's loss for a model; options needs `rank` and `world_size`."""
+    if options.mae is not None:
+        from clip_pgs.integrations.open_clip.mae import MeanOfRows
+
+        return MeanOfRows()
     # OpenCLIP goes by the name, which says nothing where the model comes from one's own file.
     name = "coca" if is_coca(model) else options.model.lower().replace("coca", "")
     loss = open_clip.create_loss(argparse.Namespace(**{**vars(options.openclip), "model": name}))

@@ -29,7 +29,7 @@ from clip_pgs.checkpoint_reading import (
     newest_checkpoint,
     read_checkpoint,
 )
-from clip_pgs.common import CHECKPOINTS_NAME, check_choice, one_sentence
+from clip_pgs.common import CHECKPOINTS_NAME, MAE_TYPE, check_choice, one_sentence
 from clip_pgs.data.text_masking import create_text_masking
 from clip_pgs.integrations.open_clip import apply_masking, masked_inference
 from clip_pgs.integrations.open_clip.model_config import (
@@ -40,6 +40,7 @@ from clip_pgs.integrations.open_clip.model_config import (
 )
 from clip_pgs.masking import create_masking
 from clip_pgs.training.build import (
+    build_masking,
     build_optimizer,
     context_length,
     create_model,
@@ -71,6 +72,13 @@ from clip_pgs.training.telemetry import Cost
 _NUM_TOKENS = 49408
 _LEAST_CONTEXT = 3
 _TRIED_SIZE = 32
+_NOT_FOR_AUTOENCODERS = (
+    "pretrained pretrained_image val_data imagenet_val imagenet_v2 siglip loss_chunk fsdp "
+    "torchcompile grad_checkpointing use_bn_sync lock_image lock_text merge merge_counts "
+    "pack_tokens mask_schedule unmasked_epochs text_masking text_masking_option text_tokens "
+    "caption_key force_image_size force_context_length force_quick_gelu force_custom_text "
+    "force_patch_dropout train_image_size eval_inference_masking"
+)
 
 
 def check_options(options: TrainOptions) -> nn.Module:
@@ -134,7 +142,14 @@ def _check_model(options: TrainOptions) -> tuple[nn.Module, torch.optim.Optimize
         The model as the run will make it, unmasked and, as a rule, on the device "meta", and its
         optimizer.
     """
-    config, name = read_model_config(options.model), options.model
+    if options.mae is not None:
+        _check_autoencoder(options)
+        return _try_model(options, torch.device("meta"))
+    if "mae_sign" in options.given:
+        raise ValueError(
+            f"--mae-sign needs a --model-config of a masked autoencoder (model_type {MAE_TYPE})"
+        )
+    config, name = read_model_config(options), options.model
     text = config["text_cfg"]
     is_text_of_hub = bool(text.get("hf_model_name"))
     brings_weights = name.startswith(MODEL_SCHEMAS)
@@ -179,6 +194,23 @@ def _check_model(options: TrainOptions) -> tuple[nn.Module, torch.optim.Optimize
     # transformers makes no model with its weights on the device "meta".
     fetches_text = is_text_of_hub and not (options.pretrained or brings_weights)
     return _try_model(options, torch.device("cpu" if fetches_text else "meta"))
+
+
+def _check_autoencoder(options: TrainOptions) -> None:
+    """Refuse what a masked autoencoder has no part for, or is not trained with here."""
+    for name in _NOT_FOR_AUTOENCODERS.split():
+        if name in options.given:
+            raise ValueError(
+                f"{flag_of(name)} cannot go with the masked autoencoder of --model-config "
+                f"{options.model_config}"
+            )
+    if options.masking == "none":
+        raise ValueError(
+            "--masking none hides nothing from a masked autoencoder; name a strategy, such as "
+            "--masking random"
+        )
+    _check_batch(options)
+    _check_augmentation(options)
 
 
 def _try_model(
@@ -276,14 +308,14 @@ def _check_masking(options: TrainOptions, model: nn.Module) -> None:
         for name in (*ratios, "masking_option", "merge", "merge_counts"):
             if name in options.given:
                 raise ValueError(f"{flag_of(name)} needs --masking NAME")
-    strategy = create_masking(options.masking, **options.masking_options)
+    strategy = build_masking(options)
     _check_schedule(options)
     merges = options.merge != "none" or options.merge_counts
     if strategy.keeps_all and not merges and options.train_image_size is None:
         return
     dropout = options.force_patch_dropout
     if dropout is None:
-        dropout = read_model_config(options.model)["vision_cfg"].get("patch_dropout", 0.0)
+        dropout = read_model_config(options)["vision_cfg"].get("patch_dropout", 0.0)
     if dropout > 0:
         raise ValueError(
             f"--masking {options.masking} cannot work beside OpenCLIP's patch dropout of "

@@ -78,11 +78,11 @@ def training_files(options: TrainOptions) -> list[str]:
     if kind == "synthetic":
         return []
     if kind == "csv":
-        return [
-            _describe_file(
-                options.train_data or "", len(read_table(options, options.train_data or ""))
-            )
-        ]
+        table = read_table(options, options.train_data or "")
+        if os.path.isdir(table.path):
+            num_bytes = sum(map(os.path.getsize, table.images))
+            return [f"{table.path.name}: {num_bytes} bytes, {len(table)} samples"]
+        return [_describe_file(options.train_data or "", len(table))]
     shards = expand_shards(options.train_data or "")
     if options.dataset_resampled or not all(map(is_seekable, shards)):
         return [_describe_file(shard) for shard in shards]
@@ -141,7 +141,7 @@ def _check_training_data(options: TrainOptions) -> None:
     for phase in phase_options(options):
         needed = samples_per_step(phase)
         prefix = "--" if phase is options else "--unmasked-"
-        if needed == 1:
+        if needed == 1 and options.mae is None:
             raise ValueError(
                 f"{prefix}batch-size 1 x {prefix}accum-freq 1 x 1 process is a step of one sample, "
                 "whose contrastive loss is 0: there is nothing to tell it from"

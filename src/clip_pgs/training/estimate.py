@@ -55,7 +55,7 @@ def estimate(options: TrainOptions, model: nn.Module) -> Table:
             # Which patches they are is of no account, and no data says how many can be packed.
             masking.pack_tokens = False
         flops = count_sample_flops(
-            allow_short_text(model),
+            model if options.mae is not None else allow_short_text(model),
             images,
             texts,
             is_masked=masking is not None,

@@ -28,6 +28,7 @@ from clip_pgs.common import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
     EXPORT_NAME,
+    MAE_TYPE,
     MODEL_CONFIG_NAME,
     WEIGHTS_NAME,
     SentenceParser,
@@ -43,7 +44,8 @@ from clip_pgs.training.run_state import find_non_finite, load_checkpoint
 CARD_NAME = "README.md"
 
 # What stands in a card for "this folder", until it is uploaded.
-_PLACE = "local-dir:PATH_TO_THIS_FOLDER"
+_FOLDER = "PATH_TO_THIS_FOLDER"
+_PLACE = f"local-dir:{_FOLDER}"
 _NO_SCORES = (
     "No suite was scored. `clip-pgs test RUN` does it, and `clip-pgs export RUN` writes this again."
 )
@@ -54,16 +56,7 @@ _TEMPLATE = """\
 ---
 # {name}
 
-A {model} model for [OpenCLIP](https://github.com/mlfoundations/open_clip), trained by clip-pgs
-{version} {how}.
-
-```python
-import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("{place}")
-tokenizer = open_clip.get_tokenizer("{place}")
-```
-{inference}
+{opening}
 ## Scores
 
 {scores}
@@ -81,6 +74,29 @@ tokenizer = open_clip.get_tokenizer("{place}")
 {metrics}
 """
 
+_OPENING = """\
+A {model} model for [OpenCLIP](https://github.com/mlfoundations/open_clip), trained by clip-pgs
+{version} {how}.
+
+```python
+import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("{place}")
+tokenizer = open_clip.get_tokenizer("{place}")
+```
+{inference}"""
+_MAE_OPENING = """\
+A masked autoencoder ([MAE](https://arxiv.org/abs/2111.06377)) for transformers, trained by clip-pgs
+{version} on images alone, to {task} patches that `{masking}` keeps.
+
+```python
+from transformers import AutoImageProcessor, ViTMAEModel
+
+model = ViTMAEModel.from_pretrained("{place}", mask_ratio=0.0)  # sees whole images
+processor = AutoImageProcessor.from_pretrained("{place}")
+```
+"""
+
 # The Hub's names of clip_benchmark's tasks, where they differ by more than dashes.
 _TASKS = {
     "zeroshot_classification": "zero-shot-image-classification",
@@ -91,13 +107,17 @@ _TASKS = {
 _logger = logging.getLogger(__name__)
 
 
-def open_clip_config(options: TrainOptions, model: open_clip.CLIP) -> dict[str, Any]:
+def open_clip_config(options: TrainOptions, model: Any) -> dict[str, Any]:
     """Return the config that rebuilds a model as the options built it, as plain types.
+
+    That of a masked autoencoder has transformers' config in place of OpenCLIP's.
 
     Args:
         options: The run's options.
         model: The plain model.
     """
+    if options.mae is not None:
+        return dict(model.record)
     config = copy.deepcopy(open_clip.get_model_config(options.model))
     config.update(logit_options(options))
     if options.force_quick_gelu:
@@ -150,25 +170,39 @@ def write_export(
 def _write_files(
     checkpoint: dict[str, Any], record: dict[str, Any], card: str, folder: Path
 ) -> None:
-    config_path = folder / MODEL_CONFIG_NAME
-    write_text(config_path, json.dumps(record["open_clip_config"], indent=2) + "\n")
-    # A copy of its own for each name: safetensors refuses tied weights.
-    weights = {name: t.detach().cpu().clone() for name, t in checkpoint["state_dict"].items()}
-    try:
-        safetensors.torch.save_file(weights, folder / WEIGHTS_NAME)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{WEIGHTS_NAME}: {error}") from error
+    write_text(folder / CARD_NAME, card)
+    weights_name = WEIGHTS_NAME
+    if is_autoencoder(record):
+        from clip_pgs.integrations.open_clip.mae import MAE_WEIGHTS_NAME, save_mae
+
+        weights_name = MAE_WEIGHTS_NAME
+        save_mae(folder, record["open_clip_config"], checkpoint["state_dict"])
+    else:
+        config = json.dumps(record["open_clip_config"], indent=2)
+        write_text(folder / MODEL_CONFIG_NAME, f"{config}\n")
+        # A copy of its own for each name: safetensors refuses tied weights.
+        weights = {name: t.detach().cpu().clone() for name, t in checkpoint["state_dict"].items()}
+        try:
+            safetensors.torch.save_file(weights, folder / WEIGHTS_NAME)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{WEIGHTS_NAME}: {error}") from error
     # safetensors makes its file readable for its owner alone.
-    (folder / WEIGHTS_NAME).chmod(config_path.stat().st_mode)
+    (folder / weights_name).chmod((folder / CARD_NAME).stat().st_mode)
     if record["tokenizer"] is not None:
         HFTokenizer(record["tokenizer"]).save_pretrained(folder)
-    write_text(folder / CARD_NAME, card)
     for path in (*folder.iterdir(), folder):
         sync(path)
 
 
+def is_autoencoder(record: Mapping[str, Any]) -> bool:
+    """Return whether a run trained a masked autoencoder, by its record."""
+    return record["open_clip_config"]["model_cfg"].get("model_type") == MAE_TYPE
+
+
 def tokenizer_source(options: TrainOptions) -> str | None:
-    """Return which Hugging Face tokenizer a model uses; None for OpenCLIP's own."""
+    """Return which Hugging Face tokenizer a model uses; None for OpenCLIP's own, or none."""
+    if options.mae is not None:
+        return None
     name = open_clip.get_model_config(options.model)["text_cfg"].get("hf_tokenizer_name")
     if name and options.model.startswith("local-dir:"):
         return options.model.removeprefix("local-dir:")
@@ -192,11 +226,12 @@ def write_model_card(
     """
     cost = record["cost"]
     masking = record["masking"]
+    is_mae = is_autoencoder(record)
     metadata = ModelCardData(
-        library_name="open_clip",
-        pipeline_tag="zero-shot-image-classification",
+        library_name="transformers" if is_mae else "open_clip",
+        pipeline_tag="image-feature-extraction" if is_mae else "zero-shot-image-classification",
         license=license_name,
-        tags=["clip", f"masking-{masking}"],
+        tags=["vit_mae" if is_mae else "clip", f"masking-{masking}"],
         model_name=name if scores else None,
         eval_results=list(scores) or None,
     )
@@ -204,14 +239,10 @@ def write_model_card(
     return _TEMPLATE.format(
         name=name,
         metadata=metadata.to_yaml(),
-        place=_PLACE,
+        opening=_opening(record),
         scores="\n".join(["| data set | score | percent |", "|---|---|---|", *rows])
         if scores
         else _NO_SCORES,
-        model=record["model"],
-        version=record["version"],
-        how=_course(record),
-        inference=_inference(record),
         training=_table(
             {
                 "masking": masking,
@@ -231,6 +262,16 @@ def write_model_card(
             }
         ),
         metrics=_table(record["metrics"]) if record["metrics"] else "None were taken.",
+    )
+
+
+def _opening(record: Mapping[str, Any]) -> str:
+    """Say what the model is and how it is opened."""
+    if is_autoencoder(record):
+        task = "see the" if record["recipe"]["mae_sign"] == "keep" else "reconstruct the"
+        return _MAE_OPENING.format(**record, place=_FOLDER, task=task)
+    return _OPENING.format(
+        **record, place=_PLACE, how=_course(record), inference=_inference(record)
     )
 
 
@@ -366,13 +407,15 @@ def push_to_hub(export_folder: Path, repo_id: str, *, private: bool = False) -> 
     api = HfApi()
     address = api.create_repo(repo_id, private=private, exist_ok=True)
     config_path = export_folder / MODEL_CONFIG_NAME
-    config = json.loads(config_path.read_text("utf-8"))
-    if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
+    # A masked autoencoder has none, nor a tokenizer.
+    config = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
+    if config.get("model_cfg", {}).get("text_cfg", {}).get("hf_tokenizer_name"):
         # The tokenizer's files travel with the model.
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = repo_id
         write_text(config_path, json.dumps(config, indent=2) + "\n")
     card_path = export_folder / CARD_NAME
-    write_text(card_path, card_path.read_text("utf-8").replace(_PLACE, f"hf-hub:{repo_id}"))
+    card = card_path.read_text("utf-8").replace(_PLACE, f"hf-hub:{repo_id}")
+    write_text(card_path, card.replace(_FOLDER, repo_id))
     api.upload_folder(
         repo_id=repo_id, folder_path=export_folder, commit_message="Upload a CLIP-PGS model"
     )

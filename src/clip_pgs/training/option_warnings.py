@@ -62,7 +62,7 @@ def _released_notes(options: TrainOptions) -> list[str]:
 
 def _idle_groups(options: TrainOptions) -> list[tuple[bool, str, str]]:
     """Return conditions, the options that do nothing under them, and why in words."""
-    config, model = read_model_config(options.model), options.model
+    config, model = read_model_config(options), options.model
     sources = [path for path in (options.train_data, options.val_data) if path is not None]
     kinds = {dataset_kind(options.dataset_type, path, flag="") for path in sources}
     is_masked = options.masking != "none"

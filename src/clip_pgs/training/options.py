@@ -10,6 +10,7 @@ this trainer obeys it, and what holds of its values here; without a field it is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import inspect
 import math
@@ -23,6 +24,7 @@ from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from clip_pgs.common import (
+    MAE_TYPE,
     MASK_SCHEDULES,
     Pairs,
     check_choice,
@@ -129,7 +131,8 @@ class TrainOptions(argparse.Namespace):
         check_only: check every option, say what the run will cost, and leave; nothing is created
         trial: the same, with time and memory measured by ten steps on the run's device
         model: a model open_clip knows, or local-dir:FOLDER, or hf-hub:OWNER/NAME
-        model_config: a model of your own, as an open_clip model config; its name is the file's
+        model_config: a model of your own, as an open_clip model config, or a masked autoencoder, as
+            transformers' config of a ViT-MAE; its name is the file's
         masking: how patches are chosen; package.module:Class is a strategy of your own. On a ResNet
             or ConvNeXt it hides cells of 32 pixels, which regularizes and saves no FLOPs;
             saliency-crop and --train-image-size save them
@@ -149,6 +152,8 @@ class TrainOptions(argparse.Namespace):
             (2x2+candidates)
         merge_counts: let attention weigh a merged token by the number of patches that it stands for
             (ToMe, arXiv 2210.09461)
+        mae_sign: keep shows a masked autoencoder what the strategy keeps, hide lets it reconstruct
+            that; --mask-ratio is the share that is hidden in either case
         pack_tokens: where images keep different numbers of patches, run all their patches as one
             sequence instead of padding images to the longest: on CUDA in half precision, at the
             price of one synchronization per step; on a CPU without --torchcompile (default: on a
@@ -208,6 +213,7 @@ class TrainOptions(argparse.Namespace):
         masking_options: everything the strategy's constructor gets; what was not given is left to
             its defaults
         text_masking_options: the same of the text masking
+        mae: the config of a masked autoencoder, where `model_config` is one's
         given: names of the options that the user or the config set
         resume_instead: what a restarted run falls back on where it has no checkpoint yet
         distributed: whether there are several processes; `rank`, `local_rank` and `world_size` say
@@ -229,6 +235,7 @@ class TrainOptions(argparse.Namespace):
     mask_schedule_steps: int = _ours(5, IMAGE, "N", IDENTITY, rule=AT_LEAST_2)
     merge: str = _ours("none", IMAGE, "GROUPS", IDENTITY)
     merge_counts: bool = _ours(False, IMAGE, part=IDENTITY)
+    mae_sign: str = _ours("keep", IMAGE, "keep|hide", IDENTITY, choices=("keep", "hide"))
     pack_tokens: bool | None = _ours(None, IMAGE)
     train_image_size: int | None = _ours(None, IMAGE, "N", IDENTITY, rule=AT_LEAST_1)
     fsdp: bool = _ours(False, GENERAL)
@@ -351,6 +358,7 @@ class TrainOptions(argparse.Namespace):
     # What follows from these, and who this process is.
     masking_options: dict[str, Any] = field(default_factory=dict, metadata={"part": IDENTITY})
     text_masking_options: dict[str, Any] = field(default_factory=dict, metadata={"part": IDENTITY})
+    mae: dict[str, Any] | None = field(default=None, metadata={"part": IDENTITY})
     given: list[str] = field(default_factory=list)
     resume_instead: str | None = None
     distributed: bool = False
@@ -657,6 +665,8 @@ def read_options(argv: Sequence[str]) -> TrainOptions:
     if "model_config" in said:
         said["model_config"] = find_config(said["model_config"], "models")
     said["model"] = choose_model(said.get("model"), said.get("model_config"))
+    if "model_config" in said:
+        said["mae"] = _read_mae(said["model_config"])
     theirs = {name: said.get(name, upstream[name]) for name in obeyed}
     if "timm" not in theirs["opt"]:
         defaults = default_optimization(said["model"])
@@ -739,13 +749,22 @@ def choose_model(model: str | None, model_config: str | None) -> str:
     return model
 
 
+def _read_mae(model_config: str) -> dict[str, Any] | None:
+    """Return the config of a masked autoencoder; None where the file is another's, or no config."""
+    # What is wrong with another's is said where it is read.
+    with contextlib.suppress(ValueError):
+        content = read_json_object(Path(model_config), what="it")
+        return content if content.get("model_type") == MAE_TYPE else None
+    return None
+
+
 def register_model_config(options: TrainOptions) -> None:
-    """Make open_clip know the model of `--model-config`, if there is one.
+    """Make open_clip know the model of `--model-config`, if there is one of its kind.
 
     Raises:
         ValueError: If the file is no model config.
     """
-    if options.model_config is None:
+    if options.model_config is None or options.mae is not None:
         return
     import open_clip
 

@@ -295,6 +295,7 @@ def describe_run(
         *(_MERGE if options.merge != "none" else ()),
         *(("train_image_size",) if options.train_image_size is not None else ()),
         *(_TEXT if options.text_masking != "none" else ()),
+        *(("mae_sign",) if options.mae is not None else ()),
         *_RECORDED,
         *(_UNMASKED if options.unmasked_epochs > 0 else ()),
     ]

@@ -186,8 +186,9 @@ def update_weights(
         scaler.step(optimizer)
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        model.logit_scale.clamp_(0, _MAX_LOG_SCALE)
+    if model.logit_scale is not None:
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, _MAX_LOG_SCALE)
     return grad_norm, is_bad
 
 

@@ -316,7 +316,8 @@ class Telemetry:
             self._epoch_losses += num_steps * [values["loss"]]
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         values["lr"] = lr
-        values["scale"] = model.logit_scale.exp().mean().item()
+        if model.logit_scale is not None:
+            values["scale"] = model.logit_scale.exp().mean().item()
         if model.logit_bias is not None:
             values["bias"] = model.logit_bias.mean().item()
         values["samples"] = self._cost.samples

@@ -597,7 +597,10 @@ class Trainer:
             timedelta(seconds=round(cost.seconds)),
         )
         _logger.info("Checkpoints, curves and mask pictures are in %s", self._folder)
-        _logger.info("OpenCLIP opens the model as local-dir:%s", export)
+        opens = "transformers opens the model as %s"
+        if self._options.mae is None:
+            opens = "OpenCLIP opens the model as local-dir:%s"
+        _logger.info(opens, export)
 
 
 class PhaseTrainer:

@@ -1,0 +1,233 @@
+"""Masked autoencoders in the training loop: what they see, learn, keep and leave behind."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from clip_pgs import PatchInputs, create_masking
+from clip_pgs.cli import main
+from clip_pgs.evaluation.models import load_model, weights_digest
+from clip_pgs.integrations.open_clip import apply_masking, last_selection, set_masking_noise
+from clip_pgs.integrations.open_clip.mae import (
+    MaeModel,
+    MeanOfRows,
+    create_mae_masking,
+    mae_config,
+    mae_record,
+)
+from clip_pgs.masking.sampling import kept_patches
+from clip_pgs.training.checks import check_options
+from clip_pgs.training.options import parse_options
+from clip_pgs.training.step import compute_gradients
+from support.resuming import differences, last_checkpoint, run_with_stops
+from support.runs import flags, pairs, run, write_model
+
+CONFIG = {
+    "model_type": "vit_mae",
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "decoder_hidden_size": 32,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of 32 images, some of them deeper, and a file that is none."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "deeper").mkdir()
+    for number, (image, _) in enumerate(pairs(32)):
+        image.save(folder / ("deeper" if number % 2 else ".") / f"{number:02d}.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def mae_options(folder, images, **options):
+    """Return the options of a run of two epochs of four steps."""
+    given = {"train_data": images, "masking": "pgs", "mae_sign": "hide", "seed": 3, **options}
+    return {"model": write_model(folder, name="mae", config=CONFIG), **given}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, images):
+    folder = tmp_path_factory.mktemp("whole")
+    return run(folder, **mae_options(folder, images, save_frequency=1))
+
+
+def small_model(name="random", *, sign="keep", **options):
+    """Return a masked model in train mode; the same call gives the same weights."""
+    torch.manual_seed(0)
+    config = mae_config(CONFIG, what="it")
+    model = MaeModel(mae_record(config))
+    apply_masking(model, create_mae_masking(name, config, sign=sign, **options))
+    return model.train()
+
+
+def test_a_run_stopped_at_any_step_ends_as_the_one_that_nothing_stopped(tmp_path, trained, images):
+    stopped = run_with_stops(tmp_path, (1, 6), **mae_options(tmp_path, images, save_frequency=1))
+    whole = last_checkpoint(trained)
+    assert whole["step"] == 8
+    assert differences(whole, last_checkpoint(stopped)) == []
+    lines = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(8))
+    assert {line["mask_ratio_mean"] for line in lines} == {0.75}
+    assert "scale" not in lines[0]
+
+
+def test_transformers_alone_opens_the_export_and_encodes_and_reconstructs_alike(trained):
+    loaded = load_model(trained)
+    picture, _ = next(pairs(1, seed=5))
+    processor = transformers.AutoImageProcessor.from_pretrained(trained / "export")
+    pixels = processor(picture, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels[0], loaded.transform(picture), atol=1e-6, rtol=0)
+
+    encoder = transformers.ViTMAEModel.from_pretrained(trained / "export", mask_ratio=0.0).eval()
+    noise = torch.linspace(0, 1, 16)[None]
+    with torch.no_grad():
+        expected = encoder(pixels, noise=noise).last_hidden_state[:, 1:].mean(dim=1)
+        torch.testing.assert_close(loaded.model.encode_image(pixels), expected)
+    whole = transformers.ViTMAEForPreTraining.from_pretrained(trained / "export")
+    assert whole.config.mask_ratio == 0.75
+    assert whole(pixels, noise=noise).mask.tolist() == [[0.0] * 4 + [1.0] * 12]
+
+
+def test_a_checkpoint_opens_like_the_export_and_text_is_refused(trained):
+    loaded = load_model(trained / "checkpoints" / "epoch_2.pt")
+    assert weights_digest(loaded.model) == weights_digest(load_model(trained).model)
+    with pytest.raises(ValueError, match="has no text tower"):
+        loaded.model.encode_text(loaded.tokenizer(["a cat"]))
+    with pytest.raises(ValueError, match="masked in pretraining alone"):
+        load_model(trained, inference_masking="pgs")
+
+
+def test_the_card_says_what_was_hidden(trained):
+    card = (trained / "export" / "README.md").read_text()
+    assert "to reconstruct the patches that `pgs` keeps" in " ".join(card.split())
+    assert "library_name: transformers" in card
+
+
+@pytest.mark.parametrize("name", ["random", "pgs", "colormae", "grid"])
+def test_the_signs_show_what_the_strategy_keeps_and_all_else(name):
+    pixels, noise = torch.randn(5, 3, 32, 32), torch.rand(5, 16)
+
+    def shown(sign):
+        model = small_model(name, sign=sign)
+        set_masking_noise(model, noise)
+        model(pixels)
+        return kept_patches(last_selection(model), 16)
+
+    def kept(ratio):
+        strategy = create_masking(name, mask_ratio=ratio)
+        return kept_patches(strategy(PatchInputs(pixels, 8, noise=noise)), 16)
+
+    assert torch.equal(shown("keep"), kept(0.75))
+    assert torch.equal(shown("hide"), ~kept(0.25))
+    assert (shown("keep").sum(dim=1) == 4).all()
+
+
+def test_the_loss_is_that_of_transformers_on_the_patches_that_are_hidden():
+    model, pixels = small_model("pgs"), torch.randn(3, 3, 32, 32)
+    losses = model(pixels)["reconstruction_loss"]
+    hidden = ~kept_patches(last_selection(model), 16)
+    output = model.visual.mae(pixels, noise=hidden.float() + torch.linspace(0, 0.5, 16))
+    assert torch.equal(output.mask == 1, hidden)
+    torch.testing.assert_close(losses, output.loss.expand(3))
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch():
+    pixels, noise = torch.randn(6, 3, 32, 32), torch.rand(6, 16)
+
+    def gradients(size):
+        model, given = small_model(), noise.split(size)
+        batches = [(part, torch.zeros(size, 1)) for part in pixels.split(size)]
+        losses = compute_gradients(
+            model,
+            batches,
+            MeanOfRows(),
+            before_forward=lambda i: set_masking_noise(model, given[i]),
+        )
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return losses["loss"], found
+
+    torch.testing.assert_close(gradients(3), gradients(6))
+
+
+def test_it_learns(tmp_path, images):
+    folder = run(tmp_path, **mae_options(tmp_path, images, epochs=12, lr=5e-3, masking="random"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines]
+    assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"masking": "none"}, "--masking none hides nothing"),
+        ({"masking": "attentive"}, "nothing trains an autoencoder's class token"),
+        ({"mask_ratio": 0.99}, "must leave some of 16 patches to show"),
+        ({"merge": "2x2"}, "--merge cannot go with the masked autoencoder"),
+        ({"unmasked_epochs": 1}, "--unmasked-epochs cannot go with"),
+        ({"siglip": True}, "--siglip cannot go with"),
+    ],
+)
+def test_what_an_autoencoder_cannot_take_is_refused(tmp_path, images, changed, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_options(parse_options(flags(tmp_path, **mae_options(tmp_path, images, **changed))))
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"hidden_size": 33}, "hidden_size must be a multiple of 4 and of the 2"),
+        ({"patch_size": 7}, "patch_size must divide image_size 32"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers takes a whole number"),
+        ({"hiden_size": 8}, "has no option 'hiden_size'"),
+        ({"num_channels": 1}, "num_channels must be 3"),
+        ({"hidden_act": "no"}, "transformers cannot build the model"),
+    ],
+)
+def test_a_config_that_makes_no_autoencoder_is_refused(tmp_path, images, changed, sentence):
+    options = mae_options(tmp_path, images)
+    write_model(tmp_path, name="mae", config={**CONFIG, **changed})
+    with pytest.raises(ValueError, match=sentence):
+        check_options(parse_options(flags(tmp_path, **options)))
+
+
+def test_clip_takes_no_folder_of_images_and_no_sign(tmp_path, images):
+    with pytest.raises(ValueError, match=r"is a folder, .*clip-pgs mae"):
+        check_options(parse_options(flags(tmp_path, train_data=images)))
+    with pytest.raises(ValueError, match="--mae-sign needs"):
+        check_options(parse_options(flags(tmp_path, train_data=images, mae_sign="hide")))
+
+
+def test_the_command_refuses_what_is_no_autoencoder_with_exit_code_2(tmp_path, images, capsys):
+    assert main(["mae", *flags(tmp_path, train_data=images)]) == 2
+    assert "clip-pgs mae trains a masked autoencoder, and tiny is none" in capsys.readouterr().err
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no \.jpg"):
+        check_options(parse_options(flags(tmp_path, **mae_options(tmp_path, tmp_path / "empty"))))
+
+
+def test_images_that_come_or_go_are_noticed_by_a_run_that_goes_on(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, (image, _) in enumerate(pairs(16)):
+        image.save(folder / f"{number}.png")
+    options = mae_options(tmp_path, folder, epochs=1)
+    run(tmp_path, **options)
+    Image.new("RGB", (32, 32)).save(folder / "one_more.png")
+    with pytest.raises(ValueError, match=r"train_data images: .* samples -> .* 17 samples"):
+        check_options(parse_options(flags(tmp_path, resume="latest", **options)))
