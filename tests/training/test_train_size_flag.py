@@ -68,5 +68,16 @@ def test_a_resnet_trains_and_what_it_exports_is_a_plain_one(tmp_path, world, opt
     assert torch.isfinite(loaded.encode_image(torch.zeros(1, 3, 64, 64))).all()
 
 
+@pytest.mark.parametrize(
+    ("masking", "is_said"), [("random", True), ("saliency-crop", False), ("none", False)]
+)
+def test_the_log_says_where_masking_saves_no_flops(tmp_path, caplog, masking, is_said):
+    model = write_model(tmp_path, name="tiny_logged_resnet", config=RESNET)
+    options = {"dataset_type": "synthetic", "train_num_samples": 16, "train_image_size": 32}
+    args = parse_options(flags(tmp_path, model=model, masking=masking, **options))
+    build_model(args, torch.device("cpu"))
+    assert ("saves no FLOPs" in caplog.text) == is_said
+
+
 def test_it_belongs_to_what_a_run_is():
     assert "train_image_size" in names_of(IDENTITY)

@@ -40,6 +40,8 @@ class SaliencyCropMasking(MaskingStrategy):
         ValueError: If `side` is out of its range.
     """
 
+    keeps_window = True
+
     def __init__(self, *, side: float = 0.5) -> None:
         super().__init__()
         check_share(side, name="side")

@@ -241,12 +241,14 @@ class MaskingStrategy(nn.Module):
         keeps_all: True for the strategy that masks nothing; a tower then skips masking.
         attention_bias: True asks the tower for the attention bias of the released CLIP-PGS code.
         weighs_candidates: Whether it gives the `candidate_weights` of a selection.
+        keeps_window: Whether it gives the `window` of a selection.
         mask_ratio: Share of patches dropped, in [0, 1), where the strategy has such an option.
         mask_ratio_min: Lower bound of an adaptive share, where the strategy has such an option.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
     keeps_all: ClassVar[bool] = False
+    keeps_window: ClassVar[bool] = False
     attention_bias: bool = False
     weighs_candidates: bool = False
 

@@ -99,11 +99,11 @@ def build_model(options: TrainOptions, device: torch.device) -> ModelParts:
             image_size=options.train_image_size,
             **options.masking_options,
         )
-        if options.masking != "none" and not model.visual.saves_flops:
+        strategy = model.visual.masking.strategy
+        if not (model.visual.saves_flops or strategy.keeps_all or strategy.keeps_window):
             _logger.warning(
                 "The image tower of %s is convolutional: --masking %s hides cells of 32 pixels "
-                "from it, which regularizes and saves no FLOPs, unless what stays is a window "
-                "(saliency-crop)",
+                "from it, which regularizes and saves no FLOPs",
                 options.model,
                 options.masking,
             )

@@ -16,11 +16,13 @@ from clip_pgs.integrations.open_clip import (
     num_patches,
     patch_size,
     remove_masking,
+    set_masking_noise,
     set_masking_progress,
 )
 from clip_pgs.integrations.open_clip.conv import visible_batch_norm
 from clip_pgs.masking.sampling import kept_patches
 from support.models import over, small_convnext_clip, small_resnet_clip
+from support.processes import TESTS, torchrun
 
 TOWERS = {
     "resnet": small_resnet_clip,
@@ -138,6 +140,34 @@ def test_batch_norm_is_that_of_the_visible_places_alone(dtype):
     got = visible_batch_norm(norm, x, mask.to(dtype))
     torch.testing.assert_close(got.movedim(1, 3)[mask[:, 0]], dense)
     assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.slow
+def test_synced_batch_norm_is_that_of_the_visible_places_of_all_processes(tmp_path):
+    code, error = torchrun(TESTS / "integrations" / "open_clip" / "ddp_batch_norm.py", tmp_path)
+    assert code == 0, error
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    x, mask, weights = (torch.cat([part[name] for part in parts]) for name in ("x", "mask", "w"))
+    norm = nn.BatchNorm2d(3, dtype=torch.float64)
+    y = visible_batch_norm(norm, x.requires_grad_(), mask)
+    (gradient,) = torch.autograd.grad((y * weights).sum(), x)
+    torch.testing.assert_close(torch.cat([part["y"] for part in parts]), y)
+    torch.testing.assert_close(torch.cat([part["gradient"] for part in parts]), gradient)
+    for part in parts:
+        torch.testing.assert_close(part["running_var"], norm.running_var)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "masking"), [(small_resnet_clip, "pgs"), (small_convnext_clip, "saliency-crop")]
+)
+def test_a_compiled_tower_is_one_graph(build, masking):
+    model = masked(build(), masking)
+    set_masking_noise(model, torch.rand(2, CELLS, generator=torch.Generator().manual_seed(0)))
+    expected = model.visual(images())
+    torch._dynamo.reset()
+    compiled = torch.compile(model.visual, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images()), expected, atol=1e-5, rtol=1e-5)
 
 
 @every_tower

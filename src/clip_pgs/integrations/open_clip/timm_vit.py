@@ -66,7 +66,7 @@ class MaskedTimmModel(MaskedTower, TimmModel):
             needed = _WOULD_NEED.get(kind, "blocks that take any subset of the patches")
             return (
                 f"the image tower is timm's {kind}, and masking would need {needed}; of timm's "
-                f"models it supports {', '.join(kind.__name__ for kind in _TRUNKS)}"
+                f"models it supports {', '.join(kind.__name__ for kind in _TRUNKS)} and ConvNeXt"
             )
         if type(trunk.patch_embed) not in (PatchEmbed, HybridEmbed):
             return (
