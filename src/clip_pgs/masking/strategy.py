@@ -44,7 +44,8 @@ class PatchInputs:
         grid_size: Patches per column and per row, (h, w).
 
     Raises:
-        ValueError: If a shape, the patch size or the progress breaks a rule above.
+        ValueError: If a shape, the patch size or the progress breaks a rule above; on a CPU,
+            unless compiled, also if a number of the noise does.
     """
 
     pixels: Tensor
@@ -81,6 +82,10 @@ class PatchInputs:
                 )
             if values is not None and not values.is_floating_point():
                 raise ValueError(f"{name} must be floating point, got {values.dtype}")
+        if self.noise is not None and not _is_within(self.noise, 0, 1):
+            raise ValueError(
+                f"noise must lie in [0, 1), got {self.noise.min():g} to {self.noise.max():g}"
+            )
 
     @property
     def compares_tokens(self) -> bool:
@@ -172,16 +177,26 @@ def check_selection(selection: Any, *, batch_size: int, num_patches: int, name: 
                 f"the selection of {name} must have {part} of the shape of its index, "
                 f"{tuple(index.shape)}, bool, got {_described(values)}"
             )
-    if index.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    try:
-        # Without reading a number, as whoever traces the operators could not go on.
-        torch._assert_async(((index >= 0) & (index < num_patches)).all())
-    except RuntimeError:
+    if not _is_within(index, 0, num_patches):
         raise ValueError(
             f"the selection of {name} must have an index in [0, N) with N = {num_patches}, "
             f"got {index.min()} to {index.max()}"
-        ) from None
+        )
+
+
+def _is_within(values: Tensor, low: int, high: int) -> bool:
+    """Return whether all numbers lie in [low, high).
+
+    True on a device, which would have to be waited for, and where compiled.
+    """
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    try:
+        # Without reading a number, as whoever traces the operators could not go on.
+        torch._assert_async(((values >= low) & (values < high)).all())
+    except RuntimeError:
+        return False
+    return True
 
 
 def _is_tensor(values: Any, shape: tuple[int, ...]) -> bool:
