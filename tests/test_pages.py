@@ -237,7 +237,7 @@ def start(words):
             return start(["clip-pgs", *(["train", *rest] if rest else ["demo"])])
         case ["bash", "clip-test.sh", *rest]:
             return start(["clip-pgs", "test", *rest])
-        case ["clip-pgs", "train", *rest] | ["python", "-m", "clip_pgs.training", *rest]:
+        case ["clip-pgs", "train" | "mae", *rest] | ["python", "-m", "clip_pgs.training", *rest]:
             if rest and not rest[0].startswith("-"):
                 rest = ["--config", *rest]
             if "--nproc" in rest:

@@ -68,7 +68,7 @@ def test_every_config_is_a_valid_run(checkout, path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_states_command_hardware_hours_and_expectation(path):
     comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    command = rf"configs/train/{path.name}|clip-pgs train {path.stem}\b"
+    command = rf"configs/train/{path.name}|clip-pgs (train|mae) {path.stem}\b"
     for word in (command, "Hardware:", "Hours:", "Expected:"):
         assert any(re.search(word, line) for line in comment), word
 
