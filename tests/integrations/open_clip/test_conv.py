@@ -84,6 +84,21 @@ def test_keeping_every_cell_in_train_mode_is_the_plain_tower(build, selection):
 
 
 @every_tower
+def test_masked_inference_sees_the_cells_that_stay_alone(build):
+    plain = build().eval()
+    model = masked(plain, when="always").eval()
+    with torch.no_grad():
+        with force_selection(model, ALL):
+            whole = model.visual(images())
+        torch.testing.assert_close(whole, plain.visual(images()), atol=1e-5, rtol=1e-5)
+        with force_selection(model, FEW):
+            few = model.visual(images())
+            lost = model.visual(torch.where(visible_pixels(FEW), images(), torch.nan))
+    assert torch.equal(few, lost)
+    assert not torch.allclose(few, whole, atol=1e-3)
+
+
+@every_tower
 def test_nothing_of_a_dropped_cell_reaches_the_feature_or_gets_a_gradient(build):
     model = masked(build())
     pixels = images().requires_grad_()

@@ -105,11 +105,10 @@ def visible_batch_norm(norm: _BatchNorm, x: Tensor, mask: Tensor) -> Tensor:
         mask = mask.to(wide_x.dtype)
         mean, var = norm.running_mean, norm.running_var
         if norm.training or mean is None or var is None:
-            total_C = (wide_x * mask).sum(dim=(0, 2, 3))
-            total, count = _over_ranks(norm, total_C, mask.sum())
-            mean = total / count
+            count = _over_ranks(norm, mask.sum())
+            mean = _over_ranks(norm, (wide_x * mask).sum(dim=(0, 2, 3))) / count
             centered = (wide_x - mean[:, None, None]) * mask
-            squares, _ = _over_ranks(norm, centered.square().sum(dim=(0, 2, 3)), count)
+            squares = _over_ranks(norm, centered.square().sum(dim=(0, 2, 3)))
             var = squares / count
             _track(norm, mean, squares / (count - 1).clamp_min(1))
         else:
@@ -123,11 +122,9 @@ def visible_batch_norm(norm: _BatchNorm, x: Tensor, mask: Tensor) -> Tensor:
     return y.to(x.dtype)
 
 
-def _over_ranks(norm: _BatchNorm, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def _over_ranks(norm: _BatchNorm, total: Tensor) -> Tensor:
     is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    if is_alone or not isinstance(norm, nn.SyncBatchNorm):
-        return total, count
-    return all_reduce(total), all_reduce(count)
+    return total if is_alone or not isinstance(norm, nn.SyncBatchNorm) else all_reduce(total)
 
 
 @torch.no_grad()
