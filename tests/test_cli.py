@@ -23,6 +23,25 @@ def run(*argv, cwd, **environment):
 
 
 @pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ],
+)
+def test_threads_wait_asleep_before_long_unless_told_otherwise(monkeypatch, given, found):
+    monkeypatch.setattr("os.environ", dict(given))
+    seen = []
+    monkeypatch.setattr(
+        "clip_pgs.cli._function",
+        lambda name: lambda argv: seen.append(os.environ.get("GOMP_SPINCOUNT")) or 0,
+    )
+    assert main(["train"]) == 0
+    assert seen == [found]
+
+
+@pytest.mark.parametrize(
     ("end", "said", "code"),
     [
         (lambda: signal.raise_signal(signal.SIGTERM), "stopped by SIGTERM", 85),

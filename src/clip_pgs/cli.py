@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -77,6 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_versions()
     except ValueError as error:
         return refuse(error)
+    # GNU OpenMP's threads wait for each other at full load, for milliseconds, before they sleep.
+    # Where another program has one of two cores, that keeps the awaited thread from running.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # A strategy of one's own is found beside oneself, as with `python -m`.
     sys.path.append("")
     try:
