@@ -125,11 +125,13 @@ def test_cell_of_several_lines_is_kept_and_told_by_its_row(tmp_path, caplog):
     assert "of several lines in 1 rows: row 2;" in caplog.text
 
 
-def test_first_of_several_columns_of_a_name_is_read_and_told(tmp_path, caplog):
+def test_several_columns_of_a_name_are_refused_where_it_is_read(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text("filepath,title,title,title.1\na.jpg,one,two,three\n")
+    with pytest.raises(ValueError, match=r"pairs.csv' has 2 columns 'title'"):
+        read_pairs(path, **KEYS)
+    path.write_text("filepath,title,x,x,filepath.1\na.jpg,one,two,three,b.jpg\n")
     assert read_pairs(path, **KEYS).captions == ["one"]
-    assert "pairs.csv: of 2 columns 'title' the first is read" in caplog.text
 
 
 def test_separator_that_takes_for_ever_at_a_line_is_refused(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import logging
 import pytest
 
 from clip_pgs.data.pack import check_shards, pack_pairs
+from clip_pgs.data.samples import MAX_CAPTION_BYTES
 from clip_pgs.data.shards import count_samples, expand_shards
 from clip_pgs.data.tar import read_shard
 
@@ -65,6 +66,13 @@ def test_bad_rows_stop_before_anything_is_written(table, tmp_path, caplog):
     assert "row 6: image 'images/9' does not exist" in caplog.text
     assert "row 7: the caption of image 'images/1' is empty" in caplog.text
     assert "row 8: 'pairs.csv' is no readable image" in caplog.text
+
+
+def test_caption_that_training_would_skip_is_bad(table, tmp_path, caplog):
+    append(table, f"images/1,{'x' * MAX_CAPTION_BYTES}y")
+    sizes, num_skipped = pack_pairs(table, tmp_path / "out", skip_bad=True)
+    assert (num_skipped, sum(sizes.values())) == (1, 5)
+    assert "row 6: the caption of image 'images/1' has 16777217 bytes, more than" in caplog.text
 
 
 def test_bad_rows_can_be_left_out(table, tmp_path, caplog):

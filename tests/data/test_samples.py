@@ -11,6 +11,7 @@ from torchvision import transforms
 
 from clip_pgs.data.order import stable_seed
 from clip_pgs.data.samples import (
+    MAX_CAPTION_BYTES,
     BadSampleError,
     RawSample,
     SampleDecoder,
@@ -76,7 +77,12 @@ def test_decompression_bomb_is_a_bad_sample(monkeypatch, make_image):
 
 @pytest.mark.parametrize(
     ("data", "reason"),
-    [((), "no caption"), ([b" \n"], "empty caption"), ([b"\xff\xfe"], "caption is not UTF-8")],
+    [
+        ((), "no caption"),
+        ([b" \n"], "empty caption"),
+        ([b"\xff\xfe"], "caption is not UTF-8"),
+        ([b"a", bytes(MAX_CAPTION_BYTES + 1)], "too large caption"),
+    ],
 )
 def test_bad_caption_has_a_reason(data, reason):
     with pytest.raises(BadSampleError) as error:

@@ -86,8 +86,8 @@ def read_pairs(path: Path, *, image_key: str, caption_key: str, separator: str) 
             or a regular expression.
 
     Raises:
-        ValueError: If the file is missing, is no such table, lacks a column, has more cells than
-            columns, or has no rows.
+        ValueError: If the file is missing, is no such table, lacks a column or has two of its name,
+            has more cells than columns, or has no rows.
     """
     images, captions = _read_columns(path, (image_key, caption_key), separator)
     return PairTable(path, images, captions)
@@ -142,7 +142,10 @@ def _read_once(
         ) from error
     for key in keys:
         if names.count(key) > 1:
-            logger.warning("%s: of %d columns %r the first is read", path, names.count(key), key)
+            raise ValueError(
+                f"table {str(path)!r} has {names.count(key)} columns {key!r}, and it is not known "
+                "which is meant; rename the others"
+            )
     columns = ", ".join(repr(str(column)) for column in frame.columns)
     for key in keys:
         if key not in frame.columns:

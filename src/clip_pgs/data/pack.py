@@ -14,7 +14,7 @@ from clip_pgs.common import atomic_folder, one_sentence
 from clip_pgs.data.bad_samples import BadSampleError, Skip
 from clip_pgs.data.caption_tables import PairTable, default_separator, read_pairs, row_name
 from clip_pgs.data.decoding import UnreadableImageError, opened_image
-from clip_pgs.data.samples import RawSample, decode_captions, decode_image
+from clip_pgs.data.samples import MAX_CAPTION_BYTES, RawSample, decode_captions, decode_image
 from clip_pgs.data.shards import is_remote, read_sizes
 from clip_pgs.data.tar import read_shard, write_shard
 
@@ -117,6 +117,10 @@ def _check_row(table: PairTable, row: int) -> str:
         raise ValueError(f"image {name} does not exist")
     if not table.captions[row].strip():
         raise ValueError(f"the caption of image {name} is empty")
+    num_bytes = len(table.captions[row].encode())
+    if num_bytes > MAX_CAPTION_BYTES:
+        limit = f"{num_bytes} bytes, more than {MAX_CAPTION_BYTES}"
+        raise ValueError(f"the caption of image {name} has {limit}")
     try:
         with opened_image(path) as image:
             image_format = image.format

@@ -26,6 +26,7 @@ from clip_pgs.data.order import stable_seed
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")
 CAPTION_SUFFIX = "txt"
 JSON_SUFFIX = "json"
+MAX_CAPTION_BYTES = 2**24
 
 Transform = Callable[[Image.Image], Tensor]
 Tokenize = Callable[[list[str]], Tensor]
@@ -120,10 +121,14 @@ def decode_captions(raw: RawSample, *, caption_key: str | None = None) -> list[s
         At least one caption.
 
     Raises:
-        BadSampleError: If there is none, or none that is no blank, or one is not UTF-8.
+        BadSampleError: If there is none, or none that is no blank, or one is not UTF-8 or has more
+            than `MAX_CAPTION_BYTES`.
     """
     if not raw.captions:
         raise BadSampleError("no caption", _missing_caption(raw, caption_key))
+    longest = max(map(len, raw.captions))
+    if longest > MAX_CAPTION_BYTES:
+        raise BadSampleError("too large caption", f"{longest} bytes, more than {MAX_CAPTION_BYTES}")
     if caption_key is None:
         try:
             captions = [data.decode("utf-8") for data in raw.captions]

@@ -35,14 +35,19 @@ from clip_pgs.common import atomic_file
 from clip_pgs.data.bad_samples import Skip, StalledDataError
 from clip_pgs.data.decoding import MAX_IMAGE_BYTES
 from clip_pgs.data.order import MAX_LANES, SampleRef
-from clip_pgs.data.samples import CAPTION_SUFFIX, IMAGE_SUFFIXES, JSON_SUFFIX, RawSample
+from clip_pgs.data.samples import (
+    CAPTION_SUFFIX,
+    IMAGE_SUFFIXES,
+    JSON_SUFFIX,
+    MAX_CAPTION_BYTES,
+    RawSample,
+)
 from clip_pgs.data.shards import is_remote, is_seekable, stated_sizes
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_CAPTION_BYTES = 2**24
 # Of a header that extends another: names take a few hundred bytes.
 _MAX_HEADER_BYTES = 2**20
 _EXTENSIONS = (
