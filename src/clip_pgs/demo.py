@@ -217,7 +217,7 @@ def _refuse_second() -> NoReturn:
 def _run_lock() -> Iterator[None]:
     """Hold the lock that training holds on its run, where there is a run."""
     try:
-        lock = (_RUN / LOCK_NAME).open("rb+")
+        lock = (_RUN / LOCK_NAME).open("rb+", buffering=0)
     except FileNotFoundError:
         yield
         return

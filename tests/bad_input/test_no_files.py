@@ -20,6 +20,7 @@ from clip_pgs.evaluation.results import read_results, write_result
 from clip_pgs.inspection.cost.data import read_jpegs
 from clip_pgs.study.record import is_trained, read_record
 from clip_pgs.training.sinks import logging_to
+from clip_pgs.training.stop import RunLock
 from support.options import MODEL_CONFIG
 from support.reports import make_result
 
@@ -95,6 +96,12 @@ def test_a_folder_of_images_is_read_without_it(put, tmp_path):
     put("a.jpg")
     Image.new("RGB", (8, 8)).save(tmp_path / "b.jpg")
     assert len(read_jpegs([tmp_path])) == 1
+
+
+def test_a_run_whose_lock_is_none_is_held_without_a_name(put, tmp_path):
+    put(".lock")
+    with RunLock(tmp_path) as lock:
+        lock.keep()
 
 
 def test_a_run_whose_log_is_none_goes_on(put, tmp_path, caplog):

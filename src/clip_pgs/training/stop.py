@@ -56,6 +56,7 @@ _AGAIN_SECONDS = 5.0
 _LOST_SECONDS = 15.0
 _KILL_SECONDS = 2.0
 _POLL_SECONDS = 0.1
+_MAX_HOLDER_BYTES = 4096
 _LOST_CONNECTION = re.compile(
     r"gloo/|\bNCCL\b|TCPStore|Connection (closed|reset) by|Connection refused|Broken pipe"
 )
@@ -475,9 +476,9 @@ def take_lock(file: IO[bytes]) -> bool:
 
 def lock_holder(file: IO[bytes]) -> str:
     """Return who wrote into the file that they hold it."""
-    file.seek(0)
-    with suppress(ValueError, KeyError, TypeError):
-        entry = json.loads(file.read())
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        file.seek(0)
+        entry = json.loads(file.read(_MAX_HOLDER_BYTES))
         return f"process {entry['process']} on {entry['host']}"
     return "another process"
 
