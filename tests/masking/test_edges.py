@@ -78,6 +78,19 @@ def test_wrong_shapes_are_refused(shape, patch_size, sentence):
         sobel_edges(torch.zeros(shape), patch_size)
 
 
+@pytest.mark.parametrize("measure", [sobel_edges, canny_edges])
+@pytest.mark.parametrize(
+    ("pixels", "sentence"),
+    [
+        ([[0.5]], r"pixels must have shape \(B, 3, H, W\), got list"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "pixels must be floating point, got torch.ui"),
+    ],
+)
+def test_what_is_no_image_is_refused(measure, pixels, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        measure(pixels, 4)
+
+
 def kornia_map(image):
     """Return kornia's edges of one image (3, H, W) at the same thresholds."""
     weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]

@@ -340,6 +340,22 @@ def test_tokens_are_needed_once_training_runs():
         pgs_scores(inputs, CANDIDATES)
 
 
+@pytest.mark.parametrize(
+    ("candidates", "sentence"),
+    [
+        (CANDIDATES + 35, r"in \[0, N\) with N = 35, got"),
+        (CANDIDATES - 35, r"in \[0, N\) with N = 35, got"),
+        (CANDIDATES.float(), "int64, got .*float32"),
+        (CANDIDATES[:1], "with B = 2 and K >= 1"),
+        (CANDIDATES[:, :0], "with B = 2 and K >= 1"),
+        ([0], "int64, got list"),
+    ],
+)
+def test_candidates_that_are_none_are_refused(candidates, sentence):
+    with pytest.raises(ValueError, match=f"pgs_scores needs a candidate_index .*{sentence}"):
+        pgs_scores(make_inputs(2, grid_size=(7, 5)), candidates)
+
+
 def test_candidates_are_not_lifted():
     assert pgs_scores(make_inputs(2, grid_size=(7, 5)), CANDIDATES).max() <= 1.0 + 1e-5
 

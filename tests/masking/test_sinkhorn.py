@@ -121,6 +121,7 @@ def test_averages_of_the_pot_solver_are_the_same():
     ("changes", "sentence"),
     [
         ({"scores": torch.zeros(3, 4)}, r"scores must have shape \(B, C, N\), got \(3, 4\)"),
+        ({"scores": [[[1.0]]]}, r"scores must have shape \(B, C, N\), got list"),
         ({"temperature": 0.0}, r"temperature must be in \[1e-06, 1e\+06\], got 0.0"),
         ({"num_iters": 0}, r"num_iters must be in \[1, 10000\], got 0"),
         ({"solver": "exact"}, "solver must be one of log, pot, got 'exact'"),

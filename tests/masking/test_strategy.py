@@ -37,9 +37,14 @@ def test_grid_follows_the_image_and_the_patch():
     [
         ({"pixels": IMAGES[0]}, r"pixels must have shape \(B, 3, H, W\), got \(3, 32, 48\)"),
         ({"pixels": IMAGES.long()}, "pixels must be floating point, got torch.int64"),
+        ({"pixels": [0.5]}, r"pixels must have shape \(B, 3, H, W\), got list"),
+        ({"patch_size": True}, r"patch_size must be at least 1, got \(True, True\)"),
         ({"patch_size": 20}, "patch_size must divide the image: 32 x 48 pixels"),
         ({"patch_size": 0}, r"patch_size must be at least 1, got \(0, 0\)"),
         ({"progress": 1.5}, r"progress must be in \[0, 1\], got 1.5"),
+        ({"progress": None}, "progress must be one number, got NoneType"),
+        ({"progress": torch.zeros(2)}, r"progress must be one number, got \(2,\), torch.float32"),
+        ({"tokens": "x"}, r"tokens must have shape \(B, N, D\) .* got str"),
         ({"tokens": torch.zeros(2, 5, 8)}, r"tokens must have shape \(B, N, D\)"),
         ({"noise": torch.zeros(2, 5)}, r"noise must have shape \(B, N\) = \(2, 6\)"),
         ({"noise": torch.zeros(2, 6).long()}, "noise must be floating point, got torch.int64"),
@@ -85,6 +90,9 @@ TWO_OF_SIX = torch.tensor([[0, 5], [1, 2]])
         (PatchSelection(TWO_OF_SIX > 1), "int64, got .*bool"),
         (PatchSelection(TWO_OF_SIX + 1), r"\[0, N\) with N = 6, got 1 to 6"),
         (PatchSelection(TWO_OF_SIX - 1), r"\[0, N\) with N = 6, got -1 to 4"),
+        (PatchSelection(TWO_OF_SIX // 3), "keep a patch or more of each image, each once"),
+        (PatchSelection(TWO_OF_SIX, TWO_OF_SIX > 4), "keep a patch or more of each image"),
+        (PatchSelection(TWO_OF_SIX, TWO_OF_SIX < 5), "repeat one in padding slots"),
         (PatchSelection(TWO_OF_SIX, TWO_OF_SIX), r"valid .*\(2, 2\), bool, got .*int64"),
         (PatchSelection(TWO_OF_SIX, TWO_OF_SIX[:1] > 1), r"valid .*\(2, 2\), bool, got \(1, 2\)"),
         (PatchSelection(TWO_OF_SIX, similar=TWO_OF_SIX[0] > 1), "similar .* got"),
@@ -96,7 +104,7 @@ def test_a_selection_that_is_none_is_refused_with_the_strategy_and_the_rule(answ
 
 
 def test_a_selection_is_taken_as_it_is():
-    selection = PatchSelection(TWO_OF_SIX, TWO_OF_SIX < 5)
+    selection = PatchSelection(torch.tensor([[4, 4], [1, 2]]), torch.tensor([[1, 0], [1, 1]]) > 0)
     assert Wrong(selection)(PatchInputs(IMAGES, 16)) is selection
 
 

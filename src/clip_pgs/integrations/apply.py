@@ -338,8 +338,8 @@ def set_masking_noise(model: nn.Module, noise: Tensor | None) -> None:
             back to drawing from the global stream.
 
     Raises:
-        ValueError: If the model is not masked. The numbers are not looked at, since that would
-            wait for the device in each step.
+        ValueError: If the model is not masked. The forward pass refuses noise of another shape, and
+            on a CPU numbers out of range; another device would have to be waited for.
     """
     tower_masking(model).noise = noise
 
@@ -417,7 +417,8 @@ def update_masking(model: nn.Module, *, step: int, total_steps: int) -> None:
         total_steps: Masked steps of the whole training, > 0.
 
     Raises:
-        ValueError: If the model is not masked.
+        ValueError: If the model is not masked, or a number is out of its range where it has a
+            teacher.
     """
     teacher = tower_masking(model).teacher
     if teacher is not None:
@@ -443,12 +444,13 @@ def calibrate_masking(
         Whether the strategy was fitted.
 
     Raises:
-        ValueError: If the model is not masked.
+        ValueError: If the model is not masked, or images are needed and none, or of another size.
     """
     masking = tower_masking(model)
     if not masking.strategy.needs_calibration(masking.progress):
         return False
     tower, kind = image_tower(model)
+    masking.check_images(images)
     with torch.no_grad():
         images = images.to(kind.patch_weight(tower).dtype)
         inputs = masking.inputs(images, tower.embed_patches(images))
@@ -488,8 +490,10 @@ def load_masking_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         state: What `masking_state` returned. An empty one changes nothing.
 
     Raises:
-        ValueError: If the state is that of another masking.
+        ValueError: If the state is none, or that of another masking.
     """
+    if not isinstance(state, Mapping) or not all(isinstance(p, Mapping) for p in state.values()):
+        raise ValueError(f"a masking's state must map each part to a mapping, got {state!r:.200}")
     if not state:
         return
     masking = tower_masking(model)

@@ -147,6 +147,21 @@ class TowerMasking(nn.Module):
         does_something = self.is_resized or not self.strategy.keeps_all
         return does_something and (training or self.when == "always")
 
+    def check_images(self, pixels: Any) -> None:
+        """Refuse what is no batch of images that the tower cuts into its patches.
+
+        Raises:
+            ValueError: If it is.
+        """
+        (rows, columns), (height, width) = self.grid.size, self.grid.patch_size
+        shape = tuple(getattr(pixels, "shape", ()))
+        cells = (shape[2] // height, shape[3] // width) if len(shape) == 4 else None
+        if cells != (rows, columns) or shape[0] < 1:
+            raise ValueError(
+                f"images must have shape (B, 3, H, W), with B >= 1 and {rows} x {columns} patches "
+                f"of {height} x {width} pixels, got {shape or type(pixels).__name__}"
+            )
+
     @torch.no_grad()
     def inputs(self, pixels: Tensor, tokens: Tensor) -> PatchInputs:
         """Gather what the strategy may look at.
@@ -233,9 +248,13 @@ class MaskedTower:
             What the plain tower returns: features (B, D); where it also returns tokens, those of
             the kept patches (B, K, D), then the merged ones, zero in padding slots. A tower that
             pools its tokens pools the merged ones too, each as one token.
+
+        Raises:
+            ValueError: If masking is active, and there are no images, or those of another size.
         """
         if not self.masking.is_active(training=self.training):
             return super().forward(x)  # type: ignore[misc]
+        self.masking.check_images(x)
         return self.encode_masked(x)
 
     def encode_masked(self, x: Tensor) -> Any:

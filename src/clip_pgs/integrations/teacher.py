@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from clip_pgs.masking.strategy import check_range
+
 # As in A-CLIP and BYOL.
 START_MOMENTUM = 0.996
 
@@ -30,9 +32,14 @@ def teacher_momentum(start: float, *, step: int, total_steps: int) -> float:
 
     Args:
         start: Momentum of step 0, in [0, 1].
-        step: Number of the optimiser step, from 0.
+        step: Number of the optimiser step, from 0; those beyond the last keep all.
         total_steps: Steps of the whole training, > 0.
+
+    Raises:
+        ValueError: If a number is out of its range.
     """
+    check_range(step, name="step", low=0, high=math.inf)
+    check_range(total_steps, name="total_steps", low=1, high=math.inf)
     done = min(step / total_steps, 1.0)
     return 1.0 - (1.0 - start) * (math.cos(math.pi * done) + 1.0) / 2.0
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clip_pgs.masking.sampling import in_blocks
-from clip_pgs.masking.strategy import patch_grid, patch_sides
+from clip_pgs.masking.strategy import check_pixels, patch_grid, patch_sides
 
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -29,8 +29,10 @@ def sobel_edges(pixels: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
         without any gradient.
 
     Raises:
-        ValueError: If `pixels` is not (B, 3, H, W) or the patch does not divide the image.
+        ValueError: If `pixels` is not (B, 3, H, W), or not floating point, or the patch does not
+            divide the image.
     """
+    check_pixels(pixels, num_channels=len(_LUMINANCE))
 
     def strength(images: Tensor) -> Tensor:
         gradient_x, gradient_y = sobel_gradients(luminance(images))
@@ -41,13 +43,7 @@ def sobel_edges(pixels: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
 
 
 def luminance(pixels: Tensor) -> Tensor:
-    """Return how bright each pixel is, shape (B, H, W), float32, without gradient.
-
-    Raises:
-        ValueError: If `pixels` is not (B, 3, H, W).
-    """
-    if pixels.ndim != 4 or pixels.shape[1] != len(_LUMINANCE):
-        raise ValueError(f"pixels must have shape (B, 3, H, W), got {tuple(pixels.shape)}")
+    """Return how bright each pixel is, shape (B, H, W), float32, without gradient."""
     red, green, blue = pixels.detach().float().unbind(1)
     brightness = (_LUMINANCE[0] * red).add_(green, alpha=_LUMINANCE[1])
     return brightness.add_(blue, alpha=_LUMINANCE[2])
@@ -114,13 +110,14 @@ def canny_edges(pixels: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
         float32. All zeros for an image without any edge.
 
     Raises:
-        ValueError: If `pixels` is not (B, 3, H, W) or the patch does not divide the image.
+        ValueError: As of `sobel_edges`.
     """
     return patch_strength(canny_map(pixels).float(), patch_size)
 
 
 def canny_map(pixels: Tensor) -> Tensor:
     """Return which pixels lie on an edge, shape (B, H, W), bool; see `canny_edges`."""
+    check_pixels(pixels, num_channels=len(_LUMINANCE))
     gradient_x, gradient_y = sobel_gradients(_blur(luminance(pixels)))
     magnitude = torch.hypot(gradient_x, gradient_y)
     is_ridge = _is_ridge(magnitude, torch.atan2(gradient_y, gradient_x))

@@ -48,7 +48,8 @@ class Merge:
         Raises:
             ValueError: If the text is none of these, or counts are asked for without a merge.
         """
-        found = re.fullmatch(r"none|candidates|([1-9]\d{0,3})x([1-9]\d{0,3})(\+candidates)?", text)
+        pattern = r"none|candidates|([1-9]\d{0,3})x([1-9]\d{0,3})(\+candidates)?"
+        found = re.fullmatch(pattern, str(text))
         if found is None:
             raise ValueError(
                 "merge must be none, ROWSxCOLUMNS such as 2x2, candidates, or both as in "

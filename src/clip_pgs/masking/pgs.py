@@ -42,6 +42,7 @@ from clip_pgs.masking.sinkhorn import (
 from clip_pgs.masking.strategy import (
     PatchInputs,
     PatchSelection,
+    check_index,
     check_range,
     check_share,
     drawn_count,
@@ -429,8 +430,11 @@ def pgs_scores(inputs: PatchInputs, candidate_index: Tensor, **options: Any) -> 
         `neighborhood`, a patch that no candidate reaches scores below all others.
 
     Raises:
-        ValueError: If `progress` > 0 without tokens, or an option is out of its range.
+        ValueError: If `progress` > 0 without tokens, an option is out of its range, or the index is
+            none; see `check_index`.
     """
+    size = {"batch_size": inputs.batch_size, "num_patches": inputs.num_patches}
+    check_index(candidate_index, **size, name="pgs_scores needs a candidate_index")
     known = PGSOptions(**{_ALIASES.get(name, name): value for name, value in options.items()})
     return patch_scores(inputs, candidate_index, edge_strength(inputs, known), known)
 

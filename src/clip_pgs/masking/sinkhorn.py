@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clip_pgs.common import check_choice
-from clip_pgs.masking.strategy import check_range
+from clip_pgs.masking.strategy import check_range, described
 
 # The defaults, here and of `PGSOptions`.
 TEMPERATURE, NUM_ITERS, SOLVER = 0.1, 12, "log"
@@ -51,8 +51,8 @@ def sinkhorn_plan(
         ValueError: If `scores` is not 3-D, `temperature` or `num_iters` is out of its range, or
             `solver` is unknown.
     """
-    if scores.ndim != 3:
-        raise ValueError(f"scores must have shape (B, C, N), got {tuple(scores.shape)}")
+    if not isinstance(scores, Tensor) or scores.ndim != 3:
+        raise ValueError(f"scores must have shape (B, C, N), got {described(scores)}")
     check_sinkhorn_options(temperature=temperature, num_iters=num_iters, solver=solver)
     if solver == "pot":
         return _pot_plan(scores.float(), temperature, num_iters)

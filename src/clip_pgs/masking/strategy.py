@@ -31,6 +31,8 @@ class PatchInputs:
 
     Args:
         pixels: Images as the model receives them (normalised). Shape (B, 3, H, W), any float dtype.
+            An image that is not finite gets some mask: its features are none whatever that is, and
+            training skips such a step.
         patch_size: Side of a patch in pixels, or (height, width). It must divide H and W.
         tokens: Patch embeddings before positions are added, raster order. Shape (B, N, D).
         progress: Completed share of the masked training steps, in [0, 1]. In a compiled model a
@@ -58,31 +60,34 @@ class PatchInputs:
     grid_size: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.pixels.ndim != 4:
-            raise ValueError(f"pixels must have shape (B, 3, H, W), got {tuple(self.pixels.shape)}")
-        if not self.pixels.is_floating_point():
-            raise ValueError(f"pixels must be floating point, got {self.pixels.dtype}")
+        check_pixels(self.pixels)
         self.patch_size = patch_sides(self.patch_size)
         height, width = self.pixels.shape[-2:]
         self.grid_size = patch_grid((height, width), self.patch_size)
+        if self.progress is None or (isinstance(self.progress, Tensor) and self.progress.ndim):
+            raise ValueError(f"progress must be one number, got {described(self.progress)}")
         if not isinstance(self.progress, Tensor):
             check_range(self.progress, name="progress", low=0, high=1)
         expected = (self.batch_size, self.num_patches)
-        if self.tokens is not None and (
-            self.tokens.ndim != 3 or tuple(self.tokens.shape[:2]) != expected
+        if self.tokens is not None and not (
+            isinstance(self.tokens, Tensor)
+            and self.tokens.ndim == 3
+            and tuple(self.tokens.shape[:2]) == expected
         ):
             raise ValueError(
                 f"tokens must have shape (B, N, D) with (B, N) = {expected}, "
-                f"got {tuple(self.tokens.shape)}"
+                f"got {described(self.tokens)}"
             )
         for name, values in (("noise", self.noise), ("attention", self.attention)):
             if values is not None and not _is_tensor(values, expected):
                 raise ValueError(
-                    f"{name} must have shape (B, N) = {expected}, got {_described(values)}"
+                    f"{name} must have shape (B, N) = {expected}, got {described(values)}"
                 )
             if values is not None and not values.is_floating_point():
                 raise ValueError(f"{name} must be floating point, got {values.dtype}")
-        if self.noise is not None and not _is_within(self.noise, 0, 1):
+        if self.noise is not None and _is_broken(
+            lambda noise: ((noise >= 0) & (noise < 1)).all(), self.noise
+        ):
             raise ValueError(
                 f"noise must lie in [0, 1), got {self.noise.min():g} to {self.noise.max():g}"
             )
@@ -151,13 +156,49 @@ def check_selection(selection: Any, *, batch_size: int, num_patches: int, name: 
     Raises:
         ValueError: If it is no `PatchSelection`, or has an index, or beside it `valid` or
             `similar`, of another shape or type; on a CPU, unless compiled, also if a number in the
-            index is that of no patch.
+            index is that of no patch, or an image's valid slots name one twice, or none.
     """
     if not isinstance(selection, PatchSelection):
         raise ValueError(
-            f"the selection of {name} must be a PatchSelection, got {_described(selection)}"
+            f"the selection of {name} must be a PatchSelection, got {described(selection)}"
         )
     index = selection.index
+    size = {"batch_size": batch_size, "num_patches": num_patches}
+    check_index(index, **size, name=f"the selection of {name} must have an index")
+    for part, values in (("valid", selection.valid), ("similar", selection.similar)):
+        if values is not None and not (
+            _is_tensor(values, tuple(index.shape)) and values.dtype == torch.bool
+        ):
+            raise ValueError(
+                f"the selection of {name} must have {part} of the shape of its index, "
+                f"{tuple(index.shape)}, bool, got {described(values)}"
+            )
+
+    def names_each_once(index: Tensor) -> Tensor:
+        is_kept_BN = index.new_zeros((batch_size, num_patches), dtype=torch.bool)
+        # A padding slot repeats a kept patch.
+        return (is_kept_BN.scatter(1, index, True).sum(dim=1) == selection.kept_counts()).all()
+
+    if _is_broken(names_each_once, index):
+        raise ValueError(
+            f"the selection of {name} must keep a patch or more of each image, each once, and "
+            "repeat one in padding slots"
+        )
+
+
+def check_index(index: Any, *, batch_size: int, num_patches: int, name: str) -> None:
+    """Refuse what does not name patches of each image; no device is waited for.
+
+    Args:
+        index: Positions of patches. Shape (B, K), int64.
+        batch_size: Number of images, B.
+        num_patches: Number of patches of each, N.
+        name: How a message begins, such as "pgs_scores needs a candidate_index".
+
+    Raises:
+        ValueError: If it has another shape or type; on a CPU, unless compiled, also if a number in
+            it is that of no patch.
+    """
     if (
         not isinstance(index, Tensor)
         or index.dtype != torch.int64
@@ -166,44 +207,49 @@ def check_selection(selection: Any, *, batch_size: int, num_patches: int, name: 
         or index.shape[1] < 1
     ):
         raise ValueError(
-            f"the selection of {name} must have an index of shape (B, K), with B = {batch_size} "
-            f"and K >= 1, int64, got {_described(index)}"
+            f"{name} of shape (B, K), with B = {batch_size} and K >= 1, int64, "
+            f"got {described(index)}"
         )
-    for part, values in (("valid", selection.valid), ("similar", selection.similar)):
-        if values is not None and not (
-            _is_tensor(values, tuple(index.shape)) and values.dtype == torch.bool
-        ):
-            raise ValueError(
-                f"the selection of {name} must have {part} of the shape of its index, "
-                f"{tuple(index.shape)}, bool, got {_described(values)}"
-            )
-    if not _is_within(index, 0, num_patches):
+    if _is_broken(lambda index: ((index >= 0) & (index < num_patches)).all(), index):
         raise ValueError(
-            f"the selection of {name} must have an index in [0, N) with N = {num_patches}, "
-            f"got {index.min()} to {index.max()}"
+            f"{name} in [0, N) with N = {num_patches}, got {index.min()} to {index.max()}"
         )
 
 
-def _is_within(values: Tensor, low: int, high: int) -> bool:
-    """Return whether all numbers lie in [low, high).
+def check_pixels(pixels: Any, *, num_channels: int | None = None) -> None:
+    """Refuse what is no batch of images in floating point, with so many channels or with any.
 
-    True on a device, which would have to be waited for, and where compiled.
+    Raises:
+        ValueError: If it is.
+    """
+    is_batch = isinstance(pixels, Tensor) and pixels.ndim == 4
+    if not is_batch or num_channels not in (None, pixels.shape[1]):
+        raise ValueError(f"pixels must have shape (B, 3, H, W), got {described(pixels)}")
+    if not pixels.is_floating_point():
+        raise ValueError(f"pixels must be floating point, got {pixels.dtype}")
+
+
+def _is_broken(rule: Callable[[Tensor], Tensor], values: Tensor) -> bool:
+    """Return whether a rule, of shape () and bool, does not hold for some numbers.
+
+    False on a device, which would have to be waited for, and where compiled.
     """
     if values.device.type != "cpu" or torch.compiler.is_compiling():
-        return True
+        return False
     try:
         # Without reading a number, as whoever traces the operators could not go on.
-        torch._assert_async(((values >= low) & (values < high)).all())
+        torch._assert_async(rule(values))
     except RuntimeError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _is_tensor(values: Any, shape: tuple[int, ...]) -> bool:
     return isinstance(values, Tensor) and tuple(values.shape) == shape
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """Return what a message says of a value that is no tensor, or not the right one."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     return f"{tuple(value.shape)}, {value.dtype}"
@@ -216,7 +262,7 @@ def patch_sides(patch_size: int | tuple[int, int]) -> tuple[int, int]:
         ValueError: If a side is below 1.
     """
     height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-    if height < 1 or width < 1:
+    if height < 1 or width < 1 or isinstance(height, bool):
         raise ValueError(f"patch_size must be at least 1, got {(height, width)}")
     return height, width
 

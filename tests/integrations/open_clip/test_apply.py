@@ -282,6 +282,21 @@ def test_a_forced_selection_of_other_images_is_refused():
         model.encode_image(image_batch(3))
 
 
+@pytest.mark.parametrize("masking", ["random", "attentive", "cluster"])
+@pytest.mark.parametrize(
+    "images",
+    [image_batch()[:0], image_batch()[0], image_batch()[..., 16:, 16:], [1.0], None],
+    ids=["none", "one", "small", "list", "None"],
+)
+def test_what_are_no_images_of_the_towers_size_is_refused_by_a_masked_tower(masking, images):
+    model = apply_masking(small_clip(), masking).train()
+    sentence = r"images must have shape \(B, 3, H, W\), with B >= 1 and 4 x 4 patches of 16 x 16 p"
+    for use in (model.visual, lambda images: calibrate_masking(model, images)):
+        if use is model.visual or masking == "cluster":
+            with pytest.raises(ValueError, match=sentence):
+                use(images)
+
+
 BUILDERS = {
     "class token": small_clip,
     "average": partial(small_clip, pool_type="avg"),
@@ -404,6 +419,10 @@ def test_a_model_that_is_not_masked_has_no_state():
         ({"teacher": {}}, "the state holds a teacher, and RandomMasking has none"),
         ({"strategy": {"threshold": 0.5}}, "the state of RandomMasking must hold"),
         ({"student": {}}, "a masking's state has no part student"),
+        ({"strategy": 0.5}, "a masking's state must map each part to a mapping, got {'strat"),
+        ({"teacher": None}, "must map each part to a mapping"),
+        ([], r"must map each part to a mapping, got \[\]"),
+        (None, "must map each part to a mapping, got None"),
     ],
 )
 def test_the_state_of_another_masking_is_refused(state, sentence):

@@ -56,6 +56,20 @@ def test_momentum_rises_to_one_along_a_cosine():
     assert got[0] == pytest.approx(0.996)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "name"),
+    [
+        ({"step": -1, "total_steps": 2}, "step"),
+        ({"step": math.nan, "total_steps": 2}, "step"),
+        ({"step": 0, "total_steps": 0}, "total_steps"),
+        ({"step": 0, "total_steps": math.nan}, "total_steps"),
+    ],
+)
+def test_a_step_that_is_none_is_refused(numbers, name):
+    with pytest.raises(ValueError, match=rf"^{name} must be in \[[01], inf\], got"):
+        update_masking(attentive(small_clip()), **numbers)
+
+
 def take_step(model, step, *, total_steps=6):
     """Move all weights by something like an optimiser's step, and the teacher after them."""
     generator = torch.Generator().manual_seed(step)
