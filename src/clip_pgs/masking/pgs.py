@@ -1,7 +1,7 @@
 """Patch generation-to-selection (CLIP-PGS, https://arxiv.org/abs/2503.17080, CVPR 2025).
 
 A few random candidate patches are drawn, edges protect the objects, and the similarity of every
-patch to the candidates, balanced by optimal transport, decides what is masked. This page puts the
+patch to the candidates, balanced by optimal transport, decides what is masked. This module puts the
 steps together in the order in which they happen: edges, candidates, similarity and transport,
 score, selection. `edges.py`, `similarity.py` and `sinkhorn.py` hold the mathematics of one step
 each. What goes beyond the method stands below it. docs/method.md sets each equation beside its
@@ -68,7 +68,8 @@ _FEW_PATCHES_EXPONENTS = ((0.5, 1 / 3), (1.0, 10 / 21))
 # ImageNet and 50 of COCO, at progress 0 and 1, that brings their mean mask ratio back to 0.40.
 CENTER_SHIFTS = ((0.0, 0.0), (0.5, 0.11), (1.0, 0.205), (2.0, 0.345))
 
-# Edges protect candidates by 4 where they take 0.5 off a score; the middle does likewise.
+# Edges take 4 off a patch's draw as a candidate where they take 0.5 off its score, 8 times as much;
+# the middle does likewise.
 _CENTER_PROTECTION = 8.0
 # More than the largest Gumbel number of a float32 draw lies above the smallest.
 _GUMBEL_SPAN = 32.0
@@ -284,8 +285,8 @@ class PGSSteps(NamedTuple):
     Attributes:
         edges: Edge strength in [0, 1], shape (B, N). None where edges are left out.
         candidate_index: Positions of the candidates, in no order, shape (B, C), int64.
-        scores: How redundant each patch is, without the bonus that `select` gives candidates. Shape
-            (B, N).
+        scores: Redundancy less what edges and the middle protect, without the bonus that `select`
+            gives candidates. Shape (B, N).
     """
 
     edges: Tensor | None

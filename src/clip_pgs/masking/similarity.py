@@ -48,7 +48,7 @@ def candidate_similarity(features: Tensor, candidate_index: Tensor) -> Tensor:
     """Compare candidates with every patch by centred cosine similarity.
 
     Each patch's features lose their own mean first. A patch that is then no more than rounding
-    noise (a flat one) resembles nothing but itself.
+    noise (all its values are equal, across channels too) resembles nothing but itself.
 
     Args:
         features: Features of every patch. Shape (B, N, F), any float dtype.

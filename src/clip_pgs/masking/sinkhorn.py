@@ -56,6 +56,7 @@ def sinkhorn_plan(
     check_sinkhorn_options(temperature=temperature, num_iters=num_iters, solver=solver)
     if solver == "pot":
         return _pot_plan(scores.float(), temperature, num_iters)
+    # The cost is 1 - scores; its constant 1 scales every entry alike, and the marginals undo that.
     log_kernel_BCN = scores.float() / temperature
     num_rows, num_columns = log_kernel_BCN.shape[1:]
     row_potential = column_potential = log_kernel_BCN.new_zeros(())
@@ -95,6 +96,8 @@ def plan_average(scores: Tensor, *, temperature: float, num_iters: int, solver: 
     scores = scores.float()
     # Not a matrix product: those may run in TF32, which keeps three digits.
     kernel_BCN = (scores / temperature).exp()
+    # Rows, then columns and rows in turn; the division below is the last sweep's columns. Means in
+    # place of sums: constant factors, 1 / C and 1 / N included, cancel there.
     scaled_BCN = kernel_BCN / kernel_BCN.mean(dim=2, keepdim=True)
     for _ in range(num_iters - 1):
         column_scale = scaled_BCN.mean(dim=1, keepdim=True).reciprocal()
