@@ -81,7 +81,7 @@ def step_gradients(
         parallel,
         [(images[part], texts[part]) for part in rows],
         build_loss(args, model),
-        before_forward=masks.give if masks else None,
+        before_forward=masks.set_noise if masks else None,
     )
     return {name: p.grad for name, p in model.named_parameters()}, losses
 

@@ -150,7 +150,7 @@ class StepMasks:
         average = partial(mean_over_ranks, device=images.device)
         calibrate_masking(self._model, images, average=average)
 
-    def give(self, micro_batch: int) -> None:
+    def set_noise(self, micro_batch: int) -> None:
         """Make the coming forward pass choose patches by this micro-batch's numbers."""
         self._remember_kept()
         self._current = micro_batch

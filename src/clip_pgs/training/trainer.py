@@ -309,12 +309,12 @@ class Trainer:
             for phase in self._phases:
                 if self._first_epoch >= phase.end_epoch:
                     continue
-                trainer = self._start_phase(phase)
+                phase_trainer = self._start_phase(phase)
                 for epoch in range(max(phase.first_epoch, self._first_epoch), phase.end_epoch):
-                    for batches, data_seconds in self._fetch_epoch(trainer, epoch):
-                        result = trainer.train_step(batches)
-                        self._finish_step(trainer, result, data_seconds)
-                    self._finish_epoch(trainer, epoch)
+                    for batches, data_seconds in self._fetch_epoch(phase_trainer, epoch):
+                        result = phase_trainer.train_step(batches)
+                        self._finish_step(phase_trainer, result, data_seconds)
+                    self._finish_epoch(phase_trainer, epoch)
             self._export()
         except BaseException:
             # What is being saved is finished, whatever ended the run.
@@ -337,7 +337,7 @@ class Trainer:
         )
         # A checkpoint at a phase's beginning holds the optimizer of the phase before.
         has_begun = phase.begins_before(self._first_epoch, self._first_position)
-        trainer = PhaseTrainer(
+        phase_trainer = PhaseTrainer(
             phase,
             self._parts,
             self._device,
@@ -346,21 +346,21 @@ class Trainer:
         )
         self._checkpoint = None
         self._telemetry.start_phase(
-            num_patches=trainer.masks.num_patches if trainer.masks else 0,
+            num_patches=phase_trainer.masks.num_patches if phase_trainer.masks else 0,
             samples_per_step=phase.samples_per_step,
             steps_per_epoch=phase.steps_per_epoch,
         )
-        return trainer
+        return phase_trainer
 
     def _fetch_epoch(
-        self, trainer: PhaseTrainer, epoch: int
+        self, phase_trainer: PhaseTrainer, epoch: int
     ) -> Iterator[tuple[list[Batch], float]]:
         """Yield each step's batches, and the seconds they took, once all processes have theirs."""
         position = self._first_position if epoch == self._first_epoch else 0
-        trainer.start_epoch(epoch, position)
+        phase_trainer.start_epoch(epoch, position)
         self._telemetry.start_epoch(is_resumed=position > 0)
-        while trainer.steps_left:
-            is_first = not trainer.has_begun
+        while phase_trainer.steps_left:
+            is_first = not phase_trainer.has_begun
             patience = _FIRST_STEP_PATIENCE if is_first else 1.0
             self._skips.step = self.step
             self._watchdog.note(Activity.FETCHING, step=self.step, patience=patience)
@@ -368,7 +368,7 @@ class Trainer:
             seconds = 0.0
             try:
                 with self._signals.interruptible(patience=_BATCH_SECONDS):
-                    batches, seconds = trainer.next_batches()
+                    batches, seconds = phase_trainer.next_batches()
             except StopRequest:
                 pass
             except (UnusableDataError, StalledDataError) as error:
@@ -376,46 +376,48 @@ class Trainer:
                 if not self._signals.code:
                     self._error = error
             self._watchdog.note(Activity.VOTING, step=self.step, patience=patience)
-            place = (trainer.epoch, trainer.position)
-            verdict = self._vote(trainer, place, num_skipped=self._skips.take_count())
+            place = (phase_trainer.epoch, phase_trainer.position)
+            verdict = self._vote(phase_trainer, place, num_skipped=self._skips.take_count())
             self._telemetry.skip_samples(verdict.num_skipped)
             self._watchdog.note(Activity.TRAINING, step=self.step, patience=patience)
-            if (trainer.follow_schedule() or is_first) and self._telemetry.is_active:
-                self._telemetry.report_flops(trainer.count_flops(*batches[0]))
-            if is_first and trainer.masks is not None and self._pictures is not None:
+            if (phase_trainer.follow_schedule() or is_first) and self._telemetry.is_active:
+                self._telemetry.report_flops(phase_trainer.count_flops(*batches[0]))
+            if is_first and phase_trainer.masks is not None and self._pictures is not None:
                 self._pictures.choose(batches[0][0])
                 self._draw_masks(epoch)
             yield batches, seconds
 
-    def _finish_step(self, trainer: PhaseTrainer, result: StepResult, data_seconds: float) -> None:
+    def _finish_step(
+        self, phase_trainer: PhaseTrainer, result: StepResult, data_seconds: float
+    ) -> None:
         self._watchdog.note(Activity.SAVING, step=self.step)
         try:
             self._telemetry.step(
                 result,
                 model=self._parts.model,
-                epoch=trainer.epoch,
-                done=trainer.position,
-                is_last=trainer.steps_left == 0,
+                epoch=phase_trainer.epoch,
+                done=phase_trainer.position,
+                is_last=phase_trainer.steps_left == 0,
                 data_seconds=data_seconds,
             )
         except BadNumbersError as error:
             # Rank 0 alone looks; the others hear of it before the next step.
             self._error = error
-        self.save_if_due(trainer)
+        self.save_if_due(phase_trainer)
 
-    def save_if_due(self, trainer: PhaseTrainer) -> None:
+    def save_if_due(self, phase_trainer: PhaseTrainer) -> None:
         """Save after a step where `--save-every-steps` or `--save-every-minutes` asks for it."""
         is_due = False
         try:
-            is_due = self._error is None and self._is_save_due(trainer)
+            is_due = self._error is None and self._is_save_due(phase_trainer)
         except BadNumbersError as error:
             self._error = error
         if self._options.fsdp:
             is_due = self._group.sum([is_due])[0] > 0
         if is_due:
-            self._save(trainer, (trainer.epoch, trainer.position), as_step=True)
+            self._save(phase_trainer, (phase_trainer.epoch, phase_trainer.position), as_step=True)
 
-    def _is_save_due(self, trainer: PhaseTrainer) -> bool:
+    def _is_save_due(self, phase_trainer: PhaseTrainer) -> bool:
         """Return whether rank 0 is to save now.
 
         Raises:
@@ -431,20 +433,20 @@ class Trainer:
             # One that is late by the disk's fault does not hold the run up.
             is_due = is_due or not self._store.is_busy
         # At an epoch's end its own save follows at once, where nothing is measured before.
-        is_epoch_saved = any(self._epoch_names(trainer, trainer.epoch + 1).values())
-        is_saved_next = trainer.steps_left == 0 and not self._is_measured and is_epoch_saved
+        is_epoch_saved = any(self._epoch_names(phase_trainer, phase_trainer.epoch + 1).values())
+        is_saved_next = phase_trainer.steps_left == 0 and not self._is_measured and is_epoch_saved
         if is_due and not is_saved_next:
             self._telemetry.check_numbers()
             return True
         return False
 
-    def _epoch_names(self, trainer: PhaseTrainer, epoch: int) -> dict[str, bool]:
+    def _epoch_names(self, phase_trainer: PhaseTrainer, epoch: int) -> dict[str, bool]:
         """Return as what to save after `epoch` epochs; a phase's last always is saved."""
-        every, is_phase_end = self._options.save_frequency, epoch == trainer.phase.end_epoch
+        every, is_phase_end = self._options.save_frequency, epoch == phase_trainer.phase.end_epoch
         is_kept = is_phase_end or (every > 0 and epoch % every == 0)
         return {"as_epoch": is_kept, "as_most_recent": self._options.save_most_recent}
 
-    def _save(self, trainer: PhaseTrainer, place: tuple[int, int], **names: bool) -> None:
+    def _save(self, phase_trainer: PhaseTrainer, place: tuple[int, int], **names: bool) -> None:
         """Save a place in the run: completed epochs, and samples of the one under way.
 
         All processes take part where they share the model out, else rank 0 alone.
@@ -458,10 +460,10 @@ class Trainer:
             step=self.step,
             position=position,
             name=self._options.name or "",
-            model=trainer.model,
-            optimizer=trainer.optimizer,
+            model=phase_trainer.model,
+            optimizer=phase_trainer.optimizer,
             scaler=self._scaler,
-            masking_state=trainer.masks.state() if trainer.masks is not None else {},
+            masking_state=phase_trainer.masks.state() if phase_trainer.masks is not None else {},
             record=self._record_now() if self._store is not None else {},
         )
         if self._store is not None:
@@ -480,7 +482,7 @@ class Trainer:
 
     def _vote(
         self,
-        trainer: PhaseTrainer,
+        phase_trainer: PhaseTrainer,
         place: tuple[int, int],
         *,
         num_skipped: int = 0,
@@ -495,14 +497,16 @@ class Trainer:
             num_skipped=num_skipped,
         )
         if verdict.stops:
-            self._leave(trainer, place, verdict)
+            self._leave(phase_trainer, place, verdict)
         return verdict
 
-    def _leave(self, trainer: PhaseTrainer, place: tuple[int, int], verdict: Verdict) -> NoReturn:
+    def _leave(
+        self, phase_trainer: PhaseTrainer, place: tuple[int, int], verdict: Verdict
+    ) -> NoReturn:
         # Rank 0 finds bad numbers, and rank 0 saves.
         is_new = not isinstance(self._error, BadNumbersError) and place != self._saved_place
         if self._group.broadcast(is_new):
-            self._save(trainer, place, as_step=True)
+            self._save(phase_trainer, place, as_step=True)
         is_saved = self._group.broadcast(self._store is None or self._store.wait())
         if self._error is not None:
             raise self._error
@@ -517,12 +521,12 @@ class Trainer:
         how = "saved" if is_known else "--resume latest goes on there"
         raise StoppedError(f"stopped by {name} at {where}; {how}", verdict.code)
 
-    def _finish_epoch(self, trainer: PhaseTrainer, epoch: int) -> None:
+    def _finish_epoch(self, phase_trainer: PhaseTrainer, epoch: int) -> None:
         """Draw, measure and save after an epoch; nobody goes on, or leaves, before rank 0 has."""
         epochs = total_epochs(self._options)
         self._watchdog.allow(Activity.EVALUATING, step=self.step)
-        place = (epoch, trainer.position)
-        self._vote(trainer, place)
+        place = (epoch, phase_trainer.position)
+        self._vote(phase_trainer, place)
         self._telemetry.finish_epoch(epoch + 1, epochs)
         is_done = True
         if self._parts.sharded is not None:
@@ -530,16 +534,16 @@ class Trainer:
         if self._validation is not None:
             try:
                 with self._signals.interruptible():
-                    if trainer.masks is not None:
+                    if phase_trainer.masks is not None:
                         self._draw_masks(epoch + 1)
                     self._measure(self._validation, epoch + 1, epochs)
             except StopRequest:
                 is_done = False
         is_done = self._group.broadcast(is_done)
         if is_done:
-            self._save(trainer, (epoch + 1, 0), **self._epoch_names(trainer, epoch + 1))
+            self._save(phase_trainer, (epoch + 1, 0), **self._epoch_names(phase_trainer, epoch + 1))
         place = (epoch + 1, 0) if is_done else place
-        self._vote(trainer, place, is_done=is_done and epoch + 1 == epochs)
+        self._vote(phase_trainer, place, is_done=is_done and epoch + 1 == epochs)
 
     def _measure(self, validation: Validation, epoch: int, epochs: int) -> None:
         metrics = validation.run(epoch=epoch, epochs=epochs)
@@ -721,7 +725,7 @@ class PhaseTrainer:
             self._parallel,
             batches,
             self._loss,
-            before_forward=masks.give if masks else None,
+            before_forward=masks.set_noise if masks else None,
             autocast=self._autocast,
             scaler=self._scaler,
         )
