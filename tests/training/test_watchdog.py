@@ -82,7 +82,10 @@ def test_an_evaluation_that_hangs_is_named_and_ends_all(tmp_path, world):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_stopped_is_named_by_the_other(tmp_path, world):
-    codes, end = train(tmp_path, world, num_processes=2, trouble=Hang(rank=1, activity="stopped"))
-    assert codes == [1, -signal.SIGKILL]
-    assert end["reason"].startswith("rank 1 hangs: no sign of life for "), output(tmp_path)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_stopped_is_named_by_the_other(tmp_path, world, rank):
+    trouble = Hang(rank=rank, activity="stopped")
+    codes, end = train(tmp_path, world, num_processes=2, trouble=trouble)
+    assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 1)
+    beginning = f"rank {rank} hangs: no sign of life for "
+    assert end["reason"].startswith(beginning), output(tmp_path)

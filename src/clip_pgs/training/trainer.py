@@ -180,9 +180,10 @@ def train(
                                 lock=lock,
                             )
                         trainer.run()
+                        group.barrier()
                 else:
                     evaluate_only(options, device, folder, group, signals, evaluate=evaluate)
-                group.barrier()
+                    group.barrier()
     return folder
 
 
@@ -315,7 +316,10 @@ class Trainer:
                         result = phase_trainer.train_step(batches)
                         self._finish_step(phase_trainer, result, data_seconds)
                     self._finish_epoch(phase_trainer, epoch)
+            self._watchdog.allow(Activity.EXPORTING, step=self.step)
             self._export()
+            if self._options.rank == 0:
+                self._watchdog.note(Activity.VOTING, step=self.step)
         except BaseException:
             # What is being saved is finished, whatever ended the run.
             if self._store is not None:
@@ -566,7 +570,6 @@ class Trainer:
         """Write the finished model as OpenCLIP's files, once its checkpoint is on the disk."""
         if self._store is None or self._folder is None:
             return
-        self._watchdog.allow(Activity.EXPORTING, step=self.step)
         is_saved = self._store.wait()
         checkpoint = pack_checkpoint(
             epoch=total_epochs(self._options),

@@ -5,7 +5,8 @@ or a step of one process on a CPU: there the process hangs when it uses no proce
 several processes each sends the others heartbeats with its status, so that they can name the one
 that keeps them waiting: the one that is silent (stopped, or its machine gone), or else furthest
 behind. Who waits for rank 0 to evaluate waits for ever, as long as rank 0 sends heartbeats: it
-watches itself.
+watches itself. Rank 0 keeps the store through which the heartbeats go: where it is stopped, no
+process hears of any, and it is the one that is named.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _MAX_INTERVAL = 10.0
 # looks every few seconds whether what it waits for still lives.
 _IDLE_SHARE = 0.001
 _LAST_WORDS_SECONDS = 10.0
+_OWN_THREADS = ("watchdog", "heartbeats")
 
 
 class Activity:
@@ -183,16 +185,20 @@ class Watchdog:
         if self._timeout <= 0:
             yield
             return
+        threads = [threading.Thread(target=self._watch, name=_OWN_THREADS[0], daemon=True)]
         address = _store_address(options)
         if address is not None:
             self._heartbeats = Heartbeats(address, rank=self._rank, world_size=self._world_size)
-        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        thread.start()
+            # A store that is stopped never answers, and who waits for it cannot watch.
+            threads.append(threading.Thread(target=self._beat, name=_OWN_THREADS[1], daemon=True))
+        for thread in threads:
+            thread.start()
         try:
             yield
         finally:
             self._done.set()
-            thread.join()
+            for thread in threads:
+                thread.join(self._timeout)
 
     def note(self, activity: str, *, step: int, patience: float = 1.0) -> None:
         """Note what this process begins to do, and how many timeouts it may take."""
@@ -208,14 +214,17 @@ class Watchdog:
         self._current = _Current(name, step, time.monotonic(), limit=None)
 
     def _watch(self) -> None:
+        while not self._done.wait(self._interval):
+            if self._is_late():
+                self._end_process(self._status())
+
+    def _beat(self) -> None:
+        assert self._heartbeats is not None
         beat = 0
         while not self._done.wait(self._interval):
-            if self._heartbeats is not None:
-                with suppress(DistError, RuntimeError):
-                    # The run itself finds out, when the store is gone.
-                    self._heartbeats.exchange(self._status(beat))
-            if self._is_late():
-                self._end_process(self._status(beat))
+            with suppress(DistError, RuntimeError):
+                # The run itself finds out, when the store is gone.
+                self._heartbeats.exchange(self._status(beat))
             beat += 1
 
     def _is_late(self) -> bool:
@@ -233,7 +242,7 @@ class Watchdog:
     def _silent(self, *, longer_than: float) -> dict[int, float]:
         return {} if self._heartbeats is None else self._heartbeats.silent(longer_than=longer_than)
 
-    def _status(self, beat: int) -> WorkerStatus:
+    def _status(self, beat: int = 0) -> WorkerStatus:
         current = self._current
         seconds = time.monotonic() - current.since
         host = socket.gethostname()
@@ -256,7 +265,7 @@ class Watchdog:
             return name_hanging({0: status}, silent={})
         # Nobody misses this many turns but by being stopped.
         silent = self._silent(longer_than=max(4 * self._interval, 2.0))
-        last = {self._rank: status} if self._heartbeats is None else self._heartbeats.last
+        last = {self._rank: status} if self._heartbeats is None else dict(self._heartbeats.last)
         return name_hanging(last, silent=silent)
 
 
@@ -273,12 +282,13 @@ def _store_address(options: TrainOptions) -> tuple[str, int] | None:
 
 
 def _seconds_worked() -> float:
-    """Return the processor time of Python's threads but this one.
+    """Return the processor time of Python's threads but the watchdog's.
 
     Others of this process may answer what other processes ask of a store that it keeps.
     """
-    here = threading.get_native_id()
-    threads = [thread.native_id for thread in threading.enumerate() if thread.native_id != here]
+    threads = [
+        thread.native_id for thread in threading.enumerate() if thread.name not in _OWN_THREADS
+    ]
     try:
         texts = [
             Path(f"/proc/self/task/{number}/schedstat").read_text("utf-8") for number in threads
