@@ -290,8 +290,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         path: The folder; what is there stays until the new one is whole.
 
     Raises:
-        OSError: If it cannot be written; what was there is still there.
+        OSError: If it cannot be written, or something is there that is no folder, as a link; what
+            was there is still there.
     """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise NotADirectoryError(errno.ENOTDIR, "it is no folder of its own", str(path))
     unfinished, replaced = unfinished_path(path), path.with_name(f".{path.name}.replaced")
     for leftover in (unfinished, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -309,15 +312,24 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written; what was there is still there.
+    """
+    with atomic_file(path) as file:
+        file.write(data)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file as UTF-8, whole or not at all.
 
     Raises:
         OSError: If it cannot be written; what was there is still there.
     """
-    with atomic_file(path) as file:
-        # Where the locale is no UTF-8, Python reads foreign letters of a command line as these.
-        file.write(text.encode("utf-8", "surrogateescape"))
+    # Where the locale is no UTF-8, Python reads foreign letters of a command line as these.
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def append_line(path: Path, line: str) -> None:

@@ -163,6 +163,71 @@ def test_one_command_uploads_the_export(tmp_path, world, monkeypatch):
     assert "local-dir:" not in card
 
 
+@pytest.mark.parametrize("name", ["../..", "a/b/c", "a b/c", "", "a" * 200, "https://x/y"])
+def test_a_repository_of_no_such_name_is_refused_before_any_work(tmp_path, capsys, name):
+    # A run that is not there would be complained of next.
+    assert export.main([str(tmp_path / "no"), f"--push-to-hub={name}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --push-to-hub takes OWNER/NAME, got {name!r}: ")
+    assert said.count("\n") == 1
+
+
+def test_an_upload_that_fails_is_one_sentence_and_the_export_stays(
+    tmp_path, finished_run, monkeypatch, capsys
+):
+    class Hub:
+        def create_repo(self, repo_id, **options):
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    shutil.rmtree(folder / "export")
+    assert export.main([str(folder), "--push-to-hub", "me/tiny"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: the upload failed: no route; the export is in {folder}/export"
+    )
+    load_model(folder / "export")
+
+
+def test_files_of_the_users_own_stay_in_an_export(tmp_path, finished_run):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    (folder / "export" / "notes.txt").write_text("mine")
+    (folder / "export" / "link").symlink_to("nowhere")
+    (folder / "export" / "plots").mkdir()
+    (folder / "export" / "plots" / "a.txt").write_text("mine")
+    (folder / "export" / "README.md").write_text("old")
+    assert export.main([str(folder)]) == 0
+    assert (folder / "export" / "notes.txt").read_text() == "mine"
+    assert (folder / "export" / "plots" / "a.txt").read_text() == "mine"
+    assert str((folder / "export" / "link").readlink()) == "nowhere"
+    assert (folder / "export" / "README.md").read_text() != "old"
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_is_no_folder_stays_and_is_named(tmp_path, finished_run, capsys, kind):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    (folder / "export").rename(tmp_path / "elsewhere")
+    if kind == "file":
+        (folder / "export").write_text("mine")
+    else:
+        (folder / "export").symlink_to(tmp_path / "elsewhere")
+    before = sorted(folder.rglob("*"))
+    assert export.main([str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {folder}/export: it is no folder of its own\n"
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_damaged_checkpoints_are_named(tmp_path, finished_run, capsys):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    for path in (folder / "checkpoints").glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    assert export.main([str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: no checkpoint is whole: checkpoint '{folder}/checkpoints/")
+    assert said.count("\n") == 1
+
+
 def test_a_checkpoint_without_a_record_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no record"):
         export.write_export({"state_dict": {}, "name": "x"}, tmp_path / "export")

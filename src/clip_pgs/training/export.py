@@ -11,7 +11,9 @@ import argparse
 import copy
 import json
 import logging
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -28,12 +30,15 @@ from clip_pgs.common import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
     EXPORT_NAME,
+    FAILED,
     MAE_TYPE,
     MODEL_CONFIG_NAME,
     WEIGHTS_NAME,
     SentenceParser,
     atomic_folder,
+    one_sentence,
     refuse,
+    regular_file,
     sync,
     write_text,
 )
@@ -145,7 +150,8 @@ def write_export(
 
     Args:
         checkpoint: From `pack_checkpoint` or `load_checkpoint`, with this trainer's record.
-        folder: Written beside itself first; one that is there is replaced.
+        folder: Written beside itself first. Of one that is there, files of these names are
+            replaced, and others stay.
         license_name: Of the weights, as the Hub calls it.
 
     Returns:
@@ -153,7 +159,7 @@ def write_export(
 
     Raises:
         ValueError: If the checkpoint has no record, or a weight is NaN or infinite.
-        OSError: If it cannot be written; an export that is there is still there.
+        OSError: If it cannot be written, or no folder has its name; what is there is still there.
     """
     record = checkpoint.get("clip_pgs")
     if record is None:
@@ -164,7 +170,20 @@ def write_export(
     with atomic_folder(folder) as unfinished:
         card = write_model_card(checkpoint["name"], record, license_name=license_name)
         _write_files(checkpoint, record, card, unfinished)
+        for path in folder.iterdir() if folder.exists() else ():
+            # Not ours to remove.
+            if not os.path.lexists(unfinished / path.name):
+                _copy(path, unfinished / path.name)
     return folder
+
+
+def _copy(path: Path, target: Path) -> None:
+    if path.is_symlink():
+        target.symlink_to(os.readlink(path))
+    elif path.is_dir():
+        shutil.copytree(path, target, symlinks=True)
+    else:
+        shutil.copy2(regular_file(path), target)
 
 
 def _write_files(
@@ -342,11 +361,17 @@ def export_run(run_folder: Path, *, license_name: str = "unknown") -> Path:
         license_name: Of the weights, as the Hub calls it.
 
     Raises:
-        ValueError: If the run has no checkpoint of this trainer.
+        ValueError: If the run has no checkpoint of this trainer that is whole.
+        OSError: If it cannot be written, see `write_export`.
     """
-    path = newest_checkpoint(run_folder / CHECKPOINTS_NAME)
+    damaged: dict[Path, ValueError] = {}
+    path = newest_checkpoint(run_folder / CHECKPOINTS_NAME, on_damage=damaged.__setitem__)
+    if path is None and damaged:
+        raise ValueError(f"no checkpoint is whole: {'; '.join(map(str, damaged.values()))}")
     if path is None:
         raise ValueError(f"{str(run_folder)!r} has no checkpoint to export")
+    for error in damaged.values():
+        _logger.warning("%s; it is passed over", error)
     checkpoint = load_checkpoint(path)
     folder = write_export(checkpoint, run_folder / EXPORT_NAME, license_name=license_name)
     if scores := _scores(run_folder / EVAL_NAME, folder):
@@ -422,6 +447,15 @@ def push_to_hub(export_folder: Path, repo_id: str, *, private: bool = False) -> 
     return str(address)
 
 
+def _check_repository(repo_id: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"--push-to-hub takes OWNER/NAME, got {repo_id!r}: {error}") from None
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = SentenceParser(
@@ -443,18 +477,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    repository = arguments.push_to_hub
     try:
+        if repository is not None:
+            _check_repository(repository)
         folder = export_run(arguments.run, license_name=arguments.license)
     except ValueError as error:
         return refuse(error)
+    except NotADirectoryError as error:
+        return refuse(error)
     except OSError as error:
         sys.stderr.write(f"error: the export cannot be written: {error}\n")
-        return 1
+        return FAILED
     _logger.info("export: %s", folder)
-    if arguments.push_to_hub:
-        _logger.info(
-            "uploaded: %s", push_to_hub(folder, arguments.push_to_hub, private=arguments.private)
-        )
+    if repository:
+        try:
+            address = push_to_hub(folder, repository, private=arguments.private)
+        # Of the network, the Hub's client, or the Hub.
+        except Exception as error:
+            reason = f"the upload failed: {one_sentence(error)}; the export is in {folder}"
+            sys.stderr.write(f"error: {reason}\n")
+            return FAILED
+        _logger.info("uploaded: %s", address)
     return 0
 
 
