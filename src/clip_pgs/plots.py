@@ -20,6 +20,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import LogLocator, NullLocator
 
+from clip_pgs.common import write_bytes
+
 INK, FAINT, MIDDLE = "#1a1a1a", "#d9d9d9", "#808080"
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 GRAYS = ("#f2f2f2", "#dcdcdc", "#c3c3c3", "#a6a6a6", "#858585", "#5e5e5e")
@@ -130,8 +132,12 @@ def picture(drawing: Drawing, form: str, *, mark: str | None = None) -> bytes:
 
 
 def write_figures(figures: Iterable[Figure], folder: Path) -> None:
-    """Write both forms of figures into a folder, which is made if need be."""
+    """Write both forms of figures into a folder, which is made if need be.
+
+    Raises:
+        OSError: If one cannot be written; each is there whole or not at all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
-        (folder / f"{figure.name}.svg").write_bytes(figure.svg)
-        (folder / f"{figure.name}.png").write_bytes(figure.png)
+        write_bytes(folder / f"{figure.name}.svg", figure.svg)
+        write_bytes(folder / f"{figure.name}.png", figure.png)

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 from clip_pgs.evaluation import load_model
 from clip_pgs.evaluation.__main__ import main
+from support.disk import files_limited_to
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,6 +55,15 @@ def test_report_is_written_and_named_in_the_last_line(run, options, capsys):
     page = (run / "eval/report/report.html").read_text()
     assert "tiny_run" in page
     assert "six" in page
+
+
+def test_scores_stay_where_the_disk_has_no_room_for_their_report(run, options, capsys):
+    with files_limited_to(9000):
+        assert main([str(run), *options[:-1]]) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"error: {run}/eval/report/figures/\S+: File too large\n", said)
+    names = {path.name for path in (run / "eval").iterdir()}
+    assert {"results.csv", "zeroshot_classification_six.json"} <= names
 
 
 @pytest.mark.parametrize(

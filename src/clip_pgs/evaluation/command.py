@@ -236,7 +236,10 @@ def _evaluate_all(args: argparse.Namespace, ranks: Ranks) -> int:
         if is_missing and args.data_root is None and args.datasets in _HINTS:
             logger.info("Some data sets are missing: %s", _HINTS[args.datasets])
     if args.report and ranks.is_main:
-        _write_report(scored, args)
+        try:
+            _write_report(scored, args)
+        except OSError as error:
+            exit_code = max(exit_code, refuse(error))
     return exit_code
 
 
@@ -352,7 +355,9 @@ def _evaluate_source(
         source = plain(f"{loaded.name} ({loaded.source}){_cost(results)}")
         sys.stdout.write(f"\n{source}\n\n{format_table(results)}\n")
         sys.stdout.write(f"In percent; files are in {output}, the table as {CSV_NAME}\n")
-        if any(result.status not in (DONE, MISSING) for result in results):
+        is_failed = any(result.status not in (DONE, MISSING) for result in results)
+        # Not where the disk had no room for it.
+        if is_failed and (output / ERRORS_NAME).is_file():
             sys.stdout.write(f"What failed is told in full in {output / ERRORS_NAME}\n")
         sys.stdout.flush()
     return results

@@ -1,10 +1,14 @@
 """Which files a report's folder holds after a second report."""
 
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 
+from clip_pgs.evaluation.__main__ import main
 from clip_pgs.evaluation.report.command import write_report
+from support.disk import files_limited_to
 from support.reports import make_result, save_results, save_run
 
 pytestmark = pytest.mark.slow
@@ -83,3 +87,18 @@ def test_no_earlier_figure_goes_where_the_new_report_cannot_be_made(folder, made
     with pytest.raises(ValueError, match="is no result"):
         write_report([made / "logs", tmp_path / "broken.json"], folder)
     assert names(folder / "figures") == before
+
+
+def test_a_full_disk_ends_a_report_with_the_name_of_a_file_and_leaves_none_cut(
+    made, tmp_path, capsys
+):
+    with files_limited_to(9000):
+        assert main(["report", str(made / "logs"), "-o", str(tmp_path)]) == 1
+    figures = tmp_path / "figures"
+    said = re.fullmatch(r"error: (.*): File too large\n", capsys.readouterr().err)
+    assert Path(said[1]).parent == figures
+    assert not [path for path in figures.iterdir() if not is_whole(path)]
+
+
+def is_whole(path):
+    return path.read_bytes().endswith((b"</svg>\n", b"IEND\xaeB`\x82"))
