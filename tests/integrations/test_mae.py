@@ -4,7 +4,13 @@ import pytest
 import torch
 import transformers
 
-from clip_pgs import MaskingStrategy, PatchInputs, PatchSelection, create_masking
+from clip_pgs import (
+    MaskingStrategy,
+    PatchInputs,
+    PatchSelection,
+    create_masking,
+    list_maskings,
+)
 from clip_pgs.integrations.mae import feed_mae_noise, mae_noise
 from clip_pgs.masking.sampling import kept_patches
 from support.models import image_batch
@@ -91,6 +97,15 @@ def test_a_name_alone_takes_the_models_own_count(mask_ratio, sign):
     assert num_kept == (num_shown if sign == "keep" else 49 - num_shown)
 
 
+@pytest.mark.parametrize("name", sorted(set(list_maskings()) - {"attentive"}))
+def test_a_name_alone_is_enough_at_every_ratio(name):
+    for mask_ratio in (0.75, 0.25):
+        for sign in ("keep", "hide"):
+            model = small_mae(mask_ratio)
+            feed_mae_noise(model, name, sign=sign)
+            assert model(image_batch()).mask.sum(dim=1).tolist() == [16 * mask_ratio] * 3
+
+
 @pytest.mark.parametrize("num_keep", [2, 9])
 def test_another_count_is_filled_up_or_thinned_out_at_random(num_keep):
     model, images = small_mae(), image_batch(1)
@@ -126,6 +141,7 @@ def test_tokens_are_given_once_there_is_progress():
     ("call", "sentence"),
     [
         (lambda: feed_mae_noise(torch.nn.Linear(2, 2), "pgs"), "Linear is no ViT-MAE"),
+        (lambda: feed_mae_noise(small_mae(), None), "masking must be a name or a"),
         (lambda: feed_mae_noise(small_mae(), "attentive"), "reads a teacher's attention"),
         (lambda: feed_mae_noise(small_mae(), "pgs", sign="show"), "sign must be one of keep, hide"),
         (lambda: mae_noise(KeepBright(4), image_batch(), sign="no"), "sign must be one of"),

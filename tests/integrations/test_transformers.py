@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import io
 import subprocess
 import sys
 
@@ -70,6 +71,22 @@ def test_the_state_dict_keeps_its_keys_and_a_saved_model_is_a_plain_one(name, tm
     assert type(hf_tower(loaded)) is type(hf_tower(plain))
     images = hf_images(plain)
     torch.testing.assert_close(hf_features(loaded, images), hf_features(plain, images))
+
+
+@every_model
+def test_a_masked_model_is_pickled_and_copied(name):
+    model = apply_masking(hf_model(name), "pgs", mask_ratio=0.5, mask_ratio_min=0.3)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    images, noise = hf_images(model), torch.rand(3, 16)
+    set_masking_noise(model, noise)
+    expected = hf_features(model.train(), images)
+    for other in (torch.load(file, weights_only=False), copy.deepcopy(model)):
+        assert type(hf_tower(other)) is type(hf_tower(model))
+        set_masking_noise(other, noise)
+        assert torch.equal(hf_features(other.train(), images), expected)
+        assert type(hf_tower(remove_masking(other))) is type(hf_tower(hf_model(name)))
 
 
 @every_model
@@ -318,6 +335,13 @@ def test_a_siglip_without_a_head_has_no_attention_to_follow():
     assert model(**hf_images(model)).pooler_output is None
     with pytest.raises(ValueError, match="no head that pools"):
         apply_masking(model, "attentive")
+
+
+@pytest.mark.parametrize("noise", ["a", [0.5]])
+def test_noise_is_a_tensor(noise):
+    model = apply_masking(hf_model("CLIPVisionModel"), "random")
+    with pytest.raises(ValueError, match="noise must be a tensor or None, got"):
+        set_masking_noise(model, noise)
 
 
 def test_images_of_another_size_are_refused_where_patches_are_dropped():

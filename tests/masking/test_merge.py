@@ -144,7 +144,7 @@ def test_means_in_half_precision_stay_close_under_autocast():
     torch.testing.assert_close(half.float(), expected, atol=0.01, rtol=0.01)
 
 
-@pytest.mark.parametrize("text", ["", "2", "2x", "0x2", "2x2+", "+candidates", "2X2", "2x2x2"])
+@pytest.mark.parametrize("text", ["", "2", "2x", "0x2", "2x2+", "+candidates", "2X2", "2x2x2", 3])
 def test_what_is_no_grouping_is_refused(text):
     with pytest.raises(ValueError, match="merge must be none, ROWSxCOLUMNS"):
         Merge.parse(text)

@@ -338,9 +338,12 @@ def set_masking_noise(model: nn.Module, noise: Tensor | None) -> None:
             back to drawing from the global stream.
 
     Raises:
-        ValueError: If the model is not masked. The forward pass refuses noise of another shape, and
-            on a CPU numbers out of range; another device would have to be waited for.
+        ValueError: If the model is not masked, or the noise is no tensor. The forward pass refuses
+            noise of another shape, and on a CPU numbers out of range; another device would have to
+            be waited for.
     """
+    if not (noise is None or isinstance(noise, Tensor)):
+        raise ValueError(f"noise must be a tensor or None, got {noise!r}")
     tower_masking(model).noise = noise
 
 

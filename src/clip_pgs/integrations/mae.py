@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from clip_pgs.common import check_choice
 from clip_pgs.integrations.masked_tower import unwrap
-from clip_pgs.masking import MaskingStrategy, PatchInputs, create_masking
+from clip_pgs.masking import MaskingStrategy, PatchInputs, create_masking, masking_options
 from clip_pgs.masking.sampling import kept_patches, second_draw
 
 SIGNS = ("keep", "hide")
@@ -141,9 +141,17 @@ def feed_mae_noise(
         # As the model counts them.
         num_shown = int(num_patches * (1 - embeddings.config.mask_ratio))
         num_kept = num_shown if sign == "keep" else num_patches - num_shown
-        strategy = create_masking(masking, **{"mask_ratio": 1 - num_kept / num_patches, **options})
+        known = masking_options(masking)
+        if "mask_ratio" in known:
+            options = {"mask_ratio": 1 - num_kept / num_patches, **options}
+        lowest, ratio = known.get("mask_ratio_min"), options.get("mask_ratio")
+        if lowest is not None and isinstance(ratio, int | float):
+            options.setdefault("mask_ratio_min", min(lowest, ratio))
+        strategy = create_masking(masking, **options)
     elif options:
         raise ValueError(f"options go with a masking's name, got {', '.join(options)} beside one")
+    elif not isinstance(masking, MaskingStrategy):
+        raise ValueError(f"masking must be a name or a MaskingStrategy, got {masking!r}")
     else:
         strategy = masking
     if "attention" in strategy.requires:

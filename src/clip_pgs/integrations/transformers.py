@@ -113,6 +113,10 @@ class MaskedVisionModel(MaskedTower):
     def _encode(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         return MaskedTower.forward(self, pixel_values)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let pickle, which finds the plain class by these names, make a masked one again."""
+        return _new, (type(self).plain_class,), self.__dict__
+
     @staticmethod
     def refusal(tower: Any) -> str | None:
         """Return why a vision model cannot be masked, None where it can."""
@@ -374,6 +378,12 @@ class MaskedNaflexModel(MaskedQueryModel):
         """Return the grid of the positions, which are resized to that of each image."""
         side = tower.embeddings.position_embedding_size
         return PatchGrid((side, side), (tower.config.patch_size,) * 2)
+
+
+def _new(plain: type[nn.Module]) -> Any:
+    """Return an empty vision model of the kind that masks a plain class."""
+    (kind,) = MaskedTower.kinds[plain]
+    return kind.__new__(kind)  # type: ignore[call-overload]
 
 
 def _without_padding(x: Tensor, key_mask: Tensor | None) -> Tensor:
