@@ -200,6 +200,14 @@ def test_what_the_study_lacks_cannot_be_chosen(study, capsys, flags):
     refusal(main, study.argv(*flags), capsys)
 
 
+def test_a_report_of_no_runs_is_refused_and_leaves_nothing(study, capsys):
+    sentence = refusal(main, study.argv("--report-only"), capsys)
+    assert f"{study.study} holds no run" in sentence
+    assert main(study.argv("--report-only", "--check-only")) == 0
+    assert "4 runs" in capsys.readouterr().out
+    assert not study.root.exists()
+
+
 @pytest.mark.parametrize("base", ["base.yaml", "~/base.yaml"])
 def test_a_valid_study_says_so_and_leaves_nothing(study, capsys, monkeypatch, base):
     monkeypatch.setenv("HOME", str(study.folder))

@@ -103,7 +103,9 @@ def _run(args: argparse.Namespace, signals: StopSignals) -> int:
             raise ValueError(
                 f"--jobs must be 1 where a run takes {num_processes()} processes, got {args.jobs}"
             )
-        if args.report_only:
+        if args.report_only and not args.check_only:
+            if not any(study.run(arm, seed).is_dir() for arm in study.arms for seed in study.seeds):
+                raise ValueError(f"there is nothing to report: {study.folder} holds no run")
             return _report(study, args)
         options = check_study(study)
         # Seed by seed, so that pairs fill first.

@@ -19,6 +19,7 @@ import clip_pgs
 from clip_pgs.common import CHECKPOINTS_NAME, regular_file, write_text
 from clip_pgs.evaluation.results import DONE, read_results
 from clip_pgs.launch import Processes, share_cores
+from clip_pgs.launch import start as start_child
 from clip_pgs.study.plan import CONFIG_NAME, Study
 from clip_pgs.study.record import (
     Code,
@@ -264,14 +265,12 @@ class Runner:
             with self._lock:
                 if self._is_stopping:
                     return 1, "stopped"
-                # In a group of its own, Ctrl-C reaches it once, by way of this process.
-                child = subprocess.Popen(
+                child = start_child(
                     [sys.executable, "-m", "clip_pgs.cli", command, *arguments],
                     env=os.environ | self._cores,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,
                 )
                 self._children.add(child)
             code = child.wait()
