@@ -42,6 +42,8 @@ def launch():
     """Run a script as torchrun would be, and give the signals back afterwards."""
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
+    # A background shell has Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run(script, *arguments, command="train"):
         processes = Stub(2, 2, 1, "host:1")

@@ -82,13 +82,18 @@ def test_a_timm_tower_gives_its_sizes():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("RN50", "RN50"),
-        ("convnext_base", "convnext_base"),
+        ("MobileCLIP-S1", "FastVit"),
+        ("swin_base_patch4_window7_224", "windows"),
     ],
 )
 def test_a_tower_without_patches_is_refused(name, reason):
     with pytest.raises(ValueError, match=reason):
         read_model_input(name)
+
+
+@pytest.mark.parametrize("name", ["RN50", "convnext_base"])
+def test_a_tower_of_convolutions_has_cells_of_32_pixels(name):
+    assert read_model_input(name).patch_size == (32, 32)
 
 
 def test_an_unknown_name_is_refused():
