@@ -383,7 +383,7 @@ class MaskedNaflexModel(MaskedQueryModel):
 def _new(plain: type[nn.Module]) -> Any:
     """Return an empty vision model of the kind that masks a plain class."""
     (kind,) = MaskedTower.kinds[plain]
-    return kind.__new__(kind)  # type: ignore[call-overload]
+    return kind.__new__(kind)
 
 
 def _without_padding(x: Tensor, key_mask: Tensor | None) -> Tensor:
