@@ -16,6 +16,7 @@ from clip_pgs.common import (
     early_end,
     leaving_when_told,
     refuse,
+    registered_names,
 )
 from clip_pgs.integrations import check_versions
 
@@ -141,8 +142,6 @@ def completion(argv: Sequence[str]) -> int:
     if list(argv) not in (["bash"], ["zsh"]):
         sys.stdout.write("usage: clip-pgs completion bash|zsh\n")
         return 0 if list(argv) in (["-h"], ["--help"]) else 2
-    from clip_pgs.training.options import registered_names
-
     named_values = {
         "config": [path.stem for path in sorted((CONFIGS / "train").glob("*.yaml"))],
         "masking": registered_names("masking"),

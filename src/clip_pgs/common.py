@@ -64,6 +64,10 @@ _MAX_JSON_BYTES = 2**20
 _HEAD, _TAIL = 1500, 300
 # Before a slash or the end, after `--flag=`, `KEY=`, both, or the `::` of several data sources.
 _TILDE = re.compile(r"(?:^(?:--[\w-]+=)?(?:\w+=)?|::)~(?=/|$|::)")
+# How modules register strategies and maskings of texts.
+_REGISTRATION = re.compile(
+    r'^(?:@register_masking|@TEXT_MASKINGS\.register|_register_reduction)\(\s*"([\w-]+)"', re.M
+)
 # What a disk or a file system cannot do, whatever was asked of it.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_FAULTS = (*_FULL, errno.EIO, errno.EMFILE, errno.ENFILE)
@@ -564,6 +568,45 @@ class Registry(Generic[Entry]):
             ValueError: See `name`.
         """
         return self._declarations[self.name(name)]
+
+
+def late_names(package: str, names: Collection[str], *modules: str) -> Callable[[str], Any]:
+    """Return a package's `__getattr__`, which imports a module when one of its names is asked for.
+
+    Help and refusals of a command, which import its package, have no seconds for torch.
+
+    Args:
+        package: Its name.
+        names: What it offers.
+        modules: Those of the package that hold them, in the order to look.
+    """
+
+    def find(name: str) -> Any:
+        if name in names:
+            for module in modules:
+                found = importlib.import_module(f"{package}.{module}")
+                if hasattr(found, name):
+                    return getattr(found, name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find
+
+
+def registered_names(package: str) -> list[str]:
+    """Return the names that the modules of a package of ours register, sorted.
+
+    They are read from the modules' text, unless this process has imported them anyway: importing
+    them takes torch, and with it seconds.
+
+    Args:
+        package: "masking" for the strategies, "data" for the maskings of texts.
+    """
+    if package == "masking" and "clip_pgs.masking" in sys.modules:
+        return sys.modules["clip_pgs.masking"].list_maskings()
+    if package == "data" and "clip_pgs.data.text_masking" in sys.modules:
+        return sys.modules["clip_pgs.data.text_masking"].TEXT_MASKINGS.names()
+    texts = (path.read_text("utf-8") for path in _PACKAGE.joinpath(package).glob("*.py"))
+    return sorted(name for text in texts for name in _REGISTRATION.findall(text))
 
 
 def _origin(entry: Any) -> Any:

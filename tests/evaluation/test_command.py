@@ -164,21 +164,19 @@ def test_an_interruption_gives_exit_code_130_and_says_how_to_go_on(
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clip_pgs.evaluation.command.evaluate", interrupt)
+    monkeypatch.setattr("clip_pgs.evaluation.runner.evaluate", interrupt)
     assert main([str(run), *options]) == 130
     assert capsys.readouterr().err.endswith("interrupted; the same command continues\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-@pytest.mark.parametrize("step", ["load_suite", "evaluate"])
+@pytest.mark.parametrize("step", ["command.load_suite", "runner.evaluate"])
 def test_a_signal_to_leave_gives_exit_code_85_and_says_how_to_go_on(
     run, options, capsys, monkeypatch, number, step
 ):
     # Who runs the tests in the background may have it ignored, and then it stays so.
     before = signal.signal(number, signal.SIG_DFL)
-    monkeypatch.setattr(
-        f"clip_pgs.evaluation.command.{step}", lambda *_, **__: signal.raise_signal(number)
-    )
+    monkeypatch.setattr(f"clip_pgs.evaluation.{step}", lambda *_, **__: signal.raise_signal(number))
     try:
         assert main([str(run), *options]) == 85
         written = capsys.readouterr().err

@@ -6,11 +6,12 @@ import braceexpand
 import pytest
 import torch
 
+from clip_pgs.common import registered_names
 from clip_pgs.data.__main__ import main as prepare
 from clip_pgs.data.world.writing import write_world
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.option_warnings import option_warnings
-from clip_pgs.training.options import parse_options, registered_names
+from clip_pgs.training.options import parse_options
 from clip_pgs.training.trainer import train
 
 ROOT = Path(__file__).parents[2]

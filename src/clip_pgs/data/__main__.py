@@ -1,4 +1,7 @@
-"""`clip-pgs data`: make the demo world, pack pairs, check shards, count words."""
+"""`clip-pgs data`: make the demo world, pack pairs, check shards, count words.
+
+What a command needs is imported when it runs: torch takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,6 @@ from typing import Any
 from tqdm import tqdm
 
 from clip_pgs.common import SentenceParser, check_writable, refuse
-from clip_pgs.data.pack import check_shards, pack_pairs
-from clip_pgs.data.shards import expand_shards
-from clip_pgs.data.words import (
-    count_shards,
-    count_table,
-    describe_skipped,
-    write_word_frequencies,
-)
 
 _CAPTION_KEY = "field of the side-car .json that holds the captions (none: captions are .txt)"
 
@@ -130,7 +125,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _run_world(out: Path, **options: int) -> int:
-    # Drawing needs more than the other commands do.
     from clip_pgs.data.world.writing import describe_world, write_world
 
     with tqdm(unit="scene", disable=not sys.stderr.isatty()) as bar:
@@ -145,6 +139,8 @@ def _run_world(out: Path, **options: int) -> int:
 
 
 def _run_pack(out: Path, **options: Any) -> int:
+    from clip_pgs.data.pack import pack_pairs
+
     sizes, num_skipped = pack_pairs(out=out, **options)
     first, last = min(sizes), max(sizes)
     names = f"{{{first[:-4]}..{last[:-4]}}}.tar" if first != last else first
@@ -156,6 +152,9 @@ def _run_pack(out: Path, **options: Any) -> int:
 
 
 def _run_check(shards: str, caption_key: str | None) -> int:
+    from clip_pgs.data.pack import check_shards
+    from clip_pgs.data.shards import expand_shards
+
     total = check_shards(expand_shards(shards), sys.stdout.write, caption_key=caption_key)
     return 1 if total.bad else 0
 
@@ -164,6 +163,14 @@ def _run_words(shards: str, out: Path, min_count: int, workers: int, **columns: 
     check_writable(out)
     if min_count < 1:
         raise ValueError(f"--min-count must be >= 1, got {min_count}")
+    from clip_pgs.data.shards import expand_shards
+    from clip_pgs.data.words import (
+        count_shards,
+        count_table,
+        describe_skipped,
+        write_word_frequencies,
+    )
+
     if shards.lower().endswith((".csv", ".tsv")):
         columns["caption_key"] = columns["caption_key"] or "title"
         count = count_table(Path(shards), **columns)

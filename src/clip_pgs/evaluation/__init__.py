@@ -6,13 +6,18 @@ results = evaluate(load_model("logs/demo"), load_suite("zeroshot-retrieval"))
 print(format_table(results))
 """
 
-from clip_pgs.evaluation.datasets import EvalSet
-from clip_pgs.evaluation.models import LoadedModel, check_finite, load_model, weights_digest
-from clip_pgs.evaluation.report.results_table import format_table
-from clip_pgs.evaluation.report.scores import Average, averages
-from clip_pgs.evaluation.results import Result, read_results
-from clip_pgs.evaluation.runner import evaluate
-from clip_pgs.evaluation.suites import SUITES, Scores, Suite, load_suite, register_suite
+from typing import TYPE_CHECKING
+
+from clip_pgs.common import late_names
+
+if TYPE_CHECKING:
+    from clip_pgs.evaluation.datasets import EvalSet
+    from clip_pgs.evaluation.models import LoadedModel, check_finite, load_model, weights_digest
+    from clip_pgs.evaluation.report.results_table import format_table
+    from clip_pgs.evaluation.report.scores import Average, averages
+    from clip_pgs.evaluation.results import Result, read_results
+    from clip_pgs.evaluation.runner import evaluate
+    from clip_pgs.evaluation.suites import SUITES, Scores, Suite, load_suite, register_suite
 
 __all__ = [
     "SUITES",
@@ -32,3 +37,15 @@ __all__ = [
     "register_suite",
     "weights_digest",
 ]
+
+__getattr__ = late_names(
+    __name__,
+    __all__,
+    "datasets",
+    "results",
+    "suites",
+    "report.scores",
+    "report.results_table",
+    "models",
+    "runner",
+)

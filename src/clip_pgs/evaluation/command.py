@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from clip_pgs.common import (
     EVAL_NAME,
@@ -46,13 +45,15 @@ from clip_pgs.evaluation.datasets import (
     is_caption_pairs,
     is_remote,
 )
-from clip_pgs.evaluation.models import check_source, load_model, model_name
 from clip_pgs.evaluation.report.command import HTML_NAME, write_report
 from clip_pgs.evaluation.report.results_table import format_table
 from clip_pgs.evaluation.results import CSV_NAME, DONE, MISSING, Result, result_files
-from clip_pgs.evaluation.runner import ERRORS_NAME, Ranks, evaluate, join_ranks
 from clip_pgs.evaluation.suites import load_suite, suites
 from clip_pgs.tables import Table, plain, scaled
+
+# Here: torch takes seconds, and help, lists and most refusals have no need of it.
+if TYPE_CHECKING:
+    from clip_pgs.evaluation.runner import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -80,16 +81,15 @@ def run(argv: Sequence[str]) -> int:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("clip_pgs").setLevel(logging.INFO)
-    with join_ranks() as ranks:
-        try:
-            exit_code = _evaluate_all(args, ranks)
-        except (KeyboardInterrupt, AskedToLeaveError) as error:
-            sentence, exit_code = early_end(error)
-            if ranks.is_main:
-                sys.stderr.write(f"{sentence}; the same command continues\n")
+    try:
+        exit_code = _evaluate_all(args)
+    except (KeyboardInterrupt, AskedToLeaveError) as error:
+        sentence, exit_code = early_end(error)
+        if _is_main():
+            sys.stderr.write(f"{sentence}; the same command continues\n")
     if args.exit_code_file is None:
         return exit_code
-    if ranks.is_main:
+    if _is_main():
         Path(args.exit_code_file).write_text(f"{exit_code}\n", encoding="utf-8")
     return 0
 
@@ -107,7 +107,7 @@ def run_sets(argv: Sequence[str]) -> int:
     try:
         eval_sets = load_suite(args.suite, datasets=args.datasets, data_root=args.data_root)
     except (ValueError, OSError) as error:
-        return _complain(error, Ranks())
+        return _complain(error)
     found = [(eval_set, check_presence(eval_set)) for eval_set in eval_sets]
     sys.stdout.write(_presence_table(found))
     absent = [eval_set for eval_set, presence in found if presence.state != PRESENT]
@@ -213,64 +213,85 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _evaluate_all(args: argparse.Namespace, ranks: Ranks) -> int:
+def _evaluate_all(args: argparse.Namespace) -> int:
     try:
-        eval_sets, device = check_call(args, ranks)
-        outputs = _output_folders(args)
+        eval_sets = check_call(args)
     # OSError: a path that cannot be looked up.
     except (ValueError, OSError) as error:
-        return _complain(error, ranks)
+        return _complain(error)
+    from clip_pgs.evaluation.runner import join_ranks
 
-    exit_code = EXIT_DONE
-    scored: list[tuple[Path, list[Result]]] = []
-    for source, output in outputs.items():
+    with join_ranks() as ranks:
         try:
-            results = _evaluate_source(source, eval_sets, output, device, ranks, args)
-        except ValueError as error:
-            exit_code = _complain(error, ranks)
-            continue
-        scored.append((output, results))
-        if any(result.status != DONE for result in results):
-            exit_code = max(exit_code, EXIT_INCOMPLETE)
-        is_missing = any(result.status == MISSING for result in results)
-        if is_missing and args.data_root is None and args.datasets in _HINTS:
-            logger.info("Some data sets are missing: %s", _HINTS[args.datasets])
-    if args.report and ranks.is_main:
-        try:
-            _write_report(scored, args)
-        except OSError as error:
-            exit_code = max(exit_code, refuse(error))
-    return exit_code
+            device = choose_device(
+                args.device, world_size=ranks.world_size, local_rank=ranks.local_rank
+            )
+            outputs = _output_folders(args)
+        except (ValueError, OSError) as error:
+            return _complain(error)
+
+        exit_code = EXIT_DONE
+        scored: list[tuple[Path, list[Result]]] = []
+        for source, output in outputs.items():
+            try:
+                results = _evaluate_source(source, eval_sets, output, device, ranks, args)
+            except ValueError as error:
+                exit_code = _complain(error)
+                continue
+            scored.append((output, results))
+            if any(result.status != DONE for result in results):
+                exit_code = max(exit_code, EXIT_INCOMPLETE)
+            is_missing = any(result.status == MISSING for result in results)
+            if is_missing and args.data_root is None and args.datasets in _HINTS:
+                logger.info("Some data sets are missing: %s", _HINTS[args.datasets])
+        if args.report and ranks.is_main:
+            try:
+                _write_report(scored, args)
+            except OSError as error:
+                exit_code = max(exit_code, refuse(error))
+        return exit_code
 
 
-def check_call(args: argparse.Namespace, ranks: Ranks) -> tuple[list[EvalSet], str]:
-    """Check everything in a call but its sources, what masks their images, and its output.
+def check_call(args: argparse.Namespace) -> list[EvalSet]:
+    """Check everything in a call but its sources, device and output.
 
     Args:
         args: From `make_parser`.
-        ranks: This process among those of the call.
 
     Returns:
-        The data sets, and the device of this process.
+        The data sets.
 
     Raises:
-        ValueError: If there is no such suite, list, folder or device, or a number is out of range.
+        ValueError: If there is no such suite, list or folder, a number is out of range, or an
+            option of the masking is given twice or without one.
         OSError: If a path cannot be looked up.
     """
     eval_sets = load_suite(args.suite, datasets=args.datasets, data_root=args.data_root)
-    device = _device(args.device, ranks)
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be >= 1, got {args.batch_size}")
     if args.workers is not None and args.workers < 0:
         raise ValueError(f"--workers must be >= 0, got {args.workers}")
-    return eval_sets, device
+    inference_choice(args)
+    return eval_sets
 
 
-def _device(name: str | None, ranks: Ranks) -> str:
+def choose_device(name: str | None, *, world_size: int = 1, local_rank: int = 0) -> str:
+    """Return the device of this process.
+
+    Args:
+        name: What the user asks for; None takes a GPU if there is one.
+        world_size: Processes of the call.
+        local_rank: This one's number on its machine.
+
+    Raises:
+        ValueError: If the device that was asked for cannot be used here.
+    """
+    import torch
+
     if name is None:
         if not torch.cuda.is_available():
             return "cpu"
-        return "cuda" if ranks.world_size == 1 else f"cuda:{ranks.local_rank}"
+        return "cuda" if world_size == 1 else f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         if device.type == "meta":
@@ -311,6 +332,8 @@ def _model_choice(args: argparse.Namespace) -> dict[str, Any]:
 
 def _output_folders(args: argparse.Namespace) -> dict[str, Path]:
     """Return where the results of each source go, after checking that the source is one."""
+    from clip_pgs.evaluation.models import check_source, model_name
+
     folders: dict[str, Path] = {}
     for source in args.sources:
         check_source(source, **_model_choice(args))
@@ -338,6 +361,9 @@ def _evaluate_source(
     ranks: Ranks,
     args: argparse.Namespace,
 ) -> list[Result]:
+    from clip_pgs.evaluation.models import load_model
+    from clip_pgs.evaluation.runner import ERRORS_NAME, evaluate
+
     loaded = load_model(source, device=device, **_model_choice(args))
     if ranks.is_main:
         where = device if ranks.world_size == 1 else f"{ranks.world_size} processes"
@@ -394,8 +420,13 @@ def _write_report(scored: Sequence[tuple[Path, list[Result]]], args: argparse.Na
     sys.stdout.write(f"The report is {written / HTML_NAME}\n")
 
 
-def _complain(error: Exception, ranks: Ranks) -> int:
-    return refuse(error) if ranks.is_main else refusal_code(error)
+def _complain(error: Exception) -> int:
+    return refuse(error) if _is_main() else refusal_code(error)
+
+
+def _is_main() -> bool:
+    """Return whether this process speaks for all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _presence_table(found: Sequence[tuple[EvalSet, Presence]]) -> str:

@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy, normalize, pad
 from clip_pgs.evaluation.datasets import DamagedDataError
 from clip_pgs.evaluation.features import Features
 from clip_pgs.evaluation.metrics import classification_metrics
+from clip_pgs.evaluation.suites import NUM_NEIGHBORS
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ _COARSE_STEP = 2.0
 _LOWEST, _HIGHEST = -10.0, 10.0
 _FINER_STEPS = (1.0, 0.5, 0.25)
 
-NUM_NEIGHBORS = 20
 _TEMPERATURE = 0.07
 
 MAX_ITERATIONS = 3000

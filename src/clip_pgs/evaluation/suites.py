@@ -3,6 +3,8 @@
 A suite is a function from an encoder and a data set to `Scores`, registered with a `Suite`, which
 help, lists, tables, averages and the report read. One outside this package is a module's that does
 the same, asked for by `--suite package.module:function`.
+
+Help and lists take no torch, so that what scores is imported when it does.
 """
 
 from __future__ import annotations
@@ -15,9 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_pgs.common import CONFIGS, Registry
 from clip_pgs.evaluation.datasets import (
@@ -37,16 +37,14 @@ from clip_pgs.evaluation.datasets import (
     read_pairs,
     read_templates,
 )
-from clip_pgs.evaluation.features import Encoder
-from clip_pgs.evaluation.metrics import (
-    classification_metrics,
-    count_right,
-    retrieval_metrics,
-    zeroshot_logits,
-)
-from clip_pgs.evaluation.probe import NUM_NEIGHBORS, linear_probe, nearest_neighbors
+
+if TYPE_CHECKING:
+    from clip_pgs.evaluation.features import Encoder
 
 logger = logging.getLogger(__name__)
+
+# Of the vote of the nearest, whose label tells it.
+NUM_NEIGHBORS = 20
 
 DEFAULT_ROOTS = {"demo": "data/demo/eval", "paper": "data/eval"}
 _MAX_LINE, _MAX_NAME = 4096, 150
@@ -117,7 +115,7 @@ class Suite:
         return EvalSet(name, location, self.name, self.task, splits, is_reference)
 
 
-Score = Callable[[Encoder, EvalSet], Scores]
+Score = Callable[["Encoder", EvalSet], Scores]
 SUITES: Registry[Score] = Registry("suite")
 
 
@@ -183,6 +181,8 @@ _TOP_1 = "top-1 accuracy, percent"
 )
 def score_classification(encoder: Encoder, eval_set: EvalSet) -> Scores:
     """Compare images with the mean prompt of each class."""
+    from clip_pgs.evaluation.metrics import classification_metrics, zeroshot_logits
+
     features = encoder.images(eval_set)
     classes = read_class_names(eval_set.location) or []
     if features.labels is None:
@@ -226,6 +226,10 @@ _RECALLS = {
 )
 def score_retrieval(encoder: Encoder, eval_set: EvalSet) -> Scores:
     """Look for each image's captions, and for each caption's image."""
+    import torch
+
+    from clip_pgs.evaluation.metrics import retrieval_metrics
+
     features = encoder.images(eval_set)
     if features.captions is None:
         raise DamagedDataError(f"{eval_set.name} has classes, no captions")
@@ -250,10 +254,12 @@ def score_retrieval(encoder: Encoder, eval_set: EvalSet) -> Scores:
     unit=_TOP_1,
     order=3,
     splits=("train", "test"),
-    fact="regularisation",
+    fact="regularization",
 )
 def score_linear_probe(encoder: Encoder, eval_set: EvalSet) -> Scores:
     """Score a linear classifier, and a vote of the nearest, on the features of test."""
+    from clip_pgs.evaluation.probe import linear_probe, nearest_neighbors
+
     test = encoder.images(eval_set)
     train = encoder.images(eval_set, split="train")
     metrics, details = linear_probe(
@@ -288,6 +294,8 @@ def score_linear_probe(encoder: Encoder, eval_set: EvalSet) -> Scores:
 )
 def score_caption_pairs(encoder: Encoder, eval_set: EvalSet) -> Scores:
     """Compare each image with its caption and a hard negative; see `metrics`."""
+    from clip_pgs.evaluation.metrics import count_right
+
     folder, split = Path(eval_set.location), eval_set.splits[0]
     num_images = len(image_paths(folder, split))
     pairs = read_pairs(folder, split)

@@ -1,6 +1,6 @@
 """Command line: `clip-pgs inspect COMMAND`, such as `masks`, `kept` or `cost`.
 
-What a command needs is imported when it runs: open_clip alone takes seconds.
+What a command needs is imported when it runs: torch takes seconds.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.common import SentenceParser, number_in, refuse
-from clip_pgs.masking import list_maskings
+from clip_pgs.common import SentenceParser, number_in, refuse, registered_names
 
 _count, _share = number_in(int, 1, 10**6), number_in(float, 0, 1)
 _pixels = number_in(int, 1, 2**14)
@@ -212,8 +211,8 @@ def _command(commands: Any, run: str, summary: str, description: str) -> argpars
 
 def _add_maskings(parser: argparse.ArgumentParser, *default: str) -> None:
     text = (
-        f"of {', '.join(list_maskings())}, or package.module:Class; options follow a colon, as in "
-        f"pgs:edges=false,temperature=0.2 (default: {' '.join(default)})"
+        f"of {', '.join(registered_names('masking'))}, or package.module:Class; options follow a "
+        f"colon, as in pgs:edges=false,temperature=0.2 (default: {' '.join(default)})"
     )
     names = list(default)
     parser.add_argument(

@@ -39,11 +39,15 @@ import yaml
 from torch import nn
 
 from clip_pgs.common import expand_home, one_sentence
-from clip_pgs.evaluation.command import check_call, inference_choice, make_parser
+from clip_pgs.evaluation.command import (
+    check_call,
+    choose_device,
+    inference_choice,
+    make_parser,
+)
 from clip_pgs.evaluation.datasets import PRESENT, EvalSet, check_presence
 from clip_pgs.evaluation.inference import masking_of
 from clip_pgs.evaluation.report.command import FIGURES_NAME
-from clip_pgs.evaluation.runner import Ranks
 from clip_pgs.evaluation.suites import get_suite
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.config import read_mapping
@@ -398,7 +402,8 @@ def _check_evaluation(
         model: Its model, where that is at hand.
     """
     args = _parse_evaluation(["RUN", *flags])
-    sets, _ = check_call(args, Ranks())
+    sets = check_call(args)
+    choose_device(args.device)
     name, chosen = inference_choice(args)
     masking = masking_of(
         name, chosen, told=trained.values(), weights="the run", progress=1.0, state={}

@@ -31,6 +31,7 @@ from clip_pgs.common import (
     expand_home,
     find_config,
     read_json_object,
+    registered_names,
 )
 from clip_pgs.integrations.open_clip_trainer import (
     bundled_models,
@@ -411,9 +412,6 @@ _LARGEST = 2**53
 _PLACES = ("logs", "resume", "imagenet_val", "imagenet_v2", "cache_dir", "eval_data_root")
 # What file systems take.
 _LONGEST_NAME = 255
-_REGISTRATION = re.compile(
-    r'^(?:@register_masking|@TEXT_MASKINGS\.register|_register_reduction)\(\s*"([\w-]+)"', re.M
-)
 _EXIT_CODES = """\
 Exit codes: 0 done, 2 bad input, 85 told to leave by SIGTERM or SIGUSR1, and saved, 130 Ctrl-C,
 1 anything else. --resume latest goes on after any of them.
@@ -591,22 +589,6 @@ def _argument(option: Field, hint: Any, text: str) -> dict[str, Any]:
     if kinds != [str]:
         return {**argument, "type": _or_none(kinds[0]) if default is None else kinds[0]}
     return argument
-
-
-def registered_names(package: str) -> list[str]:
-    """Return the names that the modules of a package of ours register, sorted.
-
-    They are read from the modules' text, unless this process has imported them anyway: importing
-    them takes torch, and with it seconds.
-    """
-    if package == "masking" and "clip_pgs.masking" in sys.modules:
-        return sys.modules["clip_pgs.masking"].list_maskings()
-    if package == "data" and "clip_pgs.data.text_masking" in sys.modules:
-        return sys.modules["clip_pgs.data.text_masking"].TEXT_MASKINGS.names()
-    texts = (
-        path.read_text("utf-8") for path in Path(__file__).parents[1].joinpath(package).glob("*.py")
-    )
-    return sorted(name for text in texts for name in _REGISTRATION.findall(text))
 
 
 def _or_none(kind: type) -> Callable[[str], Any]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.checkpoint_reading import newest_checkpoint, read_checkpoint
 from clip_pgs.common import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
@@ -28,7 +27,6 @@ from clip_pgs.common import (
     one_sentence,
     read_json_object,
 )
-from clip_pgs.data.decoding import UnreadableImageError, open_image, to_rgb
 from clip_pgs.evaluation.results import (
     Result,
     amount,
@@ -262,6 +260,9 @@ def read_training_facts(run: Path | None, weights: str) -> TrainingFacts:
         if Path(weights).suffix == ".pt" and Path(weights).is_file():
             checkpoint = Path(weights)
         elif run is not None:
+            # Here: results without their run take no torch.
+            from clip_pgs.checkpoint_reading import newest_checkpoint
+
             checkpoint = newest_checkpoint(run / CHECKPOINTS_NAME)
         record = None if checkpoint is None else _read_record(checkpoint)
         if checkpoint is not None and record is not None:
@@ -330,6 +331,8 @@ def _read_epochs(run: Path, mask: str | None = None) -> dict[int, list[Result]]:
 
 def _read_masks(folder: Path) -> bytes:
     """Return the newest picture of a run's masks, made small."""
+    from clip_pgs.data.decoding import UnreadableImageError, open_image, to_rgb
+
     found = {
         path: re.fullmatch(r"epoch_(\d{1,9})\.png", path.name) for path in folder.glob("*.png")
     }
@@ -363,6 +366,8 @@ def _warn(path: Path | str, what: str) -> None:
 
 def _read_record(checkpoint: Path) -> dict[str, Any] | None:
     """Return the record of a checkpoint of this trainer; weights are left on the disk."""
+    from clip_pgs.checkpoint_reading import read_checkpoint
+
     try:
         record = read_checkpoint(checkpoint, use_mmap=True).get("clip_pgs")
     except ValueError:
