@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def make_features(num_per_class, *, num_classes=6, noise=0.6, seed=0):
-    """Clouds around fixed centres, in the order of the classes."""
+    """Clouds around fixed centers, in the order of the classes."""
     centres_CD = torch.randn(num_classes, 12, generator=torch.Generator().manual_seed(99))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(num_classes).repeat_interleave(num_per_class)
@@ -86,12 +86,12 @@ def test_c_is_the_most_moderate_of_those_with_the_best_held_back_accuracy():
     best = max(accuracy for _, accuracy in details["tried"])
     equals = [c for c, accuracy in details["tried"] if accuracy == best]
     assert details["held_back_acc1"] == best
-    assert details["regularisation"] == min(equals, key=lambda c: abs(math.log(c)))
+    assert details["regularization"] == min(equals, key=lambda c: abs(math.log(c)))
 
 
 def test_clouds_that_lie_apart_need_no_extreme_c():
     _, details = probe(make_features(30, noise=0.1), make_features(5, noise=0.1, seed=1))
-    assert details["regularisation"] == 1
+    assert details["regularization"] == 1
 
 
 def weak_signal(seed):
@@ -108,7 +108,7 @@ def weak_signal(seed):
 
 def test_weak_directions_get_the_weak_penalty_they_need():
     metrics, details = probe(weak_signal(0), weak_signal(1))
-    assert details["regularisation"] > 1000
+    assert details["regularization"] > 1000
     assert metrics["lp_acc1"] > 0.95
     assert not details["is_at_edge"]
 
@@ -130,7 +130,7 @@ def test_best_c_at_the_end_of_all_steps_is_told(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         _, details = probe(weak_signal(0), weak_signal(1))
     assert details["is_at_edge"]
-    assert details["regularisation"] == 10**3.5
+    assert details["regularization"] == 10**3.5
     assert "best C of the linear probe of clouds is the last one, 1e3.5" in caplog.text
 
 
@@ -148,7 +148,7 @@ def test_result_does_not_depend_on_the_order_of_the_images():
     metrics, details = probe(train, test)
     other_metrics, other_details = probe(turned, test)
     assert other_metrics == metrics
-    assert other_details["regularisation"] == details["regularisation"]
+    assert other_details["regularization"] == details["regularization"]
 
 
 def test_seed_draws_other_images_to_hold_back():
@@ -203,7 +203,7 @@ def make_problem(num_classes, *, num_samples=120, num_features=5, seed=0):
 
 
 def minimise_slowly(features_ND, classes, *, c):
-    """Minimise scikit-learn's documented objective with scipy; return logits."""
+    """Minimize scikit-learn's documented objective with scipy; return logits."""
     x, y = features_ND.double().numpy(), classes.numpy()
     num_rows = 1 if y.max() == 1 else y.max() + 1
 
@@ -227,7 +227,7 @@ def minimise_slowly(features_ND, classes, *, c):
     return torch.from_numpy(scores - scores.mean(axis=1, keepdims=True))
 
 
-def centred(logits_NK):
+def centered(logits_NK):
     return (logits_NK - logits_NK.mean(dim=1, keepdim=True)).double()
 
 
@@ -239,7 +239,7 @@ def test_solver_reaches_the_optimum_of_the_stated_objective(num_classes, c):
     expected_NK = minimise_slowly(features_ND, classes, c=c)
     assert classifier.is_converged
     torch.testing.assert_close(
-        centred(classifier.logits(features_ND)), expected_NK, atol=5e-3, rtol=5e-3
+        centered(classifier.logits(features_ND)), expected_NK, atol=5e-3, rtol=5e-3
     )
 
 

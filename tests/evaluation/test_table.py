@@ -66,6 +66,8 @@ def test_robustness_has_the_averages_with_and_without_the_plain_set():
         "drawings         10.0      100\n"
         "ID average (3)   33.3\n"
         "OOD average (2)  20.0\n"
+        "ID average: over all of these sets\n"
+        "OOD average: without the one that the others vary\n"
     )
 
 
@@ -90,16 +92,18 @@ def test_compositionality_shows_ties_and_the_averages_of_its_parts():
         "average (3)                 53.3\n"
         "attribute average (2 of 3)  60.0\n"
         "relation average (1)        40.0\n"
+        "ties: pairs whose two captions score alike, which count as wrong\n"
     )
 
 
 def test_linear_probe_shows_the_regularisation_it_chose():
     metrics = {"lp_acc1": 0.5, "lp_acc5": 0.9, "lp_mean_per_class_recall": 0.4, "knn_acc1": 0.45}
-    details = {"regularisation": 0.31622}
+    details = {"regularization": 0.31622}
     text = format_table([result("six", suite="linear-probe", metrics=metrics, details=details)])
     assert text == (
-        "linear-probe  20-NN  acc1  acc5  recall  regularisation  samples\n"
+        "linear-probe  20-NN  acc1  acc5  recall  regularization  samples\n"
         "six            45.0  50.0  90.0    40.0           0.316      100\n"
+        "regularization: C, the penalty's inverse, best on a held-back fifth of train\n"
     )
 
 

@@ -150,8 +150,8 @@ def test_results_are_appended_as_open_clip_does(finished_run):
 def test_log_has_plain_lines_and_says_where_everything_lies(finished_run):
     text = (finished_run / "out.log").read_text()
     assert "\r" not in text
-    line = r"INFO \| Epoch 2/2 100%  loss \d\.\d+  lr \S+  mask 0\.\d\d.*/s  data \d+%  0s left\n"
-    assert re.search(line, text)
+    line = r"INFO \| Epoch 2/2 100%  loss \d\.\d+  lr \S+  mask 0\.\d\d.* img/s  wait \d+%  0s left"
+    assert re.search(f"{line}\n", text)
     assert f"local-dir:{finished_run / 'export'}" in text.splitlines()[-1]
     assert "8 steps, 64 samples" in text
 

@@ -68,7 +68,7 @@ def linear_probe(
 
     Returns:
         The metrics `lp_acc1`, `lp_acc5` (None below 5 classes) and `lp_mean_per_class_recall`, in
-        [0, 1], and what explains them: `regularisation` (C, the inverse strength of the penalty
+        [0, 1], and what explains them: `regularization` (C, the inverse strength of the penalty
         as in scikit-learn), `held_back_acc1` with it, `tried` (pairs of a C and its held-back
         accuracy), `is_at_edge` (whether the best C is the last within reach), the counts
         `classes`, `train_images` and `held_back_images`, `solver`, `is_converged` and `seed`.
@@ -106,7 +106,7 @@ def linear_probe(
 
     metrics = classification_metrics(classifier.logits(test_ND), test_classes)
     details = {
-        "regularisation": 10**exponent,
+        "regularization": 10**exponent,
         "held_back_acc1": tried[exponent],
         "classes": len(class_ids),
         "held_back_images": int(held_back.sum()),

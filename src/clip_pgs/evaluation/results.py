@@ -33,6 +33,8 @@ _TEXT_COLUMNS = {"suite", "dataset", "status", "error", "model", "pretrained", "
 _MASK_COLUMNS = ("inference_masking", "flops_per_image")
 _OTHER_COLUMNS = {"samples", "seconds", "date", "task", "location", "language", *_MASK_COLUMNS}
 _EPOCH = re.compile(r"epoch_(\d+)")
+# What earlier versions called a probe's `regularization`.
+_FORMER = "regularisation"
 # What a report computes with, where the details of a result tell it.
 _COUNTS = ("items", "ties", "classes")
 _REQUIRED = {"suite", "dataset", "status", "samples", "model", "weights_digest"}
@@ -55,7 +57,7 @@ class Result:
         seconds: Wall time.
         task: clip_benchmark's name of the task.
         location: Folder or URL of the data set.
-        details: Whatever explains a number: the regularisation of a probe, ties, ...
+        details: Whatever explains a number: the regularization of a probe, ties, ...
         model: Short name of the model.
         pretrained: Where its weights came from.
         weights_digest: SHA-256 of the weights; see `weights_digest`.
@@ -143,6 +145,9 @@ def read_result(path: Path) -> Result | None:
     if names:
         logger.warning("left out %s: its %s is not that of a result", path, " and ".join(names))
         return None
+    details = content.get("details", {})
+    if _FORMER in details:
+        details["regularization"] = details.pop(_FORMER)
     return Result(**{c.name: content[c.name] for c in fields(Result) if c.name in content})
 
 

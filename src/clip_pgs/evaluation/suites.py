@@ -87,6 +87,7 @@ class Suite:
         has_reference: Whether the first set of its list is the one that the others vary, so that
             averages are taken with and without it.
         parts: Averages over some of the sets, by their names in the last part of the path.
+        meanings: Of headings and averages that do not say it themselves, for a line below a table.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Suite:
     fact: str | None = None
     has_reference: bool = False
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    meanings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def list_stem(self) -> str:
@@ -166,6 +168,10 @@ _TOP_1 = "top-1 accuracy, percent"
     unit=_TOP_1,
     order=4,
     has_reference=True,
+    meanings={
+        "ID average": "over all of these sets",
+        "OOD average": "without the one that the others vary",
+    },
 )
 @register_suite(
     "zeroshot-classification",
@@ -255,6 +261,7 @@ def score_retrieval(encoder: Encoder, eval_set: EvalSet) -> Scores:
     order=3,
     splits=("train", "test"),
     fact="regularization",
+    meanings={"regularization": "C, the penalty's inverse, best on a held-back fifth of train"},
 )
 def score_linear_probe(encoder: Encoder, eval_set: EvalSet) -> Scores:
     """Score a linear classifier, and a vote of the nearest, on the features of test."""
@@ -286,6 +293,7 @@ def score_linear_probe(encoder: Encoder, eval_set: EvalSet) -> Scores:
     splits=(),
     takes_by_type=True,
     fact="ties",
+    meanings={"ties": "pairs whose two captions score alike, which count as wrong"},
     parts={
         "object": ("add_obj", "replace_obj", "swap_obj"),
         "attribute": ("add_att", "replace_att", "swap_att"),

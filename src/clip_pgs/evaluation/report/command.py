@@ -99,7 +99,7 @@ def write_report(results: Sequence[str | Path], output: str | Path = "report") -
     suites = scores.ordered_suites(suite for family in families for suite in family.suites)
     sections: list[dict[str, Any]] = [
         {
-            "title": _title(suite, family),
+            "title": _title(suite, family, families),
             "table": results_table.family_table(suite, family, paper),
             "figure": figures.suite_figure(suite, family),
         }
@@ -170,9 +170,11 @@ def _whole_runs(models: Sequence[Model]) -> list[Run]:
     return [*first.values()][::-1]
 
 
-def _title(suite: str, family: Family) -> str:
-    kind = "the paper's" if family.is_paper else "other"
-    return f"{scores.suite_of(suite).title}, {kind} data sets"
+def _title(suite: str, family: Family, families: Sequence[Family]) -> str:
+    title = scores.suite_of(suite).title
+    if family.is_paper:
+        return f"{title}, the paper's data sets"
+    return f"{title}, other data sets" if len(families) > 1 else title
 
 
 def _card(model: Model, entry: Entry, family: Family) -> dict[str, Any]:
@@ -219,7 +221,7 @@ def _summary(models: Sequence[Model], families: Sequence[Family], paper: Paper) 
     num_undone = sum(result.status != DONE for result in results)
     if num_undone:
         parts.append(f"{counted(num_undone, 'result')} missing or failed")
-    about = "none of the sets is one of the paper's, so that nothing here compares with it"
+    about = "none of the sets is the paper's, whose figures stand here for reference alone"
     if any(family.is_paper for family in families):
         about = f"published rows were trained on {paper.training}"
     return "; ".join([*parts, about]) + "."

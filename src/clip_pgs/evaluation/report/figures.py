@@ -156,7 +156,7 @@ def suite_figure(suite: str, family: Family) -> Figure:
                 axes.set_title(_short(results_table.set_label(row[0])))
         marks = [_legend_mark(entry, looks[entry.kind, entry.name]) for entry in entries]
         drawing.legend(handles=marks, handlelength=1.6, **_LEGEND_ABOVE)
-        kind = "the paper's data sets" if family.is_paper else "other data sets"
+        kind = "the paper's data sets" if family.is_paper else "data sets that are not the paper's"
         left_out = " Averages that leave data sets out are not drawn." if lacks else ""
         return _finish(
             drawing,
@@ -180,6 +180,8 @@ def radar_figure(families: Sequence[Family], paper: Paper) -> Figure | None:
     for family in families:
         for sets, entries in scores.group_by_sets(family, AXES).items():
             title, num_sets = "Other data sets", sum(map(len, sets))
+            if not any(other.is_paper for other in families):
+                title = "The data sets of this report"
             if family.is_paper:
                 # Of the sets of an axis, ImageNet-1K itself is no shifted one.
                 num_all = sum(len(family.sets[axis.place.suite]) for axis in AXES) - 1

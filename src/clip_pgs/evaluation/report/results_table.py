@@ -78,8 +78,23 @@ def format_table(results: Sequence[Result]) -> str:
             metrics = ordered_metrics(r for r in members if r.status == DONE)
             means = _average_rows(scores.averages(members), metrics, len(table.columns))
             table = replace(table, rows=[*table.rows, *means])
-        shown.append(table.text())
+        labels = [*(column.heading for column in table.columns), *_row_names(table)]
+        shown.append("\n".join([table.text().rstrip("\n"), *_meanings(suite, labels), ""]))
     return "\n".join(shown)
+
+
+def _row_names(table: Table) -> list[str]:
+    return [row.cells[0].shown for row in table.rows]
+
+
+def _meanings(suite: str, labels: Iterable[str]) -> list[str]:
+    """Return what the labels of a suite's table mean that do not say it themselves."""
+    shown = list(labels)
+    return [
+        f"{label}: {meaning}"
+        for label, meaning in suite_of(suite).meanings.items()
+        if any(text == label or text.startswith(f"{label} (") for text in shown)
+    ]
 
 
 def results_table(
@@ -257,6 +272,7 @@ def suite_table(
         for entry, row in zip(entries, cells, strict=True)
     ]
     notes = _notes(suite, entries, places)
+    notes += [f"{text}." for text in _meanings(suite, (column.heading for column in columns))]
     return Table(columns, rows, caption, notes, facts_label="trained on")
 
 
@@ -436,8 +452,6 @@ def _notes(suite: str, entries: Sequence[Entry], places: Sequence[Place]) -> lis
     ]
     if best:
         notes.append(f"Bold is {' and '.join(best)}.")
-    if any(suite in entry.ties for entry in entries):
-        notes.append("A tie between the two captions counts as wrong.")
     differing = [
         f"{entry.name}, {average_label(name)}: printed {percent(printed)}, from its cells "
         f"{percent(score.mean)}"

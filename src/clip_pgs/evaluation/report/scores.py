@@ -203,7 +203,7 @@ class Axis:
 
 AXES = (
     Axis(
-        "Generalisation",
+        "Generalization",
         Place("zeroshot-classification", "average", "acc1", is_average=True),
         "mean zero-shot top-1 over the classification sets",
     ),
