@@ -80,7 +80,7 @@ COLUMNS = {
     "over_random": ("over random", 1, "{:.3f}"),
     "time_over_first": ("over plain", 1, "{:.3f}"),
     "samples_per_second": ("samples/s", 1, "{:.0f}"),
-    "utilisation": ("MFU", 1, "{:.1%}"),
+    "utilization": ("MFU", 1, "{:.1%}"),
     "peak_gib": ("GiB", 1, "{:.2f}"),
 }
 

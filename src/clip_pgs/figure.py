@@ -1,4 +1,4 @@
-"""A figure of labelled pictures in rows and columns."""
+"""A figure of labeled pictures in rows and columns."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def draw_figure(columns: Sequence[Column]) -> Image.Image:
 def _write(
     figure: Image.Image, text: str, place: tuple[int, int], size: int, ink: str, max_width: int
 ) -> None:
-    """Write text with its top centre at a place, smaller or shortened until it fits."""
+    """Write text with its top center at a place, smaller or shortened until it fits."""
     x, y = place
     font = ImageFont.load_default(size)
     smallest = min(size, _TITLE_SIZE_MIN)

@@ -199,11 +199,11 @@ def time_limit(
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A random crop, resized: OpenCLIP's training transform up to its normalisation.
+    """A random crop, resized: OpenCLIP's training transform up to its normalization.
 
     Args:
         crop: Where boxes come from, and the size they are resized to.
-        mean: Of each channel, for images in [0, 1]; what is left to normalise by.
+        mean: Of each channel, for images in [0, 1]; what is left to normalize by.
         std: Of each channel.
     """
 
@@ -299,7 +299,7 @@ def rgb_pixels(image: Image.Image, data: bytes, *, reduction: int = 1) -> Tensor
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a decoded image to 8-bit RGB.
 
-    Transparency is dropped, as OpenCLIP drops it. 16-bit grey is scaled to 8 bits.
+    Transparency is dropped, as OpenCLIP drops it. 16-bit gray is scaled to 8 bits.
     """
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255, which makes nearly every 16-bit image white.
@@ -328,7 +328,7 @@ class PixelNormalizer:
         self._offset = (mean_C11 / std_C11).to(device)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Normalise images.
+        """Normalize images.
 
         Args:
             pixels: Shape (B, 3, H, W) or (3, H, W), uint8.
@@ -354,7 +354,7 @@ def pixel_normalizer(
         device: Where the images are.
 
     Returns:
-        What normalises them, or None where the stream gives floats, as it does with any transform
+        What normalizes them, or None where the stream gives floats, as it does with any transform
         that `faster_transform` has no other for.
     """
     crop = faster_transform(transform)

@@ -145,7 +145,7 @@ def decode_captions(raw: RawSample, *, caption_key: str | None = None) -> list[s
 def decode_image(raw: RawSample) -> Image.Image:
     """Decode the image of a pair to 8-bit RGB.
 
-    Transparency is dropped, as OpenCLIP drops it. 16-bit grey is scaled to 8 bits.
+    Transparency is dropped, as OpenCLIP drops it. 16-bit gray is scaled to 8 bits.
 
     Raises:
         BadSampleError: If it is missing, damaged or cut short.

@@ -67,7 +67,7 @@ def apply_masking(
             sequence, in place of padding each image to the longest; features stay the same. None
             does so on a CPU, where it is measured to be faster, unless the model is tiny. It
             needs the usual blocks, without dropout or drop path; on a CPU a model that is not
-            compiled; on CUDA float16 or bfloat16, where it costs one synchronisation per step,
+            compiled; on CUDA float16 or bfloat16, where it costs one synchronization per step,
             since the host has to know how many tokens there are, and is not yet measured. Where
             one of these is missing, `merge_counts` is set, or the model is one of Hugging Face,
             images are padded.
@@ -409,14 +409,14 @@ def pixel_dtype(model: nn.Module) -> torch.dtype:
 
 
 def update_masking(model: nn.Module, *, step: int, total_steps: int) -> None:
-    """Let a teacher follow the model; call it after each optimiser step.
+    """Let a teacher follow the model; call it after each optimizer step.
 
     Nothing is sent between processes: each moves its own teacher towards weights they share. A
     masking without a teacher is left as it is.
 
     Args:
         model: A masked model, also wrapped by DDP or `torch.compile`.
-        step: Number of the optimiser step just taken, from 0.
+        step: Number of the optimizer step just taken, from 0.
         total_steps: Masked steps of the whole training, > 0.
 
     Raises:
@@ -434,7 +434,7 @@ def calibrate_masking(
 ) -> bool:
     """Fit the strategy to a batch of images, where it asks for that at the present progress.
 
-    It runs outside the training step and may synchronise. Noise given by `set_masking_noise` is
+    It runs outside the training step and may synchronize. Noise given by `set_masking_noise` is
     used where there is some.
 
     Args:

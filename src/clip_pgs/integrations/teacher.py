@@ -32,7 +32,7 @@ def teacher_momentum(start: float, *, step: int, total_steps: int) -> float:
 
     Args:
         start: Momentum of step 0, in [0, 1].
-        step: Number of the optimiser step, from 0; those beyond the last keep all.
+        step: Number of the optimizer step, from 0; those beyond the last keep all.
         total_steps: Steps of the whole training, > 0.
 
     Raises:

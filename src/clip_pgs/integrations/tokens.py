@@ -208,21 +208,21 @@ TokenLayout = PaddedTokens | PackedTokens
 
 @dataclass(frozen=True)
 class BlockParts:
-    """A block that normalises its input and draws no random numbers.
+    """A block that normalizes its input and draws no random numbers.
 
     Two savings need its parts. Packed tokens meet only those of their own image. And the last block
     of a tower whose feature is its class token's owes the patches keys and values alone: nothing
     reads what it makes of them, which is five sixths of its work.
 
     Attributes:
-        norm: Normalises tokens in front of attention.
+        norm: Normalizes tokens in front of attention.
         qkv_weight: Projection to queries, keys and values, stacked. Shape (3 W, D).
         qkv_bias: Its bias, shape (3 W,).
         num_heads: Heads H that W divides into.
-        head_norms: Normalise queries and keys per head; None leaves them.
+        head_norms: Normalize queries and keys per head; None leaves them.
         after_attention: Turns what attention read, (..., W), into what is added, (..., D).
         mlp: Turns tokens (..., D) into what is added to them then.
-        rotate: Turns normalised queries or keys of all tokens, (..., H, W / H), by their places,
+        rotate: Turns normalized queries or keys of all tokens, (..., H, W / H), by their places,
             and leaves the first token's; None leaves all.
     """
 
@@ -264,7 +264,7 @@ class BlockParts:
         return stacked.unflatten(-1, (stop - start, self.num_heads, -1)).unbind(-3)
 
     def _place(self, x: Tensor, part: int) -> Tensor:
-        """Normalise queries (0) or keys (1) of all tokens per head, and turn them."""
+        """Normalize queries (0) or keys (1) of all tokens per head, and turn them."""
         if self.head_norms is not None:
             x = self.head_norms[part](x)
         return x if self.rotate is None else self.rotate(x)
@@ -292,11 +292,11 @@ def first_token_attention(
     """Return the first token's attention to all tokens, mean over heads.
 
     Args:
-        x: Normalised tokens of shape (B, T, D).
+        x: Normalized tokens of shape (B, T, D).
         qkv_weight: Projection to queries, keys and values, stacked. Shape (3 W, D).
         qkv_bias: Its bias, shape (3 W,).
         num_heads: Heads that W divides into.
-        norms: Normalisation of queries and of keys per head, where the block has one.
+        norms: Normalization of queries and of keys per head, where the block has one.
 
     Returns:
         Attention of shape (B, T), float32; rows sum to 1.
@@ -321,7 +321,7 @@ def query_attention(
         query: Shape (B, 1, W).
         key: Shape (B, T, W).
         num_heads: Heads that W divides into.
-        norms: Normalisation of queries and of keys per head.
+        norms: Normalization of queries and of keys per head.
 
     Returns:
         Attention of shape (B, T), float32; rows sum to 1.

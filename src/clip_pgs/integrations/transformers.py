@@ -248,7 +248,7 @@ class MaskedQueryModel(MaskedVisionModel):
         return patches
 
     def read_out(self, x: Tensor, key_mask: Tensor | None) -> BaseModelOutputWithPooling:
-        """Return the normalised tokens (B, T, D), and what the query pools of them, (B, D)."""
+        """Return the normalized tokens (B, T, D), and what the query pools of them, (B, D)."""
         x = self.post_layernorm(x)
         pooled = None
         if self.use_head and key_mask is None:

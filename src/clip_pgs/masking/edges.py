@@ -21,7 +21,7 @@ def sobel_edges(pixels: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
     gradient magnitude is averaged over each patch and min-max scaled per image.
 
     Args:
-        pixels: Images, normalised or not. Shape (B, 3, H, W), any float dtype.
+        pixels: Images, normalized or not. Shape (B, 3, H, W), any float dtype.
         patch_size: Side of a patch in pixels, or (height, width). It must divide H and W.
 
     Returns:
@@ -102,7 +102,7 @@ def canny_edges(pixels: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
     """Measure the share of edge pixels in each patch.
 
     Args:
-        pixels: Images, normalised or not. Shape (B, 3, H, W), any float dtype; H and W at least 3.
+        pixels: Images, normalized or not. Shape (B, 3, H, W), any float dtype; H and W at least 3.
         patch_size: Side of a patch in pixels, or (height, width). It must divide H and W.
 
     Returns:

@@ -179,7 +179,7 @@ def _cosine(features_BNF: Tensor) -> Tensor:
 
 def _edges_of_means(patches_BNF: Tensor, grid_size: tuple[int, int]) -> Tensor:
     """Return the min-max scaled Sobel magnitude between the means of patches, shape (B, N)."""
-    # Standardised patches have mean 0, so that this is what rounding left of it.
+    # Standardized patches have mean 0, so that this is what rounding left of it.
     means = functional.pad(patches_BNF.mean(dim=2).unflatten(1, grid_size), (1, 1, 1, 1))
     smooth_rows = means[:, :-2] + 2 * means[:, 1:-1] + means[:, 2:]
     smooth_columns = means[:, :, :-2] + 2 * means[:, :, 1:-1] + means[:, :, 2:]

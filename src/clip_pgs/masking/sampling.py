@@ -174,7 +174,7 @@ def paint_kept(
         pixels: Images to draw on, usually in [0, 1]. Shape (B, C, H, W).
         selection: The patches that stay visible.
         patch_size: (height, width) of a patch.
-        fill: Value of a masked pixel; 0.5 is mid-grey for images in [0, 1].
+        fill: Value of a masked pixel; 0.5 is mid-gray for images in [0, 1].
 
     Returns:
         Images of the same shape and dtype. What lies beyond the last whole patch, which no model
@@ -207,7 +207,7 @@ def log_center_weight(
         sigma: Standard deviation as a share of each side.
 
     Returns:
-        Logarithms at the centres of the patches, at most 0, shape (N,), float32.
+        Logarithms at the centers of the patches, at most 0, shape (N,), float32.
     """
     row_N, column_N = grid_coordinates(grid_size, device)
     y_N = (row_N + 0.5) / grid_size[0] - 0.5

@@ -8,7 +8,7 @@ from torch import Tensor
 from clip_pgs.masking.sampling import full_precision, in_blocks, patchify
 from clip_pgs.masking.strategy import PatchInputs
 
-# Below this share of its own norm, a centred vector is rounding noise and not a direction.
+# Below this share of its own norm, a centered vector is rounding noise and not a direction.
 _NOISE_RATIO = 1e-5
 _TINY_NORM = 1e-12
 
@@ -45,7 +45,7 @@ def mixed_similarity(inputs: PatchInputs, candidate_index: Tensor, *, name: str)
 
 
 def candidate_similarity(features: Tensor, candidate_index: Tensor) -> Tensor:
-    """Compare candidates with every patch by centred cosine similarity.
+    """Compare candidates with every patch by centered cosine similarity.
 
     Each patch's features lose their own mean first. A patch that is then no more than rounding
     noise (all its values are equal, across channels too) resembles nothing but itself.
@@ -72,7 +72,7 @@ def candidate_similarity(features: Tensor, candidate_index: Tensor) -> Tensor:
 
 
 def _inverse_norm(centered_norm: Tensor, mean: Tensor, num_features: int) -> Tensor:
-    """Return what brings centred vectors to length 1, and 0 for those that are rounding noise."""
+    """Return what brings centered vectors to length 1, and 0 for those that are rounding noise."""
     norm = (centered_norm.square() + num_features * mean.square()).sqrt()
     is_flat = centered_norm <= _NOISE_RATIO * norm + _TINY_NORM
     return torch.where(is_flat, 0.0, 1.0 / torch.where(is_flat, 1.0, centered_norm))

@@ -38,9 +38,9 @@ def sinkhorn_plan(
         temperature: Entropy weight, in the units of `scores`; smaller is sharper; in
             [1e-6, 1e6].
         num_iters: Sweeps, in [1, 10000].
-        solver: "log" runs a fixed number of sweeps in log space: no host synchronisation, and it
+        solver: "log" runs a fixed number of sweeps in log space: no host synchronization, and it
             compiles. "pot" calls `ot.batch.solve_batch` (POT, https://pythonot.github.io), which
-            gives the same plan and synchronises with the host.
+            gives the same plan and synchronizes with the host.
 
     Returns:
         Plan of shape (B, C, N), float32. Columns sum to 1 / N; rows sum to 1 / C up to the

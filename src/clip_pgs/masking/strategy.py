@@ -30,7 +30,7 @@ class PatchInputs:
     """Everything a strategy may look at to choose patches.
 
     Args:
-        pixels: Images as the model receives them (normalised). Shape (B, 3, H, W), any float dtype.
+        pixels: Images as the model receives them (normalized). Shape (B, 3, H, W), any float dtype.
             An image that is not finite gets some mask: its features are none whatever that is, and
             training skips such a step.
         patch_size: Side of a patch in pixels, or (height, width). It must divide H and W.
@@ -400,7 +400,7 @@ class MaskingStrategy(nn.Module):
     ) -> None:
         """Fit the strategy to a batch; called in eager mode, outside the training step.
 
-        It alone may look across images and synchronise with the host.
+        It alone may look across images and synchronize with the host.
 
         Args:
             inputs: What the coming batch gives to look at.

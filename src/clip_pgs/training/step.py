@@ -59,7 +59,7 @@ def compute_gradients(
 ) -> dict[str, Tensor]:
     """Add the gradient of the loss over all micro-batches to the parameters.
 
-    BatchNorm normalises each micro-batch by itself; everything else equals one big batch.
+    BatchNorm normalizes each micro-batch by itself; everything else equals one big batch.
 
     Args:
         model: Returns OpenCLIP's dictionary of outputs; may be wrapped for DDP.

@@ -282,8 +282,8 @@ def test_times_are_medians():
 
 def test_utilisation_is_the_share_of_the_peak():
     plain, pgs = rows()
-    assert plain["utilisation"] == pytest.approx(1000 / 4 / 1000)
-    assert pgs["utilisation"] == pytest.approx(400 / 2.4 / 1000)
+    assert plain["utilization"] == pytest.approx(1000 / 4 / 1000)
+    assert pgs["utilization"] == pytest.approx(400 / 2.4 / 1000)
 
 
 def test_memory_is_told_where_it_was_measured():

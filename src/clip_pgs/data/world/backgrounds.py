@@ -64,14 +64,14 @@ def wave(phase: Field) -> Field:
 
 
 def flat(color: Color) -> Field:
-    """Return one colour all over, shape (64, 64, 3)."""
+    """Return one color all over, shape (64, 64, 3)."""
     pixels = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
     pixels[:] = color
     return pixels
 
 
 def gradient(top: Color, bottom: Color, position: Field = Y) -> Field:
-    """Return colours between `top`, where `position` is 0, and `bottom`, where it is 1."""
+    """Return colors between `top`, where `position` is 0, and `bottom`, where it is 1."""
     return blend(flat(top), bottom, position)
 
 

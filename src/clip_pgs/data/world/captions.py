@@ -334,5 +334,5 @@ def _absent(scene: Scene, attribute: str, options: Sequence[str], dice: Dice) ->
 
 
 def _visible(scene: Scene) -> list[str]:
-    """Return the colours that a scene on this background could hold."""
+    """Return the colors that a scene on this background could hold."""
     return [name for name in COLORS if name not in BACKGROUNDS[scene.background].clashes]

@@ -26,8 +26,8 @@ from clip_pgs.data.world.scene import (
 )
 
 # Objects are stickers: a dark rim inside a white border, whose width is in pixels. The same two
-# lines around every colour make an outline that stands out on any background. With a rim of the
-# object's own colour, a small ViT told shapes apart several times later than with these.
+# lines around every color make an outline that stands out on any background. With a rim of the
+# object's own color, a small ViT told shapes apart several times later than with these.
 _BORDER, _BORDER_COLOR = 1.8, (250, 250, 250)
 _RIM_COLOR = (24, 22, 28)
 
@@ -125,7 +125,7 @@ def _distance(thing: Thing, x: Field, y: Field) -> Field:
 def _paint(
     thing: Thing, distance: Field, x: Field, y: Field, toward: tuple[float, float], dice: Dice
 ) -> Field:
-    """Return the colours of a thing's surface at points, shape (h, w, 3)."""
+    """Return the colors of a thing's surface at points, shape (h, w, 3)."""
     color = [value + dice.uniform(-12, 12) for value in COLORS[thing.color]]
     brightness = 0.3 * color[0] + 0.6 * color[1] + 0.1 * color[2]
     is_bright = brightness > 140
@@ -142,7 +142,7 @@ def _rim(thing: Thing) -> float:
 
 
 def _texture(thing: Thing, x: Field, y: Field, dice: Dice) -> Field:
-    """Return how much of the second colour shows at points, in [0, 1]."""
+    """Return how much of the second color shows at points, in [0, 1]."""
     period = dice.uniform(4.6, 5.6) if thing.size == "small" else dice.uniform(5.4, 7.2)
     angle = thing.tilt + dice.choice((0, 45, 90, 135))
     start_x, start_y = dice.uniform(), dice.uniform()
@@ -188,7 +188,7 @@ def draw_blurred(scene: Scene) -> Drawing:
 
 
 def draw_gray(scene: Scene) -> Drawing:
-    """Draw a scene without colours."""
+    """Draw a scene without colors."""
     pixels, foreground = draw_scene(scene)
     red, green, blue = (pixels[..., channel].astype(np.float32) for channel in range(3))
     brightness = 0.3 * red + 0.6 * green + 0.1 * blue
@@ -223,8 +223,8 @@ def shape_distance(shape: str, x: Field, y: Field) -> Field:
 
     Args:
         shape: One of `SHAPES`.
-        x: Points to the right of the centre, any shape.
-        y: Points below the centre, the same shape.
+        x: Points to the right of the center, any shape.
+        y: Points below the center, the same shape.
 
     Returns:
         Distances, negative inside the outline, the same shape. Points farther out than 1.75
@@ -248,7 +248,7 @@ def _distance_table(shape: str) -> Field:
     nearest = np.full(x.shape, np.inf)
     is_inside = np.zeros(x.shape, dtype=bool)
     for outline in OUTLINES[shape]:
-        # An edge's points differ by one unit in the last place between maths libraries.
+        # An edge's points differ by one unit in the last place between math libraries.
         corners = [(round(a, 6), round(b, 6)) for a, b in outline]
         for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
             dx, dy = x1 - x0, y1 - y0

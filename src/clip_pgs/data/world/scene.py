@@ -66,7 +66,7 @@ def _flower() -> list[Point]:
     return _spokes(*radii, num=1)
 
 
-# Contours of each shape; where two overlap there is a hole. Centred, about radius 1, y down.
+# Contours of each shape; where two overlap there is a hole. Centered, about radius 1, y down.
 OUTLINES: dict[str, list[list[Point]]] = {
     "circle": [_arc(0.95)],
     "square": [[(-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)]],
@@ -158,7 +158,7 @@ BACKGROUNDS: dict[str, Background] = {
     "beach": Background("a quiet beach", "on", ("white", "yellow")),
 }
 
-# Grounds that no scene has of itself: patterns of many colours, where the others are landscapes
+# Grounds that no scene has of itself: patterns of many colors, where the others are landscapes
 # and plain surfaces. Pictures on these show how a model does on what training never held.
 UNSEEN_BACKGROUNDS: dict[str, Background] = {
     "tartan": Background("a tartan blanket", "on"),
@@ -238,9 +238,9 @@ class Thing:
         color: One of `COLORS`.
         texture: One of `TEXTURES`.
         size: One of `SIZES`.
-        x: Centre, from the left.
-        y: Centre, from the top.
-        radius: Distance from the centre to the farthest points of the outline, about.
+        x: Center, from the left.
+        y: Center, from the top.
+        radius: Distance from the center to the farthest points of the outline, about.
         tilt: Clockwise rotation in degrees.
     """
 
@@ -304,12 +304,12 @@ def make_scene(
         key: Source of every random number, and the scene's name.
         num_things: 1, 2 or 3.
         shape: Shape of the first object.
-        color: Colour of the first object.
+        color: Color of the first object.
         background: One of `BACKGROUNDS`.
         sizes: Sizes to draw from; None means all that fit: tiny for three objects, else the others.
 
     Raises:
-        ValueError: If the colour cannot be seen on the background, or no sizes fit.
+        ValueError: If the color cannot be seen on the background, or no sizes fit.
     """
     dice = Dice(key, "scene")
     if background is not None and color in BACKGROUNDS[background].clashes:
@@ -361,7 +361,7 @@ def _sizes(dice: Dice, names: Sequence[str], number: int) -> tuple[list[str], li
 
 
 def _arrange(dice: Dice, radii: list[float]) -> tuple[str, list[tuple[float, float]]]:
-    """Draw an arrangement and the centres of its objects, in the order of `radii`."""
+    """Draw an arrangement and the centers of its objects, in the order of `radii`."""
     if len(radii) == 1:
         place = dice.choice(tuple(PLACES))
         column, row = PLACES[place][0]
@@ -390,7 +390,7 @@ def _reach(radius: float) -> tuple[float, float]:
 
 
 def _in_third(dice: Dice, third: int, radius: float, spread: float = 0.16) -> float:
-    """Draw a centre in the first, middle or last part of what a radius leaves free."""
+    """Draw a center in the first, middle or last part of what a radius leaves free."""
     lowest, highest = _reach(radius)
     middle = (lowest, 0.5, highest)[third]
     step = spread * (highest - lowest)

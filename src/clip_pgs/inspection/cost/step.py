@@ -513,7 +513,7 @@ def make_rows(
           included, None on a CPU; `flops`, operations of a step;
         - `time_over_first`, median of the rounds' ratios, `flops_over_first`, and
           `time_over_ideal`, the one over the other: 1 turns every saved operation into saved time;
-        - `utilisation`, operations per second as a share of the peak, None where that is not known;
+        - `utilization`, operations per second as a share of the peak, None where that is not known;
         - `graph_breaks` and `recompilations`, None for a model that is not compiled.
     """
     rows, first = [], timings[0]
@@ -534,7 +534,7 @@ def make_rows(
             "time_over_first": time_ratio,
             "flops_over_first": one.flops / first.flops,
             "time_over_ideal": time_ratio * first.flops / one.flops,
-            "utilisation": None if peak is None else one.flops / step / peak.flops,
+            "utilization": None if peak is None else one.flops / step / peak.flops,
             "graph_breaks": None,
             "recompilations": None,
         }
@@ -559,7 +559,7 @@ def cost_table(rows: Sequence[dict[str, Any]], *, batch_size: int) -> str:
         "time": ("time_over_first", 1, "{:.3f}"),
         "FLOPs": ("flops_over_first", 1, "{:.3f}"),
         "ideal": ("time_over_ideal", 1, "{:.3f}"),
-        "peak": ("utilisation", 1, "{:.0%}"),
+        "peak": ("utilization", 1, "{:.0%}"),
     }
     if rows[0]["graph_breaks"] is not None:
         columns |= {"breaks": ("graph_breaks", 1, "{}"), "recompiled": ("recompilations", 1, "{}")}
