@@ -179,7 +179,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="any other option of it; can be repeated",
     )
-    add("--output", metavar="DIR", help="default: RUN/eval for a run, else eval_results/MODEL")
+    add("--output", metavar="DIR", help="default: RUN/eval for a run, else ./eval_results/MODEL")
     add("--force", action="store_true", help="redo what is done")
     add(
         "--no-report",
