@@ -84,11 +84,9 @@ def build_page(playground: Playground) -> gr.Blocks:
                     buttons=[],
                     elem_id="scenes",
                 )
-                upload = gr.File(label="or a picture of yours", height=120, elem_id="upload")
+                upload = gr.File(label="or a picture of yours", height=150, elem_id="upload")
                 name = gr.Dropdown(names, value="pgs", label="Masking")
-                ratio = gr.Slider(
-                    0, 0.95, 0.5, step=0.01, label="Share of patches dropped", elem_id="ratio"
-                )
+                ratio = gr.Slider(0, 0.95, 0.5, step=0.01, label="Mask ratio", elem_id="ratio")
                 beside = gr.CheckboxGroup(names, value=["random", "cluster"], label="Beside it")
                 with gr.Accordion("Merge, progress, seed", open=False):
                     merge = gr.Dropdown(
