@@ -62,7 +62,7 @@ def test_a_command_that_is_told_to_leave_says_so(monkeypatch, capsys, command, e
 
 IMPORTERS = (
     "-m clip_pgs.evaluation",
-    "-m clip_pgs.inspection",
+    "-m clip_pgs.inspection masks -o y.png",
     "-m clip_pgs.data",
     "-m clip_pgs.cli data",
     "scripts/download_cc12m.py",
