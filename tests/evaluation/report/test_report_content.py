@@ -148,7 +148,7 @@ def test_report_of_demo_sets_alone_has_the_papers_tables_for_reference(tmp_path)
     assert "Published, for reference: CC12M, ViT-B/16, 32 epochs" in page.text
     table = page.table("Zero-shot classification, top-1 accuracy, percent; published in")
     assert len(table) == 7
-    assert "none of the sets is one of the paper's" in page.text
+    assert "none of the sets is the paper's" in page.text
 
 
 def test_report_of_missing_sets_alone_has_no_figures_but_the_reasons(tmp_path):
