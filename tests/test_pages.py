@@ -61,6 +61,9 @@ def reader(tmp_path, monkeypatch):
     import open_clip
     import transformers
 
+    from clip_pgs.evaluation.suites import SUITES
+
+    monkeypatch.setattr(SUITES, "_entries", dict(SUITES._entries))
     monkeypatch.setattr(open_clip, "create_model", lambda *_args, **_options: small_clip())
     hugging_face = classmethod(lambda model_class, _name: hf_model(model_class.__name__))
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", hugging_face)

@@ -1,31 +1,19 @@
 """A suite of another package is asked for by its place, and needs nothing in this one."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from torch.nn.functional import cosine_similarity
 
 from clip_pgs.evaluation import evaluate, format_table, load_suite
 from clip_pgs.evaluation.suites import SUITES, register_suite
 
-MODULE = """
-from clip_pgs.evaluation import Scores, register_suite
-
-
-@register_suite(
-    "brightness",
-    title="Brightness",
-    summary="how bright the images are",
-    task="brightness",
-    types=("classification", "retrieval"),
-    metrics={"light": "light"},
-    main_metrics=("light",),
-    unit="percent",
-)
-def score(encoder, eval_set):
-    images_ND = encoder.images(eval_set).images
-    return Scores({"light": float(images_ND.mean() * 0 + 0.25)}, len(images_ND))
-"""
+PAGE = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+MODULE = re.search(r"```python\n# their_suites.py\n(.*?)```", PAGE, re.DOTALL)[1]
 
 
 @pytest.fixture
@@ -34,7 +22,7 @@ def module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     yield "their_suites:score"
     sys.modules.pop("their_suites")
-    SUITES._entries.pop("brightness")
+    SUITES._entries.pop("spread")
 
 
 def test_suite_outside_the_package_is_scored_and_shown(
@@ -42,16 +30,19 @@ def test_suite_outside_the_package_is_scored_and_shown(
 ):
     eval_sets = load_suite(module, datasets=str(dataset_list), data_root=str(data_root))
     assert [(s.suite, s.name) for s in eval_sets] == [
-        ("brightness", "six"),
-        ("brightness", "pairs"),
+        ("spread", "six"),
+        ("spread", "pairs"),
     ]
     results = evaluate(color_model, eval_sets, workers=0, output=tmp_path / "out")
-    assert [result.metrics for result in results] == [{"light": 0.25}] * 2
-    content = json.loads((tmp_path / "out/brightness_six.json").read_text())
-    assert (content["task"], content["samples"]) == ("brightness", 12)
+    content = json.loads((tmp_path / "out/spread_six.json").read_text())
+    assert (content["task"], content["samples"]) == ("spread", 12)
     header, *rows = format_table(results).splitlines()
-    assert header.split() == ["brightness", "light", "samples"]
-    assert rows[0].split() == ["six", "25.0", "12"]
+    assert header.split() == ["spread", "spread", "samples"]
+    kept = map(load_file, (tmp_path / "out/features").glob("*.safetensors"))
+    images = next(each["images"] for each in kept if "labels" in each)
+    apart = 1 - cosine_similarity(images[:, None], images[None], dim=2).mean()
+    assert results[0].metrics == {"spread": pytest.approx(float(apart), abs=1e-5)}
+    assert rows[0].split() == ["six", f"{100 * apart:.1f}", "12"]
 
 
 def test_suite_that_declares_too_little_is_refused():
