@@ -1,6 +1,8 @@
 """Masked autoencoders in the training loop: what they see, learn, keep and leave behind."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -82,6 +84,29 @@ def test_a_run_stopped_at_any_step_ends_as_the_one_that_nothing_stopped(tmp_path
     assert [line["step"] for line in lines] == list(range(8))
     assert {line["mask_ratio_mean"] for line in lines} == {0.75}
     assert "scale" not in lines[0]
+
+
+def test_a_link_to_nothing_and_a_pipe_are_skipped_and_counted(tmp_path, images):
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    (folder / "00.png").unlink()
+    (folder / "00.png").symlink_to("nowhere.png")
+    (folder / "02.png").unlink()
+    os.mkfifo(folder / "02.png")
+    (folder / "a_folder.png").mkdir()
+    ended = run(tmp_path, **mae_options(tmp_path, folder, epochs=1))
+    lines = [json.loads(line) for line in (ended / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["skipped_samples"] == 2
+
+
+def test_a_folder_whose_images_change_places_does_not_go_on(tmp_path, images):
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    options = mae_options(tmp_path, folder, save_frequency=1)
+    run(tmp_path, **options, epochs=1)
+    (folder / "00.png").rename(folder / "zz.png")
+    with pytest.raises(ValueError, match="names and sizes"):
+        run(tmp_path, **options, epochs=2, resume="latest")
 
 
 def test_transformers_alone_opens_the_export_and_encodes_and_reconstructs_alike(trained):

@@ -99,8 +99,11 @@ def list_images(folder: Path) -> PairTable:
     Raises:
         ValueError: If there is none.
     """
-    found = (path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES)
-    images = sorted(map(str, found))
+    images = sorted(
+        str(path)
+        for path in folder.rglob("*")
+        if path.suffix[1:].lower() in IMAGE_SUFFIXES and not path.is_dir()
+    )
     if not images:
         raise ValueError(f"folder {str(folder)!r} holds no .{', .'.join(IMAGE_SUFFIXES)} file")
     return PairTable(folder, images, [""] * len(images))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -13,6 +14,7 @@ from open_clip_train.distributed import world_info_from_env
 from torchvision.datasets.folder import is_image_file
 
 from clip_pgs.data.build import DatasetKind, dataset_kind, read_table
+from clip_pgs.data.caption_tables import PairTable
 from clip_pgs.data.decoding import pixel_normalizer
 from clip_pgs.data.shards import (
     count_samples,
@@ -80,14 +82,25 @@ def training_files(options: TrainOptions) -> list[str]:
     if kind == "csv":
         table = read_table(options, options.train_data or "")
         if os.path.isdir(table.path):
-            num_bytes = sum(map(os.path.getsize, table.images))
-            return [f"{table.path.name}: {num_bytes} bytes, {len(table)} samples"]
+            return [_describe_folder(table)]
         return [_describe_file(options.train_data or "", len(table))]
     shards = expand_shards(options.train_data or "")
     if options.dataset_resampled or not all(map(is_seekable, shards)):
         return [_describe_file(shard) for shard in shards]
     sizes, _ = size_shards(shards)
     return [_describe_file(shard, size) for shard, size in zip(shards, sizes, strict=True)]
+
+
+def _describe_folder(table: PairTable) -> str:
+    """Return what tells a folder of images, by their names and sizes, from what it becomes."""
+    num_bytes, listed = 0, hashlib.sha256()
+    for image in table.images:
+        # A link to nothing is a sample that is skipped.
+        size = os.path.getsize(image) if os.path.isfile(image) else 0
+        num_bytes += size
+        listed.update(os.fsencode(f"{os.path.relpath(image, table.path)}\0{size}\0"))
+    names = f"names and sizes {listed.hexdigest()[:8]}"
+    return f"{table.path.name}: {num_bytes} bytes, {names}, {len(table)} samples"
 
 
 def _describe_file(path: str, num_samples: int | None = None) -> str:
