@@ -126,6 +126,14 @@ def test_transformers_alone_opens_the_export_and_encodes_and_reconstructs_alike(
     assert whole(pixels, noise=noise).mask.tolist() == [[0.0] * 4 + [1.0] * 12]
 
 
+def test_inspect_draws_the_patches_of_a_runs_images(trained, images, tmp_path, capsys):
+    argv = ["inspect", "masks", str(images / "00.png"), "--model", str(trained)]
+    assert main([*argv, "-o", str(tmp_path / "masks.png")]) == 0
+    assert Image.open(tmp_path / "masks.png").width > 64
+    assert main([*argv, "--progress", "1", "-o", str(tmp_path / "late.png")]) == 2
+    assert "masked in pretraining alone" in capsys.readouterr().err
+
+
 def test_a_checkpoint_opens_like_the_export_and_text_is_refused(trained):
     loaded = load_model(trained / "checkpoints" / "epoch_2.pt")
     assert weights_digest(loaded.model) == weights_digest(load_model(trained).model)

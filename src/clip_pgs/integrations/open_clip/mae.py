@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ class MaeTower(nn.Module):
         super().__init__()
         self.image_size = preprocess.size
         self.image_mean, self.image_std = preprocess.mean, preprocess.std
+        # OpenCLIP's towers have theirs under this name.
+        self.preprocess_cfg = asdict(preprocess)
         self.mae: Any = ViTMAEForPreTraining(config)
 
     @property
