@@ -226,6 +226,7 @@ def test_what_an_autoencoder_cannot_take_is_refused(tmp_path, images, changed, s
         ({"num_hidden_layers": 0}, "num_hidden_layers takes a whole number"),
         ({"hiden_size": 8}, "has no option 'hiden_size'"),
         ({"num_channels": 1}, "num_channels must be 3"),
+        ({"return_dict": False}, "return_dict must be true"),
         ({"hidden_act": "no"}, "transformers cannot build the model"),
     ],
 )

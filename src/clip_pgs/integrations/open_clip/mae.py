@@ -325,6 +325,8 @@ def mae_config(
     except Exception as error:
         raise ValueError(f"{what}: {one_sentence(error)}") from None
     config["mask_ratio"] = ratio = config["mask_ratio"] if mask_ratio is None else mask_ratio
+    if not config.get("return_dict", True):
+        raise ValueError(f"{what}: return_dict must be true")
     if config["num_channels"] != 3:
         raise ValueError(f"{what}: num_channels must be 3, got {config['num_channels']}")
     if config["image_size"] % config["patch_size"]:
