@@ -99,14 +99,18 @@ def test_a_link_to_nothing_and_a_pipe_are_skipped_and_counted(tmp_path, images):
     assert lines[-1]["skipped_samples"] == 2
 
 
-def test_a_folder_whose_images_change_places_does_not_go_on(tmp_path, images):
+def test_a_folder_goes_on_under_another_name_and_not_with_images_that_changed_places(
+    tmp_path, images
+):
     folder = tmp_path / "images"
     shutil.copytree(images, folder)
     options = mae_options(tmp_path, folder, save_frequency=1)
     run(tmp_path, **options, epochs=1)
-    (folder / "00.png").rename(folder / "zz.png")
+    options["train_data"] = folder.rename(tmp_path / "moved")
+    assert last_checkpoint(run(tmp_path, **options, epochs=2, resume="latest"))["step"] == 8
+    (tmp_path / "moved/00.png").rename(tmp_path / "moved/zz.png")
     with pytest.raises(ValueError, match="names and sizes"):
-        run(tmp_path, **options, epochs=2, resume="latest")
+        run(tmp_path, **options, epochs=3, resume="latest")
 
 
 def test_transformers_alone_opens_the_export_and_encodes_and_reconstructs_alike(trained):
@@ -227,6 +231,7 @@ def test_what_an_autoencoder_cannot_take_is_refused(tmp_path, images, changed, s
         ({"hiden_size": 8}, "has no option 'hiden_size'"),
         ({"num_channels": 1}, "num_channels must be 3"),
         ({"return_dict": False}, "return_dict must be true"),
+        ({"dtype": "save"}, "dtype must be one of float32"),
         ({"hidden_act": "no"}, "transformers cannot build the model"),
     ],
 )

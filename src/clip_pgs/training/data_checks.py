@@ -92,7 +92,10 @@ def training_files(options: TrainOptions) -> list[str]:
 
 
 def _describe_folder(table: PairTable) -> str:
-    """Return what tells a folder of images, by their names and sizes, from what it becomes."""
+    """Return what tells the images of a folder, by names and sizes, from what they become.
+
+    The folder's own name does not count: it may be moved.
+    """
     num_bytes, listed = 0, hashlib.sha256()
     for image in table.images:
         # A link to nothing is a sample that is skipped.
@@ -100,7 +103,7 @@ def _describe_folder(table: PairTable) -> str:
         num_bytes += size
         listed.update(os.fsencode(f"{os.path.relpath(image, table.path)}\0{size}\0"))
     names = f"names and sizes {listed.hexdigest()[:8]}"
-    return f"{table.path.name}: {num_bytes} bytes, {names}, {len(table)} samples"
+    return f"images: {num_bytes} bytes, {names}, {len(table)} samples"
 
 
 def _describe_file(path: str, num_samples: int | None = None) -> str:

@@ -45,6 +45,8 @@ from clip_pgs.masking.sampling import draw_noise, kept_patches, mask_top
 # As transformers names them.
 MAE_WEIGHTS_NAME = "model.safetensors"
 PREPROCESSOR_NAME = "preprocessor_config.json"
+# What weights may be noted to be of; they are read as they are.
+_DTYPES = ("float32", "float16", "bfloat16")
 
 _PREFIX = "visual.mae."
 _MAX_SIZE = 2**16
@@ -319,6 +321,9 @@ def mae_config(
             raise ValueError(
                 f"{what}: {key} takes a whole number from 1 to {_MAX_SIZE}, got {value!r}"
             )
+    for key in ("dtype", "torch_dtype"):
+        if content.get(key) not in (None, *_DTYPES):
+            raise ValueError(f"{what}: {key} must be one of {', '.join(_DTYPES)}")
     try:
         config = ViTMAEConfig(**{**content, "architectures": ["ViTMAEForPreTraining"]}).to_dict()
     # Also what transformers' own checks of types raise, which is no ValueError.
