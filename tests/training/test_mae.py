@@ -26,7 +26,7 @@ from clip_pgs.training.checks import check_options
 from clip_pgs.training.options import parse_options
 from clip_pgs.training.step import compute_gradients
 from support.resuming import differences, last_checkpoint, run_with_stops
-from support.runs import flags, pairs, run, write_model
+from support.runs import flags, pairs, run, write_model, write_shards
 
 CONFIG = {
     "model_type": "vit_mae",
@@ -240,6 +240,14 @@ def test_a_config_that_makes_no_autoencoder_is_refused(tmp_path, images, changed
     write_model(tmp_path, name="mae", config={**CONFIG, **changed})
     with pytest.raises(ValueError, match=sentence):
         check_options(parse_options(flags(tmp_path, **options)))
+
+
+def test_the_config_of_the_docs_takes_a_folder_and_shards(tmp_path, images, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for data in (images, write_shards(tmp_path, num_shards=1)):
+        argv = ["mae", "mae_tiny", "--train-data", str(data), "--batch-size", "8", "--check-only"]
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(argv)
 
 
 def test_clip_takes_no_folder_of_images_and_no_sign(tmp_path, images):

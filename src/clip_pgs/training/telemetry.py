@@ -337,7 +337,7 @@ class Telemetry:
             bounds = [f"{values[f'mask_ratio_{end}']:.2f}" for end in ("min", "max")]
             parts.append(f"mask {'-'.join(dict.fromkeys(bounds))}")
         rate = values["samples_per_second"]
-        parts.append(f"{rate:.4g} img/s" if rate < 1e6 else f"{rate:.2g} img/s")
+        parts.append(f"{rate:.4g} img/s" if rate < 1e6 else f"{rate / 1e6:.2g}M img/s")
         parts.append(f"wait {values['data_wait_share']:.0%}")
         parts += [*self._time_left(), *skipped]
         _logger.info("%s", "  ".join(parts))
