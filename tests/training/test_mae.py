@@ -242,6 +242,12 @@ def test_a_config_that_makes_no_autoencoder_is_refused(tmp_path, images, changed
         check_options(parse_options(flags(tmp_path, **options)))
 
 
+def test_a_lower_bound_gives_way_to_the_share_that_is_kept():
+    # By itself `cluster` drops 0.3 of the patches and more; to hide 0.75 it has to keep as much.
+    strategy = small_model("cluster", sign="hide").visual.masking.strategy.strategy
+    assert (strategy.mask_ratio, strategy.mask_ratio_min) == (0.25, 0.25)
+
+
 def test_the_config_of_the_docs_takes_a_folder_and_shards(tmp_path, images, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for data in (images, write_shards(tmp_path, num_shards=1)):

@@ -110,6 +110,31 @@ class MaeNoise:
         return args, {**options, "noise": noise}
 
 
+def create_fitting_masking(
+    name: str, *, num_patches: int, num_shown: int, sign: str, **options: Any
+) -> MaskingStrategy:
+    """Create a strategy that keeps just as many patches as an autoencoder shows, or hides.
+
+    Args:
+        name: A registered strategy, or "package.module:Class".
+        num_patches: Of an image.
+        num_shown: Those that the autoencoder is shown.
+        sign: See `mae_noise`.
+        **options: The strategy's options; a mask ratio among them goes first.
+
+    Raises:
+        ValueError: If there is no such strategy, or an option is wrong.
+    """
+    num_kept = num_shown if sign == "keep" else num_patches - num_shown
+    known = masking_options(name)
+    if "mask_ratio" in known:
+        options = {"mask_ratio": 1 - num_kept / num_patches, **options}
+    lowest, ratio = known.get("mask_ratio_min"), options.get("mask_ratio")
+    if lowest is not None and isinstance(ratio, int | float):
+        options.setdefault("mask_ratio_min", min(lowest, ratio))
+    return create_masking(name, **options)
+
+
 def feed_mae_noise(
     model: nn.Module, masking: str | MaskingStrategy, *, sign: str = "keep", **options: Any
 ) -> MaeNoise:
@@ -140,14 +165,8 @@ def feed_mae_noise(
         num_patches = embeddings.patch_embeddings.num_patches
         # As the model counts them.
         num_shown = int(num_patches * (1 - embeddings.config.mask_ratio))
-        num_kept = num_shown if sign == "keep" else num_patches - num_shown
-        known = masking_options(masking)
-        if "mask_ratio" in known:
-            options = {"mask_ratio": 1 - num_kept / num_patches, **options}
-        lowest, ratio = known.get("mask_ratio_min"), options.get("mask_ratio")
-        if lowest is not None and isinstance(ratio, int | float):
-            options.setdefault("mask_ratio_min", min(lowest, ratio))
-        strategy = create_masking(masking, **options)
+        counts = {"num_patches": num_patches, "num_shown": num_shown}
+        strategy = create_fitting_masking(masking, **counts, sign=sign, **options)
     elif options:
         raise ValueError(f"options go with a masking's name, got {', '.join(options)} beside one")
     elif not isinstance(masking, MaskingStrategy):

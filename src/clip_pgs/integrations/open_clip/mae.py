@@ -29,16 +29,10 @@ from clip_pgs.common import (
     read_json_object,
     write_text,
 )
-from clip_pgs.integrations.mae import SIGNS, patch_order
+from clip_pgs.integrations.mae import SIGNS, create_fitting_masking, patch_order
 from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid
 from clip_pgs.integrations.open_clip.model_config import MISFITS, check_preprocessing
-from clip_pgs.masking import (
-    MaskingStrategy,
-    PatchInputs,
-    PatchSelection,
-    create_masking,
-    masking_options,
-)
+from clip_pgs.masking import MaskingStrategy, PatchInputs, PatchSelection
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.sampling import draw_noise, kept_patches, mask_top
 
@@ -277,10 +271,8 @@ def create_mae_masking(
         ValueError: If there is no such strategy, it keeps everything, or an option is wrong.
     """
     num_patches, num_shown = _counts(config)
-    num_kept = num_shown if sign == "keep" else num_patches - num_shown
-    if "mask_ratio" in masking_options(name):
-        options = {"mask_ratio": 1 - num_kept / num_patches, **options}
-    strategy = create_masking(name, **options)
+    counts = {"num_patches": num_patches, "num_shown": num_shown}
+    strategy = create_fitting_masking(name, **counts, sign=sign, **options)
     if strategy.keeps_all:
         raise ValueError(f"--masking {name} hides nothing from an autoencoder; take random, say")
     return MaeMasking(strategy, sign=sign, num_shown=num_shown)
