@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -100,9 +101,10 @@ def list_images(folder: Path) -> PairTable:
         ValueError: If there is none.
     """
     images = sorted(
-        str(path)
-        for path in folder.rglob("*")
-        if path.suffix[1:].lower() in IMAGE_SUFFIXES and not path.is_dir()
+        os.path.join(place, name)
+        for place, _, names in os.walk(folder)
+        for name in names
+        if Path(name).suffix[1:].lower() in IMAGE_SUFFIXES
     )
     if not images:
         raise ValueError(f"folder {str(folder)!r} holds no .{', .'.join(IMAGE_SUFFIXES)} file")

@@ -259,11 +259,8 @@ def read_model_config(options: TrainOptions) -> dict[str, Any]:
         ValueError: If there is none, or it cannot be read.
     """
     if options.mae is not None:
-        return {
-            **(config := _mae_record(options)["model_cfg"]),
-            "vision_cfg": config,
-            "text_cfg": {},
-        }
+        config = _mae_record(options)["model_cfg"]
+        return {**config, "vision_cfg": config, "text_cfg": {}}
     name = options.model
     what = f"the config of --model {name}"
     if name.startswith("local-dir:"):

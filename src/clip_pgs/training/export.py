@@ -482,9 +482,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if repository is not None:
             _check_repository(repository)
         folder = export_run(arguments.run, license_name=arguments.license)
-    except ValueError as error:
-        return refuse(error)
-    except NotADirectoryError as error:
+    except (ValueError, NotADirectoryError) as error:
         return refuse(error)
     except OSError as error:
         sys.stderr.write(f"error: the export cannot be written: {error}\n")
