@@ -19,7 +19,7 @@ from clip_pgs.evaluation.report.gather import read_training_facts
 from clip_pgs.evaluation.results import read_results, write_result
 from clip_pgs.inspection.cost.data import read_jpegs
 from clip_pgs.study.record import is_trained, read_record
-from clip_pgs.training.sinks import logging_to
+from clip_pgs.training.loggers import logging_to
 from clip_pgs.training.stop import RunLock
 from support.options import MODEL_CONFIG
 from support.reports import make_result

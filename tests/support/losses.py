@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from open_clip.loss import ClipLoss, CoCaLoss, SigLipLoss
 
-from clip_pgs.training.loss import in_chunks
+from clip_pgs.training.chunked_loss import in_chunks
 
 ROWS = 5
 GATHERS = [{"local_loss": local, "gather_with_grad": grad} for local in (0, 1) for grad in (0, 1)]

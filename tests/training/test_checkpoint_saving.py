@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from clip_pgs.checkpoint_reading import newest_checkpoint
+from clip_pgs.training.checkpoint import load_checkpoint
 from clip_pgs.training.checkpoint_saving import (
     CheckpointStore,
     find_latest,
     name_latest,
     write_checkpoint,
 )
-from clip_pgs.training.run_state import load_checkpoint
 from support.disk import files_limited_to
 from support.runs import run
 

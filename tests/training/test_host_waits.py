@@ -7,7 +7,7 @@ import torch
 
 from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.masking import list_maskings
-from clip_pgs.training.sinks import Sinks
+from clip_pgs.training.loggers import MetricLoggers
 from clip_pgs.training.telemetry import Cost, Telemetry
 from support.host_waits import noting_host_waits
 from support.trainers import open_trainer
@@ -21,7 +21,7 @@ def take_steps(trainer, *, num_steps=3):
     """Return what would have waited in the steps behind an epoch's first."""
     telemetry = Telemetry(
         SimpleNamespace(rank=0, world_size=1, log_every_n_steps=99, max_bad_steps=9),
-        Sinks(None, None, first_step=0),
+        MetricLoggers(None, None, first_step=0),
         Cost(),
         device=torch.device("cpu"),
         total_steps=7,

@@ -8,7 +8,7 @@ import pytest
 from open_clip_train.params import parse_args as parse_trainer_args
 
 from clip_pgs.data.text_masking import TEXT_MASKINGS
-from clip_pgs.integrations.open_clip_trainer import trainer_actions, trainer_parser
+from clip_pgs.integrations.open_clip_options import trainer_actions, trainer_parser
 from clip_pgs.masking import describe_masking, list_maskings
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.options import (

@@ -15,7 +15,7 @@ from clip_pgs.data import preflight
 from clip_pgs.data.bad_samples import Skip, UnusableDataError
 from clip_pgs.training import stop
 from clip_pgs.training.__main__ import main
-from clip_pgs.training.sinks import SkipLog
+from clip_pgs.training.loggers import SkipLog
 from clip_pgs.training.stop import StoppedError, StopRequest, StopSignals
 from clip_pgs.training.trainer import Trainer
 from support.disk import files_limited_to

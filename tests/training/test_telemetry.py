@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from clip_pgs.figure import GAP, MARGIN
 from clip_pgs.integrations.open_clip.flops import SampleFlops
-from clip_pgs.training.sinks import JsonLines, Sinks
+from clip_pgs.training.loggers import JsonLines, MetricLoggers
 from clip_pgs.training.step import StepResult
 from clip_pgs.training.telemetry import Cost, Telemetry, WindowMeter
 from support.runs import run
@@ -167,7 +167,7 @@ def test_a_training_line_fits_120_columns_and_names_a_loss_once(caplog):
             epochs=32,
             unmasked_epochs=0,
         ),
-        Sinks(None, None, first_step=0),
+        MetricLoggers(None, None, first_step=0),
         Cost(),
         device=torch.device("cpu"),
         total_steps=10**9,
@@ -245,7 +245,7 @@ def test_a_progress_bar_is_for_terminals_alone(monkeypatch, stream, is_shown):
     monkeypatch.setattr(sys, "stderr", stream)
     telemetry = Telemetry(
         SimpleNamespace(rank=0, world_size=1, log_every_n_steps=99, max_bad_steps=9),
-        Sinks(None, None, first_step=0),
+        MetricLoggers(None, None, first_step=0),
         Cost(),
         device=torch.device("cpu"),
         total_steps=7,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from clip_pgs.evaluation.datasets import PRESENT, check_presence, clean_name
-from clip_pgs.evaluation.inference import masking_of
+from clip_pgs.evaluation.masked_inference import masking_of
 from clip_pgs.evaluation.models import LoadedModel
 from clip_pgs.evaluation.report.scores import averages
 from clip_pgs.evaluation.results import DONE, Result, epoch_folder

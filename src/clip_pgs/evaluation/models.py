@@ -35,7 +35,7 @@ from clip_pgs.common import (
     literal,
     read_json_object,
 )
-from clip_pgs.evaluation.inference import InferenceMasking, choose_masking
+from clip_pgs.evaluation.masked_inference import InferenceMasking, choose_masking
 from clip_pgs.integrations.open_clip.model_config import (
     check_build_options,
     check_buildable,

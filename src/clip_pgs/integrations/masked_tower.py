@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from clip_pgs.common import check_choice
 from clip_pgs.integrations.teacher import Teacher
-from clip_pgs.integrations.tokens import (
+from clip_pgs.integrations.varlen_tokens import (
     BlockParts,
     PackedTokens,
     PaddedTokens,

@@ -46,7 +46,7 @@ from clip_pgs.integrations.apply import (
     update_masking,
 )
 from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, unwrap
-from clip_pgs.integrations.tokens import BlockParts, logit_mask, query_attention
+from clip_pgs.integrations.varlen_tokens import BlockParts, logit_mask, query_attention
 from clip_pgs.masking import MaskingStrategy, PatchInputs, PatchSelection
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.strategy import keeps_different_counts

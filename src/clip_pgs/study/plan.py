@@ -46,7 +46,7 @@ from clip_pgs.evaluation.command import (
     make_parser,
 )
 from clip_pgs.evaluation.datasets import PRESENT, EvalSet, check_presence
-from clip_pgs.evaluation.inference import masking_of
+from clip_pgs.evaluation.masked_inference import masking_of
 from clip_pgs.evaluation.report.command import FIGURES_NAME
 from clip_pgs.evaluation.suites import get_suite
 from clip_pgs.training.checks import check_options

@@ -34,11 +34,11 @@ from clip_pgs.integrations.open_clip.model_config import (
     check_preprocessing,
 )
 from clip_pgs.masking import MaskingStrategy, create_masking
+from clip_pgs.training.checkpoint import find_non_finite
+from clip_pgs.training.chunked_loss import in_chunks
 from clip_pgs.training.distributed import ShardedModel
-from clip_pgs.training.loss import in_chunks
 from clip_pgs.training.masks import seed_everything
 from clip_pgs.training.options import MODEL_SCHEMAS, TrainOptions
-from clip_pgs.training.run_state import find_non_finite
 
 _logger = logging.getLogger(__name__)
 

@@ -37,9 +37,9 @@ from clip_pgs.checkpoint_reading import (
 )
 from clip_pgs.common import CHECKPOINTS_NAME, UNFINISHED_ENDING, atomic_file, write_text
 from clip_pgs.tables import counted
+from clip_pgs.training.checkpoint import HostCopy, find_non_finite, load_checkpoint, named_tensors
 from clip_pgs.training.distributed import ProcessGroup
 from clip_pgs.training.options import TrainOptions
-from clip_pgs.training.run_state import HostCopy, find_non_finite, load_checkpoint, named_tensors
 
 DAMAGED_ENDING = ".damaged"
 

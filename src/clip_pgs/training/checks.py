@@ -50,6 +50,7 @@ from clip_pgs.training.build import (
     optimizer_misfit,
     read_model_config,
 )
+from clip_pgs.training.checkpoint import find_non_finite
 from clip_pgs.training.data_checks import (
     check_data,
     check_shared_memory,
@@ -65,7 +66,6 @@ from clip_pgs.training.options import (
 )
 from clip_pgs.training.phases import total_epochs
 from clip_pgs.training.run_folder import changed_options, holds_run, keeps_logs, run_folder
-from clip_pgs.training.run_state import find_non_finite
 from clip_pgs.training.telemetry import Cost
 
 # OpenCLIP's byte-pair vocabulary, of which the last token ends every caption.

@@ -43,8 +43,8 @@ from clip_pgs.common import (
     write_text,
 )
 from clip_pgs.training.build import logit_options
+from clip_pgs.training.checkpoint import find_non_finite, load_checkpoint
 from clip_pgs.training.options import TrainOptions
-from clip_pgs.training.run_state import find_non_finite, load_checkpoint
 
 CARD_NAME = "README.md"
 

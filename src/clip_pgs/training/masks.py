@@ -42,8 +42,8 @@ from clip_pgs.masking import masking_options
 from clip_pgs.masking.sampling import paint_kept
 from clip_pgs.masking.schedule import scheduled_ratio
 from clip_pgs.training.distributed import mean_over_ranks
+from clip_pgs.training.loggers import BestEffort
 from clip_pgs.training.options import TrainOptions
-from clip_pgs.training.sinks import BestEffort
 
 _NUM_PICTURES = 8
 _IMAGES_NAME = "images.pt"

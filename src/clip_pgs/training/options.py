@@ -33,7 +33,7 @@ from clip_pgs.common import (
     read_json_object,
     registered_names,
 )
-from clip_pgs.integrations.open_clip_trainer import (
+from clip_pgs.integrations.open_clip_options import (
     bundled_models,
     default_optimization,
     known_models,

@@ -37,8 +37,8 @@ from clip_pgs.common import (
 )
 from clip_pgs.tables import counted
 from clip_pgs.training.export import open_clip_config, tokenizer_source
+from clip_pgs.training.loggers import BestEffort
 from clip_pgs.training.options import IDENTITY, RECIPE, TrainOptions, names_of
-from clip_pgs.training.sinks import BestEffort
 from clip_pgs.training.stop import LAUNCH_FOLDER
 
 _logger = logging.getLogger(__name__)

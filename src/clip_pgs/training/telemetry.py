@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from clip_pgs.integrations.open_clip.flops import SampleFlops
 from clip_pgs.tables import counted, duration
+from clip_pgs.training.loggers import MetricLoggers
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.phases import total_epochs
-from clip_pgs.training.sinks import Sinks
 from clip_pgs.training.step import StepResult
 from clip_pgs.training.stop import BadNumbersError
 
@@ -170,12 +170,12 @@ class WindowMeter:
 
 
 class Telemetry:
-    """Measures steps and hands the measurements to sinks.
+    """Measures steps and hands the measurements to loggers.
 
     Args:
         options: The run's: `rank`, of which 0 alone says anything, `world_size`,
             `log_every_n_steps`, `max_bad_steps`.
-        sinks: Where measurements go.
+        loggers: Where measurements go.
         cost: What earlier launches spent; counted on from there.
         device: Where steps measure.
         total_steps: Optimizer steps in the run.
@@ -187,14 +187,14 @@ class Telemetry:
     def __init__(
         self,
         options: TrainOptions,
-        sinks: Sinks,
+        loggers: MetricLoggers,
         cost: Cost,
         *,
         device: torch.device,
         total_steps: int,
     ) -> None:
         self._flops = SampleFlops()
-        self._sinks = sinks
+        self._loggers = loggers
         self._cost = cost
         self._meter = WindowMeter(num_patches=0, samples_per_step=0)
         self._options = options
@@ -327,7 +327,7 @@ class Telemetry:
         if "mask_ratio_mean" in values:
             values["selection_flops_share"] = self._flops.selection / self._flops.total
         step = self._cost.steps - 1
-        self._sinks.each(lambda sink: sink.train(values, epoch=epoch, step=step))
+        self._loggers.each(lambda logger: logger.train(values, epoch=epoch, step=step))
         share = done / self._samples_per_epoch
         epochs = total_epochs(self._options)
         parts = [f"Epoch {epoch + 1}/{epochs} {share:4.0%}", f"lr {lr:.2g}"]
@@ -382,14 +382,14 @@ class Telemetry:
     def validation(self, values: Mapping[str, float], *, epoch: int) -> None:
         """Hand on what was measured on held-out data after `epoch` epochs."""
         cost = asdict(self.cost)
-        self._sinks.each(lambda sink: sink.validation(values, epoch=epoch, cost=cost))
+        self._loggers.each(lambda logger: logger.validation(values, epoch=epoch, cost=cost))
 
     def picture(self, name: str, pixels: Tensor) -> None:
         """Hand on a picture of shape (3, H, W) in [0, 1]."""
         step = self._cost.steps
-        self._sinks.each(lambda sink: sink.picture(name, pixels, step=step))
+        self._loggers.each(lambda logger: logger.picture(name, pixels, step=step))
 
     def close(self) -> None:
-        """Close the bar and the sinks."""
+        """Close the bar and the loggers."""
         self._bar.close()
-        self._sinks.each(lambda sink: sink.close())
+        self._loggers.each(lambda logger: logger.close())

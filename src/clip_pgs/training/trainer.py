@@ -40,6 +40,12 @@ from clip_pgs.training.build import (
     create_scaler,
     supported_precision,
 )
+from clip_pgs.training.checkpoint import (
+    named_tensors,
+    pack_checkpoint,
+    restore,
+    restore_optimizer,
+)
 from clip_pgs.training.checkpoint_saving import CheckpointStore, load_start
 from clip_pgs.training.data_checks import has_training_data, training_files
 from clip_pgs.training.distributed import (
@@ -51,6 +57,13 @@ from clip_pgs.training.distributed import (
     whole,
 )
 from clip_pgs.training.export import write_export
+from clip_pgs.training.loggers import (
+    BestEffort,
+    MetricLoggers,
+    SkipLog,
+    keep_lines_before,
+    logging_to,
+)
 from clip_pgs.training.masks import MaskPictures, StepMasks, seed_everything
 from clip_pgs.training.option_warnings import option_warnings
 from clip_pgs.training.options import TrainOptions
@@ -64,13 +77,6 @@ from clip_pgs.training.run_folder import (
     warn_of_changes,
     write_run_files,
 )
-from clip_pgs.training.run_state import (
-    named_tensors,
-    pack_checkpoint,
-    restore,
-    restore_optimizer,
-)
-from clip_pgs.training.sinks import BestEffort, Sinks, SkipLog, keep_lines_before, logging_to
 from clip_pgs.training.step import Batch, StepResult, Texts, compute_gradients, update_weights
 from clip_pgs.training.stop import (
     FAILED,
@@ -263,7 +269,7 @@ class Trainer:
         self._skips.open(step=cost.steps)
         self._telemetry = Telemetry(
             options,
-            Sinks(options, self._folder, first_step=cost.steps),
+            MetricLoggers(options, self._folder, first_step=cost.steps),
             cost,
             device=device,
             total_steps=sum(phase.num_steps for phase in self._phases),

@@ -21,11 +21,11 @@ from clip_pgs.data.build import build_val_stream
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.tables import Cell, Table
 from clip_pgs.training.build import ModelParts, build_model
+from clip_pgs.training.checkpoint import restore
 from clip_pgs.training.checkpoint_saving import load_start
 from clip_pgs.training.distributed import ProcessGroup
+from clip_pgs.training.loggers import MetricLoggers
 from clip_pgs.training.options import TrainOptions
-from clip_pgs.training.run_state import restore
-from clip_pgs.training.sinks import Sinks
 from clip_pgs.training.stop import (
     StoppedError,
     StopRequest,
@@ -210,7 +210,7 @@ def evaluate_only(
     with writing("what was measured"):
         save_results(metrics, folder / CHECKPOINTS_NAME)
     cost = {**asdict(Cost()), **checkpoint.get("clip_pgs", {}).get("cost", {})}
-    sinks = Sinks(options, folder, first_step=cost["steps"])
-    sinks.each(lambda sink: sink.validation(metrics, epoch=epoch, cost=cost))
-    sinks.each(lambda sink: sink.close())
+    loggers = MetricLoggers(options, folder, first_step=cost["steps"])
+    loggers.each(lambda logger: logger.validation(metrics, epoch=epoch, cost=cost))
+    loggers.each(lambda logger: logger.close())
     _logger.info("Measurements are in %s", folder / CHECKPOINTS_NAME)

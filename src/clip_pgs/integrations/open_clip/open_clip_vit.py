@@ -19,7 +19,7 @@ from clip_pgs.integrations.masked_tower import (
     unwrap,
 )
 from clip_pgs.integrations.open_clip.compat import pool_tower
-from clip_pgs.integrations.tokens import BlockParts, first_token_attention
+from clip_pgs.integrations.varlen_tokens import BlockParts, first_token_attention
 from clip_pgs.masking import MaskingStrategy
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.strategy import keeps_different_counts

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, is_exactly
 from clip_pgs.integrations.open_clip.conv import MaskedConvNeXt
-from clip_pgs.integrations.tokens import (
+from clip_pgs.integrations.varlen_tokens import (
     BlockParts,
     first_token_attention,
     logit_mask,

@@ -14,11 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_pgs import PatchSelection
-from clip_pgs.integrations import masked_tower, tokens
+from clip_pgs.integrations import masked_tower, varlen_tokens
 from clip_pgs.integrations.open_clip import apply_masking, force_selection
 from clip_pgs.integrations.open_clip.open_clip_vit import MaskedVisionTransformer
 from clip_pgs.integrations.open_clip.timm_vit import MaskedTimmModel
-from clip_pgs.integrations.tokens import (
+from clip_pgs.integrations.varlen_tokens import (
     PackedTokens,
     can_pack,
     packs_by_default,
@@ -109,8 +109,8 @@ def on_kernel(monkeypatch):
         calls.append(args)
         return block_diagonal(*args)
 
-    monkeypatch.setattr(tokens, "_runs_kernel", lambda value: True)
-    monkeypatch.setattr(tokens, "varlen_attn", record)
+    monkeypatch.setattr(varlen_tokens, "_runs_kernel", lambda value: True)
+    monkeypatch.setattr(varlen_tokens, "varlen_attn", record)
     return calls
 
 
@@ -218,7 +218,7 @@ def test_a_compiled_model_on_the_cpu_pads_and_compiles_once():
 @pytest.mark.slow
 def test_a_compiled_model_with_the_kernel_compiles_no_more_after_two_steps(monkeypatch, on_kernel):
     # Like the kernel, an operation that torch.compile does not look into.
-    monkeypatch.setattr(tokens, "varlen_attn", opaque_block_diagonal)
+    monkeypatch.setattr(varlen_tokens, "varlen_attn", opaque_block_diagonal)
     monkeypatch.setattr(masked_tower, "can_pack", lambda x, *, head_width: True)
     model = apply_masking(small_clip(layers=3), "random", pack_tokens=True).train()
     torch._dynamo.reset()

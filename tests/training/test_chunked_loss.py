@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clip_pgs.training.build import build_loss
-from clip_pgs.training.loss import in_chunks
+from clip_pgs.training.chunked_loss import in_chunks
 from clip_pgs.training.options import parse_options
 from support.gradients import relative_difference, step_gradients
 from support.losses import (

@@ -11,7 +11,7 @@ import torch
 from clip_pgs.evaluation import evaluate, load_model
 from clip_pgs.evaluation.__main__ import main
 from clip_pgs.evaluation.features import Encoder
-from clip_pgs.evaluation.inference import choose_masking
+from clip_pgs.evaluation.masked_inference import choose_masking
 from clip_pgs.evaluation.suites import get_suite
 from clip_pgs.integrations.open_clip import (
     apply_masking,

@@ -64,7 +64,7 @@ class BestEffort:
         return True
 
 
-class Sink:
+class MetricLogger:
     """Takes measurements of rank 0; this one does nothing with them."""
 
     def train(self, values: Numbers, *, epoch: int, step: int) -> None:
@@ -86,7 +86,7 @@ class Sink:
         """Write out what is left."""
 
 
-class JsonLines(Sink):
+class JsonLines(MetricLogger):
     """One JSON object per measurement, for programs: `metrics.jsonl`.
 
     Args:
@@ -112,7 +112,7 @@ class JsonLines(Sink):
         append_line(self._path, json.dumps(entry))
 
 
-class TensorBoard(Sink):
+class TensorBoard(MetricLogger):
     """OpenCLIP's tags, and validation curves against samples and FLOPs.
 
     Args:
@@ -147,7 +147,7 @@ class TensorBoard(Sink):
         self._writer.close()
 
 
-class WeightsAndBiases(Sink):
+class WeightsAndBiases(MetricLogger):
     """OpenCLIP's names in one Weights & Biases run.
 
     Args:
@@ -188,23 +188,23 @@ class WeightsAndBiases(Sink):
         self._run.finish()
 
 
-class Sinks:
+class MetricLoggers:
     """Where this process's measurements go.
 
-    A sink that cannot be written says so once, and the run goes on.
+    A logger that cannot be written says so once, and the run goes on.
 
     Args:
         options: The run's.
-        folder: The run's folder on rank 0; None, elsewhere, has no sink.
+        folder: The run's folder on rank 0; None, elsewhere, has no logger.
         first_step: The step this launch starts at.
     """
 
     def __init__(self, options: TrainOptions, folder: Path | None, *, first_step: int) -> None:
-        self._sinks: list[tuple[Sink, BestEffort]] = []
+        self._loggers: list[tuple[MetricLogger, BestEffort]] = []
         if folder is None:
             return
         targets = {target.strip() for target in options.report_to.split(",")}
-        makers: dict[str, Callable[[], Sink]] = {
+        makers: dict[str, Callable[[], MetricLogger]] = {
             METRICS_NAME: lambda: JsonLines(folder / METRICS_NAME, first_step=first_step)
         }
         if targets & {"tensorboard", "all"}:
@@ -215,13 +215,13 @@ class Sinks:
             makers["wandb"] = lambda: WeightsAndBiases(options, folder / PARAMS_NAME)
         for name, make in makers.items():
             with BestEffort(name):
-                self._sinks.append((make(), BestEffort(name)))
+                self._loggers.append((make(), BestEffort(name)))
 
-    def each(self, write: Callable[[Sink], None]) -> None:
-        """Let each sink write something."""
-        for sink, best_effort in self._sinks:
+    def each(self, write: Callable[[MetricLogger], None]) -> None:
+        """Let each logger write something."""
+        for logger, best_effort in self._loggers:
             with best_effort:
-                write(sink)
+                write(logger)
 
 
 class SkipLog:
