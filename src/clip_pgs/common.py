@@ -10,6 +10,7 @@ import argparse
 import ast
 import errno
 import importlib
+import inspect
 import json
 import os
 import re
@@ -212,6 +213,19 @@ class Pairs(argparse.Action):
                 parser.error(f"{option_string} takes each key once, got {key!r} twice")
             pairs[name] = literal(text)
         setattr(namespace, self.dest, (getattr(namespace, self.dest, None) or {}) | pairs)
+
+
+def is_mae_config(config: Any) -> bool:
+    """Return whether a model's config, whatever was read, is that of a masked autoencoder."""
+    return isinstance(config, dict) and config.get("model_type") == MAE_TYPE
+
+
+def explained_arguments(documented: type) -> dict[str, str]:
+    """Return what the "Args:" of a class's docstring say of each name, on one line each."""
+    _, _, text = inspect.cleandoc(documented.__doc__ or "").partition("\nArgs:\n")
+    entries = re.split(r"\n(?= {4}\S)", re.split(r"\n(?=\S)", text)[0])
+    parts = (entry.strip().partition(":") for entry in entries)
+    return {name: " ".join(said.split()) for name, _, said in parts}
 
 
 def find_config(name: str, kind: str) -> str:

@@ -97,9 +97,18 @@ def read_pairs(path: Path, *, image_key: str, caption_key: str, separator: str) 
 def list_images(folder: Path) -> PairTable:
     """Return the images in a folder and those below, by their paths' order, without captions.
 
+    A process lists a folder once, unless a name comes or goes right in it.
+
     Raises:
         ValueError: If there is none.
     """
+    status = folder.stat()
+    return _list_once(folder, status.st_ino, status.st_mtime_ns)
+
+
+# The checks of a run list the images that it trains on.
+@lru_cache(maxsize=2)
+def _list_once(folder: Path, inode: int, mtime_ns: int) -> PairTable:
     images = sorted(
         os.path.join(place, name)
         for place, _, names in os.walk(folder)

@@ -17,7 +17,6 @@ import io
 import os
 import re
 import signal
-import stat
 import threading
 import time
 import warnings
@@ -36,6 +35,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import Compose, InterpolationMode, Normalize, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 
+from clip_pgs.common import regular_file
 from clip_pgs.data.bad_samples import StalledDataError
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
@@ -73,16 +73,12 @@ def read_image_file(path: str | Path) -> bytes:
     """Return an image file's content.
 
     Raises:
-        OSError: If it cannot be read.
-        UnreadableImageError: If it is no regular file, or has more than `MAX_IMAGE_BYTES`.
+        OSError: If it cannot be read, or is no regular file.
+        UnreadableImageError: If it has more than `MAX_IMAGE_BYTES`.
     """
     # A Path would take a slash out of a URL.
-    status = os.stat(path)
-    # A pipe or a device may never end.
-    if not stat.S_ISREG(status.st_mode):
-        raise UnreadableImageError(f"{str(path)!r} is no file")
-    _check_size(status.st_size)
-    with open(path, "rb") as file:
+    _check_size(os.path.getsize(path))
+    with open(regular_file(Path(path)), "rb") as file:
         return file.read(MAX_IMAGE_BYTES + 1)
 
 

@@ -346,7 +346,7 @@ class CaptionPair(NamedTuple):
     negative: str
 
 
-def read_pairs(folder: Path, split: str) -> list[CaptionPair]:
+def read_caption_pairs(folder: Path, split: str) -> list[CaptionPair]:
     """Read the items of a split.
 
     Args:
@@ -391,9 +391,9 @@ def image_paths(folder: Path, split: str) -> list[Path]:
 
     Raises:
         FileNotFoundError: If the split or an image is not there.
-        ValueError: As `read_pairs`.
+        ValueError: As `read_caption_pairs`.
     """
-    names = sorted({pair.file_name for pair in read_pairs(folder, split)})
+    names = sorted({pair.file_name for pair in read_caption_pairs(folder, split)})
     absent = [name for name in names if not (folder / IMAGE_FOLDER / name).is_file()]
     if absent:
         raise FileNotFoundError(

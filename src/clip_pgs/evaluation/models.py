@@ -29,9 +29,9 @@ from clip_pgs.common import (
     CHECKPOINTS_NAME,
     EXPORT_NAME,
     HF_CONFIG_NAME,
-    MAE_TYPE,
     MODEL_CONFIG_NAME,
     PARAMS_NAME,
+    is_mae_config,
     literal,
     read_json_object,
 )
@@ -157,8 +157,8 @@ def _resolve(
     # os.path: a name that is too long is that of none.
     if os.path.isfile(path):
         checkpoint = _read(path)
-        record = checkpoint.config
-        if _is_autoencoder(record) and model is None and model_config is None:
+        recorded = checkpoint.config if isinstance(checkpoint.config, dict) else {}
+        if is_mae_config(recorded.get("model_cfg")) and model is None and model_config is None:
             return partial(_build_autoencoder, checkpoint), source
         architecture = _find_architecture(checkpoint, model=model, model_config=model_config)
         return partial(_build_checkpoint, checkpoint, architecture), source
@@ -179,17 +179,12 @@ def _resolve(
     return partial(_create, source, pretrained=pretrained), f"{source},{pretrained}"
 
 
-def _is_autoencoder(record: Any) -> bool:
-    config = record.get("model_cfg") if isinstance(record, dict) else None
-    return isinstance(config, dict) and config.get("model_type") == MAE_TYPE
-
-
 def _holds_autoencoder(folder: Path) -> bool:
     """Return whether transformers would open a folder as a masked autoencoder."""
     path = folder / HF_CONFIG_NAME
     if not path.is_file() or (folder / MODEL_CONFIG_NAME).is_file():
         return False
-    return read_json_object(path, what=str(path)).get("model_type") == MAE_TYPE
+    return is_mae_config(read_json_object(path, what=str(path)))
 
 
 def _open_autoencoder(folder: Path) -> Built:

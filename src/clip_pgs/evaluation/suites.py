@@ -33,8 +33,8 @@ from clip_pgs.evaluation.datasets import (
     is_caption_pairs,
     is_template,
     locate,
+    read_caption_pairs,
     read_class_names,
-    read_pairs,
     read_templates,
 )
 
@@ -306,7 +306,7 @@ def score_caption_pairs(encoder: Encoder, eval_set: EvalSet) -> Scores:
 
     folder, split = Path(eval_set.location), eval_set.splits[0]
     num_images = len(image_paths(folder, split))
-    pairs = read_pairs(folder, split)
+    pairs = read_caption_pairs(folder, split)
     # All splits at once, as they share most images.
     paths = _paths_of_all_splits(folder)
     row_of = {path.name: row for row, path in enumerate(paths)}
@@ -324,7 +324,7 @@ def _paths_of_all_splits(folder: Path) -> list[Path]:
     for split in CAPTION_PAIR_SPLITS:
         # What is wrong with another split is said when that one is scored.
         with contextlib.suppress(FileNotFoundError, ValueError):
-            names |= {pair.file_name for pair in read_pairs(folder, split)}
+            names |= {pair.file_name for pair in read_caption_pairs(folder, split)}
     paths = (folder / IMAGE_FOLDER / name for name in sorted(names))
     return [path for path in paths if path.is_file()]
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_type_hints, overload
 import torch
 from torch import Tensor, nn
 
-from clip_pgs.common import Registry
+from clip_pgs.common import Registry, explained_arguments
 
 # ------------------------------------------------------------------------------------------------
 # What a strategy is given and what it returns
@@ -500,9 +500,17 @@ class MaskingDeclaration:
         is_dataclass = "__dataclass_fields__" in vars(self.source)
         annotated: Any = self.source
         hints = get_type_hints(annotated if is_dataclass else annotated.__init__)
-        explained = _explained_options(self.source)
+        explained: dict[str, str] = {}
+        for one in reversed(self.source.__mro__[:-1]):
+            explained |= explained_arguments(one)
         return tuple(
-            MaskingOption(option, parameter.default, explained.get(option, ""), hints.get(option))
+            MaskingOption(
+                option,
+                parameter.default,
+                # The first sentence will do.
+                re.split(r"(?<=[.;])\s", explained.get(option, ""))[0].rstrip(".;"),
+                hints.get(option),
+            )
             for option, parameter in inspect.signature(self.source).parameters.items()
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         )
@@ -617,19 +625,6 @@ def create_masking(name: str, **options: Any) -> MaskingStrategy:
         if known[option].default is inspect.Parameter.empty and option not in given:
             raise ValueError(f"masking {name!r} needs the option {option}")
     return _REGISTRY.get(name)(**given)
-
-
-def _explained_options(source: type) -> dict[str, str]:
-    """Return the first sentence that docstrings have on each option, by name."""
-    explained: dict[str, str] = {}
-    for one in reversed(source.__mro__[:-1]):
-        _, _, arguments = inspect.cleandoc(one.__doc__ or "").partition("\nArgs:\n")
-        arguments = re.split(r"\n(?=\S)", arguments)[0]
-        for entry in re.split(r"\n(?= {4}\S)", arguments):
-            option, _, text = entry.strip().partition(":")
-            sentence = re.split(r"(?<=[.;])\s", " ".join(text.split()))[0]
-            explained[option] = sentence.rstrip(".;")
-    return explained
 
 
 def _type_problem(hint: Any, value: Any) -> str:

@@ -31,11 +31,11 @@ from clip_pgs.common import (
     EVAL_NAME,
     EXPORT_NAME,
     FAILED,
-    MAE_TYPE,
     MODEL_CONFIG_NAME,
     WEIGHTS_NAME,
     SentenceParser,
     atomic_folder,
+    is_mae_config,
     one_sentence,
     refuse,
     regular_file,
@@ -190,21 +190,21 @@ def _write_files(
     checkpoint: dict[str, Any], record: dict[str, Any], card: str, folder: Path
 ) -> None:
     write_text(folder / CARD_NAME, card)
-    weights_name = WEIGHTS_NAME
-    if is_autoencoder(record):
-        from clip_pgs.integrations.open_clip.mae import MAE_WEIGHTS_NAME, save_mae
+    # A copy of its own for each name: safetensors refuses tied weights.
+    weights = {name: t.detach().cpu().clone() for name, t in checkpoint["state_dict"].items()}
+    weights_name, metadata = WEIGHTS_NAME, None
+    configs = {MODEL_CONFIG_NAME: record["open_clip_config"]}
+    if _is_autoencoder(record):
+        from clip_pgs.integrations.open_clip.mae import MAE_WEIGHTS_NAME, hub_configs, hub_weights
 
-        weights_name = MAE_WEIGHTS_NAME
-        save_mae(folder, record["open_clip_config"], checkpoint["state_dict"])
-    else:
-        config = json.dumps(record["open_clip_config"], indent=2)
-        write_text(folder / MODEL_CONFIG_NAME, f"{config}\n")
-        # A copy of its own for each name: safetensors refuses tied weights.
-        weights = {name: t.detach().cpu().clone() for name, t in checkpoint["state_dict"].items()}
-        try:
-            safetensors.torch.save_file(weights, folder / WEIGHTS_NAME)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{WEIGHTS_NAME}: {error}") from error
+        weights_name, metadata = MAE_WEIGHTS_NAME, {"format": "pt"}
+        configs, weights = hub_configs(record["open_clip_config"]), hub_weights(weights)
+    for name, config in configs.items():
+        write_text(folder / name, json.dumps(config, indent=2) + "\n")
+    try:
+        safetensors.torch.save_file(weights, folder / weights_name, metadata=metadata)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{weights_name}: {error}") from error
     # safetensors makes its file readable for its owner alone.
     (folder / weights_name).chmod((folder / CARD_NAME).stat().st_mode)
     if record["tokenizer"] is not None:
@@ -213,9 +213,8 @@ def _write_files(
         sync(path)
 
 
-def is_autoencoder(record: Mapping[str, Any]) -> bool:
-    """Return whether a run trained a masked autoencoder, by its record."""
-    return record["open_clip_config"]["model_cfg"].get("model_type") == MAE_TYPE
+def _is_autoencoder(record: Mapping[str, Any]) -> bool:
+    return is_mae_config(record["open_clip_config"]["model_cfg"])
 
 
 def tokenizer_source(options: TrainOptions) -> str | None:
@@ -245,7 +244,7 @@ def write_model_card(
     """
     cost = record["cost"]
     masking = record["masking"]
-    is_mae = is_autoencoder(record)
+    is_mae = _is_autoencoder(record)
     metadata = ModelCardData(
         library_name="transformers" if is_mae else "open_clip",
         pipeline_tag="image-feature-extraction" if is_mae else "zero-shot-image-classification",
@@ -286,7 +285,7 @@ def write_model_card(
 
 def _opening(record: Mapping[str, Any]) -> str:
     """Say what the model is and how it is opened."""
-    if is_autoencoder(record):
+    if _is_autoencoder(record):
         task = "see the" if record["recipe"]["mae_sign"] == "keep" else "reconstruct the"
         return _MAE_OPENING.format(**record, place=_FOLDER, task=task)
     return _OPENING.format(

@@ -24,12 +24,13 @@ from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from clip_pgs.common import (
-    MAE_TYPE,
     MASK_SCHEDULES,
     Pairs,
     check_choice,
     expand_home,
+    explained_arguments,
     find_config,
+    is_mae_config,
     read_json_object,
     registered_names,
 )
@@ -467,7 +468,7 @@ def option_parser(*, is_short: bool = False) -> argparse.ArgumentParser:
         add_help=False,
         argument_default=argparse.SUPPRESS,
     )
-    hints, texts = get_type_hints(TrainOptions), _explained_options()
+    hints, texts = get_type_hints(TrainOptions), explained_arguments(TrainOptions)
     ours = [f for f in fields(TrainOptions) if "heading" in f.metadata]
     groups: dict[str, Any] = {}
     for option in ours:
@@ -556,13 +557,6 @@ def _wrapped(text: str, indent: int) -> list[str]:
         subsequent_indent=" " * (indent + 4),
         break_on_hyphens=False,
     )
-
-
-def _explained_options() -> dict[str, str]:
-    """Return what the class's text says of each option."""
-    _, _, text = inspect.cleandoc(TrainOptions.__doc__ or "").partition("\nArgs:\n")
-    entries = (entry.strip().partition(":") for entry in re.split(r"\n(?= {4}\S)", text))
-    return {name: " ".join(said.split()) for name, _, said in entries}
 
 
 def _argument(option: Field, hint: Any, text: str) -> dict[str, Any]:
@@ -736,7 +730,7 @@ def _read_mae(model_config: str) -> dict[str, Any] | None:
     # What is wrong with another's is said where it is read.
     with contextlib.suppress(ValueError):
         content = read_json_object(Path(model_config), what="it")
-        return content if content.get("model_type") == MAE_TYPE else None
+        return content if is_mae_config(content) else None
     return None
 
 

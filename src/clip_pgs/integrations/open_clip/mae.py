@@ -13,8 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
@@ -25,9 +23,9 @@ from clip_pgs.common import (
     HF_CONFIG_NAME,
     MAE_TYPE,
     check_choice,
+    is_mae_config,
     one_sentence,
     read_json_object,
-    write_text,
 )
 from clip_pgs.integrations.mae import SIGNS, create_fitting_masking, patch_order
 from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid
@@ -303,7 +301,7 @@ def mae_config(
         ValueError: If it is none, has an unknown option, or a size or ratio is out of its range.
     """
     defaults = ViTMAEConfig().to_dict()
-    if content.get("model_type") != MAE_TYPE:
+    if not is_mae_config(content):
         raise ValueError(f"{what} must have the model_type {MAE_TYPE}")
     for key, value in content.items():
         if key not in defaults and key not in _NOTES:
@@ -370,16 +368,11 @@ def mae_record(
     return json.loads(json.dumps({"model_cfg": dict(config), "preprocess_cfg": preprocess}))
 
 
-def save_mae(folder: Path, record: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
-    """Write an autoencoder as transformers reads it: config, weights, image processor.
+def hub_configs(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what transformers reads of an autoencoder beside its weights, by the files' names.
 
     Args:
-        folder: Where to.
         record: From `mae_record`.
-        state_dict: Of a `MaeModel`.
-
-    Raises:
-        OSError: If it cannot be written.
     """
     side, preprocess = record["model_cfg"]["image_size"], record["preprocess_cfg"]
     is_cropped = preprocess["resize_mode"] == "shortest"
@@ -397,20 +390,16 @@ def save_mae(folder: Path, record: Mapping[str, Any], state_dict: Mapping[str, T
         "image_mean": preprocess["mean"],
         "image_std": preprocess["std"],
     }
-    for name, content in ((HF_CONFIG_NAME, record["model_cfg"]), (PREPROCESSOR_NAME, processor)):
-        write_text(folder / name, json.dumps(content, indent=2) + "\n")
-    weights = {
-        name.removeprefix(_PREFIX): tensor.detach().cpu().clone()
-        for name, tensor in state_dict.items()
-    }
-    try:
-        safetensors.torch.save_file(weights, folder / MAE_WEIGHTS_NAME, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{MAE_WEIGHTS_NAME}: {error}") from error
+    return {HF_CONFIG_NAME: record["model_cfg"], PREPROCESSOR_NAME: processor}
+
+
+def hub_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict of a `MaeModel` by transformers' names."""
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}
 
 
 def load_mae(folder: Path) -> MaeModel:
-    """Open what `save_mae`, or transformers for a `ViTMAEForPreTraining`, wrote.
+    """Open an export of an autoencoder, or what transformers wrote of a `ViTMAEForPreTraining`.
 
     Raises:
         ValueError: If a file is missing or damaged, or the weights do not fit.
