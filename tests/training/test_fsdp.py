@@ -1,4 +1,4 @@
-"""`--fsdp`: a model that processes share out trains as one that each of them has whole."""
+"""`--fsdp`: a model that processes shard trains as one that each of them has whole."""
 
 import signal
 
@@ -50,11 +50,11 @@ def train(folder, *, num_processes=2, trouble=None, codes=0, **options):
 def test_weights_are_those_of_ddp(tmp_path, world, case):
     options = {"train_data": world.train_data, **CASES[case]}
     expected = train(tmp_path, name="whole", **options)
-    shared = train(tmp_path, name="shared", fsdp=True, **options)
-    assert relative_difference(shared["state_dict"], expected["state_dict"]) <= 1e-5
+    sharded = train(tmp_path, name="sharded", fsdp=True, **options)
+    assert relative_difference(sharded["state_dict"], expected["state_dict"]) <= 1e-5
     for name, weight in expected["state_dict"].items():
-        assert shared["state_dict"][name].shape == weight.shape
-    moments, expected_moments = (c["optimizer"]["state"] for c in (shared, expected))
+        assert sharded["state_dict"][name].shape == weight.shape
+    moments, expected_moments = (c["optimizer"]["state"] for c in (sharded, expected))
     assert {n: s["exp_avg"].shape for n, s in moments.items()} == {
         n: s["exp_avg"].shape for n, s in expected_moments.items()
     }
@@ -101,7 +101,7 @@ def test_half_precision_is_near_single(tmp_path, world):
         (["--precision", "fp32", "--opt", "timm/lamb"], "--opt"),
     ],
 )
-def test_what_cannot_be_shared_out_is_refused(tmp_path, capsys, more, part):
+def test_what_cannot_be_sharded_is_refused(tmp_path, capsys, more, part):
     argv = [*VALID, "--fsdp", "--precision", "fp32", *more, "--logs", str(tmp_path / "logs")]
     assert main(argv) == 2
     error = capsys.readouterr().err

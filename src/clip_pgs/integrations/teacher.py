@@ -126,7 +126,7 @@ class Teacher:
 
 
 def _float_weights(tower: nn.Module) -> list[Tensor]:
-    # Of a tower whose weights several processes share out, each takes part in gathering them.
+    # Of a tower that several processes shard, each takes part in gathering them.
     weights = tower.state_dict().values()
     every = (w.full_tensor() if hasattr(w, "full_tensor") else w for w in weights)
     return [weight.detach().float() for weight in every]

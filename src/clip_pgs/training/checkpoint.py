@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_pgs.checkpoint_reading import check_sum, fit_weights, non_finite, read_checkpoint
-from clip_pgs.training.distributed import share_of, whole
+from clip_pgs.training.distributed import full_tensor, shard_like
 
 
 def pack_checkpoint(
@@ -113,7 +113,7 @@ def restore(
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load an optimizer's state, also that of one with the same numbers that was not fused.
 
-    Where processes share its parameters out, each takes its share.
+    Where its parameters are sharded, each process takes its shard.
     """
     now = optimizer.state_dict()["param_groups"]
     groups = [
@@ -124,7 +124,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     moments = {
         number: {
-            name: value if name == "step" else share_of(value, parameter)
+            name: value if name == "step" else shard_like(value, parameter)
             for name, value in state["state"][number].items()
         }
         for number, parameter in zip(numbers, trained, strict=True)
@@ -182,7 +182,7 @@ class HostCopy:
 
     def _copy(self, value: Any, path: tuple[Any, ...], used: dict[tuple[Any, ...], Tensor]) -> Any:
         if isinstance(value, Tensor):
-            used[path] = self._copy_tensor(whole(value.detach()), self._kept.get(path))
+            used[path] = self._copy_tensor(full_tensor(value.detach()), self._kept.get(path))
             return used[path]
         if isinstance(value, Mapping):
             return {key: self._copy(item, (*path, key), used) for key, item in value.items()}

@@ -103,7 +103,7 @@ def check_options(options: TrainOptions) -> nn.Module:
         check_data(options)
         check_shared_memory(options)
         _check_device(options)
-        _check_sharing(options)
+        _check_sharding(options)
         _check_reports(options)
         _check_folder(options)
         _check_resumed(options, model, optimizer)
@@ -409,11 +409,11 @@ def _check_device(options: TrainOptions) -> None:
         raise ValueError(f"--device {options.device} is not available on this machine")
 
 
-def _check_sharing(options: TrainOptions) -> None:
-    """Refuse to share a model out among one process."""
+def _check_sharding(options: TrainOptions) -> None:
+    """Refuse to shard a model over one process."""
     if options.fsdp and world_info_from_env()[2] < 2:
         raise ValueError(
-            "--fsdp shares a model out among processes, and this run has 1; see --nproc"
+            "--fsdp shards a model over several processes, and this run has 1; see --nproc"
         )
 
 

@@ -1,7 +1,7 @@
 """Processes of a run: who is who, waiting for each other, and the models that they share.
 
-With `--fsdp` each process holds a share of every weight (FSDP2), and a block of a tower is whole
-only while it computes. What rank 0 does alone, it does with a plain copy of the model.
+With `--fsdp` each process holds a shard of every weight (FSDP2), and a block of a tower is
+gathered only while it computes. What rank 0 does alone, it does with a plain copy of the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.training.options import TrainOptions
 
-# Each is shared out by itself; what lies outside of any is gathered as one.
+# Each is sharded by itself; what lies outside of any is gathered as one.
 _BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock, Block)
 
 _logger = logging.getLogger(__name__)
@@ -159,10 +159,10 @@ def _lay_out_buckets(parallel: DistributedDataParallel) -> None:
 
 
 class ShardedModel(nn.Module):
-    """A model of which each process holds a share; called as the model is.
+    """A model of which each process holds a shard; called as the model is.
 
     Args:
-        model: The model, the same on every process, which keeps its weights' share from now on.
+        model: The model, the same on every process, which keeps its shard from now on.
         options: The run's.
         device: This process's device.
 
@@ -197,12 +197,12 @@ class ShardedModel(nn.Module):
         return {name: value.view_as(value) for name, value in self.model(*inputs).items()}
 
 
-def share_out(model: CLIP, options: TrainOptions, device: torch.device) -> ShardedModel:
-    """Return a model to train of which each process holds a share.
+def shard_model(model: CLIP, options: TrainOptions, device: torch.device) -> ShardedModel:
+    """Return a model to train of which each process holds a shard.
 
     Args:
         model: The plain model; rank 0 keeps it, with the masking that the other has, and
-            `gather` brings it up to date. On other ranks it is the one that is shared out.
+            `gather` brings it up to date. On other ranks it is the one that is sharded.
         options: The run's.
         device: This process's device.
     """
@@ -214,16 +214,16 @@ def share_out(model: CLIP, options: TrainOptions, device: torch.device) -> Shard
 
 @torch.no_grad()
 def gather(sharded: ShardedModel, plain: CLIP) -> None:
-    """Copy a shared-out model's weights into rank 0's plain one; all processes call it."""
+    """Copy a sharded model's weights into rank 0's plain one; all processes call it."""
     own = plain.state_dict() if plain is not sharded.model else {}
     for name, tensor in sharded.model.state_dict().items():
-        weight = whole(tensor)
+        weight = full_tensor(tensor)
         if name in own:
             own[name].copy_(weight)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor that processes share, who all call it; any other as it is.
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return all of a sharded tensor, for which all processes call it; any other as it is.
 
     A vector of one, as which FSDP holds a scalar, is a scalar again.
     """
@@ -233,8 +233,8 @@ def whole(tensor: Tensor) -> Tensor:
     return full.reshape(()) if full.shape == (1,) else full
 
 
-def share_of(tensor: Tensor, parameter: Any) -> Tensor:
-    """Return this process's share of a tensor that it has whole, laid out as a parameter's is."""
+def shard_like(tensor: Tensor, parameter: Any) -> Tensor:
+    """Return this process's shard of a full tensor, laid out as a parameter's is."""
     if not hasattr(parameter, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -164,8 +164,8 @@ class TrainOptions(argparse.Namespace):
             than the model's, so that each costs less (RECLIP, arXiv 2304.06028); positions are
             interpolated, also with --masking none; unmasked epochs and evaluations see the
             model's size (default: the model's)
-        fsdp: share weights, gradients and the optimizer's state out among the processes (FSDP2),
-            for models that are too large for one device; with --precision fp32, amp_bf16 or
+        fsdp: shard weights, gradients and the optimizer's state over the processes (FSDP2), for
+            models that are too large for one device; with --precision fp32, amp_bf16 or
             pure_bf16
         loss_chunk: rows of the matrix of similarities that the loss holds at once, where the whole
             one of a large batch takes too much memory; value and gradients stay the same (default:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clip_pgs.integrations.open_clip import CaptionGroups
-from clip_pgs.training.distributed import whole
+from clip_pgs.training.distributed import full_tensor
 
 Texts = Tensor | CaptionGroups
 Batch = tuple[Tensor, Texts]
@@ -164,7 +164,7 @@ def update_weights(
     Weights and optimizer stay as they are where the gradients are not finite.
 
     Args:
-        model: The plain model, or one that processes share out, with gradients.
+        model: The plain model, or a sharded one, with gradients.
         optimizer: Its optimizer.
         scaler: What scaled the loss, if anything did.
         grad_clip_norm: Largest norm of all gradients together; None does not clip.
@@ -176,7 +176,8 @@ def update_weights(
     if scaler is not None:
         scaler.unscale_(optimizer)
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    grad_norm = whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    grad_norm = full_tensor(norm)
     if grad_clip_norm is not None:
         nn.utils.clip_grads_with_norm_(trained, grad_clip_norm, grad_norm)
     is_bad = (~grad_norm.isfinite()).float()

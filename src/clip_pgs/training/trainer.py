@@ -50,11 +50,11 @@ from clip_pgs.training.checkpoint_saving import CheckpointStore, load_start
 from clip_pgs.training.data_checks import has_training_data, training_files
 from clip_pgs.training.distributed import (
     ProcessGroup,
+    full_tensor,
     gather,
     join_processes,
     parallelize,
-    share_out,
-    whole,
+    shard_model,
 )
 from clip_pgs.training.export import write_export
 from clip_pgs.training.loggers import (
@@ -244,7 +244,7 @@ class Trainer:
             )
             self._first_position = self._checkpoint.get("position", 0)
         if options.fsdp:
-            self._parts.sharded = share_out(self._parts.model, options, device)
+            self._parts.sharded = shard_model(self._parts.model, options, device)
         # A place that is saved, or was never trained, needs no file of its own.
         self._saved_place = (self._first_epoch, self._first_position)
         self._saved_at = monotonic()
@@ -459,7 +459,7 @@ class Trainer:
     def _save(self, phase_trainer: PhaseTrainer, place: tuple[int, int], **names: bool) -> None:
         """Save a place in the run: completed epochs, and samples of the one under way.
 
-        All processes take part where they share the model out, else rank 0 alone.
+        All processes take part where the model is sharded, else rank 0 alone.
         """
         saves = self._store is not None or (self._options.fsdp and keeps_logs(self._options))
         if not saves or not any(names.values()):
@@ -483,7 +483,7 @@ class Trainer:
             self._store.save(content, **names)
         else:
             for _, tensor in named_tensors(content):
-                whole(tensor)
+                full_tensor(tensor)
         self._saved_at, self._saved_place = monotonic(), place
 
     def _record_now(self) -> dict[str, Any]:
@@ -756,7 +756,7 @@ class PhaseTrainer:
         """Tell the plain model the numbers that the log shows; `gather` brings all others."""
         for name in ("logit_scale", "logit_bias"):
             if (number := getattr(self.model, name, None)) is not None:
-                current = whole(number)
+                current = full_tensor(number)
                 if self._plain is not self.model:
                     getattr(self._plain, name).copy_(current)
 
