@@ -130,6 +130,7 @@ def test_help_names_the_commands_and_takes_little_more_than_python_itself(tmp_pa
         ["inspect", "--help"],
         ["inspect", "masks", "--help"],
         ["inspect", "masks", "photo.jpg", "--out", "masks.png"],
+        ["inspect", "kept", "photos", "--foreground", "masks", "--maskings", "pgss:edges=false"],
         ["trian"],
         [],
     ],

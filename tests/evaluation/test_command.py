@@ -126,6 +126,9 @@ def test_checkpoint_without_a_run_goes_to_eval_results(run, options):
         (["logs/tiny_run", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["logs/tiny_run", "logs/no_run"], "no run, export or checkpoint at logs/no_run"),
         (["logs/tiny_run", "logs/tiny_run/"], "two models would write to"),
+        (["logs/tiny_run", "--model", "RN50"], "--model RN50 is for a source that is a checkpoint"),
+        (["logs/tiny_run", "--model-config", "a.json"], "--model-config a.json is for a source"),
+        (["logs/tiny_run", "--pretrained", "openai"], "--pretrained openai is for a source that"),
     ],
 )
 def test_bad_input_gives_exit_code_2_one_sentence_and_no_files(run, capsys, arguments, sentence):

@@ -1,6 +1,7 @@
 """Masked autoencoders in the training loop: what they see, learn, keep and leave behind."""
 
 import json
+import math
 import os
 import shutil
 
@@ -232,6 +233,7 @@ def test_what_an_autoencoder_cannot_take_is_refused(tmp_path, images, changed, s
         ({"num_channels": 1}, "num_channels must be 3"),
         ({"return_dict": False}, "return_dict must be true"),
         ({"dtype": "save"}, "dtype must be one of float32"),
+        ({"initializer_range": math.inf}, "initializer_range takes a finite number, got inf"),
         ({"hidden_act": "no"}, "transformers cannot build the model"),
     ],
 )
@@ -266,6 +268,14 @@ def test_clip_takes_no_folder_of_images_and_no_sign(tmp_path, images):
 def test_the_command_refuses_what_is_no_autoencoder_with_exit_code_2(tmp_path, images, capsys):
     assert main(["mae", *flags(tmp_path, train_data=images)]) == 2
     assert "clip-pgs mae trains a masked autoencoder, and tiny is none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suite", ["all", "zeroshot-classification"])
+def test_a_suite_that_encodes_texts_is_refused_before_the_run(tmp_path, images, suite, capsys):
+    options = mae_options(tmp_path, images, eval_suite=suite)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["mae", *flags(tmp_path, **options)])
+    assert "encodes texts, and a masked autoencoder has no text tower" in capsys.readouterr().err
 
 
 def test_an_empty_folder_is_refused(tmp_path):

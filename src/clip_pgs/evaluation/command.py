@@ -330,6 +330,21 @@ def _model_choice(args: argparse.Namespace) -> dict[str, Any]:
     return {**choice, "inference_masking": masking, "inference_options": options}
 
 
+def _check_effect(args: argparse.Namespace) -> None:
+    """Refuse what is said of a kind of source that is not among the sources."""
+    import open_clip
+
+    has_file = any(os.path.isfile(source.removeprefix("local-dir:")) for source in args.sources)
+    has_name = any(source in open_clip.list_models() for source in args.sources)
+    for option, value, kind, is_there in (
+        ("--model", args.model, "checkpoint file", has_file),
+        ("--model-config", args.model_config, "checkpoint file", has_file),
+        ("--pretrained", args.pretrained, "open_clip model", has_name),
+    ):
+        if value is not None and not is_there:
+            raise ValueError(f"{option} {value} is for a source that is a {kind}, and none is one")
+
+
 def _output_folders(args: argparse.Namespace) -> dict[str, Path]:
     """Return where the results of each source go, after checking that the source is one."""
     from clip_pgs.evaluation.models import check_source, model_name
@@ -350,6 +365,7 @@ def _output_folders(args: argparse.Namespace) -> dict[str, Path]:
         if folder in folders.values():
             raise ValueError(f"two models would write to {folder}; evaluate them apart")
         folders[source] = folder
+    _check_effect(args)
     return folders
 
 

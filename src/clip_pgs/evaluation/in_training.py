@@ -18,7 +18,7 @@ from clip_pgs.evaluation.models import LoadedModel
 from clip_pgs.evaluation.report.scores import averages
 from clip_pgs.evaluation.results import DONE, Result, epoch_folder
 from clip_pgs.evaluation.runner import evaluate
-from clip_pgs.evaluation.suites import load_suite
+from clip_pgs.evaluation.suites import get_suite, load_suite
 from clip_pgs.integrations.open_clip import masking_state
 
 logger = logging.getLogger(__name__)
@@ -37,11 +37,11 @@ class EvaluationInTraining:
         inference_masking: A masking through which images are encoded, in place of whole images:
             its name, or "run" for the run's own, with what it has found so far.
         inference_options: Its options.
-        trained: The run's options by name: its masking, its `epochs`.
+        trained: The run's options by name: its masking, its `epochs`, whether it has `mae`.
 
     Raises:
-        ValueError: If suite, list or masking is unknown, an option of it is wrong, or none of the
-            data sets is there.
+        ValueError: If suite, list or masking is unknown, an option of it is wrong, none of the
+            data sets is there, or a suite needs the text tower that an autoencoder lacks.
     """
 
     def __init__(
@@ -58,6 +58,13 @@ class EvaluationInTraining:
         trained: Mapping[str, Any] | None = None,
     ) -> None:
         self._eval_sets = load_suite(suite, datasets=datasets, data_root=data_root)
+        if (trained or {}).get("mae") is not None:
+            for eval_set in self._eval_sets:
+                if get_suite(eval_set.suite).needs_text:
+                    raise ValueError(
+                        f"the suite {eval_set.suite} encodes texts, and a masked autoencoder has "
+                        "no text tower; evaluate it by --eval-suite linear-probe"
+                    )
         found = [check_presence(eval_set) for eval_set in self._eval_sets]
         if all(presence.state != PRESENT for presence in found):
             raise ValueError(f"none of the data sets to evaluate is there: {found[0].reason}")

@@ -81,6 +81,7 @@ class Suite:
         unit: Of the main metrics.
         order: Place among the suites.
         splits: Parts of a data set that it reads; none where the set's name says it.
+        needs_text: Whether it encodes captions or class names.
         takes_by_type: Whether `--suite all` gives it the sets of these types in a list of one's
             own. The other suites take only those that are marked for them.
         fact: What stands beside the metrics on the terminal, by its name in the details.
@@ -100,6 +101,7 @@ class Suite:
     unit: str
     order: int = 100
     splits: tuple[str, ...] = ("test",)
+    needs_text: bool = True
     takes_by_type: bool = False
     fact: str | None = None
     has_reference: bool = False
@@ -260,6 +262,7 @@ def score_retrieval(encoder: Encoder, eval_set: EvalSet) -> Scores:
     unit=_TOP_1,
     order=3,
     splits=("train", "test"),
+    needs_text=False,
     fact="regularization",
     meanings={"regularization": "C, the penalty's inverse, best on a held-back fifth of train"},
 )

@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     module, _, function = args.run.partition(":")
     try:
+        _check_names(getattr(args, "maskings", ()))
         getattr(importlib.import_module(f"clip_pgs.inspection.{module}"), function)(args)
     # OSError: a path that cannot be looked up.
     except (ValueError, OSError) as error:
@@ -45,6 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return refuse(f"not enough memory for images or batches of this size: {error}")
     return 0
+
+
+def _check_names(maskings: Sequence[str]) -> None:
+    """Refuse strategies of ours that there are not, before torch is imported."""
+    known = registered_names("masking")
+    for masking in maskings:
+        name, *rest = masking.split(":")
+        # As in module:Class, which imports it.
+        is_foreign = bool(rest) and "=" not in rest[0]
+        if not is_foreign and name not in known:
+            raise ValueError(f"unknown masking {name!r}; choose from {', '.join(known)}")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ those that transformers reads and writes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -311,6 +312,8 @@ def mae_config(
             raise ValueError(
                 f"{what}: {key} takes a whole number from 1 to {_MAX_SIZE}, got {value!r}"
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{what}: {key} takes a finite number, got {value}")
     for key in ("dtype", "torch_dtype"):
         if content.get(key) not in (None, *_DTYPES):
             raise ValueError(f"{what}: {key} must be one of {', '.join(_DTYPES)}")
