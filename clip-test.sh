@@ -4,8 +4,12 @@
 #   bash clip-test.sh sets [--datasets demo|paper|FILE] [--data-root DIR]
 #   bash clip-test.sh report RESULTS... -o DIR
 # With several GPUs, or NPROC_PER_NODE processes, the data sets are spread over them.
-# All options: bash clip-test.sh --help
+# All options: clip-pgs test --help
 set -euo pipefail
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    sed -n '2,/^set/{/^set/!s/^# //p;}' "$0"
+    exit 0
+fi
 
 # Chooses the environment, makes one on first use, and leaves its interpreter in PYTHON.
 # shellcheck source=scripts/environment.sh

@@ -3,7 +3,12 @@
 #   bash scripts/setup.sh [EXTRAS]    such as train,eval (without a word) or train,eval,dev
 # Does nothing when they are there. PYTHON=... names the Python that .venv is made from.
 # CLIP_PGS_TORCH=cpu takes torch built without CUDA from PyTorch's index, for machines without a GPU.
+# One sets up at a time, where there is `flock`; others wait.
 set -euo pipefail
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    sed -n '2,/^set/{/^set/!s/^# //p;}' "$0"
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 cpu_index=https://download.pytorch.org/whl/cpu
@@ -40,6 +45,12 @@ join() {
 if [[ "${CLIP_PGS_TORCH:-cpu}" != cpu ]]; then
     printf "error: CLIP_PGS_TORCH must be cpu or unset, got '%s'\n" "$CLIP_PGS_TORCH" >&2
     exit 2
+fi
+exec 9<scripts/constraints.txt
+if command -v flock >/dev/null && ! flock -n 9; then
+    echo "Waiting for another setup of .venv here."
+    # A file system without locks goes on without.
+    flock 9 || true
 fi
 # The root is part of it: an editable install points at the folder it was made in.
 recipe="$({ pwd && cat pyproject.toml scripts/constraints.txt; } | cksum)"

@@ -4,6 +4,10 @@
 #   bash scripts/test.sh --fast       without the slow tests, mypy and the site
 #   bash scripts/test.sh --coverage   all, and which lines the tests' own processes ran; slower
 set -euo pipefail
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    sed -n '2,/^set/{/^set/!s/^# //p;}' "$0"
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/setup.sh train,eval,transformers,dev,docs

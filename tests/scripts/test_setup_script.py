@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from support.scripts import STUB_PYTHON, run, write_executable
+from support.scripts import ENVIRONMENT, ROOT, STUB_PYTHON, run, write_executable
 
 
 def set_up(clone, *extras, **environment):
@@ -30,6 +32,34 @@ def test_setup_makes_an_environment_once_and_says_its_size_before(clone):
     assert second.stdout == ""
     (command,) = installations(clone)
     assert command.endswith("--constraint scripts/constraints.txt --editable .[train,eval]")
+
+
+def test_setup_waits_for_another_and_takes_what_it_made(clone):
+    assert set_up(clone).returncode == 0
+    stamp = clone / ".venv" / "clip-pgs-setup"
+    made = stamp.read_text()
+    stamp.write_text("unfinished")
+    with (clone / "scripts" / "constraints.txt").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = ["bash", str(clone / "scripts" / "setup.sh")]
+        options = {"cwd": clone, "env": ENVIRONMENT, "text": True, "stdout": subprocess.PIPE}
+        with subprocess.Popen(command, **options) as second:
+            assert second.stdout.readline().startswith("Waiting")
+            stamp.write_text(made)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            assert second.communicate()[0] == ""
+    assert second.returncode == 0
+    assert len(installations(clone)) == 1
+
+
+@pytest.mark.parametrize("script", ["scripts/setup.sh", "scripts/test.sh", "clip-test.sh"])
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_sets_nothing_up(clone, script, flag):
+    shutil.copy(ROOT / script, clone / script)
+    done = run(clone / script, flag, cwd=clone.parent)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"bash {script} " in done.stdout
+    assert not (clone / ".venv").exists()
 
 
 def test_setup_adds_the_extras_that_are_not_there(clone):
