@@ -28,7 +28,7 @@ COMMANDS = {
     "data": ("clip_pgs.data.__main__:main", "make, pack, check and count image-caption data"),
     "inspect": ("clip_pgs.inspection.__main__:main", "draw and measure what maskings do"),
     "study": ("clip_pgs.study.__main__:main", "compare trainings over seeds"),
-    "export": ("clip_pgs.training.export:main", "export a run for OpenCLIP and the Hub"),
+    "export": ("clip_pgs.training.export_command:main", "export a run for OpenCLIP and the Hub"),
     "demo": ("clip_pgs.demo:main", "data, training, evaluation and a picture, in some minutes"),
     "completion": ("clip_pgs.cli:completion", "print a shell's completion of this command"),
 }
@@ -42,7 +42,7 @@ _PARSERS = {
     ("data",): "clip_pgs.data.__main__:make_parser",
     ("inspect",): "clip_pgs.inspection.__main__:make_parser",
     ("study",): "clip_pgs.study.__main__:make_parser",
-    ("export",): "clip_pgs.training.export:make_parser",
+    ("export",): "clip_pgs.training.export_command:make_parser",
     ("demo",): "clip_pgs.demo:make_parser",
 }
 _EXAMPLES = """\

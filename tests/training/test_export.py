@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from clip_pgs.evaluation.models import load_model, weights_digest
 from clip_pgs.evaluation.results import DONE, Result, write_result
-from clip_pgs.training import export
+from clip_pgs.training import export, export_command
 from support.disk import files_limited_to
 from support.models import image_batch
 from support.runs import MODEL, pairs, run, write_model
@@ -83,7 +83,7 @@ def test_the_card_has_the_scores_of_just_its_weights_and_the_license_for_the_hub
             **facts,
         )
         write_result(result, folder / "eval" / f"{name}.json")
-    assert export.main([str(folder), "--license", "cc-by-4.0"]) == 0
+    assert export_command.main([str(folder), "--license", "cc-by-4.0"]) == 0
     card = (folder / "export" / "README.md").read_text()
     metadata = huggingface_hub.ModelCard(card).data
     assert metadata.license == "cc-by-4.0"
@@ -134,12 +134,12 @@ def test_the_command_exports_the_latest_checkpoint_again(tmp_path, world):
     folder = run(tmp_path, train_data=world.train_data, epochs=1)
     before = (folder / "export" / "open_clip_model.safetensors").read_bytes()
     (folder / "export" / "open_clip_model.safetensors").unlink()
-    assert export.main([str(folder)]) == 0
+    assert export_command.main([str(folder)]) == 0
     assert (folder / "export" / "open_clip_model.safetensors").read_bytes() == before
 
 
 def test_the_command_refuses_a_folder_without_checkpoints(tmp_path, capsys):
-    assert export.main([str(tmp_path)]) == 2
+    assert export_command.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: '{tmp_path}' has no checkpoint to export\n"
 
 
@@ -156,7 +156,7 @@ def test_one_command_uploads_the_export(tmp_path, world, monkeypatch):
             calls.append(("upload", repo_id, folder_path))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    assert export.main([str(folder), "--push-to-hub", "me/tiny", "--private"]) == 0
+    assert export_command.main([str(folder), "--push-to-hub", "me/tiny", "--private"]) == 0
     assert calls == [("create", "me/tiny", True), ("upload", "me/tiny", folder / "export")]
     card = (folder / "export" / "README.md").read_text()
     assert card.count('("hf-hub:me/tiny")') == 2
@@ -166,7 +166,7 @@ def test_one_command_uploads_the_export(tmp_path, world, monkeypatch):
 @pytest.mark.parametrize("name", ["../..", "a/b/c", "a b/c", "", "a" * 200, "https://x/y"])
 def test_a_repository_of_no_such_name_is_refused_before_any_work(tmp_path, capsys, name):
     # A run that is not there would be complained of next.
-    assert export.main([str(tmp_path / "no"), f"--push-to-hub={name}"]) == 2
+    assert export_command.main([str(tmp_path / "no"), f"--push-to-hub={name}"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: --push-to-hub takes OWNER/NAME, got {name!r}: ")
     assert said.count("\n") == 1
@@ -182,7 +182,7 @@ def test_an_upload_that_fails_is_one_sentence_and_the_export_stays(
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     folder = shutil.copytree(finished_run, tmp_path / "run")
     shutil.rmtree(folder / "export")
-    assert export.main([str(folder), "--push-to-hub", "me/tiny"]) == 1
+    assert export_command.main([str(folder), "--push-to-hub", "me/tiny"]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"error: the upload failed: no route; the export is in {folder}/export"
     )
@@ -196,7 +196,7 @@ def test_files_of_the_users_own_stay_in_an_export(tmp_path, finished_run):
     (folder / "export" / "plots").mkdir()
     (folder / "export" / "plots" / "a.txt").write_text("mine")
     (folder / "export" / "README.md").write_text("old")
-    assert export.main([str(folder)]) == 0
+    assert export_command.main([str(folder)]) == 0
     assert (folder / "export" / "notes.txt").read_text() == "mine"
     assert (folder / "export" / "plots" / "a.txt").read_text() == "mine"
     assert str((folder / "export" / "link").readlink()) == "nowhere"
@@ -212,7 +212,7 @@ def test_what_is_no_folder_stays_and_is_named(tmp_path, finished_run, capsys, ki
     else:
         (folder / "export").symlink_to(tmp_path / "elsewhere")
     before = sorted(folder.rglob("*"))
-    assert export.main([str(folder)]) == 2
+    assert export_command.main([str(folder)]) == 2
     said = capsys.readouterr().err
     assert said == f"error: {folder}/export: it is no folder of its own\n"
     assert sorted(folder.rglob("*")) == before
@@ -222,7 +222,7 @@ def test_damaged_checkpoints_are_named(tmp_path, finished_run, capsys):
     folder = shutil.copytree(finished_run, tmp_path / "run")
     for path in (folder / "checkpoints").glob("*.pt"):
         path.write_bytes(path.read_bytes()[:-100])
-    assert export.main([str(folder)]) == 2
+    assert export_command.main([str(folder)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: no checkpoint is whole: checkpoint '{folder}/checkpoints/")
     assert said.count("\n") == 1
@@ -246,7 +246,7 @@ def test_an_export_that_cannot_be_written_leaves_the_one_before(tmp_path, finish
     folder = shutil.copytree(finished_run, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in (folder / "export").iterdir()}
     with files_limited_to(1_000_000):
-        assert export.main([str(folder)]) == 1
+        assert export_command.main([str(folder)]) == 1
     message = capsys.readouterr().err
     assert message.startswith("error: the export cannot be written: open_clip_model.safetensors")
     assert {path.name: path.read_bytes() for path in (folder / "export").iterdir()} == before
@@ -259,7 +259,7 @@ def test_what_a_killed_export_left_counts_as_none_and_is_replaced(tmp_path, fini
     folder = shutil.copytree(finished_run, tmp_path / "run")
     (folder / "export").rename(folder / ".export.unfinished")
     (folder / ".export.unfinished" / "open_clip_model.safetensors").write_bytes(b"half")
-    assert export.main([str(folder)]) == 0
+    assert export_command.main([str(folder)]) == 0
     assert not (folder / ".export.unfinished").exists()
     name = "open_clip_model.safetensors"
     assert (folder / "export" / name).read_bytes() == (finished_run / "export" / name).read_bytes()

@@ -1,20 +1,18 @@
 """A trained model as plain files that OpenCLIP opens by itself, and on the Hugging Face Hub.
 
-`clip-pgs export RUN [--push-to-hub OWNER/NAME]` writes `RUN/export` from the run's latest
-checkpoint. `open_clip.create_model_and_transforms("local-dir:RUN/export")` and
+`RUN/export` is the run's latest checkpoint; `clip_pgs.training.export_command` writes it again.
+`open_clip.create_model_and_transforms("local-dir:RUN/export")` and
 `open_clip.get_tokenizer("local-dir:RUN/export")` open it without this package.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import logging
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -30,14 +28,10 @@ from clip_pgs.common import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
     EXPORT_NAME,
-    FAILED,
     MODEL_CONFIG_NAME,
     WEIGHTS_NAME,
-    SentenceParser,
     atomic_folder,
     is_mae_config,
-    one_sentence,
-    refuse,
     regular_file,
     sync,
     write_text,
@@ -444,60 +438,3 @@ def push_to_hub(export_folder: Path, repo_id: str, *, private: bool = False) -> 
         repo_id=repo_id, folder_path=export_folder, commit_message="Upload a CLIP-PGS model"
     )
     return str(address)
-
-
-def _check_repository(repo_id: str) -> None:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"--push-to-hub takes OWNER/NAME, got {repo_id!r}: {error}") from None
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = SentenceParser(
-        prog="clip-pgs export",
-        description="Write RUN/export: a run's latest checkpoint for OpenCLIP, and its card.",
-    )
-    parser.add_argument("run", type=Path, help="a run folder, such as logs/demo")
-    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the export as well")
-    parser.add_argument(
-        "--license",
-        default="unknown",
-        help="of the weights, as the Hub calls it, such as mit or cc-by-nc-4.0 (%(default)s)",
-    )
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
-    arguments = make_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    repository = arguments.push_to_hub
-    try:
-        if repository is not None:
-            _check_repository(repository)
-        folder = export_run(arguments.run, license_name=arguments.license)
-    except (ValueError, NotADirectoryError) as error:
-        return refuse(error)
-    except OSError as error:
-        sys.stderr.write(f"error: the export cannot be written: {error}\n")
-        return FAILED
-    _logger.info("export: %s", folder)
-    if repository:
-        try:
-            address = push_to_hub(folder, repository, private=arguments.private)
-        # Of the network, the Hub's client, or the Hub.
-        except Exception as error:
-            reason = f"the upload failed: {one_sentence(error)}; the export is in {folder}"
-            sys.stderr.write(f"error: {reason}\n")
-            return FAILED
-        _logger.info("uploaded: %s", address)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
