@@ -22,13 +22,14 @@ echo "$2 ${*:3}" >>calls.log
 case "$2 $*" in
 *--check-only*) ;;
 clip_pgs.training*) mkdir -p logs/demo/export ;;
-clip_pgs.cli*test*) echo "the table" ;;
+*"cli test "*) echo "the table" ;;
+*"cli export "*) touch logs/demo/export/README.md ;;
 clip_pgs.inspection*) touch logs/demo/pgs_keeps.png ;;
 esac
 exit "${FAIL:-0}"
 """
 PYTHON = sys.executable
-PARTS = ["data", "training", "cli", "inspection"]
+PARTS = ["data", "training", "cli", "cli", "inspection"]
 
 
 @pytest.fixture
@@ -61,6 +62,8 @@ def contents(folder):
 def test_the_demo_makes_data_trains_evaluates_and_draws(demo):
     output, calls = demo()
     assert modules(calls) == PARTS
+    # The card of the export gets the scores that the first has found.
+    assert [call.split()[1] for call in calls[2:4]] == ["test", "export"]
     assert "the table" in output
     assert Path("logs/demo/eval/table.txt").read_text() == "the table\n"
     assert "logs/demo/pgs_keeps.png" in output
