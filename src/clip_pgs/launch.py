@@ -54,7 +54,7 @@ def train(argv: Sequence[str], *, wants_autoencoder: bool = False) -> int:
             arguments = ["--config", *arguments]
         from clip_pgs.training.options import check_values, read_options
 
-        options = read_options(arguments)
+        options = read_options(arguments, is_autoencoder=wants_autoencoder)
         check_values(options)
         if wants_autoencoder and options.mae is None:
             raise ValueError(

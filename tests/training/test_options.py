@@ -249,6 +249,18 @@ def test_short_help_is_a_part_that_names_the_whole(whole_help):
     assert "--hang-timeout" not in short
 
 
+def test_help_of_autoencoders_begins_with_theirs_and_leaves_out_what_they_refuse():
+    for is_short in (True, False):
+        text = help_text(is_short=is_short, is_autoencoder=True)
+        assert text.startswith("usage: clip-pgs mae ")
+        first, _, rest = text.partition("\nOptions:")
+        for flag in ("--mae-sign {keep,hide}", "--model-config", "--masking", "--mask-ratio"):
+            assert f"\n  {flag} " in first.replace("keep|hide", "{keep,hide}")
+        for flag in ("--text-tokens", "--unmasked-epochs", "--val-data", "--merge"):
+            assert f"\n  {flag}" not in text
+        assert "\n  --train-data " in rest
+
+
 def test_help_shows_our_options_before_open_clips(whole_help):
     for text in (whole_help, help_text(is_short=True)):
         assert text.index("--mask-ratio-min") < text.index("--train-data")

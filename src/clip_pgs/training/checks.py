@@ -60,6 +60,7 @@ from clip_pgs.training.data_checks import (
 )
 from clip_pgs.training.options import (
     MODEL_SCHEMAS,
+    NOT_FOR_AUTOENCODERS,
     TrainOptions,
     check_values,
     flag_of,
@@ -72,13 +73,6 @@ from clip_pgs.training.telemetry import Cost
 _NUM_TOKENS = 49408
 _LEAST_CONTEXT = 3
 _TRIED_SIZE = 32
-_NOT_FOR_AUTOENCODERS = (
-    "pretrained pretrained_image val_data imagenet_val imagenet_v2 siglip loss_chunk fsdp "
-    "torchcompile grad_checkpointing use_bn_sync lock_image lock_text merge merge_counts "
-    "pack_tokens mask_schedule unmasked_epochs text_masking text_masking_option text_tokens "
-    "caption_key force_image_size force_context_length force_quick_gelu force_custom_text "
-    "force_patch_dropout train_image_size eval_inference_masking"
-)
 
 
 def check_options(options: TrainOptions) -> nn.Module:
@@ -198,7 +192,7 @@ def _check_model(options: TrainOptions) -> tuple[nn.Module, torch.optim.Optimize
 
 def _check_autoencoder(options: TrainOptions) -> None:
     """Refuse what a masked autoencoder has no part for, or is not trained with here."""
-    for name in _NOT_FOR_AUTOENCODERS.split():
+    for name in NOT_FOR_AUTOENCODERS.split():
         if name in options.given:
             raise ValueError(
                 f"{flag_of(name)} cannot go with the masked autoencoder of --model-config "

@@ -420,6 +420,23 @@ Exit codes: 0 done, 2 bad input, 85 told to leave by SIGTERM or SIGUSR1, and sav
 _BELOW_SHORT_HELP = f"""\
 --help-all lists all options, those of each strategy and those of OpenCLIP's trainer.
 {_EXIT_CODES}"""
+# What `clip-pgs mae` is told before all else, and what it says of it in its own words.
+_AUTOENCODER = "The masked autoencoder"
+_OF_AUTOENCODERS = {
+    "model_config": "transformers' config of a ViT-MAE; its name is the file's",
+    "masking": "how the patches are chosen; package.module:Class is a strategy of your own",
+    "mae_sign": "keep shows the autoencoder what the strategy keeps, hide lets it reconstruct that",
+    "mask_ratio": "share of patches hidden, in [0, 1), with either sign (default: the config's "
+    "mask_ratio)",
+}
+# What a masked autoencoder has no part for, or is not trained with here.
+NOT_FOR_AUTOENCODERS = (
+    "pretrained pretrained_image val_data imagenet_val imagenet_v2 siglip loss_chunk fsdp "
+    "torchcompile grad_checkpointing use_bn_sync lock_image lock_text merge merge_counts "
+    "pack_tokens mask_schedule unmasked_epochs text_masking text_masking_option text_tokens "
+    "caption_key force_image_size force_context_length force_quick_gelu force_custom_text "
+    "force_patch_dropout train_image_size eval_inference_masking"
+)
 
 
 def is_theirs(option: Field) -> bool:
@@ -454,16 +471,22 @@ class _Parser(argparse.ArgumentParser):
         raise _RefusedError(message)
 
 
-def option_parser(*, is_short: bool = False) -> argparse.ArgumentParser:
+def option_parser(
+    *, is_short: bool = False, is_autoencoder: bool = False
+) -> argparse.ArgumentParser:
     """Return the parser of all flags; what nobody gave is not in its namespace.
 
     Args:
         is_short: Whether its help shows only what most runs are told.
+        is_autoencoder: Whether its help is that of `clip-pgs mae`.
     """
+    what = "a CLIP model whose image tower sees only some patches of each image"
+    if is_autoencoder:
+        what = "a masked autoencoder on images alone; a strategy chooses what it is shown"
     parser = _Parser(
-        prog="clip-pgs train",
+        prog="clip-pgs mae" if is_autoencoder else "clip-pgs train",
         usage="%(prog)s [CONFIG] [--nproc N] [options]",
-        description="Train a CLIP model whose image tower sees only some patches of each image.",
+        description=f"Train {what}.",
         allow_abbrev=False,
         add_help=False,
         argument_default=argparse.SUPPRESS,
@@ -471,13 +494,19 @@ def option_parser(*, is_short: bool = False) -> argparse.ArgumentParser:
     hints, texts = get_type_hints(TrainOptions), explained_arguments(TrainOptions)
     ours = [f for f in fields(TrainOptions) if "heading" in f.metadata]
     groups: dict[str, Any] = {}
-    for option in ours:
-        heading = option.metadata["heading"]
+    first = _OF_AUTOENCODERS if is_autoencoder else {}
+    hidden: list[str] = []
+    if is_autoencoder:
+        hidden = ["model", *NOT_FOR_AUTOENCODERS.split(), TEXT, UNMASKED, RELEASED]
+    for option in sorted(ours, key=lambda option: option.name not in first):
+        heading = _AUTOENCODER if option.name in first else option.metadata["heading"]
         if heading not in groups:
-            below = None if is_short else _BELOW_HEADINGS.get(heading)
+            below = None if is_short or heading in hidden else _BELOW_HEADINGS.get(heading)
             groups[heading] = parser.add_argument_group(heading, below)
-        argument = _argument(option, hints[option.name], texts.get(option.name, ""))
-        if is_short and not option.metadata.get("is_basic"):
+        text = first.get(option.name) or texts.get(option.name, "")
+        argument = _argument(option, hints[option.name], text)
+        is_basic = option.name in first or option.metadata.get("is_basic")
+        if option.name in hidden or heading in hidden or (is_short and not is_basic):
             argument["help"] = argparse.SUPPRESS
         groups[heading].add_argument(flag_of(option.name), **argument)
     add = groups[GENERAL].add_argument
@@ -501,7 +530,8 @@ def option_parser(*, is_short: bool = False) -> argparse.ArgumentParser:
         action = copy.copy(original)
         action.default = argparse.SUPPRESS
         action.help = argparse.SUPPRESS
-        if flag in obeyed and (obeyed[flag].metadata["is_basic"] or not is_short):
+        is_shown = flag in obeyed and obeyed[flag].name not in hidden
+        if is_shown and (obeyed[flag].metadata["is_basic"] or not is_short):
             action.help = f"{original.help or ''}{_their_default(original)}".strip()
         theirs._add_action(action)
         if action.nargs == 0:
@@ -525,9 +555,9 @@ def _their_default(action: argparse.Action) -> str:
     return f" (default: {value})"
 
 
-def help_text(*, is_short: bool) -> str:
+def help_text(*, is_short: bool, is_autoencoder: bool = False) -> str:
     """Return what `--help` or `--help-all` prints; the latter imports torch for the strategies."""
-    text = option_parser(is_short=is_short).format_help()
+    text = option_parser(is_short=is_short, is_autoencoder=is_autoencoder).format_help()
     if is_short:
         return f"{text}\n{_BELOW_SHORT_HELP}"
     from clip_pgs.data.text_masking import TEXT_MASKINGS
@@ -541,8 +571,9 @@ def help_text(*, is_short: bool) -> str:
             has_default = option.default not in (None, inspect.Parameter.empty)
             default = f" (default: {option.default})" if has_default else ""
             lines += _wrapped(f"{option.name}: {option.help}{default}", 4)
-    lines += ["", "Text maskings (--text-masking NAME) leave of a caption:", ""]
-    for name in TEXT_MASKINGS.names():
+    if not is_autoencoder:
+        lines += ["", "Text maskings (--text-masking NAME) leave of a caption:", ""]
+    for name in [] if is_autoencoder else TEXT_MASKINGS.names():
         declaration = TEXT_MASKINGS.declaration(name)
         needs = f", needs {declaration['needs']}" if declaration["needs"] else ""
         lines += _wrapped(f"{name}: {declaration['summary']} ({declaration['source']}{needs})", 2)
@@ -613,11 +644,12 @@ def parse_options(argv: Sequence[str]) -> TrainOptions:
     return options
 
 
-def read_options(argv: Sequence[str]) -> TrainOptions:
+def read_options(argv: Sequence[str], *, is_autoencoder: bool = False) -> TrainOptions:
     """Do what `parse_options` does without torch, which is everything but the model config."""
     for flag in ("--help", "-h", "--help-all"):
         if flag in argv:
-            sys.stdout.write(help_text(is_short=flag != "--help-all"))
+            text = help_text(is_short=flag != "--help-all", is_autoencoder=is_autoencoder)
+            sys.stdout.write(text)
             raise SystemExit(0)
     parser = option_parser()
     said = _parse(parser, argv)
