@@ -16,3 +16,25 @@ def _strategies_of_a_test():
         if module not in modules:
             sys.modules.pop(module, None)
     _REGISTRY._entries, _REGISTRY._declarations = entries, declarations
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _vocabulary_read_once():
+    """Read open_clip's word list once a process; every check and every run makes a tokenizer."""
+    if "open_clip" not in sys.modules:
+        yield
+        return
+    from open_clip.tokenizer import SimpleTokenizer
+
+    read, states = SimpleTokenizer.__init__, {}
+
+    def init(self, *args, **options):
+        key = repr((args, sorted(options.items())))
+        if key not in states:
+            read(self, *args, **options)
+            states[key] = vars(self).copy()
+        vars(self).update(states[key])
+
+    SimpleTokenizer.__init__ = init
+    yield
+    SimpleTokenizer.__init__ = read
