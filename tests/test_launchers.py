@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 
 import pytest
 
@@ -63,6 +64,26 @@ def test_two_machines_train_one_model(tmp_path):
     log = (tmp_path / "my logs" / "nodes" / "out.log").read_text()
     assert "Process 0 of 2" in log
     assert "Training: 1 epoch of 2 steps" in log
+
+
+@pytest.mark.slow
+def test_a_signal_ends_two_processes_with_one_sentence_and_no_traceback(tmp_path):
+    flags = [str(flag) for flag in tiny_run(tmp_path, name="left")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "clip_pgs.cli", "train", *flags, "--nproc", "2", "--epochs", "9999"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as launch:
+        lines = iter(launch.stdout.readline, "")
+        assert any("Epoch 2 of" in line for line in lines)
+        launch.terminate()
+        rest = [*lines]
+        assert launch.wait(timeout=300) == 85
+    assert [line for line in rest if "INFO" not in line] == [rest[-1]]
+    assert rest[-1].startswith("stopped by SIGTERM at sample ")
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ a folder of the launch's own. torch is imported after the options are known to b
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shutil
 import signal
@@ -156,7 +157,7 @@ class Processes:
 
     def torchrun(self, module: str, arguments: Sequence[str]) -> list[str]:
         """Return the command that starts the processes of this machine."""
-        command = [sys.executable, "-m", "torch.distributed.run"]
+        command = [sys.executable, "-m", __name__]
         command += ["--nproc-per-node", str(self.per_node)]
         if self.address:
             command += ["--nnodes", str(self.num_nodes), "--rdzv-backend", "c10d"]
@@ -187,6 +188,34 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen:
             prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
     return subprocess.Popen(command, start_new_session=True, preexec_fn=follow, **options)
+
+
+def run_quietly(argv: Sequence[str]) -> int:
+    """Be torchrun, without its pages where the run itself says why it ended.
+
+    Args:
+        argv: torchrun's arguments.
+
+    Returns:
+        The exit code: 0, 1 where a process failed, 128 + N after signal N.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    # It warns of every signal that it passes on; what became of it the run says.
+    for name in ("multiprocessing.api", "agent.server.api"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
+    try:
+        main(list(argv))
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    except ChildFailedError:
+        folder = os.environ.get(LAUNCH_FOLDER)
+        if folder is None or not any(Path(folder).glob("exit.*")):
+            raise
+        return 1
+    return 0
 
 
 @dataclass
@@ -308,3 +337,7 @@ def share_cores(num_processes: int) -> dict[str, str]:
     is_told = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if is_told else os.cpu_count() or 1
     return {"OMP_NUM_THREADS": str(max(1, cores // num_processes))}
+
+
+if __name__ == "__main__":
+    sys.exit(run_quietly(sys.argv[1:]))

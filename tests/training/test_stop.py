@@ -119,7 +119,7 @@ def lose_in_a_destructor(**_):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_evaluation_swallows_a_signal(tmp_path, world, evaluate, monkeypatch):
     monkeypatch.setattr(stop, "_AGAIN_SECONDS", 0.3)
-    with pytest.raises(StoppedError, match="stopped by SIGTERM at sample 32 of epoch 0"):
+    with pytest.raises(StoppedError, match="stopped by SIGTERM at sample 32 of epoch 1"):
         run(tmp_path, train_data=world.train_data, epochs=1, evaluate=evaluate)
     folder = run(
         tmp_path,
@@ -325,7 +325,7 @@ def test_a_run_goes_on_with_another_batch_size_from_the_same_sample(tmp_path, wo
     options = {"train_data": world.train_data, "epochs": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "save_if_due", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(StoppedError, match="at sample 8 of epoch 0"):
+        with pytest.raises(StoppedError, match="at sample 8 of epoch 1"):
             run(tmp_path, **options)
     folder = run(tmp_path, resume="latest", **{**options, "batch_size": 4})
     assert "batch_size 8 -> 4: from the same number of samples, in the order" in caplog.text

@@ -12,6 +12,7 @@ from clip_pgs.common import one_sentence
 from clip_pgs.training.stop import (
     BAD_INPUT,
     FAILED,
+    LAUNCH_FOLDER,
     ExitReport,
     StopRequest,
     StopSignals,
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             if code in (FAILED, BAD_INPUT):
                 sys.stderr.write(f"error: {_speaker()}{sentence_of(error)}\n")
-            elif _is_first_process():
+            elif _is_first_process() and LAUNCH_FOLDER not in os.environ:
+                # Else the launch says it, after the last of the processes.
                 sys.stderr.write(f"{sentence_of(error)}\n")
             return code
     return 0

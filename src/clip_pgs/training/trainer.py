@@ -523,7 +523,7 @@ class Trainer:
         if verdict.has_failed:
             raise OtherProcessError("another process of the run cannot go on")
         name = self._signals.name or "a signal to another process"
-        where = f"sample {place[1]} of epoch {place[0]}"
+        where = f"sample {place[1]} of epoch {place[0] + 1}"
         if not is_saved:
             raise StoppedError(f"stopped by {name}; {where} could not be saved", FAILED)
         # Whoever passed --resume, the demo above all, knows how to go on.
@@ -700,8 +700,8 @@ class PhaseTrainer:
         batches = list(islice(self._samples, self._options.accum_freq))
         if len(batches) < self._options.accum_freq:
             raise StalledDataError(
-                f"the training data ended at sample {self.position} of epoch {self.epoch}, at step "
-                f"{self._next_step - self.phase.steps_before(self.epoch)} of "
+                f"the training data ended at sample {self.position} of epoch {self.epoch + 1}, at "
+                f"step {self._next_step - self.phase.steps_before(self.epoch)} of "
                 f"{self.phase.steps_per_epoch}"
             )
         return batches, perf_counter() - started
