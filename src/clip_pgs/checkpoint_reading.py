@@ -16,7 +16,6 @@ import re
 import struct
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from clip_pgs.common import CHECKPOINTS_NAME
+from clip_pgs.common import CHECKPOINTS_NAME, explained
 
 LATEST_NAME = "latest"
 MOST_RECENT_NAME = "epoch_latest.pt"
@@ -316,11 +315,8 @@ def check_sum(path: Path) -> None:
                 f"checkpoint {str(path)!r} is damaged: its checksum is not the one in {SUMS_NAME}"
             )
         return
-    try:
+    with explained(f"checkpoint {str(path)!r} is damaged", Exception):
         damaged = _damaged_member(path)
-    # The last where a damaged header asks for a compression that zipfile does not know.
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError) as error:
-        raise ValueError(f"checkpoint {str(path)!r} is damaged: {error}") from error
     if damaged is not None:
         raise ValueError(
             f"checkpoint {str(path)!r} is damaged: the checksum of {damaged!r} in it is wrong"

@@ -266,6 +266,22 @@ def number_in(kind: type[int] | type[float], low: float, high: float) -> Callabl
 
 
 @contextmanager
+def explained(
+    what: str, *kinds: type[Exception], as_kind: type[Exception] = ValueError
+) -> Iterator[None]:
+    """Let an error of the block, of these kinds or else a ValueError, say what it is about.
+
+    Raises:
+        ValueError: "WHAT: ERROR", or the kind that is asked for.
+    """
+    kinds = kinds or (ValueError,)
+    try:
+        yield
+    except kinds as error:
+        raise as_kind(f"{what}: {one_sentence(error)}") from error
+
+
+@contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Let an error of the block say which file a disk had no room for; the system does not."""
     try:

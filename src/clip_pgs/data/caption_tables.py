@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from clip_pgs.common import explained
 from clip_pgs.data.bad_samples import Skip
 from clip_pgs.data.decoding import read_image_file, time_limit
 from clip_pgs.data.order import SampleRef
@@ -139,7 +140,8 @@ def _read_once(
 ) -> list[list[str]]:
     # A shell hands over a backslash and a t, which OpenCLIP takes for a regular expression.
     separator = {"\\t": "\t"}.get(separator, separator)
-    try:
+    # pandas unpacks a table that is named like an archive; a separator may be an expression.
+    with explained(f"table {str(path)!r} cannot be read with separator {separator!r}", Exception):
         frame = _read_frame(path, separator)
         # pandas gives further columns of a name another.
         names = _read_frame(path, separator, header=None, nrows=1).iloc[0].tolist()
@@ -148,12 +150,6 @@ def _read_once(
             frame = _read_frame(path, separator, index_col=False)
         if any(frame[key].str.contains("\n", regex=False).any() for key in keys if key in frame):
             frame = _without_swallowed_rows(path, frame, keys, separator)
-    # pandas unpacks a table that is named like an archive; a separator may be an expression.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"table {str(path)!r} cannot be read with separator {separator!r}: {reason}"
-        ) from error
     for key in keys:
         if names.count(key) > 1:
             raise ValueError(

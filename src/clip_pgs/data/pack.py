@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from clip_pgs.common import atomic_folder, one_sentence
+from clip_pgs.common import atomic_folder, explained, one_sentence
 from clip_pgs.data.bad_samples import BadSampleError, Skip
 from clip_pgs.data.caption_tables import PairTable, default_separator, read_pairs, row_name
-from clip_pgs.data.decoding import UnreadableImageError, opened_image
+from clip_pgs.data.decoding import opened_image
 from clip_pgs.data.samples import MAX_CAPTION_BYTES, RawSample, decode_captions, decode_image
 from clip_pgs.data.shards import is_remote, read_sizes
 from clip_pgs.data.tar import read_shard, write_shard
@@ -121,11 +121,8 @@ def _check_row(table: PairTable, row: int) -> str:
     if num_bytes > MAX_CAPTION_BYTES:
         limit = f"{num_bytes} bytes, more than {MAX_CAPTION_BYTES}"
         raise ValueError(f"the caption of image {name} has {limit}")
-    try:
-        with opened_image(path) as image:
-            image_format = image.format
-    except UnreadableImageError as error:
-        raise ValueError(f"{name} is no readable image: {error}") from error
+    with explained(f"{name} is no readable image"), opened_image(path) as image:
+        image_format = image.format
     if image_format not in _SUFFIXES:
         raise ValueError(f"image {name} is {image_format}, not JPEG, PNG or WebP")
     return _SUFFIXES[image_format]

@@ -11,6 +11,8 @@ import re
 from itertools import islice
 from pathlib import Path
 
+from clip_pgs.common import explained
+
 logger = logging.getLogger(__name__)
 
 MAX_SHARDS = 2**18
@@ -155,18 +157,14 @@ def read_sizes(path: Path) -> dict[str, int]:
     Raises:
         ValueError: If it is anything else.
     """
-    try:
+    with explained(f"{path} must map shard names to sample counts", Exception):
         sizes = json.loads(path.read_text(encoding="utf-8"))
         return {str(name): _count(size) for name, size in sizes.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise ValueError(f"{path} must map shard names to sample counts: {error}") from error
 
 
 def _read_length(path: Path) -> int:
-    try:
+    with explained(f"{path} must hold one whole number", Exception):
         return _count(path.read_text(encoding="utf-8").strip())
-    except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"{path} must hold one whole number: {error}") from error
 
 
 def _count(value: object) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 
 import regex
 
-from clip_pgs.common import write_text
+from clip_pgs.common import explained, write_text
 from clip_pgs.data.bad_samples import BadSampleError, Skip, describe_reasons
 from clip_pgs.data.caption_tables import default_separator, read_captions
 from clip_pgs.data.samples import RawSample, decode_captions
@@ -118,10 +118,8 @@ def read_word_frequencies(path: Path) -> WordFrequencies:
             f"word frequencies {str(path)!r} do not exist; "
             f"`clip-pgs data words SHARDS -o {path}` counts them"
         )
-    try:
+    with explained(f"word frequencies {str(path)!r} cannot be read", Exception):
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise ValueError(f"word frequencies {str(path)!r} cannot be read: {error}") from error
     fault = _find_fault(record)
     if fault is not None:
         raise ValueError(f"word frequencies {str(path)!r} are of no use: {fault}")

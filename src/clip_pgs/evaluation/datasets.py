@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from clip_pgs.common import expand_home, regular_file
+from clip_pgs.common import expand_home, explained, regular_file
 
 DATA_TYPES = ("classification", "multilabel", "retrieval")
 CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -164,10 +164,10 @@ def read_metadata(location: str, file_name: str) -> str | None:
         return None
     if len(content) > _MAX_TEXT_BYTES:
         raise DamagedDataError(f"{location}/{file_name} is larger than {_MAX_TEXT_BYTES} bytes")
-    try:
+    with explained(
+        f"{location}/{file_name} is no UTF-8 text", UnicodeDecodeError, as_kind=DamagedDataError
+    ):
         return content.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise DamagedDataError(f"{location}/{file_name} is no UTF-8 text: {error}") from error
 
 
 @contextlib.contextmanager
@@ -365,11 +365,9 @@ def read_caption_pairs(folder: Path, split: str) -> list[CaptionPair]:
         raise FileNotFoundError(f"no file {path}")
     if path.stat().st_size > _MAX_PAIRS_BYTES:
         raise DamagedDataError(f"{path} is larger than {_MAX_PAIRS_BYTES} bytes")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
     # The last where it nests too deep.
-    except (ValueError, RecursionError) as error:
-        raise DamagedDataError(f"{path} is not JSON: {error}") from error
+    with explained(f"{path} is not JSON", ValueError, RecursionError, as_kind=DamagedDataError):
+        content = json.loads(path.read_text(encoding="utf-8"))
     items = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(items, list) or not items or not all(_is_item(item) for item in items):
         raise DamagedDataError(f"{path} must hold items with {', '.join(_PAIR_KEYS)}")

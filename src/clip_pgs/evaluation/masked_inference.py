@@ -29,6 +29,7 @@ from clip_pgs.common import (
     CHECKPOINTS_NAME,
     MAX_RUN_FILE_BYTES,
     OPTIONS_NAME,
+    explained,
     read_json_object,
 )
 from clip_pgs.data.order import stable_seed
@@ -201,11 +202,9 @@ def masking_of(
                 "trainer and lies in no run; name a masking instead"
             )
         name = told["masking"]
-        try:
-            trained = _trained_options(told, progress)
         # A damaged record can hold anything.
-        except (TypeError, LookupError) as error:
-            raise ValueError(f"what {weights} was trained with cannot be read: {error}") from None
+        with explained(f"what {weights} was trained with cannot be read", TypeError, LookupError):
+            trained = _trained_options(told, progress)
         if options.get("merge") == "none":
             trained.pop("merge_counts", None)
         options = {**trained, **options}

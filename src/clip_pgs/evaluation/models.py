@@ -31,6 +31,7 @@ from clip_pgs.common import (
     HF_CONFIG_NAME,
     MODEL_CONFIG_NAME,
     PARAMS_NAME,
+    explained,
     is_mae_config,
     literal,
     read_json_object,
@@ -283,10 +284,8 @@ def _build_checkpoint(checkpoint: _Checkpoint, architecture: _Architecture) -> B
     state_dict = dict(checkpoint.state_dict)
     if "logit_bias" in state_dict and getattr(model, "logit_bias", None) is None:
         model.logit_bias = nn.Parameter(torch.zeros_like(state_dict["logit_bias"]))
-    try:
+    with explained(f"{checkpoint.path} does not fit {architecture.name}"):
         state_dict = fit_weights(state_dict, model)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path} does not fit {architecture.name}: {error}") from None
     model.load_state_dict(state_dict)
     return model, transform, tokenizer
 

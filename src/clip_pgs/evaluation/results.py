@@ -18,6 +18,7 @@ from clip_pgs.common import (
     EVAL_NAME,
     MAX_RUN_FILE_BYTES,
     OPTIONS_NAME,
+    explained,
     one_sentence,
     read_json,
     write_text,
@@ -208,18 +209,13 @@ def read_csv(path: Path) -> list[Result]:
     Raises:
         ValueError: If the file is no such table, or has no row.
     """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = tables.read_csv(file)
-    except ValueError as error:
-        raise ValueError(f"{path} is no table of an evaluation: {error}") from error
+    what = f"{path} is no table of an evaluation"
+    with explained(what), path.open(newline="", encoding="utf-8") as file:
+        rows = tables.read_csv(file)
     if not rows or not rows[0].keys() >= _REQUIRED:
-        raise ValueError(
-            f"{path} is no table of an evaluation; it needs a row, and the columns "
-            f"{', '.join(sorted(_REQUIRED))}"
-        )
+        raise ValueError(f"{what}; it needs a row, and the columns {', '.join(sorted(_REQUIRED))}")
     metric_names = rows[0].keys() - _TEXT_COLUMNS - _OTHER_COLUMNS
-    try:
+    with explained(what, ValueError, LookupError):
         return [
             Result(
                 suite=row["suite"],
@@ -240,8 +236,6 @@ def read_csv(path: Path) -> list[Result]:
             )
             for row in rows
         ]
-    except (ValueError, LookupError) as error:
-        raise ValueError(f"{path} is no table of an evaluation: {error}") from error
 
 
 def ordered_metrics(results: Iterable[Result]) -> list[str]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from clip_pgs.common import one_sentence, regular_file
+from clip_pgs.common import explained, one_sentence, regular_file
 from clip_pgs.data.decoding import open_image
 from clip_pgs.data.tar import StrictTarInfo, regular_members
 from clip_pgs.evaluation.datasets import (
@@ -207,12 +207,9 @@ class _Pictures(Dataset):
 
 
 def _decode(content: bytes | Path, reading: Reading, what: str) -> Tensor:
-    try:
-        return reading.transform(open_image(content).convert("RGB"))
     # Pictures of odd sizes make a transform raise anything.
-    except Exception as error:
-        reason = one_sentence(error)
-        raise DamagedDataError(f"the picture {what} cannot be decoded: {reason}") from error
+    with explained(f"the picture {what} cannot be decoded", Exception, as_kind=DamagedDataError):
+        return reading.transform(open_image(content).convert("RGB"))
 
 
 def _refuse(key: str, shard: str, reason: str) -> NoReturn:

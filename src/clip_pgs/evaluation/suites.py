@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from clip_pgs.common import CONFIGS, Registry
+from clip_pgs.common import CONFIGS, Registry, explained
 from clip_pgs.evaluation.datasets import (
     CAPTION_PAIR_SPLITS,
     CLASS_NAMES,
@@ -418,10 +418,8 @@ def read_list(path: Path) -> list[ListLine]:
     Raises:
         ValueError: If the list is empty or is no text, or a line of it cannot be a data set.
     """
-    try:
+    with explained(f"cannot read the data set list {path}", OSError, UnicodeDecodeError):
         content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the data set list {path}: {error}") from error
     lines = []
     for number, text in enumerate(content.splitlines(), start=1):
         name = text.split("#")[0].strip()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from clip_pgs.common import explained
 from clip_pgs.masking.strategy import check_range
 
 # As in A-CLIP and BYOL.
@@ -114,10 +115,8 @@ class Teacher:
         Raises:
             ValueError: If they belong to another tower.
         """
-        try:
+        with explained("the teacher's weights do not fit the image tower", RuntimeError):
             self.tower.load_state_dict(dict(state))
-        except RuntimeError as error:
-            raise ValueError(f"the teacher's weights do not fit the image tower: {error}") from None
 
     def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Go to the device to which a function of `nn.Module._apply` moves a tensor."""

@@ -19,7 +19,7 @@ from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 from torch import Tensor, nn
 
 from clip_pgs.checkpoint_reading import check_sum, find_checkpoint, fit_weights, read_checkpoint
-from clip_pgs.common import MODEL_CONFIG_NAME, one_sentence, read_json_object
+from clip_pgs.common import MODEL_CONFIG_NAME, explained, read_json_object
 from clip_pgs.integrations.open_clip import (
     CaptionTrimmer,
     allow_short_text,
@@ -242,14 +242,10 @@ def make_tokenizer(options: TrainOptions) -> Callable:
         from clip_pgs.integrations.open_clip.mae import no_tokens
 
         return no_tokens
-    try:
+    with explained(f"the tokenizer of --model {options.model} cannot be read", *MISFITS, OSError):
         return open_clip.get_tokenizer(
             options.model, cache_dir=options.cache_dir, context_length=options.force_context_length
         )
-    except (*MISFITS, OSError) as error:
-        raise ValueError(
-            f"the tokenizer of --model {options.model} cannot be read: {one_sentence(error)}"
-        ) from None
 
 
 def read_model_config(options: TrainOptions) -> dict[str, Any]:
@@ -269,11 +265,9 @@ def read_model_config(options: TrainOptions) -> dict[str, Any]:
         config = content.get("model_cfg", content)
         check_preprocessing(content.get("preprocess_cfg", {}), what=what)
     else:
-        try:
-            config = open_clip.get_model_config(name)
         # Hugging Face's errors are OSErrors, or a ValueError for a name that cannot be.
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{what} cannot be read: {one_sentence(error)}") from None
+        with explained(f"{what} cannot be read", OSError, ValueError):
+            config = open_clip.get_model_config(name)
     if not config or "vision_cfg" not in config:
         raise ValueError(f"{what} has no vision_cfg")
     check_model_config(config, what=what)

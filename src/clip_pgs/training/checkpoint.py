@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_pgs.checkpoint_reading import check_sum, fit_weights, non_finite, read_checkpoint
+from clip_pgs.common import explained
 from clip_pgs.training.distributed import full_tensor, shard_like
 
 
@@ -98,10 +99,8 @@ def restore(
     Raises:
         ValueError: If the weights are not those of the model.
     """
-    try:
+    with explained("the checkpoint does not fit the model"):
         weights = fit_weights(checkpoint["state_dict"], model)
-    except ValueError as error:
-        raise ValueError(f"the checkpoint does not fit the model: {error}") from None
     model.load_state_dict(weights)
     if "epoch" not in checkpoint:
         return 0

@@ -29,7 +29,7 @@ from clip_pgs.checkpoint_reading import (
     newest_checkpoint,
     read_checkpoint,
 )
-from clip_pgs.common import CHECKPOINTS_NAME, MAE_TYPE, check_choice, one_sentence
+from clip_pgs.common import CHECKPOINTS_NAME, MAE_TYPE, check_choice, explained
 from clip_pgs.data.text_masking import create_text_masking
 from clip_pgs.integrations.open_clip import apply_masking, masked_inference
 from clip_pgs.integrations.open_clip.model_config import (
@@ -212,18 +212,12 @@ def _try_model(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Make the model with everything that has to be read or fetched for it."""
     with _silence():
-        try:
+        weights = f" with --pretrained {options.pretrained}" if options.pretrained else ""
+        with explained(f"open_clip cannot make {options.model}{weights}", *MISFITS, OSError):
             model, _, _ = create_model(options, device)
-        except (*MISFITS, OSError) as error:
-            weights = f" with --pretrained {options.pretrained}" if options.pretrained else ""
-            raise ValueError(
-                f"open_clip cannot make {options.model}{weights}: {one_sentence(error)}"
-            ) from None
         make_tokenizer(options)
-        try:
+        with explained(f"--opt {options.opt} cannot be made", *MISFITS):
             optimizer = build_optimizer(options, model)
-        except MISFITS as error:
-            raise ValueError(f"--opt {options.opt} cannot be made: {one_sentence(error)}") from None
     if getattr(optimizer, "is_second_order", False):
         raise ValueError(
             f"--opt {options.opt} needs second derivatives of the loss, and a step here has the "
@@ -280,14 +274,10 @@ def _check_augmentation(options: TrainOptions) -> None:
             raise ValueError(f"--aug-cfg has no {key!r}; it takes {', '.join(known)}")
     if not options.aug_cfg:
         return
-    try:
+    with explained(f"OpenCLIP cannot augment with --aug-cfg {options.aug_cfg}", *MISFITS):
         augment = open_clip.image_transform(_TRIED_SIZE, is_train=True, aug_cfg={**options.aug_cfg})
         augment(Image.new("RGB", (_TRIED_SIZE, _TRIED_SIZE)))
         _check_crop(options.aug_cfg)
-    except MISFITS as error:
-        raise ValueError(
-            f"OpenCLIP cannot augment with --aug-cfg {options.aug_cfg}: {one_sentence(error)}"
-        ) from None
 
 
 def _check_masking(options: TrainOptions, model: nn.Module) -> None:
@@ -315,7 +305,10 @@ def _check_masking(options: TrainOptions, model: nn.Module) -> None:
             f"--masking {options.masking} cannot work beside OpenCLIP's patch dropout of "
             f"{dropout}; set --force-patch-dropout 0"
         )
-    try:
+    flags = f"--masking {options.masking}"
+    if options.train_image_size is not None:
+        flags += f" --train-image-size {options.train_image_size}"
+    with explained(f"{flags} on {options.model}"):
         apply_masking(
             model,
             strategy,
@@ -323,11 +316,6 @@ def _check_masking(options: TrainOptions, model: nn.Module) -> None:
             merge_counts=options.merge_counts,
             image_size=options.train_image_size,
         )
-    except ValueError as error:
-        size = options.train_image_size
-        flags = f"--masking {options.masking}"
-        flags += "" if size is None else f" --train-image-size {size}"
-        raise ValueError(f"{flags} on {options.model}: {error}") from None
 
 
 def _check_inference_masking(options: TrainOptions, model: nn.Module) -> None:
@@ -335,11 +323,8 @@ def _check_inference_masking(options: TrainOptions, model: nn.Module) -> None:
     name = options.eval_inference_masking
     if name in (None, "run", "none"):
         return
-    try:
-        with masked_inference(model, name):
-            pass
-    except ValueError as error:
-        raise ValueError(f"--eval-inference-masking {name}: {error}") from None
+    with explained(f"--eval-inference-masking {name}"), masked_inference(model, name):
+        pass
 
 
 def _check_schedule(options: TrainOptions) -> None:
@@ -350,12 +335,8 @@ def _check_schedule(options: TrainOptions) -> None:
         return
     if end is None:
         raise ValueError(f"--mask-schedule {name} needs --mask-ratio-end F")
-    try:
+    with explained(f"--mask-schedule {name} on --masking {options.masking}"):
         create_masking(options.masking, **options.masking_options).set_mask_ratio(end)
-    except ValueError as error:
-        raise ValueError(
-            f"--mask-schedule {name} on --masking {options.masking}: {error}"
-        ) from None
 
 
 def _check_text_masking(options: TrainOptions) -> None:
@@ -493,18 +474,14 @@ def _check_resumed(
             return
     else:
         path = find_checkpoint(options.resume)
-    try:
+    with explained("--resume"):
         checkpoint = read_checkpoint(path, use_mmap=True)
         check_sum(path)
-    except ValueError as error:
-        raise ValueError(f"--resume: {error}") from None
     trouble = find_non_finite(checkpoint) or _damaged_record(checkpoint)
     if trouble is not None:
         raise ValueError(f"--resume: {path} cannot go on: {trouble}")
-    try:
+    with explained(f"--resume: {path} does not fit {options.model}"):
         fit_weights(checkpoint["state_dict"], model)
-    except ValueError as error:
-        raise ValueError(f"--resume: {path} does not fit {options.model}: {error}") from None
     has_begun = (checkpoint.get("epoch", 0), checkpoint.get("position", 0)) > (0, 0)
     if has_begun and has_training_data(options):
         misfit = optimizer_misfit(optimizer, checkpoint.get("optimizer"))

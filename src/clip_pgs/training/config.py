@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from clip_pgs.common import expand_home, find_config, read_file
+from clip_pgs.common import expand_home, explained, find_config, read_file
 
 # These say what to do with a config or with one call; none of them describes a run.
 COMMAND_LINE_ONLY = frozenset(
@@ -131,12 +131,9 @@ def read_mapping(path: str) -> dict[Any, Any]:
         ValueError: If it cannot be read, is no mapping, or says a thing twice.
     """
     data = read_file(Path(path), what=f"the config {path}", max_bytes=_MAX_BYTES)
-    try:
-        content = yaml.load(data.decode("utf-8"), Loader=_Loader)
     # ValueError: a date or a number that is none, such as 2001-99-99.
-    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not a plain YAML file: {reason}") from None
+    with explained(f"{path} is not a plain YAML file", Exception):
+        content = yaml.load(data.decode("utf-8"), Loader=_Loader)
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -162,11 +159,9 @@ def _checked(
             raise ValueError(f"{path}: unknown option {key!r}; {nearest_names(flag, actions)}")
         if flag in options:
             raise ValueError(f"{path}: {key!r} is given twice")
-        try:
+        with explained(f"{path}: {key!r}", ValueError, SyntaxError):
             options[flag] = None if value is None else _words(flag, actions[flag], value)
             parser.parse_known_args(_tokens(flag, options[flag]))
-        except (ValueError, SyntaxError) as error:
-            raise ValueError(f"{path}: {key!r}: {error}") from None
     return options
 
 

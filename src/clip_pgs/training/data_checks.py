@@ -13,6 +13,7 @@ import torch
 from open_clip_train.distributed import world_info_from_env
 from torchvision.datasets.folder import is_image_file
 
+from clip_pgs.common import explained
 from clip_pgs.data.build import DatasetKind, dataset_kind, read_table
 from clip_pgs.data.caption_tables import PairTable
 from clip_pgs.data.decoding import pixel_normalizer
@@ -183,13 +184,11 @@ def _check_files(options: TrainOptions, path: str | None, *, flag: str) -> None:
     if kind == "synthetic":
         return
     assert path is not None
-    try:
+    with explained(flag):
         if kind == "csv":
             read_table(options, path)
         else:
             expand_shards(path)
-    except ValueError as error:
-        raise ValueError(f"{flag}: {error}") from None
 
 
 def _check_imagenet(options: TrainOptions) -> None:

@@ -31,6 +31,7 @@ from clip_pgs.common import (
     MODEL_CONFIG_NAME,
     WEIGHTS_NAME,
     atomic_folder,
+    explained,
     is_mae_config,
     regular_file,
     sync,
@@ -195,10 +196,8 @@ def _write_files(
         configs, weights = hub_configs(record["open_clip_config"]), hub_weights(weights)
     for name, config in configs.items():
         write_text(folder / name, json.dumps(config, indent=2) + "\n")
-    try:
+    with explained(weights_name, safetensors.SafetensorError, as_kind=OSError):
         safetensors.torch.save_file(weights, folder / weights_name, metadata=metadata)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{weights_name}: {error}") from error
     # safetensors makes its file readable for its owner alone.
     (folder / weights_name).chmod((folder / CARD_NAME).stat().st_mode)
     if record["tokenizer"] is not None:

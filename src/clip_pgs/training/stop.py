@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -39,6 +39,7 @@ from clip_pgs.common import (
     INTERRUPTED,
     LOCK_NAME,
     PREEMPTED,
+    explained,
 )
 
 if TYPE_CHECKING:
@@ -89,13 +90,9 @@ class UnwrittenError(RuntimeError):
     """Something that a run cannot do without, and that cannot be written."""
 
 
-@contextmanager
-def writing(what: str) -> Iterator[None]:
+def writing(what: str) -> AbstractContextManager[None]:
     """Explain in a sentence that the block cannot write something."""
-    try:
-        yield
-    except OSError as error:
-        raise UnwrittenError(f"{what} cannot be written: {error}") from error
+    return explained(f"{what} cannot be written", OSError, as_kind=UnwrittenError)
 
 
 @contextmanager

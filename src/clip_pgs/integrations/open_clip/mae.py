@@ -24,8 +24,8 @@ from clip_pgs.common import (
     HF_CONFIG_NAME,
     MAE_TYPE,
     check_choice,
+    explained,
     is_mae_config,
-    one_sentence,
     read_json_object,
 )
 from clip_pgs.integrations.mae import SIGNS, create_fitting_masking, patch_order
@@ -172,12 +172,8 @@ class MaeModel(nn.Module):
         side: Any = config.image_size
         self.record = record
         self.preprocess = PreprocessCfg(size=(side, side), **record["preprocess_cfg"])
-        try:
+        with explained("transformers cannot build the model", *MISFITS, KeyError):
             self.visual = MaeTower(config, self.preprocess)
-        except (*MISFITS, KeyError) as error:
-            raise ValueError(
-                f"transformers cannot build the model: {one_sentence(error)}"
-            ) from None
 
     def forward(self, image: Tensor, text: Tensor | None = None) -> dict[str, Tensor]:
         """Reconstruct what is hidden of images (B, 3, H, W), while masked and in train mode.
@@ -317,11 +313,9 @@ def mae_config(
     for key in ("dtype", "torch_dtype"):
         if content.get(key) not in (None, *_DTYPES):
             raise ValueError(f"{what}: {key} must be one of {', '.join(_DTYPES)}")
-    try:
-        config = ViTMAEConfig(**{**content, "architectures": ["ViTMAEForPreTraining"]}).to_dict()
     # Also what transformers' own checks of types raise, which is no ValueError.
-    except Exception as error:
-        raise ValueError(f"{what}: {one_sentence(error)}") from None
+    with explained(what, Exception):
+        config = ViTMAEConfig(**{**content, "architectures": ["ViTMAEForPreTraining"]}).to_dict()
     config["mask_ratio"] = ratio = config["mask_ratio"] if mask_ratio is None else mask_ratio
     if not config.get("return_dict", True):
         raise ValueError(f"{what}: return_dict must be true")
@@ -444,10 +438,8 @@ def build_mae(
     names = ("mean", "std", "interpolation", "resize_mode")
     config = mae_config(record["model_cfg"], what=what)
     model = MaeModel(mae_record(config, **{name: preprocess.get(name) for name in names}))
-    try:
+    with explained(f"{what} does not fit its config"):
         model.load_state_dict(fit_weights(state_dict, model))
-    except ValueError as error:
-        raise ValueError(f"{what} does not fit its config: {error}") from None
     return model
 
 
