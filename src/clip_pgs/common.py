@@ -215,6 +215,28 @@ class Pairs(argparse.Action):
         setattr(namespace, self.dest, (getattr(namespace, self.dest, None) or {}) | pairs)
 
 
+def usable_device(name: str) -> Any:
+    """Return torch's device of a name.
+
+    Raises:
+        ValueError: If it is not on this machine, or computes nothing.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        # A GPU is counted, not used: memory on it would be held for hours.
+        counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "meta": 0}
+        if (device.index or 0) >= counts.get(device.type, 1):
+            raise RuntimeError(f"there is no {device}")
+        if device.type not in counts:
+            torch.empty(0, device=device)
+    # torch raises the first, or one of the others where it was built without the backend.
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"--device {name} is not available on this machine") from error
+    return device
+
+
 def is_mae_config(config: Any) -> bool:
     """Return whether a model's config, whatever was read, is that of a masked autoencoder."""
     return isinstance(config, dict) and config.get("model_type") == MAE_TYPE

@@ -123,7 +123,7 @@ def test_checkpoint_without_a_run_goes_to_eval_results(run, options):
         (["logs/tiny_run", "--datasets", "no_list.txt"], "unknown data set list 'no_list.txt'"),
         (["logs/tiny_run", "--data-root", "no_root"], "data root no_root is not a folder"),
         (["logs/tiny_run", "--batch-size", "0"], "--batch-size must be >= 1, got 0"),
-        (["logs/tiny_run", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["logs/tiny_run", "--device", "cuda:99"], "--device cuda:99 is not available"),
         (["logs/tiny_run", "logs/no_run"], "no run, export or checkpoint at logs/no_run"),
         (["logs/tiny_run", "logs/tiny_run/"], "two models would write to"),
         (["logs/tiny_run", "--model", "RN50"], "--model RN50 is for a source that is a checkpoint"),

@@ -35,6 +35,7 @@ from clip_pgs.common import (
     early_end,
     refusal_code,
     refuse,
+    usable_device,
 )
 from clip_pgs.evaluation.datasets import (
     PRESENT,
@@ -292,16 +293,7 @@ def choose_device(name: str | None, *, world_size: int = 1, local_rank: int = 0)
         if not torch.cuda.is_available():
             return "cpu"
         return "cuda" if world_size == 1 else f"cuda:{local_rank}"
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it computes nothing")
-        # A GPU is counted, not used: a study asks too, and would hold memory on it for hours.
-        if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
-            torch.empty(0, device=device)
-    # torch raises the first, or one of the others where it was built without the backend.
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"device {name!r} cannot be used here") from error
+    usable_device(name)
     return name
 
 

@@ -29,7 +29,7 @@ from clip_pgs.checkpoint_reading import (
     newest_checkpoint,
     read_checkpoint,
 )
-from clip_pgs.common import CHECKPOINTS_NAME, MAE_TYPE, check_choice, explained
+from clip_pgs.common import CHECKPOINTS_NAME, MAE_TYPE, check_choice, explained, usable_device
 from clip_pgs.data.text_masking import create_text_masking
 from clip_pgs.integrations.open_clip import apply_masking, masked_inference
 from clip_pgs.integrations.open_clip.model_config import (
@@ -97,7 +97,6 @@ def check_options(options: TrainOptions) -> nn.Module:
         check_data(options)
         check_shared_memory(options)
         _check_device(options)
-        _check_sharding(options)
         _check_reports(options)
         _check_folder(options)
         _check_resumed(options, model, optimizer)
@@ -354,7 +353,7 @@ def _check_text_masking(options: TrainOptions) -> None:
 
 
 def _check_device(options: TrainOptions) -> None:
-    """Refuse a device, or a way to reach other processes, that is not there.
+    """Refuse a device, other processes, or a way to reach them, that are not there.
 
     OpenCLIP's default, "cuda", falls back to the CPU; one that was asked for does not.
     """
@@ -365,39 +364,12 @@ def _check_device(options: TrainOptions) -> None:
         raise ValueError(
             f"--dist-url must be like env:// or tcp://HOST:PORT, got {options.dist_url}"
         )
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        raise ValueError(f"--device {options.device!r} is no device torch knows") from None
-    if "device" not in options.given:
-        return
-    counts = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }
-    count = counts.get(device.type)
-    if count is None:
-        # Not "meta", which computes nothing, nor one that this torch was built without.
-        count = int(device.type != "meta" and _has_memory(device))
-    if (device.index or 0) >= count:
-        raise ValueError(f"--device {options.device} is not available on this machine")
-
-
-def _check_sharding(options: TrainOptions) -> None:
-    """Refuse to shard a model over one process."""
+    if "device" in options.given:
+        usable_device(options.device)
     if options.fsdp and world_info_from_env()[2] < 2:
         raise ValueError(
             "--fsdp shards a model over several processes, and this run has 1; see --nproc"
         )
-
-
-def _has_memory(device: torch.device) -> bool:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ImportError):
-        return False
-    return True
 
 
 def _check_reports(options: TrainOptions) -> None:

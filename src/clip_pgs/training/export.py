@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,6 @@ from clip_pgs.common import (
     atomic_folder,
     explained,
     is_mae_config,
-    regular_file,
     sync,
     write_text,
 )
@@ -165,20 +163,17 @@ def write_export(
     with atomic_folder(folder) as unfinished:
         card = write_model_card(checkpoint["name"], record, license_name=license_name)
         _write_files(checkpoint, record, card, unfinished)
-        for path in folder.iterdir() if folder.exists() else ():
-            # Not ours to remove.
-            if not os.path.lexists(unfinished / path.name):
-                _copy(path, unfinished / path.name)
+        if folder.exists():
+            names = {path.name for path in unfinished.iterdir()}
+            # Others are not ours to remove.
+            shutil.copytree(
+                folder,
+                unfinished,
+                symlinks=True,
+                dirs_exist_ok=True,
+                ignore=lambda place, found: names if place == str(folder) else (),
+            )
     return folder
-
-
-def _copy(path: Path, target: Path) -> None:
-    if path.is_symlink():
-        target.symlink_to(os.readlink(path))
-    elif path.is_dir():
-        shutil.copytree(path, target, symlinks=True)
-    else:
-        shutil.copy2(regular_file(path), target)
 
 
 def _write_files(

@@ -13,7 +13,6 @@ import math
 import random
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,15 +27,12 @@ from clip_pgs.figure import PANEL_SIZE, Column, draw_figure
 from clip_pgs.integrations.open_clip import (
     calibrate_masking,
     last_selection,
-    load_masking_state,
-    masking_state,
     num_patches,
     patch_size,
     pixel_dtype,
     set_mask_ratio,
     set_masking_noise,
     set_masking_progress,
-    update_masking,
 )
 from clip_pgs.masking import masking_options
 from clip_pgs.masking.sampling import paint_kept
@@ -162,18 +158,6 @@ class StepMasks:
         set_masking_noise(self._model, None)
         self._noise, self._current = None, None
         return list(self._kept.values())
-
-    def follow_weights(self, step: int, *, total_steps: int) -> None:
-        """Let what follows the weights, such as a teacher, take a step after them."""
-        update_masking(self._model, step=step, total_steps=total_steps)
-
-    def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs beside the weights, as tensors and plain types."""
-        return masking_state(self._model)
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
-        load_masking_state(self._model, state)
 
     def _rows(self, micro_batch: int) -> Tensor:
         assert self._noise is not None

@@ -21,7 +21,7 @@ from clip_pgs.training.options import (
     released_flags,
 )
 from clip_pgs.training.phases import phase_options
-from clip_pgs.training.run_folder import changed_recipe, damaged_options, keeps_logs, run_folder
+from clip_pgs.training.run_folder import changed_recipe, keeps_logs, read_options_file, run_folder
 
 
 def option_warnings(options: TrainOptions) -> list[str]:
@@ -185,7 +185,7 @@ def _resume_warnings(options: TrainOptions) -> list[str]:
     folder = run_folder(options)
     if options.resume != "latest" or folder is None:
         return []
-    damage = damaged_options(folder)
+    _, damage = read_options_file(folder)
     sentences = [] if damage is None else [f"{damage}; no option is compared with the run's"]
     changes = changed_recipe(options, folder)
     return sentences + [f"run {folder} continues with {change}" for change in changes]

@@ -454,6 +454,11 @@ def names_of(part: str) -> list[str]:
     return [f.name for f in fields(TrainOptions) if f.metadata.get("part") == part]
 
 
+def names_below(heading: str) -> list[str]:
+    """Return the names of our options below a heading of `--help`."""
+    return [f.name for f in fields(TrainOptions) if f.metadata.get("heading") == heading]
+
+
 def option_flags(*, are_theirs: bool) -> list[str]:
     """Return the flags of OpenCLIP's that this trainer obeys, or those of our own."""
     kind = "is_theirs" if are_theirs else "heading"
@@ -857,11 +862,8 @@ def _constructor_options(options: TrainOptions, released: dict[str, Any]) -> dic
 
 def released_flags(options: TrainOptions) -> list[str]:
     """Return the flags that are given of those that the authors' released code alone has."""
-    return [
-        flag_of(f.name)
-        for f in fields(TrainOptions)
-        if f.metadata.get("heading") == RELEASED and getattr(options, f.name) not in (None, False)
-    ]
+    names = names_below(RELEASED)
+    return [flag_of(name) for name in names if getattr(options, name) not in (None, False)]
 
 
 def _released_options(options: TrainOptions, *, is_named: bool) -> dict[str, Any]:

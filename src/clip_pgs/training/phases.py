@@ -70,10 +70,6 @@ class Phase:
         whole = (epoch - self.first_epoch) * self.steps_per_epoch
         return self.first_step + whole + position // self.samples_per_step
 
-    def begins_before(self, epoch: int, position: int) -> bool:
-        """Return whether a place in the run has something of this phase behind it."""
-        return (self.first_epoch, 0) < (epoch, position)
-
 
 def total_epochs(options: TrainOptions) -> int:
     """Return the epochs of a whole run."""

@@ -38,7 +38,14 @@ from clip_pgs.common import (
 from clip_pgs.tables import counted
 from clip_pgs.training.export import open_clip_config, tokenizer_source
 from clip_pgs.training.loggers import BestEffort
-from clip_pgs.training.options import IDENTITY, RECIPE, TrainOptions, names_of
+from clip_pgs.training.options import (
+    IDENTITY,
+    RECIPE,
+    UNMASKED,
+    TrainOptions,
+    names_below,
+    names_of,
+)
 from clip_pgs.training.stop import LAUNCH_FOLDER
 
 _logger = logging.getLogger(__name__)
@@ -67,13 +74,6 @@ _RECORDED = (
 _MASK_SCHEDULE = ("mask_schedule", "mask_ratio_end", "mask_schedule_steps")
 _MERGE = ("merge", "merge_counts")
 _TEXT = ("text_masking", "text_tokens", "text_masking_options")
-_UNMASKED = (
-    "unmasked_epochs",
-    "unmasked_lr",
-    "unmasked_warmup",
-    "unmasked_batch_size",
-    "unmasked_accum_freq",
-)
 
 
 def default_name(options: TrainOptions) -> str:
@@ -121,7 +121,7 @@ def follow_restart(options: TrainOptions) -> None:
     folder = run_folder(options)
     if folder is None or not folder.is_dir():
         return
-    made_by = _read_options(folder)[0].get("launch")
+    made_by = read_options_file(folder)[0].get("launch")
     if not isinstance(made_by, dict):
         return
     launch = _launch()
@@ -202,13 +202,8 @@ def save_options(options: TrainOptions, folder: Path, *, files: Sequence[str] = 
     write_text(folder / OPTIONS_NAME, json.dumps(saved, indent=2) + "\n")
 
 
-def damaged_options(folder: Path) -> str | None:
-    """Say what is wrong with the `options.json` of a run's folder; None where it is whole."""
-    return _read_options(folder)[1]
-
-
-def _read_options(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """Return what was saved, and what is wrong with the file; None where no run began."""
+def read_options_file(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """Return the `options.json` of a run's folder, and what is wrong with it, None for nothing."""
     path = folder / OPTIONS_NAME
     if not path.exists():
         return {}, f"{path} is not there" if holds_run(folder) else None
@@ -231,7 +226,7 @@ def changed_options(
     """
     if files is None:
         return _changes(options, folder, names_of(IDENTITY))
-    saved = _read_options(folder)[0].get(_FILES)
+    saved = read_options_file(folder)[0].get(_FILES)
     if isinstance(saved, list):
         return _changes(options, folder, names_of(IDENTITY)) + _changed_files(
             [str(file) for file in saved], list(files)
@@ -265,7 +260,7 @@ def changed_recipe(options: TrainOptions, folder: Path) -> list[str]:
 
 
 def _changes(options: TrainOptions, folder: Path, names: Sequence[str]) -> list[str]:
-    saved = _read_options(folder)[0]
+    saved = read_options_file(folder)[0]
     changes = []
     for name in names:
         now = _plain(getattr(options, name))
@@ -297,7 +292,7 @@ def describe_run(
         *(_TEXT if options.text_masking != "none" else ()),
         *(("mae_sign",) if options.mae is not None else ()),
         *_RECORDED,
-        *(_UNMASKED if options.unmasked_epochs > 0 else ()),
+        *(names_below(UNMASKED) if options.unmasked_epochs > 0 else ()),
     ]
     data = {name: getattr(options, name) for name in _DATA}
     return {

@@ -217,11 +217,6 @@ class Telemetry:
         )
 
     @property
-    def next_step(self) -> int:
-        """The steps that the run has behind it."""
-        return self._cost.steps
-
-    @property
     def cost(self) -> Cost:
         """What was spent up to now."""
         self._cost.seconds = time.perf_counter() - self._started
@@ -244,10 +239,6 @@ class Telemetry:
         share = flops.selection / flops.total
         masks = f", {100 * share:.1f} % of them to choose its patches" if share > 0 else ""
         _logger.info("One sample takes %.4g FLOPs%s", flops.total, masks)
-
-    def skip_samples(self, number: int) -> None:
-        """Count samples that all ranks together could not use."""
-        self._cost.skipped_samples += number
 
     def start_epoch(self, *, is_resumed: bool = False) -> None:
         """Begin a logging window, leaving out what happened between epochs.

@@ -27,7 +27,13 @@ from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MASKS_NAME, METRICS_N
 from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
 from clip_pgs.data.decoding import pixel_normalizer
 from clip_pgs.data.order import stable_seed
-from clip_pgs.integrations.open_clip import CaptionGroups, remove_masking
+from clip_pgs.integrations.open_clip import (
+    CaptionGroups,
+    load_masking_state,
+    masking_state,
+    remove_masking,
+    update_masking,
+)
 from clip_pgs.integrations.open_clip.flops import SampleFlops, count_sample_flops, few_texts
 from clip_pgs.tables import counted
 from clip_pgs.training.build import (
@@ -300,7 +306,7 @@ class Trainer:
     @property
     def step(self) -> int:
         """The optimizer steps that the run has behind it."""
-        return self._telemetry.next_step
+        return self._telemetry.cost.steps
 
     def run(self) -> None:
         """Train the epochs that are left, then export the model.
@@ -346,7 +352,8 @@ class Trainer:
             counted(phase.steps_per_epoch, "step"),
         )
         # A checkpoint at a phase's beginning holds the optimizer of the phase before.
-        has_begun = phase.begins_before(self._first_epoch, self._first_position)
+        place = self._first_epoch, self._first_position
+        has_begun = (phase.first_epoch, 0) < place
         phase_trainer = PhaseTrainer(
             phase,
             self._parts,
@@ -388,7 +395,7 @@ class Trainer:
             self._watchdog.note(Activity.VOTING, step=self.step, patience=patience)
             place = (phase_trainer.epoch, phase_trainer.position)
             verdict = self._vote(phase_trainer, place, num_skipped=self._skips.take_count())
-            self._telemetry.skip_samples(verdict.num_skipped)
+            self._telemetry.cost.skipped_samples += verdict.num_skipped
             self._watchdog.note(Activity.TRAINING, step=self.step, patience=patience)
             if (phase_trainer.follow_schedule() or is_first) and self._telemetry.is_active:
                 self._telemetry.report_flops(phase_trainer.count_flops(*batches[0]))
@@ -473,7 +480,7 @@ class Trainer:
             model=phase_trainer.model,
             optimizer=phase_trainer.optimizer,
             scaler=self._scaler,
-            masking_state=phase_trainer.masks.state() if phase_trainer.masks is not None else {},
+            masking_state=masking_state(phase_trainer.model) if phase_trainer.masks else {},
             record=self._record_now() if self._store is not None else {},
         )
         if self._store is not None:
@@ -658,7 +665,7 @@ class PhaseTrainer:
         if checkpoint is not None:
             restore_optimizer(self.optimizer, checkpoint["optimizer"])
             if self.masks is not None:
-                self.masks.load_state(checkpoint.get("masking_state", {}))
+                load_masking_state(self.model, checkpoint.get("masking_state", {}))
         self._schedule = build_schedule(
             options, self.optimizer, steps_per_epoch=phase.steps_per_epoch
         )
@@ -747,7 +754,7 @@ class PhaseTrainer:
         if self._sharded is not None:
             self._show_logit_scale()
         if masks is not None:
-            masks.follow_weights(step_in_phase, total_steps=num_steps)
+            update_masking(self.model, step=step_in_phase, total_steps=num_steps)
         kept_counts = masks.finish_step() if masks else []
         return StepResult(losses, grad_norm, kept_counts, is_bad, lr)
 

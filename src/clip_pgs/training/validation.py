@@ -105,7 +105,8 @@ class Validation:
         metrics = evaluate_with_open_clip(
             model, self._data, epoch, options, tokenizer=self._parts.tokenize
         )
-        if self._evaluate is not None and _is_due(self._options.eval_every, epoch, epochs):
+        is_due = epoch % self._options.eval_every == 0 or epoch == epochs
+        if self._evaluate is not None and is_due:
             try:
                 metrics |= self._evaluate(
                     model=model,
@@ -153,10 +154,6 @@ def metrics_table(measured: Sequence[Mapping[str, Any]]) -> str:
         earlier = f"{best[name]:.4f} after epoch {best['epoch']}"
         rows.append((name, Cell(now[name], f"{now[name]:.4f}"), "*" if is_best else earlier))
     return Table.of(["", "now", "best so far"], rows).text()
-
-
-def _is_due(every: int, epoch: int, epochs: int) -> bool:
-    return epoch % every == 0 or epoch == epochs
 
 
 def save_results(metrics: Mapping[str, float], checkpoint_folder: Path) -> None:

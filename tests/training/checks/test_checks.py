@@ -67,7 +67,7 @@ def test_numbers_out_of_their_range_are_refused(flag, value, rule):
         (["--aug-cfg", "zoom=2"], "--aug-cfg has no 'zoom'"),
         (["--pretrained", "laion9b"], "'laion9b' is neither a file nor a tag of ViT-B-16"),
         (["--report-to", "tensorbord"], "got 'tensorbord'"),
-        (["--device", "warp"], "--device 'warp'"),
+        (["--device", "warp"], "--device warp is not available"),
         (["--device", "meta"], "--device meta is not available"),
         (["--epochs", "9" * 30], "--epochs must be at most 2**53"),
         (["--workers", "2000"], "--workers must be in [0, 1024], got 2000"),

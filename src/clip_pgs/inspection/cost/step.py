@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from tqdm import tqdm
 
-from clip_pgs.common import atomic_file, check_writable, read_json_object, write_text
+from clip_pgs.common import atomic_file, check_writable, read_json_object, usable_device, write_text
 from clip_pgs.inspection.model_input import StrategySpec, parse_specs
 from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.integrations.open_clip import (
@@ -724,12 +724,7 @@ def fill_in_defaults(args: argparse.Namespace) -> None:
         ValueError: If the device is not there.
     """
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        args.device = torch.device(name)
-        torch.empty(0, device=args.device)
-    # torch raises either, or an AssertionError where it was built without the backend.
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name} is not available on this machine") from None
+    args.device = usable_device(name)
     if args.device.type not in DEFAULTS:
         raise ValueError(f"--device takes {' or '.join(DEFAULTS)}, got {name}")
     for option, value in DEFAULTS[args.device.type].items():
