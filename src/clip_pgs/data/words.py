@@ -20,7 +20,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import regex
 
@@ -118,30 +117,18 @@ def read_word_frequencies(path: Path) -> WordFrequencies:
             f"word frequencies {str(path)!r} do not exist; "
             f"`clip-pgs data words SHARDS -o {path}` counts them"
         )
-    with explained(f"word frequencies {str(path)!r} cannot be read", Exception):
+    what = f"word frequencies {str(path)!r} are not as `clip-pgs data words` writes them"
+    with explained(what, Exception):
         record = json.loads(path.read_text(encoding="utf-8"))
-    fault = _find_fault(record)
-    if fault is not None:
-        raise ValueError(f"word frequencies {str(path)!r} are of no use: {fault}")
-    return WordFrequencies(record["counts"], **{name: record[name] for name in _NUMBERS})
-
-
-def _find_fault(record: Any) -> str | None:
-    if not isinstance(record, dict) or "version" not in record:
-        return "`clip-pgs data words` did not write them"
-    if record["version"] != _VERSION:
-        return f"they have version {record['version']!r}, this package reads {_VERSION}"
-    counts = record.get("counts")
-    if not isinstance(counts, dict):
-        return f"counts must map words to counts, got {type(counts).__name__}"
-    numbers = {name: record.get(name) for name in _NUMBERS}
-    numbers |= {f"the count of {word!r}": count for word, count in counts.items()}
-    for name, number in numbers.items():
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            return f"{name} must be a whole number >= 1, got {number!r}"
-    if sum(counts.values()) > record["num_words"]:
-        return f"the counts add up to more than num_words, {record['num_words']}"
-    return None
+        if record["version"] != _VERSION:
+            raise ValueError(f"version {record['version']!r}, and this package reads {_VERSION}")
+        counts, numbers = record["counts"], {name: record[name] for name in _NUMBERS}
+        for name, number in {**counts, **numbers}.items():
+            if type(number) is not int or number < 1:
+                raise ValueError(f"{name!r} must be a whole number >= 1, got {number!r}")
+        if sum(counts.values()) > record["num_words"]:
+            raise ValueError(f"the counts add up to more than num_words, {record['num_words']}")
+    return WordFrequencies(counts, **numbers)
 
 
 @dataclass

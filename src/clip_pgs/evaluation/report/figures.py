@@ -47,10 +47,7 @@ _FLOPS: dict[str, float] = {f"{p}FLOP": 1e3**n for n, p in enumerate(PREFIXES)}
 _COSTS: dict[str, tuple[str, dict[str, float]]] = {
     "flops": ("training compute", _FLOPS),
     "seconds": ("wall time of training", _TIMES),
-    "flops_per_image": (
-        "inference per image",
-        {f"{p}FLOP": 1e3**n for n, p in enumerate(PREFIXES)},
-    ),
+    "flops_per_image": ("inference per image", _FLOPS),
 }
 _CURVES = {
     "loss": "training loss",

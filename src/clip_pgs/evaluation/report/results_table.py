@@ -78,13 +78,10 @@ def format_table(results: Sequence[Result]) -> str:
             metrics = ordered_metrics(r for r in members if r.status == DONE)
             means = _average_rows(scores.averages(members), metrics, len(table.columns))
             table = replace(table, rows=[*table.rows, *means])
-        labels = [*(column.heading for column in table.columns), *_row_names(table)]
+        labels = [column.heading for column in table.columns]
+        labels += [row.cells[0].shown for row in table.rows]
         shown.append("\n".join([table.text().rstrip("\n"), *_meanings(suite, labels), ""]))
     return "\n".join(shown)
-
-
-def _row_names(table: Table) -> list[str]:
-    return [row.cells[0].shown for row in table.rows]
 
 
 def _meanings(suite: str, labels: Iterable[str]) -> list[str]:

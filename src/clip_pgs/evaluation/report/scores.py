@@ -90,11 +90,6 @@ class Average:
     sets: tuple[str, ...]
     missing: tuple[str, ...] = ()
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every data set that belongs to the average is in it."""
-        return not self.missing
-
 
 @dataclass(frozen=True)
 class Score:
