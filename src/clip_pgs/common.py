@@ -12,6 +12,7 @@ import errno
 import importlib
 import inspect
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ import stat
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -104,6 +106,24 @@ def refuse(error: BaseException | str) -> int:
     """Say on stderr, in one sentence, why a command ends, and return its exit code."""
     sys.stderr.write(f"error: {one_sentence(error)}\n")
     return refusal_code(error)
+
+
+def is_first_process() -> bool:
+    """Return whether this process speaks for all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def silenced(level: int) -> Iterator[None]:
+    """Keep to ourselves what libraries log in the block, up to a level, and their warnings."""
+    disabled = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 class AskedToLeaveError(BaseException):
@@ -478,6 +498,22 @@ def read_json_object(path: Path, *, what: str, max_bytes: int = _MAX_JSON_BYTES)
     if not isinstance(content, dict):
         raise ValueError(f"{what} must hold one JSON object, got {type(content).__name__}")
     return content
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any] | None]:
+    """Return the objects of a file, one a line, and None for a line that is none.
+
+    A killed run can leave half a line, and a damaged disk anything; a file that is not there has
+    no line.
+    """
+    entries: list[dict[str, Any] | None] = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        entries.append(entry if isinstance(entry, dict) else None)
+    return entries
 
 
 def check_writable(*paths: Path) -> None:

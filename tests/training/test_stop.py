@@ -135,7 +135,7 @@ def test_no_evaluation_swallows_a_signal(tmp_path, world, evaluate, monkeypatch)
 def test_an_evaluation_without_training_leaves_when_told_to(tmp_path, world):
     with pytest.raises(StoppedError) as stopped:
         run(tmp_path, val_data=world.val_data, evaluate=swallow)
-    assert stopped.value.code == 85
+    assert stopped.value.exit_code == 85
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGINT, 130)])

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from clip_pgs.common import one_sentence
+from clip_pgs.common import BAD_INPUT, FAILED, one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ class BadSampleError(ValueError):
 class UnusableDataError(ValueError):
     """Data that cannot be trained on; says what was skipped and why."""
 
+    exit_code = BAD_INPUT
+
 
 class NoUsableSampleError(UnusableDataError):
     """Data without a single usable sample."""
@@ -62,6 +64,8 @@ class TooManyBadSamplesError(UnusableDataError):
 
 class StalledDataError(RuntimeError):
     """Data that stopped coming; says what was being read."""
+
+    exit_code = FAILED
 
 
 OnSkip = Callable[[Skip], object]

@@ -33,6 +33,7 @@ from clip_pgs.common import (
     SentenceParser,
     check_writable,
     early_end,
+    is_first_process,
     refusal_code,
     refuse,
     usable_device,
@@ -86,11 +87,11 @@ def run(argv: Sequence[str]) -> int:
         exit_code = _evaluate_all(args)
     except (KeyboardInterrupt, AskedToLeaveError) as error:
         sentence, exit_code = early_end(error)
-        if _is_main():
+        if is_first_process():
             sys.stderr.write(f"{sentence}; the same command continues\n")
     if args.exit_code_file is None:
         return exit_code
-    if _is_main():
+    if is_first_process():
         Path(args.exit_code_file).write_text(f"{exit_code}\n", encoding="utf-8")
     return 0
 
@@ -429,12 +430,7 @@ def _write_report(scored: Sequence[tuple[Path, list[Result]]], args: argparse.Na
 
 
 def _complain(error: Exception) -> int:
-    return refuse(error) if _is_main() else refusal_code(error)
-
-
-def _is_main() -> bool:
-    """Return whether this process speaks for all that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
+    return refuse(error) if is_first_process() else refusal_code(error)
 
 
 def _presence_table(found: Sequence[tuple[EvalSet, Presence]]) -> str:

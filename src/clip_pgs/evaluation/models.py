@@ -35,6 +35,7 @@ from clip_pgs.common import (
     is_mae_config,
     literal,
     read_json_object,
+    silenced,
 )
 from clip_pgs.evaluation.masked_inference import InferenceMasking, choose_masking
 from clip_pgs.integrations.open_clip.model_config import (
@@ -272,14 +273,10 @@ def _build_checkpoint(checkpoint: _Checkpoint, architecture: _Architecture) -> B
     would change the scores in silence.
     """
     # open_clip warns that a model has no weights yet.
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
+    with silenced(logging.WARNING):
         model, transform, tokenizer = _create(
             architecture.name, load_weights=False, pretrained_text=False, **architecture.options
         )
-    finally:
-        logging.disable(disabled)
     check_sum(checkpoint.path)
     state_dict = dict(checkpoint.state_dict)
     if "logit_bias" in state_dict and getattr(model, "logit_bias", None) is None:

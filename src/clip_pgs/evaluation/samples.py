@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import itertools
 import math
-import os
 import re
 import sys
 import tarfile
@@ -28,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from clip_pgs.common import explained, one_sentence, regular_file
+from clip_pgs.common import explained, is_first_process, one_sentence, regular_file
 from clip_pgs.data.decoding import open_image
 from clip_pgs.data.tar import StrictTarInfo, regular_members
 from clip_pgs.evaluation.datasets import (
@@ -255,7 +254,7 @@ def _load(dataset: Dataset, workers: int, title: str, total: int | None) -> Iter
         file=sys.stderr,
         leave=False,
         # The bars of several processes would write over each other.
-        disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0",
+        disable=not (sys.stderr.isatty() and is_first_process()),
     ) as bar:
         for batch in DataLoader(
             dataset, batch_size=None, num_workers=workers, multiprocessing_context=context

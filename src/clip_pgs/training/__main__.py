@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clip_pgs.common import one_sentence
+from clip_pgs.common import is_first_process, one_sentence
 from clip_pgs.training.stop import (
     BAD_INPUT,
     FAILED,
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             if code in (FAILED, BAD_INPUT):
                 sys.stderr.write(f"error: {_speaker()}{sentence_of(error)}\n")
-            elif _is_first_process() and LAUNCH_FOLDER not in os.environ:
+            elif is_first_process() and LAUNCH_FOLDER not in os.environ:
                 # Else the launch says it, after the last of the processes.
                 sys.stderr.write(f"{sentence_of(error)}\n")
             return code
@@ -86,7 +86,7 @@ def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, dict[str, Any]]:
         register_model_config(args)
         follow_restart(args)
         model = check_options(args)
-        odd = preflight(args) if _is_first_process() else []
+        odd = preflight(args) if is_first_process() else []
         hooks = _hooks(args)
     except ModuleNotFoundError as error:
         return _refuse(f"training needs {error.name}: pip install 'clip-pgs[train]'")
@@ -128,7 +128,7 @@ def _say_cost(args: TrainOptions, model: Any) -> int:
 def _leave_early(signals: StopSignals) -> int:
     sentence = f"stopped by {signals.name} before the start"
     ExitReport(signals, rank=int(os.environ.get("RANK", "0"))).write(signals.code, sentence)
-    if _is_first_process():
+    if is_first_process():
         sys.stderr.write(f"{sentence}\n")
     return signals.code
 
@@ -162,7 +162,7 @@ def _hooks(args: TrainOptions) -> dict[str, Any]:
 
 
 def _refuse(sentence: str, *, is_before_start: bool = False) -> int:
-    if _is_first_process():
+    if is_first_process():
         sys.stderr.write(f"error: {one_sentence(sentence)}\n")
     if is_before_start:
         rank = int(os.environ.get("RANK", "0"))
@@ -173,11 +173,6 @@ def _refuse(sentence: str, *, is_before_start: bool = False) -> int:
 def _speaker() -> str:
     """Return who speaks, where several processes could."""
     return f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-
-
-def _is_first_process() -> bool:
-    """Return whether this process speaks for all that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _summary(args: TrainOptions) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import logging
 import math
 import os
 import sys
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,15 @@ from clip_pgs.checkpoint_reading import (
     newest_checkpoint,
     read_checkpoint,
 )
-from clip_pgs.common import CHECKPOINTS_NAME, MAE_TYPE, check_choice, explained, usable_device
+from clip_pgs.common import (
+    CHECKPOINTS_NAME,
+    MAE_TYPE,
+    check_choice,
+    explained,
+    is_first_process,
+    silenced,
+    usable_device,
+)
 from clip_pgs.data.text_masking import create_text_masking
 from clip_pgs.integrations.open_clip import apply_masking, masked_inference
 from clip_pgs.integrations.open_clip.model_config import (
@@ -210,7 +216,8 @@ def _try_model(
     options: TrainOptions, device: torch.device
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Make the model with everything that has to be read or fetched for it."""
-    with _silence():
+    # What libraries say of a model that is only tried, they say again in the run.
+    with silenced(logging.CRITICAL):
         weights = f" with --pretrained {options.pretrained}" if options.pretrained else ""
         with explained(f"open_clip cannot make {options.model}{weights}", *MISFITS, OSError):
             model, _, _ = create_model(options, device)
@@ -223,19 +230,6 @@ def _try_model(
             "first alone"
         )
     return model, optimizer
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep to ourselves what libraries say of a model that is only tried; the run says it again."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _check_batch(options: TrainOptions) -> None:
@@ -435,7 +429,7 @@ def _check_resumed(
 ) -> None:
     """Refuse a checkpoint of another model, or of one that was trained otherwise."""
     # One process speaks for all of them; the file may be large.
-    if options.resume is None or os.environ.get("RANK", "0") != "0":
+    if options.resume is None or not is_first_process():
         return
     path: Path | None
     if options.resume == "latest":

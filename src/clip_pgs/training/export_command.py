@@ -12,6 +12,7 @@ from clip_pgs.common import (
     CHECKPOINTS_NAME,
     FAILED,
     SentenceParser,
+    explained,
     one_sentence,
     refuse,
 )
@@ -70,10 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_repository(repo_id: str) -> None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    try:
+    with explained(f"--push-to-hub takes OWNER/NAME, got {repo_id!r}", HFValidationError):
         validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"--push-to-hub takes OWNER/NAME, got {repo_id!r}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from clip_pgs.common import (
     PARAMS_NAME,
     SKIPPED_NAME,
     append_line,
+    read_json_lines,
     regular_file,
     write_text,
 )
@@ -293,25 +294,14 @@ def keep_lines_before(path: Path, step: int) -> list[dict[str, Any]]:
     Raises:
         OSError: If the file cannot be read or written; it is as it was.
     """
-    if not path.is_file():
-        return []
-    entries = [_read_line(line) for line in path.read_bytes().splitlines()]
-    kept = [entry for entry in entries if entry is not None and entry["step"] < step]
-    if entries.count(None):
-        # A killed run can leave half a line, a damaged disk anything.
-        _logger.warning("%s: dropped %d lines that are none", path, entries.count(None))
-    if len(kept) < len(entries):
+    lines = read_json_lines(path)
+    entries = [e for e in lines if e is not None and isinstance(e.get("step"), (int, float))]
+    kept = [entry for entry in entries if entry["step"] < step]
+    if len(entries) < len(lines):
+        _logger.warning("%s: dropped %d lines that are none", path, len(lines) - len(entries))
+    if len(kept) < len(lines):
         write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
     return kept
-
-
-def _read_line(line: bytes) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    is_line = isinstance(entry, dict) and isinstance(entry.get("step"), (int, float))
-    return entry if is_line else None
 
 
 class _AboveProgressBar(logging.Handler):

@@ -72,22 +72,26 @@ class StopRequest(BaseException):
 class BadInputError(ValueError):
     """Input that the run found to be impossible when it was about to start."""
 
+    exit_code = BAD_INPUT
+
 
 class StoppedError(Exception):
     """The end of a run that was asked to leave.
 
     Args:
         sentence: What asked, and where the run goes on from.
-        code: The exit code.
+        code: The exit code, also as `exit_code`.
     """
 
     def __init__(self, sentence: str, code: int) -> None:
         super().__init__(sentence)
-        self.code = code
+        self.exit_code = code
 
 
 class UnwrittenError(RuntimeError):
     """Something that a run cannot do without, and that cannot be written."""
+
+    exit_code = FAILED
 
 
 def writing(what: str) -> AbstractContextManager[None]:
@@ -107,28 +111,20 @@ def as_bad_input() -> Iterator[None]:
 class BadNumbersError(RuntimeError):
     """Weights, losses or gradients that no step makes finite again."""
 
+    exit_code = FAILED
+
 
 class OtherProcessError(RuntimeError):
     """The end of a process because another one, which says why itself, cannot go on."""
 
+    exit_code = FAILED
+
 
 def expected_code(error: BaseException) -> int | None:
     """Return the exit code of an end that one sentence explains, None for errors of the program."""
-    # Here: a command that lacks a package says so in a sentence of its own.
-    from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
-
-    if isinstance(error, StoppedError):
-        return error.code
-    codes: tuple[tuple[type[BaseException], int], ...] = (
-        (BadInputError, BAD_INPUT),
-        (UnusableDataError, BAD_INPUT),
-        (StalledDataError, FAILED),
-        (BadNumbersError, FAILED),
-        (UnwrittenError, FAILED),
-        (OtherProcessError, FAILED),
-        (KeyboardInterrupt, INTERRUPTED),
-    )
-    return next((code for kind, code in codes if isinstance(error, kind)), None)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return getattr(error, "exit_code", None)
 
 
 def sentence_of(error: BaseException) -> str:

@@ -25,6 +25,7 @@ from clip_pgs.common import (
     METRICS_NAME,
     OPTIONS_NAME,
     one_sentence,
+    read_json_lines,
     read_json_object,
 )
 from clip_pgs.evaluation.results import (
@@ -426,20 +427,11 @@ def _as_text(recipe: Any) -> str:
 
 
 def _measurements(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's measurements; a killed run can leave half a line."""
-    if not path.is_file():
-        return []
-    num_odd, found = 0, []
-    for line in path.read_bytes().splitlines():
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            num_odd += 1
-            continue
-        if isinstance(entry, dict):
-            found.append(entry)
-    if num_odd:
-        _warn(f"{counted(num_odd, 'line')} of {path}", "is no JSON")
+    """Return the lines of a run's measurements."""
+    entries = read_json_lines(path)
+    found = [entry for entry in entries if entry is not None]
+    if len(found) < len(entries):
+        _warn(f"{counted(len(entries) - len(found), 'line')} of {path}", "is no JSON object")
     return found
 
 
