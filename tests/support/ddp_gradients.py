@@ -1,7 +1,4 @@
-"""Run by torchrun: gradients of each case on two processes, saved by the first."""
-
-import sys
-from pathlib import Path
+"""Run by `run_together`: gradients of each case on two processes, saved by the first."""
 
 import torch
 import torch.distributed as dist
@@ -21,7 +18,6 @@ PARALLEL = {"local_loss": True, "gather_with_grad": True, "world_size": 2}
 
 def main(folder):
     """Save {case: {accumulation: gradients}} of rank 0; all ranks hold the same."""
-    dist.init_process_group("gloo")
     rank = dist.get_rank()
     saved = {}
     for name, (options, model) in CASES.items():
@@ -40,8 +36,3 @@ def main(folder):
     }
     if rank == 0:
         torch.save(saved, folder / "gradients.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

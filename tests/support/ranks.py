@@ -53,8 +53,7 @@ def train_together(
         num_processes: How many.
         trouble: What happens on the way.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context = _context()
     port = _free_port()
     places = [(rank, num_processes, port) for rank in range(num_processes)]
     processes = [
@@ -78,6 +77,45 @@ def train_together(
     return [process.exitcode for process in processes]
 
 
+def run_together(function: Callable[[Path], object], folder: Path) -> list[int]:
+    """Call a function with the folder in two processes of one group; return their exit codes.
+
+    What they print is appended to `rank_N.txt` there.
+    """
+    processes = [_context().Process(target=_call, args=(function, folder, n)) for n in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(_LAUNCH_SECONDS)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _context() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
+def _call(function: Callable[[Path], object], folder: Path, rank: int) -> None:
+    _print_to(folder / f"rank_{rank}.txt")
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    place = {"init_method": f"file://{folder / 'meet'}", "rank": rank, "world_size": 2}
+    distributed.init_process_group("gloo", **place)
+    function(folder)
+    distributed.destroy_process_group()
+
+
+def _print_to(path: Path) -> None:
+    with path.open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+
+
 def output(folder: Path) -> str:
     """Return what the ranks printed up to now."""
     return "\n".join(path.read_text() for path in sorted(folder.glob("rank_*.txt")))
@@ -87,9 +125,7 @@ def _train(
     folder: Path, argv: list[str], place: tuple[int, int, int], trouble: Stop | Hang | None
 ) -> None:
     rank, num_processes, port = place
-    with (folder / f"rank_{rank}.txt").open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    _print_to(folder / f"rank_{rank}.txt")
     if num_processes > 1:
         os.environ.update(
             RANK=str(rank),

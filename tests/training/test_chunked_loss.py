@@ -12,10 +12,11 @@ from support.gradients import relative_difference, step_gradients
 from support.losses import (
     CASES,
     compare,
-    compare_on_processes,
+    compare_all,
     loss_inputs,
     value_and_gradients,
 )
+from support.ranks import output, run_together
 from support.runs import flags, write_model
 
 
@@ -44,7 +45,7 @@ def test_value_and_gradients_are_those_of_the_whole_matrix(case):
 
 @pytest.mark.slow
 def test_so_they_are_on_two_processes(tmp_path):
-    assert compare_on_processes(2, tmp_path) == [0, 0]
+    assert run_together(compare_all, tmp_path) == [0, 0], output(tmp_path)
 
 
 @pytest.mark.parametrize("case", ["clip-local0-grad0", "siglip-bidir"])

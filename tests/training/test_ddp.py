@@ -7,7 +7,8 @@ import torch
 
 from support import ddp_gradients
 from support.gradients import relative_difference, step_gradients
-from support.processes import TESTS, torchrun
+from support.processes import torchrun
+from support.ranks import output, run_together
 from support.runs import COCA, flags, run, write_model, write_shards
 
 pytestmark = pytest.mark.slow
@@ -23,8 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parallel_gradients(folder):
-    code, error = torchrun(TESTS / "support" / "ddp_gradients.py", folder)
-    assert code == 0, error
+    assert run_together(ddp_gradients.main, folder) == [0, 0], output(folder)
     return torch.load(folder / "gradients.pt", weights_only=True)
 
 

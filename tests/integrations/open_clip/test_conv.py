@@ -21,8 +21,9 @@ from clip_pgs.integrations.open_clip import (
 )
 from clip_pgs.integrations.open_clip.conv import visible_batch_norm
 from clip_pgs.masking.sampling import kept_patches
+from support import ddp_batch_norm
 from support.models import over, small_convnext_clip, small_resnet_clip
-from support.processes import TESTS, torchrun
+from support.ranks import output, run_together
 
 TOWERS = {
     "resnet": small_resnet_clip,
@@ -159,8 +160,7 @@ def test_batch_norm_is_that_of_the_visible_places_alone(dtype):
 
 @pytest.mark.slow
 def test_synced_batch_norm_is_that_of_the_visible_places_of_all_processes(tmp_path):
-    code, error = torchrun(TESTS / "integrations" / "open_clip" / "ddp_batch_norm.py", tmp_path)
-    assert code == 0, error
+    assert run_together(ddp_batch_norm.main, tmp_path) == [0, 0], output(tmp_path)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     x, mask, weights = (torch.cat([part[name] for part in parts]) for name in ("x", "mask", "w"))
     norm = nn.BatchNorm2d(3, dtype=torch.float64)

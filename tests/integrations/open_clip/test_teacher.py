@@ -18,8 +18,9 @@ from clip_pgs.integrations.open_clip import (
     update_masking,
 )
 from clip_pgs.integrations.teacher import teacher_momentum
+from support import ddp_teacher
 from support.models import image_batch, small_clip, small_coca, small_eva_clip, small_timm_clip
-from support.processes import TESTS, torchrun
+from support.ranks import output, run_together
 
 DINOV3 = partial(
     small_eva_clip,
@@ -211,9 +212,7 @@ def test_the_teachers_cost_is_counted_with_the_models():
 
 @pytest.mark.slow
 def test_two_processes_have_the_same_teacher(tmp_path):
-    script = TESTS / "integrations" / "open_clip" / "ddp_teacher.py"
-    code, error = torchrun(script, tmp_path)
-    assert code == 0, error
+    assert run_together(ddp_teacher.main, tmp_path) == [0, 0], output(tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     start = masking_state(attentive(small_clip()))["teacher"]
     for name, weight in first["teacher"].items():

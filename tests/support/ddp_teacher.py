@@ -1,7 +1,4 @@
-"""Run by torchrun: two steps of attentive masking on two processes; each saves its teacher."""
-
-import sys
-from pathlib import Path
+"""Run by `run_together`: two steps of attentive masking; each process saves its teacher."""
 
 import torch
 import torch.distributed as dist
@@ -13,7 +10,6 @@ from support.models import image_batch, small_clip, text_batch
 
 def main(folder):
     """Train on other images in each process and save {teacher, loss} as RANK.pt."""
-    dist.init_process_group("gloo")
     rank = dist.get_rank()
     model = apply_masking(small_clip(), "attentive", momentum=0.5).train()
     parallel = DistributedDataParallel(model)
@@ -28,8 +24,3 @@ def main(folder):
         update_masking(parallel, step=step, total_steps=2)
     state = {"teacher": masking_state(parallel)["teacher"], "loss": loss.detach()}
     torch.save(state, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

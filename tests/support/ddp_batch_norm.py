@@ -1,7 +1,4 @@
-"""Run by torchrun: synced BatchNorm over visible places; each process saves what it computed."""
-
-import sys
-from pathlib import Path
+"""Run by `run_together`: synced BatchNorm over visible places, saved by each process."""
 
 import torch
 import torch.distributed as dist
@@ -12,7 +9,6 @@ from clip_pgs.integrations.open_clip.conv import visible_batch_norm
 
 def main(folder):
     """Normalize other maps in each process, of which other shares are visible."""
-    dist.init_process_group("gloo")
     rank = dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
     x, weights = (
@@ -25,8 +21,3 @@ def main(folder):
     state = {"x": x, "mask": mask, "w": weights, "y": y, "gradient": gradient}
     state = {name: value.detach() for name, value in state.items()}
     torch.save({**state, "running_var": norm.running_var}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
