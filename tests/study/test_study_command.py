@@ -86,15 +86,15 @@ def test_other_code_is_refused_and_can_be_accepted(copied, capsys):
 
 
 @pytest.mark.slow
-def test_a_failed_run_is_told_and_the_others_are_run(study):
+def test_a_failed_run_is_told_and_the_others_are_run(study, capsys):
     # Fits the checks, and fails when a step has no finite loss.
     arms = {
         "bad": {"train": {"masking": "random", "lr": 1e15, "max-bad-steps": 1, "epochs": 3}},
         "good": {"train": {"masking": "random"}},
     }
     study.change(arms=arms, seeds=[0], reference="good")
-    code, out, error = study.run()
-    assert code == 1, error
+    assert main(study.argv()) == 1
+    out = capsys.readouterr().out
     assert "bad, seed 0: failed: the loss or its gradient was not finite" in out
     assert "good, seed 0: done" in out
     assert "not finite" in study.record("bad", 0)["failed"]
