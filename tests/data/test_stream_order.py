@@ -78,7 +78,10 @@ def test_order_does_not_depend_on_the_batch_size(any_args):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("num_steps", [1, 3, 5, 6])
+@pytest.mark.parametrize(
+    "num_steps",
+    [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow), 6],
+)
 def test_start_at_gives_exactly_the_tail(any_args, workers, num_steps):
     whole = read_from(open_stream(any_args), 2)
     stream = open_stream(with_options(any_args, workers=workers))

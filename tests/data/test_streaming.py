@@ -39,7 +39,10 @@ def test_ranks_share_an_epoch_without_overlap(args):
 
 @pytest.mark.parametrize("resampled", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("num_steps", [1, 2, 3])
+@pytest.mark.parametrize(
+    "num_steps",
+    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
+)
 def test_start_at_gives_exactly_the_tail_without_decoding(args, workers, num_steps, resampled):
     with_options(args, dataset_resampled=resampled, batch_size=4)
     whole = read_from(open_stream(with_options(args, workers=workers)), 2)

@@ -200,6 +200,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch():
     torch.testing.assert_close(gradients(3), gradients(6))
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path, images):
     folder = run(tmp_path, **mae_options(tmp_path, images, epochs=12, lr=5e-3, masking="random"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -52,8 +52,11 @@ def test_a_step_costs_less_and_masks_are_drawn_on_the_small_grid(tmp_path, world
 @pytest.mark.parametrize(
     "options",
     [
-        {"masking": "none", "train_image_size": 32, "unmasked_epochs": 1},
-        {"masking": "saliency-crop", "train_image_size": 32},
+        pytest.param(
+            {"masking": "none", "train_image_size": 32, "unmasked_epochs": 1},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"masking": "saliency-crop", "train_image_size": 32}, marks=pytest.mark.slow),
         {"masking": "pgs", "mask_ratio_min": 0.3, "accum_freq": 2, "batch_size": 4},
     ],
     ids=["small", "crop of small", "hidden"],

@@ -82,7 +82,13 @@ def batch(model, *, seed=0):
     return torch.randn(BATCH, 3, height, width, generator=generator), texts
 
 
-@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize(
+    "masking",
+    [
+        name if name == "pgs-adaptive" else pytest.param(name, marks=pytest.mark.slow)
+        for name in MASKINGS
+    ],
+)
 def test_it_trains_and_its_weights_are_those_of_a_plain_model(family, masking):
     name, plain, loss = family
     masking, options = MASKINGS[masking]

@@ -163,7 +163,7 @@ def test_groups_move_as_one():
     assert {tensor.device.type for tensor in (*groups.tokens, groups.order)} == {"meta"}
 
 
-@both_models
+@pytest.mark.parametrize("custom_text", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_model_takes_groups_without_a_break(custom_text):
     model = allow_short_text(small_clip(custom_text=custom_text, text=CAUSAL))
     groups = caption_trimmer(model)(captions(LONG_TAIL))
