@@ -133,7 +133,8 @@ def _run_world(out: Path, **options: int) -> int:
             bar.total = num_all
             bar.update(num_done - bar.n)
 
-        write_world(out, progress=show, **options)
+        num_workers = min(4, os.cpu_count() or 1)
+        write_world(out, num_workers=num_workers, progress=show, **options)
     sys.stdout.write(f"the demo world is in {out}\n{describe_world(out)}")
     return 0
 

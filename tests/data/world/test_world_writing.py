@@ -70,7 +70,7 @@ def test_what_the_first_version_held_is_as_it_was(tmp_path):
     for name in FIRST_PARTS:
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        parts[name].write(folder, record)
+        parts[name].write(folder, record, map)
     assert record.digest() == FIRST_DIGEST
 
 
@@ -82,6 +82,11 @@ def test_another_process_writes_the_same_bytes(world, tmp_path):
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    assert contents(tmp_path / "again") == contents(world)
+
+
+def test_two_processes_draw_the_same_bytes(world, tmp_path):
+    write_world(tmp_path / "again", **COUNTS, num_workers=2)
     assert contents(tmp_path / "again") == contents(world)
 
 
@@ -205,7 +210,7 @@ def test_foreground_scenes_are_those_of_training_in_kind():
 def test_names_of_pictures_sort_in_their_order(tmp_path):
     counts = {"num_train": 4, "num_val": 2, "num_per_class": 6}
     (part,) = (part for part in list_parts(0, **counts) if part.name == "foreground")
-    part.write(tmp_path, Record())
+    part.write(tmp_path, Record(), map)
     names = sorted(path.name for path in (tmp_path / "masks").iterdir())
     assert names == [f"{number:02d}.png" for number in range(12)]
 
@@ -368,7 +373,9 @@ def test_folder_with_other_files_is_refused_and_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
 
 
-@pytest.mark.parametrize("counts", [{"num_train": 0}, {"num_val": -1}, {"num_per_class": 0}])
+@pytest.mark.parametrize(
+    "counts", [{"num_train": 0}, {"num_val": -1}, {"num_per_class": 0}, {"num_workers": 0}]
+)
 def test_count_below_one_is_refused(tmp_path, counts):
     with pytest.raises(ValueError, match="must be at least 1"):
         write_world(tmp_path / "demo", **counts)

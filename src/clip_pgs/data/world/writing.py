@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
 import json
 import logging
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import count
+from multiprocessing import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +39,14 @@ WORDS_NAME = "words.json"
 _NAMES = {"train", "val", "eval", "scenes", "foreground", WORDS_NAME, "world.json"}
 _SHARD_SIZE = 1000
 _JPEG_QUALITY = 92
+# Samples that a process draws before it hands them over.
+_CHUNK = 32
+_PR_SET_PDEATHSIG = 1
 
 # Gets the number of samples done and of all.
 Progress = Callable[[int, int], None]
+# As `map` does, in order; that of a pool in several processes.
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
 def write_world(
@@ -47,6 +56,7 @@ def write_world(
     num_train: int = NUM_TRAIN,
     num_val: int = NUM_VAL,
     num_per_class: int = NUM_PER_CLASS,
+    num_workers: int = 1,
     progress: Progress | None = None,
 ) -> None:
     """Make a folder hold the demo world of a seed.
@@ -68,6 +78,7 @@ def write_world(
         num_per_class: Images per class in each split of the classification sets, at least 1. The
             retrieval set has six times as many in all, each of the seven hard-negative sets three
             times, `foreground/` twice.
+        num_workers: Processes that draw, at least 1; the world does not depend on them.
         progress: Called after every sample with the number done and the number in all.
 
     Raises:
@@ -76,7 +87,7 @@ def write_world(
     # Where the folder is a link, what it leads to is filled.
     root = Path(root).resolve()
     counts = {"num_train": num_train, "num_val": num_val, "num_per_class": num_per_class}
-    for name, number in counts.items():
+    for name, number in {**counts, "num_workers": num_workers}.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
     identity = {"version": WORLD_VERSION, "seed": seed, **counts}
@@ -88,7 +99,7 @@ def write_world(
     waiting = f"waiting for another process, which writes a world in {root.parent}"
     with folder_lock(root.parent, on_busy=lambda: logger.info(waiting)):
         if not _is_complete(root, identity):
-            _write_whole(root, identity, list_parts(seed, **counts), progress)
+            _write_whole(root, identity, list_parts(seed, **counts), num_workers, progress)
 
 
 def describe_world(root: Path | str) -> str:
@@ -151,13 +162,13 @@ class Part(NamedTuple):
         name: Its path in the world's folder.
         about: What it holds, in a few words.
         num_samples: How many samples it adds to a record.
-        write: Fills the folder, which exists, and adds the content to a record.
+        write: Fills the folder, which exists, and adds the content to a record; draws by `map`.
     """
 
     name: str
     about: str
     num_samples: int
-    write: Callable[[Path, Record], None]
+    write: Callable[[Path, Record, Map], None]
 
 
 def list_parts(seed: int, *, num_train: int, num_val: int, num_per_class: int) -> list[Part]:
@@ -189,23 +200,30 @@ def list_parts(seed: int, *, num_train: int, num_val: int, num_per_class: int) -
 
 
 def _write_whole(
-    root: Path, identity: dict[str, int], parts: list[Part], progress: Progress | None
+    root: Path,
+    identity: dict[str, int],
+    parts: list[Part],
+    num_workers: int,
+    progress: Progress | None,
 ) -> None:
     """Write a world beside its folder, and put it there."""
     if root.exists():
         logger.info("%s holds another or an incomplete demo world, which is replaced", root)
     facts, num_done, num_all = {}, count(1), sum(part.num_samples for part in parts)
-    with atomic_folder(root) as folder:
+    pool = Pool(num_workers, _follow_parent) if num_workers > 1 else nullcontext()
+    with atomic_folder(root) as folder, pool as processes:
+        each: Map = map if processes is None else partial(processes.imap, chunksize=_CHUNK)
         for part in parts:
             (folder / part.name).mkdir(parents=True)
             record = Record(lambda: progress(next(num_done), num_all) if progress else None)
-            part.write(folder / part.name, record)
+            part.write(folder / part.name, record, each)
             facts[part.name] = {
                 "about": part.about,
                 "num_samples": part.num_samples,
                 "digest": record.digest(),
             }
-        captions = count_shards([str(path) for path in sorted(folder.glob("train/*.tar"))])
+        shards = [str(path) for path in sorted(folder.glob("train/*.tar"))]
+        captions = count_shards(shards, num_workers=num_workers)
         write_word_frequencies(captions.frequencies(min_count=1), folder / WORDS_NAME)
         files = {
             path.relative_to(folder).as_posix(): path.stat().st_size
@@ -215,19 +233,28 @@ def _write_whole(
         _write_json(folder / "world.json", {**identity, "parts": facts, "files": files})
 
 
-def _write_captioned(split: str, seed: int, num_all: int, folder: Path, record: Record) -> None:
+def _follow_parent() -> None:
+    """Leave Ctrl-C to the process that hands out the work; end with it, where Linux can tell."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(libc := ctypes.CDLL(None), "prctl"):
+        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+def _write_captioned(
+    split: str, seed: int, num_all: int, folder: Path, record: Record, each: Map
+) -> None:
     sizes = {}
     for number, start in enumerate(range(0, num_all, _SHARD_SIZE)):
         stop = min(start + _SHARD_SIZE, num_all)
         path = folder / f"{number:05d}.tar"
         samples = captioned(split, seed, start, stop)
-        write_shard(path, _shard_samples(samples, draw_scene, record))
+        write_shard(path, _shard_samples(samples, draw_scene, record, each))
         sizes[path.name] = stop - start
     _write_json(folder / "sizes.json", sizes)
 
 
 def _write_eval_set(
-    eval_set: EvalSet, splits: dict[str, list[Sample]], folder: Path, record: Record
+    eval_set: EvalSet, splits: dict[str, list[Sample]], folder: Path, record: Record, each: Map
 ) -> None:
     """Write a set the way clip_benchmark reads `wds/` data sets."""
     kind = "classification" if eval_set.class_names else "retrieval"
@@ -240,19 +267,21 @@ def _write_eval_set(
         record.add_text("\n".join(lines))
     for split, samples in splits.items():
         (folder / split).mkdir()
-        write_shard(folder / split / "0.tar", _shard_samples(samples, eval_set.draw, record))
+        drawn = _shard_samples(samples, eval_set.draw, record, each)
+        write_shard(folder / split / "0.tar", drawn)
         _write_text(folder / split / "nshards.txt", "1\n")
 
 
-def _write_sugar_crepe(seed: int, number: int, folder: Path, record: Record) -> None:
+def _write_sugar_crepe(seed: int, number: int, folder: Path, record: Record, each: Map) -> None:
     """Write tasks the way clip_benchmark reads `sugar_crepe/` data sets."""
     # The name is that of COCO's validation images, where clip_benchmark looks.
     images = folder / "val2017"
     images.mkdir()
     for task in TASKS:
         entries = {}
-        for position, (sample, negative) in enumerate(hard_negatives(task, seed, number)):
-            drawing = draw_scene(sample.scene)
+        items = hard_negatives(task, seed, number)
+        drawings = each(draw_scene, [sample.scene for sample, _ in items])
+        for position, ((sample, negative), drawing) in enumerate(zip(items, drawings, strict=True)):
             record.add_sample(sample, drawing)
             record.add_text(negative)
             filename = f"{sample.key}.jpg"
@@ -269,6 +298,7 @@ def _write_pictures(
     samples: Sequence[Sample],
     folder: Path,
     record: Record,
+    each: Map,
     *,
     images: str,
     captions: str | None = None,
@@ -277,8 +307,8 @@ def _write_pictures(
     digits = len(str(len(samples) - 1))
     for name in (images, "masks"):
         (folder / name).mkdir(exist_ok=True)
-    for number, sample in enumerate(samples):
-        drawing = draw_scene(sample.scene)
+    drawings = each(draw_scene, [sample.scene for sample in samples])
+    for number, (sample, drawing) in enumerate(zip(samples, drawings, strict=True)):
         record.add_sample(sample, drawing)
         name = f"{number:0{digits}d}.png"
         (folder / images / name).write_bytes(_png(drawing.pixels))
@@ -288,29 +318,32 @@ def _write_pictures(
 
 
 def _shard_samples(
-    samples: Iterable[Sample], draw: Callable[[Scene], Drawing], record: Record
+    samples: Iterable[Sample], draw: Callable[[Scene], Drawing], record: Record, each: Map
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Draw samples for a shard.
 
     Members of a sample: `cls` (label, where there is one), `jpg`, `json` (the scene), `mask.png`
     (white where objects are) and `txt` (caption).
     """
-    for sample in samples:
-        drawing, scene = draw(sample.scene), sample.scene
+    for sample, drawing, members in each(partial(_draw_members, draw), samples):
         record.add_sample(sample, drawing)
-        # dataclasses.asdict copies deeply, which takes longer than drawing the background.
-        plain = {**vars(scene), "things": [vars(thing) for thing in scene.things]}
-        label = {} if sample.label is None else {"cls": str(sample.label).encode()}
-        yield (
-            sample.key,
-            {
-                **label,
-                "jpg": _jpeg(drawing),
-                "json": json.dumps(plain).encode(),
-                "mask.png": _png(drawing.foreground),
-                "txt": sample.caption.encode(),
-            },
-        )
+        yield sample.key, members
+
+
+def _draw_members(
+    draw: Callable[[Scene], Drawing], sample: Sample
+) -> tuple[Sample, Drawing, dict[str, bytes]]:
+    drawing, scene = draw(sample.scene), sample.scene
+    # dataclasses.asdict copies deeply, which takes longer than drawing the background.
+    plain = {**vars(scene), "things": [vars(thing) for thing in scene.things]}
+    members = {} if sample.label is None else {"cls": str(sample.label).encode()}
+    members |= {
+        "jpg": _jpeg(drawing),
+        "json": json.dumps(plain).encode(),
+        "mask.png": _png(drawing.foreground),
+        "txt": sample.caption.encode(),
+    }
+    return sample, drawing, members
 
 
 def _jpeg(drawing: Drawing) -> bytes:
