@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -126,25 +126,29 @@ def _demo(is_fresh: bool, flags: Sequence[str]) -> None:
         _call(*_TRAIN, *flags, "--logs", "logs", "--name", "demo", "--resume", "latest")
 
     _heading("3 of 4: evaluation")
-    if _is_newer(_TABLE, export):
-        _say(_TABLE.read_text("utf-8").rstrip("\n"))
-    else:
-        _TABLE.parent.mkdir(parents=True, exist_ok=True)
-        command = ("clip_pgs.cli", "test", str(_RUN), "--suite", "all")
-        table = _call(*command, output=subprocess.PIPE)
-        # The model's card now has scores. The table is newer than the export, or is made anew.
+    has_table, has_picture = (_is_newer(path, export) for path in (_TABLE, _PICTURE))
+    scenes = map(str, sorted(_WORLD.glob("scenes/*.png")))
+    options = ["--masking", "random", "cluster", "pgs", "--mask-ratio", "0.5"]
+    view = ["--model", str(_RUN), "--output", str(_PICTURE)]
+    drawing = ("clip_pgs.inspection", "masks", *scenes, *options, *view)
+    with nullcontext() if has_picture else _meanwhile(*drawing):
+        if has_table:
+            _say(_TABLE.read_text("utf-8").rstrip("\n"))
+        else:
+            _TABLE.parent.mkdir(parents=True, exist_ok=True)
+            command = ("clip_pgs.cli", "test", str(_RUN), "--suite", "all")
+            table = _call(*command, output=subprocess.PIPE)
+    # What is newer than the export is not made anew.
+    if not has_table:
+        # The model's card now has scores.
         _call("clip_pgs.cli", "export", str(_RUN))
         write_text(_TABLE, table)
+    if not has_picture:
+        _PICTURE.touch()
     if not flags:
         _say(_RANDOM)
 
     _heading("4 of 4: what PGS keeps of six scenes")
-    if not _is_newer(_PICTURE, export):
-        scenes = map(str, sorted(_WORLD.glob("scenes/*.png")))
-        options = ["--masking", "random", "cluster", "pgs", "--mask-ratio", "0.5"]
-        view = ["--model", str(_RUN), "--output", str(_PICTURE)]
-        drawing = ("clip_pgs.inspection", "masks", *scenes, *options, *view)
-        _call(*drawing, output=subprocess.DEVNULL)
     _say(str(_PICTURE))
 
     _heading("Where everything lies")
@@ -177,14 +181,33 @@ def _call(module: str, *arguments: str, output: int | None = None) -> str:
     Raises:
         _DemoError: If it fails.
     """
+    return _output_of(_start(module, *arguments, output=output))
+
+
+@contextmanager
+def _meanwhile(module: str, *arguments: str) -> Iterator[None]:
+    """Run a module as a process of its own while the body runs; what it prints is dropped.
+
+    Raises:
+        _DemoError: If it fails.
+    """
+    process = _start(module, *arguments, output=subprocess.DEVNULL)
+    try:
+        yield
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    _output_of(process)
+
+
+def _start(module: str, *arguments: str, output: int | None) -> subprocess.Popen[str]:
+    # The lock on the folder stays as long as something of the demo runs.
     command = [sys.executable, "-m", module, *arguments]
-    process = start(
-        command,
-        stdout=output,
-        # The lock on the folder stays as long as something of the demo runs.
-        close_fds=False,
-        text=True,
-    )
+    return start(command, stdout=output, close_fds=False, text=True)
+
+
+def _output_of(process: subprocess.Popen[str]) -> str:
     lines = []
     try:
         for line in process.stdout or ():
