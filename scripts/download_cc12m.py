@@ -21,6 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import clip_pgs  # noqa: F401  # isort: skip  (first, so that Ctrl-C while the rest loads is a word)
@@ -42,7 +43,9 @@ SIZES_NAME = "sizes.json"
 MAX_WORKERS = 64
 MAX_LISTED = 100_000
 MAX_PAGES = 1_000
+# Of silence, and of an answer's whole text.
 LIST_SECONDS = 30
+MAX_ANSWER_BYTES = 2**26
 # A shard is a plain file name, short enough for any disk with what is appended while it comes;
 # what only ends like one could lie anywhere on this machine.
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}-train-([0-9]{1,9})\.tar")
@@ -204,21 +207,39 @@ def list_files(endpoint: str, repo: str) -> list[RepoFile | RepoFolder]:
     The Hub's client would follow pages for ever, and say nothing while it tries a failure again.
 
     Raises:
-        ValueError: If there are too many files or pages.
+        ValueError: If there are too many files or pages, or a page is too long.
+        OSError: If the Hub takes too long.
     """
     entries: list[RepoFile | RepoFolder] = []
     url = f"{endpoint}/api/datasets/{quote(repo)}/tree/main"
     for _ in range(MAX_PAGES):
-        answer = get_session().get(url, headers=build_hf_headers(), timeout=LIST_SECONDS)
-        hf_raise_for_status(answer)
-        for entry in answer.json():
+        page, links = read_page(url, repo)
+        for entry in json.loads(page):
             entries.append((RepoFile if entry["type"] == "file" else RepoFolder)(**entry))
         if len(entries) > MAX_LISTED:
             raise ValueError(f"{repo} lists more than {MAX_LISTED:,} files")
-        if "next" not in answer.links:
+        if "next" not in links:
             return entries
-        url = answer.links["next"]["url"]
+        url = links["next"]["url"]
     raise ValueError(f"{repo} lists its files on more than {MAX_PAGES:,} pages")
+
+
+def read_page(url: str, repo: str) -> tuple[bytes, dict[str, dict[str, str]]]:
+    """Return the text and the links of an answer, which may be endless or come byte by byte."""
+    session, text, start = get_session(), bytearray(), time.monotonic()
+    options: dict[str, Any] = {"headers": build_hf_headers(), "timeout": LIST_SECONDS}
+    # The Hub's client has httpx's session since its version 1, and that of requests before.
+    is_httpx = callable(getattr(session, "stream", None))
+    opened = session.stream("GET", url, **options) if is_httpx else None
+    with opened or session.get(url, stream=True, **options) as answer:
+        hf_raise_for_status(answer)
+        for piece in answer.iter_bytes() if is_httpx else answer.iter_content(2**16):
+            text += piece
+            if len(text) > MAX_ANSWER_BYTES:
+                raise ValueError(f"{repo} lists its files in more than {MAX_ANSWER_BYTES:,} bytes")
+            if time.monotonic() - start > LIST_SECONDS:
+                raise TimeoutError(f"its answer took more than {LIST_SECONDS} seconds")
+        return bytes(text), answer.links
 
 
 def known_sizes(path: Path, shards: list[Shard]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import io
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,6 +36,7 @@ class Hub(ThreadingHTTPServer):
         self.fetched: list[str] = []
         self.listing: list[object] | bytes | None = None
         self.empty_pages = 0
+        self.seconds_a_byte = 0.0
         self.status = 200
 
     @property
@@ -83,8 +86,14 @@ class _Handler(BaseHTTPRequestHandler):
         for header, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(header, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command == "GET" and not self.server.seconds_a_byte:
             self.wfile.write(content)
+        elif self.command == "GET":
+            # Until the other side has enough.
+            with contextlib.suppress(OSError):
+                for number in range(len(content)):
+                    self.wfile.write(content[number : number + 1])
+                    time.sleep(self.server.seconds_a_byte)
 
     def log_message(self, *_: object) -> None:
         """Keep the test's output clean."""
@@ -338,6 +347,21 @@ def test_a_list_of_several_pages_is_read_to_its_end_or_to_a_bound(
     else:
         assert_refused(done)
         assert not (tmp_path / "cc12m").exists()
+
+
+def test_a_list_that_comes_byte_by_byte_or_is_too_long_is_given_up(
+    script, hub, download, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(script, "MAX_ANSWER_BYTES", 1000)
+    hub.listing = b" " * 2000 + b"[]"
+    done = download(tmp_path / "cc12m")
+    assert_refused(done)
+    assert "lists its files in more than 1,000 bytes" in done.stderr
+    monkeypatch.setattr(script, "LIST_SECONDS", 0.3)
+    hub.listing, hub.seconds_a_byte = b" " * 100 + b"[]", 0.1
+    done = download(tmp_path / "cc12m")
+    assert_refused(done, code=1)
+    assert "its answer took more than 0.3 seconds" in done.stderr
 
 
 def test_a_hub_that_fails_is_told_at_once(hub, download, tmp_path):

@@ -112,6 +112,25 @@ def test_captions_that_begin_with_an_unpaired_quote_swallow_no_row(tmp_path, sep
     assert (len(table), table.captions) == (40, captions)
 
 
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_stray_quote_in_any_other_column_swallows_no_row(tmp_path, place):
+    path = tmp_path / "pairs.csv"
+    authors = ["me", '"Boss of all', "you", "them", '"Other', "us"]
+    rows = [[f"{row}.jpg", f"caption {row}"] for row in range(6)]
+    lines = [["filepath", "title"], *rows]
+    for line, author in zip(lines, ["author", *authors], strict=True):
+        line.insert(place, author)
+    path.write_text("".join(",".join(line) + "\n" for line in lines))
+    assert read_pairs(path, **KEYS).images == [f"{row}.jpg" for row in range(6)]
+
+
+@pytest.mark.parametrize("separator", [",", "::"])
+def test_a_short_row_has_an_empty_caption_whatever_the_separator(tmp_path, separator):
+    path = tmp_path / "pairs.csv"
+    path.write_text(f"filepath{separator}title\na.jpg{separator}one\nb.jpg\nc.jpg{separator}two\n")
+    assert read_pairs(path, **{**KEYS, "separator": separator}).captions == ["one", "", "two"]
+
+
 def test_captions_that_are_quoted_are_read_as_pandas_reads_them(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text('filepath,title\na.jpg,"one, ""two"""\nb.jpg,three "four" five\n')

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import bz2
+import gzip
 import io
 import json
 import lzma
@@ -158,6 +159,57 @@ def test_absurd_sizes_end_a_shard_and_not_the_run(tmp_path, size):
     indexed, read = by_index(path), list(read_shard(str(path)))
     assert [item.key for item in indexed] == [item.key for item in read] == ["a", ""]
     assert indexed[-1].reason == "unreadable shard"
+
+
+def appended(data):
+    return data + data
+
+
+def with_a_hole(data):
+    """As a download leaves it of which a piece never came."""
+    return data[:4096] + bytes(len(data) - 8192) + data[-4096:] + b"the last piece"
+
+
+def zeroed(data):
+    return data[:4096] + bytes(2**17)
+
+
+@pytest.mark.parametrize("damage", [appended, with_a_hole, zeroed])
+@pytest.mark.parametrize("ending", ["tar", "tar.gz"])
+def test_what_follows_the_end_of_an_archive_is_told_and_not_left_out_in_silence(
+    tmp_path, damage, ending
+):
+    path = tmp_path / f"0.{ending}"
+    write(path, [(f"{number}.txt", b"text" * 99) for number in range(20)])
+    whole = list(read_shard(str(path)))
+    data = damage(path.read_bytes())
+    path.write_bytes(gzip.compress(data) if ending == "tar.gz" else data)
+    readings = [list(read_shard(str(path))), list(read_shard(f"pipe:cat {path}"))]
+    for items in [*readings, *([by_index(path)] if ending == "tar" else [])]:
+        assert [item.key for item in items[:-1]] == [item.key for item in whole[: len(items) - 1]]
+        assert items[-1].reason == "unreadable shard"
+        assert "the end of the archive, at byte" in items[-1].detail
+
+
+@pytest.mark.parametrize("padding", [0, 9000, 2**16 - 512])
+def test_padding_behind_an_archive_is_none_of_its_data(tmp_path, padding):
+    path = tmp_path / "0.tar"
+    write(path, PAIRS[:2])
+    whole = list(read_shard(str(path)))
+    path.write_bytes(path.read_bytes().rstrip(b"\0").ljust(2048, b"\0") + bytes(1024 + padding))
+    assert list(read_shard(str(path))) == by_index(path) == whole
+
+
+def test_a_member_that_states_more_than_a_stream_holds_ends_it(tmp_path):
+    path = tmp_path / "0.tar"
+    write(path, PAIRS[:2])
+    header = tarfile.TarInfo("zz.bin")
+    header.size = 2**50
+    members = path.read_bytes()[:2048]
+    path.write_bytes(members + header.tobuf(tarfile.GNU_FORMAT))
+    items = list(read_shard(f"pipe:cat {path}"))
+    assert items[0].key == "a"
+    assert items[-1].detail == "unexpected end of data"
 
 
 def test_shard_that_shrinks_while_open_gives_no_half_sample(tmp_path):

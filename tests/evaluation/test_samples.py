@@ -23,7 +23,7 @@ from clip_pgs.evaluation.datasets import (
     read_templates,
 )
 from clip_pgs.evaluation.samples import Reading, open_samples
-from clip_pgs.evaluation.suites import get_suite
+from clip_pgs.evaluation.suites import get_suite, read_list
 from support.eval_sets import add_member, color_png, write_dataset, write_pairs
 
 SUITES = {"classification": "zeroshot-classification", "retrieval": "zeroshot-retrieval"}
@@ -286,6 +286,42 @@ def test_class_names_that_are_none_are_refused(color_model, tmp_path, text):
     result = score(color_model, folder)
     assert result.status == "failed"
     assert "classnames.txt" in result.error
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_name_or_caption(color_model, tmp_path):
+    plain = make_set(tmp_path / "plain")
+    marked = make_set(tmp_path / "marked")
+    for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        path = marked / name
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert read_class_names(str(marked)) == read_class_names(str(plain))
+    assert read_templates(str(marked)) == read_templates(str(plain))
+    assert score(color_model, marked).metrics == score(color_model, plain).metrics
+    path = tmp_path / "list.txt"
+    path.write_text("marked\nplain\n", encoding="utf-8-sig")
+    assert [line.name for line in read_list(path)] == ["marked", "plain"]
+
+
+def test_a_shard_whose_member_states_a_petabyte_is_damaged_and_read_at_once(color_model, tmp_path):
+    folder = make_set(tmp_path / "set")
+    path = folder / "test/0.tar"
+    header = tarfile.TarInfo("zz.bin")
+    header.size = 2**50
+    with tarfile.open(path) as tar:
+        end = tar.getmembers()[-1].offset_data + 512 * -(-tar.getmembers()[-1].size // 512)
+    path.write_bytes(path.read_bytes()[:end] + header.tobuf(tarfile.GNU_FORMAT))
+    result = score(color_model, folder)
+    assert result.status == "failed"
+    assert "test/0.tar cannot be read" in result.error
+
+
+def test_a_set_of_shards_that_were_appended_is_not_scored_by_half(color_model, tmp_path):
+    folder = make_set(tmp_path / "set")
+    path = folder / "test/0.tar"
+    path.write_bytes(path.read_bytes() * 2)
+    result = score(color_model, folder)
+    assert result.status == "failed"
+    assert "other data follow the end of the archive" in result.error
 
 
 def test_names_are_put_where_the_slot_is_whatever_they_hold(tmp_path):

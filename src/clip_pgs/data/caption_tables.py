@@ -148,8 +148,9 @@ def _read_once(
         if not isinstance(frame.index, pd.RangeIndex) and (frame.iloc[:, -1] == "").all():
             # Each row ends with a separator.
             frame = _read_frame(path, separator, index_col=False)
-        if any(frame[key].str.contains("\n", regex=False).any() for key in keys if key in frame):
-            frame = _without_swallowed_rows(path, frame, keys, separator)
+        is_broken = _has_line_break(frame)
+        if is_broken.any():
+            frame = _without_swallowed_rows(path, frame, is_broken, separator)
     for key in keys:
         if names.count(key) > 1:
             raise ValueError(
@@ -188,11 +189,20 @@ def _read_frame(path: Path, separator: str, **options: Any) -> pd.DataFrame:
             na_filter=False,
             engine="c" if len(separator) == 1 else "python",
             **options,
-        )
+            # What the python engine misses in a short row is NaN whatever is asked for.
+        ).fillna("")
+
+
+def _has_line_break(frame: pd.DataFrame) -> pd.Series:
+    """Return for each row whether a cell of it, whichever, is one of several lines."""
+    has_break = pd.Series(False, index=frame.index)
+    for number in range(frame.shape[1]):
+        has_break |= frame.iloc[:, number].str.contains("\n", regex=False)
+    return has_break
 
 
 def _without_swallowed_rows(
-    path: Path, frame: pd.DataFrame, keys: tuple[str, ...], separator: str
+    path: Path, frame: pd.DataFrame, is_broken: pd.Series, separator: str
 ) -> pd.DataFrame:
     """Read a table whose quotes seem to hold line breaks anew, or say where they do."""
     counts: set[int] = set()
@@ -206,10 +216,7 @@ def _without_swallowed_rows(
     if counts == {len(frame.columns)} != {1}:
         logger.info("the quotes in %s are part of its text: no line needs them", path)
         return _read_frame(path, separator, quoting=csv.QUOTE_NONE)
-    broken = (
-        frame[list(keys)].apply(lambda cells: cells.str.contains("\n", regex=False)).any(axis=1)
-    )
-    rows = [row_name(number) for number, is_broken in enumerate(broken) if is_broken]
+    rows = [row_name(number) for number in is_broken.to_numpy().nonzero()[0].tolist()]
     logger.warning(
         "%s: quotes make one cell of several lines in %d rows: %s; where that is not meant, rows "
         "are lost: a quotation mark that begins a cell must be doubled and quoted",

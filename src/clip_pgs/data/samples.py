@@ -131,7 +131,7 @@ def decode_captions(raw: RawSample, *, caption_key: str | None = None) -> list[s
         raise BadSampleError("too large caption", f"{longest} bytes, more than {MAX_CAPTION_BYTES}")
     if caption_key is None:
         try:
-            captions = [data.decode("utf-8") for data in raw.captions]
+            captions = [data.decode("utf-8-sig") for data in raw.captions]
         except UnicodeDecodeError as error:
             raise BadSampleError("caption is not UTF-8", str(error)) from error
     else:

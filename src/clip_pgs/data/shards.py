@@ -158,13 +158,13 @@ def read_sizes(path: Path) -> dict[str, int]:
         ValueError: If it is anything else.
     """
     with explained(f"{path} must map shard names to sample counts", Exception):
-        sizes = json.loads(path.read_text(encoding="utf-8"))
+        sizes = json.loads(path.read_bytes())
         return {str(name): _count(size) for name, size in sizes.items()}
 
 
 def _read_length(path: Path) -> int:
     with explained(f"{path} must hold one whole number", Exception):
-        return _count(path.read_text(encoding="utf-8").strip())
+        return _count(path.read_text(encoding="utf-8-sig").strip())
 
 
 def _count(value: object) -> int:

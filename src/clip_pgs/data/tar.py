@@ -73,8 +73,12 @@ _FOREIGN = {
     b"{": "a JSON document and no archive",
 }
 _HEAD_BYTES = 512
+# What may follow the end of an archive: zeros, as many as fill tar's largest usual record.
+_MAX_PADDING = 2**16
+# Reads in a row at the end of a stream: tarfile takes a few.
+_MAX_EMPTY_READS = 16
 
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 # A smaller shard is indexed in a moment.
 _MIN_CACHED = 200
 # One for each lane, and for some that change over from one shard to the next.
@@ -406,17 +410,39 @@ class StrictTarInfo(tarfile.TarInfo):
         return member
 
 
-class _Rewound:
-    """A stream of which the first bytes were read and are given out again."""
+class _Stream:
+    """A stream of which the first bytes were read and are given out again; it ends once.
 
-    def __init__(self, head: bytes, file: BinaryIO) -> None:
-        self._head = head
+    tarfile would look for the end of a member of 2^50 bytes behind the end of its stream.
+    """
+
+    def __init__(self, file: BinaryIO, head: bytes = b"") -> None:
         self._file = file
+        self._head = head
+        self._empty_reads = 0
 
     def read(self, size: int) -> bytes:
         """Return at most so many bytes."""
         head, self._head = self._head[:size], self._head[size:]
-        return head or self._file.read(size)
+        data = head or self._file.read(size)
+        self._empty_reads = 0 if data else self._empty_reads + 1
+        if self._empty_reads > _MAX_EMPTY_READS:
+            raise tarfile.ReadError("unexpected end of data")
+        return data
+
+
+def stream_tar(file: BinaryIO, head: bytes = b"") -> tarfile.TarFile:
+    """Open an archive that is read once from its beginning, compressed or not.
+
+    Args:
+        file: What is left of it.
+        head: What was read of it before.
+
+    Raises:
+        tarfile.TarError: If it is none.
+    """
+    stream: Any = _Stream(file, head)
+    return tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictTarInfo)
 
 
 def _open_tar(file: BinaryIO, shard: str) -> tarfile.TarFile:
@@ -424,8 +450,7 @@ def _open_tar(file: BinaryIO, shard: str) -> tarfile.TarFile:
     head = file.read(_HEAD_BYTES)
     try:
         if is_remote(shard):
-            stream: Any = _Rewound(head, file)
-            return tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictTarInfo)
+            return stream_tar(file, head)
         file.seek(0)
         mode: Literal["r:", "r:*"] = "r:" if is_seekable(shard) else "r:*"
         return tarfile.open(fileobj=file, mode=mode, tarinfo=StrictTarInfo)
@@ -438,7 +463,11 @@ def _open_tar(file: BinaryIO, shard: str) -> tarfile.TarFile:
 
 
 def regular_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Yield key (the name up to its first dot), suffix and header of each file of a pair."""
+    """Yield key (the name up to its first dot), suffix and header of each file of a pair.
+
+    Raises:
+        tarfile.ReadError: If an absurd size is stated, or more than padding follows the end.
+    """
     # In an archive without members, Python 3.10 would look in front of the file for the next one.
     if tar.offset == 0:
         return
@@ -450,6 +479,19 @@ def regular_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.Ta
         stem, dot, suffix = base.partition(".")
         if member.isreg() and stem and dot and not _METADATA.match(member.name):
             yield folder + slash + stem, suffix.lower(), member
+    _check_end(tar)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    # Archives that were appended to each other, or a download of which a piece is missing.
+    assert tar.fileobj is not None
+    rest = tar.fileobj.read(_MAX_PADDING + 1)
+    if len(rest) > _MAX_PADDING or any(rest):
+        what = "other data follow" if any(rest) else f"more than {_MAX_PADDING} zeros follow"
+        raise tarfile.ReadError(
+            f"{what} the end of the archive, at byte {tar.offset}; fetch it again, or write what "
+            "was appended as a shard of its own"
+        )
 
 
 def _check_size(member: tarfile.TarInfo) -> None:

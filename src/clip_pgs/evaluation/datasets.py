@@ -167,7 +167,7 @@ def read_metadata(location: str, file_name: str) -> str | None:
     with explained(
         f"{location}/{file_name} is no UTF-8 text", UnicodeDecodeError, as_kind=DamagedDataError
     ):
-        return content.decode("utf-8").strip()
+        return content.decode("utf-8-sig").strip()
 
 
 @contextlib.contextmanager
@@ -367,7 +367,7 @@ def read_caption_pairs(folder: Path, split: str) -> list[CaptionPair]:
         raise DamagedDataError(f"{path} is larger than {_MAX_PAIRS_BYTES} bytes")
     # The last where it nests too deep.
     with explained(f"{path} is not JSON", ValueError, RecursionError, as_kind=DamagedDataError):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     items = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(items, list) or not items or not all(_is_item(item) for item in items):
         raise DamagedDataError(f"{path} must hold items with {', '.join(_PAIR_KEYS)}")

@@ -15,7 +15,6 @@ import itertools
 import math
 import re
 import sys
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from clip_pgs.common import explained, is_first_process, one_sentence, regular_file
 from clip_pgs.data.decoding import open_image
-from clip_pgs.data.tar import StrictTarInfo, regular_members
+from clip_pgs.data.tar import regular_members, stream_tar
 from clip_pgs.evaluation.datasets import (
     CLASS_NAMES,
     DamagedDataError,
@@ -164,7 +163,7 @@ class _Shards(IterableDataset):
 
     def _read_target(self, content: bytes) -> Any:
         if self.target_suffix == "txt":
-            captions = [line for line in content.decode("utf-8").splitlines() if line.strip()]
+            captions = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
             if not captions:
                 raise ValueError("there is no caption")
             return captions
@@ -222,7 +221,7 @@ def _read_members(
     try:
         with (
             open_file(location, shard) as file,
-            tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as tar,
+            stream_tar(file) as tar,
         ):
             for key, suffix, member in regular_members(tar):
                 if suffix not in suffixes:
@@ -271,8 +270,8 @@ def _estimate_samples(location: str, split: str) -> int | None:
         return None
     shards = sorted(Path(location, split).glob("*.tar"))
     try:
-        with tarfile.open(regular_file(shards[0])) as tar:
-            names = {member.name.partition(".")[0] for member in tar}
+        with regular_file(shards[0]).open("rb") as file, stream_tar(file) as tar:
+            names = {key for key, _, _ in regular_members(tar)}
         total_bytes = sum(shard.stat().st_size for shard in shards)
         return round(len(names) * total_bytes / shards[0].stat().st_size)
     # What is wrong with a shard is said when it is read.

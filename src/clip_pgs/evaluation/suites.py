@@ -419,7 +419,7 @@ def read_list(path: Path) -> list[ListLine]:
         ValueError: If the list is empty or is no text, or a line of it cannot be a data set.
     """
     with explained(f"cannot read the data set list {path}", OSError, UnicodeDecodeError):
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     lines = []
     for number, text in enumerate(content.splitlines(), start=1):
         name = text.split("#")[0].strip()
