@@ -19,10 +19,11 @@ from clip_pgs.common import (
     CHECKPOINTS_NAME,
     EXPORT_NAME,
     MODEL_CONFIG_NAME,
+    explained,
     literal,
     read_json_object,
 )
-from clip_pgs.data.decoding import IMAGE_FORMATS, UnreadableImageError, open_image, to_rgb
+from clip_pgs.data.decoding import IMAGE_FORMATS, open_image, to_rgb
 from clip_pgs.masking import (
     MaskingStrategy,
     PatchInputs,
@@ -83,10 +84,8 @@ def read_image(image: Image.Image | Tensor | str | Path) -> Image.Image:
         if not image.isfinite().all():
             raise ValueError("an image must be finite, got a tensor with a NaN or an infinity")
         return to_pil_image(image)
-    try:
+    with explained(f"cannot read the image {image}"):
         return open_image(image)
-    except UnreadableImageError as error:
-        raise ValueError(f"cannot read the image {image}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -195,10 +194,8 @@ def read_model_input(source: str) -> ModelInput:
         vision_alone = {"embed_dim": 1, "vision_cfg": vision, "text_cfg": {}}
         name = f"the image tower of {source}"
         model = build_on_meta(vision_alone, name=name, with_text=False)
-    try:
+    with explained(f"{source} cannot be masked"):
         patch = patch_size(model)
-    except ValueError as error:
-        raise ValueError(f"{source} cannot be masked: {error}") from None
     size = model.visual.image_size
     return ModelInput(
         image_size=(size, size) if isinstance(size, int) else tuple(size),

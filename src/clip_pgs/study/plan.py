@@ -38,7 +38,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from clip_pgs.common import expand_home, one_sentence
+from clip_pgs.common import expand_home, explained, one_sentence
 from clip_pgs.evaluation.command import (
     check_call,
     choose_device,
@@ -183,10 +183,8 @@ def read_study(path: Path, *, root: Path) -> Study:
         ValueError: If it cannot be read, or does not say what a study is.
     """
     content = read_mapping(str(path))
-    try:
+    with explained(str(path)):
         return _study(path, content, root)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _study(path: Path, content: dict[Any, Any], root: Path) -> Study:
@@ -359,12 +357,10 @@ def check_study(study: Study, *, are_data_needed: bool = True) -> dict[str, Trai
         options[arm.name] = said
         for way in arm.evaluations:
             sets: list[EvalSet] = []
-            try:
+            place = f"{study.path}: evaluation {way} of arm {arm.name}"
+            with explained(place, ValueError, OSError):
                 for flags in study.evaluate_arguments(arm.name, way):
                     sets += _check_evaluation(flags, said, model)
-            except (ValueError, OSError) as error:
-                place = f"{study.path}: evaluation {way} of arm {arm.name}"
-                raise ValueError(f"{place}: {one_sentence(error)}") from None
             _check_sets(study, sets, are_data_needed=are_data_needed)
     return options
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import timm.optim
 import torch
 from open_clip_train.distributed import world_info_from_env
 from PIL import Image
@@ -116,8 +115,6 @@ def _check_recipe(options: TrainOptions) -> None:
     """Refuse optimizers, schedules and losses that do not exist or lack a setting."""
     opt = options.opt.lower()
     if opt.startswith("timm/"):
-        if opt.removeprefix("timm/").removeprefix("lookahead_") not in timm.optim.list_optimizers():
-            raise ValueError(f"timm has no optimizer of --opt {options.opt!r}")
         if options.lr is None:
             raise ValueError(f"--opt {options.opt} has no default learning rate; set --lr")
         if (options.beta1 is None) != (options.beta2 is None):

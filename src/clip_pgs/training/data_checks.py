@@ -11,7 +11,7 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip_train.distributed import world_info_from_env
-from torchvision.datasets.folder import is_image_file
+from torchvision.datasets import ImageFolder
 
 from clip_pgs.common import explained
 from clip_pgs.data.build import DatasetKind, dataset_kind, read_table
@@ -196,32 +196,11 @@ def _check_imagenet(options: TrainOptions) -> None:
     for flag, folder in folders.items():
         if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"{flag} {folder!r} is not a folder")
-    if options.imagenet_val is not None and not any(
-        child.is_dir() for child in Path(options.imagenet_val).iterdir()
-    ):
-        raise ValueError(f"--imagenet-val {options.imagenet_val!r} holds no folder per class")
-    if options.imagenet_val is not None and (empty := _without_images(options.imagenet_val)):
-        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
-        raise ValueError(
-            f"--imagenet-val {options.imagenet_val!r} needs an image in each folder of a class: "
-            f"there is none in {empty[0]!r}{more}"
-        )
+    if options.imagenet_val is not None:
+        with explained(f"--imagenet-val {options.imagenet_val!r}", OSError):
+            ImageFolder(options.imagenet_val)
     if options.imagenet_v2 is not None and importlib.util.find_spec("imagenetv2_pytorch") is None:
         raise ValueError("--imagenet-v2 needs the package imagenetv2_pytorch, not installed")
-
-
-def _without_images(folder: str) -> list[str]:
-    """Return the folders of classes in which torchvision would find no image."""
-    return [
-        child.name
-        for child in sorted(Path(folder).iterdir())
-        if child.is_dir()
-        and not any(
-            is_image_file(name)
-            for _, _, names in os.walk(child, followlinks=True)
-            for name in names
-        )
-    ]
 
 
 def check_shared_memory(options: TrainOptions) -> None:

@@ -20,6 +20,8 @@ import torch
 from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
+from clip_pgs.common import explained
+
 _TOWERS = {"text_cfg": CLIPTextCfg, "multimodal_cfg": MultimodalCfg}
 _REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
 _SWITCHES = ("custom_text", "quick_gelu", "nonscalar_logit_scale")
@@ -284,11 +286,8 @@ def build_on_meta(
         model_class: Any = open_clip.CoCa
     else:
         model_class = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
-    try:
-        with torch.device("meta"):
-            return model_class(**config)
-    except MISFITS as error:
-        raise ValueError(f"open_clip cannot build {name}: {_reason(error)}") from None
+    with explained(f"open_clip cannot build {name}", *MISFITS), torch.device("meta"):
+        return model_class(**config)
 
 
 def check_model_runs(model: Any, *, name: str, context_length: int) -> None:
@@ -312,11 +311,8 @@ def check_model_runs(model: Any, *, name: str, context_length: int) -> None:
     height, width = (size, size) if isinstance(size, int) else size
     image = torch.empty(1, 3, height, width, device="meta")
     text = torch.empty(1, context_length, dtype=torch.long, device="meta")
-    try:
-        with torch.no_grad():
-            model.eval()(image, text)
-    except MISFITS as error:
-        raise ValueError(f"{name} cannot take an image and a caption: {_reason(error)}") from None
+    with explained(f"{name} cannot take an image and a caption", *MISFITS), torch.no_grad():
+        model.eval()(image, text)
 
 
 def largest_memory() -> int:
@@ -324,7 +320,3 @@ def largest_memory() -> int:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     devices = range(torch.cuda.device_count())
     return max(host, *(torch.cuda.get_device_properties(i).total_memory for i in devices), 0)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
