@@ -97,7 +97,8 @@ def read_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, An
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"checkpoint {str(path)!r} {_absence(path)}")
+        absence = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"checkpoint {str(path)!r} {absence}")
     try:
         content = _read(path, use_mmap=use_mmap)
     except _DAMAGE as error:
@@ -128,10 +129,6 @@ def _oddness(weight: Tensor) -> str:
     if weight.is_complex() or weight.is_quantized:
         return f"holds no real numbers ({str(weight.dtype).removeprefix('torch.')})"
     return ""
-
-
-def _absence(path: Path) -> str:
-    return "is a folder" if path.is_dir() else "does not exist"
 
 
 def _read(path: Path, *, use_mmap: bool) -> Any:

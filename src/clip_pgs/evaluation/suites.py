@@ -108,11 +108,6 @@ class Suite:
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     meanings: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def list_stem(self) -> str:
-        """Name of its lists in `configs/eval`, without `_demo.txt` or `_paper.txt`."""
-        return self.name.replace("-", "_")
-
     def eval_set(self, name: str, location: str, *, is_reference: bool = False) -> EvalSet:
         """Return a data set as this suite evaluates it."""
         splits = self.splits or (name.rsplit("/", 1)[-1],)
@@ -373,7 +368,7 @@ def load_suite(
     eval_sets: list[EvalSet] = []
     if datasets in DEFAULT_ROOTS:
         for suite in chosen:
-            path = CONFIGS / "eval" / f"{suite.list_stem}_{datasets}.txt"
+            path = CONFIGS / "eval" / f"{suite.name.replace('-', '_')}_{datasets}.txt"
             # A suite of another package has none.
             if name != "all" or path.is_file():
                 eval_sets += _sets_of(suite, read_list(path), data_root)

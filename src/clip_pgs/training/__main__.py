@@ -27,6 +27,7 @@ _EVAL_BATCH_SIZE = 256
 
 if TYPE_CHECKING:
     from clip_pgs.training.options import TrainOptions
+    from clip_pgs.training.validation import Evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _leave_early(signals)
         if isinstance(checked, int):
             return checked
-        options, hooks = checked
+        options, evaluate = checked
         from clip_pgs.training.trainer import train
 
         try:
-            train(options, signals=signals, **hooks)
+            train(options, signals=signals, evaluate=evaluate)
         except BaseException as error:
             code = expected_code(error)
             if code is None:
                 raise
             if code in (FAILED, BAD_INPUT):
-                sys.stderr.write(f"error: {_speaker()}{sentence_of(error)}\n")
+                speaker = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+                sys.stderr.write(f"error: {speaker}{sentence_of(error)}\n")
             elif is_first_process() and LAUNCH_FOLDER not in os.environ:
                 # Else the launch says it, after the last of the processes.
                 sys.stderr.write(f"{sentence_of(error)}\n")
@@ -69,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, dict[str, Any]]:
-    """Return checked options and what the loop calls of other packages, or an exit code."""
+def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, Evaluate | None]:
+    """Return checked options and the evaluation of `--eval-suite`, or an exit code."""
     try:
         # Most of what is wrong is found before torch and open_clip, which take seconds to import.
         from clip_pgs.training.options import check_values, read_options, register_model_config
@@ -87,7 +89,7 @@ def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, dict[str, Any]]:
         follow_restart(args)
         model = check_options(args)
         odd = preflight(args) if is_first_process() else []
-        hooks = _hooks(args)
+        evaluate = _evaluation(args)
     except ModuleNotFoundError as error:
         return _refuse(f"training needs {error.name}: pip install 'clip-pgs[train]'")
     except ValueError as error:
@@ -98,7 +100,7 @@ def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, dict[str, Any]]:
         for sentence in option_warnings(args):
             logger.warning("%s", sentence)
         return _say_cost(args, model)
-    return args, hooks
+    return args, evaluate
 
 
 def _say_cost(args: TrainOptions, model: Any) -> int:
@@ -127,27 +129,27 @@ def _say_cost(args: TrainOptions, model: Any) -> int:
 
 def _leave_early(signals: StopSignals) -> int:
     sentence = f"stopped by {signals.name} before the start"
-    ExitReport(signals, rank=int(os.environ.get("RANK", "0"))).write(signals.code, sentence)
+    ExitReport(signals).write(signals.code, sentence)
     if is_first_process():
         sys.stderr.write(f"{sentence}\n")
     return signals.code
 
 
-def _hooks(args: TrainOptions) -> dict[str, Any]:
-    """Return what the loop calls of other packages: the evaluation of `--eval-suite`.
+def _evaluation(args: TrainOptions) -> Evaluate | None:
+    """Return the evaluation of `--eval-suite`, where one is asked for.
 
     Raises:
         ValueError: If it could not be run.
     """
     if args.eval_suite is None:
-        return {}
+        return None
     from clip_pgs.evaluation.in_training import EvaluationInTraining
     from clip_pgs.training.run_folder import default_name, run_folder
 
     # The loop would name the run only after this needs its folder.
     args.name = args.name or default_name(args)
     ratio = args.eval_inference_mask_ratio
-    evaluation = EvaluationInTraining(
+    return EvaluationInTraining(
         suite=args.eval_suite,
         datasets=args.eval_datasets,
         data_root=args.eval_data_root,
@@ -158,21 +160,14 @@ def _hooks(args: TrainOptions) -> dict[str, Any]:
         inference_options={} if ratio is None else {"mask_ratio": ratio},
         trained=args.values(),
     )
-    return {"evaluate": evaluation}
 
 
 def _refuse(sentence: str, *, is_before_start: bool = False) -> int:
     if is_first_process():
         sys.stderr.write(f"error: {one_sentence(sentence)}\n")
     if is_before_start:
-        rank = int(os.environ.get("RANK", "0"))
-        ExitReport(StopSignals(), rank=rank).write(BAD_INPUT, sentence)
+        ExitReport(StopSignals()).write(BAD_INPUT, sentence)
     return BAD_INPUT
-
-
-def _speaker() -> str:
-    """Return who speaks, where several processes could."""
-    return f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
 
 
 def _summary(args: TrainOptions) -> str:

@@ -294,17 +294,16 @@ class ExitReport:
 
     Args:
         signals: Signals, by which a launcher tells this process that another one is gone.
-        rank: This process.
 
     Attributes:
         folder: The run's folder, None while there is none.
-        rank: As above.
+        rank: This process, at first as torchrun numbers it.
     """
 
-    def __init__(self, signals: StopSignals, *, rank: int = 0) -> None:
+    def __init__(self, signals: StopSignals) -> None:
         self._signals = signals
         self.folder: Path | None = None
-        self.rank = rank
+        self.rank = int(os.environ.get("RANK", "0"))
 
     def __enter__(self) -> ExitReport:
         return self
