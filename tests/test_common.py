@@ -12,8 +12,11 @@ from clip_pgs.common import (
     atomic_folder,
     check_writable,
     expand_home,
+    explained,
     one_sentence,
+    read_json_lines,
     refusal_code,
+    usable_device,
     write_text,
 )
 from support.disk import files_limited_to
@@ -233,3 +236,27 @@ def test_asking_whether_a_file_can_be_written_makes_nothing(tmp_path, place):
     check_writable(tmp_path / place)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_an_explained_error_says_what_it_is_about_and_others_pass():
+    with pytest.raises(ValueError, match=r"^--opt x: no such thing$"), explained("--opt x"):
+        raise ValueError("no such\nthing")
+    told = explained("a file", LookupError, as_kind=OSError)
+    with pytest.raises(OSError, match=r"^a file: 'key'$"), told:
+        raise KeyError("key")
+    with pytest.raises(KeyError), explained("--opt x"):
+        raise KeyError("key")
+
+
+@pytest.mark.parametrize("name", ["meta", "warp", "cuda:99", "cpu:1"])
+def test_a_device_that_is_not_there_or_computes_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=f"^--device {name} is not available"):
+        usable_device(name)
+    assert usable_device("cpu").type == "cpu"
+
+
+def test_lines_that_are_no_json_objects_are_none(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_json_lines(path) == []
+    path.write_bytes(b'{"step": 1}\n[1]\n{"st')
+    assert read_json_lines(path) == [{"step": 1}, None, None]
