@@ -102,20 +102,16 @@ def count_samples(shards: list[str]) -> int | None:
     """
     if any(is_remote(shard) for shard in shards):
         return None
-    total = 0
-    for folder in sorted({Path(shard).parent for shard in shards}):
-        names = [Path(shard).name for shard in shards if Path(shard).parent == folder]
+    stated = stated_sizes(shards)
+    total = sum(stated.get(shard, 0) for shard in shards)
+    unknown = {Path(shard).parent: shard for shard in shards if shard not in stated}
+    for folder, shard in unknown.items():
         if (folder / "sizes.json").is_file():
-            sizes = read_sizes(folder / "sizes.json")
-            unknown = [name for name in names if name not in sizes]
-            if unknown:
-                logger.warning("%s has no entry for %s", folder / "sizes.json", unknown[0])
-                return None
-            total += sum(sizes[name] for name in names)
-        elif (folder / "__len__").is_file():
-            total += _read_length(folder / "__len__")
-        else:
+            logger.warning("%s has no entry for %s", folder / "sizes.json", Path(shard).name)
             return None
+        if not (folder / "__len__").is_file():
+            return None
+        total += _read_length(folder / "__len__")
     return total
 
 
@@ -123,7 +119,7 @@ def stated_sizes(shards: list[str]) -> dict[str, int]:
     """Return what the `sizes.json` in their folders state of local shards.
 
     Args:
-        shards: Expanded local shards that are not compressed.
+        shards: Expanded local shards.
 
     Raises:
         ValueError: If a `sizes.json` cannot be understood, or states more samples than a shard can

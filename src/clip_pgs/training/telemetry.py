@@ -57,10 +57,12 @@ class SkippedSteps:
     Args:
         device: Where the decisions are made.
         max_in_row: So many skipped steps without one good one between them end the run.
+        earlier: Skipped steps of earlier launches, which are counted on.
     """
 
-    def __init__(self, device: torch.device, *, max_in_row: int) -> None:
+    def __init__(self, device: torch.device, *, max_in_row: int, earlier: int = 0) -> None:
         self._max_in_row = max_in_row
+        self._earlier = earlier
         self._total = torch.zeros((), device=device)
         self._in_row = torch.zeros((), device=device)
         self._most_in_row = torch.zeros((), device=device)
@@ -73,7 +75,7 @@ class SkippedSteps:
 
     def count(self) -> int:
         """Return the number of steps skipped so far; it waits for the device."""
-        return int(self._total)
+        return self._earlier + int(self._total)
 
     def check(self) -> None:
         """Refuse too many skipped steps in a row; it waits for the device.
@@ -198,8 +200,9 @@ class Telemetry:
         self._cost = cost
         self._meter = WindowMeter(num_patches=0, samples_per_step=0)
         self._options = options
-        self._skipped_steps = SkippedSteps(device, max_in_row=options.max_bad_steps)
-        self._earlier_skipped_steps = cost.skipped_steps
+        self._skipped_steps = SkippedSteps(
+            device, max_in_row=options.max_bad_steps, earlier=cost.skipped_steps
+        )
         self._samples_per_epoch = 0
         self._epoch_losses: list[float] = []
         self._is_resumed = False
@@ -348,7 +351,8 @@ class Telemetry:
         """Put what was skipped up to now into the values; return it in words."""
         values["skipped_samples"] = self._cost.skipped_samples
         before = self._cost.skipped_steps
-        values["skipped_steps"] = self._count_skipped_steps()
+        self._cost.skipped_steps = self._skipped_steps.count()
+        values["skipped_steps"] = self._cost.skipped_steps
         if self._cost.skipped_steps > before:
             _logger.warning(
                 "Skipped %s since the last line: loss or gradient not finite",
@@ -357,17 +361,13 @@ class Telemetry:
         parts = (("step", self._cost.skipped_steps), ("sample", self._cost.skipped_samples))
         return [f"{counted(number, name)} skipped" for name, number in parts if number]
 
-    def _count_skipped_steps(self) -> int:
-        self._cost.skipped_steps = self._earlier_skipped_steps + self._skipped_steps.count()
-        return self._cost.skipped_steps
-
     def check_numbers(self) -> None:
         """Refuse to go on where no step has been good for too long; it waits for the device.
 
         Raises:
             BadNumbersError: If too many steps in a row were skipped.
         """
-        self._count_skipped_steps()
+        self._cost.skipped_steps = self._skipped_steps.count()
         self._skipped_steps.check()
 
     def validation(self, values: Mapping[str, float], *, epoch: int) -> None:
