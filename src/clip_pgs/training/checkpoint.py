@@ -22,6 +22,22 @@ from clip_pgs.checkpoint_reading import check_sum, fit_weights, non_finite, read
 from clip_pgs.common import explained
 from clip_pgs.training.distributed import full_tensor, shard_like
 
+# What an optimizer's constructor makes of --lr, --beta1, --beta2, --eps, --wd and --momentum, and
+# how it computes; beside them, a group may hold what was counted, such as its steps.
+_SETTINGS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "momentum",
+    "fused",
+    # timm's AdaFactor, MARS, Muon, and corrected decay.
+    "beta1",
+    "betas_1d",
+    "fallback_lr_scale",
+    "max_lr_snapshot",
+)
+
 
 def pack_checkpoint(
     *,
@@ -112,11 +128,12 @@ def restore(
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load an optimizer's state, also that of one with the same numbers that was not fused.
 
-    Where its parameters are sharded, each process takes its shard.
+    What the run's options say of rates, decay and moments holds, and not what the file says of
+    them. Where its parameters are sharded, each process takes its shard.
     """
     now = optimizer.state_dict()["param_groups"]
     groups = [
-        {**group, "fused": fresh["fused"]} if "fused" in fresh else group
+        {**fresh, **group, **{name: fresh[name] for name in _SETTINGS if name in fresh}}
         for group, fresh in zip(state["param_groups"], now, strict=False)
     ]
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]

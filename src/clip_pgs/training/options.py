@@ -216,6 +216,7 @@ class TrainOptions(argparse.Namespace):
             its defaults
         text_masking_options: the same of the text masking
         mae: the config of a masked autoencoder, where `model_config` is one's
+        model_json: what `model_config` holds where it is another's
         given: names of the options that the user or the config set
         resume_instead: what a restarted run falls back on where it has no checkpoint yet
         distributed: whether there are several processes; `rank`, `local_rank` and `world_size` say
@@ -280,19 +281,19 @@ class TrainOptions(argparse.Namespace):
     dataset_type: str = _theirs(IDENTITY, is_basic=True)
     dataset_resampled: bool = _theirs(IDENTITY)
     csv_separator: str = _theirs()
-    csv_img_key: str = _theirs()
-    csv_caption_key: str = _theirs()
+    csv_img_key: str = _theirs(IDENTITY)
+    csv_caption_key: str = _theirs(IDENTITY)
     imagenet_val: str | None = _theirs()
     imagenet_v2: str | None = _theirs()
     workers: int = _theirs(rule=WORKERS, is_basic=True)
     image_mean: list[float] | None = _theirs(RECIPE)
     image_std: list[float] | None = _theirs(RECIPE)
     image_interpolation: str | None = _theirs(RECIPE)
-    image_resize_mode: str | None = _theirs()
+    image_resize_mode: str | None = _theirs(RECIPE)
     aug_cfg: dict[str, Any] = _theirs(RECIPE)
     # OpenCLIP's: model.
     pretrained: str = _theirs(IDENTITY, is_basic=True)
-    pretrained_image: bool = _theirs()
+    pretrained_image: bool = _theirs(IDENTITY)
     cache_dir: str | None = _theirs()
     lock_image: bool = _theirs(RECIPE)
     lock_image_unlocked_groups: int = _theirs(RECIPE, AT_LEAST_0)
@@ -313,8 +314,8 @@ class TrainOptions(argparse.Namespace):
     gather_with_grad: bool = _theirs(RECIPE)
     siglip: bool = _theirs(IDENTITY)
     loss_dist_impl: str | None = _theirs(RECIPE)
-    coca_caption_loss_weight: float = _theirs(rule=AT_LEAST_0)
-    coca_contrastive_loss_weight: float = _theirs(rule=AT_LEAST_0)
+    coca_caption_loss_weight: float = _theirs(RECIPE, AT_LEAST_0)
+    coca_contrastive_loss_weight: float = _theirs(RECIPE, AT_LEAST_0)
     # OpenCLIP's: optimization.
     batch_size: int = _theirs(RECIPE, AT_LEAST_1, is_basic=True)
     accum_freq: int = _theirs(RECIPE, AT_LEAST_1, is_basic=True)
@@ -340,7 +341,7 @@ class TrainOptions(argparse.Namespace):
     dist_backend: str | None = _theirs()
     no_set_device_rank: bool = _theirs()
     ddp_static_graph: bool = _theirs()
-    use_bn_sync: bool = _theirs()
+    use_bn_sync: bool = _theirs(RECIPE)
     # OpenCLIP's: run folder, logging, checkpoints.
     logs: str = _theirs(is_basic=True)
     log_local: bool = _theirs()
@@ -361,6 +362,7 @@ class TrainOptions(argparse.Namespace):
     masking_options: dict[str, Any] = field(default_factory=dict, metadata={"part": IDENTITY})
     text_masking_options: dict[str, Any] = field(default_factory=dict, metadata={"part": IDENTITY})
     mae: dict[str, Any] | None = field(default=None, metadata={"part": IDENTITY})
+    model_json: dict[str, Any] | None = field(default=None, metadata={"part": IDENTITY})
     given: list[str] = field(default_factory=list)
     resume_instead: str | None = None
     distributed: bool = False
@@ -679,7 +681,8 @@ def read_options(argv: Sequence[str], *, is_autoencoder: bool = False) -> TrainO
         said["model_config"] = find_config(said["model_config"], "models")
     said["model"] = choose_model(said.get("model"), said.get("model_config"))
     if "model_config" in said:
-        said["mae"] = _read_mae(said["model_config"])
+        content = _read_model(said["model_config"])
+        said["mae" if is_mae_config(content) else "model_json"] = content
     theirs = {name: said.get(name, upstream[name]) for name in obeyed}
     if "timm" not in theirs["opt"]:
         defaults = default_optimization(said["model"])
@@ -762,12 +765,10 @@ def choose_model(model: str | None, model_config: str | None) -> str:
     return model
 
 
-def _read_mae(model_config: str) -> dict[str, Any] | None:
-    """Return the config of a masked autoencoder; None where the file is another's, or no config."""
-    # What is wrong with another's is said where it is read.
+def _read_model(model_config: str) -> dict[str, Any] | None:
+    """Return what a model config holds; None where it is none, which is said when it is used."""
     with contextlib.suppress(ValueError):
-        content = read_json_object(Path(model_config), what="it")
-        return content if is_mae_config(content) else None
+        return read_json_object(Path(model_config), what="it")
     return None
 
 

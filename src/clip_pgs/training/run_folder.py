@@ -265,8 +265,24 @@ def _changes(options: TrainOptions, folder: Path, names: Sequence[str]) -> list[
     for name in names:
         now = _plain(getattr(options, name))
         if name in saved and saved[name] != now:
-            changes.append(f"{name} {saved[name]!r} -> {now!r}")
+            before, after = _differing(saved[name], now)
+            changes.append(f"{name} {before!r} -> {after!r}")
     return changes
+
+
+def _differing(before: Any, after: Any) -> tuple[Any, Any]:
+    """Return two values without the entries in which they are the same."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return before, after
+    left, right = {}, {}
+    for key in sorted(before.keys() | after.keys()):
+        if key not in after:
+            left[key] = before[key]
+        elif key not in before:
+            right[key] = after[key]
+        elif before[key] != after[key]:
+            left[key], right[key] = _differing(before[key], after[key])
+    return left, right
 
 
 def _plain(value: Any) -> Any:
