@@ -47,6 +47,7 @@ _TEXT_TOWER = (
     "transformer",
     "ln_final",
 )
+_BATCH_COUNTER = ".num_batches_tracked"
 _COUNTS = ("epoch", "step", "position")
 # Further than any run counts.
 _MAX_COUNT = 2**53
@@ -202,8 +203,9 @@ def find_checkpoint(path: Path | str) -> Path:
 def fit_weights(given: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return a file's weights under the names, and in the shapes, of a model.
 
-    Weights of a CLIP model fit the same model with a text tower of its own (`custom_text`), and
-    one number may be a scalar or a vector of one, by the version that wrote it.
+    Weights of a CLIP model fit the same model with a text tower of its own (`custom_text`), one
+    number may be a scalar or a vector of one, by the version that wrote it, and a BatchNorm whose
+    statistics were frozen counts no batches.
 
     Args:
         given: A state dict from `read_checkpoint`.
@@ -215,6 +217,9 @@ def fit_weights(given: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tens
     own = model.state_dict()
     if "positional_embedding" in given and "positional_embedding" not in own:
         given = {f"text.{n}" if n.startswith(_TEXT_TOWER) else n: t for n, t in given.items()}
+    counters = {name: t for name, t in own.items() if name.endswith(_BATCH_COUNTER)}
+    used = {n: t for n, t in given.items() if n in own or not n.endswith(_BATCH_COUNTER)}
+    given = {**counters, **used}
     misfit = first_misfit(own, given)
     if misfit is not None:
         raise ValueError(misfit)

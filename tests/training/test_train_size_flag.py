@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import torch
 
+from clip_pgs.evaluation.models import load_model
 from clip_pgs.integrations.open_clip import num_patches
 from clip_pgs.training.build import build_model
 from clip_pgs.training.checks import check_options
@@ -58,8 +59,9 @@ def test_a_step_costs_less_and_masks_are_drawn_on_the_small_grid(tmp_path, world
         ),
         pytest.param({"masking": "saliency-crop", "train_image_size": 32}, marks=pytest.mark.slow),
         {"masking": "pgs", "mask_ratio_min": 0.3, "accum_freq": 2, "batch_size": 4},
+        {"masking": "random", "lock_image": True, "lock_image_freeze_bn_stats": True},
     ],
-    ids=["small", "crop of small", "hidden"],
+    ids=["small", "crop of small", "hidden", "frozen"],
 )
 def test_a_resnet_trains_and_what_it_exports_is_a_plain_one(tmp_path, world, options):
     model = write_model(tmp_path, name="tiny_resnet", config=RESNET)
@@ -69,6 +71,8 @@ def test_a_resnet_trains_and_what_it_exports_is_a_plain_one(tmp_path, world, opt
     assert config["model_cfg"]["vision_cfg"]["image_size"] == 64
     loaded = open_clip.create_model(f"local-dir:{folder / 'export'}").eval()
     assert torch.isfinite(loaded.encode_image(torch.zeros(1, 3, 64, 64))).all()
+    checkpoint = load_model(max((folder / "checkpoints").glob("epoch_*.pt"))).model
+    assert torch.equal(checkpoint.visual.bn1.running_mean, loaded.visual.bn1.running_mean)
 
 
 @pytest.mark.parametrize(

@@ -187,9 +187,12 @@ def _check_model(options: TrainOptions) -> tuple[nn.Module, torch.optim.Optimize
         )
     _check_batch(options)
     _check_augmentation(options)
-    # transformers makes no model with its weights on the device "meta".
-    fetches_text = is_text_of_hub and not (options.pretrained or brings_weights)
-    return _try_model(options, torch.device("cpu" if fetches_text else "meta"))
+    # On the device "meta" transformers makes no model with its weights, and open_clip freezes no
+    # BatchNorm.
+    needs_memory = (is_text_of_hub and not (options.pretrained or brings_weights)) or (
+        options.lock_image and options.lock_image_freeze_bn_stats
+    )
+    return _try_model(options, torch.device("cpu" if needs_memory else "meta"))
 
 
 def _check_autoencoder(options: TrainOptions) -> None:
