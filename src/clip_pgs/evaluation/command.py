@@ -34,7 +34,6 @@ from clip_pgs.common import (
     check_writable,
     early_end,
     is_first_process,
-    number_in,
     refusal_code,
     refuse,
     usable_device,
@@ -191,8 +190,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="leave out the report, which goes to the output's report/ (several models: to "
         "eval_results/report)",
     )
-    add("--batch-size", type=number_in(int, 1, 2**20), default=64, help="images per step (64)")
-    add("--workers", type=number_in(int, 0, 1024), help="processes that read images (up to 4)")
+    add("--batch-size", type=int, default=64, help="images per step (default: 64)")
+    add("--workers", type=int, help="processes that read images (default: up to 4)")
     add("--device", help="default: cuda if there is one, else cpu")
     # torchrun makes 1 of every exit code but 0.
     add("--exit-code-file", help=argparse.SUPPRESS)
@@ -265,11 +264,15 @@ def check_call(args: argparse.Namespace) -> list[EvalSet]:
         The data sets.
 
     Raises:
-        ValueError: If there is no such suite, list or folder, or an option of the masking is given
-            twice or without one.
+        ValueError: If there is no such suite, list or folder, a number is out of range, or an
+            option of the masking is given twice or without one.
         OSError: If a path cannot be looked up.
     """
     eval_sets = load_suite(args.suite, datasets=args.datasets, data_root=args.data_root)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be >= 1, got {args.batch_size}")
+    if args.workers is not None and args.workers < 0:
+        raise ValueError(f"--workers must be >= 0, got {args.workers}")
     inference_choice(args)
     return eval_sets
 
