@@ -180,10 +180,20 @@ def test_model_is_named_by_what_its_runs_have_in_common(tmp_path, names, common)
     assert [name for name, _ in models_of(tmp_path)] == [common]
 
 
+def test_a_curve_of_the_loss_leaves_out_lines_of_an_epochs_first_step(tmp_path):
+    run = save_run(tmp_path)
+    steps = {0: 4.0, 9: 3.0, 10: 1.0, 19: 2.0}
+    lines = [{"step": s, "samples": 8 * (s + 1), "loss": y, "lr": y} for s, y in steps.items()]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (found,) = gather_runs([run])
+    assert found.curve("loss") == [(80, 3.0), (160, 2.0)]
+    assert len(found.curve("lr")) == 4
+
+
 def test_a_curve_is_what_a_run_measured_by_the_samples_it_had_seen(tmp_path):
     run = save_run(tmp_path)
-    lines = ['{"samples": 64, "loss": 3.5}', '{"samples": 128, "loss": 2.5}', '{"samples": "x"}']
-    (run / "metrics.jsonl").write_text("\n".join(lines))
+    lines = ['{"step": 0, "samples": 64, "loss": 3.5}', '{"step": 1, "samples": 128, "loss": 2.5}']
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"samples": "x"}']))
     (found,) = gather_runs([run])
     assert found.curve("loss") == [(64, 3.5), (128, 2.5)]
     assert found.curve("lr") == []

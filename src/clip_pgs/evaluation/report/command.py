@@ -216,8 +216,11 @@ def _summary(models: Sequence[Model], families: Sequence[Family], paper: Paper) 
     sets = {(result.suite, result.dataset) for result in results}
     num_runs = f" ({counted(len(runs), 'run')})" if len(runs) > len(models) else ""
     suites = counted(len({suite for suite, _ in sets}), "suite")
-    models_text, sets_text = counted(len(models), "model"), counted(len(sets), "data set")
-    parts = [f"{models_text}{num_runs} on {sets_text} of {suites}"]
+    # One model seen through several masks, or none, is as many rows.
+    num_models = len({frozenset(run.weights_digest for run in model.runs) for model in models})
+    rows_text = "" if num_models == len(models) else f" ({len(models)} rows, a mask a row)"
+    models_text, sets_text = counted(num_models, "model"), counted(len(sets), "data set")
+    parts = [f"{models_text}{rows_text}{num_runs} on {sets_text} of {suites}"]
     num_undone = sum(result.status != DONE for result in results)
     if num_undone:
         parts.append(f"{counted(num_undone, 'result')} missing or failed")

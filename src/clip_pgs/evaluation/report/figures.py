@@ -37,6 +37,7 @@ _MAX_NAME = 60  # letters of a name
 _GROUP_WIDTH, _MAX_BAR_WIDTH = 0.84, 0.36
 _HALO = [withStroke(linewidth=2, foreground="white")]
 _ERROR_BAR: dict[str, Any] = {"color": INK, "elinewidth": 0.8}
+_WHISKERS = "Whiskers: the standard deviation over seeds."
 _LEGEND_ABOVE: dict[str, Any] = {"loc": "outside upper left", "ncols": 4, "columnspacing": 1.4}
 _ANGLES = [math.pi / 2 - 2 * math.pi * number / len(AXES) for number in range(len(AXES))]
 # The lowest value of a radar's axis stands off the center, where all directions meet.
@@ -155,11 +156,13 @@ def suite_figure(suite: str, family: Family) -> Figure:
         drawing.legend(handles=marks, handlelength=1.6, **_LEGEND_ABOVE)
         kind = "the paper's data sets" if family.is_paper else "data sets that are not the paper's"
         left_out = " Averages that leave data sets out are not drawn." if lacks else ""
+        chance = " Dotted: chance." if any(entry.kind == CHANCE for entry in entries) else ""
+        whiskers = f" {_WHISKERS}" if any(score.spread is not None for _, score in shown) else ""
         return _finish(
             drawing,
             f"{suite}_{family.name}",
             f"Bars: {facts.title} on {kind}; the table above holds the same numbers.",
-            f"{facts.title}, {facts.unit}, on {kind}.{left_out}",
+            f"The numbers of the table: {facts.unit}.{chance}{whiskers}{left_out}",
         )
 
 
@@ -253,12 +256,14 @@ def cost_figure(models: Sequence[Model], families: Sequence[Family]) -> Figure |
             row_axes[-1].legend(*marks, handlelength=1.4, **beside)
         shown = {axis.title: axis.meaning for _, axis, _, _ in rows}
         meanings = "; ".join(f"{title.lower()}: {meaning}" for title, meaning in shown.items())
+        scored = [axis.score(entry) for _, axis, _, entries in rows for entry in entries]
+        whiskers = any(score is not None and score.spread is not None for score in scored)
         return _finish(
             drawing,
             "cost",
             "Points: accuracy against compute and time of training and compute of inference.",
-            f"Accuracy against cost, measured by each run itself; {meanings}. Bars are the "
-            "standard deviation over seeds.",
+            f"Accuracy against cost, measured by each run itself; {meanings}."
+            + (f" {_WHISKERS}" if whiskers else ""),
         )
 
 

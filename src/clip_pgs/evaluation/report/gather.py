@@ -14,6 +14,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,21 @@ class Run:
     masks: bytes = b""
 
     def curve(self, name: str) -> list[tuple[float, float]]:
-        """Return a measurement against the samples seen, where both are numbers."""
-        points = [(amount(e.get("samples")), amount(e.get(name))) for e in self.measured]
-        return [(x, y) for x, y in points if x is not None and y is not None]
+        """Return a measurement against the samples seen, where both are numbers.
+
+        A training loss is the mean over the steps since the line before, which at the start of an
+        epoch is one. Such lines are left out: those of less than half of the longest.
+        """
+        points, steps = [], [-1.0]
+        for line in self.measured:
+            x, y = amount(line.get("samples")), amount(line.get(name))
+            if x is not None and y is not None:
+                points.append((x, y))
+                steps.append(amount(line.get("step")) or 0.0)
+        if name != "loss":
+            return points
+        spans = [after - before for before, after in pairwise(steps)]
+        return [point for point, span in zip(points, spans, strict=True) if 2 * span >= max(spans)]
 
     @property
     def weights_digest(self) -> str:

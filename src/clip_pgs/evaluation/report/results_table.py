@@ -192,11 +192,12 @@ def models_table(models: Sequence[Model]) -> Table:
         cells = [cell if cell.shown else Cell(None, "unknown") for cell in cells]
         rows.append([model.name, *cells])
     header = ("model", "architecture", "training data", "samples seen", "FLOP", "wall time")
-    notes = []
+    notes, seeds = [], "seed"
     if any(len(model.runs) > 1 for model in models):
+        seeds = "seeds"
         notes.append("Runs that differ only in their seed are one row; costs are means of a run.")
     return Table.of(
-        [*header, "hardware", "masking", "masking at inference", "FLOP per image", "seeds"],
+        [*header, "hardware", "masking", "masking at inference", "FLOP per image", seeds],
         rows,
         caption="What stands behind each model",
         notes=notes,
