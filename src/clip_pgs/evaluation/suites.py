@@ -259,7 +259,10 @@ def score_retrieval(encoder: Encoder, eval_set: EvalSet) -> Scores:
     splits=("train", "test"),
     needs_text=False,
     fact="regularization",
-    meanings={"regularization": "C, the penalty's inverse, best on a held-back fifth of train"},
+    meanings={
+        "regularization": "C, the penalty's inverse, best on a held-back fifth of train",
+        f"{NUM_NEIGHBORS}-NN": f"a vote of the {NUM_NEIGHBORS} nearest images of train",
+    },
 )
 def score_linear_probe(encoder: Encoder, eval_set: EvalSet) -> Scores:
     """Score a linear classifier, and a vote of the nearest, on the features of test."""
@@ -363,7 +366,9 @@ def load_suite(
     elif not data_root:
         raise ValueError("the data root is empty; name a folder, or . for the working directory")
     elif not (data_root == "hub" or is_template(data_root) or Path(data_root).is_dir()):
-        raise ValueError(f"data root {data_root} is not a folder")
+        raise ValueError(
+            f"data root {data_root} is not a folder; make it, or name the one that has the sets"
+        )
 
     eval_sets: list[EvalSet] = []
     if datasets in DEFAULT_ROOTS:

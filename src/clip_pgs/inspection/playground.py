@@ -122,7 +122,7 @@ class Playground:
             if merging is not None:
                 merging.check(shown[name], view.model_input.grid_size)
             image = scene(picture) if isinstance(picture, int) else read_image(picture)
-            caption = f"scene {picture + 1}" if isinstance(picture, int) else Path(picture).name
+            caption = f"scene {picture}" if isinstance(picture, int) else Path(picture).name
 
             def columns(names: Sequence[str], *, stages: bool = False) -> list[Column]:
                 chosen = {title: shown[title] for title in names}

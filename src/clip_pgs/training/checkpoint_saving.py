@@ -139,7 +139,7 @@ class CheckpointStore:
         if self.num_saved or self.num_failed:
             _logger.info(
                 "Saved %s%s; saving held the run for %.2f s, %.2f%% of its time",
-                counted(self.num_saved, "checkpoint"),
+                counted(self.num_saved, "time"),
                 f", {self.num_failed} could not be" if self.num_failed else "",
                 self.held_seconds,
                 100 * self.held_seconds / (perf_counter() - self._opened_at),

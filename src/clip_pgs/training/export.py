@@ -318,8 +318,8 @@ def _inference(record: Mapping[str, Any]) -> str:
         pairs = (shlex.quote(f"{name}={value}") for name, value in options.items())
         command.append(f"--inference-masking-option {' '.join(pairs)}")
     return (
-        "\nIt sees whole images so. In training it saw them through its masking; clip-pgs encodes "
-        f"them like that, which no setting of this export does by itself:\n\n```bash\n"
+        "\nOpened like that, it encodes whole images. In training it saw them through its masking. "
+        f"This command evaluates it through the same masking:\n\n```bash\n"
         f"{' '.join(command)}\n```\n"
     )
 

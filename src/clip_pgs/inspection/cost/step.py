@@ -48,7 +48,7 @@ from clip_pgs.integrations.open_clip.model_config import (
     largest_memory,
 )
 from clip_pgs.integrations.open_clip.text import GROUP_SHARES
-from clip_pgs.tables import Cell, Table
+from clip_pgs.tables import Cell, Table, counted
 
 PLAIN_TITLE = "plain CLIP"
 TICK = 1e-6  # seconds; some machines' processor time stands still for longer than a tiny part takes
@@ -736,7 +736,7 @@ def describe_device(device: torch.device) -> str:
     """Return what a device is, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    return f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
