@@ -26,7 +26,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from clip_pgs.common import one_sentence
 from clip_pgs.data.decoding import PixelNormalizer
 from clip_pgs.data.samples import decode_captions, decode_image
-from clip_pgs.data.tar import read_shard, write_shard
+from clip_pgs.data.shards import write_shard
+from clip_pgs.data.tar import read_shard
 from clip_pgs.evaluation.metrics import retrieval_metrics
 from clip_pgs.inspection.cost.step import Benchmark, write_json
 from clip_pgs.inspection.model_input import OPENAI_MEAN, OPENAI_STD

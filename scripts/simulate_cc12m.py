@@ -36,8 +36,8 @@ from PIL import Image
 
 from clip_pgs.data.order import SampleRef, ShardPlan
 from clip_pgs.data.preflight import preflight
+from clip_pgs.data.shards import write_shard as write_pairs
 from clip_pgs.data.tar import _CACHE_VERSION, ShardSource, cache_paths, index_shard, index_shards
-from clip_pgs.data.tar import write_shard as write_pairs
 from clip_pgs.tables import Table
 
 IMAGE_BYTES, CAPTION_BYTES = 40_000, 80

@@ -10,7 +10,8 @@ from PIL import Image
 
 from clip_pgs.common import append_line, read_json_object
 from clip_pgs.data.decoding import read_image_file
-from clip_pgs.data.tar import cache_paths, index_shard, write_shard
+from clip_pgs.data.shards import write_shard
+from clip_pgs.data.tar import cache_paths, index_shard
 from clip_pgs.data.world.writing import _is_complete
 from clip_pgs.evaluation.datasets import read_metadata
 from clip_pgs.evaluation.features import files_fingerprint

@@ -10,7 +10,7 @@ import time
 import pytest
 from PIL import Image
 
-from clip_pgs.data.tar import write_shard
+from clip_pgs.data.shards import write_shard
 from support.scripts import ROOT, run
 
 

@@ -15,8 +15,8 @@ from clip_pgs.data.bad_samples import BadSampleError, Skip
 from clip_pgs.data.caption_tables import PairTable, default_separator, read_pairs, row_name
 from clip_pgs.data.decoding import opened_image
 from clip_pgs.data.samples import MAX_CAPTION_BYTES, RawSample, decode_captions, decode_image
-from clip_pgs.data.shards import is_remote, read_sizes
-from clip_pgs.data.tar import read_shard, write_shard
+from clip_pgs.data.shards import is_remote, read_sizes, write_shard
+from clip_pgs.data.tar import read_shard
 
 logger = logging.getLogger(__name__)
 

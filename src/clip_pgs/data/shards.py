@@ -1,13 +1,16 @@
-"""Which shards a pattern names, and how many samples they hold."""
+"""Which shards a pattern names, how many samples they hold, and how one is written."""
 
 from __future__ import annotations
 
 import glob
+import io
 import json
 import logging
 import math
 import os
 import re
+import tarfile
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -231,3 +234,19 @@ def _expand_source(source: str) -> list[str]:
             f"({len(missing)} of {len(candidates)} are missing)"
         )
     return shards
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
+    """Write samples, key and members by suffix, as a shard; the same samples give the same bytes.
+
+    Args:
+        path: The new file.
+        samples: Names up to 90 characters.
+    """
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            for suffix, data in members.items():
+                # A fresh TarInfo has time, owner and mode of nobody, so that bytes repeat.
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))

@@ -131,22 +131,6 @@ def read_shard(
             yield _make_sample(shard, *item, repeat, use_json)
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
-    """Write samples, key and members by suffix, as a shard; the same samples give the same bytes.
-
-    Args:
-        path: The new file.
-        samples: Names up to 90 characters.
-    """
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, members in samples:
-            for suffix, data in members.items():
-                # A fresh TarInfo has time, owner and mode of nobody, so that bytes repeat.
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-
-
 def unreadable_shard(shard: str, error: Exception, *, key: str = "") -> Skip:
     """Return what is recorded of a shard, or of a sample in it, that cannot be read."""
     return Skip(

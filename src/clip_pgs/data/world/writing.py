@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clip_pgs.common import MAX_RUN_FILE_BYTES, atomic_folder, folder_lock, read_json_object
-from clip_pgs.data.tar import write_shard
-from clip_pgs.data.words import count_shards, write_word_frequencies
+from clip_pgs.data.shards import write_shard
 from clip_pgs.data.world.captions import TASKS, hard_negatives
 from clip_pgs.data.world.draw import Drawing, draw_scene
 from clip_pgs.data.world.scene import WORLD_VERSION, Sample, Scene
@@ -222,15 +221,24 @@ def _write_whole(
                 "num_samples": part.num_samples,
                 "digest": record.digest(),
             }
-        shards = [str(path) for path in sorted(folder.glob("train/*.tar"))]
-        captions = count_shards(shards, num_workers=num_workers)
-        write_word_frequencies(captions.frequencies(min_count=1), folder / WORDS_NAME)
+            if part.name == "train":
+                # A pool begins at once, `map` when it is asked.
+                words = each(_write_words, [folder])
+        list(words)
         files = {
             path.relative_to(folder).as_posix(): path.stat().st_size
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
         _write_json(folder / "world.json", {**identity, "parts": facts, "files": files})
+
+
+def _write_words(root: Path) -> None:
+    # What reads shards imports torch, which takes seconds.
+    from clip_pgs.data.words import count_shards, write_word_frequencies
+
+    captions = count_shards([str(path) for path in sorted(root.glob("train/*.tar"))])
+    write_word_frequencies(captions.frequencies(min_count=1), root / WORDS_NAME)
 
 
 def _follow_parent() -> None:
