@@ -38,6 +38,7 @@ from clip_pgs.common import (
     silenced,
 )
 from clip_pgs.evaluation.masked_inference import InferenceMasking, choose_masking
+from clip_pgs.integrations.open_clip.compat import no_foreign_code
 from clip_pgs.integrations.open_clip.model_config import (
     check_build_options,
     check_buildable,
@@ -241,10 +242,11 @@ def _export_folder(path: Path) -> Path:
 
 def _create(name: str, **options: Any) -> Built:
     try:
-        model, _, transform = open_clip.create_model_and_transforms(name, **options)
-        return model, transform, open_clip.get_tokenizer(name)
+        with no_foreign_code():
+            model, _, transform = open_clip.create_model_and_transforms(name, **options)
+            return model, transform, open_clip.get_tokenizer(name)
     # open_clip reports unreachable, absent and unfitting weights alike, as these.
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         reason = textwrap.shorten(str(error), 300)
         raise ValueError(f"open_clip cannot open {name}: {reason}") from error
 

@@ -27,7 +27,11 @@ from clip_pgs.integrations.open_clip import (
     caption_trimmer,
     is_text_trimming_lossless,
 )
-from clip_pgs.integrations.open_clip.compat import random_weights, weights_read_by
+from clip_pgs.integrations.open_clip.compat import (
+    no_foreign_code,
+    random_weights,
+    weights_read_by,
+)
 from clip_pgs.integrations.open_clip.model_config import (
     MISFITS,
     check_model_config,
@@ -176,7 +180,7 @@ def create_model(options: TrainOptions, device: torch.device) -> tuple[Any, Call
         pretrained = str(find_checkpoint(pretrained))
     on_meta = device if device.type == "meta" else contextlib.nullcontext()
     is_random = contextlib.nullcontext() if pretrained else random_weights()
-    with weights_read_by(_read_weights, _explain_misfit), on_meta, is_random:
+    with weights_read_by(_read_weights, _explain_misfit), on_meta, is_random, no_foreign_code():
         model, train_transform, val_transform = open_clip.create_model_and_transforms(
             options.model,
             pretrained,
@@ -242,7 +246,8 @@ def make_tokenizer(options: TrainOptions) -> Callable:
         from clip_pgs.integrations.open_clip.mae import no_tokens
 
         return no_tokens
-    with explained(f"the tokenizer of --model {options.model} cannot be read", *MISFITS, OSError):
+    what = f"the tokenizer of --model {options.model} cannot be read"
+    with explained(what, *MISFITS, OSError), no_foreign_code():
         return open_clip.get_tokenizer(
             options.model, cache_dir=options.cache_dir, context_length=options.force_context_length
         )

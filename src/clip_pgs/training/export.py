@@ -35,6 +35,8 @@ from clip_pgs.common import (
     sync,
     write_text,
 )
+from clip_pgs.integrations.open_clip.compat import no_foreign_code
+from clip_pgs.integrations.open_clip.model_config import MISFITS
 from clip_pgs.training.build import logit_options
 from clip_pgs.training.checkpoint import find_non_finite, load_checkpoint
 from clip_pgs.training.options import TrainOptions
@@ -196,7 +198,10 @@ def _write_files(
     # safetensors makes its file readable for its owner alone.
     (folder / weights_name).chmod((folder / CARD_NAME).stat().st_mode)
     if record["tokenizer"] is not None:
-        HFTokenizer(record["tokenizer"]).save_pretrained(folder)
+        what = f"the tokenizer {record['tokenizer']!r} of the record cannot be read"
+        with explained(what, *MISFITS, OSError), no_foreign_code():
+            tokenizer = HFTokenizer(record["tokenizer"])
+        tokenizer.save_pretrained(folder)
     for path in (*folder.iterdir(), folder):
         sync(path)
 

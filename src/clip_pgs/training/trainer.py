@@ -600,7 +600,7 @@ class Trainer:
             )
         try:
             export = write_export(checkpoint, self._folder / EXPORT_NAME)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             cure = f"clip-pgs export {self._folder} makes it from the checkpoint"
             if not is_saved:
                 cure = "nor could the last checkpoint be; --resume latest makes both"

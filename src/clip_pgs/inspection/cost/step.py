@@ -42,6 +42,7 @@ from clip_pgs.integrations.open_clip import (
     caption_trimmer,
     set_masking_progress,
 )
+from clip_pgs.integrations.open_clip.compat import no_foreign_code
 from clip_pgs.integrations.open_clip.flops import count_pass
 from clip_pgs.integrations.open_clip.model_config import (
     check_buildable,
@@ -144,9 +145,10 @@ class Benchmark:
                 f"{self.model!r} is neither a model config nor a model that open_clip knows"
             )
         torch.manual_seed(self.seed)
-        model: nn.Module = open_clip.create_model(
-            name, device=self.device, force_image_size=self.image_size, load_weights=False
-        )
+        with no_foreign_code():
+            model: nn.Module = open_clip.create_model(
+                name, device=self.device, force_image_size=self.image_size, load_weights=False
+            )
         if type(model) not in (CLIP, CustomTextCLIP):
             raise ValueError(f"the benchmark runs pairs of towers, and {name} is a {type(model)}")
         return model

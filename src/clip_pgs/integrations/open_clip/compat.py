@@ -51,6 +51,40 @@ def weights_read_by(
 
 
 @contextlib.contextmanager
+def no_foreign_code() -> Iterator[None]:
+    """Keep transformers from running, or asking to run, the code of a tokenizer or model.
+
+    open_clip opens both by names out of configs and checkpoints, and hands `trust_remote_code` on.
+
+    Raises:
+        ValueError: In place of running code.
+    """
+    try:
+        from transformers import dynamic_module_utils as dynamic
+    except ImportError:
+        yield
+        return
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ValueError("the tokenizer or text tower that it names holds code, which is never run")
+
+    # It asks as long as there is time for an answer; then it raises; what it trusts, it imports.
+    changed = {
+        "TIME_OUT_REMOTE_CODE": 0,
+        "_raise_timeout_error": refuse,
+        "get_class_in_module": refuse,
+    }
+    kept = {name: getattr(dynamic, name) for name in changed if hasattr(dynamic, name)}
+    for name in kept:
+        setattr(dynamic, name, changed[name])
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(dynamic, name, value)
+
+
+@contextlib.contextmanager
 def random_weights() -> Iterator[None]:
     """Keep open_clip from warning of a model whose weights are meant to be random."""
 
