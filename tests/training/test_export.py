@@ -268,3 +268,39 @@ def test_what_a_killed_export_left_counts_as_none_and_is_replaced(tmp_path, fini
 def test_the_config_is_plain_json(finished_run):
     config = json.loads((finished_run / "export" / "open_clip_config.json").read_text())
     assert config["model_cfg"]["vision_cfg"] == MODEL["vision_cfg"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: content["clip_pgs"].pop("cost"), "no cost"),
+        (lambda content: content["clip_pgs"].pop("masking"), "no masking"),
+        (lambda content: content.update(clip_pgs=[1]), "clip_pgs holds list"),
+        (lambda content: content["clip_pgs"]["cost"].update(steps="7"), "'7' of steps"),
+        (lambda content: content["clip_pgs"]["cost"].pop("flops"), "flops"),
+        (lambda content: content["clip_pgs"].update(recipe=3), "clip_pgs/recipe holds int"),
+        (lambda content: content["clip_pgs"].update(open_clip_config={}), "model_cfg"),
+        (lambda content: content["clip_pgs"].update(tokenizer=["a"]), "tokenizer"),
+        (lambda content: content["clip_pgs"].update(tokenizer="/nonexistent"), "'/nonexistent'"),
+    ],
+)
+def test_an_odd_record_is_named_and_nothing_is_written(
+    tmp_path, finished_run, capsys, change, words
+):
+    content = torch.load(finished_run / "checkpoints" / "epoch_2.pt", weights_only=True)
+    change(content)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(content, tmp_path / "checkpoints" / "epoch_2.pt")
+    assert export_command.main([str(tmp_path)]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "epoch_2.pt" in sentence
+    assert words in sentence
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_checkpoint_without_a_name_is_exported(tmp_path, finished_run):
+    content = torch.load(finished_run / "checkpoints" / "epoch_2.pt", weights_only=True)
+    del content["name"]
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(content, tmp_path / "checkpoints" / "epoch_2.pt")
+    assert export_command.main([str(tmp_path)]) == 0

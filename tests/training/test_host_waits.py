@@ -7,8 +7,9 @@ import torch
 
 from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.masking import list_maskings
+from clip_pgs.training.checkpoint import Cost
 from clip_pgs.training.loggers import MetricLoggers
-from clip_pgs.training.telemetry import Cost, Telemetry
+from clip_pgs.training.telemetry import Telemetry
 from support.host_waits import noting_host_waits
 from support.trainers import open_trainer
 

@@ -14,9 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from clip_pgs.figure import GAP, MARGIN
 from clip_pgs.integrations.open_clip.flops import SampleFlops
+from clip_pgs.training.checkpoint import Cost
 from clip_pgs.training.loggers import JsonLines, MetricLoggers
 from clip_pgs.training.step import StepResult
-from clip_pgs.training.telemetry import Cost, Telemetry, WindowMeter
+from clip_pgs.training.telemetry import Telemetry, WindowMeter
 from support.runs import run
 
 OPEN_CLIP_TAGS = {

@@ -11,8 +11,10 @@ learned beside the weights.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -37,6 +39,39 @@ _SETTINGS = (
     "fallback_lr_scale",
     "max_lr_snapshot",
 )
+
+
+_MAPPING, _TEXT = (dict, "a mapping of names"), (str, "a text")
+# What a run's record holds, see `clip_pgs.training.run_folder.describe_run`.
+_RECORD: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("version", "model", "masking", "device"), _TEXT),
+    **dict.fromkeys(("open_clip_config", "masking_options", "data", "recipe"), _MAPPING),
+    **dict.fromkeys(("cost", "metrics"), _MAPPING),
+    "world_size": (int, "a whole number"),
+}
+
+
+@dataclass
+class Cost:
+    """What a run has spent since its very beginning, resumed launches included.
+
+    Args:
+        steps: Optimizer steps.
+        samples: Image-caption pairs over all ranks.
+        flops: Floating-point operations over all ranks.
+        selection_flops: Of these, what choosing patches took.
+        seconds: Wall time.
+        skipped_steps: Steps that changed nothing, as their numbers were not finite.
+        skipped_samples: Samples that could not be used.
+    """
+
+    steps: int = 0
+    samples: int = 0
+    flops: float = 0.0
+    selection_flops: float = 0.0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    skipped_samples: int = 0
 
 
 def pack_checkpoint(
@@ -147,6 +182,37 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
         if number in state["state"]
     }
     optimizer.load_state_dict({**state, "state": moments, "param_groups": groups})
+
+
+def damaged_entry(checkpoint: Mapping[str, Any], *, is_exported: bool = False) -> str | None:
+    """Say which of the entries beside the weights is not what a trainer writes, None if none is.
+
+    Args:
+        checkpoint: From `load_checkpoint`.
+        is_exported: Whether the record must be whole, as a card describes all of it.
+    """
+    record = checkpoint.get("clip_pgs", {})
+    entries = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "masking_state")}
+    for name, entry in {**entries, "clip_pgs": record}.items():
+        if entry is not None and not isinstance(entry, dict):
+            return f"its {name} holds {type(entry).__name__}, and not a mapping of names"
+    record = record or {}
+    for name, (kind, what) in _RECORD.items():
+        entry = record.get(name)
+        if is_exported and entry is None:
+            return f"its clip_pgs record has no {name}"
+        if entry is not None and not isinstance(entry, kind):
+            return f"its clip_pgs/{name} holds {type(entry).__name__}, and not {what}"
+    cost, metrics = record.get("cost") or {}, record.get("metrics") or {}
+    known = [field.name for field in fields(Cost)]
+    for name in cost.keys() - known:
+        return f"its clip_pgs/cost holds {name!r}, which no trainer writes"
+    for name, value in (cost | metrics).items():
+        if not isinstance(value, Real):
+            return f"its clip_pgs record says {value!r} of {name}, which is no number"
+    if is_exported and not isinstance(record.get("tokenizer"), (str, NoneType)):
+        return f"its clip_pgs record says {record['tokenizer']!r} of tokenizer, which is no name"
+    return None
 
 
 def find_non_finite(checkpoint: Mapping[str, Any]) -> str | None:

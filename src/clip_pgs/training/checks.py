@@ -9,7 +9,6 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ from clip_pgs.training.build import (
     optimizer_misfit,
     read_model_config,
 )
-from clip_pgs.training.checkpoint import find_non_finite
+from clip_pgs.training.checkpoint import damaged_entry, find_non_finite
 from clip_pgs.training.data_checks import (
     check_data,
     check_shared_memory,
@@ -72,7 +71,6 @@ from clip_pgs.training.options import (
 )
 from clip_pgs.training.phases import total_epochs
 from clip_pgs.training.run_folder import changed_options, holds_run, keeps_logs, run_folder
-from clip_pgs.training.telemetry import Cost
 
 # OpenCLIP's byte-pair vocabulary, of which the last token ends every caption.
 _NUM_TOKENS = 49408
@@ -443,7 +441,7 @@ def _check_resumed(
     with explained("--resume"):
         checkpoint = read_checkpoint(path, use_mmap=True)
         check_sum(path)
-    trouble = find_non_finite(checkpoint) or _damaged_record(checkpoint)
+    trouble = find_non_finite(checkpoint) or damaged_entry(checkpoint)
     if trouble is not None:
         raise ValueError(f"--resume: {path} cannot go on: {trouble}")
     with explained(f"--resume: {path} does not fit {options.model}"):
@@ -468,24 +466,4 @@ def _misplacement(options: TrainOptions, checkpoint: Mapping[str, Any]) -> str |
     step = checkpoint.get("step", cost.get("steps"))
     if step != cost.get("steps", step):
         return f"its step is {step}, and its record counts {cost['steps']}"
-    return None
-
-
-def _damaged_record(checkpoint: Mapping[str, Any]) -> str | None:
-    """Say which of the entries beside the weights is not what a trainer writes."""
-    record = checkpoint.get("clip_pgs", {})
-    entries = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "masking_state")}
-    entries["clip_pgs"] = record
-    if isinstance(record, dict):
-        entries |= {f"clip_pgs/{name}": record.get(name) for name in ("cost", "metrics", "recipe")}
-    for name, entry in entries.items():
-        if entry is not None and not isinstance(entry, dict):
-            return f"its {name} holds {type(entry).__name__}, and not a mapping of names"
-    cost, metrics = entries.get("clip_pgs/cost") or {}, entries.get("clip_pgs/metrics") or {}
-    unknown = cost.keys() - {field.name for field in dataclasses.fields(Cost)}
-    for name in unknown:
-        return f"its clip_pgs/cost holds {name!r}, which no trainer writes"
-    for name, value in (cost | metrics).items():
-        if not isinstance(value, Real):
-            return f"its clip_pgs record says {value!r} of {name}, which is no number"
     return None

@@ -38,7 +38,7 @@ from clip_pgs.common import (
 from clip_pgs.integrations.open_clip.compat import no_foreign_code
 from clip_pgs.integrations.open_clip.model_config import MISFITS
 from clip_pgs.training.build import logit_options
-from clip_pgs.training.checkpoint import find_non_finite, load_checkpoint
+from clip_pgs.training.checkpoint import damaged_entry, find_non_finite, load_checkpoint
 from clip_pgs.training.options import TrainOptions
 
 CARD_NAME = "README.md"
@@ -153,17 +153,21 @@ def write_export(
         The folder.
 
     Raises:
-        ValueError: If the checkpoint has no record, or a weight is NaN or infinite.
+        ValueError: If the checkpoint has no record, or not a whole one, its tokenizer cannot be
+            read, or a weight is NaN or infinite.
         OSError: If it cannot be written, or no folder has its name; what is there is still there.
     """
     record = checkpoint.get("clip_pgs")
     if record is None:
         raise ValueError("the checkpoint was not written by clip_pgs.training; it has no record")
     trouble = find_non_finite({"state_dict": checkpoint["state_dict"]})
+    trouble = trouble or damaged_entry(checkpoint, is_exported=True)
     if trouble is not None:
         raise ValueError(f"the model is not exported: {trouble}")
     with atomic_folder(folder) as unfinished:
-        card = write_model_card(checkpoint["name"], record, license_name=license_name)
+        name = str(checkpoint.get("name", ""))
+        with explained("its clip_pgs record cannot be described", *MISFITS):
+            card = write_model_card(name, record, license_name=license_name)
         _write_files(checkpoint, record, card, unfinished)
         if folder.exists():
             names = {path.name for path in unfinished.iterdir()}
@@ -365,10 +369,14 @@ def export_run(run_folder: Path, *, license_name: str = "unknown") -> Path:
     for error in damaged.values():
         _logger.warning("%s; it is passed over", error)
     checkpoint = load_checkpoint(path)
-    folder = write_export(checkpoint, run_folder / EXPORT_NAME, license_name=license_name)
+    with explained(str(path)):
+        folder = write_export(checkpoint, run_folder / EXPORT_NAME, license_name=license_name)
     if scores := _scores(run_folder / EVAL_NAME, folder):
         card = write_model_card(
-            checkpoint["name"], checkpoint["clip_pgs"], license_name=license_name, scores=scores
+            str(checkpoint.get("name", "")),
+            checkpoint["clip_pgs"],
+            license_name=license_name,
+            scores=scores,
         )
         write_text(folder / CARD_NAME, card)
     return folder

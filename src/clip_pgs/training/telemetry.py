@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 
 import torch
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from clip_pgs.integrations.open_clip.flops import SampleFlops
 from clip_pgs.tables import counted, duration
+from clip_pgs.training.checkpoint import Cost
 from clip_pgs.training.loggers import MetricLoggers
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.phases import total_epochs
@@ -24,29 +25,6 @@ from clip_pgs.training.step import StepResult
 from clip_pgs.training.stop import BadNumbersError
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Cost:
-    """What a run has spent since its very beginning, resumed launches included.
-
-    Args:
-        steps: Optimizer steps.
-        samples: Image-caption pairs over all ranks.
-        flops: Floating-point operations over all ranks.
-        selection_flops: Of these, what choosing patches took.
-        seconds: Wall time.
-        skipped_steps: Steps that changed nothing, as their numbers were not finite.
-        skipped_samples: Samples that could not be used.
-    """
-
-    steps: int = 0
-    samples: int = 0
-    flops: float = 0.0
-    selection_flops: float = 0.0
-    seconds: float = 0.0
-    skipped_steps: int = 0
-    skipped_samples: int = 0
 
 
 class SkippedSteps:

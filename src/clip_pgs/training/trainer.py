@@ -47,6 +47,7 @@ from clip_pgs.training.build import (
     supported_precision,
 )
 from clip_pgs.training.checkpoint import (
+    Cost,
     named_tensors,
     pack_checkpoint,
     restore,
@@ -99,7 +100,7 @@ from clip_pgs.training.stop import (
     stop_vote,
     writing,
 )
-from clip_pgs.training.telemetry import Cost, Telemetry
+from clip_pgs.training.telemetry import Telemetry
 from clip_pgs.training.validation import (
     RESULTS_NAME,
     Evaluate,

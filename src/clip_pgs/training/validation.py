@@ -21,7 +21,7 @@ from clip_pgs.data.build import build_val_stream
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.tables import Cell, Table
 from clip_pgs.training.build import ModelParts, build_model
-from clip_pgs.training.checkpoint import restore
+from clip_pgs.training.checkpoint import Cost, restore
 from clip_pgs.training.checkpoint_saving import load_start
 from clip_pgs.training.distributed import ProcessGroup
 from clip_pgs.training.loggers import MetricLoggers
@@ -33,7 +33,6 @@ from clip_pgs.training.stop import (
     as_bad_input,
     writing,
 )
-from clip_pgs.training.telemetry import Cost
 
 RESULTS_NAME = "results.jsonl"
 # What OpenCLIP puts beside its measurements.
