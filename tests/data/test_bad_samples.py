@@ -14,7 +14,7 @@ from open_clip import SimpleTokenizer
 from PIL import Image
 from torchvision import transforms
 
-from clip_pgs.data.bad_samples import NoUsableSampleError, Skip
+from clip_pgs.data.bad_samples import Skip, UnusableDataError
 from clip_pgs.data.build import build_train_stream, build_val_stream
 from support.streams import AUGMENT, numbers, open_stream, read_from, tokenize, with_options
 
@@ -229,7 +229,7 @@ def test_data_without_a_usable_sample_is_an_error_that_names_the_missing_member(
         train_data=f"{tmp_path}/{{0..1}}.tar", dataset_resampled=resampled, workers=workers
     )
     with pytest.raises(
-        NoUsableSampleError, match=r"no usable sample in .*\.tar.*no caption"
+        UnusableDataError, match=r"no usable sample in .*\.tar.*no caption"
     ) as error:
         read_from(open_stream(args))
     assert "no .txt member" in str(error.value)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_pgs.data.bad_samples import NoUsableSampleError, Skip
+from clip_pgs.data.bad_samples import Skip, UnusableDataError
 from support.streams import numbers, open_stream, read_from, with_options
 
 
@@ -158,5 +158,5 @@ def test_shards_without_any_sample_are_an_error_before_the_first_batch(stated_ar
     (folder / "sizes.json").unlink()
     for number in range(3):
         damage(folder / f"{number}.tar")
-    with pytest.raises(NoUsableSampleError, match=f"3 skipped .{SHARD_FAULTS[damage][0]}: 3"):
+    with pytest.raises(UnusableDataError, match=f"3 skipped .{SHARD_FAULTS[damage][0]}: 3"):
         open_stream(with_options(stated_args, train_num_samples=30))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from clip_pgs.data.bad_samples import NoUsableSampleError
 from clip_pgs.data.preflight import preflight
 from support.streams import with_options
 
@@ -38,7 +37,7 @@ def test_missing_member_is_named_where_no_sample_is_usable(
     with_options(args, **{flag: f"{tmp_path}/{{0..1}}.tar"})
     name = flag.replace("_", "-")
     message = f"--{name}: no usable sample in the 2 places .*no caption: 6.*no .txt member"
-    with pytest.raises(NoUsableSampleError, match=message):
+    with pytest.raises(ValueError, match=message):
         preflight(args)
 
 
@@ -96,7 +95,7 @@ def test_commands_are_tried(args):
     with_options(args, train_data=f"pipe:cat {args.train_data}", train_num_samples=30)
     assert preflight(args) == []
     with_options(args, train_data="pipe:cat nothing.tar")
-    with pytest.raises(NoUsableSampleError, match="unreadable shard: 1"):
+    with pytest.raises(ValueError, match="unreadable shard: 1"):
         preflight(args)
 
 
@@ -104,7 +103,7 @@ def test_table_whose_images_are_missing_stops_by_name(tmp_path, make_args, make_
     rows = [f"{tmp_path}/{number}.jpg\ttext" for number in range(100)]
     (tmp_path / "pairs.csv").write_text("\n".join(["filepath\ttitle", *rows]))
     args = make_args(train_data=f"{tmp_path}/pairs.csv")
-    with pytest.raises(NoUsableSampleError, match=r"64 places .*0\.jpg"):
+    with pytest.raises(ValueError, match=r"64 places .*0\.jpg"):
         preflight(args)
     (tmp_path / "0.jpg").write_bytes(make_image(0))
     (warning,) = preflight(args)

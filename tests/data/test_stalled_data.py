@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from clip_pgs.data.bad_samples import NoUsableSampleError, StalledDataError, TooManyBadSamplesError
+from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
 from support.streams import AUGMENT, numbers, open_stream, read_from, with_options
 
 
@@ -97,7 +97,7 @@ def test_share_above_the_limit_stops_the_run_in_one_sentence(
 ):
     path = spoil(make_tar, make_image, tmp_path, num_bad=21)
     with_options(args, train_data=path, max_bad_share=0.2, batch_size=10, workers=workers)
-    with pytest.raises(TooManyBadSamplesError) as error:
+    with pytest.raises(UnusableDataError) as error:
         read_from(open_stream(args))
     assert str(error.value).startswith(
         "21 of 100 samples are bad, more than --max-bad-share 0.2 allows: "
@@ -121,7 +121,7 @@ def test_share_is_judged_over_a_thousand_samples_of_a_long_epoch(
     batches = iter(open_stream(args))
     for _ in range(9):
         next(batches)
-    with pytest.raises(TooManyBadSamplesError, match="of 1000 samples are bad"):
+    with pytest.raises(UnusableDataError, match="of 1000 samples are bad"):
         next(batches)
 
 
@@ -130,5 +130,5 @@ def test_without_a_limit_anything_but_nothing_goes(args, make_tar, make_image, t
     with_options(args, train_data=path, batch_size=10)
     assert set(numbers(read_from(open_stream(args)))) == {99}
     spoil(make_tar, make_image, tmp_path, num_bad=100)
-    with pytest.raises(NoUsableSampleError):
+    with pytest.raises(UnusableDataError):
         read_from(open_stream(args))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from clip_pgs.data.bad_samples import NoUsableSampleError
+from clip_pgs.data.bad_samples import UnusableDataError
 from clip_pgs.data.build import build_train_stream, build_val_stream
 from support.streams import AUGMENT, numbers, open_stream, read_from, same, tokenize, with_options
 
@@ -161,7 +161,7 @@ def test_validation_without_a_usable_sample_is_an_error(tmp_path, make_tar, make
     stream = build_val_stream(
         make_args(val_data=f"{tmp_path}/0.tar"), transform=AUGMENT, tokenize=tokenize
     )
-    with pytest.raises(NoUsableSampleError, match="no usable sample: 1 skipped"):
+    with pytest.raises(UnusableDataError, match="no usable sample: 1 skipped"):
         list(stream)
 
 

@@ -6,7 +6,7 @@ import gzip
 
 import pytest
 
-from clip_pgs.data.bad_samples import NoUsableSampleError
+from clip_pgs.data.bad_samples import UnusableDataError
 from clip_pgs.data.build import build_val_stream
 from clip_pgs.data.streaming import shuffled_stream
 from support.streams import AUGMENT, numbers, open_stream, read_from, same, tokenize, with_options
@@ -91,13 +91,13 @@ def test_data_without_a_usable_sample_is_an_error_that_says_why(
     for shard in range(4):
         make_tar(folder / f"{shard}.tar", [(f"{n}.jpg", make_image(n)) for n in range(3)])
     with_options(args, dataset_resampled=resampled, workers=workers)
-    with pytest.raises(NoUsableSampleError, match=r"no usable sample in pipe:cat .*no caption"):
+    with pytest.raises(UnusableDataError, match=r"no usable sample in pipe:cat .*no caption"):
         read_from(open_stream(args))
 
 
 def test_shards_that_fail_are_an_error_and_no_endless_loop(args):
     with_options(args, train_data="pipe:exit 3", dataset_type="webdataset")
-    with pytest.raises(NoUsableSampleError, match="unreadable shard"):
+    with pytest.raises(UnusableDataError, match="unreadable shard"):
         read_from(open_stream(args))
 
 

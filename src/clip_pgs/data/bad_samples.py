@@ -54,14 +54,6 @@ class UnusableDataError(ValueError):
     exit_code = BAD_INPUT
 
 
-class NoUsableSampleError(UnusableDataError):
-    """Data without a single usable sample."""
-
-
-class TooManyBadSamplesError(UnusableDataError):
-    """Data of which more is bad than is allowed."""
-
-
 class StalledDataError(RuntimeError):
     """Data that stopped coming; says what was being read."""
 
@@ -118,7 +110,7 @@ class SkipAccount:
             num_tried: Samples whose turn it was; 0 for shards.
 
         Raises:
-            TooManyBadSamplesError: If more than the allowed share of all samples was bad.
+            UnusableDataError: If more than the allowed share of all samples was bad.
         """
         for skip in skips:
             if self._first is None:
@@ -139,7 +131,7 @@ class SkipAccount:
         self._judge_at += self._judge_every
         allowed = self.max_bad_share
         if allowed is not None and self._num_bad > allowed * self._num_tried:
-            raise TooManyBadSamplesError(
+            raise UnusableDataError(
                 f"{self._num_bad} of {self._num_tried} samples are bad, more than "
                 f"--max-bad-share {allowed:g} allows: {self.describe()}"
             )
@@ -149,7 +141,7 @@ class SkipAccount:
         if self.counts:
             logger.warning("in this epoch %s", self._describe_counts())
 
-    def no_usable_sample(self, shards: list[str]) -> NoUsableSampleError:
+    def no_usable_sample(self, shards: list[str]) -> UnusableDataError:
         """Return the error of data without a usable sample.
 
         Args:
@@ -157,7 +149,7 @@ class SkipAccount:
         """
         places = f" in {', '.join(shards[:3])}" if shards else ""
         more = f" and {len(shards) - 3} more" if len(shards) > 3 else ""
-        return NoUsableSampleError(f"no usable sample{places}{more}: {self.describe()}")
+        return UnusableDataError(f"no usable sample{places}{more}: {self.describe()}")
 
     def describe(self) -> str:
         """Return the counts of the epoch, and its first skip, in words."""

@@ -100,7 +100,7 @@ def build_train_stream(
     Raises:
         ValueError: If the options name no data, or a text masking that is not possible. Whether the
             data fills a step and feeds each process is checked before, by the checks of a run.
-        NoUsableSampleError: If the shards hold no sample at all.
+        UnusableDataError: If the shards hold no sample at all.
     """
     kind = dataset_kind(args.dataset_type, args.train_data, flag="--train-data")
     shorten = create_text_masking(
@@ -145,7 +145,7 @@ def build_val_stream(
 
     Raises:
         ValueError: If the options name no data.
-        NoUsableSampleError: If the shards hold no sample at all.
+        UnusableDataError: If the shards hold no sample at all.
     """
     kind = dataset_kind(args.dataset_type, args.val_data, flag="--val-data")
     decode = SampleDecoder(transform, tokenize, args.seed, _caption_key(args, kind))

@@ -11,11 +11,12 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from clip_pgs.common import explained
 from clip_pgs.data.bad_samples import (
     BadSampleError,
-    NoUsableSampleError,
     Skip,
     StalledDataError,
+    UnusableDataError,
     describe_reasons,
 )
 from clip_pgs.data.build import dataset_kind, read_table
@@ -60,7 +61,7 @@ def preflight(args: argparse.Namespace) -> list[str]:
         if path is None:
             continue
         kind = dataset_kind(args.dataset_type, path, flag=flag)
-        try:
+        with explained(flag):
             if kind == "csv":
                 warnings += _judge(_look_at_rows(TableSource(read_table(args, path)), args), flag)
             elif kind == "webdataset":
@@ -68,10 +69,6 @@ def preflight(args: argparse.Namespace) -> list[str]:
                 warnings += _judge(_look_at_shards(shards, args), flag)
                 if flag == "--train-data" and all(map(is_seekable, shards)):
                     warnings += _check_amount(args, shards)
-        except NoUsableSampleError as error:
-            raise NoUsableSampleError(f"{flag}: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{flag}: {error}") from None
     return warnings
 
 
@@ -137,7 +134,7 @@ def _judge(looks: list[_Look], flag: str) -> list[str]:
     counts = Counter(skip.reason for skip in skips)
     what = f"{describe_reasons(counts)}; the first is {skips[0]}" if skips else ""
     if not any(is_usable for is_usable, _ in looks):
-        raise NoUsableSampleError(
+        raise UnusableDataError(
             f"no usable sample in the {len(looks)} places that were tried: {what}"
         )
     return [f"{flag} has bad samples: {what}"] if skips else []
