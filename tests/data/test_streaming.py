@@ -124,9 +124,12 @@ def test_validation_gives_every_sample_once_in_order_whatever_the_workers(args, 
     assert (stream.num_samples, stream.num_batches) == (None, None)
 
 
+BUFFER = {"buffer_size": 50, "initial_size": 10, "max_bytes": 1000, "size_of": lambda _: 1}
+
+
 @pytest.mark.parametrize("length", [0, 5, 300])
 def test_stream_gives_each_item_once(length):
-    out = list(shuffled_stream(range(length), 0, buffer_size=50, initial_size=10))
+    out = list(shuffled_stream(range(length), 0, **BUFFER))
     assert sorted(out) == list(range(length))
     assert out != list(range(length)) or length == 0
 
@@ -141,7 +144,22 @@ def test_stream_reads_no_further_than_its_buffer():
             yield item
 
     ahead = []
-    for num_out, _ in enumerate(shuffled_stream(items(), 0, buffer_size=50, initial_size=10), 1):
+    for num_out, _ in enumerate(shuffled_stream(items(), 0, **BUFFER), 1):
         ahead.append(num_read - num_out)
     assert ahead[0] == 10
     assert max(ahead) == 50
+
+
+def test_large_items_fill_the_buffer_by_their_bytes():
+    sizes = [7, 400, 300, 2500, 1, 1, 600, 350, 350, *[9] * 300]
+    out, waiting = [], []
+
+    def items():
+        for number in range(len(sizes)):
+            waiting.append(sum(sizes[:number]) - sum(sizes[item] for item in out))
+            yield number
+
+    for item in shuffled_stream(items(), 0, **{**BUFFER, "size_of": sizes.__getitem__}):
+        out.append(item)
+    assert sorted(out) == list(range(len(sizes)))
+    assert max(waiting) <= 1000

@@ -212,6 +212,16 @@ def test_a_member_that_states_more_than_a_stream_holds_ends_it(tmp_path):
     assert items[-1].detail == "unexpected end of data"
 
 
+def test_a_name_of_a_million_letters_ends_a_shard_and_its_index_stays_small(tmp_path):
+    path = tmp_path / "0.tar"
+    pairs = [(f"{number}.txt", b"text") for number in range(300)]
+    write(path, [*pairs, ("n" * 1_000_000 + ".txt", b"text"), ("after.txt", b"text")])
+    index = index_shard(str(path))
+    assert (len(index), index.keys.nbytes < 10_000) == (300, True)
+    for failure in (index.failure, list(read_shard(str(path)))[-1]):
+        assert failure.detail == "a name of 1000004 characters, more than 1024"
+
+
 def test_shard_that_shrinks_while_open_gives_no_half_sample(tmp_path):
     path = tmp_path / "0.tar"
     write(path, PAIRS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from multiprocessing.sharedctypes import RawArray
@@ -31,6 +31,8 @@ T = TypeVar("T")
 # OpenCLIP's shuffle buffer: mixes several shards of the usual 1000 to 10000 pairs.
 _BUFFER_SIZE = 5000
 _INITIAL_SIZE = 1000
+# Of the encoded images and captions in it: 5000 pairs of 400 kB.
+_BUFFER_BYTES = 2**31
 # Skips are reported with the next batch, or without one when this many wait.
 _MAX_PENDING_SKIPS = 256
 # A worker that meets so many bad pairs in a row gives up.
@@ -162,6 +164,8 @@ class StreamingBatches(IterableDataset[Batch]):
             stable_seed("mix", seed, epoch, *place),
             buffer_size=_BUFFER_SIZE,
             initial_size=_INITIAL_SIZE,
+            max_bytes=_BUFFER_BYTES,
+            size_of=_num_bytes,
         )
 
     def _one_pass(self, epoch: int, index: int, num_workers: int) -> Iterator[Batch]:
@@ -260,8 +264,20 @@ class StreamingBatches(IterableDataset[Batch]):
         return filled
 
 
+def _num_bytes(item: RawSample | Skip) -> int:
+    if isinstance(item, Skip):
+        return 0
+    return len(item.image or b"") + sum(map(len, item.captions))
+
+
 def shuffled_stream(
-    items: Iterable[T], seed: int, *, buffer_size: int, initial_size: int
+    items: Iterable[T],
+    seed: int,
+    *,
+    buffer_size: int,
+    initial_size: int,
+    max_bytes: int,
+    size_of: Callable[[T], int],
 ) -> Iterator[T]:
     """Shuffle a stream through a buffer.
 
@@ -271,19 +287,24 @@ def shuffled_stream(
         buffer_size: Items held at most.
         initial_size: Items read before the first comes out; from there the buffer grows by one
             with each that does, so that a run need not wait for a full one.
+        max_bytes: What they may have together, but for one item that is larger.
+        size_of: Bytes of an item.
     """
     rng = random.Random(seed)
     buffer: list[T] = []
+    held = num_out = 0
 
     def take() -> T:
+        nonlocal held
         index = rng.randrange(len(buffer))
         buffer[index], buffer[-1] = buffer[-1], buffer[index]
+        held -= size_of(buffer[-1])
         return buffer.pop()
 
-    num_out = 0
     for item in items:
         buffer.append(item)
-        if len(buffer) > min(buffer_size, initial_size + num_out):
+        held += size_of(item)
+        while len(buffer) > min(buffer_size, initial_size + num_out) or held > max_bytes:
             num_out += 1
             yield take()
     while buffer:

@@ -50,6 +50,8 @@ T = TypeVar("T")
 
 # Of a header that extends another: names take a few hundred bytes.
 _MAX_HEADER_BYTES = 2**20
+# An index takes as much for each name as for the longest.
+_MAX_NAME = 1024
 _EXTENSIONS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -450,7 +452,7 @@ def regular_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.Ta
     """Yield key (the name up to its first dot), suffix and header of each file of a pair.
 
     Raises:
-        tarfile.ReadError: If an absurd size is stated, or more than padding follows the end.
+        tarfile.ReadError: If a size or a name is absurd, or more than padding follows the end.
     """
     # In an archive without members, Python 3.10 would look in front of the file for the next one.
     if tar.offset == 0:
@@ -459,6 +461,10 @@ def regular_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.Ta
         # TarFile remembers every member it has seen.
         tar.members.clear()  # type: ignore[attr-defined]
         _check_size(member)
+        if len(member.name) > _MAX_NAME:
+            raise tarfile.ReadError(
+                f"a name of {len(member.name)} characters, more than {_MAX_NAME}"
+            )
         folder, slash, base = member.name.rpartition("/")
         stem, dot, suffix = base.partition(".")
         if member.isreg() and stem and dot and not _METADATA.match(member.name):
