@@ -43,6 +43,7 @@ from clip_pgs.integrations.open_clip.model_config import (
     largest_memory,
 )
 from clip_pgs.masking import create_masking
+from clip_pgs.tables import counted
 from clip_pgs.training.build import (
     build_masking,
     build_optimizer,
@@ -69,7 +70,7 @@ from clip_pgs.training.options import (
     check_values,
     flag_of,
 )
-from clip_pgs.training.phases import total_epochs
+from clip_pgs.training.phases import MASKED_ALONE, total_epochs
 from clip_pgs.training.run_folder import changed_options, holds_run, keeps_logs, run_folder
 
 # OpenCLIP's byte-pair vocabulary, of which the last token ends every caption.
@@ -457,12 +458,27 @@ def _check_resumed(
 def _misplacement(options: TrainOptions, checkpoint: Mapping[str, Any]) -> str | None:
     """Say why a place that a checkpoint names cannot be one of this run's."""
     epoch, position = checkpoint.get("epoch", 0), checkpoint.get("position", 0)
-    if (epoch, position) > (last := total_epochs(options), 0):
-        return f"its epoch {epoch} lies behind the {last} of this run (--epochs)"
+    record = checkpoint.get("clip_pgs") or {}
+    recipe = record.get("recipe") or {}
+    last, flags = total_epochs(options), "--epochs"
+    if isinstance(masked := recipe.get("epochs"), int):
+        if (epoch, position) > (masked, 0):
+            flags = "--epochs and --unmasked-epochs"
+            for name in MASKED_ALONE:
+                if name in recipe and getattr(options, name) != recipe[name]:
+                    return (
+                        f"its run has {counted(masked, 'masked epoch')} behind it and is in its "
+                        f"unmasked epochs; {flag_of(name)} must stay {recipe[name]}, and "
+                        "--unmasked-epochs may grow"
+                    )
+        else:
+            last = options.epochs
+    if (epoch, position) > (last, 0):
+        return f"its epoch {epoch} lies behind the {last} of this run ({flags})"
     num_samples = num_training_samples(options)
     if num_samples is not None and position > num_samples:
         return f"its position in an epoch of {num_samples} samples is {position}"
-    cost = (checkpoint.get("clip_pgs") or {}).get("cost") or {}
+    cost = record.get("cost") or {}
     step = checkpoint.get("step", cost.get("steps"))
     if step != cost.get("steps", step):
         return f"its step is {step}, and its record counts {cost['steps']}"

@@ -20,6 +20,8 @@ from clip_pgs.data.loader import SampleStream
 from clip_pgs.training.build import ModelParts
 from clip_pgs.training.options import TrainOptions
 
+# What the masked epochs alone are trained by, and a run in its unmasked ones can no longer change.
+MASKED_ALONE = ("epochs", "lr", "lr_scheduler", "warmup")
 _WARMUP_EPOCHS = 0.1
 
 

@@ -201,6 +201,52 @@ def test_a_place_outside_of_the_run_is_refused(model, place, sentence):
     assert refusal(*argv, "--resume", path) == f"--resume: {path} cannot go on: {sentence}"
 
 
+TUNED = {"epochs": 2, "unmasked_epochs": 3, "lr": 5e-4}
+MASKED, UNMASKED = {"epoch": 2}, {"epoch": 2, "position": 3}
+MIXED = "its run has 2 masked epochs behind it and is in its unmasked epochs; "
+STAYS = f"{MIXED}--epochs must stay 2, and --unmasked-epochs may grow"
+BEHIND = "lies behind the {} of this run ({})"
+
+
+@pytest.mark.parametrize(
+    ("place", "flags", "sentence"),
+    [
+        (MASKED, "--epochs 3 --unmasked-epochs 1", None),
+        (MASKED, "--epochs 2 --unmasked-epochs 0", None),
+        (MASKED, "--epochs 1 --unmasked-epochs 4", "its epoch 2 " + BEHIND.format(1, "--epochs")),
+        (
+            {"epoch": 1, "position": 3},
+            "--epochs 1 --unmasked-epochs 4",
+            "its epoch 1 " + BEHIND.format(1, "--epochs"),
+        ),
+        (UNMASKED, "--epochs 2 --unmasked-epochs 1", None),
+        (UNMASKED, "--epochs 2 --unmasked-epochs 9", None),
+        (UNMASKED, "--epochs 3 --unmasked-epochs 3", STAYS),
+        ({"epoch": 5}, "--epochs 3 --unmasked-epochs 2", STAYS),
+        ({"epoch": 5}, "--epochs 5", STAYS),
+        (UNMASKED, "--epochs 1 --unmasked-epochs 4", STAYS),
+        (
+            {"epoch": 4},
+            "--epochs 2 --unmasked-epochs 1",
+            "its epoch 4 " + BEHIND.format(3, "--epochs and --unmasked-epochs"),
+        ),
+        (
+            UNMASKED,
+            "--epochs 2 --unmasked-epochs 3 --lr 0.1",
+            f"{MIXED}--lr must stay 0.0005, and --unmasked-epochs may grow",
+        ),
+    ],
+)
+def test_epochs_behind_a_run_stay_as_they_were_trained(model, place, flags, sentence):
+    argv, weights = model
+    path = save(weights.state_dict(), **begun(weights) | place, clip_pgs={"recipe": TUNED})
+    argv = [*argv, "--resume", path, *flags.split()]
+    if sentence is None:
+        accept(*argv)
+    else:
+        assert refusal(*argv) == f"--resume: {path} cannot go on: {sentence}"
+
+
 @pytest.mark.parametrize("place", [{"epoch": 32}, {"position": 1000}, {"clip_pgs": {"cost": None}}])
 def test_the_last_place_of_a_run_is_one_of_its_places(model, place):
     argv, weights = model
