@@ -3,8 +3,10 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
+import yaml
 
 from clip_pgs.study import plan
 from clip_pgs.study.__main__ import main
@@ -83,6 +85,36 @@ def test_other_code_is_refused_and_can_be_accepted(copied, capsys):
     assert main(copied.argv("--accept-changes")) == 0
     assert "code 0ld" in copied.record("pgs", 1)["accepted"][0]
     assert copied.record("random", 1)["accepted"] == []
+
+
+@pytest.mark.slow
+def test_what_other_data_scored_is_evaluated_again(copied, capsys):
+    path = copied.study / "random/seed_1/study.json"
+    record = json.loads(path.read_text())
+    present = record["evaluations"]["unmasked"]["data"]
+    assert present == copied.record("random", 0)["evaluations"]["unmasked"]["data"] != ""
+    record["evaluations"]["unmasked"]["data"] = "0ther"
+    path.write_text(json.dumps(record))
+    assert main(copied.argv("--accept-changes")) == 0
+    assert "1 of 4 runs are left" in capsys.readouterr().out
+    assert copied.record("random", 1)["evaluations"]["unmasked"]["data"] == present
+
+
+def test_data_are_told_apart_by_what_they_hold_wherever_they_lie(study):
+    (shared, *_) = yaml.safe_load(study.path.read_text())["evaluations"]
+    root = Path(shared["data-root"])
+
+    def digest(folder):
+        return plan.data_digest(
+            [[f"--{k}={v}" for k, v in {**shared, "data-root": folder}.items()]]
+        )
+
+    before = digest(root)
+    shutil.copytree(root, study.folder / "moved")
+    assert digest(study.folder / "moved") == before
+    for names in (study.folder / "moved").rglob("classnames.txt"):
+        names.write_text("\n".join(reversed(names.read_text().splitlines())) + "\n")
+    assert digest(study.folder / "moved") != before
 
 
 @pytest.mark.slow

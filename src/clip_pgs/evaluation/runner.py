@@ -305,19 +305,10 @@ class _Evaluation:
         return self._write(result, eval_set), True
 
     def _identity_of(self, eval_set: EvalSet) -> str:
-        """Return a digest of all that a result depends on, neither names nor paths; "" if unknown.
-
-        Of a data set on a server it covers the address and the small files.
-        """
+        """Return a digest of all that a result depends on, but names and paths; "" if unknown."""
         if self._encoder.cache.transform is None:
             return ""
-        location = eval_set.location
-        if is_remote(location):
-            counts = (f"{split}/nshards.txt" for split in eval_set.splits)
-            small_files = (CLASS_NAMES, TEMPLATES, *counts)
-            data = [location, *(read_metadata(location, name) for name in small_files)]
-        else:
-            data = [files_fingerprint(Path(location), local_files(eval_set))]
+        data = data_identity(eval_set)
         return content_digest([*self._model_identity, eval_set.task, eval_set.splits, data])
 
     def _kept(self, eval_set: EvalSet, identity: str) -> Result | None:
@@ -373,6 +364,22 @@ class _Evaluation:
         except OSError:
             return False
         return True
+
+
+def data_identity(eval_set: EvalSet) -> list[Any]:
+    """Return what tells the content of a data set from another, wherever it lies.
+
+    Of one on a server it is the address and the small files.
+
+    Raises:
+        OSError: If a file cannot be read.
+    """
+    location = eval_set.location
+    if not is_remote(location):
+        return [files_fingerprint(Path(location), local_files(eval_set))]
+    counts = (f"{split}/nshards.txt" for split in eval_set.splits)
+    small_files = (CLASS_NAMES, TEMPLATES, *counts)
+    return [location, *(read_metadata(location, name) for name in small_files)]
 
 
 def _origin(eval_set: EvalSet) -> dict[str, Any]:

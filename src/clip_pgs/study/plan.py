@@ -30,7 +30,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,10 @@ from clip_pgs.evaluation.command import (
     make_parser,
 )
 from clip_pgs.evaluation.datasets import PRESENT, EvalSet, check_presence
+from clip_pgs.evaluation.features import content_digest
 from clip_pgs.evaluation.masked_inference import masking_of
 from clip_pgs.evaluation.report.command import FIGURES_NAME
+from clip_pgs.evaluation.runner import data_identity
 from clip_pgs.evaluation.suites import get_suite
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.config import read_mapping
@@ -410,6 +412,19 @@ def _check_evaluation(
     return sets
 
 
+def data_digest(calls: Iterable[Sequence[str]]) -> str:
+    """Return a digest of what the data sets of calls of `clip-pgs test` hold now.
+
+    Args:
+        calls: The flags of each, from `Study.evaluate_arguments`.
+
+    Raises:
+        OSError: If a file cannot be read.
+    """
+    sets = [each for flags in calls for each in check_call(_parse_evaluation(["RUN", *flags]))]
+    return content_digest([[each.suite, each.name, data_identity(each)] for each in sets])
+
+
 def _parse_evaluation(argv: Sequence[str]) -> argparse.Namespace:
     complaint = io.StringIO()
     try:
@@ -449,12 +464,14 @@ def _words(options: Mapping[str, Any]) -> list[str]:
     """Return options as the words of a command line: a list gives several, a mapping pairs."""
     words: list[str] = []
     for name, value in options.items():
-        if value is None or value is False:
+        if value is None:
             continue
         if isinstance(value, dict):
             words += [f"--{name}", *(f"{key}={item}" for key, item in value.items())]
         elif isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
+        elif isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
         else:
-            words.append(f"--{name}" if value is True else f"--{name}={value}")
+            words.append(f"--{name}={value}")
     return words

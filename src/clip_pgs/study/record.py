@@ -58,11 +58,13 @@ class Evaluated:
         flags: Of each call.
         code: By which code, see `Code`.
         seconds: Wall time.
+        data: Digest of the data sets, "" where an earlier version did not note it.
     """
 
     flags: list[list[str]]
     code: str
     seconds: float
+    data: str = ""
 
 
 @dataclass

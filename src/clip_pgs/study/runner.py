@@ -20,7 +20,7 @@ from clip_pgs.common import CHECKPOINTS_NAME, regular_file, write_text
 from clip_pgs.evaluation.results import DONE, read_results
 from clip_pgs.launch import Processes, share_cores
 from clip_pgs.launch import start as start_child
-from clip_pgs.study.plan import CONFIG_NAME, Study
+from clip_pgs.study.plan import CONFIG_NAME, Study, data_digest
 from clip_pgs.study.record import (
     Code,
     Evaluated,
@@ -110,6 +110,12 @@ class Runner:
     def __post_init__(self) -> None:
         # Of a run in several processes, the command shares the cores out itself.
         self._cores = share_cores(self.jobs) if num_processes() == 1 else {}
+        # What lies there as the study begins; another launch notices what changed meanwhile.
+        self._data = {
+            (arm, way): data_digest(self.study.evaluate_arguments(arm, way))
+            for arm, said in self.study.arms.items()
+            for way in said.evaluations
+        }
         self._lock = threading.Lock()
         self._children: set[subprocess.Popen[bytes]] = set()
         self._is_stopping = False
@@ -196,6 +202,8 @@ class Runner:
         done = read_record(self.study.run(pair.arm, pair.seed)).evaluations.get(way)
         if done is None or done.flags != self.study.evaluate_arguments(pair.arm, way):
             return False
+        if done.data and done.data != self._data[pair.arm, way]:
+            return False
         return done.code == self.code.evaluation or self.accepts_changes
 
     def _is_same_code(self) -> bool:
@@ -254,7 +262,8 @@ class Runner:
             if exit_code:
                 errors = [r.error for r in read_results(output) if r.status != DONE and r.error]
                 return f"evaluation {way}: {plain(errors[0]) if errors else reason}"
-        record.evaluations[way] = Evaluated(calls, code, round(time.monotonic() - start, 1))
+        seconds = round(time.monotonic() - start, 1)
+        record.evaluations[way] = Evaluated(calls, code, seconds, self._data[pair.arm, way])
         write_record(record, run)
         return ""
 
