@@ -116,6 +116,24 @@ def test_resuming_what_never_began_starts_it(tmp_path, monkeypatch):
     check_options(parse_options([*RUN, "--resume", "latest"]))
 
 
+@pytest.mark.parametrize("left", ["export", "exit.json"])
+@pytest.mark.parametrize("gone", ["checkpoints", "checkpoints/epoch_2.pt"])
+def test_a_run_that_is_done_is_not_trained_again_where_its_checkpoints_are_gone(demo, gone, left):
+    (demo / gone).parent.mkdir(exist_ok=True)
+    (demo / left).write_text('{"code": 0}')
+    with pytest.raises(ValueError, match=r"run logs/demo is done, .* --name, or remove logs/demo"):
+        check_options(parse_options([*RUN, "--resume", "latest"]))
+    assert not (demo / "out.log").exists()
+
+
+@pytest.mark.parametrize("content", ['{"code": 85}', '{"code": 1}', "["])
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(demo, content):
+    (demo / "checkpoints").mkdir()
+    (demo / "metrics.jsonl").write_text('{"step": 0}')
+    (demo / "exit.json").write_text(content)
+    check_options(parse_options([*RUN, "--resume", "latest"]))
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "7"])
 def test_a_damaged_record_is_named_and_stops_nothing(demo, content):
     (demo / "options.json").write_text(content)

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,13 @@ from clip_pgs.checkpoint_reading import (
 )
 from clip_pgs.common import (
     CHECKPOINTS_NAME,
+    EXIT_NAME,
+    EXPORT_NAME,
     MAE_TYPE,
     check_choice,
     explained,
     is_first_process,
+    read_json_object,
     silenced,
     usable_device,
 )
@@ -436,6 +440,7 @@ def _check_resumed(
         assert folder is not None
         path = newest_checkpoint(folder / CHECKPOINTS_NAME, on_damage=lambda path, error: None)
         if path is None:
+            _check_unfinished(folder, trains=has_training_data(options))
             return
     else:
         path = find_checkpoint(options.resume)
@@ -453,6 +458,23 @@ def _check_resumed(
         misfit = misfit or _misplacement(options, checkpoint)
         if misfit is not None:
             raise ValueError(f"--resume: {path} cannot go on: {misfit}")
+
+
+def _check_unfinished(folder: Path, *, trains: bool) -> None:
+    """Refuse a run that is done but has no checkpoint: it would be trained again over its results.
+
+    One whose checkpoints are all damaged is refused by what reads them.
+    """
+    is_done = (folder / EXPORT_NAME).exists()
+    if trains:
+        with suppress(ValueError):
+            is_done = is_done or read_json_object(folder / EXIT_NAME, what="it").get("code") == 0
+    checkpoints = folder / CHECKPOINTS_NAME
+    if is_done and not any(checkpoints.glob("*.pt*")):
+        raise ValueError(
+            f"run {folder} is done, and {checkpoints} holds no checkpoint to go on from; put one "
+            f"back, use another --name, or remove {folder} to begin anew"
+        )
 
 
 def _misplacement(options: TrainOptions, checkpoint: Mapping[str, Any]) -> str | None:
