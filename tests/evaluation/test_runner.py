@@ -77,7 +77,7 @@ def test_csv_gathers_the_results_of_earlier_calls_with_the_same_weights(
 
 
 def test_missing_and_damaged_sets_do_not_stop_the_rest(
-    color_model, eval_sets, damaged_folder, tmp_path
+    color_model, eval_sets, damaged_folder, tmp_path, caplog
 ):
     absent = classification.eval_set("absent", str(tmp_path / "absent"))
     damaged = classification.eval_set("damaged", str(damaged_folder))
@@ -85,6 +85,9 @@ def test_missing_and_damaged_sets_do_not_stop_the_rest(
     output = tmp_path / "out"
     results = evaluate(color_model, [absent, damaged, eval_sets[0]], workers=0, output=output)
     assert [result.status for result in results] == ["missing", "failed", "done"]
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert any("[1/3] zeroshot-classification absent: missing: " in line for line in warnings)
+    assert any("[2/3] zeroshot-classification damaged: failed: " in line for line in warnings)
     assert str(tmp_path / "absent") in results[0].error
     assert "test/0.tar" in results[1].error
     assert "Traceback" in (output / "errors.log").read_text()

@@ -251,7 +251,8 @@ class _Evaluation:
             left = seconds_left(spent, num_read, [sizes[n] for n in numbers[count:]])
             outcome = _outcome(result, is_new, seconds, left)
             place = f"{who}[{count}/{len(numbers)}]"
-            logger.info("%s %s %s: %s", place, eval_set.suite, eval_set.name, outcome)
+            level = logging.INFO if result.status == DONE else logging.WARNING
+            logger.log(level, "%s %s %s: %s", place, eval_set.suite, eval_set.name, outcome)
             if ranks.is_main and is_new:
                 self.write_csv()
         return results, None

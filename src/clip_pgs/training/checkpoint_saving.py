@@ -82,6 +82,7 @@ class CheckpointStore:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self._writing: Future[bool] | None = None
         self._last = folder
+        self._is_closed = False
         for path in sorted(folder.glob(f".*{UNFINISHED_ENDING}")):
             path.unlink()
             _logger.warning(
@@ -136,7 +137,7 @@ class CheckpointStore:
     def close(self) -> bool:
         """Wait for the last checkpoint, return as `wait` does, and save nothing more."""
         self._thread.shutdown()
-        if self.num_saved or self.num_failed:
+        if not self._is_closed and (self.num_saved or self.num_failed):
             _logger.info(
                 "Saved %s%s; saving held the run for %.2f s, %.2f%% of its time",
                 counted(self.num_saved, "time"),
@@ -144,6 +145,7 @@ class CheckpointStore:
                 self.held_seconds,
                 100 * self.held_seconds / (perf_counter() - self._opened_at),
             )
+        self._is_closed = True
         return self.wait()
 
     def _write(self, content: dict[str, Any], names: list[str], held: float) -> bool:

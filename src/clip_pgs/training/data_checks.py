@@ -215,11 +215,15 @@ def check_shared_memory(options: TrainOptions) -> None:
     if needed > free:
         raise ValueError(
             f"{processes} x {num_batches} batches of {batch_size} images of {height} x {width} on "
-            f"their way from --workers {options.workers} need {needed / 1e6:.0f} MB of shared "
-            f"memory, and {SHARED_MEMORY} has {free / 1e6:.0f} MB: give the container more "
+            f"their way from --workers {options.workers} need {_size(needed)} of shared "
+            f"memory, and {SHARED_MEMORY} has {_size(free)}: give the container more "
             f"(docker run --shm-size {needed // 2**30 + 1}g), or take fewer --workers or a smaller "
             "--batch-size"
         )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.0f} kB"
 
 
 def _loaders(options: TrainOptions, height: int, width: int) -> list[tuple[int, int, int, int]]:

@@ -84,6 +84,15 @@ def test_workers_whose_batches_do_not_fit_into_shared_memory_are_refused(monkeyp
     accept(*data, *argv, "--batch-size", "4")
 
 
+def test_little_shared_memory_is_told_in_kilobytes(monkeypatch):
+    data = ["--dataset-type", "synthetic", "--train-num-samples", "50", "--batch-size", "2"]
+    usage = shutil.disk_usage("/")._replace(free=64_000)
+    monkeypatch.setattr(data_checks.shutil, "disk_usage", lambda _: usage)
+    sizes = ["--force-image-size", "32", "--workers", "8"]
+    message = refusal("--model", "ViT-B-32", *data, *sizes)
+    assert "need 104 kB of shared memory, and /dev/shm has 64 kB" in message
+
+
 def test_held_out_images_count_as_floats(tmp_path, monkeypatch):
     shards = ["--val-data", write_shards(tmp_path / "val"), "--workers", "1", "--batch-size", "64"]
     usage = shutil.disk_usage("/")._replace(free=int(64e6))
