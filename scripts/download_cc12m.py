@@ -21,7 +21,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import clip_pgs  # noqa: F401  # isort: skip  (first, so that Ctrl-C while the rest loads is a word)
@@ -227,7 +226,7 @@ def list_files(endpoint: str, repo: str) -> list[RepoFile | RepoFolder]:
 def read_page(url: str, repo: str) -> tuple[bytes, dict[str, dict[str, str]]]:
     """Return the text and the links of an answer, which may be endless or come byte by byte."""
     session, text, start = get_session(), bytearray(), time.monotonic()
-    options: dict[str, Any] = {"headers": build_hf_headers(), "timeout": LIST_SECONDS}
+    options = {"headers": build_hf_headers(), "timeout": LIST_SECONDS}
     # The Hub's client has httpx's session since its version 1, and that of requests before.
     is_httpx = callable(getattr(session, "stream", None))
     opened = session.stream("GET", url, **options) if is_httpx else None

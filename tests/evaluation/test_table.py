@@ -104,6 +104,7 @@ def test_linear_probe_shows_the_regularisation_it_chose():
         "linear-probe  20-NN  acc1  acc5  recall  regularization  samples\n"
         "six            45.0  50.0  90.0    40.0           0.316      100\n"
         "regularization: C, the penalty's inverse, best on a held-back fifth of train\n"
+        "20-NN: a vote of the 20 nearest images of train\n"
     )
 
 

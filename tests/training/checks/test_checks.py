@@ -54,7 +54,7 @@ def test_numbers_out_of_their_range_are_refused(flag, value, rule):
         (["--image-std", "0", "1", "1"], "--image-std must be > 0"),
         (["--force-image-size", "1", "2", "3"], "--force-image-size takes 1 or 2"),
         (["--opt", "sgd"], "--opt must be adamw or timm/NAME, got 'sgd'"),
-        (["--opt", "timm/adamm", "--lr", "1"], "'timm/adamm'"),
+        (["--opt", "timm/adamm", "--lr", "1"], "--opt timm/adamm"),
         (["--opt", "timm/lamb"], "set --lr"),
         (["--opt", "timm/lamb", "--lr", "1", "--beta1", "0.9"], "both --beta1 and --beta2"),
         (["--lr-scheduler", "linear"], "cosine, const, const-cooldown, got 'linear'"),

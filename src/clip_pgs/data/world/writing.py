@@ -9,7 +9,7 @@ import json
 import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import count
 from multiprocessing import Pool
@@ -209,8 +209,7 @@ def _write_whole(
     if root.exists():
         logger.info("%s holds another or an incomplete demo world, which is replaced", root)
     facts, num_done, num_all = {}, count(1), sum(part.num_samples for part in parts)
-    pool = Pool(num_workers, _follow_parent) if num_workers > 1 else nullcontext()
-    with atomic_folder(root) as folder, pool as processes:
+    with atomic_folder(root) as folder, _processes(num_workers) as processes:
         each: Map = map if processes is None else partial(processes.imap, chunksize=_CHUNK)
         for part in parts:
             (folder / part.name).mkdir(parents=True)
@@ -231,6 +230,14 @@ def _write_whole(
             if path.is_file()
         }
         _write_json(folder / "world.json", {**identity, "parts": facts, "files": files})
+
+
+def _processes(number: int) -> Any:
+    """Return a pool, or what gives None: for one, and where no semaphore of theirs has room."""
+    with suppress(OSError):
+        if number > 1:
+            return Pool(number, _follow_parent)
+    return nullcontext()
 
 
 def _write_words(root: Path) -> None:
