@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import huggingface_hub
 import open_clip
@@ -94,6 +96,14 @@ def test_the_card_has_the_scores_of_just_its_weights_and_the_license_for_the_hub
     assert shape.metric_value == 57.17
     assert found["masked"].metric_name.endswith(", through pgs 0.5")
     assert f"| shape | {shape.metric_name} | 57.17 |" in card
+
+
+@pytest.mark.slow
+def test_the_command_says_where_the_export_is_and_nothing_else(finished_run, tmp_path):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    command = [sys.executable, "-m", "clip_pgs.cli", "export", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", f"export: {folder}/export\n")
 
 
 def test_changed_architecture_options_are_in_the_config(tmp_path, world):

@@ -40,7 +40,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # open_clip tells at length how it opens what it is given.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("clip_pgs").setLevel(logging.INFO)
     repository = arguments.push_to_hub
     try:
         if repository is not None:
