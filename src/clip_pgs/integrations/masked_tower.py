@@ -50,9 +50,10 @@ def is_exactly(module: nn.Module, kind: type) -> bool:
 def run_as_forward(block: Any, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Run a function of a block's weights as its forward pass, so that the block's hooks act.
 
-    FSDP gathers a block's weights in hooks on its forward pass, and gives them up again.
+    FSDP gathers a block's weights in hooks on its forward pass, and gives them up again; a user's
+    hook may collect features.
     """
-    if not block._forward_pre_hooks:
+    if not (block._forward_pre_hooks or block._forward_hooks):
         return run(x)
     block.forward = run
     try:

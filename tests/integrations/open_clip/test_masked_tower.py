@@ -656,3 +656,20 @@ def test_merging_is_refused_where_padding_would_be_read_or_a_bias_is_set():
         apply_masking(small_clip(), "pgs-released", attention_bias=True, merge="2x2")
     with pytest.raises(ValueError, match="merge must be at most as fine"):
         apply_masking(small_clip(), "random", merge="2x5")
+
+
+@pytest.mark.parametrize("make", [small_clip, small_timm_clip, small_eva_clip])
+@pytest.mark.parametrize("options", [{}, {"mask_ratio_min": 0.3}], ids=["alike", "packed"])
+@pytest.mark.parametrize("when", ["train", "always"])
+def test_forward_hooks_of_blocks_see_the_kept_tokens(make, options, when):
+    model = make()
+    apply_masking(model, "pgs", mask_ratio=0.5, when=when, **options)
+    model.train(when == "train")
+    visual = model.visual
+    blocks = visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks
+    seen = []
+    for block in blocks:
+        block.register_forward_hook(lambda module, given, output: seen.append(output))
+    model.encode_image(image_batch())
+    assert len(seen) == len(blocks)
+    assert all(torch.is_tensor(output) and output.isfinite().all() for output in seen)
