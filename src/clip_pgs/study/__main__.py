@@ -123,16 +123,17 @@ def _run(args: argparse.Namespace, signals: StopSignals) -> int:
         if args.check_only:
             sys.stdout.write(f"the study is valid: {len(pairs)} runs\n")
             return 0
-    runner = Runner(
-        study,
-        options,
-        pairs,
-        code,
-        jobs=args.jobs,
-        changed=changed,
-        accepts_changes=args.accept_changes,
-        signals=signals,
-    )
+        # It reads the evaluations' data, which may take long.
+        runner = Runner(
+            study,
+            options,
+            pairs,
+            code,
+            jobs=args.jobs,
+            changed=changed,
+            accepts_changes=args.accept_changes,
+            signals=signals,
+        )
     exit_code = runner.run()
     _report(study, args)
     return exit_code

@@ -113,8 +113,8 @@ class Runner:
         # What lies there as the study begins; another launch notices what changed meanwhile.
         self._data = {
             (arm, way): data_digest(self.study.evaluate_arguments(arm, way))
-            for arm, said in self.study.arms.items()
-            for way in said.evaluations
+            for arm in dict.fromkeys(pair.arm for pair in self.pairs)
+            for way in self.study.arms[arm].evaluations
         }
         self._lock = threading.Lock()
         self._children: set[subprocess.Popen[bytes]] = set()
