@@ -72,6 +72,13 @@ def test_a_damaged_file_is_named_set_aside_and_the_one_before_is_used(tmp_path, 
     assert not (tmp_path / "step_6.pt").exists()
 
 
+def test_the_newest_is_missed_where_it_was_removed(tmp_path, caplog):
+    write(tmp_path, "step_4.pt", 0, step=4)
+    (tmp_path / "latest").write_text("step_6.pt\n")
+    assert find_latest(tmp_path).name == "step_4.pt"
+    assert "step_6.pt is gone: going on from step_4.pt" in caplog.text
+
+
 @pytest.mark.parametrize("pointer", ["step_6.pt", "../step_6.pt", "/etc/hostname", ""])
 def test_latest_names_the_one_before_once_its_file_is_set_aside(tmp_path, pointer):
     name_latest(write(tmp_path, "step_4.pt", 0, step=4))

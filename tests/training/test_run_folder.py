@@ -126,6 +126,37 @@ def test_a_run_that_is_done_is_not_trained_again_where_its_checkpoints_are_gone(
     assert not (demo / "out.log").exists()
 
 
+SAVED = "2026-11-29,10:00:00 | INFO | Saved step_8.pt (epoch 0, step 8): held the run for 0.001 s\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "steps"),
+    [
+        # The whole folder is removed; the checkpoints in it; all that is in it.
+        ({"metrics.jsonl": '{"step": 6}\n'}, "after 7 steps"),
+        ({"checkpoints/latest": "step_8.pt", "metrics.jsonl": '{"step": 9}\n'}, "after 10 steps"),
+        ({"checkpoints/latest": "step_8.pt"}, "saved"),
+        ({"checkpoints/results.jsonl": "", "out.log": SAVED}, "after 8 steps"),
+        ({"checkpoints/results.jsonl": "", "out-0": SAVED}, "after 8 steps"),
+        ({"checkpoints/renamed.pt": "", "out.log": SAVED}, "after 8 steps"),
+    ],
+)
+def test_a_run_that_had_saved_does_not_begin_anew_where_its_checkpoints_are_gone(
+    demo, capsys, files, steps
+):
+    for name, text in files.items():
+        (demo / name).parent.mkdir(exist_ok=True)
+        (demo / name).write_text(text)
+    before = sorted(demo.rglob("*"))
+    for flags in ([], ["--check-only"]):
+        assert main([*RUN, "--resume", "latest", *flags]) == 2
+        (sentence,) = capsys.readouterr().err.splitlines()
+        assert "run logs/demo had saved" in sentence
+        assert steps in sentence
+        assert "or remove logs/demo to begin anew" in sentence
+    assert sorted(demo.rglob("*")) == before
+
+
 @pytest.mark.parametrize("content", ['{"code": 85}', '{"code": 1}', "["])
 def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(demo, content):
     (demo / "checkpoints").mkdir()

@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+import signal
 from contextlib import ExitStack
 
 import pytest
 
 from clip_pgs.training.__main__ import main
 from clip_pgs.training.trainer import Trainer
-from support.resuming import last_checkpoint
+from support.resuming import KilledError, last_checkpoint
 from support.runs import flags, holding, run
 
 _save_if_due = Trainer.save_if_due
@@ -77,6 +78,31 @@ def remove_at(monkeypatch, step, remove):
             remove()
 
     monkeypatch.setattr(Trainer, "save_if_due", save_if_due)
+
+
+@pytest.mark.slow
+def test_what_was_saved_and_is_gone_is_missed_and_what_never_was_is_told(
+    tmp_path, world, monkeypatch, caplog, capfd
+):
+    options = {"train_data": world.train_data, "epochs": 1, "resume": "latest"}
+
+    def die():
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        remove_at(patch, 3, die)
+        with pytest.raises(KilledError):
+            run(tmp_path, **options)
+        remove_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        # It had not come to save anything.
+        assert main(flags(tmp_path, **options)) == 85
+    assert "its 3 steps are lost; starting fresh" in caplog.text
+    checkpoints = tmp_path / "logs" / "run" / "checkpoints"
+    for path in checkpoints.iterdir():
+        path.unlink()
+    capfd.readouterr()
+    assert main(flags(tmp_path, **options)) == 2
+    assert "had saved after 2 steps" in capfd.readouterr().err
 
 
 @pytest.mark.slow

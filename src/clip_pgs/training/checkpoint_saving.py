@@ -40,6 +40,7 @@ from clip_pgs.tables import counted
 from clip_pgs.training.checkpoint import HostCopy, find_non_finite, load_checkpoint, named_tensors
 from clip_pgs.training.distributed import ProcessGroup
 from clip_pgs.training.options import TrainOptions
+from clip_pgs.training.run_folder import trained_steps
 
 DAMAGED_ENDING = ".damaged"
 
@@ -309,8 +310,10 @@ def find_latest(folder: Path) -> Path | None:
         _logger.warning("%s; it is set aside as %s%s", damage, path.name, DAMAGED_ENDING)
     pointer = folder / LATEST_NAME
     if pointer.is_file():
-        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-        if not (folder / Path(name).name).is_file():
+        name = Path(pointer.read_text(encoding="utf-8", errors="replace").strip()).name
+        if not (folder / name).is_file():
+            if RUN_FILE.fullmatch(name) and folder / name not in damaged:
+                _logger.warning("%s is gone: going on from %s", folder / name, newest.name)
             name_latest(newest)
     return newest
 
@@ -334,7 +337,14 @@ def load_start(
     if trouble:
         raise ValueError(trouble)
     if path is None:
-        _logger.info("No checkpoint in %s yet: starting fresh", folder)
+        steps = trained_steps(folder)[0] if folder is not None and options.rank == 0 else 0
+        if steps:
+            lost = counted(steps, "step")
+            _logger.warning(
+                "Nothing in %s was saved: its %s are lost; starting fresh", folder, lost
+            )
+        else:
+            _logger.info("No checkpoint in %s yet: starting fresh", folder)
         return None
     checkpoint = load_checkpoint(path)
     place = checkpoint.get("epoch", 0), checkpoint.get("position", 0)

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import nn
 
 from clip_pgs.checkpoint_reading import (
+    RUN_FILE,
     check_sum,
     find_checkpoint,
     fit_weights,
@@ -60,6 +61,7 @@ from clip_pgs.training.build import (
     read_model_config,
 )
 from clip_pgs.training.checkpoint import damaged_entry, find_non_finite
+from clip_pgs.training.checkpoint_saving import DAMAGED_ENDING
 from clip_pgs.training.data_checks import (
     check_data,
     check_shared_memory,
@@ -75,7 +77,13 @@ from clip_pgs.training.options import (
     flag_of,
 )
 from clip_pgs.training.phases import MASKED_ALONE, total_epochs
-from clip_pgs.training.run_folder import changed_options, holds_run, keeps_logs, run_folder
+from clip_pgs.training.run_folder import (
+    changed_options,
+    holds_run,
+    keeps_logs,
+    run_folder,
+    trained_steps,
+)
 
 # OpenCLIP's byte-pair vocabulary, of which the last token ends every caption.
 _NUM_TOKENS = 49408
@@ -440,7 +448,7 @@ def _check_resumed(
         assert folder is not None
         path = newest_checkpoint(folder / CHECKPOINTS_NAME, on_damage=lambda path, error: None)
         if path is None:
-            _check_unfinished(folder, trains=has_training_data(options))
+            _check_none_lost(folder, trains=has_training_data(options))
             return
     else:
         path = find_checkpoint(options.resume)
@@ -460,19 +468,25 @@ def _check_resumed(
             raise ValueError(f"--resume: {path} cannot go on: {misfit}")
 
 
-def _check_unfinished(folder: Path, *, trains: bool) -> None:
-    """Refuse a run that is done but has no checkpoint: it would be trained again over its results.
+def _check_none_lost(folder: Path, *, trains: bool) -> None:
+    """Refuse to begin a run anew that is done, or had saved: what it has would be lost.
 
     One whose checkpoints are all damaged is refused by what reads them.
     """
+    checkpoints = folder / CHECKPOINTS_NAME
+    names = [path.name.removesuffix(DAMAGED_ENDING) for path in checkpoints.glob("*.pt*")]
+    if any(map(RUN_FILE.fullmatch, names)):
+        return
+    steps, has_saved = trained_steps(folder) if trains else (0, False)
     is_done = (folder / EXPORT_NAME).exists()
     if trains:
         with suppress(ValueError):
             is_done = is_done or read_json_object(folder / EXIT_NAME, what="it").get("code") == 0
-    checkpoints = folder / CHECKPOINTS_NAME
-    if is_done and not any(checkpoints.glob("*.pt*")):
+    if is_done or has_saved:
+        taken = f"had saved after {counted(steps, 'step')}" if steps else "had saved"
+        state = "is done" if is_done else taken
         raise ValueError(
-            f"run {folder} is done, and {checkpoints} holds no checkpoint to go on from; put one "
+            f"run {folder} {state}, and {checkpoints} holds no checkpoint to go on from; put one "
             f"back, use another --name, or remove {folder} to begin anew"
         )
 
