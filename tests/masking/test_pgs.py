@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clip_pgs import PatchInputs, create_masking, pgs_scores, sinkhorn_plan
+from clip_pgs import PatchInputs, PatchSelection, create_masking, pgs_scores, sinkhorn_plan
 from clip_pgs.masking.edges import canny_edges
 from clip_pgs.masking.pgs import CALIBRATED_THRESHOLDS, CENTER_SHIFTS, calibrated_threshold
 from clip_pgs.masking.sampling import kept_patches, patchify
@@ -170,6 +170,7 @@ def test_an_object_on_a_smooth_slope_is_kept():
         ({"num_iters": 0}, "num_iters must be in .*, got 0"),
         ({"solver": "emd"}, "solver must be one of log, pot, got 'emd'"),
         ({"random_share": 1.1}, r"random_share must be in \[0, 1\], got 1.1"),
+        ({"random_images": 2}, r"random_images must be in \[0, 1\], got 2"),
         ({"random_share_end": -0.1}, r"random_share_end must be in \[0, 1\], got -0.1"),
     ],
 )
@@ -552,6 +553,32 @@ def test_a_random_share_goes_to_its_end_over_training_in_five_levels():
         inputs = make_inputs(2, noise=noise, progress=progress)
         constant = create_masking("pgs", random_share=share)
         assert torch.equal(strategy(inputs).index, constant(inputs).index)
+
+
+def test_a_share_of_the_images_is_kept_at_random_and_the_others_as_without():
+    noise = torch.rand(4000, 49, generator=torch.Generator().manual_seed(7))
+    images = smooth_images(4).repeat(1000, 1, 1, 1)
+    indices = [
+        create_masking("pgs", mask_ratio=0.75, **options)(PatchInputs(images, 8, noise=noise)).index
+        for options in ({}, {"random_share": 1.0}, {"random_images": 0.3}, {"random_images": 1.0})
+    ]
+    as_pgs, as_random, mixed, all_random = indices
+    assert torch.equal(all_random, as_random)
+    is_random = (mixed == as_random).all(dim=1)
+    assert (is_random != (mixed == as_pgs).all(dim=1)).all()
+    # Binomial standard deviation 0.007, five of them; of the draw itself it tells nothing.
+    assert is_random.float().mean().item() == pytest.approx(0.3, abs=0.036)
+    kept = kept_patches(PatchSelection(mixed[is_random]), 49).float().mean(dim=0)
+    np.testing.assert_allclose(kept.numpy(), 13 / 49, atol=5 * 0.0128)
+
+
+def test_random_images_keep_as_many_patches_where_the_count_adapts():
+    inputs = make_inputs(8, noise=torch.rand(8, 49, generator=torch.Generator().manual_seed(0)))
+    plain, mixed = (
+        create_masking("pgs", mask_ratio_min=0.3, random_images=share)(inputs).kept_counts()
+        for share in (0.0, 1.0)
+    )
+    assert torch.equal(plain, mixed)
 
 
 def test_the_released_code_has_no_random_share():

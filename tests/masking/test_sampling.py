@@ -8,6 +8,7 @@ from clip_pgs.masking.sampling import (
     draw_noise,
     gather_tokens,
     gumbel,
+    image_draw,
     in_blocks,
     kept_patches,
     mask_top,
@@ -71,6 +72,16 @@ def test_a_second_draw_is_uniform_whatever_the_first_one_was():
 def test_a_second_draw_tells_neighboring_numbers_apart():
     first = torch.arange(2**24 - 1000, 2**24) / 2**24
     assert second_draw(first).unique().numel() == 1000
+
+
+def test_an_image_draw_is_uniform_and_tells_nothing_about_a_patch():
+    noise = torch.rand(2**18, 3, generator=torch.Generator().manual_seed(3))
+    drawn = image_draw(noise)[:, 0]
+    assert ((drawn >= 0) & (drawn < 1)).all()
+    for column in noise.T:
+        # 16 x 16 equal cells: 1024 in each, with a standard deviation of 32.
+        cells = torch.bincount((column * 16).long() * 16 + (drawn * 16).long(), minlength=256)
+        assert (cells - 1024).abs().max() < 5 * 32
 
 
 SCORES = torch.rand(2000, 20, generator=torch.Generator().manual_seed(1))

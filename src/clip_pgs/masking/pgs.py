@@ -24,6 +24,7 @@ from clip_pgs.masking.sampling import (
     draw_noise,
     grid_coordinates,
     gumbel,
+    image_draw,
     log_center_weight,
     mask_top,
     mask_top_counts,
@@ -116,6 +117,9 @@ class PGSOptions:
             sees background, too.
         random_share_end: The random share at the end of training, in [0, 1], reached in five
             equal levels. None keeps it constant.
+        random_images: Share of the images, in [0, 1], each drawn by itself, whose patches are kept
+            at random, as with a random share of 1: training sees whole grounds and insides, too,
+            and evaluation on whole images meets nothing new.
 
     Raises:
         ValueError: If an option is out of its range, or two do not go together.
@@ -139,6 +143,7 @@ class PGSOptions:
     transport: bool = True
     random_share: float = 0.0
     random_share_end: float | None = None
+    random_images: float = 0.0
 
     def __post_init__(self) -> None:
         low = lower_bound(self.mask_ratio, self.mask_ratio_min)
@@ -155,7 +160,7 @@ class PGSOptions:
         check_choice(self.edge_detector, EDGE_DETECTORS, name="edge_detector")
         for name in ("edge_protection", "edge_weight", "center_weight"):
             check_range(getattr(self, name), name=name, low=0, high=_MAX_WEIGHT)
-        for name in ("random_share", "random_share_end"):
+        for name in ("random_share", "random_share_end", "random_images"):
             check_range(getattr(self, name), name=name, low=0, high=1)
         check_range(self.threshold, name="threshold", low=-_MAX_WEIGHT, high=_MAX_WEIGHT)
         check_sinkhorn_options(**self.sinkhorn())
@@ -313,6 +318,7 @@ class PGSSteps(NamedTuple):
         {"mask_ratio_mean": 0.4, "mask_ratio_min": 0.3},
         {"random_share": 0.5},
         {"random_share": 1.0, "random_share_end": 0.2, "mask_ratio_min": 0.3},
+        {"random_images": 0.5},
     ],
 )
 class PGSMasking(CalibratedMasking):
@@ -442,7 +448,7 @@ def pgs_scores(inputs: PatchInputs, candidate_index: Tensor, **options: Any) -> 
 
 # ------------------------------------------------------------------------------------------------
 # Beyond the method: the paper's windows, a prior of the center, candidates from the border,
-# merging, a share of the kept patches drawn at random
+# merging, a share of the kept patches or of the images drawn at random
 # ------------------------------------------------------------------------------------------------
 
 
@@ -530,6 +536,9 @@ def _share_at_random(
     progress: float | Tensor,
     options: PGSOptions,
 ) -> Tensor:
-    """Let the share of kept patches that this point of training asks for be drawn."""
+    """Let the share of kept patches that this point of training asks for be drawn, or all."""
     share = scheduled_ratio(options.random_share, options.random_share_end, progress=progress)
+    if options.random_images:
+        is_random_B1 = image_draw(noise_BN) < options.random_images
+        share = share + (1 - share) * is_random_B1.double()
     return share_at_random(scores_BN, noise_BN, num_mask=num_mask, random_share=share)

@@ -39,6 +39,16 @@ def second_draw(noise: Tensor) -> Tensor:
     return (bits * _MULTIPLIER % 2**24).to(noise.dtype) / 2**24
 
 
+def image_draw(noise: Tensor) -> Tensor:
+    """Derive one uniform number in [0, 1) per image from those of its patches, shape (B, 1).
+
+    The sum of independent uniform numbers, less its whole part, is uniform, and tells nothing about
+    any of them or about all but one.
+    """
+    bits_B1 = (noise * 2**24).long().sum(dim=1, keepdim=True)
+    return (bits_B1 % 2**24).to(noise.dtype) / 2**24
+
+
 def gumbel(noise: Tensor) -> Tensor:
     """Turn uniform numbers in [0, 1) into standard Gumbel ones of the same shape."""
     # log(0) would be -inf; the smallest normal float32 stands for 0.
@@ -104,7 +114,7 @@ def share_at_random(
             order, which may have served before.
         num_mask: Patches masked in every image, or in each its own number: shape (B,), int64.
         random_share: Share of the kept patches that is drawn, in [0, 1]; a tensor has shape
-            () and float64. The number 0 returns `scores`.
+            () or, for each image its own, (B, 1), and float64. The number 0 returns `scores`.
 
     Returns:
         What `mask_top` or `mask_top_counts` takes, with the same `num_mask`. Shape (B, N).
