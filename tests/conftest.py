@@ -5,6 +5,12 @@ import pytest
 from clip_pgs.masking.strategy import _REGISTRY
 
 
+def pytest_collection_modifyitems(items):
+    """Run files with slow tests first: one that starts last keeps a process busy by itself."""
+    first = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in first)
+
+
 @pytest.fixture(autouse=True)
 def _strategies_of_a_test():
     """Forget what a test has registered, and the modules that it came from."""
