@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from clip_pgs.data.world.writing import write_world
-from clip_pgs.evaluation.__main__ import main as evaluate
+from clip_pgs.demo_scores import main as score
 from clip_pgs.inspection.__main__ import main as inspect
 from clip_pgs.training.__main__ import main as train
+from clip_pgs.training.export_command import main as export
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -18,14 +19,14 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    write_world(folder / "world", num_train=128, num_val=16, num_per_class=2)
+    write_world(folder / "data/demo", num_train=128, num_val=16, num_per_class=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         code = train(
             [
                 *("--config", "configs/train/demo.yaml", "--logs", str(folder / "logs")),
-                *("--train-data", str(folder / "world" / "train" / "00000.tar")),
-                *("--val-data", str(folder / "world" / "val" / "00000.tar")),
+                *("--train-data", str(folder / "data/demo/train/00000.tar")),
+                *("--val-data", str(folder / "data/demo/val/00000.tar")),
                 *("--epochs", "1", "--batch-size", "32", "--warmup", "2"),
             ]
         )
@@ -51,18 +52,23 @@ def test_plain_open_clip_opens_the_export(demo):
     assert transform.transforms[0].size == 64
 
 
-def test_the_demo_sets_are_scored(demo, capsys):
-    run = demo / "logs" / "demo"
-    code = evaluate([str(run), "--datasets", "demo", "--data-root", str(demo / "world" / "eval")])
+def test_the_demo_sets_are_scored_and_the_card_says_so(demo, capsys, monkeypatch):
+    monkeypatch.chdir(demo)
+    code = score(["logs/demo"])
     table = capsys.readouterr().out
     assert code == 0, table
+    run = Path("logs/demo")
+    scored = (run / "export/README.md").read_bytes()
     for name in ("shape", "color", "retrieval"):
         assert name in table
+        assert f"| {name} |".encode() in scored
     assert (run / "eval" / "results.csv").is_file()
+    assert export(["logs/demo"]) == 0
+    assert (run / "export/README.md").read_bytes() == scored
 
 
 def test_the_six_scenes_are_drawn(demo):
-    scenes = sorted(map(str, (demo / "world" / "scenes").glob("*.png")))
+    scenes = sorted(map(str, (demo / "data/demo/scenes").glob("*.png")))
     picture = demo / "keeps.png"
     options = ["--model", str(demo / "logs" / "demo"), "--masking", "pgs", "-o", str(picture)]
     assert inspect(["masks", *scenes, *options]) == 0

@@ -136,12 +136,9 @@ def _demo(is_fresh: bool, flags: Sequence[str]) -> None:
             _say(_TABLE.read_text("utf-8").rstrip("\n"))
         else:
             _TABLE.parent.mkdir(parents=True, exist_ok=True)
-            command = ("clip_pgs.cli", "test", str(_RUN), "--suite", "all")
-            table = _call(*command, output=subprocess.PIPE)
+            table = _call("clip_pgs.demo_scores", str(_RUN), output=subprocess.PIPE)
     # What is newer than the export is not made anew.
     if not has_table:
-        # The model's card now has scores.
-        _call("clip_pgs.cli", "export", str(_RUN))
         write_text(_TABLE, table)
     if not has_picture:
         _PICTURE.touch()

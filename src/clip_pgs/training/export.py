@@ -349,12 +349,16 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|")
 
 
-def export_run(run_folder: Path, *, license_name: str = "unknown") -> Path:
+def export_run(
+    run_folder: Path, *, license_name: str = "unknown", card_alone: bool = False
+) -> Path:
     """Export a run's latest checkpoint into its `export` folder, with the scores of its weights.
 
     Args:
         run_folder: The run's; its `eval` has the scores, where there are any.
         license_name: Of the weights, as the Hub calls it.
+        card_alone: Write the scores into the card of an export that has the latest weights; its
+            other files stay as they are.
 
     Raises:
         ValueError: If the run has no checkpoint of this trainer that is whole.
@@ -369,8 +373,10 @@ def export_run(run_folder: Path, *, license_name: str = "unknown") -> Path:
     for error in damaged.values():
         _logger.warning("%s; it is passed over", error)
     checkpoint = load_checkpoint(path)
-    with explained(str(path)):
-        folder = write_export(checkpoint, run_folder / EXPORT_NAME, license_name=license_name)
+    folder = run_folder / EXPORT_NAME
+    if not card_alone:
+        with explained(str(path)):
+            write_export(checkpoint, folder, license_name=license_name)
     if scores := _scores(run_folder / EVAL_NAME, folder):
         card = write_model_card(
             str(checkpoint.get("name", "")),
