@@ -58,10 +58,20 @@ def test_the_model_card_states_data_masking_cost_and_metrics(finished_run, world
         "| masking | pgs |",
         "| masking option `mask_ratio_min` | 0.3 |",
         "| samples seen | 64 |",
-        "| image_to_text_R@1 |",
         "| hardware | 1 x ",
     ):
         assert expected in card
+
+
+def test_the_card_has_every_share_in_percent_and_no_license_that_nobody_gave(finished_run):
+    card = (finished_run / "export" / "README.md").read_text()
+    (*_, last) = (finished_run / "checkpoints" / "results.jsonl").read_text().splitlines()
+    shares = {name: value for name, value in json.loads(last).items() if "_R@" in name}
+    assert len(shares) == 6
+    for name, value in shares.items():
+        assert f"| {name} | {100 * value:.1f} % |" in card
+    assert huggingface_hub.ModelCard(card).data.license is None
+    assert "--license" in card
 
 
 def test_the_card_has_the_scores_of_just_its_weights_and_the_license_for_the_hub(
@@ -89,13 +99,14 @@ def test_the_card_has_the_scores_of_just_its_weights_and_the_license_for_the_hub
     card = (folder / "export" / "README.md").read_text()
     metadata = huggingface_hub.ModelCard(card).data
     assert metadata.license == "cc-by-4.0"
+    assert "--license" not in card
     found = {one.dataset_name: one for one in metadata.eval_results}
     assert found.keys() == {"shape", "masked"}
     shape = found["shape"]
     assert (shape.task_type, shape.metric_type) == ("zero-shot-image-classification", "acc1")
-    assert shape.metric_value == 57.17
+    assert shape.metric_value == 57.2
     assert found["masked"].metric_name.endswith(", through pgs 0.5")
-    assert f"| shape | {shape.metric_name} | 57.17 |" in card
+    assert f"| shape | {shape.metric_name} | 57.2 |" in card
 
 
 @pytest.mark.slow

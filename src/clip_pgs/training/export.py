@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from clip_pgs.common import (
 )
 from clip_pgs.integrations.open_clip.compat import no_foreign_code
 from clip_pgs.integrations.open_clip.model_config import MISFITS
+from clip_pgs.tables import percent
 from clip_pgs.training.build import logit_options
 from clip_pgs.training.checkpoint import damaged_entry, find_non_finite, load_checkpoint
 from clip_pgs.training.options import TrainOptions
@@ -49,6 +51,13 @@ _PLACE = f"local-dir:{_FOLDER}"
 _NO_SCORES = (
     "No suite was scored. `clip-pgs test RUN` does it, and `clip-pgs export RUN` writes this again."
 )
+
+_NO_LICENSE = (
+    "None is stated for the weights. `clip-pgs export RUN --license NAME` states one, by the name "
+    "that the Hub has for it, such as `mit`."
+)
+# Measurements that are shares: OpenCLIP's, and those of an evaluation, SUITE/DATASET/METRIC.
+_SHARES = re.compile(r".+(_R@\d+|-top\d)|[^/]+/[^/]+/[^/]+")
 
 _TEMPLATE = """\
 ---
@@ -72,6 +81,10 @@ _TEMPLATE = """\
 ## Validation
 
 {metrics}
+
+## License
+
+{license}
 """
 
 _OPENING = """\
@@ -139,7 +152,7 @@ def open_clip_config(options: TrainOptions, model: Any) -> dict[str, Any]:
 
 
 def write_export(
-    checkpoint: dict[str, Any], folder: Path, *, license_name: str = "unknown"
+    checkpoint: dict[str, Any], folder: Path, *, license_name: str | None = None
 ) -> Path:
     """Write a checkpoint's model as OpenCLIP's files, whole or not at all.
 
@@ -147,7 +160,7 @@ def write_export(
         checkpoint: From `pack_checkpoint` or `load_checkpoint`, with this trainer's record.
         folder: Written beside itself first. Of one that is there, files of these names are
             replaced, and others stay.
-        license_name: Of the weights, as the Hub calls it.
+        license_name: Of the weights, as the Hub calls it; None states none.
 
     Returns:
         The folder.
@@ -228,7 +241,7 @@ def write_model_card(
     name: str,
     record: Mapping[str, Any],
     *,
-    license_name: str = "unknown",
+    license_name: str | None = None,
     scores: Sequence[EvalResult] = (),
 ) -> str:
     """Describe a model in Markdown, with metadata for the Hub.
@@ -236,7 +249,7 @@ def write_model_card(
     Args:
         name: The run's name.
         record: What the run stored under "clip_pgs" in its checkpoint.
-        license_name: Of the weights, as the Hub calls it.
+        license_name: Of the weights, as the Hub calls it; None states none.
         scores: What the model reached.
     """
     cost = record["cost"]
@@ -276,7 +289,8 @@ def write_model_card(
                 "wall time": str(timedelta(seconds=round(cost["seconds"]))),
             }
         ),
-        metrics=_table(record["metrics"]) if record["metrics"] else "None were taken.",
+        metrics=_table(_in_percent(record["metrics"])) if record["metrics"] else "None were taken.",
+        license=f"`{license_name}`" if license_name else _NO_LICENSE,
     )
 
 
@@ -337,6 +351,13 @@ def _share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.2g} %" if part else ""
 
 
+def _in_percent(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: f"{percent(value)} %" if _SHARES.fullmatch(name) else value
+        for name, value in metrics.items()
+    }
+
+
 def _table(rows: Mapping[str, Any]) -> str:
     lines = [
         f"| {key} | {_cell(value)} |" for key, value in rows.items() if value not in (None, "")
@@ -350,13 +371,13 @@ def _cell(value: Any) -> str:
 
 
 def export_run(
-    run_folder: Path, *, license_name: str = "unknown", card_alone: bool = False
+    run_folder: Path, *, license_name: str | None = None, card_alone: bool = False
 ) -> Path:
     """Export a run's latest checkpoint into its `export` folder, with the scores of its weights.
 
     Args:
         run_folder: The run's; its `eval` has the scores, where there are any.
-        license_name: Of the weights, as the Hub calls it.
+        license_name: Of the weights, as the Hub calls it; None states none.
         card_alone: Write the scores into the card of an export that has the latest weights; its
             other files stay as they are.
 
@@ -415,7 +436,7 @@ def _scores(eval_folder: Path, export_folder: Path) -> list[EvalResult]:
                         dataset_type=result.dataset,
                         dataset_name=result.dataset,
                         metric_type=metric,
-                        metric_value=round(100 * value, 2),
+                        metric_value=float(percent(value)),
                         metric_name=f"{label}, through {through}" if through else label,
                     )
                 )

@@ -30,8 +30,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the export as well")
     parser.add_argument(
         "--license",
-        default="unknown",
-        help="of the weights, as the Hub calls it, such as mit or cc-by-nc-4.0 (%(default)s)",
+        metavar="NAME",
+        help="of the weights, as the Hub calls it, such as mit or cc-by-nc-4.0 (none is stated)",
     )
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     return parser
