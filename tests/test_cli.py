@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -105,53 +106,75 @@ def test_help_names_the_commands_and_takes_little_more_than_python_itself(tmp_pa
     assert help_seconds < 10 * max(processor_seconds("-c", "pass"), 0.01)
 
 
+ARGUMENTS = [
+    ["train", "--help"],
+    ["mae", "--help"],
+    ["study", "--help"],
+    ["demo", "--help"],
+    ["train", "demo", "--maskin", "pgs"],
+    ["train", "demo", "--masking", "pgss"],
+    ["train", "demo", "--epochs", "0"],
+    ["train", "--model", "ViT-B-33", *SYNTHETIC],
+    ["train", "gone.yaml"],
+    ["train", "demo", "--nproc", "none"],
+    ["train", "demo", "--name", "a/b"],
+    ["test", "--help"],
+    ["test", "logs/demo", "--sweet", "all"],
+    ["test", "logs/demo", "--suite", "sweet"],
+    ["test", "logs/demo", "--batch-size", "0"],
+    ["test", "sets", "--help"],
+    ["test", "sets", "--datasets", "gone"],
+    ["test", "report", "--help"],
+    ["test", "report"],
+    ["data", "--help"],
+    ["data", "world", "--help"],
+    ["data", "pack", "pairs.csv"],
+    ["export", "--help"],
+    ["export", "logs/gone"],
+    ["export", "logs/demo", "--push"],
+    ["inspect", "--help"],
+    ["inspect", "masks", "--help"],
+    ["inspect", "masks", "photo.jpg", "--out", "masks.png"],
+    ["inspect", "kept", "photos", "--foreground", "masks", "--maskings", "pgss:edges=false"],
+    ["trian"],
+    [],
+]
+# One process for all of them, as each would start Python anew.
+TELL = """\
+import contextlib, io, json, os, sys
+from clip_pgs.cli import main
+said = []
+for argv in json.loads(sys.argv[1]):
+    error = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
+        try:
+            code = main(argv)
+        except SystemExit as left:
+            code = left.code
+    heavy = sorted({"torch", "open_clip", "numpy"} & set(sys.modules))
+    said.append((code, error.getvalue(), heavy, os.listdir()))
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """By the place in `ARGUMENTS`: exit code, stderr, heavy modules there are then, and files."""
+    command = [sys.executable, "-c", TELL, json.dumps(ARGUMENTS)]
+    folder = tmp_path_factory.mktemp("empty")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ["train", "--help"],
-        ["mae", "--help"],
-        ["study", "--help"],
-        ["demo", "--help"],
-        ["train", "demo", "--maskin", "pgs"],
-        ["train", "demo", "--masking", "pgss"],
-        ["train", "demo", "--epochs", "0"],
-        ["train", "--model", "ViT-B-33", *SYNTHETIC],
-        ["train", "gone.yaml"],
-        ["train", "demo", "--nproc", "none"],
-        ["train", "demo", "--name", "a/b"],
-        ["test", "--help"],
-        ["test", "logs/demo", "--sweet", "all"],
-        ["test", "logs/demo", "--suite", "sweet"],
-        ["test", "logs/demo", "--batch-size", "0"],
-        ["test", "sets", "--help"],
-        ["test", "sets", "--datasets", "gone"],
-        ["test", "report", "--help"],
-        ["test", "report"],
-        ["data", "--help"],
-        ["data", "world", "--help"],
-        ["data", "pack", "pairs.csv"],
-        ["export", "--help"],
-        ["export", "logs/gone"],
-        ["export", "logs/demo", "--push"],
-        ["inspect", "--help"],
-        ["inspect", "masks", "--help"],
-        ["inspect", "masks", "photo.jpg", "--out", "masks.png"],
-        ["inspect", "kept", "photos", "--foreground", "masks", "--maskings", "pgss:edges=false"],
-        ["trian"],
-        [],
-    ],
+    "number", range(len(ARGUMENTS)), ids=[" ".join(each) or "nothing" for each in ARGUMENTS]
 )
-def test_help_and_what_is_wrong_are_told_without_torch(tmp_path, arguments):
-    script = "import sys\nfrom clip_pgs.cli import main\ntry:\n    code = main(sys.argv[1:])\n"
-    script += "except SystemExit as left:\n    code = left.code\n"
-    script += "assert not {'torch', 'open_clip', 'numpy'} & set(sys.modules)\nsys.exit(code)"
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    is_help = "--help" in arguments
-    assert done.returncode == (0 if is_help else 2), done.stderr
-    assert done.stderr.count("\n") == (0 if is_help or not arguments else 1)
-    assert list(tmp_path.iterdir()) == []
+def test_help_and_what_is_wrong_are_told_without_torch(told, number):
+    code, error, heavy, files = told[number]
+    is_help = "--help" in ARGUMENTS[number]
+    assert code == (0 if is_help else 2), error
+    assert error.count("\n") == (0 if is_help or not ARGUMENTS[number] else 1)
+    assert (heavy, files) == ([], [])
 
 
 @pytest.mark.slow
@@ -180,25 +203,6 @@ def test_two_processes_are_checked_for_as_such(tmp_path):
     # 64 pictures are a batch of one process alone.
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_a_signal_ends_a_launch_with_the_runs_code_and_reason(tmp_path):
-    flags = ["--nproc", "2", "--batch-size", "8", "--name", "run", *SYNTHETIC]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "clip_pgs.cli", "train", "demo", *flags, "--epochs", "200"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    said = ""
-    while "Training: 200 epochs" not in said and (line := process.stdout.readline()):
-        said += line
-    process.send_signal(signal.SIGTERM)
-    rest, _ = process.communicate(timeout=300)
-    assert process.returncode == 85, said + rest
-    assert "stopped by SIGTERM" in said + rest
 
 
 @pytest.mark.slow
