@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from clip_pgs.training.checkpoint import load_checkpoint
-from clip_pgs.training.checkpoint_saving import CheckpointStore, find_latest
+from clip_pgs.checkpoint_reading import load_checkpoint
+from clip_pgs.training.checkpoint import CheckpointStore, find_latest
 
 STEPS_PER_EPOCH = 5
 LONGEST_WAIT = 0.12

@@ -16,7 +16,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -118,6 +118,17 @@ def read_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, An
         if type(count) is not int or not 0 <= count <= _MAX_COUNT:
             raise ValueError(f"checkpoint {str(path)!r} cannot be read: its {name} is {count!r}")
     return {**content, "state_dict": _plain_names(state_dict)}
+
+
+def load_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint as `read_checkpoint` does, and compare its checksum.
+
+    Raises:
+        ValueError: As `read_checkpoint` and `check_sum` do.
+    """
+    checkpoint = read_checkpoint(path, use_mmap=use_mmap)
+    check_sum(Path(path))
+    return checkpoint
 
 
 def _oddness(weight: Tensor) -> str:
@@ -325,12 +336,25 @@ def check_sum(path: Path) -> None:
         )
 
 
-def non_finite(tensor: Tensor) -> str | None:
-    """Say how many of a tensor's values are NaN or infinite, None if none is."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return None
-    num_bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-    return f"holds {num_bad} NaN or infinite values of {tensor.numel()}" if num_bad else None
+def find_non_finite(checkpoint: Mapping[str, Any]) -> str | None:
+    """Say which weight, or number of the optimizer, is NaN or infinite; None if none is."""
+    parts = {part: checkpoint.get(part) for part in ("state_dict", "optimizer")}
+    for path, tensor in named_tensors(parts):
+        if tensor.is_floating_point() or tensor.is_complex():
+            num_bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+            if num_bad:
+                return f"{path[1:]} holds {num_bad} NaN or infinite values of {tensor.numel()}"
+    return None
+
+
+def named_tensors(content: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in nested dicts, lists and tuples, each with the path to it."""
+    if isinstance(content, Tensor):
+        yield path, content
+    elif isinstance(content, (Mapping, list, tuple)):
+        items = content.items() if isinstance(content, Mapping) else enumerate(content)
+        for key, item in items:
+            yield from named_tensors(item, f"{path}/{key}")
 
 
 def _damaged_member(path: Path) -> str | None:

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from clip_pgs.training.checkpoint import load_checkpoint, pack_checkpoint, restore
-from clip_pgs.training.checkpoint_saving import write_checkpoint
+from clip_pgs.checkpoint_reading import load_checkpoint
+from clip_pgs.training.checkpoint import pack_checkpoint, restore, write_checkpoint
 from support.runs import run, write_csv, write_model
 
 

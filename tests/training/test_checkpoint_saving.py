@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from clip_pgs.checkpoint_reading import newest_checkpoint
-from clip_pgs.training.checkpoint import load_checkpoint
-from clip_pgs.training.checkpoint_saving import (
+from clip_pgs.checkpoint_reading import load_checkpoint, newest_checkpoint
+from clip_pgs.training.checkpoint import (
     CheckpointStore,
     find_latest,
     name_latest,

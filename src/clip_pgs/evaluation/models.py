@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from clip_pgs.checkpoint_reading import (
     check_sum,
+    find_non_finite,
     fit_weights,
     newest_checkpoint,
-    non_finite,
     read_checkpoint,
 )
 from clip_pgs.common import (
@@ -404,9 +404,10 @@ def check_finite(model: nn.Module, *, name: str) -> None:
     Raises:
         ValueError: If a parameter or buffer holds a value that is not finite.
     """
-    for key, tensor in model.state_dict().items():
-        if (trouble := non_finite(tensor)) is not None:
-            raise ValueError(f"the weights of {name} are not finite: {key} {trouble}")
+    if (trouble := find_non_finite({"state_dict": model.state_dict()})) is not None:
+        raise ValueError(
+            f"the weights of {name} are not finite: {trouble.removeprefix('state_dict/')}"
+        )
 
 
 def weights_digest(model: nn.Module) -> str:

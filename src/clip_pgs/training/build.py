@@ -18,7 +18,12 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 from torch import Tensor, nn
 
-from clip_pgs.checkpoint_reading import check_sum, find_checkpoint, fit_weights, read_checkpoint
+from clip_pgs.checkpoint_reading import (
+    find_checkpoint,
+    find_non_finite,
+    fit_weights,
+    load_checkpoint,
+)
 from clip_pgs.common import MODEL_CONFIG_NAME, explained, read_json_object
 from clip_pgs.integrations.open_clip import (
     CaptionTrimmer,
@@ -38,7 +43,6 @@ from clip_pgs.integrations.open_clip.model_config import (
     check_preprocessing,
 )
 from clip_pgs.masking import MaskingStrategy, create_masking
-from clip_pgs.training.checkpoint import find_non_finite
 from clip_pgs.training.chunked_loss import in_chunks
 from clip_pgs.training.distributed import ShardedModel
 from clip_pgs.training.masks import seed_everything
@@ -217,8 +221,7 @@ def create_model(options: TrainOptions, device: torch.device) -> tuple[Any, Call
 
 
 def _read_weights(path: str) -> dict[str, Tensor]:
-    weights = read_checkpoint(path, use_mmap=True)["state_dict"]
-    check_sum(Path(path))
+    weights = load_checkpoint(path, use_mmap=True)["state_dict"]
     trouble = find_non_finite({"state_dict": weights})
     if trouble is not None:
         raise ValueError(f"{path} cannot be trained on: {trouble}")

@@ -21,11 +21,11 @@ from torch import nn
 
 from clip_pgs.checkpoint_reading import (
     RUN_FILE,
-    check_sum,
     find_checkpoint,
+    find_non_finite,
     fit_weights,
+    load_checkpoint,
     newest_checkpoint,
-    read_checkpoint,
 )
 from clip_pgs.common import (
     CHECKPOINTS_NAME,
@@ -60,8 +60,7 @@ from clip_pgs.training.build import (
     optimizer_misfit,
     read_model_config,
 )
-from clip_pgs.training.checkpoint import damaged_entry, find_non_finite
-from clip_pgs.training.checkpoint_saving import DAMAGED_ENDING
+from clip_pgs.training.checkpoint import DAMAGED_ENDING, damaged_entry, trained_steps
 from clip_pgs.training.data_checks import (
     check_data,
     check_shared_memory,
@@ -82,7 +81,6 @@ from clip_pgs.training.run_folder import (
     holds_run,
     keeps_logs,
     run_folder,
-    trained_steps,
 )
 
 # OpenCLIP's byte-pair vocabulary, of which the last token ends every caption.
@@ -453,8 +451,7 @@ def _check_resumed(
     else:
         path = find_checkpoint(options.resume)
     with explained("--resume"):
-        checkpoint = read_checkpoint(path, use_mmap=True)
-        check_sum(path)
+        checkpoint = load_checkpoint(path, use_mmap=True)
     trouble = find_non_finite(checkpoint) or damaged_entry(checkpoint)
     if trouble is not None:
         raise ValueError(f"--resume: {path} cannot go on: {trouble}")

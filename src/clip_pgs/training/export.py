@@ -23,7 +23,7 @@ import safetensors.torch
 from huggingface_hub import EvalResult, ModelCardData
 from open_clip.tokenizer import HFTokenizer
 
-from clip_pgs.checkpoint_reading import newest_checkpoint
+from clip_pgs.checkpoint_reading import find_non_finite, load_checkpoint, newest_checkpoint
 from clip_pgs.common import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
@@ -40,7 +40,7 @@ from clip_pgs.integrations.open_clip.compat import no_foreign_code
 from clip_pgs.integrations.open_clip.model_config import MISFITS
 from clip_pgs.tables import percent
 from clip_pgs.training.build import logit_options
-from clip_pgs.training.checkpoint import damaged_entry, find_non_finite, load_checkpoint
+from clip_pgs.training.checkpoint import damaged_entry
 from clip_pgs.training.options import TrainOptions
 
 CARD_NAME = "README.md"

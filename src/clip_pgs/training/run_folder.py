@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -26,16 +25,13 @@ import torch
 from torch import nn
 
 import clip_pgs
-from clip_pgs.checkpoint_reading import LATEST_NAME
 from clip_pgs.common import (
     CHECKPOINTS_NAME,
     ENVIRONMENT_NAME,
     LOG_NAME,
     MAX_RUN_FILE_BYTES,
-    METRICS_NAME,
     OPTIONS_NAME,
     PARAMS_NAME,
-    read_json_lines,
     read_json_object,
     write_text,
 )
@@ -57,9 +53,6 @@ _logger = logging.getLogger(__name__)
 _FILES = "train_files"
 _MAX_NAMED = 4
 _PACKAGES = ("open_clip_torch", "timm", "torchvision", "webdataset", "numpy")
-# What `CheckpointStore` logs of a checkpoint that it wrote, in rank 0's file.
-_SAVED = re.compile(r"\| INFO \| Saved \S+ \(epoch \d+, step (\d+)\)")
-_LOGS = (LOG_NAME, "out-0")
 _RESTARTS = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm": "SLURM_RESTART_COUNT"}
 _LAUNCHES = {"torchrun": "TORCHELASTIC_RUN_ID", "slurm": "SLURM_JOB_ID"}
 
@@ -111,31 +104,6 @@ def keeps_logs(options: TrainOptions) -> bool:
 def holds_run(folder: Path) -> bool:
     """Return whether a training run has written into a folder, ours or OpenCLIP's."""
     return any((folder / name).exists() for name in (OPTIONS_NAME, LOG_NAME, CHECKPOINTS_NAME))
-
-
-def trained_steps(folder: Path) -> tuple[int, bool]:
-    """Return the steps that a run without a checkpoint took, and whether it had saved one.
-
-    Curves, log and what lies beside checkpoints tell it; a run that dies before its first save
-    leaves curves alone, and an empty folder for checkpoints.
-
-    Args:
-        folder: The run's folder.
-
-    Raises:
-        OSError: If a file cannot be read.
-    """
-    entries = read_json_lines(folder / METRICS_NAME)
-    seen = [entry.get("step") for entry in entries if entry is not None]
-    steps = 1 + max((step for step in seen if type(step) is int), default=-1)
-    saved = []
-    for path in (folder / name for name in _LOGS if (folder / name).is_file()):
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            saved += [int(found[1]) for found in map(_SAVED.search, lines) if found]
-    checkpoints = folder / CHECKPOINTS_NAME
-    # The folder is made before the first step, and `latest` names files that were there.
-    is_gone = (checkpoints / LATEST_NAME).exists() or (steps > 0 and not checkpoints.is_dir())
-    return max([steps, *saved]), bool(saved) or is_gone
 
 
 def follow_restart(options: TrainOptions) -> None:

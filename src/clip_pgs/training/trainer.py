@@ -23,6 +23,7 @@ from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 from torch import Tensor
 
+from clip_pgs.checkpoint_reading import named_tensors
 from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MASKS_NAME, METRICS_NAME
 from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
 from clip_pgs.data.decoding import pixel_normalizer
@@ -47,13 +48,13 @@ from clip_pgs.training.build import (
     supported_precision,
 )
 from clip_pgs.training.checkpoint import (
+    CheckpointStore,
     Cost,
-    named_tensors,
+    load_start,
     pack_checkpoint,
     restore,
     restore_optimizer,
 )
-from clip_pgs.training.checkpoint_saving import CheckpointStore, load_start
 from clip_pgs.training.data_checks import has_training_data, training_files
 from clip_pgs.training.distributed import (
     ProcessGroup,

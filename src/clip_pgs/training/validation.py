@@ -21,8 +21,7 @@ from clip_pgs.data.build import build_val_stream
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.tables import Cell, Table
 from clip_pgs.training.build import ModelParts, build_model
-from clip_pgs.training.checkpoint import Cost, restore
-from clip_pgs.training.checkpoint_saving import load_start
+from clip_pgs.training.checkpoint import Cost, load_start, restore
 from clip_pgs.training.distributed import ProcessGroup
 from clip_pgs.training.loggers import MetricLoggers
 from clip_pgs.training.options import TrainOptions
