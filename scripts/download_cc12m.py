@@ -35,8 +35,9 @@ from huggingface_hub.utils import (
     logging,
 )
 
-from clip_pgs.common import SentenceParser, one_sentence, write_text
+from clip_pgs.common import SentenceParser, one_sentence
 from clip_pgs.data.shards import read_sizes
+from clip_pgs.files import write_text
 
 SIZES_NAME = "sizes.json"
 MAX_WORKERS = 64

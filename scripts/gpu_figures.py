@@ -39,8 +39,9 @@ from open_clip_train.train import train_one_epoch
 from torch import Tensor
 from torchvision.io import decode_jpeg, encode_jpeg
 
-from clip_pgs.common import one_sentence, write_text
+from clip_pgs.common import one_sentence
 from clip_pgs.data.decoding import PixelNormalizer
+from clip_pgs.files import write_text
 from clip_pgs.inspection.cost.data import measure_data_speed
 from clip_pgs.inspection.cost.step import (
     Benchmark,

@@ -27,7 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from clip_pgs.common import CHECKPOINTS_NAME, explained
+from clip_pgs.common import explained
+from clip_pgs.files import CHECKPOINTS_NAME
 
 LATEST_NAME = "latest"
 MOST_RECENT_NAME = "epoch_latest.pt"

@@ -10,15 +10,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from clip_pgs.common import (
-    CONFIGS,
-    AskedToLeaveError,
-    early_end,
-    leaving_when_told,
-    refuse,
-    registered_names,
-)
+from clip_pgs.common import CONFIGS, AskedToLeaveError, early_end, leaving_when_told, refuse
 from clip_pgs.integrations import check_versions
+from clip_pgs.registry import registered_names
 
 # What runs each command, and what it does.
 COMMANDS = {

@@ -18,18 +18,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from clip_pgs.common import (
-    BAD_INPUT,
-    EVAL_NAME,
-    EXPORT_NAME,
-    LOCK_NAME,
-    LOG_NAME,
-    AskedToLeaveError,
-    SentenceParser,
-    early_end,
-    folder_lock,
-    write_text,
-)
+from clip_pgs.common import BAD_INPUT, AskedToLeaveError, SentenceParser, early_end
+from clip_pgs.files import EVAL_NAME, EXPORT_NAME, LOCK_NAME, LOG_NAME, folder_lock, write_text
 from clip_pgs.launch import start
 from clip_pgs.training.stop import lock_holder, take_lock
 

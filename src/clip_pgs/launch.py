@@ -28,7 +28,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from clip_pgs.common import INTERRUPTED, MAE_TYPE, PREEMPTED, one_sentence, refuse
+from clip_pgs.common import INTERRUPTED, PREEMPTED, one_sentence, refuse
+from clip_pgs.integrations import MAE_TYPE
 from clip_pgs.training.stop import LAUNCH_FOLDER, leave
 
 TRAINING, EVALUATION = "clip_pgs.training", "clip_pgs.evaluation"

@@ -20,7 +20,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import LogLocator, NullLocator
 
-from clip_pgs.common import write_bytes
+from clip_pgs.files import write_bytes
 
 INK, FAINT, MIDDLE = "#1a1a1a", "#d9d9d9", "#808080"
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from clip_pgs.common import append_line, read_json_object
 from clip_pgs.data.decoding import read_image_file
 from clip_pgs.data.shards import write_shard
 from clip_pgs.data.tar import cache_paths, index_shard
@@ -18,6 +17,7 @@ from clip_pgs.evaluation.features import files_fingerprint
 from clip_pgs.evaluation.models import load_model
 from clip_pgs.evaluation.report.gather import read_training_facts
 from clip_pgs.evaluation.results import read_results, write_result
+from clip_pgs.files import append_line, read_json_object
 from clip_pgs.inspection.cost.data import read_jpegs
 from clip_pgs.study.record import is_trained, read_record
 from clip_pgs.training.loggers import logging_to

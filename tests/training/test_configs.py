@@ -6,9 +6,9 @@ import braceexpand
 import pytest
 import torch
 
-from clip_pgs.common import registered_names
 from clip_pgs.data.__main__ import main as prepare
 from clip_pgs.data.world.writing import write_world
+from clip_pgs.registry import registered_names
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.option_warnings import option_warnings
 from clip_pgs.training.options import parse_options

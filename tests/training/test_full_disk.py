@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from clip_pgs.common import append_line
+from clip_pgs.files import append_line
 from clip_pgs.training.export_command import main as export
 from support.disk import files_limited_to
 from support.runs import flags

@@ -300,7 +300,7 @@ def test_the_whole_help_gives_a_default_of_every_option():
 def test_names_read_from_the_source_are_those_that_are_registered():
     # In a process of its own: other tests register strategies.
     script = """
-from clip_pgs.common import registered_names
+from clip_pgs.registry import registered_names
 print(registered_names("masking"), registered_names("data"))
 from clip_pgs.data.text_masking import TEXT_MASKINGS
 from clip_pgs.masking import list_maskings

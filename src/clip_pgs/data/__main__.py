@@ -14,7 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from clip_pgs.common import SentenceParser, check_writable, refuse
+from clip_pgs.common import SentenceParser, refuse
+from clip_pgs.files import check_writable
 
 _CAPTION_KEY = "field of the side-car .json that holds the captions (none: captions are .txt)"
 

@@ -35,8 +35,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import Compose, InterpolationMode, Normalize, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 
-from clip_pgs.common import regular_file
 from clip_pgs.data.bad_samples import StalledDataError
+from clip_pgs.files import regular_file
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 

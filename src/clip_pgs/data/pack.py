@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from clip_pgs.common import atomic_folder, explained, one_sentence
+from clip_pgs.common import explained, one_sentence
 from clip_pgs.data.bad_samples import BadSampleError, Skip
 from clip_pgs.data.caption_tables import PairTable, default_separator, read_pairs, row_name
 from clip_pgs.data.decoding import opened_image
 from clip_pgs.data.samples import MAX_CAPTION_BYTES, RawSample, decode_captions, decode_image
 from clip_pgs.data.shards import is_remote, read_sizes, write_shard
 from clip_pgs.data.tar import read_shard
+from clip_pgs.files import atomic_folder
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,6 @@ from zipfile import ZIP_STORED
 
 import numpy as np
 
-from clip_pgs.common import atomic_file
 from clip_pgs.data.bad_samples import Skip, StalledDataError
 from clip_pgs.data.decoding import MAX_IMAGE_BYTES
 from clip_pgs.data.order import MAX_LANES, SampleRef
@@ -43,6 +42,7 @@ from clip_pgs.data.samples import (
     RawSample,
 )
 from clip_pgs.data.shards import is_remote, is_seekable, stated_sizes
+from clip_pgs.files import atomic_file
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
-from clip_pgs.common import Registry
 from clip_pgs.data.samples import Tokenize
 from clip_pgs.data.words import find_words, keep_words, read_word_frequencies
+from clip_pgs.registry import Registry
 
 logger = logging.getLogger(__name__)
 

@@ -23,11 +23,12 @@ from pathlib import Path
 
 import regex
 
-from clip_pgs.common import explained, write_text
+from clip_pgs.common import explained
 from clip_pgs.data.bad_samples import BadSampleError, Skip, describe_reasons
 from clip_pgs.data.caption_tables import default_separator, read_captions
 from clip_pgs.data.samples import RawSample, decode_captions
 from clip_pgs.data.tar import read_shard
+from clip_pgs.files import write_text
 
 _VERSION = 1
 _NUMBERS = ("num_captions", "num_words", "min_count")

@@ -8,7 +8,7 @@ print(format_table(results))
 
 from typing import TYPE_CHECKING
 
-from clip_pgs.common import late_names
+from clip_pgs.registry import late_names
 
 if TYPE_CHECKING:
     from clip_pgs.evaluation.datasets import EvalSet

@@ -26,17 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_pgs.common import (
-    EVAL_NAME,
-    EXPORT_NAME,
     AskedToLeaveError,
     Pairs,
     SentenceParser,
-    check_writable,
     early_end,
     is_first_process,
     refusal_code,
     refuse,
-    usable_device,
 )
 from clip_pgs.evaluation.datasets import (
     PRESENT,
@@ -51,6 +47,7 @@ from clip_pgs.evaluation.report.command import HTML_NAME, write_report
 from clip_pgs.evaluation.report.results_table import format_table
 from clip_pgs.evaluation.results import CSV_NAME, DONE, MISSING, Result, result_files
 from clip_pgs.evaluation.suites import load_suite, suites
+from clip_pgs.files import EVAL_NAME, EXPORT_NAME, check_writable
 from clip_pgs.tables import Table, plain, scaled
 
 # Here: torch takes seconds, and help, lists and most refusals have no need of it.
@@ -294,6 +291,8 @@ def choose_device(name: str | None, *, world_size: int = 1, local_rank: int = 0)
         if not torch.cuda.is_available():
             return "cpu"
         return "cuda" if world_size == 1 else f"cuda:{local_rank}"
+    from clip_pgs.integrations.open_clip.model_config import usable_device
+
     usable_device(name)
     return name
 

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from clip_pgs.common import expand_home, explained, regular_file
+from clip_pgs.common import expand_home, explained
+from clip_pgs.files import regular_file
 
 DATA_TYPES = ("classification", "multilabel", "retrieval")
 CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"

@@ -28,11 +28,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from clip_pgs.common import one_sentence, regular_file
+from clip_pgs.common import one_sentence
 from clip_pgs.evaluation.datasets import MAX_TEXT, EvalSet, count_shards, is_remote
 from clip_pgs.evaluation.masked_inference import Place
 from clip_pgs.evaluation.models import LoadedModel, weights_digest
 from clip_pgs.evaluation.samples import Reading, open_pictures, open_samples
+from clip_pgs.files import regular_file
 from clip_pgs.integrations.open_clip import num_patches, set_masking_noise
 from clip_pgs.integrations.open_clip.flops import count_image_flops
 

@@ -25,15 +25,10 @@ from torch import Tensor, nn
 
 import clip_pgs
 from clip_pgs.checkpoint_reading import newest_checkpoint, read_checkpoint
-from clip_pgs.common import (
-    CHECKPOINTS_NAME,
-    MAX_RUN_FILE_BYTES,
-    OPTIONS_NAME,
-    explained,
-    read_json_object,
-)
+from clip_pgs.common import explained
 from clip_pgs.data.order import stable_seed
 from clip_pgs.evaluation.results import amount, run_of_weights
+from clip_pgs.files import CHECKPOINTS_NAME, MAX_RUN_FILE_BYTES, OPTIONS_NAME, read_json_object
 from clip_pgs.integrations.open_clip import (
     load_masking_state,
     masked_inference,

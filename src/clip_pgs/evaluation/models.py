@@ -25,19 +25,17 @@ from clip_pgs.checkpoint_reading import (
     newest_checkpoint,
     read_checkpoint,
 )
-from clip_pgs.common import (
+from clip_pgs.common import explained, literal, silenced
+from clip_pgs.evaluation.masked_inference import InferenceMasking, choose_masking
+from clip_pgs.files import (
     CHECKPOINTS_NAME,
     EXPORT_NAME,
     HF_CONFIG_NAME,
     MODEL_CONFIG_NAME,
     PARAMS_NAME,
-    explained,
-    is_mae_config,
-    literal,
     read_json_object,
-    silenced,
 )
-from clip_pgs.evaluation.masked_inference import InferenceMasking, choose_masking
+from clip_pgs.integrations import is_mae_config
 from clip_pgs.integrations.open_clip.compat import no_foreign_code
 from clip_pgs.integrations.open_clip.model_config import (
     check_build_options,

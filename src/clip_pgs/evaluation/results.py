@@ -13,13 +13,12 @@ from types import NoneType
 from typing import Any
 
 from clip_pgs import tables
-from clip_pgs.common import (
+from clip_pgs.common import explained, one_sentence
+from clip_pgs.files import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
     MAX_RUN_FILE_BYTES,
     OPTIONS_NAME,
-    explained,
-    one_sentence,
     read_json,
     write_text,
 )

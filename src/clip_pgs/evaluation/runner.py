@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 import clip_pgs
-from clip_pgs.common import one_sentence, regular_file
+from clip_pgs.common import one_sentence
 from clip_pgs.evaluation.datasets import (
     CLASS_NAMES,
     TEMPLATES,
@@ -51,6 +51,7 @@ from clip_pgs.evaluation.results import (
     write_result,
 )
 from clip_pgs.evaluation.suites import SUITES, Scores
+from clip_pgs.files import regular_file
 from clip_pgs.tables import duration
 
 logger = logging.getLogger(__name__)

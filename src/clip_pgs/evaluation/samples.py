@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from clip_pgs.common import explained, is_first_process, one_sentence, regular_file
+from clip_pgs.common import explained, is_first_process, one_sentence
 from clip_pgs.data.decoding import open_image
 from clip_pgs.data.tar import regular_members, stream_tar
 from clip_pgs.evaluation.datasets import (
@@ -37,6 +37,7 @@ from clip_pgs.evaluation.datasets import (
     open_file,
     read_class_names,
 )
+from clip_pgs.files import regular_file
 
 PICTURE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
 _TARGET_SUFFIXES = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from clip_pgs.common import CONFIGS, Registry, explained
+from clip_pgs.common import CONFIGS, explained
 from clip_pgs.evaluation.datasets import (
     CAPTION_PAIR_SPLITS,
     CLASS_NAMES,
@@ -37,6 +37,7 @@ from clip_pgs.evaluation.datasets import (
     read_class_names,
     read_templates,
 )
+from clip_pgs.registry import Registry
 
 if TYPE_CHECKING:
     from clip_pgs.evaluation.features import Encoder

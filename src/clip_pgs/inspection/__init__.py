@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from clip_pgs.common import late_names
+from clip_pgs.registry import late_names
 
 if TYPE_CHECKING:
     from clip_pgs.inspection.kept import (

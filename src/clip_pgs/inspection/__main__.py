@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.common import SentenceParser, number_in, refuse, registered_names
+from clip_pgs.common import SentenceParser, number_in, refuse
+from clip_pgs.registry import registered_names
 
 _count, _share = number_in(int, 1, 10**6), number_in(float, 0, 1)
 _pixels = number_in(int, 1, 2**14)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from clip_pgs.common import atomic_file, check_writable, write_text
+from clip_pgs.files import atomic_file, check_writable, write_text
 from clip_pgs.inspection.model_input import (
     ModelInput,
     StrategySpec,

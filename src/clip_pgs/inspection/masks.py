@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from clip_pgs.common import atomic_file, check_writable
 from clip_pgs.figure import PANEL_SIZE, PAPER, Column, Legend, Panel, draw_figure
+from clip_pgs.files import atomic_file, check_writable
 from clip_pgs.inspection.model_input import (
     ModelInput,
     View,

@@ -15,15 +15,9 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import normalize, pil_to_tensor, to_pil_image
 
-from clip_pgs.common import (
-    CHECKPOINTS_NAME,
-    EXPORT_NAME,
-    MODEL_CONFIG_NAME,
-    explained,
-    literal,
-    read_json_object,
-)
+from clip_pgs.common import explained, literal
 from clip_pgs.data.decoding import IMAGE_FORMATS, open_image, to_rgb
+from clip_pgs.files import CHECKPOINTS_NAME, EXPORT_NAME, MODEL_CONFIG_NAME, read_json_object
 from clip_pgs.masking import (
     MaskingStrategy,
     PatchInputs,

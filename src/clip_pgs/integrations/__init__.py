@@ -1,4 +1,14 @@
-"""Where the masking core meets other libraries."""
+"""Where the masking core meets other libraries; what is told of them here takes no torch."""
+
+from typing import Any
+
+# What the config of transformers' ViT-MAE says of itself.
+MAE_TYPE = "vit_mae"
+
+
+def is_mae_config(config: Any) -> bool:
+    """Return whether a model's config, whatever was read, is that of a masked autoencoder."""
+    return isinstance(config, dict) and config.get("model_type") == MAE_TYPE
 
 
 def check_versions() -> None:

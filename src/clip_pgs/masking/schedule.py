@@ -7,8 +7,9 @@ from typing import overload
 
 from torch import Tensor
 
-from clip_pgs.common import MASK_SCHEDULES, check_choice
+from clip_pgs.common import check_choice
 from clip_pgs.masking.strategy import check_range
+from clip_pgs.registry import MASK_SCHEDULES
 
 
 @overload

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_type_hints, overload
 import torch
 from torch import Tensor, nn
 
-from clip_pgs.common import Registry, explained_arguments
+from clip_pgs.registry import Registry, explained_arguments
 
 # ------------------------------------------------------------------------------------------------
 # What a strategy is given and what it returns

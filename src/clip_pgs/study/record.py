@@ -14,14 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import clip_pgs
-from clip_pgs.common import (
-    EXIT_NAME,
-    EXPORT_NAME,
-    MAX_RUN_FILE_BYTES,
-    read_json_object,
-    write_text,
-)
 from clip_pgs.evaluation.report.gather import read_training_facts
+from clip_pgs.files import EXIT_NAME, EXPORT_NAME, MAX_RUN_FILE_BYTES, read_json_object, write_text
 from clip_pgs.training.build import read_model_config
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.run_folder import changed_options, changed_recipe, holds_run
@@ -29,7 +23,8 @@ from clip_pgs.training.run_folder import changed_options, changed_recipe, holds_
 RECORD_NAME = "study.json"
 
 # Files and folders of the package that a trained weight, or a score, depends on.
-_SHARED = ("common.py", "checkpoint_reading.py", "masking", "integrations")
+_BELOW = ("common.py", "files.py", "registry.py", "checkpoint_reading.py")
+_SHARED = (*_BELOW, "masking", "integrations")
 _TRAINING = (*_SHARED, "training", "data", "study/controls.py")
 _EVALUATION = (*_SHARED, "evaluation", "data", "study/controls.py")
 # Of these, what writes about results, and the demo world's maker, whose files are compared.

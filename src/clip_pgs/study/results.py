@@ -14,9 +14,9 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FuncFormatter
 
 from clip_pgs import plots
-from clip_pgs.common import write_text
 from clip_pgs.evaluation.report.command import FIGURES_NAME, page_templates
 from clip_pgs.evaluation.results import DONE, is_sound, result_files
+from clip_pgs.files import write_text
 from clip_pgs.study.plan import (
     CSV_NAME,
     HTML_NAME,

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import clip_pgs
-from clip_pgs.common import CHECKPOINTS_NAME, regular_file, write_text
 from clip_pgs.evaluation.results import DONE, read_results
+from clip_pgs.files import CHECKPOINTS_NAME, regular_file, write_text
 from clip_pgs.launch import Processes, share_cores
 from clip_pgs.launch import start as start_child
 from clip_pgs.study.plan import CONFIG_NAME, Study, data_digest

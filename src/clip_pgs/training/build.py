@@ -24,7 +24,8 @@ from clip_pgs.checkpoint_reading import (
     fit_weights,
     load_checkpoint,
 )
-from clip_pgs.common import MODEL_CONFIG_NAME, explained, read_json_object
+from clip_pgs.common import explained
+from clip_pgs.files import MODEL_CONFIG_NAME, read_json_object
 from clip_pgs.integrations.open_clip import (
     CaptionTrimmer,
     allow_short_text,

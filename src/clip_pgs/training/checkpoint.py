@@ -51,13 +51,13 @@ from clip_pgs.checkpoint_reading import (
     read_checkpoint,
     read_sums,
 )
-from clip_pgs.common import (
+from clip_pgs.common import explained
+from clip_pgs.files import (
     CHECKPOINTS_NAME,
     LOG_NAME,
     METRICS_NAME,
     UNFINISHED_ENDING,
     atomic_file,
-    explained,
     read_json_lines,
     write_text,
 )

@@ -27,25 +27,17 @@ from clip_pgs.checkpoint_reading import (
     load_checkpoint,
     newest_checkpoint,
 )
-from clip_pgs.common import (
-    CHECKPOINTS_NAME,
-    EXIT_NAME,
-    EXPORT_NAME,
-    MAE_TYPE,
-    check_choice,
-    explained,
-    is_first_process,
-    read_json_object,
-    silenced,
-    usable_device,
-)
+from clip_pgs.common import check_choice, explained, is_first_process, silenced
 from clip_pgs.data.text_masking import create_text_masking
+from clip_pgs.files import CHECKPOINTS_NAME, EXIT_NAME, EXPORT_NAME, read_json_object
+from clip_pgs.integrations import MAE_TYPE
 from clip_pgs.integrations.open_clip import apply_masking, masked_inference
 from clip_pgs.integrations.open_clip.model_config import (
     MISFITS,
     build_on_meta,
     check_model_runs,
     largest_memory,
+    usable_device,
 )
 from clip_pgs.masking import create_masking
 from clip_pgs.tables import counted

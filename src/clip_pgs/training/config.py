@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from clip_pgs.common import expand_home, explained, find_config, read_file
+from clip_pgs.common import expand_home, explained, find_config
+from clip_pgs.files import read_file
 
 # These say what to do with a config or with one call; none of them describes a run.
 COMMAND_LINE_ONLY = frozenset(

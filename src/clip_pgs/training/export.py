@@ -24,18 +24,18 @@ from huggingface_hub import EvalResult, ModelCardData
 from open_clip.tokenizer import HFTokenizer
 
 from clip_pgs.checkpoint_reading import find_non_finite, load_checkpoint, newest_checkpoint
-from clip_pgs.common import (
+from clip_pgs.common import explained
+from clip_pgs.files import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
     EXPORT_NAME,
     MODEL_CONFIG_NAME,
     WEIGHTS_NAME,
     atomic_folder,
-    explained,
-    is_mae_config,
     sync,
     write_text,
 )
+from clip_pgs.integrations import is_mae_config
 from clip_pgs.integrations.open_clip.compat import no_foreign_code
 from clip_pgs.integrations.open_clip.model_config import MISFITS
 from clip_pgs.tables import percent

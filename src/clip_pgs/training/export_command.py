@@ -8,14 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip_pgs.common import (
-    CHECKPOINTS_NAME,
-    FAILED,
-    SentenceParser,
-    explained,
-    one_sentence,
-    refuse,
-)
+from clip_pgs.common import FAILED, SentenceParser, explained, one_sentence, refuse
+from clip_pgs.files import CHECKPOINTS_NAME
 
 _logger = logging.getLogger(__name__)
 

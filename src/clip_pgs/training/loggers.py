@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from clip_pgs.common import (
+from clip_pgs.data.bad_samples import Skip
+from clip_pgs.files import (
     LOG_NAME,
     METRICS_NAME,
     PARAMS_NAME,
@@ -28,7 +29,6 @@ from clip_pgs.common import (
     regular_file,
     write_text,
 )
-from clip_pgs.data.bad_samples import Skip
 from clip_pgs.training.options import TrainOptions
 
 _FORMAT = "%(asctime)s | %(levelname)s | %(message)s"

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import save_image
 
-from clip_pgs.common import atomic_file
 from clip_pgs.data.order import stable_seed
 from clip_pgs.figure import PANEL_SIZE, Column, draw_figure
+from clip_pgs.files import atomic_file
 from clip_pgs.integrations.open_clip import (
     calibrate_masking,
     last_selection,

@@ -23,23 +23,16 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from clip_pgs.common import (
-    MASK_SCHEDULES,
-    Pairs,
-    check_choice,
-    expand_home,
-    explained_arguments,
-    find_config,
-    is_mae_config,
-    read_json_object,
-    registered_names,
-)
+from clip_pgs.common import Pairs, check_choice, expand_home, find_config
+from clip_pgs.files import read_json_object
+from clip_pgs.integrations import is_mae_config
 from clip_pgs.integrations.open_clip_options import (
     bundled_models,
     default_optimization,
     known_models,
     trainer_actions,
 )
+from clip_pgs.registry import MASK_SCHEDULES, explained_arguments, registered_names
 from clip_pgs.training.config import config_arguments, nearest_names
 
 # Models that bring their own weights, from a folder or from the Hugging Face Hub.

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import clip_pgs
-from clip_pgs.common import (
+from clip_pgs.files import (
     CHECKPOINTS_NAME,
     ENVIRONMENT_NAME,
     LOG_NAME,

@@ -31,16 +31,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, NoReturn
 
-from clip_pgs.common import (
-    BAD_INPUT,
-    DONE,
-    EXIT_NAME,
-    FAILED,
-    INTERRUPTED,
-    LOCK_NAME,
-    PREEMPTED,
-    explained,
-)
+from clip_pgs.common import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, explained
+from clip_pgs.files import EXIT_NAME, LOCK_NAME
 
 if TYPE_CHECKING:
     from clip_pgs.training.distributed import ProcessGroup

@@ -24,10 +24,10 @@ from open_clip_train.precision import get_autocast
 from torch import Tensor
 
 from clip_pgs.checkpoint_reading import named_tensors
-from clip_pgs.common import CHECKPOINTS_NAME, EXPORT_NAME, MASKS_NAME, METRICS_NAME
 from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
 from clip_pgs.data.decoding import pixel_normalizer
 from clip_pgs.data.order import stable_seed
+from clip_pgs.files import CHECKPOINTS_NAME, EXPORT_NAME, MASKS_NAME, METRICS_NAME
 from clip_pgs.integrations.open_clip import (
     CaptionGroups,
     load_masking_state,

@@ -16,9 +16,9 @@ from open_clip_train.data import get_imagenet
 from open_clip_train.train import evaluate as evaluate_with_open_clip
 from torch import nn
 
-from clip_pgs.common import CHECKPOINTS_NAME, append_line
 from clip_pgs.data.build import build_val_stream
 from clip_pgs.data.loader import SampleStream
+from clip_pgs.files import CHECKPOINTS_NAME, append_line
 from clip_pgs.tables import Cell, Table
 from clip_pgs.training.build import ModelParts, build_model
 from clip_pgs.training.checkpoint import Cost, load_start, restore

@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clip_pgs.common import MAX_RUN_FILE_BYTES, atomic_folder, folder_lock, read_json_object
 from clip_pgs.data.shards import write_shard
 from clip_pgs.data.world.captions import TASKS, hard_negatives
 from clip_pgs.data.world.draw import Drawing, draw_scene
 from clip_pgs.data.world.scene import WORLD_VERSION, Sample, Scene
 from clip_pgs.data.world.splits import EVAL_SETS, EvalSet, captioned, held_out, shown
+from clip_pgs.files import MAX_RUN_FILE_BYTES, atomic_folder, folder_lock, read_json_object
 
 logger = logging.getLogger(__name__)
 

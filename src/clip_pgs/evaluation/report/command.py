@@ -11,12 +11,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.common import SentenceParser, refuse, write_text
+from clip_pgs.common import SentenceParser, refuse
 from clip_pgs.evaluation.report import results_table, scores
 from clip_pgs.evaluation.report.gather import Model, Run, gather_runs, group_by_seed
 from clip_pgs.evaluation.report.published import Paper, read_paper
 from clip_pgs.evaluation.report.scores import AXES, Axis, Entry, Family
 from clip_pgs.evaluation.results import CSV_NAME, DONE
+from clip_pgs.files import write_text
 from clip_pgs.tables import counted, markdown_text, percent, plain
 
 MARKDOWN_NAME, HTML_NAME, FIGURES_NAME = "report.md", "report.html", "figures"

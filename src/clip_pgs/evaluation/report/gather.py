@@ -18,17 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.common import (
-    CHECKPOINTS_NAME,
-    EVAL_NAME,
-    MASKS_NAME,
-    MAX_RUN_FILE_BYTES,
-    METRICS_NAME,
-    OPTIONS_NAME,
-    one_sentence,
-    read_json_lines,
-    read_json_object,
-)
+from clip_pgs.common import one_sentence
 from clip_pgs.evaluation.results import (
     Result,
     amount,
@@ -40,6 +30,16 @@ from clip_pgs.evaluation.results import (
     result_files,
     run_of_results,
     run_of_weights,
+)
+from clip_pgs.files import (
+    CHECKPOINTS_NAME,
+    EVAL_NAME,
+    MASKS_NAME,
+    MAX_RUN_FILE_BYTES,
+    METRICS_NAME,
+    OPTIONS_NAME,
+    read_json_lines,
+    read_json_object,
 )
 from clip_pgs.tables import counted
 

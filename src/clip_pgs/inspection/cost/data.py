@@ -22,13 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 from webdataset.autodecode import imagehandler
 
-from clip_pgs.common import check_writable
 from clip_pgs.data.bad_samples import Skip, SkipAccount
 from clip_pgs.data.batches import Batching, PlannedBatches
 from clip_pgs.data.decoding import UnreadableImageError, faster_transform, open_image
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.order import RowPlan, SampleRef
 from clip_pgs.data.samples import RawSample, SampleDecoder
+from clip_pgs.files import check_writable
 from clip_pgs.inspection.cost.step import TICK, Columns, measured_table, write_json
 
 CAPTION = b"a dog runs over the grass with a ball in its mouth"

@@ -24,7 +24,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from clip_pgs.common import check_writable
+from clip_pgs.files import check_writable
 from clip_pgs.inspection.cost.step import (
     Benchmark,
     Columns,

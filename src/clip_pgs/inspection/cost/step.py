@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from tqdm import tqdm
 
-from clip_pgs.common import atomic_file, check_writable, read_json_object, usable_device, write_text
+from clip_pgs.files import atomic_file, check_writable, read_json_object, write_text
 from clip_pgs.inspection.model_input import StrategySpec, parse_specs
 from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.integrations.open_clip import (
@@ -47,6 +47,7 @@ from clip_pgs.integrations.open_clip.flops import count_pass
 from clip_pgs.integrations.open_clip.model_config import (
     check_buildable,
     largest_memory,
+    usable_device,
 )
 from clip_pgs.integrations.open_clip.text import GROUP_SHARES
 from clip_pgs.tables import Cell, Table, counted

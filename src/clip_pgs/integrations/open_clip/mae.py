@@ -20,14 +20,9 @@ from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from clip_pgs.checkpoint_reading import fit_weights, read_checkpoint
-from clip_pgs.common import (
-    HF_CONFIG_NAME,
-    MAE_TYPE,
-    check_choice,
-    explained,
-    is_mae_config,
-    read_json_object,
-)
+from clip_pgs.common import check_choice, explained
+from clip_pgs.files import HF_CONFIG_NAME, read_json_object
+from clip_pgs.integrations import MAE_TYPE, is_mae_config
 from clip_pgs.integrations.mae import SIGNS, create_fitting_masking, patch_order
 from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid
 from clip_pgs.integrations.open_clip.model_config import MISFITS, check_preprocessing

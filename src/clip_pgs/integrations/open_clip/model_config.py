@@ -320,3 +320,23 @@ def largest_memory() -> int:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     devices = range(torch.cuda.device_count())
     return max(host, *(torch.cuda.get_device_properties(i).total_memory for i in devices), 0)
+
+
+def usable_device(name: str) -> torch.device:
+    """Return torch's device of a name.
+
+    Raises:
+        ValueError: If it is not on this machine, or computes nothing.
+    """
+    try:
+        device = torch.device(name)
+        # A GPU is counted, not used: memory on it would be held for hours.
+        counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "meta": 0}
+        if (device.index or 0) >= counts.get(device.type, 1):
+            raise RuntimeError(f"there is no {device}")
+        if device.type not in counts:
+            torch.empty(0, device=device)
+    # torch raises the first, or one of the others where it was built without the backend.
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"--device {name} is not available on this machine") from error
+    return device

@@ -1,0 +1,290 @@
+"""Files that are there whole or not at all, whenever the process, or the machine, dies.
+
+What a run's folder and an export hold is named here once. A path of a user's is opened only where a
+regular file is: a pipe or a device may never end.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+# What a run's folder holds.
+OPTIONS_NAME = "options.json"
+PARAMS_NAME = "params.txt"
+ENVIRONMENT_NAME = "env.json"
+LOG_NAME = "out.log"
+METRICS_NAME = "metrics.jsonl"
+SKIPPED_NAME = "skipped.jsonl"
+EXIT_NAME = "exit.json"
+LOCK_NAME = ".lock"
+CHECKPOINTS_NAME = "checkpoints"
+MASKS_NAME = "masks"
+EXPORT_NAME = "export"
+EVAL_NAME = "eval"
+# What an export holds, as OpenCLIP names it.
+MODEL_CONFIG_NAME = "open_clip_config.json"
+WEIGHTS_NAME = "open_clip_model.safetensors"
+# What holds the config of a model of transformers.
+HF_CONFIG_NAME = "config.json"
+
+UNFINISHED_ENDING = ".unfinished"
+# What the system says of a disk that has no room.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of a file in a run's folder: its options name each of its shards.
+MAX_RUN_FILE_BYTES = 2**26
+_MAX_JSON_BYTES = 2**20
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the block say which file a disk had no room for; the system does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in DISK_FULL:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file beside `path` to be written, which takes its place when all went well.
+
+    Args:
+        path: The file, or a link to it; what is there stays until the new one is on the disk.
+
+    Raises:
+        OSError: If it cannot be written, or something is there that is no regular file, as a
+            device; what was there is still there.
+    """
+    path = regular_file(path)
+    unfinished = unfinished_path(path)
+    try:
+        with naming(path), unfinished.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        sync(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Make a folder beside `path` to be filled, which takes its place when all went well.
+
+    Args:
+        path: The folder; what is there stays until the new one is whole.
+
+    Raises:
+        OSError: If it cannot be written, or something is there that is no folder, as a link; what
+            was there is still there.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise NotADirectoryError(errno.ENOTDIR, "it is no folder of its own", str(path))
+    unfinished, replaced = unfinished_path(path), path.with_name(f".{path.name}.replaced")
+    for leftover in (unfinished, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        with naming(path):
+            yield unfinished
+        # A folder cannot take another's place: between the two there is none, but never half.
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(unfinished, path)
+        sync(path.parent)
+    finally:
+        for leftover in (unfinished, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written; what was there is still there.
+    """
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as UTF-8, whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written; what was there is still there.
+    """
+    # Where the locale is no UTF-8, Python reads foreign letters of a command line as these.
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a text file that several processes may share, whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written; the file is as it was.
+    """
+    data = f"{line}\n".encode()
+    file = os.open(regular_file(path), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        # Over NFS two machines' appends can meet at one place; not every file system has locks.
+        with suppress(OSError, ImportError):
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        size = os.fstat(file).st_size
+        # A disk that fills up takes a part without an error.
+        if os.write(file, data) < len(data):
+            os.ftruncate(file, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def folder_lock(folder: Path, *, on_busy: Callable[[], object]) -> Iterator[None]:
+    """Hold a folder, together with the processes started meanwhile; some file systems cannot.
+
+    Args:
+        folder: It is there, and nothing is written into it.
+        on_busy: Called where another process holds it, which is waited for unless this raises.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError, ImportError):
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            os.set_inheritable(descriptor, True)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_busy()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+def read_file(path: Path, *, what: str, max_bytes: int) -> bytes:
+    """Return what a regular file holds; a pipe or a device, which may never end, is not opened.
+
+    Args:
+        path: The file.
+        what: What to call it in messages, such as "--model-config tiny.json".
+        max_bytes: Largest size that is read.
+
+    Raises:
+        ValueError: If it cannot be read, or is large.
+    """
+    try:
+        with regular_file(path).open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise ValueError(f"cannot read {what}: {error.strerror}") from None
+    if len(data) > max_bytes:
+        raise ValueError(f"{what} is larger than {max_bytes} bytes")
+    return data
+
+
+def read_json(path: Path, *, what: str, max_bytes: int = _MAX_JSON_BYTES) -> Any:
+    """Read a JSON file; see `read_file`.
+
+    Raises:
+        ValueError: If it cannot be read, is large, or is not JSON.
+    """
+    data = read_file(path, what=what, max_bytes=max_bytes)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON: {error}") from None
+
+
+def read_json_object(path: Path, *, what: str, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON file that holds an object; see `read_file`.
+
+    Raises:
+        ValueError: If it cannot be read, is large, or holds anything else.
+    """
+    content = read_json(path, what=what, max_bytes=max_bytes)
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} must hold one JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any] | None]:
+    """Return the objects of a file, one a line, and None for a line that is none.
+
+    A killed run can leave half a line, and a damaged disk anything; a file that is not there has
+    no line.
+    """
+    entries: list[dict[str, Any] | None] = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        entries.append(entry if isinstance(entry, dict) else None)
+    return entries
+
+
+def check_writable(*paths: Path) -> None:
+    """Refuse files that cannot be written, before the work whose results they are to hold.
+
+    Nothing is made, not even a folder that is missing.
+
+    Raises:
+        ValueError: If one is a folder, a device or the like, or would lie where no file can be
+            made.
+    """
+    for path in paths:
+        if "\0" in str(path):
+            raise ValueError(f"cannot write {path}: its name holds a null byte")
+        try:
+            unfinished_path(regular_file(path)).is_file()
+            above = path.absolute().parents
+            with tempfile.TemporaryFile(dir=next(folder for folder in above if folder.exists())):
+                pass
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
+def regular_file(path: Path) -> Path:
+    """Return the file that a path leads to, one that is to be made included.
+
+    Raises:
+        OSError: If something else is there: a folder, or a device or a pipe, which opening may wait
+            for without an end, and writing would destroy.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def unfinished_path(path: Path) -> Path:
+    """Return where a file or folder is while it is being written."""
+    return path.with_name(f".{path.name}{UNFINISHED_ENDING}")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

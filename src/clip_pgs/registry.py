@@ -1,0 +1,170 @@
+"""Strategies, text maskings and suites by name, and what they declare.
+
+Help and refusals have no seconds for torch: they find names in the text of modules, explanations in
+docstrings, and a package imports a module when one of its names is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
+
+from clip_pgs.common import one_sentence
+
+# How a mask ratio can go over training; here, as options know it before torch is there.
+MASK_SCHEDULES = ("constant", "linear", "cosine")
+
+# A decorator or call at the beginning of a line that registers the name which it is given first.
+_REGISTRATION = re.compile(r'^@?[\w.]*register\w*\(\s*"([\w-]+)"', re.MULTILINE)
+
+Entry = TypeVar("Entry")
+SameEntry = TypeVar("SameEntry")
+
+
+def explained_arguments(documented: type) -> dict[str, str]:
+    """Return what the "Args:" of a class's docstring say of each name, on one line each."""
+    _, _, text = inspect.cleandoc(documented.__doc__ or "").partition("\nArgs:\n")
+    entries = re.split(r"\n(?= {4}\S)", re.split(r"\n(?=\S)", text)[0])
+    parts = (entry.strip().partition(":") for entry in entries)
+    return {name: " ".join(said.split()) for name, _, said in parts}
+
+
+class Registry(Generic[Entry]):
+    """Classes or functions by name, each with a declaration of what others need to know of it.
+
+    Help texts, checks, tests and tables read the declarations, so that a new entry is registered
+    in one place. An entry outside this package is named "package.module:Class"; its module is
+    imported and must have registered it.
+
+    Args:
+        kind: What the entries are, in one or two words for messages: "masking".
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Entry] = {}
+        self._declarations: dict[str, Mapping[str, Any]] = {}
+
+    def register(self, name: str, **declaration: Any) -> Callable[[SameEntry], SameEntry]:
+        """Register what is decorated.
+
+        Args:
+            name: What users type; it holds no colon.
+            **declaration: What there is to know of it.
+
+        Raises:
+            ValueError: If the name is empty or holds a colon, or something else has it. A class
+                or function that is defined anew, as in a notebook, replaces itself.
+        """
+        if not name or ":" in name:
+            raise ValueError(f"the name of a {self.kind} must hold no colon, got {name!r}")
+
+        def decorate(entry: SameEntry) -> SameEntry:
+            if name in self._entries and _origin(self._entries[name]) != _origin(entry):
+                raise ValueError(
+                    f"{self.kind} {name!r} is registered already; taken: {', '.join(self.names())}"
+                )
+            self._entries[name] = entry  # type: ignore[assignment]
+            self._declarations[name] = MappingProxyType(declaration)
+            return entry
+
+        return decorate
+
+    def names(self) -> list[str]:
+        """Return the registered names, sorted."""
+        return sorted(self._entries)
+
+    def name(self, name: str) -> str:
+        """Return the registered name of what a user names, importing "package.module:Class".
+
+        Raises:
+            ValueError: If nothing is registered under it, or the import fails.
+        """
+        if not isinstance(name, str):
+            raise ValueError(f"the name of a {self.kind} must be a text, got {name!r}")
+        if ":" not in name:
+            if name not in self._entries:
+                choices = ", ".join(self.names())
+                raise ValueError(f"unknown {self.kind} {name!r}; choose from {choices}")
+            return name
+        module_name, _, attribute = name.partition(":")
+        try:
+            entry = getattr(importlib.import_module(module_name), attribute)
+        # A stranger's module can raise anything.
+        except (Exception, SystemExit) as error:
+            reason = f"{type(error).__name__}: {one_sentence(error)}"
+            raise ValueError(f"cannot import {self.kind} {name!r}: {reason}") from error
+        for registered, other in self._entries.items():
+            if other is entry:
+                return registered
+        raise ValueError(
+            f"{name!r} is not registered as a {self.kind}; its module has to register it"
+        )
+
+    def get(self, name: str) -> Entry:
+        """Return an entry by its name or "package.module:Class".
+
+        Raises:
+            ValueError: See `name`.
+        """
+        return self._entries[self.name(name)]
+
+    def declaration(self, name: str) -> Mapping[str, Any]:
+        """Return what an entry declared when it was registered.
+
+        Raises:
+            ValueError: See `name`.
+        """
+        return self._declarations[self.name(name)]
+
+
+def late_names(package: str, names: Collection[str], *modules: str) -> Callable[[str], Any]:
+    """Return a package's `__getattr__`, which imports a module when one of its names is asked for.
+
+    Help and refusals of a command, which import its package, have no seconds for torch.
+
+    Args:
+        package: Its name.
+        names: What it offers.
+        modules: Those of the package that hold them, in the order to look.
+    """
+
+    def find(name: str) -> Any:
+        if name in names:
+            for module in modules:
+                found = importlib.import_module(f"{package}.{module}")
+                if hasattr(found, name):
+                    return getattr(found, name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find
+
+
+def registered_names(package: str) -> list[str]:
+    """Return the names that the modules of a package of ours register, sorted.
+
+    They are read from the modules' text, unless this process has imported them anyway: importing
+    them takes torch, and with it seconds.
+
+    Args:
+        package: "masking" for the strategies, "data" for the maskings of texts.
+    """
+    if package == "masking" and "clip_pgs.masking" in sys.modules:
+        return sys.modules["clip_pgs.masking"].list_maskings()
+    if package == "data" and "clip_pgs.data.text_masking" in sys.modules:
+        return sys.modules["clip_pgs.data.text_masking"].TEXT_MASKINGS.names()
+    texts = (path.read_text("utf-8") for path in Path(__file__).with_name(package).glob("*.py"))
+    return sorted(name for text in texts for name in _REGISTRATION.findall(text))
+
+
+def _origin(entry: Any) -> Any:
+    """Return where a class or function is defined; anything else stands for itself."""
+    if hasattr(entry, "__qualname__"):
+        return entry.__module__, entry.__qualname__
+    return id(entry)

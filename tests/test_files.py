@@ -1,0 +1,122 @@
+"""Files are there whole or not at all, and nothing else is opened or destroyed."""
+
+import errno
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from clip_pgs.common import one_sentence, refusal_code
+from clip_pgs.files import atomic_file, atomic_folder, check_writable, read_json_lines, write_text
+from support.disk import files_limited_to
+
+
+def test_a_file_takes_its_place_when_all_is_written(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with atomic_file(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_fails_in_the_middle_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with files_limited_to(1000), pytest.raises(OSError, match="File too large"):
+        write_text(path, "new" * 1000)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture(params=["fifo", "socket", "device", "folder", "link to a device"])
+def no_file(request, tmp_path):
+    """Something that is there and holds no text."""
+    path = tmp_path / "no_file"
+    match request.param:
+        case "fifo":
+            os.mkfifo(path)
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(str(path))
+        case "device":
+            return Path("/dev/full")
+        case "folder":
+            path.mkdir()
+        case "link to a device":
+            path.symlink_to("/dev/null")
+    return path
+
+
+def test_what_is_no_regular_file_is_refused_and_left_there(no_file):
+    before = no_file.lstat()
+    with pytest.raises(ValueError, match=rf"cannot write {no_file}: it is (no regular file|a fo)"):
+        check_writable(no_file)
+    with pytest.raises(OSError, match=r"no regular file|a folder"):
+        write_text(no_file, "text")
+    assert (no_file.lstat().st_mode, no_file.lstat().st_ino) == (before.st_mode, before.st_ino)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_is_written_through(tmp_path, is_there):
+    target, link = tmp_path / "there" / "a.txt", tmp_path / "link"
+    target.parent.mkdir()
+    if is_there:
+        target.write_text("old")
+    link.symlink_to("there/a.txt")
+    check_writable(link)
+    write_text(link, "new")
+    assert (target.read_text(), link.is_symlink()) == ("new", True)
+
+
+def test_text_is_utf_8_in_any_locale(tmp_path):
+    write_text(
+        tmp_path / "a.txt", "caf\u00e9 " + os.fsencode("\u00e9").decode("ascii", "surrogateescape")
+    )
+    assert (tmp_path / "a.txt").read_bytes() == "caf\u00e9 \u00e9".encode()
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_folder])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
+def test_a_full_disk_is_told_with_the_file_and_ends_with_1(tmp_path, write, code):
+    path = tmp_path / "a.txt"
+    with pytest.raises(OSError, match=r".") as caught, write(path):
+        raise OSError(code, os.strerror(code))
+    assert one_sentence(caught.value) == f"{path}: {os.strerror(code)}"
+    assert refusal_code(caught.value) == 1
+    for asked in (errno.ENOENT, errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.ENOTDIR):
+        assert refusal_code(OSError(asked, os.strerror(asked), "a")) == 2
+
+
+def test_a_full_disk_is_told_by_the_system_itself(tmp_path):
+    with files_limited_to(100), pytest.raises(OSError, match="too large") as caught:
+        write_text(tmp_path / "a.txt", "new" * 100)
+    assert one_sentence(caught.value) == f"{tmp_path / 'a.txt'}: File too large"
+
+
+@pytest.mark.parametrize("place", ["folder", "file/new", "file/new/newer", "n" * 300, "a\0b"])
+def test_a_file_that_cannot_be_written_is_told_beforehand(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write"):
+        check_writable(tmp_path / "good", tmp_path / place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("place", ["new", "file", "folder/new", "no/such/folder/new"])
+def test_asking_whether_a_file_can_be_written_makes_nothing(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old")
+    check_writable(tmp_path / place)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_lines_that_are_no_json_objects_are_none(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_json_lines(path) == []
+    path.write_bytes(b'{"step": 1}\n[1]\n{"st')
+    assert read_json_lines(path) == [{"step": 1}, None, None]

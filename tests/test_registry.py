@@ -1,0 +1,64 @@
+"""A registry gives what was registered by its name, or by where it can be imported."""
+
+import pytest
+
+from clip_pgs.registry import Registry
+
+
+@pytest.fixture
+def registry():
+    registry = Registry("pet")
+    registry.register("dog", sound="bark")(dict)
+    return registry
+
+
+def test_a_registry_gives_an_entry_and_what_it_declared(registry):
+    assert registry.names() == ["dog"]
+    assert registry.get("dog") is dict
+    assert registry.declaration("dog") == {"sound": "bark"}
+    with pytest.raises(ValueError, match="unknown pet 'cat'; choose from dog"):
+        registry.get("cat")
+
+
+def test_a_name_is_given_once_but_to_what_replaces_itself(registry):
+    with pytest.raises(ValueError, match="pet 'dog' is registered already"):
+        registry.register("dog")(list)
+
+    def define():
+        @registry.register("cat")
+        def cat():
+            pass
+
+        return cat
+
+    define()
+    redefined = define()
+    assert registry.get("cat") is redefined
+
+
+@pytest.mark.parametrize("name", ["", "a:b"])
+def test_a_name_that_could_be_an_import_is_refused(registry, name):
+    with pytest.raises(ValueError, match="must hold no colon"):
+        registry.register(name)
+
+
+def test_an_entry_of_another_module_is_found_by_its_import_path(registry, tmp_path, monkeypatch):
+    (tmp_path / "my_pets.py").write_text("class Bird:\n    pass\n\nclass Fish:\n    pass\n")
+    (tmp_path / "my_broken_pets.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    import my_pets
+
+    registry.register("bird", sound="sing")(my_pets.Bird)
+    assert registry.get("my_pets:Bird") is my_pets.Bird
+    assert registry.declaration("my_pets:Bird") == {"sound": "sing"}
+    for name, reason in {
+        "my_pets:Fish": "'my_pets:Fish' is not registered as a pet",
+        "my_pets:Cow": "cannot import pet 'my_pets:Cow': AttributeError: .* 'Cow'",
+        "my_broken_pets:Cow": "cannot import pet 'my_broken_pets:Cow': ZeroDivisionError",
+        "no_such_pets:Cow": "cannot import pet 'no_such_pets:Cow': ModuleNotFoundError",
+        ":Cow": "cannot import pet ':Cow': ValueError",
+        "..a:Cow": "cannot import pet '..a:Cow': ",
+        "my_pets:": "cannot import pet 'my_pets:': AttributeError",
+    }.items():
+        with pytest.raises(ValueError, match=reason):
+            registry.get(name)
