@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -322,28 +321,14 @@ def _model_choice(args: argparse.Namespace) -> dict[str, Any]:
     return {**choice, "inference_masking": masking, "inference_options": options}
 
 
-def _check_effect(args: argparse.Namespace) -> None:
-    """Refuse what is said of a kind of source that is not among the sources."""
-    import open_clip
-
-    has_file = any(os.path.isfile(source.removeprefix("local-dir:")) for source in args.sources)
-    has_name = any(source in open_clip.list_models() for source in args.sources)
-    for option, value, kind, is_there in (
-        ("--model", args.model, "checkpoint file", has_file),
-        ("--model-config", args.model_config, "checkpoint file", has_file),
-        ("--pretrained", args.pretrained, "open_clip model", has_name),
-    ):
-        if value is not None and not is_there:
-            raise ValueError(f"{option} {value} is for a source that is a {kind}, and none is one")
-
-
 def _output_folders(args: argparse.Namespace) -> dict[str, Path]:
     """Return where the results of each source go, after checking that the source is one."""
-    from clip_pgs.evaluation.models import check_source, model_name
+    from clip_pgs.evaluation.models import KIND_OF, check_source, model_name
 
     folders: dict[str, Path] = {}
+    kinds = set()
     for source in args.sources:
-        check_source(source, **_model_choice(args))
+        kinds.add(check_source(source, **_model_choice(args)))
         name = clean_name(model_name(source, pretrained=args.pretrained))
         if args.output is not None:
             folder = Path(args.output, name) if len(args.sources) > 1 else Path(args.output)
@@ -357,7 +342,11 @@ def _output_folders(args: argparse.Namespace) -> dict[str, Path]:
         if folder in folders.values():
             raise ValueError(f"two models would write to {folder}; evaluate them apart")
         folders[source] = folder
-    _check_effect(args)
+    for name, kind in KIND_OF.items():
+        value = getattr(args, name)
+        if value is not None and kind not in kinds:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {value} is for a source that is a {kind}, and none is one")
     return folders
 
 

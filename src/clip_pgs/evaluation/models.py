@@ -45,6 +45,9 @@ from clip_pgs.integrations.open_clip.model_config import (
 
 # What open_clip looks for beside an export's config.
 _EXPORT_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
+# Which kind of source each of these arguments of `load_model` is about.
+_CHECKPOINT, _NAME = "checkpoint file", "open_clip model"
+KIND_OF = {"model": _CHECKPOINT, "model_config": _CHECKPOINT, "pretrained": _NAME}
 # Flags of the trainer, as params.txt names them, that change what open_clip builds.
 _BUILD_FLAGS = (
     "force_quick_gelu",
@@ -109,7 +112,7 @@ def load_model(
             the weights do not fit it, or its images cannot be masked so.
     """
     source = str(source)
-    build, origin = _resolve(source, model, model_config, pretrained)
+    build, origin, _ = _resolve(source, model, model_config, pretrained)
     masking = choose_masking(inference_masking, inference_options, weights=origin)
     built, transform, tokenizer = build()
     built = built.to(device).eval()
@@ -129,7 +132,7 @@ def check_source(
     pretrained: str | None = None,
     inference_masking: str | None = None,
     inference_options: Mapping[str, Any] | None = None,
-) -> None:
+) -> str:
     """Check the arguments of `load_model` without building a model.
 
     Args:
@@ -140,11 +143,15 @@ def check_source(
         inference_masking: The same.
         inference_options: The same.
 
+    Returns:
+        The kind of source; `KIND_OF` says which arguments are about it.
+
     Raises:
         ValueError: As `load_model` does, except for what the model's weights and tower decide.
     """
-    _, origin = _resolve(source, model, model_config, pretrained)
+    _, origin, kind = _resolve(source, model, model_config, pretrained)
     choose_masking(inference_masking, inference_options, weights=origin)
+    return kind
 
 
 Built = tuple[nn.Module, Any, Any]  # a model, its transform and its tokenizer
@@ -152,32 +159,32 @@ Built = tuple[nn.Module, Any, Any]  # a model, its transform and its tokenizer
 
 def _resolve(
     source: str, model: str | None, model_config: str | Path | None, pretrained: str | None
-) -> tuple[Callable[[], Built], str]:
-    """Return what builds the model of a source, and where its weights come from."""
+) -> tuple[Callable[[], Built], str, str]:
+    """Return what builds the model of a source, where its weights come from, and its kind."""
     path = Path(source.removeprefix("local-dir:"))
     # os.path: a name that is too long is that of none.
     if os.path.isfile(path):
         checkpoint = _read(path)
         recorded = checkpoint.config if isinstance(checkpoint.config, dict) else {}
         if is_mae_config(recorded.get("model_cfg")) and model is None and model_config is None:
-            return partial(_build_autoencoder, checkpoint), source
+            return partial(_build_autoencoder, checkpoint), source, _CHECKPOINT
         architecture = _find_architecture(checkpoint, model=model, model_config=model_config)
-        return partial(_build_checkpoint, checkpoint, architecture), source
+        return partial(_build_checkpoint, checkpoint, architecture), source, _CHECKPOINT
     if os.path.isdir(path):
         folder = next((f for f in (path, path / EXPORT_NAME) if _holds_autoencoder(f)), None)
         if folder is not None:
-            return partial(_open_autoencoder, folder), str(folder)
+            return partial(_open_autoencoder, folder), str(folder), "folder"
         folder = _export_folder(path)
-        return partial(_create, f"local-dir:{folder}"), str(folder)
+        return partial(_create, f"local-dir:{folder}"), str(folder), "folder"
     if source.startswith("hf-hub:"):
-        return partial(_create, source), source
+        return partial(_create, source), source, "model of the Hub"
     if source not in open_clip.list_models():
         raise ValueError(f"no run, export or checkpoint at {source}, and no open_clip model")
     tags = open_clip.list_pretrained_tags_by_model(source)
     if pretrained not in tags:
         choices = f"one of {', '.join(tags)}" if tags else "but open_clip knows none"
         raise ValueError(f"{source} needs published weights, --pretrained TAG, {choices}")
-    return partial(_create, source, pretrained=pretrained), f"{source},{pretrained}"
+    return partial(_create, source, pretrained=pretrained), f"{source},{pretrained}", _NAME
 
 
 def _holds_autoencoder(folder: Path) -> bool:
