@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clip_pgs.masking.sampling import draw_noise
 from clip_pgs.masking.strategy import (
+    MASK_RATIO,
     FixedRatioMasking,
     PatchInputs,
     PatchSelection,
@@ -52,7 +53,7 @@ class AttentiveMasking(FixedRatioMasking):
     def __init__(
         self,
         *,
-        mask_ratio: float = 0.5,
+        mask_ratio: float = MASK_RATIO,
         resolution: float = 1.0,
         momentum: float = 0.996,
         cell: int = 1,

@@ -26,6 +26,7 @@ from clip_pgs.masking.sampling import (
     select_top,
 )
 from clip_pgs.masking.strategy import (
+    MASK_RATIO,
     FixedRatioMasking,
     MaskingStrategy,
     PatchInputs,
@@ -85,7 +86,7 @@ class GaussianMasking(FixedRatioMasking):
     """
 
     def __init__(
-        self, *, mask_ratio: float = 0.5, rule: str = "released", sigma: float | None = None
+        self, *, mask_ratio: float = MASK_RATIO, rule: str = "released", sigma: float | None = None
     ) -> None:
         super().__init__(mask_ratio=mask_ratio)
         check_choice(rule, ("released", "weights"), name="rule")

@@ -20,6 +20,7 @@ from clip_pgs.masking.sampling import draw_noise, mask_top_counts, share_at_rand
 from clip_pgs.masking.schedule import scheduled_ratio
 from clip_pgs.masking.similarity import mixed_similarity
 from clip_pgs.masking.strategy import (
+    MASK_RATIO,
     PatchInputs,
     PatchSelection,
     check_range,
@@ -88,7 +89,7 @@ class ClusterMasking(CalibratedMasking):
     def __init__(
         self,
         *,
-        mask_ratio: float = 0.5,
+        mask_ratio: float = MASK_RATIO,
         mask_ratio_min: float = 0.3,
         anchor_ratio: float = 0.03,
         threshold: float | None = None,

@@ -18,6 +18,7 @@ from torch import Tensor
 from clip_pgs.common import check_choice
 from clip_pgs.masking.sampling import draw_noise, full_precision, select_top
 from clip_pgs.masking.strategy import (
+    MASK_RATIO,
     FixedRatioMasking,
     PatchInputs,
     PatchSelection,
@@ -49,7 +50,7 @@ class ColorMaeMasking(FixedRatioMasking):
     """
 
     def __init__(
-        self, *, mask_ratio: float = 0.5, color: str = "green", sigma: float = 0.75
+        self, *, mask_ratio: float = MASK_RATIO, color: str = "green", sigma: float = 0.75
     ) -> None:
         super().__init__(mask_ratio=mask_ratio)
         check_choice(color, COLORS, name="color")

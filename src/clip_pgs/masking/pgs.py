@@ -41,6 +41,7 @@ from clip_pgs.masking.sinkhorn import (
     sinkhorn_plan,
 )
 from clip_pgs.masking.strategy import (
+    MASK_RATIO,
     PatchInputs,
     PatchSelection,
     check_index,
@@ -125,7 +126,7 @@ class PGSOptions:
         ValueError: If an option is out of its range, or two do not go together.
     """
 
-    mask_ratio: float = 0.5
+    mask_ratio: float = MASK_RATIO
     mask_ratio_min: float | None = None
     mask_ratio_mean: float | None = None
     candidate_ratio: float = 0.05

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from clip_pgs.masking.sampling import draw_noise, full_precision, patchify, second_draw
 from clip_pgs.masking.strategy import (
+    MASK_RATIO,
     MaskingStrategy,
     PatchInputs,
     PatchSelection,
@@ -74,7 +75,7 @@ class PGSReleasedMasking(MaskingStrategy):
     def __init__(
         self,
         *,
-        mask_ratio: float = 0.5,
+        mask_ratio: float = MASK_RATIO,
         mask_ratio_min: float | None = None,
         threshold: float | None = None,
         candidate_ratio: float = 0.05,

@@ -421,6 +421,10 @@ class MaskingStrategy(nn.Module):
         raise NotImplementedError
 
 
+# What a strategy drops where nobody says it.
+MASK_RATIO = 0.5
+
+
 class FixedRatioMasking(MaskingStrategy):
     """A strategy with one number for the share of patches that goes.
 
@@ -431,7 +435,7 @@ class FixedRatioMasking(MaskingStrategy):
         ValueError: If `mask_ratio` is out of its range.
     """
 
-    def __init__(self, *, mask_ratio: float = 0.5) -> None:
+    def __init__(self, *, mask_ratio: float = MASK_RATIO) -> None:
         super().__init__()
         check_mask_ratio(mask_ratio)
         self.mask_ratio = mask_ratio
