@@ -29,7 +29,8 @@ from clip_pgs.data.samples import decode_captions, decode_image
 from clip_pgs.data.shards import write_shard
 from clip_pgs.data.tar import read_shard
 from clip_pgs.evaluation.metrics import retrieval_metrics
-from clip_pgs.inspection.cost.step import Benchmark, write_json
+from clip_pgs.files import write_json
+from clip_pgs.inspection.cost.step import Benchmark
 from clip_pgs.inspection.model_input import OPENAI_MEAN, OPENAI_STD
 from clip_pgs.integrations.open_clip import (
     allow_short_text,

@@ -41,7 +41,7 @@ from torchvision.io import decode_jpeg, encode_jpeg
 
 from clip_pgs.common import one_sentence
 from clip_pgs.data.decoding import PixelNormalizer
-from clip_pgs.files import write_text
+from clip_pgs.files import write_json, write_text
 from clip_pgs.inspection.cost.data import measure_data_speed
 from clip_pgs.inspection.cost.step import (
     Benchmark,
@@ -52,7 +52,6 @@ from clip_pgs.inspection.cost.step import (
     make_rows,
     time_parts,
     time_steps,
-    write_json,
 )
 from clip_pgs.inspection.model_input import OPENAI_MEAN, OPENAI_STD, parse_specs
 from clip_pgs.integrations.open_clip import caption_trimmer

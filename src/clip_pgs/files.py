@@ -129,6 +129,16 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write plain types as JSON, whole or not at all, into a folder that is made if need be.
+
+    Raises:
+        OSError: If it cannot be written; what was there is still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
 def append_line(path: Path, line: str) -> None:
     """Append a line to a text file that several processes may share, whole or not at all.
 

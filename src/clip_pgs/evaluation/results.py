@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from clip_pgs.files import (
     MAX_RUN_FILE_BYTES,
     OPTIONS_NAME,
     read_json,
+    write_json,
     write_text,
 )
 from clip_pgs.tables import csv_text
@@ -110,8 +110,7 @@ _KINDS: dict[str, Any] = {
 
 def write_result(result: Result, path: Path) -> None:
     """Write one result as JSON; an interrupted write leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(asdict(result), indent=2) + "\n")
+    write_json(path, asdict(result))
 
 
 def read_results(folder: Path) -> list[Result]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
@@ -18,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from clip_pgs.files import atomic_file, check_writable, write_text
+from clip_pgs.files import atomic_file, check_writable, write_json, write_text
 from clip_pgs.inspection.model_input import (
     ModelInput,
     StrategySpec,
@@ -264,9 +263,8 @@ def run_kept(args: argparse.Namespace) -> None:
         f"{without if images.num_without else ''}\n\n{kept_table(rows)}"
     )
     if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
         content = {**facts, "results": [asdict(row) for row in rows]}
-        write_text(args.output / "kept.json", json.dumps(content, indent=2) + "\n")
+        write_json(args.output / "kept.json", content)
         header = [field.name for field in fields(Kept)]
         write_text(args.output / "kept.csv", csv_text(header, map(astuple, rows)))
         plot_kept(rows, args.output / "kept.png", title=title)

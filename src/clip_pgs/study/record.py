@@ -15,7 +15,7 @@ from pathlib import Path
 
 import clip_pgs
 from clip_pgs.evaluation.report.gather import read_training_facts
-from clip_pgs.files import EXIT_NAME, EXPORT_NAME, MAX_RUN_FILE_BYTES, read_json_object, write_text
+from clip_pgs.files import EXIT_NAME, EXPORT_NAME, MAX_RUN_FILE_BYTES, read_json_object, write_json
 from clip_pgs.training.build import read_model_config
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.run_folder import changed_options, changed_recipe, holds_run
@@ -134,8 +134,7 @@ def read_spent(run: Path) -> Spent:
 
 def write_record(record: Record, run: Path) -> None:
     """Write the record of a run, whole or not at all."""
-    run.mkdir(parents=True, exist_ok=True)
-    write_text(run / RECORD_NAME, json.dumps(asdict(record), indent=2) + "\n")
+    write_json(run / RECORD_NAME, asdict(record))
 
 
 def is_trained(run: Path) -> bool:

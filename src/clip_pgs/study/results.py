@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter
 from clip_pgs import plots
 from clip_pgs.evaluation.report.command import FIGURES_NAME, page_templates
 from clip_pgs.evaluation.results import DONE, is_sound, result_files
-from clip_pgs.files import write_text
+from clip_pgs.files import write_json, write_text
 from clip_pgs.study.plan import (
     CSV_NAME,
     HTML_NAME,
@@ -214,7 +214,7 @@ def write_results(study: Study, *, command: str) -> Path:
         "failed": [{"run": run, "reason": reason} for run, reason in failed],
         "notes": notes,
     }
-    write_text(study.folder / JSON_NAME, json.dumps(content, indent=2) + "\n")
+    write_json(study.folder / JSON_NAME, content)
     header, lines = _csv_rows(study, rows, comparisons)
     write_text(study.folder / CSV_NAME, csv_text(header, lines))
     parts = [f"# Study {study.name}", study.about, *notes]

@@ -33,6 +33,7 @@ from clip_pgs.files import (
     WEIGHTS_NAME,
     atomic_folder,
     sync,
+    write_json,
     write_text,
 )
 from clip_pgs.integrations import is_mae_config
@@ -209,7 +210,7 @@ def _write_files(
         weights_name, metadata = MAE_WEIGHTS_NAME, {"format": "pt"}
         configs, weights = hub_configs(record["open_clip_config"]), hub_weights(weights)
     for name, config in configs.items():
-        write_text(folder / name, json.dumps(config, indent=2) + "\n")
+        write_json(folder / name, config)
     with explained(weights_name, safetensors.SafetensorError, as_kind=OSError):
         safetensors.torch.save_file(weights, folder / weights_name, metadata=metadata)
     # safetensors makes its file readable for its owner alone.
@@ -464,7 +465,7 @@ def push_to_hub(export_folder: Path, repo_id: str, *, private: bool = False) -> 
     if config.get("model_cfg", {}).get("text_cfg", {}).get("hf_tokenizer_name"):
         # The tokenizer's files travel with the model.
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = repo_id
-        write_text(config_path, json.dumps(config, indent=2) + "\n")
+        write_json(config_path, config)
     card_path = export_folder / CARD_NAME
     card = card_path.read_text("utf-8").replace(_PLACE, f"hf-hub:{repo_id}")
     write_text(card_path, card.replace(_FOLDER, repo_id))

@@ -33,6 +33,7 @@ from clip_pgs.files import (
     OPTIONS_NAME,
     PARAMS_NAME,
     read_json_object,
+    write_json,
     write_text,
 )
 from clip_pgs.tables import counted
@@ -199,7 +200,7 @@ def save_options(options: TrainOptions, folder: Path, *, files: Sequence[str] = 
         for name in (*names_of(IDENTITY), *names_of(RECIPE), "train_data")
     }
     saved |= {_FILES: list(files), "launch": _launch()}
-    write_text(folder / OPTIONS_NAME, json.dumps(saved, indent=2) + "\n")
+    write_json(folder / OPTIONS_NAME, saved)
 
 
 def read_options_file(folder: Path) -> tuple[dict[str, Any], str | None]:
@@ -390,8 +391,7 @@ def save_environment(environment: dict[str, Any], folder: Path) -> None:
             earlier = [*before.pop("earlier_launches", []), before]
         except (ValueError, TypeError) as error:
             _logger.warning("%s; it begins anew", error)
-    text = json.dumps({**environment, "earlier_launches": earlier}, indent=2) + "\n"
-    write_text(path, text)
+    write_json(path, {**environment, "earlier_launches": earlier})
 
 
 def _version(package: str) -> str | None:

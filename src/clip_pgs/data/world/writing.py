@@ -25,7 +25,13 @@ from clip_pgs.data.world.captions import TASKS, hard_negatives
 from clip_pgs.data.world.draw import Drawing, draw_scene
 from clip_pgs.data.world.scene import WORLD_VERSION, Sample, Scene
 from clip_pgs.data.world.splits import EVAL_SETS, EvalSet, captioned, held_out, shown
-from clip_pgs.files import MAX_RUN_FILE_BYTES, atomic_folder, folder_lock, read_json_object
+from clip_pgs.files import (
+    MAX_RUN_FILE_BYTES,
+    atomic_folder,
+    folder_lock,
+    read_json_object,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +235,7 @@ def _write_whole(
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-        _write_json(folder / "world.json", {**identity, "parts": facts, "files": files})
+        write_json(folder / "world.json", {**identity, "parts": facts, "files": files})
 
 
 def _processes(number: int) -> Any:
@@ -265,7 +271,7 @@ def _write_captioned(
         samples = captioned(split, seed, start, stop)
         write_shard(path, _shard_samples(samples, draw_scene, record, each))
         sizes[path.name] = stop - start
-    _write_json(folder / "sizes.json", sizes)
+    write_json(folder / "sizes.json", sizes)
 
 
 def _write_eval_set(
@@ -306,7 +312,7 @@ def _write_sugar_crepe(seed: int, number: int, folder: Path, record: Record, eac
                 "caption": sample.caption,
                 "negative_caption": negative,
             }
-        _write_json(folder / f"{task}.json", entries)
+        write_json(folder / f"{task}.json", entries)
 
 
 def _write_pictures(
@@ -373,10 +379,6 @@ def _png(pixels: NDArray[Any]) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")
     return file.getvalue()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -28,8 +28,8 @@ from clip_pgs.data.decoding import UnreadableImageError, faster_transform, open_
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.order import RowPlan, SampleRef
 from clip_pgs.data.samples import RawSample, SampleDecoder
-from clip_pgs.files import check_writable
-from clip_pgs.inspection.cost.step import TICK, Columns, measured_table, write_json
+from clip_pgs.files import check_writable, write_json
+from clip_pgs.inspection.cost.step import TICK, Columns, measured_table
 
 CAPTION = b"a dog runs over the grass with a ball in its mouth"
 JPEG_SUFFIXES = (".jpg", ".jpeg")

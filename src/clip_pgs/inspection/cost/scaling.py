@@ -24,7 +24,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from clip_pgs.files import check_writable
+from clip_pgs.files import check_writable, write_json
 from clip_pgs.inspection.cost.step import (
     Benchmark,
     Columns,
@@ -34,7 +34,6 @@ from clip_pgs.inspection.cost.step import (
     fill_in_defaults,
     measured_table,
     time_parts,
-    write_json,
 )
 from clip_pgs.inspection.model_input import parse_specs
 from clip_pgs.masking import PatchInputs, create_masking

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from tqdm import tqdm
 
-from clip_pgs.files import atomic_file, check_writable, read_json_object, write_text
+from clip_pgs.files import atomic_file, check_writable, read_json_object, write_json
 from clip_pgs.inspection.model_input import StrategySpec, parse_specs
 from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.integrations.open_clip import (
@@ -740,13 +739,3 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write plain types as JSON into a folder that is made.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(content, indent=2) + "\n")
