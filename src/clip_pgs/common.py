@@ -16,8 +16,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from clip_pgs.files import DISK_FULL
@@ -88,12 +89,26 @@ class AskedToLeaveError(BaseException):
 
 
 @contextmanager
-def leaving_when_told() -> Iterator[None]:
-    """Let SIGTERM, SIGHUP and SIGUSR1 end the block with an error, the second time at once."""
-    if threading.current_thread() is not threading.main_thread():
+def catching(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """Hand signals to a handler within the block; a thread other than the main one catches none.
+
+    What whoever started us wants ignored (nohup) stays ignored.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in numbers} if is_main else {}
+    for number, earlier in before.items():
+        if earlier is not signal.SIG_IGN:
+            signal.signal(number, handler)
+    try:
         yield
-        return
-    process, before = os.getpid(), {}
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def leaving_when_told() -> AbstractContextManager[None]:
+    """Let SIGTERM, SIGHUP and SIGUSR1 end the block with an error, the second time at once."""
+    process = os.getpid()
 
     def leave(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -102,15 +117,7 @@ def leaving_when_told() -> Iterator[None]:
             os.kill(os.getpid(), number)
         raise AskedToLeaveError(signal.Signals(number).name)
 
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        # What whoever started us wants ignored (nohup) stays ignored.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return catching(leave, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def early_end(error: BaseException) -> tuple[str, int]:

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from clip_pgs.common import INTERRUPTED, PREEMPTED, one_sentence, refuse
+from clip_pgs.common import INTERRUPTED, PREEMPTED, catching, one_sentence, refuse
 from clip_pgs.integrations import MAE_TYPE
 from clip_pgs.training.stop import LAUNCH_FOLDER, leave
 
@@ -228,42 +228,35 @@ class _Launch:
     is_passed_on: bool = False
 
     def train(self, arguments: Sequence[str], processes: Processes) -> int:
-        self._catch()
-        # A worker's exit code 2 reaches us as torchrun's 1, so that bad input is refused first.
-        # Machine 0 checks for all: once it has started, the run folder exists for the others.
-        if processes.node_rank == 0:
-            is_all = not {"--check-only", "--trial"}.isdisjoint(arguments)
-            check = [sys.executable, "-m", TRAINING, *arguments, "--check-only"]
-            size = {"WORLD_SIZE": str(processes.world_size)}
-            status = self._run(check, size, output=None if is_all else subprocess.DEVNULL)
-            if status != 0 or is_all:
-                return status
-        with tempfile.TemporaryDirectory() as folder:
-            variables = {
-                LAUNCH_FOLDER: folder,
-                # Else processes that start again look for the addresses of those before them
-                # (https://github.com/pytorch/pytorch/issues/135712).
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-                **share_cores(processes.per_node),
-            }
-            status = self._run(processes.torchrun(TRAINING, arguments), variables)
-            return self._explained(status, Path(folder)) if status else 0
+        with catching(self._note, *_PASSED_ON):
+            # A worker's exit code 2 reaches us as torchrun's 1, so that bad input is refused first.
+            # Machine 0 checks for all: once it has started, the run folder exists for the others.
+            if processes.node_rank == 0:
+                is_all = not {"--check-only", "--trial"}.isdisjoint(arguments)
+                check = [sys.executable, "-m", TRAINING, *arguments, "--check-only"]
+                size = {"WORLD_SIZE": str(processes.world_size)}
+                status = self._run(check, size, output=None if is_all else subprocess.DEVNULL)
+                if status != 0 or is_all:
+                    return status
+            with tempfile.TemporaryDirectory() as folder:
+                variables = {
+                    LAUNCH_FOLDER: folder,
+                    # Else processes that start again look for the addresses of those before them
+                    # (https://github.com/pytorch/pytorch/issues/135712).
+                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                    **share_cores(processes.per_node),
+                }
+                status = self._run(processes.torchrun(TRAINING, arguments), variables)
+                return self._explained(status, Path(folder)) if status else 0
 
     def evaluate(self, arguments: Sequence[str], processes: Processes) -> int:
-        self._catch()
-        with tempfile.TemporaryDirectory() as folder:
+        with catching(self._note, *_PASSED_ON), tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "exit")
             command = processes.torchrun(EVALUATION, [*arguments, "--exit-code-file", str(file)])
             status = self._run(command, share_cores(processes.per_node))
             if self.stopped:
                 return self._code_of_signal()
             return int(file.read_text("utf-8")) if status == 0 else status
-
-    def _catch(self) -> None:
-        for number in _PASSED_ON:
-            # What whoever started us wants ignored (nohup) stays ignored.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.stopped.append(number)

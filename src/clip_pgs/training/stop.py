@@ -31,7 +31,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, NoReturn
 
-from clip_pgs.common import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, explained
+from clip_pgs.common import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, catching, explained
 from clip_pgs.files import EXIT_NAME, LOCK_NAME
 
 if TYPE_CHECKING:
@@ -148,22 +148,9 @@ class StopSignals:
         self._reminder: threading.Timer | None = None
         self._is_reminded = False
 
-    @contextmanager
-    def caught(self) -> Iterator[None]:
+    def caught(self) -> AbstractContextManager[None]:
         """Catch signals within the block; a thread other than the main one catches none."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
-        for number, handler in before.items():
-            # A signal that whoever started the run wants ignored (nohup) stays ignored.
-            if handler is not signal.SIG_IGN:
-                signal.signal(number, self._note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return catching(self._note, *_SIGNALS)
 
     @contextmanager
     def interruptible(self, *, patience: float = 0.0) -> Iterator[None]:
