@@ -41,6 +41,7 @@ from clip_pgs.integrations.open_clip.model_config import (
     check_build_options,
     check_buildable,
     check_preprocessing,
+    register_model_config,
 )
 
 # What open_clip looks for beside an export's config.
@@ -314,7 +315,7 @@ def _find_architecture(
     if model is not None and model_config is not None:
         raise ValueError("give the architecture as a model name or as a model config, not both")
     if model_config is not None:
-        return _Architecture(_register_model_config(Path(model_config)))
+        return _Architecture(register_model_config(Path(model_config)))
     if model is not None:
         if model not in open_clip.list_models():
             raise ValueError(f"open_clip knows no model {model!r}; give a model config instead")
@@ -331,18 +332,6 @@ def _find_architecture(
     if params_path.is_file():
         return _from_params(params_path)
     raise ValueError(f"the architecture of {checkpoint.path} is unknown; give --model NAME")
-
-
-def _register_model_config(path: Path) -> str:
-    """Make an OpenCLIP model config known to open_clip, under the name of its file."""
-    config = read_json_object(path, what=f"the model config {path}")
-    check_buildable(config, name=f"the model config {path}")
-    known = open_clip.get_model_config(path.stem)
-    if known is None:
-        open_clip.add_model_config(path)
-    elif known != config:
-        raise ValueError(f"open_clip has another model named {path.stem}; rename {path}")
-    return path.stem
 
 
 def _check_export_folder(folder: Path) -> None:
@@ -369,7 +358,7 @@ def _from_config(config: Any, *, what: str) -> _Architecture:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"{stem}.json")
         path.write_text(text, encoding="utf-8")
-        _register_model_config(path)
+        register_model_config(path)
     preprocess = config.get("preprocess_cfg", {})
     names = ("mean", "std", "interpolation", "resize_mode")
     return _Architecture(stem, {f"image_{name}": preprocess.get(name) for name in names})
@@ -385,7 +374,7 @@ def _from_params(path: Path) -> _Architecture:
         raise ValueError(f"{path}: model_config takes the name of a file, got {config!r}")
     # os.path: a name that is too long is that of no file.
     if config and os.path.isfile(config):
-        _register_model_config(Path(config))
+        register_model_config(Path(config))
     model = str(params.get("model"))
     if model not in open_clip.list_models():
         raise ValueError(f"{path} names a model {model!r} unknown here; give its --model-config")

@@ -1,7 +1,9 @@
 """What a training step costs with each strategy, beside plain CLIP: the command `cost`.
 
-Models of random weights take steps on random data. In every round each takes one, so that what
-slows the machine down for a while meets all of them and the ratios of a round stay right.
+What is run: models of random weights on random data, one plain and one for each strategy, which
+share their weights. What it takes: in every round each takes a step, so that what slows the machine
+down for a while meets all of them and the ratios of a round stay right. What is told: a row for
+each, as a table, a plot and a file.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from tqdm import tqdm
 
-from clip_pgs.files import atomic_file, check_writable, read_json_object, write_json
+from clip_pgs.files import atomic_file, check_writable, write_json
 from clip_pgs.inspection.model_input import StrategySpec, parse_specs
 from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.integrations.open_clip import (
@@ -44,8 +46,8 @@ from clip_pgs.integrations.open_clip import (
 from clip_pgs.integrations.open_clip.compat import no_foreign_code
 from clip_pgs.integrations.open_clip.flops import count_pass
 from clip_pgs.integrations.open_clip.model_config import (
-    check_buildable,
     largest_memory,
+    register_model_config,
     usable_device,
 )
 from clip_pgs.integrations.open_clip.text import GROUP_SHARES
@@ -87,7 +89,9 @@ _PEAK_SIDE, _PEAK_REPEATS = 1536, 5
 _ROOM = 1.25  # between the outermost points of the plot and its frame
 
 
-# The model and its data
+# ------------------------------------------------------------------------------------------------
+# What is run
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -136,10 +140,7 @@ class Benchmark:
         """
         name = self.model
         if name.endswith(".json"):
-            what = f"the model config {name}"
-            check_buildable(read_json_object(Path(name), what=what), name=what)
-            open_clip.add_model_config(name)
-            name = Path(name).stem
+            name = register_model_config(Path(name))
         if name not in open_clip.list_models():
             raise ValueError(
                 f"{self.model!r} is neither a model config nor a model that open_clip knows"
@@ -216,9 +217,6 @@ def draw_images(image_size: tuple[int, int], *, batch_size: int, seed: int = 0) 
         batch_size, 3, *(max(2, side // 16) for side in image_size), generator=generator
     )
     return nn.functional.interpolate(coarse, size=image_size, mode="bilinear", align_corners=False)
-
-
-# What is compared
 
 
 class Setup:
@@ -322,7 +320,9 @@ class Setup:
         return sum(count_pass(self.model, run)) / len(inputs)
 
 
-# The measurement
+# ------------------------------------------------------------------------------------------------
+# What it takes
+# ------------------------------------------------------------------------------------------------
 
 
 def time_parts(device: torch.device, *parts: Callable[[], object]) -> list[float]:
@@ -495,9 +495,6 @@ def watch_compilation(setup: Setup, *, vocab_size: int) -> dict[str, int]:
         torch._dynamo.reset()
 
 
-# The results
-
-
 def make_rows(
     timings: Sequence[Timings], *, batch_size: int, peak: Peak | None
 ) -> list[dict[str, Any]]:
@@ -542,6 +539,11 @@ def make_rows(
         }
         rows.append(row | {"selection_share": row["selection"] / step})
     return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# What is told
+# ------------------------------------------------------------------------------------------------
 
 
 def cost_table(rows: Sequence[dict[str, Any]], *, batch_size: int) -> str:
@@ -636,9 +638,6 @@ def plot_cost(
             file.write(plots.picture(drawing, "png"))
 
 
-# The command
-
-
 def run_cost(args: argparse.Namespace) -> None:
     """Measure, print the table and write the files.
 
@@ -692,22 +691,18 @@ def run_cost(args: argparse.Namespace) -> None:
         )
     if args.output is None:
         return
+    same = ("model", "batch_size", "precision", "captions", "mask_ratio", "progress")
     facts = {
-        "model": args.model,
+        **{name: getattr(args, name) for name in same},
         "image_size": [height, width],
-        "batch_size": args.batch_size,
         "device": device,
-        "precision": args.precision,
         "is_compiled": args.compiles,
-        "captions": args.captions,
         "is_trimmed": args.trims,
         "is_packed": args.pack_tokens,
-        "mask_ratio": args.mask_ratio,
-        "progress": args.progress,
         "rounds": args.steps,
         "reference": PLAIN_TITLE,
-        "peak_flops": None if peak is None else peak.flops,
-        "peak_source": None if peak is None else peak.source,
+        "peak_flops": peak and peak.flops,
+        "peak_source": peak and peak.source,
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,
         "date": datetime.now(timezone.utc).date().isoformat(),

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -21,6 +22,7 @@ from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from clip_pgs.common import explained
+from clip_pgs.files import read_json_object
 
 _TOWERS = {"text_cfg": CLIPTextCfg, "multimodal_cfg": MultimodalCfg}
 _REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
@@ -243,6 +245,23 @@ def check_buildable(config: Any, *, name: str) -> None:
     if not config["text_cfg"].get("hf_model_name"):
         length = config["text_cfg"].get("context_length", open_clip.CLIPTextCfg().context_length)
         check_model_runs(model, name=name, context_length=length)
+
+
+def register_model_config(path: Path) -> str:
+    """Make an OpenCLIP model config known to open_clip, and return its name, that of the file.
+
+    Raises:
+        ValueError: If it is none, makes no model that runs on this machine, or open_clip has
+            another model of that name.
+    """
+    config = read_json_object(path, what=f"the model config {path}")
+    check_buildable(config, name=f"the model config {path}")
+    known = open_clip.get_model_config(path.stem)
+    if known is None:
+        open_clip.add_model_config(path)
+    elif known != config:
+        raise ValueError(f"open_clip has another model named {path.stem}; rename {path}")
+    return path.stem
 
 
 def build_on_meta(
