@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from clip_pgs.data.build import dataset_kind
@@ -39,9 +37,9 @@ def option_warnings(options: TrainOptions) -> list[str]:
     """
     idle = [
         f"{flag_of(name)} has no effect {reason}"
-        for names, reason in _idle_options(options)
+        for is_idle, names, reason in _idle_options(options)
         for name in names.split()
-        if name in options.given
+        if is_idle and name in options.given
     ]
     return [
         *_released_notes(options),
@@ -64,84 +62,66 @@ def _released_notes(options: TrainOptions) -> list[str]:
     ]
 
 
-def _idle_options(options: TrainOptions) -> Iterator[tuple[str, str]]:
-    """Yield names of options that do nothing in this run, and why in words."""
-    config, model = read_model_config(options), options.model
+def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
+    """Return whether options do nothing in this run, their names, and why in words."""
+    config, model, masking = read_model_config(options), options.model, options.masking
     sources = [path for path in (options.train_data, options.val_data) if path is not None]
     kinds = {dataset_kind(options.dataset_type, path, flag="") for path in sources}
-    is_masked = options.masking != "none"
-    strategy = create_masking(options.masking, **options.masking_options)
+    strategy = create_masking(masking, **options.masking_options)
+    keeps_as_many = masking != "none" and not keeps_different_counts(strategy)
     is_coca = "multimodal_cfg" in config or "coca" in model.lower()
+    has_timm = "timm_model_name" in config["vision_cfg"]
+    brings_weights = model.startswith(MODEL_SCHEMAS)
     is_on_cpu = options.device == "cpu" or not torch.cuda.is_available()
-    reports = set(options.report_to.split(","))
+    is_full_on_gpu = not is_on_cpu and options.precision == "fp32"
+    has_imagenet = options.imagenet_val is not None or options.imagenet_v2 is not None
+    reports_to_wandb = bool({"wandb", "all"} & set(options.report_to.split(",")))
+    opt, scheduler = options.opt, options.lr_scheduler
+    ratios = "mask_ratio mask_ratio_min masking_option"
+    tuning = "unmasked_lr unmasked_warmup unmasked_batch_size unmasked_accum_freq"
     cooldown = "epochs_cooldown lr_cooldown_end lr_cooldown_power"
-    if not is_masked:
-        yield "mask_ratio mask_ratio_min masking_option pack_tokens", "with --masking none"
-    if is_masked and not keeps_different_counts(strategy):
-        yield (
-            "pack_tokens",
-            f"with --masking {options.masking} that keeps as many patches of every image",
-        )
-    if options.merge_counts:
-        yield "pack_tokens", "with --merge-counts"
-    if is_on_cpu and options.torchcompile:
-        yield "pack_tokens", "with --torchcompile on a CPU"
-    if not is_on_cpu and options.precision == "fp32":
-        yield "pack_tokens", "with --precision fp32 on a GPU, whose kernel needs 16 bits"
-    if options.mask_schedule == "constant":
-        yield "mask_schedule_steps", "with --mask-schedule constant"
-    if options.unmasked_epochs == 0:
-        yield (
-            "unmasked_lr unmasked_warmup unmasked_batch_size unmasked_accum_freq",
-            "without --unmasked-epochs",
-        )
-    if "csv" not in kinds:
-        yield "csv_separator csv_img_key csv_caption_key", "without csv data"
-    if "webdataset" not in kinds:
-        yield "caption_key", "without shards"
-    if "csv" in kinds:
-        yield "train_num_samples", "with csv data"
-    if options.val_data is None:
-        yield "val_frequency val_num_samples", "without --val-data"
-    if options.imagenet_val is None and options.imagenet_v2 is None:
-        yield "zeroshot_frequency", "without --imagenet-val"
-    if options.eval_suite is None:
-        yield " ".join(names_below(EVALUATION)), "without --eval-suite"
-    if not options.opt.lower().startswith("timm/"):
-        yield "momentum", f"with --opt {options.opt}"
-    if options.skip_scheduler:
-        yield f"warmup lr_scheduler {cooldown}", "with --skip-scheduler"
-    if options.lr_scheduler != "const-cooldown":
-        yield cooldown, f"on --lr-scheduler {options.lr_scheduler}"
-    if not options.lock_image:
-        yield "lock_image_unlocked_groups lock_image_freeze_bn_stats", "without --lock-image"
-    if not options.lock_text:
-        yield "lock_text_unlocked_layers lock_text_freeze_layer_norm", "without --lock-text"
-    if not is_coca:
-        yield (
-            "coca_caption_loss_weight coca_contrastive_loss_weight",
-            f"on {model}, which is no CoCa model",
-        )
-    if is_coca:
-        yield "siglip", f"on {model}, which has a loss of its own"
-    if not options.siglip:
-        yield "loss_dist_impl", "without --siglip"
-    if options.siglip:
-        yield "local_loss gather_with_grad", "with --siglip"
-    if not {"wandb", "all"} & reports:
-        yield "wandb_notes wandb_project_name", "without --report-to wandb"
-    if "timm_model_name" not in config["vision_cfg"]:
-        yield "pretrained_image", f"on {model}, whose image tower is not timm's"
-    if model.startswith(MODEL_SCHEMAS):
-        yield "pretrained", f"on {model}, which brings its own weights"
-    if options.fsdp:
-        yield "ddp_static_graph", "with --fsdp"
-    if options.resume != "latest":
-        yield "accept_changes", "without --resume latest"
-    if not keeps_logs(options):
-        saving = "save_every_steps save_every_minutes keep_checkpoints"
-        theirs = "name save_frequency save_most_recent delete_previous_checkpoint report_to"
-        yield f"{saving} {theirs}", "with --logs none"
+    lock_image = "lock_image_unlocked_groups lock_image_freeze_bn_stats"
+    lock_text = "lock_text_unlocked_layers lock_text_freeze_layer_norm"
+    coca = "coca_caption_loss_weight coca_contrastive_loss_weight"
+    saving = "save_every_steps save_every_minutes keep_checkpoints name save_frequency"
+    saving += " save_most_recent delete_previous_checkpoint report_to"
+    evaluation = " ".join(names_below(EVALUATION))
+    as_many = f"with --masking {masking} that keeps as many patches of every image"
+    full = "with --precision fp32 on a GPU, whose kernel needs 16 bits"
+    return [
+        (masking == "none", f"{ratios} pack_tokens", "with --masking none"),
+        (keeps_as_many, "pack_tokens", as_many),
+        (options.merge_counts, "pack_tokens", "with --merge-counts"),
+        (is_on_cpu and options.torchcompile, "pack_tokens", "with --torchcompile on a CPU"),
+        (is_full_on_gpu, "pack_tokens", full),
+        (
+            options.mask_schedule == "constant",
+            "mask_schedule_steps",
+            "with --mask-schedule constant",
+        ),
+        (options.unmasked_epochs == 0, tuning, "without --unmasked-epochs"),
+        ("csv" not in kinds, "csv_separator csv_img_key csv_caption_key", "without csv data"),
+        ("webdataset" not in kinds, "caption_key", "without shards"),
+        ("csv" in kinds, "train_num_samples", "with csv data"),
+        (options.val_data is None, "val_frequency val_num_samples", "without --val-data"),
+        (not has_imagenet, "zeroshot_frequency", "without --imagenet-val"),
+        (options.eval_suite is None, evaluation, "without --eval-suite"),
+        (not opt.lower().startswith("timm/"), "momentum", f"with --opt {opt}"),
+        (options.skip_scheduler, f"warmup lr_scheduler {cooldown}", "with --skip-scheduler"),
+        (scheduler != "const-cooldown", cooldown, f"on --lr-scheduler {scheduler}"),
+        (not options.lock_image, lock_image, "without --lock-image"),
+        (not options.lock_text, lock_text, "without --lock-text"),
+        (not is_coca, coca, f"on {model}, which is no CoCa model"),
+        (is_coca, "siglip", f"on {model}, which has a loss of its own"),
+        (not options.siglip, "loss_dist_impl", "without --siglip"),
+        (options.siglip, "local_loss gather_with_grad", "with --siglip"),
+        (not reports_to_wandb, "wandb_notes wandb_project_name", "without --report-to wandb"),
+        (not has_timm, "pretrained_image", f"on {model}, whose image tower is not timm's"),
+        (brings_weights, "pretrained", f"on {model}, which brings its own weights"),
+        (options.fsdp, "ddp_static_graph", "with --fsdp"),
+        (options.resume != "latest", "accept_changes", "without --resume latest"),
+        (not keeps_logs(options), saving, "with --logs none"),
+    ]
 
 
 def _warmup_warnings(options: TrainOptions) -> list[str]:
