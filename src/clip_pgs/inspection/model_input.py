@@ -25,7 +25,7 @@ from clip_pgs.masking import (
     list_maskings,
     masking_options,
 )
-from clip_pgs.masking.strategy import patch_grid, patch_sides
+from clip_pgs.masking.strategy import options_at, patch_grid, patch_sides
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -397,26 +397,8 @@ class StrategySpec:
         Raises:
             ValueError: If the name or an option is unknown, of the wrong type or out of its range.
         """
-        return create_masking(self.name, **self.options_at(mask_ratio, mask_ratio_min))
-
-    def options_at(
-        self, mask_ratio: float | None, mask_ratio_min: float | None = None
-    ) -> dict[str, Any]:
-        """Return the options with those of the ratios that the strategy takes.
-
-        A default lower bound gives way to a ratio below it.
-
-        Raises:
-            ValueError: If there is no such strategy.
-        """
-        known, options = masking_options(self.name), dict(self.options)
-        for option, ratio in (("mask_ratio", mask_ratio), ("mask_ratio_min", mask_ratio_min)):
-            if ratio is not None and option in known:
-                options.setdefault(option, ratio)
-        default, ratio = known.get("mask_ratio_min"), options.get("mask_ratio")
-        if default is not None and isinstance(ratio, int | float):
-            options.setdefault("mask_ratio_min", min(default, ratio))
-        return options
+        options = options_at(self.name, self.options, mask_ratio, mask_ratio_min)
+        return create_masking(self.name, **options)
 
 
 def parse_spec(text: str) -> StrategySpec:

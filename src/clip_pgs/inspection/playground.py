@@ -32,9 +32,10 @@ from clip_pgs.inspection.model_input import (
 from clip_pgs.integrations.open_clip import apply_masking, force_selection
 from clip_pgs.integrations.open_clip.flops import count_image_flops
 from clip_pgs.integrations.open_clip.model_config import build_on_meta
-from clip_pgs.masking import MaskingStrategy, PatchSelection, masking_options
+from clip_pgs.masking import MaskingStrategy, PatchSelection, create_masking, masking_options
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.pgs import PGSMasking
+from clip_pgs.masking.strategy import options_at
 from clip_pgs.tables import Table, html_text, scaled
 
 # Scenes of the demo world: their keys, and how many things are in each.
@@ -112,9 +113,10 @@ class Playground:
             progress: Completed share of the masked training steps, in [0, 1].
             seed: Of the random draw, a whole number.
         """
-        spec, view = StrategySpec(name, name, dict(options)), replace(self.view, progress=progress)
+        view = replace(self.view, progress=progress)
         try:
-            shown = {name: spec.build(mask_ratio=mask_ratio)}
+            given = options_at(name, options, mask_ratio)
+            shown = {name: create_masking(name, **given)}
             for other in beside:
                 title = f"{name}, by default" if other == name else other
                 shown[title] = StrategySpec(title, other).build(mask_ratio=mask_ratio)
@@ -150,7 +152,7 @@ class Playground:
             _panels(masks),
             f"<h3>How pgs gets there</h3>{_panels(stages)}" if is_pgs else "",
             Table.of(header, rows, notes=[note]).markdown(),
-            self._lines(picture, spec.options_at(mask_ratio), name, shown[name], view, merge, seed),
+            self._lines(picture, given, name, shown[name], view, merge, seed),
         )
 
     def image_flops(self, num_tokens: int) -> float | None:

@@ -23,9 +23,9 @@ from clip_pgs.integrations.masked_tower import (
     unwrap,
 )
 from clip_pgs.integrations.teacher import START_MOMENTUM, Teacher, teacher_momentum
-from clip_pgs.masking import MaskingStrategy, PatchSelection, create_masking
+from clip_pgs.masking import MaskingStrategy, PatchSelection
 from clip_pgs.masking.merge import Merge
-from clip_pgs.masking.strategy import check_range
+from clip_pgs.masking.strategy import as_strategy, check_range
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -91,14 +91,7 @@ def apply_masking(
     """
     check_choice(when, WHEN, name="when")
     tower, kind = image_tower(model)
-    if isinstance(masking, str):
-        strategy = create_masking(masking, **options)
-    elif options:
-        raise ValueError(f"options go with a masking's name, got {', '.join(options)} beside one")
-    elif not isinstance(masking, MaskingStrategy):
-        raise ValueError(f"masking must be a name or a MaskingStrategy, got {masking!r}")
-    else:
-        strategy = masking
+    strategy = as_strategy(masking, options)
     merging = Merge.parse(merge, counts=merge_counts)
     grid = kind.patch_grid(tower)
     if image_size is not None:

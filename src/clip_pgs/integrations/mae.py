@@ -8,6 +8,7 @@ AutoMAE) are the other sign. Torch alone is needed here.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from clip_pgs.common import check_choice
 from clip_pgs.integrations.masked_tower import unwrap
-from clip_pgs.masking import MaskingStrategy, PatchInputs, create_masking, masking_options
+from clip_pgs.masking import MaskingStrategy, PatchInputs, create_masking
 from clip_pgs.masking.sampling import kept_patches, second_draw
+from clip_pgs.masking.strategy import as_strategy, options_at
 
 SIGNS = ("keep", "hide")
 
@@ -126,13 +128,7 @@ def create_fitting_masking(
         ValueError: If there is no such strategy, or an option is wrong.
     """
     num_kept = num_shown if sign == "keep" else num_patches - num_shown
-    known = masking_options(name)
-    if "mask_ratio" in known:
-        options = {"mask_ratio": 1 - num_kept / num_patches, **options}
-    lowest, ratio = known.get("mask_ratio_min"), options.get("mask_ratio")
-    if lowest is not None and isinstance(ratio, int | float):
-        options.setdefault("mask_ratio_min", min(lowest, ratio))
-    return create_masking(name, **options)
+    return create_masking(name, **options_at(name, options, 1 - num_kept / num_patches))
 
 
 def feed_mae_noise(
@@ -161,18 +157,12 @@ def feed_mae_noise(
         raise ValueError(f"{type(unwrap(model)).__name__} is no ViT-MAE of transformers")
     embeddings: Any = found[0]
     check_choice(sign, SIGNS, name="sign")
-    if isinstance(masking, str):
-        num_patches = embeddings.patch_embeddings.num_patches
-        # As the model counts them.
-        num_shown = int(num_patches * (1 - embeddings.config.mask_ratio))
-        counts = {"num_patches": num_patches, "num_shown": num_shown}
-        strategy = create_fitting_masking(masking, **counts, sign=sign, **options)
-    elif options:
-        raise ValueError(f"options go with a masking's name, got {', '.join(options)} beside one")
-    elif not isinstance(masking, MaskingStrategy):
-        raise ValueError(f"masking must be a name or a MaskingStrategy, got {masking!r}")
-    else:
-        strategy = masking
+    num_patches = embeddings.patch_embeddings.num_patches
+    # As the model counts them.
+    num_shown = int(num_patches * (1 - embeddings.config.mask_ratio))
+    counts = {"num_patches": num_patches, "num_shown": num_shown}
+    create = partial(create_fitting_masking, **counts, sign=sign)
+    strategy = as_strategy(masking, options, create=create)
     if "attention" in strategy.requires:
         raise ValueError(
             f"{type(strategy).__name__} reads a teacher's attention, and an autoencoder has none"

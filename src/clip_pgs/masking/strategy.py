@@ -631,6 +631,60 @@ def create_masking(name: str, **options: Any) -> MaskingStrategy:
     return _REGISTRY.get(name)(**given)
 
 
+def as_strategy(
+    masking: str | MaskingStrategy,
+    options: Mapping[str, Any],
+    *,
+    create: Callable[..., MaskingStrategy] = create_masking,
+) -> MaskingStrategy:
+    """Return a strategy as it is, or the one that a name and options mean.
+
+    Args:
+        masking: A registered name, "package.module:Class", or a strategy.
+        options: Its options, with a name alone.
+        create: Makes a strategy of name and options.
+
+    Raises:
+        ValueError: If it is neither, has options beside it, or cannot be created.
+    """
+    if isinstance(masking, str):
+        return create(masking, **options)
+    if options:
+        raise ValueError(f"options go with a masking's name, got {', '.join(options)} beside one")
+    if not isinstance(masking, MaskingStrategy):
+        raise ValueError(f"masking must be a name or a MaskingStrategy, got {masking!r}")
+    return masking
+
+
+def options_at(
+    name: str,
+    options: Mapping[str, Any],
+    mask_ratio: float | None,
+    mask_ratio_min: float | None = None,
+) -> dict[str, Any]:
+    """Return a strategy's options with those of the ratios that it takes.
+
+    A default lower bound gives way to a ratio below it.
+
+    Args:
+        name: A registered name, or "package.module:Class".
+        options: They win over the ratios.
+        mask_ratio: Share of patches dropped; None is none.
+        mask_ratio_min: Lower bound of an adaptive share; None is none.
+
+    Raises:
+        ValueError: If there is no such strategy.
+    """
+    known, options = masking_options(name), dict(options)
+    for option, ratio in (("mask_ratio", mask_ratio), ("mask_ratio_min", mask_ratio_min)):
+        if ratio is not None and option in known:
+            options.setdefault(option, ratio)
+    default, ratio = known.get("mask_ratio_min"), options.get("mask_ratio")
+    if default is not None and isinstance(ratio, int | float):
+        options.setdefault("mask_ratio_min", min(default, ratio))
+    return options
+
+
 def _type_problem(hint: Any, value: Any) -> str:
     """Say what an option takes instead of a value; "" if it takes that, or anything.
 

@@ -33,11 +33,7 @@ from clip_pgs.integrations.open_clip import (
     caption_trimmer,
     is_text_trimming_lossless,
 )
-from clip_pgs.integrations.open_clip.compat import (
-    no_foreign_code,
-    random_weights,
-    weights_read_by,
-)
+from clip_pgs.integrations.open_clip.compat import no_foreign_code, random_weights, weights_read_by
 from clip_pgs.integrations.open_clip.model_config import (
     MISFITS,
     check_model_config,
