@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from types import NoneType
@@ -477,6 +477,7 @@ class MaskingDeclaration:
 
     Attributes:
         name: What users type after `--masking`.
+        source: The class whose signature and docstring have the options.
         keeps: Which patches stay, in a few words.
         paper: Where it comes from, as "FLIP, arXiv 2212.00794".
         random: Whether another seed gives another selection.
@@ -485,18 +486,17 @@ class MaskingDeclaration:
         requires: See `MaskingStrategy`.
         variants: Further sets of options that the contract tests run with.
         aliases: Other spellings of options, with the option that each stands for.
-        source: The class whose signature and docstring have the options.
     """
 
     name: str
-    keeps: str
-    paper: str
-    random: bool
-    adaptive: bool
-    requires: frozenset[str]
-    variants: tuple[Mapping[str, Any], ...]
-    aliases: Mapping[str, str]
     source: type
+    keeps: str = ""
+    paper: str = ""
+    random: bool = True
+    adaptive: bool = False
+    requires: Set[str] = frozenset()
+    variants: Collection[Mapping[str, Any]] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def options(self) -> tuple[MaskingOption, ...]:
@@ -521,49 +521,25 @@ class MaskingDeclaration:
 
 
 def register_masking(
-    name: str,
-    *,
-    keeps: str = "",
-    paper: str = "",
-    random: bool = True,
-    adaptive: bool = False,
-    requires: Collection[str] = (),
-    options: type | None = None,
-    aliases: Mapping[str, str] | None = None,
-    variants: Collection[Mapping[str, Any]] = (),
+    name: str, *, options: type | None = None, **declaration: Any
 ) -> Callable[[StrategyClass], StrategyClass]:
     """Register a strategy class under a name, with what others need to know of it.
 
     Args:
         name: What users type after `--masking`.
-        keeps: Which patches stay, in a few words.
-        paper: Where it comes from.
-        random: Whether another seed gives another selection.
-        adaptive: Whether images may keep different numbers of patches.
-        requires: Optional inputs that it reads, of "tokens" and "attention".
         options: A dataclass that holds the options, where the constructor takes them as keywords
             without naming them. Names, types, defaults and explanations come from it or from the
             constructor, and from the docstring's Args.
-        aliases: Other spellings of options, with the option that each stands for.
-        variants: Further sets of options that the contract tests run with.
+        **declaration: The other fields of `MaskingDeclaration`.
 
     Raises:
         ValueError: If the name is taken.
+        TypeError: If a field is unknown.
     """
 
     def register(strategy_class: StrategyClass) -> StrategyClass:
-        strategy_class.requires = frozenset(requires)
-        declared = MaskingDeclaration(
-            name=name,
-            keeps=keeps,
-            paper=paper,
-            random=random,
-            adaptive=adaptive,
-            requires=strategy_class.requires,
-            variants=tuple(variants),
-            aliases=aliases or {},
-            source=options or strategy_class,
-        )
+        declared = MaskingDeclaration(name, options or strategy_class, **declaration)
+        strategy_class.requires = frozenset(declared.requires)
         return _REGISTRY.register(name, declared=declared)(strategy_class)
 
     return register
