@@ -9,7 +9,7 @@ import os
 import tempfile
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,8 @@ def check_source(
 
 
 Built = tuple[nn.Module, Any, Any]  # a model, its transform and its tokenizer
+# How open_clip builds a model: what `create_model` takes, and keyword arguments beside it.
+_Architecture = tuple[str, dict[str, Any]]
 
 
 def _resolve(
@@ -280,27 +282,20 @@ def _build_checkpoint(checkpoint: _Checkpoint, architecture: _Architecture) -> B
     Unlike open_clip's own loading it never resizes a position embedding: a wrong image size
     would change the scores in silence.
     """
+    name, options = architecture
     # open_clip warns that a model has no weights yet.
     with silenced(logging.WARNING):
         model, transform, tokenizer = _create(
-            architecture.name, load_weights=False, pretrained_text=False, **architecture.options
+            name, load_weights=False, pretrained_text=False, **options
         )
     check_sum(checkpoint.path)
     state_dict = dict(checkpoint.state_dict)
     if "logit_bias" in state_dict and getattr(model, "logit_bias", None) is None:
         model.logit_bias = nn.Parameter(torch.zeros_like(state_dict["logit_bias"]))
-    with explained(f"{checkpoint.path} does not fit {architecture.name}"):
+    with explained(f"{checkpoint.path} does not fit {name}"):
         state_dict = fit_weights(state_dict, model)
     model.load_state_dict(state_dict)
     return model, transform, tokenizer
-
-
-@dataclass(frozen=True)
-class _Architecture:
-    """How open_clip builds a model: what `create_model` takes, and keyword arguments beside it."""
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 def _find_architecture(
@@ -315,11 +310,11 @@ def _find_architecture(
     if model is not None and model_config is not None:
         raise ValueError("give the architecture as a model name or as a model config, not both")
     if model_config is not None:
-        return _Architecture(register_model_config(Path(model_config)))
+        return register_model_config(Path(model_config)), {}
     if model is not None:
         if model not in open_clip.list_models():
             raise ValueError(f"open_clip knows no model {model!r}; give a model config instead")
-        return _Architecture(model)
+        return model, {}
     if checkpoint.config is not None:
         return _from_config(checkpoint.config, what=f"the model config in {checkpoint.path}")
 
@@ -327,7 +322,7 @@ def _find_architecture(
     for config_folder in (folder, folder.parent / EXPORT_NAME):
         if (config_folder / MODEL_CONFIG_NAME).is_file():
             _check_export_folder(config_folder)
-            return _Architecture(f"local-dir:{config_folder}")
+            return f"local-dir:{config_folder}", {}
     params_path = folder.parent / PARAMS_NAME
     if params_path.is_file():
         return _from_params(params_path)
@@ -361,7 +356,7 @@ def _from_config(config: Any, *, what: str) -> _Architecture:
         register_model_config(path)
     preprocess = config.get("preprocess_cfg", {})
     names = ("mean", "std", "interpolation", "resize_mode")
-    return _Architecture(stem, {f"image_{name}": preprocess.get(name) for name in names})
+    return stem, {f"image_{name}": preprocess.get(name) for name in names}
 
 
 def _from_params(path: Path) -> _Architecture:
@@ -383,7 +378,7 @@ def _from_params(path: Path) -> _Architecture:
         case [side]:
             options["force_image_size"] = side
     check_build_options(options, what=str(path))
-    return _Architecture(model, options)
+    return model, options
 
 
 def check_finite(model: nn.Module, *, name: str) -> None:
