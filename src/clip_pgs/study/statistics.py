@@ -36,11 +36,6 @@ class Mean:
     num: int
     remark: str = ""
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of 0."""
-        return self.low is not None and self.high is not None and self.low * self.high > 0
-
 
 def mean_with_interval(values: Sequence[float]) -> Mean:
     """Return a mean with its 95 % interval: bias-corrected and accelerated bootstrap (BCa).
