@@ -129,8 +129,7 @@ def register_suite(name: str, **declaration: Any) -> Callable[[Score], Score]:
     Raises:
         TypeError: If a field is missing or unknown.
     """
-    Suite(name=name, **declaration)
-    return SUITES.register(name, **declaration)
+    return SUITES.register(name, declared=Suite(name=name, **declaration))
 
 
 def suites() -> list[Suite]:
@@ -147,8 +146,7 @@ def get_suite(name: str) -> Suite:
     Raises:
         ValueError: If there is no such suite.
     """
-    name = SUITES.name(name)
-    return Suite(name=name, **SUITES.declaration(name))
+    return SUITES.declaration(name)["declared"]
 
 
 _CLASS_METRICS = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "class recall"}
