@@ -15,20 +15,19 @@ from support.commands import refusal
 
 @pytest.mark.slow
 def test_a_study_goes_on_where_a_signal_stopped_it(finished):
-    files, (code, trained), (second_code, out, error) = finished
+    files, (code, trained), (second_code, out) = finished
     assert code == 85
-    assert 1 <= len(trained) < 4
-    assert second_code == 0, error
-    assert "of 4 runs are left" in out
+    assert trained == ["seed_1"]
+    assert second_code == 0, out
+    assert "1 of 2 runs are left" in out
     for arm in ("random", "pgs"):
-        for seed in (0, 1):
-            run = files.study / arm / f"seed_{seed}"
-            assert (run / "export").is_dir()
-            options = json.loads((run / "options.json").read_text())
-            assert (options["masking"], options["seed"]) == (arm, seed)
-            assert options["masking_options"] == {"mask_ratio": 0.5}
-            assert len(list((run / "eval-unmasked").glob("*.json"))) == 2
-            assert not (run / "checkpoints").exists()
+        run = files.study / arm / "seed_1"
+        assert (run / "export").is_dir()
+        options = json.loads((run / "options.json").read_text())
+        assert (options["masking"], options["seed"]) == (arm, 1)
+        assert options["masking_options"] == {"mask_ratio": 0.5}
+        assert len(list((run / "eval-unmasked").glob("*.json"))) == 2
+        assert not (run / "checkpoints").exists()
 
 
 @pytest.mark.slow
@@ -37,19 +36,18 @@ def test_one_run_is_evaluated_in_several_ways(finished):
     rows = json.loads((files.study / "results.json").read_text())["rows"]
     names = [(row["arm"], row["evaluation"]) for row in rows]
     assert names == [("random", "unmasked"), ("pgs", "unmasked"), ("pgs", "masked")]
-    assert all(set(row["seeds"]) == {"0", "1"} for row in rows)
+    assert all(set(row["seeds"]) == {"1"} for row in rows)
     assert rows[1]["training_flops"] == rows[2]["training_flops"] > 0
     assert rows[0]["flops_per_image"] == rows[1]["flops_per_image"] > rows[2]["flops_per_image"]
 
 
 @pytest.mark.slow
-def test_what_is_finished_is_not_run_again(finished):
+def test_what_is_finished_is_not_run_again(finished, capsys):
     files, *_ = finished
     paths = [*files.study.rglob("out.log"), *files.study.rglob("eval-unmasked/*.json")]
     before = {path: path.stat().st_mtime_ns for path in paths}
-    code, out, _ = files.run()
-    assert code == 0
-    assert "0 of 4 runs are left" in out
+    assert main(files.argv()) == 0
+    assert "0 of 2 runs are left" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -92,11 +90,11 @@ def test_what_other_data_scored_is_evaluated_again(copied, capsys):
     path = copied.study / "random/seed_1/study.json"
     record = json.loads(path.read_text())
     present = record["evaluations"]["unmasked"]["data"]
-    assert present == copied.record("random", 0)["evaluations"]["unmasked"]["data"] != ""
+    assert present == copied.record("pgs", 1)["evaluations"]["unmasked"]["data"] != ""
     record["evaluations"]["unmasked"]["data"] = "0ther"
     path.write_text(json.dumps(record))
     assert main(copied.argv("--accept-changes")) == 0
-    assert "1 of 4 runs are left" in capsys.readouterr().out
+    assert "1 of 2 runs are left" in capsys.readouterr().out
     assert copied.record("random", 1)["evaluations"]["unmasked"]["data"] == present
 
 
@@ -118,14 +116,15 @@ def test_data_are_told_apart_by_what_they_hold_wherever_they_lie(study):
 
 
 @pytest.mark.slow
-def test_a_failed_run_is_told_and_the_others_are_run(study, capsys):
+def test_a_failed_run_is_told_and_the_others_are_run(study, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     # Fits the checks, and fails when a step has no finite loss.
     arms = {
         "bad": {"train": {"masking": "random", "lr": 1e15, "max-bad-steps": 1, "epochs": 3}},
         "good": {"train": {"masking": "random"}},
     }
     study.change(arms=arms, seeds=[0], reference="good")
-    assert main(study.argv()) == 1
+    assert main(study.argv("--jobs", 2)) == 1
     out = capsys.readouterr().out
     assert "bad, seed 0: failed: the loss or its gradient was not finite" in out
     assert "good, seed 0: done" in out

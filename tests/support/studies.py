@@ -50,12 +50,6 @@ class Files:
             text=True,
         )
 
-    def run(self, *flags):
-        """Run the command; return (exit code, standard output, standard error)."""
-        process = self.start(*flags)
-        out, error = process.communicate(timeout=600)
-        return process.returncode, out, error
-
     def record(self, arm, seed):
         return json.loads((self.study / arm / f"seed_{seed}" / "study.json").read_text())
 
