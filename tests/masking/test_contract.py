@@ -20,17 +20,18 @@ BOUNDS = {"mask_ratio": 0.5, "mask_ratio_min": 0.3}
 
 
 def cases_of(name):
-    """Return the sets of options that a strategy is tested with."""
+    """Return the options that a strategy is tested with; its variants are more of many alike."""
     declared = describe_masking(name)
-    adaptive = [BOUNDS] if declared.adaptive else []
-    return [{}, *adaptive, *declared.variants]
+    plain = [{}, BOUNDS] if declared.adaptive else [{}]
+    for options in (*plain, *declared.variants):
+        marks = () if options in plain else pytest.mark.slow
+        yield pytest.param(
+            name, options, id="-".join([name, *map(str, options.values())]), marks=marks
+        )
 
 
-CASES = [(name, options) for name in list_maskings() for options in cases_of(name)]
 every_strategy = pytest.mark.parametrize(
-    ("name", "options"),
-    CASES,
-    ids=["-".join([name, *map(str, options.values())]) for name, options in CASES],
+    ("name", "options"), [case for name in list_maskings() for case in cases_of(name)]
 )
 
 HARD_IMAGES = {

@@ -17,7 +17,7 @@ TOLERANCE = 1e-6
     [
         *[pytest.param(masking, MODEL, {}, id=f"clip-{masking}") for masking in MASKINGS],
         pytest.param("pgs", MODEL, {"siglip": True}, id="siglip-pgs"),
-        pytest.param("random", COCA, {}, id="coca-random"),
+        pytest.param("random", COCA, {}, id="coca-random", marks=pytest.mark.slow),
         pytest.param("pgs-adaptive", COCA, {}, id="coca-pgs-adaptive"),
     ],
 )

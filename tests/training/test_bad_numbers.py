@@ -37,7 +37,7 @@ def train_lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("opt", ["adamw", "timm/lamb"])
+@pytest.mark.parametrize("opt", ["adamw", pytest.param("timm/lamb", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("accum_freq", [1, 2])
 def test_a_bad_step_is_skipped_and_counted(tmp_path, world, spoil, opt, accum_freq):
     spoil({1, 2})

@@ -118,7 +118,7 @@ every_tower = over(
     "build",
     BUILDERS,
     *("class token", "parallel", "output tokens"),
-    *("timm: siglip", "timm: all tokens", "timm: post norm", "timm: pe", "timm: dinov3"),
+    *("timm: siglip", "timm: post norm", "timm: dinov3"),
 )
 FIXED = PatchSelection(torch.tensor([[0, 5, 6, 11], [1, 2, 3, 4], [7, 8, 9, 15]]))
 ADAPTIVE = PatchSelection(
