@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from clip_pgs.common import expand_home
 from clip_pgs.data.__main__ import main
+from clip_pgs.data.shards import expand_shards
 
 
 def run(*arguments):
@@ -61,3 +65,24 @@ def test_world_passes_its_options_on(tmp_path, capsys):
     assert main(["world", str(tmp_path / "world"), "--num-val", "0"]) == 2
     assert "num_val must be at least 1, got 0" in capsys.readouterr().err
     assert not (tmp_path / "world").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["a{b,c}", "a*?[0]", "pipe:x", "file:x", "./~", "a b'c", "a\\{0..1}"]
+)
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_pattern_that_pack_prints_names_its_shards(
+    table, tmp_path, monkeypatch, capsys, name, size
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["pack", str(table), name, "--shard-size", str(size)]) == 0
+    flag, pattern = shlex.split(capsys.readouterr().out.partition("train with ")[2])
+    found = expand_shards(expand_home(f"{flag}={pattern}").partition("=")[2])
+    expected = sorted(Path(name).absolute().iterdir())[: 2 if size == 2 else 1]
+    assert [Path(shard).absolute() for shard in found] == expected
+
+
+def test_a_folder_whose_name_parts_sources_is_refused(table, tmp_path, capsys):
+    assert main(["pack", str(table), str(tmp_path / "a::b")]) == 2
+    assert "'::'" in capsys.readouterr().err
+    assert not (tmp_path / "a::b").exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -142,13 +143,12 @@ def _run_world(out: Path, **options: int) -> int:
 
 def _run_pack(out: Path, **options: Any) -> int:
     from clip_pgs.data.pack import pack_pairs
+    from clip_pgs.data.shards import shard_pattern
 
     sizes, num_skipped = pack_pairs(out=out, **options)
-    first, last = min(sizes), max(sizes)
-    names = f"{{{first[:-4]}..{last[:-4]}}}.tar" if first != last else first
     sys.stdout.write(
         f"packed {sum(sizes.values())} pairs, left out {num_skipped}; "
-        f"train with --train-data '{out / names}'\n"
+        f"train with --train-data {shlex.quote(shard_pattern(out, list(sizes)))}\n"
     )
     return 0
 
@@ -187,7 +187,7 @@ def _run_words(shards: str, out: Path, min_count: int, workers: int, **columns: 
         f"counted {frequencies.num_words} words in {frequencies.num_captions} captions, "
         f"{describe_skipped(count.skipped)}; {len(frequencies.counts)} different words occur "
         f"{min_count} times or more; train with --text-masking frequency "
-        f"--text-masking-option frequencies={out}\n"
+        f"--text-masking-option {shlex.quote(f'frequencies={out}')}\n"
     )
     return 0
 

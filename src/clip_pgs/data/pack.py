@@ -15,7 +15,7 @@ from clip_pgs.data.bad_samples import BadSampleError, Skip
 from clip_pgs.data.caption_tables import PairTable, default_separator, read_pairs, row_name
 from clip_pgs.data.decoding import opened_image
 from clip_pgs.data.samples import MAX_CAPTION_BYTES, RawSample, decode_captions, decode_image
-from clip_pgs.data.shards import is_remote, read_sizes, write_shard
+from clip_pgs.data.shards import is_remote, read_sizes, shard_pattern, write_shard
 from clip_pgs.data.tar import read_shard
 from clip_pgs.files import atomic_folder
 
@@ -62,6 +62,7 @@ def pack_pairs(
         raise ValueError(f"--shard-size must be >= 1, got {shard_size}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{str(out)!r} exists and is no empty folder; name a new one")
+    shard_pattern(out, ["00000.tar"])
     pairs = read_pairs(
         table,
         image_key=image_key,

@@ -58,6 +58,27 @@ def expand_sources(pattern: str) -> list[list[str]]:
     return [_expand_source(source) for source in pattern.split("::")]
 
 
+def shard_pattern(folder: Path, names: list[str]) -> str:
+    """Return a pattern that names shards of a folder, whatever the folder is called.
+
+    Args:
+        folder: Of local files.
+        names: Such as "00000.tar", numbered without a gap.
+
+    Raises:
+        ValueError: If the folder's name holds `::`, which parts sources.
+    """
+    if "::" in str(folder):
+        raise ValueError(
+            f"{str(folder)!r} holds '::', which parts the sources of --train-data; name another"
+        )
+    place = re.sub(r"([\\{}])", r"\\\1", str(folder))
+    if not folder.is_absolute() and (":" in place or place.startswith("~")):
+        place = f"./{place}"
+    first, last = names[0].removesuffix(".tar"), names[-1].removesuffix(".tar")
+    return f"{place}/{first if first == last else f'{{{first}..{last}}}'}.tar"
+
+
 def upsampling_weights(pattern: str, factors: str) -> list[float]:
     """Return the drawing weight of each shard of a pattern.
 
