@@ -124,7 +124,7 @@ def test_five_seeds_are_said_to_give_no_p_below_0_05(study):
     assert main(study.argv("--report-only")) == 0
     text = (study.study / "results.md").read_text()
     assert "5 paired seeds: with fewer than 6 no p below 0.05 is possible" in text
-    assert "Not all of 6 seeds are there: pgs | unmasked (5)" in text
+    assert r"Not all of 6 seeds are there: pgs \| unmasked (5)" in text
 
 
 def test_why_a_row_has_no_interval_is_said_once_however_many_metrics_it_has(study):
@@ -154,4 +154,23 @@ def test_runs_of_other_code_and_failures_are_told(study):
     text = (study.study / "results.md").read_text()
     assert "two: pgs, seed 0" in text
     assert "| pgs, seed 1 | out of luck |" in text
-    assert "pgs, seed 1 was kept although it differs: lr 0.1 -> 0.2" in text
+    assert r"pgs, seed 1 was kept although it differs: lr 0.1 -\> 0.2" in text
+
+
+def test_what_a_study_is_about_is_no_markup(study):
+    about = "# one\n| two | $3$ <script>alert(1)</script>\n\n## &lt; *four* `five` \x1b[31m"
+    study.change(about=about, metrics={"a_*b*": ["zeroshot-classification/four/acc1"]})
+    study.change(primary="a_*b*")
+    fill(study, {"random": RANDOM[:2], "pgs": PGS[:2]})
+    assert main(study.argv("--report-only")) == 0
+    lines = (study.study / "results.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("#")] == ["# Study tiny"]
+    (said,) = [line for line in lines if "script" in line]
+    assert said.startswith(
+        r"\# one \| two \| \$3\$ \<script\>alert(1)\</script\> \#\# \&lt; \*four\*"
+    )
+    assert any(line.startswith(r"The primary metric") and r"a\_\*b\*" in line for line in lines)
+    assert any(line.startswith(r"![a\_\*b\* against") and "a_%2Ab%2A_by" in line for line in lines)
+    page = (study.study / "index.html").read_text()
+    assert "# one | two | $3$ &lt;script&gt;alert(1)&lt;/script&gt; ## &amp;lt; *four*" in page
+    assert "\x1b" not in page

@@ -52,7 +52,7 @@ from clip_pgs.evaluation.report.command import FIGURES_NAME
 from clip_pgs.evaluation.runner import data_identity
 from clip_pgs.evaluation.suites import get_suite
 from clip_pgs.training.checks import check_options
-from clip_pgs.training.config import read_mapping
+from clip_pgs.training.config import nearest_names, read_mapping
 from clip_pgs.training.options import SEED, TrainOptions, parse_options
 
 UNMASKED = "unmasked"
@@ -83,10 +83,13 @@ _OPTIONAL = ("about", "overrides", "keep_checkpoints")
 # File systems take 255 bytes, and a letter can have four.
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,59}")
 # The study decides on these itself.
-_OWN_TRAIN = {"seed", "name", "logs", "resume", "accept-changes"}
+_OWN_TRAIN = {"base", "seed", "name", "logs", "resume", "accept-changes"}
 _OWN_EVALUATE = {"output", "force", "no-report", "exit-code-file", "help"}
 # A run's export has its own.
 _OWN_EVALUATE |= {"model", "model-config", "pretrained"}
+
+# A metric's name is a heading, and that of a file.
+_METRIC = re.compile(r"(?!\.)[^/\\]{1,60}")
 
 # A value `SUITE/DATASET/METRIC`, or the mean of such.
 Formula = str | list[Any]
@@ -209,7 +212,7 @@ def _study(path: Path, content: dict[Any, Any], root: Path) -> Study:
         if name in arms:
             raise ValueError(f"no arm can be named {name!r}, like a file of the study's results")
     metrics = {
-        _text("a metric", name): _formula(name, said)
+        _metric(name): _formula(name, said)
         for name, said in _mapping("metrics", content["metrics"]).items()
     }
     if not isinstance(content.get("keep_checkpoints", True), bool):
@@ -250,7 +253,7 @@ def _arm(name: str, said: Any, overrides: dict[str, Any]) -> Arm:
     train = _options(f"train of arm {name}", content.get("train"), refused=_OWN_TRAIN)
     ways: Any = {UNMASKED: {}} if content.get("evaluate") is None else content["evaluate"]
     evaluations = {
-        _name("an evaluation", way): _options(f"{way} of arm {name}", flags, refused=_OWN_EVALUATE)
+        _name("an evaluation", way): _evaluation(f"{way} of arm {name}", flags)
         for way, flags in _mapping(f"evaluate of arm {name}", ways).items()
     }
     return Arm(name, {**overrides, **train}, evaluations)
@@ -260,7 +263,18 @@ def _evaluations(said: Any) -> tuple[dict[str, Any], ...]:
     calls = [said] if isinstance(said, dict) else said
     if not isinstance(calls, list) or not calls:
         raise ValueError(f"'evaluations' is a list of mappings of flags, got {said!r}")
-    return tuple(_options("evaluations", call, refused=_OWN_EVALUATE) for call in calls)
+    return tuple(_evaluation("evaluations", call) for call in calls)
+
+
+def _evaluation(what: str, said: Any) -> dict[str, Any]:
+    """Return flags of `clip-pgs test`; one that is null, which no command line shows, is known."""
+    options = _options(what, said, refused=_OWN_EVALUATE)
+    known = make_parser()._option_string_actions
+    for name in options:
+        if f"--{name}" not in known:
+            near = nearest_names(f"--{name}", known)
+            raise ValueError(f"{what} names an unknown option {name!r}; {near}")
+    return options
 
 
 def _options(what: str, said: Any, *, refused: set[str]) -> dict[str, Any]:
@@ -286,6 +300,14 @@ def _name(what: str, said: Any) -> str:
     if not isinstance(said, str) or not _NAME.fullmatch(said):
         raise ValueError(
             f"the name of {what} takes up to 60 letters, digits and . _ + -, got {said!r}"
+        )
+    return said
+
+
+def _metric(said: Any) -> str:
+    if not isinstance(said, str) or not (_METRIC.fullmatch(said) and said.strip().isprintable()):
+        raise ValueError(
+            f"the name of a metric takes up to 60 characters without slashes, got {said!r}"
         )
     return said
 

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FuncFormatter
@@ -28,7 +29,7 @@ from clip_pgs.study.plan import (
 )
 from clip_pgs.study.record import Record, Spent, read_record, read_spent
 from clip_pgs.study.statistics import MIN_SEEDS, Mean, holm, mean_with_interval, sign_flip_p
-from clip_pgs.tables import Cell, Table, counted, csv_text, percent, scaled
+from clip_pgs.tables import Cell, Table, counted, csv_text, markdown_text, percent, scaled
 
 # What a study remembers of its runs, by arm and seed.
 Records = Mapping[tuple[str, int], Record]
@@ -217,12 +218,15 @@ def write_results(study: Study, *, command: str) -> Path:
     write_json(study.folder / JSON_NAME, content)
     header, lines = _csv_rows(study, rows, comparisons)
     write_text(study.folder / CSV_NAME, csv_text(header, lines))
-    parts = [f"# Study {study.name}", study.about, *notes]
+    parts = [f"# Study {study.name}", *map(markdown_text, (study.about, *notes))]
     parts += [table.markdown() for table in [*([trouble] if trouble else []), *tables]]
-    parts += [f"![{drawn.alt}]({FIGURES_NAME}/{drawn.name}.png)" for drawn in figures]
+    parts += [
+        f"![{markdown_text(drawn.alt)}]({FIGURES_NAME}/{quote(drawn.name)}.png)"
+        for drawn in figures
+    ]
     parts += [
         seeds_table.markdown(),
-        "\n".join(f"- {name}: {said}" for name, said in facts.items()),
+        "\n".join(f"- {name}: {markdown_text(said)}" for name, said in facts.items()),
     ]
     text = "\n\n".join(part.strip() for part in parts if part)
     write_text(study.folder / MARKDOWN_NAME, f"{text}\n")
