@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ _HUB_TIMEOUT_S, _NUM_RETRIES = 20, 5
 _MAX_TEXT_BYTES, _MAX_PAIRS_BYTES = 2**24, 2**26
 # Many times what a text tower takes. A tokenizer's time grows with the square of a word's length.
 MAX_TEXT = 2000
+_MAX_EQUAL_SHARE, _MAX_SHOWN = 0.05, 5
 _PAIR_KEYS = ("filename", "caption", "negative_caption")
 
 
@@ -245,7 +247,8 @@ def read_class_names(location: str) -> list[str] | None:
 
     Raises:
         OSError: If they cannot be read.
-        DamagedDataError: If there is none, or a line is empty.
+        DamagedDataError: If there is none, a line is empty, or more than a twentieth of them are
+            names of other classes; ImageNet's have two such.
     """
     text = read_metadata(location, CLASS_NAMES)
     if text is None:
@@ -255,7 +258,27 @@ def read_class_names(location: str) -> list[str] | None:
     if not names or not all(names):
         line = names.index("") + 1 if names else 1
         raise DamagedDataError(f"line {line} of {location}/{CLASS_NAMES} must name a class")
+    twice = equal_names(names)
+    num_lost = len(names) - len(set(map(_as_prompt, names)))
+    if num_lost > _MAX_EQUAL_SHARE * len(names):
+        raise DamagedDataError(
+            f"{location}/{CLASS_NAMES} must give {len(names)} classes names of their own, got "
+            f"{', '.join(map(repr, twice[:_MAX_SHOWN]))} more than once ({num_lost} too many)"
+        )
     return names
+
+
+def equal_names(names: Sequence[str]) -> list[str]:
+    """Return the names of classes that make one prompt with another's: no image tells them apart.
+
+    Tokenizers pass over case and the width of spaces.
+    """
+    counts = Counter(map(_as_prompt, names))
+    return [name for name, count in counts.items() if count > 1]
+
+
+def _as_prompt(name: str) -> str:
+    return " ".join(name.lower().split())
 
 
 def read_templates(location: str) -> list[str]:

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from clip_pgs.evaluation.datasets import (
     EvalSet,
     clean_name,
     declared_type,
+    equal_names,
     image_paths,
     is_caption_pairs,
     is_template,
@@ -189,7 +189,7 @@ def score_classification(encoder: Encoder, eval_set: EvalSet) -> Scores:
     classes = read_class_names(eval_set.location) or []
     if features.labels is None:
         raise DamagedDataError(f"{eval_set.name} has captions, no classes")
-    twice = [name for name, count in Counter(classes).items() if count > 1]
+    twice = equal_names(classes)
     if twice:
         logger.warning("classes of %s share a name: %s", eval_set.name, ", ".join(twice[:5]))
     largest = int(features.labels.max())
