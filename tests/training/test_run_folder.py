@@ -3,13 +3,14 @@ import shutil
 
 import pytest
 
+from clip_pgs.data.words import WordFrequencies, write_word_frequencies
 from clip_pgs.training.__main__ import main
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.data_checks import training_files
 from clip_pgs.training.option_warnings import option_warnings
 from clip_pgs.training.options import parse_options
 from clip_pgs.training.run_folder import changed_options, save_options
-from support.options import VALID, write_shards
+from support.options import SYNTHETIC, VALID, write_shards
 from support.runs import write_csv
 from support.runs import write_shards as write_samples
 
@@ -100,6 +101,61 @@ def test_other_data_is_named(demo, tmp_path):
     files = training_files(args)
     names = list(dict.fromkeys(c.split()[0] for c in changed_options(args, demo, files=files)))
     assert names == ["dataset_type", "train_data"]
+
+
+def test_other_words_under_the_same_name_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = ["--text-masking", "frequency", "--text-masking-option", "frequencies=words.json"]
+    argv = [*RUN, *text, "--text-tokens", "8", "--resume", "latest"]
+    words = WordFrequencies({"a": 9, "red": 3}, num_words=12, num_captions=6, min_count=1)
+    write_word_frequencies(words, tmp_path / "words.json")
+    (tmp_path / "logs/demo").mkdir(parents=True)
+    save_options(parse_options(argv), tmp_path / "logs/demo")
+    check_options(parse_options(argv))
+    words.counts["red"] = 2
+    write_word_frequencies(words, tmp_path / "words.json")
+    with pytest.raises(ValueError, match=r"\(text_masking_option frequencies: \w+ -> \w+\); use"):
+        check_options(parse_options(argv))
+    check_options(parse_options([*argv, "--accept-changes"]))
+
+
+def test_what_lies_in_a_models_folder_is_compared_but_for_its_weights(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    names = ["open_clip_config.json", "vocab.json", "merges.txt"]
+    for name in (*names, "open_clip_model.safetensors", "README.md"):
+        (folder / name).write_text("{}")
+    options = parse_options(["--model", f"local-dir:{folder}", *SYNTHETIC])
+    save_options(options, tmp_path)
+    (folder / "README.md").write_text("Scores.")
+    (folder / "open_clip_model.safetensors").write_text("Others.")
+    assert changed_options(options, tmp_path) == []
+    (folder / "vocab.json").write_text('{"a": 1}')
+    (folder / "merges.txt").unlink()
+    (folder / "added_tokens.json").write_text("[]")
+    changed = changed_options(options, tmp_path)
+    assert [change.partition(":")[0] for change in changed] == [
+        "model merges.txt is gone",
+        "model vocab.json",
+        "model added_tokens.json is new",
+    ]
+
+
+def test_a_model_of_the_hub_that_became_another_is_named(tmp_path, monkeypatch):
+    config = {"embed_dim": 8}
+    monkeypatch.setattr("clip_pgs.training.run_folder.read_model_config", lambda options: config)
+    options = parse_options(["--model", "hf-hub:a/b", *SYNTHETIC])
+    save_options(options, tmp_path)
+    assert changed_options(options, tmp_path) == []
+    config["embed_dim"] = 16
+    assert changed_options(options, tmp_path)[0].startswith("model config: ")
+
+
+def test_a_run_of_before_has_no_digests_and_goes_on(demo):
+    saved = json.loads((demo / "options.json").read_text())
+    assert saved.pop("contents") == []
+    (demo / "options.json").write_text(json.dumps(saved))
+    check_options(parse_options([*RUN, "--resume", "latest"]))
 
 
 def test_another_recipe_resumes_with_a_warning(demo):

@@ -7,6 +7,7 @@ being told to, and nobody else may.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -37,10 +38,12 @@ from clip_pgs.files import (
     write_text,
 )
 from clip_pgs.tables import counted
+from clip_pgs.training.build import read_model_config
 from clip_pgs.training.export import open_clip_config, tokenizer_source
 from clip_pgs.training.loggers import BestEffort
 from clip_pgs.training.options import (
     IDENTITY,
+    MODEL_SCHEMAS,
     RECIPE,
     UNMASKED,
     TrainOptions,
@@ -51,7 +54,9 @@ from clip_pgs.training.stop import LAUNCH_FOLDER
 
 _logger = logging.getLogger(__name__)
 
-_FILES = "train_files"
+_FILES, _CONTENTS = "train_files", "contents"
+# Of a model's folder: its config, and what tokenizers read.
+_READ_ENDINGS = (".json", ".txt", ".model")
 _MAX_NAMED = 4
 _PACKAGES = ("open_clip_torch", "timm", "torchvision", "webdataset", "numpy")
 _RESTARTS = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm": "SLURM_RESTART_COUNT"}
@@ -199,7 +204,7 @@ def save_options(options: TrainOptions, folder: Path, *, files: Sequence[str] = 
         name: getattr(options, name)
         for name in (*names_of(IDENTITY), *names_of(RECIPE), "train_data")
     }
-    saved |= {_FILES: list(files), "launch": _launch()}
+    saved |= {_FILES: list(files), _CONTENTS: named_contents(options), "launch": _launch()}
     write_json(folder / OPTIONS_NAME, saved)
 
 
@@ -214,6 +219,28 @@ def read_options_file(folder: Path) -> tuple[dict[str, Any], str | None]:
         return {}, str(error)
 
 
+def named_contents(options: TrainOptions) -> list[str]:
+    """Return digests of what the model and the text masking are read from, file by file.
+
+    Weights are left out: a run that goes on has its own.
+
+    Raises:
+        OSError: If a file cannot be read.
+    """
+    found: dict[str, bytes] = {}
+    for name, value in options.text_masking_options.items():
+        if isinstance(value, str) and os.path.isfile(value):
+            found[f"text_masking_option {name}"] = Path(value).read_bytes()
+    if options.model.startswith("local-dir:"):
+        folder = Path(options.model.removeprefix("local-dir:"))
+        for path in sorted(path for path in folder.iterdir() if path.suffix in _READ_ENDINGS):
+            found[f"model {path.name}"] = path.read_bytes()
+    elif options.model.startswith(MODEL_SCHEMAS):
+        config = json.dumps(read_model_config(options), sort_keys=True)
+        found["model config"] = config.encode()
+    return [f"{name}: {hashlib.sha256(data).hexdigest()[:12]}" for name, data in found.items()]
+
+
 def changed_options(
     options: TrainOptions, folder: Path, *, files: Sequence[str] | None = ()
 ) -> list[str]:
@@ -225,15 +252,21 @@ def changed_options(
         files: The training data, file by file: its name, without the folder, comes first; None
             leaves the data out.
     """
+    saved = read_options_file(folder)[0]
+    changes = _changes(options, folder, names_of(IDENTITY))
+    # A run of before has none, as one without data.
+    contents = saved.get(_CONTENTS)
+    if isinstance(contents, list):
+        changes += _changed_files(list(map(str, contents)), named_contents(options))
     if files is None:
-        return _changes(options, folder, names_of(IDENTITY))
-    saved = read_options_file(folder)[0].get(_FILES)
-    if isinstance(saved, list):
-        return _changes(options, folder, names_of(IDENTITY)) + _changed_files(
-            [str(file) for file in saved], list(files)
-        )
+        return changes
+    if isinstance(saved.get(_FILES), list):
+        return changes + [
+            f"train_data {change}"
+            for change in _changed_files(list(map(str, saved[_FILES])), list(files))
+        ]
     # A run of before, which kept the pattern alone.
-    return _changes(options, folder, [*names_of(IDENTITY), "train_data"])
+    return changes + _changes(options, folder, ["train_data"])
 
 
 def _changed_files(saved: list[str], now: list[str]) -> list[str]:
@@ -252,7 +285,7 @@ def _changed_files(saved: list[str], now: list[str]) -> list[str]:
         changes = ["its files in another order"]
     if len(changes) > _MAX_NAMED:
         changes = [*changes[:_MAX_NAMED], f"and {len(changes) - _MAX_NAMED} files more"]
-    return [f"train_data {change}" for change in changes]
+    return changes
 
 
 def changed_recipe(options: TrainOptions, folder: Path) -> list[str]:
