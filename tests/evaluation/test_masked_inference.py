@@ -250,10 +250,12 @@ def test_a_finished_run_counts_as_finished(run):
     assert load_model(run, **PGS).masking.progress == 1.0
 
 
-def test_attentive_takes_the_teacher_of_training_else_the_weights(run, six):
+def test_attentive_takes_the_teacher_of_training_else_the_weights(run, six, caplog):
     path = say_trained_with(run, "attentive", {"mask_ratio": 0.5})
     own = load_model(path, inference_masking="run")
     assert own.masking.label == "attentive 0.5"
+    assert "No checkpoint tells what attentive found" in caplog.text
+    caplog.clear()
     teacher = {
         name.removeprefix("visual."): torch.randn(weight.shape)
         for name, weight in own.model.state_dict().items()
@@ -263,6 +265,7 @@ def test_attentive_takes_the_teacher_of_training_else_the_weights(run, six):
     torch.save({**content, "masking_state": {"teacher": teacher}}, path)
     trained = load_model(path, inference_masking="run")
     assert trained.masking.label == "attentive 0.5 as trained"
+    assert "No checkpoint" not in caplog.text
     assert not torch.equal(encode(own, six).images, encode(trained, six).images)
 
 

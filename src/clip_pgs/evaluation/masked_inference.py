@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ from clip_pgs.masking.schedule import scheduled_ratio
 
 # What stands for the strategy that a model was trained with.
 AS_TRAINED = "run"
+
+_logger = logging.getLogger(__name__)
 
 Place = tuple[int | str, ...]  # of an image in its set
 
@@ -157,9 +160,20 @@ def choose_masking(
         return None
     told, checkpoint = _read_training(weights)
     state = checkpoint.get("masking_state") or {}
-    return masking_of(
+    masking = masking_of(
         name, options, told=told, weights=weights, progress=_progress(told, checkpoint), state=state
     )
+    if name == AS_TRAINED and masking is not None and not (options or state):
+        strategy = create_masking(masking.name, **masking.options)
+        if "attention" in strategy.requires or getattr(
+            strategy, "is_calibrated_in_training", False
+        ):
+            _logger.warning(
+                "No checkpoint tells what %s found when %s was trained: it has its defaults",
+                masking.name,
+                weights,
+            )
+    return masking
 
 
 def masking_of(

@@ -121,6 +121,17 @@ def test_facts_of_an_evaluated_checkpoint_are_its_own(tmp_path):
     assert found.training.samples == 12_000
 
 
+def test_a_checkpoint_that_is_gone_took_not_what_another_did(tmp_path):
+    run = tmp_path / "run"
+    save_checkpoint(run, samples=12_000)
+    weights = run / "checkpoints/epoch_2.pt"
+    save_results(tmp_path / "elsewhere", demo_results(pretrained=str(weights)))
+    (found,) = gather_runs([tmp_path / "elsewhere"])
+    facts = found.training
+    assert (facts.samples, facts.flops, facts.seconds) == (None, None, None)
+    assert facts.masking == "pgs 0.5"
+
+
 def test_checkpoint_of_another_trainer_leaves_blanks(tmp_path):
     torch.save({"state_dict": {"weight": torch.zeros(1)}}, tmp_path / "other.pt")
     results = demo_results(pretrained=str(tmp_path / "other.pt"))

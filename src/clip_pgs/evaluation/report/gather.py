@@ -271,7 +271,9 @@ def read_training_facts(run: Path | None, weights: str) -> TrainingFacts:
     try:
         run = run or run_of_weights(weights)
         checkpoint: Path | None = None
-        if Path(weights).suffix == ".pt" and Path(weights).is_file():
+        is_file = Path(weights).suffix == ".pt"
+        is_gone = is_file and not Path(weights).is_file()
+        if is_file and not is_gone:
             checkpoint = Path(weights)
         elif run is not None:
             # Here: results without their run take no torch.
@@ -279,10 +281,13 @@ def read_training_facts(run: Path | None, weights: str) -> TrainingFacts:
 
             checkpoint = newest_checkpoint(run / CHECKPOINTS_NAME)
         record = None if checkpoint is None else _read_record(checkpoint)
+        facts = TrainingFacts()
         if checkpoint is not None and record is not None:
-            return _from_record(record, checkpoint)
-        if run is not None and (run / OPTIONS_NAME).is_file():
-            return _from_logs(run)
+            facts = _from_record(record, checkpoint)
+        elif run is not None and (run / OPTIONS_NAME).is_file():
+            facts = _from_logs(run)
+        # What the run spent until another checkpoint, or its end, is not what this one took.
+        return replace(facts, samples=None, flops=None, seconds=None) if is_gone else facts
     except OSError as error:
         # Results tell any path, also one that cannot be looked up here.
         _warn(weights, f"cannot be read ({error.strerror})")
