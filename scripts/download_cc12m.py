@@ -18,26 +18,29 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
-import clip_pgs  # noqa: F401  # isort: skip  (first, so that Ctrl-C while the rest loads is a word)
+import clip_pgs  # isort: skip  (first, so that Ctrl-C while the rest loads is a word)
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile, RepoFolder
-from huggingface_hub.utils import (
-    build_hf_headers,
-    disable_progress_bars,
-    get_session,
-    hf_raise_for_status,
-    logging,
-)
+from huggingface_hub.utils import get_session
 
-from clip_pgs.common import SentenceParser, one_sentence
+from clip_pgs.common import (
+    AskedToLeaveError,
+    SentenceParser,
+    early_end,
+    leaving_when_told,
+    one_sentence,
+)
 from clip_pgs.data.shards import read_sizes
-from clip_pgs.files import write_text
+from clip_pgs.files import check_room, unfinished_path, write_text
 
 SIZES_NAME = "sizes.json"
 MAX_WORKERS = 64
@@ -45,6 +48,7 @@ MAX_LISTED = 100_000
 MAX_PAGES = 1_000
 # Of silence, and of an answer's whole text.
 LIST_SECONDS = 30
+MAX_TRIES, RETRY_SECONDS = 3, 2
 MAX_ANSWER_BYTES = 2**26
 # A shard is a plain file name, short enough for any disk with what is appended while it comes;
 # what only ends like one could lie anywhere on this machine.
@@ -77,19 +81,24 @@ class Shard:
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = parse_arguments(argv)
-    disable_progress_bars()
-    logging.set_verbosity_error()
     try:
-        return download(arguments)
+        with leaving_when_told():
+            return download(arguments)
     except ValueError as error:
         print(f"error: {one_sentence(error)}", file=sys.stderr)
         return 2
     except NETWORK_ERRORS as error:
         print(f"error: {one_sentence(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, AskedToLeaveError) as error:
+        return say_end(error)
+
+
+def say_end(error: BaseException) -> int:
+    """Say that a signal ended the command, and return the exit code."""
+    sentence, code = early_end(error)
+    print(f"{sentence}; the same command continues", file=sys.stderr, flush=True)
+    return code
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -113,7 +122,8 @@ def download(arguments: argparse.Namespace) -> int:
 
     Raises:
         ValueError: If an argument is out of its range or names no shard, if the Hub lists what
-            cannot be a shard, or if the `sizes.json` that is there cannot be true.
+            cannot be a shard, if the `sizes.json` that is there cannot be true, or if the disk has
+            no room.
         OSError: If the Hub cannot be reached, or a shard arrives damaged or holds no pairs.
     """
     if not 1 <= arguments.workers <= MAX_WORKERS:
@@ -140,6 +150,7 @@ def download(arguments: argparse.Namespace) -> int:
         print(f"would fetch {describe(missing)}")
         return 0
 
+    check_room(out, sum(shard.size for shard in missing))
     out.mkdir(parents=True, exist_ok=True)
     # Before the first of them is replaced, as an interruption may come between shard and count.
     stale = sizes.keys() & {shard.name for shard in missing}
@@ -207,12 +218,13 @@ def list_files(endpoint: str, repo: str) -> list[RepoFile | RepoFolder]:
     The Hub's client would follow pages for ever, and say nothing while it tries a failure again.
 
     Raises:
-        ValueError: If there are too many files or pages, or a page is too long.
+        ValueError: If there are too many files or pages, or a page is too long or was there before.
         OSError: If the Hub takes too long.
     """
     entries: list[RepoFile | RepoFolder] = []
-    url = f"{endpoint}/api/datasets/{quote(repo)}/tree/main"
+    url, seen = f"{endpoint}/api/datasets/{quote(repo)}/tree/main", set()
     for _ in range(MAX_PAGES):
+        seen.add(url)
         page, links = read_page(url, repo)
         for entry in json.loads(page):
             entries.append((RepoFile if entry["type"] == "file" else RepoFolder)(**entry))
@@ -221,25 +233,40 @@ def list_files(endpoint: str, repo: str) -> list[RepoFile | RepoFolder]:
         if "next" not in links:
             return entries
         url = links["next"]["url"]
+        if url in seen:
+            raise ValueError(f"{repo} lists its files in a circle: {url} follows itself")
     raise ValueError(f"{repo} lists its files on more than {MAX_PAGES:,} pages")
 
 
 def read_page(url: str, repo: str) -> tuple[bytes, dict[str, dict[str, str]]]:
     """Return the text and the links of an answer, which may be endless or come byte by byte."""
-    session, text, start = get_session(), bytearray(), time.monotonic()
-    options = {"headers": build_hf_headers(), "timeout": LIST_SECONDS}
-    # The Hub's client has httpx's session since its version 1, and that of requests before.
-    is_httpx = callable(getattr(session, "stream", None))
-    opened = session.stream("GET", url, **options) if is_httpx else None
-    with opened or session.get(url, stream=True, **options) as answer:
-        hf_raise_for_status(answer)
-        for piece in answer.iter_bytes() if is_httpx else answer.iter_content(2**16):
+    text, start = bytearray(), time.monotonic()
+    with opened(url) as (answer, pieces):
+        for piece in pieces:
             text += piece
             if len(text) > MAX_ANSWER_BYTES:
                 raise ValueError(f"{repo} lists its files in more than {MAX_ANSWER_BYTES:,} bytes")
             if time.monotonic() - start > LIST_SECONDS:
                 raise TimeoutError(f"its answer took more than {LIST_SECONDS} seconds")
         return bytes(text), answer.links
+
+
+@contextmanager
+def opened(url: str) -> Iterator[tuple[Any, Iterator[bytes]]]:
+    """Ask for a URL and nothing else, and give the answer with its bytes as they come.
+
+    The Hub's client asks for more on the way, and waits for the end of whatever comes.
+    """
+    session, headers = get_session(), {"user-agent": f"clip-pgs/{clip_pgs.__version__}"}
+    if (token := os.environ.get("HF_TOKEN")) and url.startswith(f"{HfApi().endpoint}/"):
+        headers["authorization"] = f"Bearer {token}"
+    # The Hub's client has httpx's session since its version 1, and that of requests before.
+    is_httpx = callable(getattr(session, "stream", None))
+    stream = session.stream("GET", url, headers=headers, timeout=LIST_SECONDS) if is_httpx else None
+    with stream or session.get(url, headers=headers, timeout=LIST_SECONDS, stream=True) as answer:
+        if answer.status_code != 200:
+            raise OSError(f"it answered {answer.status_code}")
+        yield answer, answer.iter_bytes() if is_httpx else answer.iter_content(2**16)
 
 
 def known_sizes(path: Path, shards: list[Shard]) -> dict[str, int]:
@@ -267,40 +294,65 @@ def fetch_all(shards: list[Shard], arguments: argparse.Namespace) -> None:
     executor = ThreadPoolExecutor(max_workers=arguments.workers)
     jobs = {executor.submit(fetch, shard, arguments): shard for shard in shards}
     try:
-        for done, job in enumerate(as_completed(jobs), start=1):
-            job.result()
-            fetched += jobs[job].size
-            rate = fetched / (time.monotonic() - start)
-            minutes = (total - fetched) / rate / 60 if rate else 0
-            print(
-                f"[{done}/{len(shards)}] {jobs[job].name}  {fetched / 1e9:.1f} of "
-                f"{total / 1e9:.1f} GB  {rate / 1e6:.1f} MB/s  {minutes:.0f} min left",
-                flush=True,
-            )
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
+        try:
+            for done, job in enumerate(as_completed(jobs), start=1):
+                job.result()
+                fetched += jobs[job].size
+                rate = fetched / (time.monotonic() - start)
+                minutes = (total - fetched) / rate / 60 if rate else 0
+                print(
+                    f"[{done}/{len(shards)}] {jobs[job].name}  {fetched / 1e9:.1f} of "
+                    f"{total / 1e9:.1f} GB  {rate / 1e6:.1f} MB/s  {minutes:.0f} min left",
+                    flush=True,
+                )
+        except Exception:
+            # What is under way comes to its end.
+            executor.shutdown(cancel_futures=True)
+            raise
+    except (KeyboardInterrupt, AskedToLeaveError) as error:
+        for shard in shards:
+            unfinished_path(arguments.out / shard.name).unlink(missing_ok=True)
         # Leaving in the ordinary way would first finish every download under way.
-        os._exit(130)
-    finally:
-        executor.shutdown(cancel_futures=True)
+        os._exit(say_end(error))
 
 
 def fetch(shard: Shard, arguments: argparse.Namespace) -> None:
     """Fetch one shard and compare it with what the Hub promised."""
     path = arguments.out / shard.name
+    unfinished = unfinished_path(path)
     path.unlink(missing_ok=True)
     try:
-        HfApi().hf_hub_download(
-            arguments.repo, shard.name, repo_type="dataset", local_dir=arguments.out
-        )
-    except (RuntimeError, *NETWORK_ERRORS) as error:
-        # A RuntimeError says that a fetch beside this one closed the connections, to start over.
-        raise OSError(
-            f"{shard.name} could not be fetched: {reason(error)}; the same command continues"
-        ) from error
-    if not shard.is_intact(path, checksum=True):
-        path.unlink(missing_ok=True)
-        raise OSError(f"{shard.name} arrived damaged and was removed; the same command continues")
+        receive(shard, arguments.repo, unfinished)
+        if unfinished.stat().st_size > shard.size:
+            raise OSError(
+                f"{shard.name} is longer than the {shard.size:,} bytes that the Hub lists, and was "
+                "removed; the same command continues"
+            )
+        if not shard.is_intact(unfinished, checksum=True):
+            raise OSError(
+                f"{shard.name} arrived damaged and was removed; the same command continues"
+            )
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def receive(shard: Shard, repo: str, path: Path) -> None:
+    """Write what the Hub has as a shard into a file, until it is longer than the Hub lists it."""
+    url = f"{HfApi().endpoint}/datasets/{quote(repo)}/resolve/main/{quote(shard.name)}"
+    for tries_left in reversed(range(MAX_TRIES)):
+        try:
+            with opened(url) as (_, pieces), path.open("wb") as file:
+                for piece in pieces:
+                    file.write(piece)
+                    if file.tell() > shard.size:
+                        break
+            return
+        except NETWORK_ERRORS as error:
+            if not tries_left:
+                why = f"{shard.name} could not be fetched: {reason(error)}"
+                raise OSError(f"{why}; the same command continues") from error
+            time.sleep(RETRY_SECONDS)
 
 
 def count_pairs(out: Path, shards: list[Shard], sizes: dict[str, int]) -> int:

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -34,8 +35,12 @@ class Hub(ThreadingHTTPServer):
         self.files = files
         self.served = dict(files)
         self.fetched: list[str] = []
+        self.asked: list[str] = []
+        self.tokens: list[str | None] = []
         self.listing: list[object] | bytes | None = None
         self.empty_pages = 0
+        self.next_link: str | None = None
+        self.endless_pause: float | None = None
         self.seconds_a_byte = 0.0
         self.status = 200
 
@@ -49,6 +54,8 @@ class _Handler(BaseHTTPRequestHandler):
     server: Hub
 
     def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        self.server.tokens.append(self.headers["Authorization"])
         if self.path.startswith(f"/api{REPO}/tree/main"):
             page = int(self.path.partition("?page=")[2] or 0)
             if page < self.server.empty_pages:
@@ -60,12 +67,12 @@ class _Handler(BaseHTTPRequestHandler):
                 listing = [entry(name, data) for name, data in self.server.files.items()]
             if not isinstance(listing, bytes):
                 listing = json.dumps(listing).encode()
-            self._answer(listing, {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json"}
+            if self.server.next_link is not None:
+                headers["Link"] = f'<{self.server.next_link}>; rel="next"'
+            self._answer(listing, headers)
         else:
             self._serve_file()
-
-    def do_HEAD(self) -> None:
-        self._serve_file()
 
     def _serve_file(self) -> None:
         name = self.path.removeprefix(f"{REPO}/resolve/main/").partition("?")[0]
@@ -79,6 +86,16 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.server.fetched.append(name)
         headers = {"ETag": f'"{_sha256(content)}"', "X-Repo-Commit": "1" * 40}
+        if self.server.endless_pause is not None:
+            self.close_connection = True
+            self.send_response(200)
+            self.end_headers()
+            # Until the other side has enough, and no test fills a disk.
+            with contextlib.suppress(OSError):
+                for _ in range(1000):
+                    self.wfile.write(bytes(2**16))
+                    time.sleep(self.server.endless_pause)
+            return
         self._answer(content, headers)
 
     def _answer(self, content: bytes, headers: dict[str, str]) -> None:
@@ -154,6 +171,7 @@ def script():
 def download(script, hub, monkeypatch, capsys):
     """Run the command, and return its exit code and what it printed."""
     monkeypatch.setattr(script, "HfApi", partial(HfApi, endpoint=hub.endpoint))
+    monkeypatch.setattr(script, "RETRY_SECONDS", 0)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
     def run(*arguments):
@@ -238,6 +256,69 @@ def test_a_shard_that_cannot_be_fetched_ends_it_with_one_sentence(hub, download,
     assert done.returncode == 1
     assert done.stderr.startswith("error: cc12m-train-0002.tar could not be fetched: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_shard_that_has_no_end_is_given_up_at_its_listed_size(hub, download, tmp_path):
+    hub.endless_pause = 0.0
+    done = download(tmp_path, "--shards", "0")
+    assert_refused(done, code=1)
+    assert "cc12m-train-0000.tar is longer than" in done.stderr
+    assert hub.fetched == ["cc12m-train-0000.tar"]
+    assert [path.name for path in tmp_path.rglob("*")] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85)])
+def test_a_signal_leaves_no_partial_shard(hub, tmp_path, number, code):
+    hub.endless_pause = 0.05
+    hub.listing = [entry("cc12m-train-0000.tar", b"", size=2**26)]
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, tmp_path],
+        env={**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".*.tar.*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr.count("\n")) == (code, 1), stderr
+    assert [path.name for path in tmp_path.rglob("*")] == []
+
+
+def test_it_asks_the_hub_for_nothing_but_the_list_and_the_shards(
+    hub, download, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+    agents = str(tmp_path / "agents.json")
+    monkeypatch.setattr(huggingface_hub.constants, "AGENT_HARNESSES_PATH", agents, raising=False)
+    assert download(tmp_path / "cc12m").returncode == 0
+    shards = [f"{REPO}/resolve/main/cc12m-train-{number:04d}.tar" for number in range(4)]
+    assert sorted(hub.asked) == [f"/api{REPO}/tree/main", *shards]
+
+
+def test_a_token_goes_to_the_hub_and_not_where_its_list_leads(hub, download, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    hub.next_link = f"{hub.endpoint.replace('127.0.0.1', 'localhost')}/api{REPO}/tree/main?page=1"
+    assert_refused(download(tmp_path / "cc12m"))
+    assert hub.tokens == ["Bearer hf_mine", None]
+
+
+def test_a_list_that_leads_back_to_itself_is_left_at_once(hub, download, tmp_path):
+    hub.next_link = f"{hub.endpoint}/api{REPO}/tree/main"
+    done = download(tmp_path / "cc12m")
+    assert_refused(done)
+    assert "in a circle" in done.stderr
+    assert len(hub.asked) == 1
+
+
+def test_shards_that_the_disk_has_no_room_for_are_refused(hub, download, tmp_path):
+    hub.listing = [entry("a-train-0001.tar", b"", size=10**30)]
+    done = download(tmp_path / "cc12m")
+    assert_refused(done)
+    assert "GB free" in done.stderr
+    assert (hub.fetched, list(tmp_path.iterdir())) == ([], [])
 
 
 @pytest.mark.slow

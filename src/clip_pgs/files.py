@@ -268,6 +268,23 @@ def check_writable(*paths: Path) -> None:
             raise ValueError(f"cannot write {path}: {error.strerror}") from None
 
 
+def check_room(path: Path, num_bytes: int) -> None:
+    """Refuse what the disk has no room for, before the work that makes it.
+
+    Args:
+        path: Where it is to go; folders on the way may be missing.
+        num_bytes: At least what it takes.
+
+    Raises:
+        ValueError: If that is more than is free.
+    """
+    place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if num_bytes > (free := shutil.disk_usage(place).free):
+        raise ValueError(
+            f"{path} needs {num_bytes / 1e9:,.1f} GB, and its disk has {free / 1e9:,.1f} GB free"
+        )
+
+
 def regular_file(path: Path) -> Path:
     """Return the file that a path leads to, one that is to be made included.
 
