@@ -56,6 +56,11 @@ def apply_masking(
 
     Patches are then drawn anew in each pass, unless `set_masking_noise` gives the numbers.
 
+    What calls the image tower is masked: the model itself, `encode_image`, CoCa's `generate`. Maps
+    of whole images, `forward_intermediates`, are refused wherever a mask would act. A part of the
+    tower that is called by itself knows of no mask: `visual.transformer`, timm's `visual.trunk` and
+    its `forward_features` and `forward_head`.
+
     Args:
         model: An OpenCLIP model (CLIP, CustomTextCLIP, CoCa), also wrapped, whose image tower,
             `model.visual`, is OpenCLIP's own `VisionTransformer` or timm's, or one of the

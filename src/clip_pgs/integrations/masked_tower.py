@@ -258,6 +258,19 @@ class MaskedTower:
         self.masking.check_images(x)
         return self.encode_masked(x)
 
+    def forward_intermediates(self, *args: Any, **options: Any) -> Any:
+        """Return the plain tower's intermediate features, which are maps of whole images.
+
+        Raises:
+            ValueError: If masking is active.
+        """
+        if self.masking.is_active(training=self.training):
+            raise ValueError(
+                "forward_intermediates gives maps of whole images, and this model is masked; call "
+                "it in eval mode with when='train', or after remove_masking"
+            )
+        return super().forward_intermediates(*args, **options)  # type: ignore[misc]
+
     def encode_masked(self, x: Tensor) -> Any:
         """Encode what a selection keeps of images; see `forward`."""
         tokens_BND = self.embed_patches(x)

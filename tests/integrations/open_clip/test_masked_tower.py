@@ -28,6 +28,7 @@ from support.models import (
     small_clip,
     small_coca,
     small_eva_clip,
+    small_resnet_clip,
     small_timm_clip,
     text_batch,
 )
@@ -673,3 +674,19 @@ def test_forward_hooks_of_blocks_see_the_kept_tokens(make, options, when):
     model.encode_image(image_batch())
     assert len(seen) == len(blocks)
     assert all(torch.is_tensor(output) and output.isfinite().all() for output in seen)
+
+
+@pytest.mark.parametrize("make", [small_clip, small_timm_clip, small_coca, small_resnet_clip])
+def test_maps_of_whole_images_are_refused_where_a_mask_would_act(make):
+    images = torch.randn(2, 3, 96, 96) if make is small_resnet_clip else image_batch(2)
+    model = make()
+    plain = model.eval().visual.forward_intermediates(images)["image_features"]
+    apply_masking(model, "random")
+    assert torch.equal(model.visual.forward_intermediates(images)["image_features"], plain)
+    for is_training, when in ((True, "train"), (False, "always")):
+        apply_masking(model, "random", when=when).train(is_training)
+        for maps in (model.forward_intermediates, model.visual.forward_intermediates):
+            with pytest.raises(ValueError, match=r"^forward_intermediates gives maps"):
+                maps(images)
+        model.encode_image(images)
+        assert last_selection(model) is not None
