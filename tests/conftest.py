@@ -1,8 +1,19 @@
+import gc
 import sys
 
 import pytest
 
 from clip_pgs.masking.strategy import _REGISTRY
+
+# Imports and thousands of tests stay to the end: to look for garbage among them takes seconds.
+gc.disable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    """Look for garbage again, of the tests alone."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
