@@ -123,7 +123,7 @@ def apply_masking(
         merge=merging,
     )
     if teacher is not None:
-        tower.masking.load_hook = tower.register_load_state_dict_post_hook(_load_into_teacher)
+        tower.masking.load_hook = tower.register_load_state_dict_post_hook(teacher.start_from)
     return model
 
 
@@ -169,7 +169,8 @@ def masked_inference(
         remove_masking(model)
         if before is not None:
             tower.__class__ = kind
-            tower.masking = before
+            # A teacher may have been left behind on another device.
+            tower.masking = before.to(kind.patch_weight(tower).device)
 
 
 def _smaller_grid(
@@ -221,11 +222,6 @@ def _check_fit(
             f"a {kind.plain_class.__name__}"
         )
     kind.check_model(model, strategy, merge)
-
-
-def _load_into_teacher(tower: Any, _incompatible_keys: Any) -> None:
-    """Let the teacher start from the weights that the tower starts from."""
-    tower.masking.teacher.load_state(tower.state_dict())
 
 
 # ------------------------------------------------------------------------------------------------

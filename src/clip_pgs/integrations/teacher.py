@@ -60,6 +60,8 @@ class Teacher:
 
     def __init__(self, tower: Any, *, resolution: float, momentum: float) -> None:
         self.tower = copy.deepcopy(tower)
+        # A masking around this one has a teacher of its own, which its tower's loading tells.
+        self.tower._load_state_dict_post_hooks.clear()
         self.tower.float().eval().requires_grad_(False).zero_grad(set_to_none=True)
         self.resolution = resolution
         self.momentum = momentum
@@ -109,8 +111,12 @@ class Teacher:
             name: weight.detach().cpu().clone() for name, weight in self.tower.state_dict().items()
         }
 
+    def start_from(self, tower: nn.Module, _incompatible_keys: Any = None) -> None:
+        """Take the weights that were loaded into the tower, as a hook on its loading does."""
+        self.tower.load_state_dict(tower.state_dict())
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take weights that `state` returned, or those of a tower.
+        """Take weights that `state` returned.
 
         Raises:
             ValueError: If they belong to another tower.

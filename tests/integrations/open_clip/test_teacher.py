@@ -13,6 +13,7 @@ from clip_pgs.integrations.open_clip import (
     apply_masking,
     last_selection,
     load_masking_state,
+    masked_inference,
     masking_state,
     set_masking_noise,
     update_masking,
@@ -135,6 +136,19 @@ def test_loaded_weights_are_where_the_teacher_starts():
     model.load_state_dict(source.state_dict())
     expected = scores(attentive(copy.deepcopy(source)), image_batch())
     assert torch.equal(scores(model, image_batch()), expected)
+
+
+@pytest.mark.parametrize("inside", ["random", "attentive"])
+def test_what_a_model_is_given_inside_masked_inference_reaches_its_teacher(inside):
+    source, model = small_clip(seed=3), attentive(small_clip(seed=4))
+    with masked_inference(model, inside):
+        model.load_state_dict(source.state_dict())
+    expected = scores(attentive(copy.deepcopy(source)), image_batch())
+    assert torch.equal(scores(model, image_batch()), expected)
+    with masked_inference(model, inside):
+        model.to("meta")
+    weights = model.visual.masking.teacher.tower.parameters()
+    assert {weight.device.type for weight in weights} == {"meta"}
 
 
 def test_a_copy_has_a_teacher_of_its_own():
