@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -51,15 +52,31 @@ def run_as_forward(block: Any, run: Callable[[Tensor], Tensor], x: Tensor) -> Te
     """Run a function of a block's weights as its forward pass, so that the block's hooks act.
 
     FSDP gathers a block's weights in hooks on its forward pass, and gives them up again; a user's
-    hook may collect features.
+    hook may collect features. Nothing is set on the block, which threads may share.
     """
-    if not (block._forward_pre_hooks or block._forward_hooks):
+    if not any(getattr(block, name) for name in _HOOKS):
         return run(x)
-    block.forward = run
-    try:
-        return block(x)
-    finally:
-        del block.forward
+    stand_in: Any = nn.Module()
+    stand_in.forward = run
+    vars(stand_in).update({name: vars(block)[name] for name in _HOOK_OPTIONS})
+    for name in _HOOKS:
+        hooks = {key: partial(_called_for, block, hook) for key, hook in vars(block)[name].items()}
+        vars(stand_in)[name].update(hooks)
+    return stand_in(x)
+
+
+# Where torch keeps the hooks of a module, and how they are called.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOK_OPTIONS = (
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_is_full_backward_hook",
+)
+
+
+def _called_for(block: nn.Module, hook: Callable[..., Any], _: nn.Module, *given: Any) -> Any:
+    return hook(block, *given)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -690,3 +691,38 @@ def test_maps_of_whole_images_are_refused_where_a_mask_would_act(make):
                 maps(images)
         model.encode_image(images)
         assert last_selection(model) is not None
+
+
+@pytest.mark.parametrize("options", [{}, {"mask_ratio_min": 0.3}], ids=["alike", "packed"])
+def test_threads_may_share_a_model_whose_blocks_have_hooks(options):
+    model = apply_masking(small_clip(), "pgs", when="always", pack_tokens=True, **options).eval()
+    set_masking_noise(model, torch.rand(3, 16, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        expected = model.encode_image(image_batch())
+        seen = []
+        for block in model.visual.transformer.resblocks:
+            block.register_forward_pre_hook(lambda module, given: given)
+            block.register_forward_hook(
+                lambda module, given, named, output: seen.append(module), with_kwargs=True
+            )
+
+    @torch.no_grad()
+    def encode(_):
+        return [model.encode_image(image_batch()) for _ in range(10)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [features for several in pool.map(encode, range(4)) for features in several]
+    assert all(torch.equal(features, expected) for features in found)
+    blocks = set(model.visual.transformer.resblocks)
+    assert len(seen) == 40 * len(blocks)
+    assert set(seen) == blocks
+    assert all("forward" not in vars(block) for block in blocks)
+
+
+def test_backward_hooks_of_blocks_are_called():
+    model = apply_masking(small_clip(), "pgs", mask_ratio_min=0.3, pack_tokens=True).train()
+    blocks, seen = model.visual.transformer.resblocks, []
+    for block in blocks:
+        block.register_full_backward_hook(lambda module, given, grads: seen.append(module))
+    model.encode_image(image_batch().requires_grad_()).sum().backward()
+    assert seen == list(reversed(blocks))
