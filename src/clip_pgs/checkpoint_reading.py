@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clip_pgs.common import explained
-from clip_pgs.files import CHECKPOINTS_NAME
+from clip_pgs.files import CHECKPOINTS_NAME, absence
 
 LATEST_NAME = "latest"
 MOST_RECENT_NAME = "epoch_latest.pt"
@@ -99,8 +99,7 @@ def read_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, An
     """
     path = Path(path)
     if not path.is_file():
-        absence = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"checkpoint {str(path)!r} {absence}")
+        raise ValueError(f"checkpoint {str(path)!r} {absence(path)}")
     try:
         content = _read(path, use_mmap=use_mmap)
     except _DAMAGE as error:

@@ -268,6 +268,13 @@ def check_writable(*paths: Path) -> None:
             raise ValueError(f"cannot write {path}: {error.strerror}") from None
 
 
+def absence(path: Path | str) -> str:
+    """Say what is there in place of a regular file, as the rest of a sentence on a path."""
+    if not os.path.exists(path):
+        return "does not exist"
+    return "is a folder" if os.path.isdir(path) else "is no regular file"
+
+
 def check_room(path: Path, num_bytes: int) -> None:
     """Refuse what the disk has no room for, before the work that makes it.
 

@@ -1,14 +1,27 @@
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
+import lzma
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from clip_pgs.data.caption_tables import TableSource, default_separator, read_pairs
 from clip_pgs.data.order import SampleRef
+from clip_pgs.data.shards import expand_shards
 
 KEYS = {"image_key": "filepath", "caption_key": "title", "separator": ","}
+
+
+def _zip(data):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("pairs.csv", data)
+    return buffer.getvalue()
 
 
 def test_cells_are_text_whatever_they_look_like(tmp_path):
@@ -41,12 +54,43 @@ def test_file_that_is_no_table_is_refused_by_name(tmp_path, content):
         read_pairs(path, **KEYS)
 
 
-@pytest.mark.parametrize("ending", ["tar", "gz", "zip", "bz2", "xz"])
-def test_an_archive_that_is_none_is_refused_by_name(tmp_path, ending):
-    path = tmp_path / f"pairs.{ending}"
-    path.write_bytes(b"no archive")
-    with pytest.raises(ValueError, match=rf"pairs\.{ending}' cannot be read"):
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.csv.gz"])
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, _zip])
+def test_a_compressed_table_is_not_unpacked(tmp_path, compress, name):
+    path = tmp_path / name
+    path.write_bytes(compress(b"filepath,title\na.jpg,one\n"))
+    with pytest.raises(ValueError, match=r"pairs.*' is compressed"):
         read_pairs(path, **KEYS)
+
+
+@pytest.mark.parametrize("ending", ["tar", "gz", "zip", "bz2", "xz"])
+def test_a_table_is_read_as_one_whatever_its_name(tmp_path, ending):
+    path = tmp_path / f"pairs.{ending}"
+    path.write_text("filepath,title\na.jpg,one\n")
+    assert read_pairs(path, **KEYS).captions == ["one"]
+
+
+@pytest.mark.parametrize("name", ["0.tar", "pairs.csv"])
+def test_a_shard_is_no_table(tmp_path, make_tar, make_image, name):
+    make_tar(tmp_path / name, [(f"{n:04d}.jpg", make_image(0)) for n in range(50)])
+    with pytest.raises(ValueError, match="--dataset-type webdataset") as error:
+        read_pairs(tmp_path / name, **KEYS)
+    assert len(str(error.value)) < 300
+
+
+def test_a_sentence_names_so_many_columns_and_no_more(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text(",".join(f"{'column' * 50}{n}" for n in range(1000)) + "\n")
+    with pytest.raises(ValueError, match="and 980 more") as error:
+        read_pairs(path, **KEYS)
+    assert len(str(error.value)) < 1700
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/null"])
+def test_a_device_is_told_from_what_is_not_there(path):
+    for read in (lambda: read_pairs(Path(path), **KEYS), lambda: expand_shards(path)):
+        with pytest.raises(ValueError, match="is no regular file"):
+            read()
 
 
 @pytest.mark.parametrize(("name", "separator"), [("a.tsv", "\t"), ("a.csv", ","), ("a", ",")])

@@ -64,6 +64,13 @@ def test_every_shard_is_opened_though_few_are_decoded(tmp_path, make_tar, make_i
     assert f"empty shard: 1; the first is {tmp_path}/149.tar" in warning
 
 
+def test_a_table_among_the_shards_is_told_how_to_be_written(tmp_path, make_args):
+    table = tmp_path / "pairs.csv"
+    table.write_text("filepath,title\na.jpg,one\n")
+    with pytest.raises(ValueError, match="--dataset-type csv"):
+        preflight(make_args(train_data=str(table), dataset_type="webdataset"))
+
+
 def test_missing_shard_stops_by_its_name(args):
     shard(args).unlink()
     with pytest.raises(ValueError, match=r"--train-data: .*1\.tar', which does not exist"):
@@ -73,7 +80,7 @@ def test_missing_shard_stops_by_its_name(args):
 def test_pipe_in_the_place_of_a_shard_stops_and_does_not_hang(args):
     shard(args).unlink()
     os.mkfifo(shard(args))
-    with pytest.raises(ValueError, match=r"1\.tar', which does not exist or is no file"):
+    with pytest.raises(ValueError, match=r"1\.tar', which is no regular file"):
         preflight(args)
 
 

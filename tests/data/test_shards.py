@@ -49,7 +49,7 @@ def test_commands_and_urls_are_not_looked_up(pattern, expected):
 
 def test_missing_file_is_named_with_its_pattern(folder):
     pattern = f"{folder}/{{00..04}}.tar"
-    with pytest.raises(ValueError, match=r"03\.tar', which does not exist .* \(2 of 5") as error:
+    with pytest.raises(ValueError, match=r"03\.tar', which does not exist \(2 of 5") as error:
         expand_shards(pattern)
     assert pattern in str(error.value)
 

@@ -354,7 +354,7 @@ def test_filling_prefers_words_as_the_released_code_ranks_them(make_masking):
     [
         ({"frequencies": None}, "needs the option frequencies=FILE"),
         ({"frequencies": 3}, "needs the option frequencies=FILE"),
-        ({"frequencies": "nowhere.json"}, "'nowhere.json' do not exist"),
+        ({"frequencies": "nowhere.json"}, "'nowhere.json' does not exist"),
         ({"threshold": 0.0}, r"threshold must be a number in \(0, 1\], got 0.0"),
         ({"threshold": 1.5}, r"threshold must be a number in \(0, 1\], got 1.5"),
         ({"threshold": float("nan")}, r"threshold must be a number in \(0, 1\], got nan"),

@@ -114,7 +114,7 @@ def test_file_of_another_kind_is_refused_in_one_sentence(tmp_path, content, faul
 
 
 def test_missing_file_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(ValueError, match=r"do not exist; `clip-pgs data words SHARDS"):
+    with pytest.raises(ValueError, match=r"does not exist; `clip-pgs data words SHARDS"):
         read_word_frequencies(tmp_path / "words.json")
 
 

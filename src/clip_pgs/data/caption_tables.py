@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from contextlib import suppress
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,10 +19,15 @@ from clip_pgs.data.decoding import read_image_file, time_limit
 from clip_pgs.data.order import SampleRef
 from clip_pgs.data.samples import IMAGE_SUFFIXES, RawSample
 from clip_pgs.data.shards import is_remote
+from clip_pgs.files import absence
 
 logger = logging.getLogger(__name__)
 
-_MAX_NAMED = 5
+_MAX_NAMED, _MAX_COLUMNS = 5, 20
+# How a tar archive begins, and what gzip, bzip2, xz, zip and zstd write.
+_HEAD_BYTES = 512
+_TAR = re.compile(rb".{257}ustar", re.DOTALL)
+_COMPRESSED = re.compile(rb"\x1f\x8b|BZh\d1AY|\xfd7zXZ|PK\x03\x04|\x28\xb5\x2f\xfd")
 # Many times what it takes to part a table's columns by an expression.
 _LEAST_SECONDS, _BYTES_PER_SECOND = 10.0, 2**18
 
@@ -128,7 +133,17 @@ def read_captions(path: Path, *, caption_key: str, separator: str) -> list[str]:
 
 def _read_columns(path: Path, keys: tuple[str, ...], separator: str) -> list[list[str]]:
     if not path.is_file():
-        raise ValueError(f"table {str(path)!r} does not exist")
+        raise ValueError(f"table {str(path)!r} {absence(path)}")
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if _TAR.match(head):
+        raise ValueError(
+            f"table {str(path)!r} is a tar archive, as shards are; to train on it, write "
+            "--dataset-type webdataset"
+        )
+    # A few bytes can unpack to any number.
+    if _COMPRESSED.match(head):
+        raise ValueError(f"table {str(path)!r} is compressed or a workbook; make it a text file")
     status = path.stat()
     return _read_once(path, keys, separator, status.st_size, status.st_mtime_ns)
 
@@ -140,7 +155,7 @@ def _read_once(
 ) -> list[list[str]]:
     # A shell hands over a backslash and a t, which OpenCLIP takes for a regular expression.
     separator = {"\\t": "\t"}.get(separator, separator)
-    # pandas unpacks a table that is named like an archive; a separator may be an expression.
+    # A separator may be an expression.
     with explained(f"table {str(path)!r} cannot be read with separator {separator!r}", Exception):
         frame = _read_frame(path, separator)
         # pandas gives further columns of a name another.
@@ -157,7 +172,9 @@ def _read_once(
                 f"table {str(path)!r} has {names.count(key)} columns {key!r}, and it is not known "
                 "which is meant; rename the others"
             )
-    columns = ", ".join(repr(str(column)) for column in frame.columns)
+    columns = ", ".join(f"{str(column)!r:.60}" for column in frame.columns[:_MAX_COLUMNS])
+    if len(frame.columns) > _MAX_COLUMNS:
+        columns += f" and {len(frame.columns) - _MAX_COLUMNS} more"
     for key in keys:
         if key not in frame.columns:
             raise ValueError(
@@ -184,6 +201,7 @@ def _read_frame(path: Path, separator: str, **options: Any) -> pd.DataFrame:
         return pd.read_csv(
             path,
             sep=separator,
+            compression=None,
             dtype=str,
             keep_default_na=False,
             na_filter=False,
@@ -206,8 +224,7 @@ def _without_swallowed_rows(
 ) -> pd.DataFrame:
     """Read a table whose quotes seem to hold line breaks anew, or say where they do."""
     counts: set[int] = set()
-    # A compressed table is no text.
-    with suppress(UnicodeDecodeError), path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8") as file:
         for line in file:
             cells = line.rstrip("\n").split(separator) if line.strip() else []
             # A quote that ends a cell of several lines.

@@ -17,7 +17,7 @@ from clip_pgs.data.decoding import opened_image
 from clip_pgs.data.samples import MAX_CAPTION_BYTES, RawSample, decode_captions, decode_image
 from clip_pgs.data.shards import is_remote, read_sizes, shard_pattern, write_shard
 from clip_pgs.data.tar import read_shard
-from clip_pgs.files import atomic_folder
+from clip_pgs.files import absence, atomic_folder
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _check_row(table: PairTable, row: int) -> str:
     if is_remote(table.images[row]):
         raise ValueError(f"image {name} is a URL; img2dataset makes shards of those")
     if not os.path.isfile(path):
-        raise ValueError(f"image {name} does not exist")
+        raise ValueError(f"image {name} {absence(path)}")
     if not table.captions[row].strip():
         raise ValueError(f"the caption of image {name} is empty")
     num_bytes = len(table.captions[row].encode())

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from clip_pgs.common import explained
+from clip_pgs.files import absence
 
 logger = logging.getLogger(__name__)
 
@@ -247,11 +248,13 @@ def _expand_source(source: str) -> list[str]:
             shards.extend(map(_as_local, found))
         else:
             missing.append(path)
-    if not shards:
+    # What is there and no file, a device or a pipe, first.
+    missing.sort(key=os.path.exists, reverse=True)
+    if not shards and not any(map(os.path.exists, missing[:1])):
         raise ValueError(f"shard pattern {source!r} matches no file")
     if missing:
         raise ValueError(
-            f"shard pattern {source!r} names {missing[0]!r}, which does not exist or is no file "
+            f"shard pattern {source!r} names {missing[0]!r}, which {absence(missing[0])} "
             f"({len(missing)} of {len(candidates)} are missing)"
         )
     return shards

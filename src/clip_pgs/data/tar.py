@@ -445,6 +445,10 @@ def _open_tar(file: BinaryIO, shard: str) -> tarfile.TarFile:
         for magic, what in _FOREIGN.items():
             if start.startswith(magic):
                 raise tarfile.ReadError(f"it is no tar archive but {what}") from None
+        if Path(shard).suffix.lower() in (".csv", ".tsv"):
+            raise tarfile.ReadError(
+                "it is no tar archive; to train on a table, write --dataset-type csv"
+            ) from None
         raise
 
 

@@ -28,7 +28,7 @@ from clip_pgs.data.bad_samples import BadSampleError, Skip, describe_reasons
 from clip_pgs.data.caption_tables import default_separator, read_captions
 from clip_pgs.data.samples import RawSample, decode_captions
 from clip_pgs.data.tar import read_shard
-from clip_pgs.files import write_text
+from clip_pgs.files import absence, write_text
 
 _VERSION = 1
 _NUMBERS = ("num_captions", "num_words", "min_count")
@@ -115,7 +115,7 @@ def read_word_frequencies(path: Path) -> WordFrequencies:
     """
     if not path.is_file():
         raise ValueError(
-            f"word frequencies {str(path)!r} do not exist; "
+            f"the file of word frequencies {str(path)!r} {absence(path)}; "
             f"`clip-pgs data words SHARDS -o {path}` counts them"
         )
     what = f"word frequencies {str(path)!r} are not as `clip-pgs data words` writes them"
