@@ -120,9 +120,15 @@ def test_harmless_texts_are_left_as_they_are(text):
     assert next(csv.reader(io.StringIO(written.split("\n", 1)[1])), [""]) in ([text], [])
 
 
-def test_csv_without_rows_or_with_ragged_ones_is_read():
+def test_csv_without_rows_or_with_empty_ones_is_read():
     assert read_csv([]) == []
-    assert read_csv(["a,b\n", "1\n", "1,2,3\n"]) == [{"a": "1"}, {"a": "1", "b": "2"}]
+    assert read_csv(["a,b\n", "\n", "1,2\n"]) == [{"a": "1", "b": "2"}]
+
+
+@pytest.mark.parametrize("text", ["a,b\n1\n", "a,b\n1,2,3\n", "a,b\n1,2,\n", "a,b,a\n1,2,3\n"])
+def test_csv_whose_cells_could_be_of_another_column_is_refused(text):
+    with pytest.raises(ValueError, match=r"row 1 has|twice"):
+        read_csv(text.splitlines(keepends=True))
 
 
 @pytest.mark.parametrize("text", ["\x1b[31mred", "a\x00b", "a\u202eb", "a\ud800b", "a\x07"])

@@ -233,13 +233,19 @@ def read_csv(lines: Iterable[str]) -> list[dict[str, str]]:
     """Read what `csv_text` returned: each row's texts by their headings.
 
     Raises:
-        ValueError: If it is no CSV.
+        ValueError: If it is no CSV, has a heading twice, or a row that is not as long as they are.
     """
     try:
         table = [[_QUOTED_FORMULA.sub("", cell) for cell in row] for row in csv.reader(lines)]
     except csv.Error as error:
         raise ValueError(str(error)) from error
-    return [dict(zip(table[0], row, strict=False)) for row in table[1:] if row]
+    for number, row in enumerate(table):
+        if row and len(row) != len(table[0]):
+            raise ValueError(f"row {number} has {len(row)} cells below {len(table[0])} headings")
+    twice = [heading for heading in table[0] if table[0].count(heading) > 1] if table else []
+    if twice:
+        raise ValueError(f"it has the column {twice[0]!r} twice")
+    return [dict(zip(table[0], row, strict=True)) for row in table[1:] if row]
 
 
 def percent(value: float | None) -> str:

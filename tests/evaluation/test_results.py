@@ -26,6 +26,9 @@ from support.reports import make_result
         {"details": []},
         {"error": {}},
         {"date": 20},
+        {"metrics": {"acc1": True}},
+        {"samples": True},
+        {"status": None},
     ],
 )
 def test_a_file_of_another_shape_is_left_out_and_named(tmp_path, caplog, content):
@@ -58,3 +61,30 @@ def test_no_cell_of_the_table_is_a_formula(tmp_path, start):
     (again,) = read_csv(tmp_path / "results.csv")
     assert (again.dataset, again.model, again.error) == (evil, evil, evil)
     assert again.metrics == {evil: 0.5}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        # The last column is the FLOPs of an image, which are unknown here.
+        (lambda row: f"{row}\n{row}1", "two rows of demo on shape"),
+        (lambda row: f"{row},0.9", "row 1 has"),
+        (lambda row: row.rpartition(",")[0], "row 1 has"),
+    ],
+)
+def test_a_table_that_was_changed_by_hand_is_refused_in_words(tmp_path, change, sentence):
+    path = tmp_path / "results.csv"
+    write_csv([make_result("shape", metrics={"acc1": 0.5})], path)
+    header, row = path.read_text().splitlines()
+    path.write_text(f"{header}\n{change(row)}\n")
+    with pytest.raises(ValueError, match=sentence):
+        read_csv(path)
+
+
+def test_a_byte_order_mark_and_a_row_that_is_there_again_change_nothing(tmp_path):
+    path = tmp_path / "results.csv"
+    write_csv([make_result("shape", metrics={"acc1": 0.5})], path)
+    header, row = path.read_text().splitlines()
+    path.write_text(f"\ufeff{header}\n{row}\n{row}\n", encoding="utf-8")
+    (result,) = read_csv(path)
+    assert (result.suite, result.metrics) == ("zeroshot-classification", {"acc1": 0.5})

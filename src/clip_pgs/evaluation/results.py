@@ -26,7 +26,7 @@ from clip_pgs.tables import csv_text
 
 logger = logging.getLogger(__name__)
 
-DONE, MISSING, FAILED = "done", "missing", "failed"
+DONE, MISSING, FAILED = STATUSES = "done", "missing", "failed"
 CSV_NAME = "results.csv"
 
 _TEXT_COLUMNS = {"suite", "dataset", "status", "error", "model", "pretrained", "weights_digest"}
@@ -154,10 +154,14 @@ def _holds(content: dict[str, Any], column: Field) -> bool:
     if column.name not in content:
         return column.default is not NO_DEFAULT or column.default_factory is not NO_DEFAULT
     value = content[column.name]
-    is_fit = isinstance(value, _KINDS.get(str(column.type), dict))
-    if column.name == "metrics":
-        return is_fit and all(isinstance(share, (int, float, NoneType)) for share in value.values())
-    return is_fit
+    if column.name == "metrics" and isinstance(value, dict):
+        return all(_is_a("float | None", share) for share in value.values())
+    return _is_a(str(column.type), value)
+
+
+def _is_a(kind: str, value: Any) -> bool:
+    # To Python, true is a number.
+    return isinstance(value, _KINDS.get(kind, dict)) and not isinstance(value, bool)
 
 
 def is_sound(result: Result, path: Path) -> bool:
@@ -174,6 +178,8 @@ def is_sound(result: Result, path: Path) -> bool:
         counts["flops_per_image"] = result.flops_per_image
     odd = [f"{name} {value}" for name, value in shares.items() if not -1e-6 <= value <= 1 + 1e-6]
     odd += [f"{name} {value}" for name, value in counts.items() if amount(value) is None]
+    if result.status not in STATUSES:
+        odd.append(f"status {result.status!r}")
     if odd:
         logger.warning(
             "left out %s: it says %s", one_sentence(str(path)), one_sentence(", ".join(odd))
@@ -183,8 +189,8 @@ def is_sound(result: Result, path: Path) -> bool:
 
 def amount(value: Any) -> float | None:
     """Return a finite number that is not negative, or None for anything else."""
-    is_number = isinstance(value, int | float) and 0 <= value < 1e40
-    return value if is_number else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and 0 <= value < 1e40 else None
 
 
 def write_csv(results: Iterable[Result], path: Path) -> None:
@@ -205,16 +211,16 @@ def read_csv(path: Path) -> list[Result]:
     """Read what `write_csv` wrote; what only the JSON files tell stays blank.
 
     Raises:
-        ValueError: If the file is no such table, or has no row.
+        ValueError: If the file is no such table, has no row, or two that differ on one set.
     """
     what = f"{path} is no table of an evaluation"
-    with explained(what), path.open(newline="", encoding="utf-8") as file:
+    with explained(what), path.open(newline="", encoding="utf-8-sig") as file:
         rows = tables.read_csv(file)
     if not rows or not rows[0].keys() >= _REQUIRED:
         raise ValueError(f"{what}; it needs a row, and the columns {', '.join(sorted(_REQUIRED))}")
     metric_names = rows[0].keys() - _TEXT_COLUMNS - _OTHER_COLUMNS
     with explained(what, ValueError, LookupError):
-        return [
+        results = [
             Result(
                 suite=row["suite"],
                 dataset=row["dataset"],
@@ -234,6 +240,15 @@ def read_csv(path: Path) -> list[Result]:
             )
             for row in rows
         ]
+    by_set: dict[Any, Result] = {}
+    for result in results:
+        first = by_set.setdefault((*result.model_key, result.suite, result.dataset), result)
+        if first != result:
+            raise ValueError(
+                f"{path} has two rows of {result.model} on {result.dataset} ({result.suite}) that "
+                "differ; keep one"
+            )
+    return list(by_set.values())
 
 
 def ordered_metrics(results: Iterable[Result]) -> list[str]:

@@ -25,6 +25,23 @@ def test_table_holds_what_the_files_hold(tmp_path):
     assert [r.metrics for r in run.results] == [r.metrics for r in demo_results()]
 
 
+def test_a_folder_with_a_table_alone_is_read(tmp_path):
+    write_csv(demo_results(), tmp_path / "results.csv")
+    (run,) = gather_runs([tmp_path])
+    assert len(run.results) == len(demo_results())
+
+
+@pytest.mark.parametrize("status", ["weird", "", "DONE"])
+def test_a_result_of_an_unknown_status_is_left_out_and_named(tmp_path, caplog, status):
+    results = [make_result("good"), make_result("odd", status=status)]
+    save_results(tmp_path / "files", results)
+    write_csv(results, tmp_path / "results.csv")
+    for source in (tmp_path / "files", tmp_path / "results.csv"):
+        (run,) = gather_runs([source])
+        assert [result.dataset for result in run.results] == ["good"]
+    assert caplog.text.count(f"status {status!r}") == 2
+
+
 def test_later_result_replaces_an_earlier_one_of_the_same_weights(tmp_path):
     for folder, date, acc1 in (("old", "2026-01-01", 0.1), ("new", "2026-02-01", 0.2)):
         save_results(tmp_path / folder, [make_result("shape", metrics={"acc1": acc1}, date=date)])

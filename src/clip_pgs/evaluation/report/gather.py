@@ -20,6 +20,7 @@ from typing import Any
 
 from clip_pgs.common import one_sentence
 from clip_pgs.evaluation.results import (
+    CSV_NAME,
     Result,
     amount,
     epoch_folders,
@@ -38,6 +39,7 @@ from clip_pgs.files import (
     MAX_RUN_FILE_BYTES,
     METRICS_NAME,
     OPTIONS_NAME,
+    absence,
     read_json_lines,
     read_json_object,
 )
@@ -187,8 +189,9 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
 
     Args:
         sources: Run folders (their `eval`), folders of result files, folders of such folders,
-            result files (JSON) or tables (`results.csv`). Where two hold a result of the same
-            weights, masked alike, on the same data set, the later date counts.
+            result files (JSON) or tables (`results.csv`, also one alone in a folder). Where two
+            hold a result of the same weights, masked alike, on the same data set, the later date
+            counts.
 
     Returns:
         One run per set of weights and mask at inference, in the order of the sources. What a run
@@ -303,7 +306,7 @@ def _read_source(source: Path) -> list[tuple[Path, list[Result]]]:
             raise ValueError(f"{source} is no result of an evaluation")
         return [(source.parent, sound)]
     if not source.is_dir():
-        raise ValueError(f"there are no results at {source}: it does not exist")
+        raise ValueError(f"there are no results at {source}: it {absence(source)}")
     inside = sorted(path for path in source.iterdir() if path.is_dir() and path.name != EVAL_NAME)
     folders = [folder for place in (source, *inside) for folder in (place, place / EVAL_NAME)]
     parts = [
@@ -312,6 +315,8 @@ def _read_source(source: Path) -> list[tuple[Path, list[Result]]]:
         if folder.is_dir() and (folder == source or not is_epoch_folder(folder))
     ]
     parts = [(folder, results) for folder, results in parts if results]
+    if not parts and (source / CSV_NAME).is_file():
+        return _read_source(source / CSV_NAME)
     if not parts:
         raise ValueError(f"{source} holds no results; evaluate first, `clip-pgs test RUN`")
     return parts
