@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from clip_pgs.data.build import dataset_kind
+from clip_pgs.data.shards import expand_shards, is_seekable
 from clip_pgs.masking import create_masking
 from clip_pgs.masking.strategy import keeps_different_counts
 from clip_pgs.training.build import context_length, read_model_config
@@ -66,7 +67,11 @@ def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
     """Return whether options do nothing in this run, their names, and why in words."""
     config, model, masking = read_model_config(options), options.model, options.masking
     sources = [path for path in (options.train_data, options.val_data) if path is not None]
-    kinds = {dataset_kind(options.dataset_type, path, flag="") for path in sources}
+    kinds = {path: dataset_kind(options.dataset_type, path, flag="") for path in sources}
+    val_data, val_kind = options.val_data or "", kinds.get(options.val_data or "")
+    is_counted = val_kind == "csv"
+    if val_kind == "webdataset":
+        is_counted = all(map(is_seekable, expand_shards(val_data)))
     strategy = create_masking(masking, **options.masking_options)
     keeps_as_many = masking != "none" and not keeps_different_counts(strategy)
     is_coca = "multimodal_cfg" in config or "coca" in model.lower()
@@ -80,6 +85,7 @@ def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
     ratios = "mask_ratio mask_ratio_min masking_option"
     tuning = "unmasked_lr unmasked_warmup unmasked_batch_size unmasked_accum_freq"
     cooldown = "epochs_cooldown lr_cooldown_end lr_cooldown_power"
+    csv, imagenet = "csv_separator csv_img_key csv_caption_key", "imagenet_val imagenet_v2"
     lock_image = "lock_image_unlocked_groups lock_image_freeze_bn_stats"
     lock_text = "lock_text_unlocked_layers lock_text_freeze_layer_norm"
     coca = "coca_caption_loss_weight coca_contrastive_loss_weight"
@@ -100,11 +106,14 @@ def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
             "with --mask-schedule constant",
         ),
         (options.unmasked_epochs == 0, tuning, "without --unmasked-epochs"),
-        ("csv" not in kinds, "csv_separator csv_img_key csv_caption_key", "without csv data"),
-        ("webdataset" not in kinds, "caption_key", "without shards"),
-        ("csv" in kinds, "train_num_samples", "with csv data"),
+        ("csv" not in kinds.values(), csv, "without csv data"),
+        ("webdataset" not in kinds.values(), "caption_key", "without shards"),
+        (kinds.get(options.train_data or "") == "csv", "train_num_samples", "with csv data"),
         (options.val_data is None, "val_frequency val_num_samples", "without --val-data"),
+        (is_counted, "val_num_samples", "with local --val-data, every sample of which is measured"),
+        (options.val_frequency == 0, "val_data", "with --val-frequency 0"),
         (not has_imagenet, "zeroshot_frequency", "without --imagenet-val"),
+        (options.zeroshot_frequency == 0, imagenet, "with --zeroshot-frequency 0"),
         (options.eval_suite is None, evaluation, "without --eval-suite"),
         (not opt.lower().startswith("timm/"), "momentum", f"with --opt {opt}"),
         (options.skip_scheduler, f"warmup lr_scheduler {cooldown}", "with --skip-scheduler"),

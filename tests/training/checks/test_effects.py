@@ -2,7 +2,9 @@ import json
 
 import pytest
 
-from support.options import SYNTHETIC, VALID, write_model_config
+from clip_pgs.training.option_warnings import option_warnings
+from clip_pgs.training.options import parse_options
+from support.options import SYNTHETIC, VALID, write_model_config, write_shards
 from support.refusals import warnings_of
 
 
@@ -49,6 +51,36 @@ def test_a_setting_with_no_effect_warns(argv, sentence):
 )
 def test_settings_with_an_effect_do_not_warn(argv):
     assert warnings_of(*VALID, *argv) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--val-data", "{shards}", "--val-num-samples", "5"], ["--val-num-samples"]),
+        (["--val-data", "{table}", "--val-num-samples", "5"], ["--val-num-samples"]),
+        (["--val-data", "pipe:cat {shards}", "--val-num-samples", "5"], []),
+        (["--val-data", "{shards}", "--val-frequency", "0"], ["--val-data"]),
+        (["--val-data", "{shards}", "--val-frequency", "2"], []),
+        (["--val-data", "{shards}", "--zeroshot-frequency", "2"], ["--zeroshot-frequency"]),
+        (["--imagenet-val", "images", "--zeroshot-frequency", "2"], []),
+        (["--imagenet-val", "images", "--zeroshot-frequency", "0"], ["--imagenet-val"]),
+        (["--imagenet-v2", "images", "--zeroshot-frequency", "0"], ["--imagenet-v2"]),
+        (["--val-data", "{table}", "--train-num-samples", "64"], []),
+        (["--eval-every", "2"], ["--eval-every"]),
+        (["--eval-datasets", "paper"], ["--eval-datasets"]),
+        (["--eval-data-root", "."], ["--eval-data-root"]),
+        (["--eval-inference-masking", "run"], ["--eval-inference-masking"]),
+        (["--eval-inference-mask-ratio", "0.5"], ["--eval-inference-mask-ratio"]),
+    ],
+)
+def test_every_option_of_validation_has_an_effect_or_a_warning(tmp_path, argv, named):
+    shards = write_shards(tmp_path / "shards")
+    table = tmp_path / "pairs.tsv"
+    table.write_text("filepath\ttitle\na.jpg\tone\n")
+    argv = [word.replace("{shards}", shards).replace("{table}", str(table)) for word in argv]
+    train = ["--model", "ViT-B-16", "--train-data", shards, "--warmup", "2"]
+    sentences = option_warnings(parse_options([*train, *argv]))
+    assert [sentence.split(" has no effect")[0] for sentence in sentences] == named
 
 
 def test_a_warning_names_settings_of_a_config_too(tmp_path):
