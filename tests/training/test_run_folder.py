@@ -36,6 +36,7 @@ def test_who_asks_for_the_cost_of_a_run_that_exists_hears_both(demo, capsys):
     assert main([*RUN, "--check-only"]) == 2
     said = capsys.readouterr()
     assert "parameters" in said.out
+    assert "valid but for the name" in said.out
     assert said.err.startswith("error: run logs/demo exists; ")
 
 
@@ -65,7 +66,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path, monkeypatch, path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / path).parent.mkdir(exist_ok=True)
     (tmp_path / path).touch()
-    with pytest.raises(ValueError, match=f"{path} is a file"):
+    with pytest.raises(ValueError, match="--logs: cannot write logs/demo"):
         check_options(parse_options(RUN))
 
 

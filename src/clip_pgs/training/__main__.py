@@ -106,7 +106,7 @@ def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, Evaluate | None]:
 def _say_cost(args: TrainOptions, model: Any) -> int:
     """Say that the options are valid, and what the run will take; return the exit code.
 
-    It is that of bad input, after the answer, where another run has the name.
+    Where another run has the name, they are valid but for that, and it is that of bad input.
     """
     from clip_pgs.training.checks import taken_name
     from clip_pgs.training.estimate import estimate, trial
@@ -121,9 +121,10 @@ def _say_cost(args: TrainOptions, model: Any) -> int:
         sys.stderr.write(f"error: {sentence_of(error)}\n")
         return code
     notes = "".join(f"{note}\n" for note in table.notes)
-    sys.stdout.write(f"{_summary(args)}\n{table.text()}{notes}")
-    sys.stdout.flush()
     sentence = taken_name(args)
+    valid = "valid" if sentence is None else "valid but for the name"
+    sys.stdout.write(f"the options are {valid}: {_summary(args)}\n{table.text()}{notes}")
+    sys.stdout.flush()
     return 0 if sentence is None else _refuse(sentence, is_before_start=True)
 
 
@@ -185,7 +186,7 @@ def _summary(args: TrainOptions) -> str:
     parts.append(f"{args.epochs} epochs")
     if args.unmasked_epochs > 0:
         parts.append(f"{args.unmasked_epochs} unmasked ones")
-    return f"the options are valid: {', '.join(parts)}\n"
+    return f"{', '.join(parts)}\n"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import logging
 import math
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -29,7 +28,14 @@ from clip_pgs.checkpoint_reading import (
 )
 from clip_pgs.common import check_choice, explained, is_first_process, silenced
 from clip_pgs.data.text_masking import create_text_masking
-from clip_pgs.files import CHECKPOINTS_NAME, EXIT_NAME, EXPORT_NAME, read_json_object
+from clip_pgs.files import (
+    CHECKPOINTS_NAME,
+    EXIT_NAME,
+    EXPORT_NAME,
+    OPTIONS_NAME,
+    check_writable,
+    read_json_object,
+)
 from clip_pgs.integrations import MAE_TYPE
 from clip_pgs.integrations.open_clip import apply_masking, masked_inference
 from clip_pgs.integrations.open_clip.model_config import (
@@ -392,10 +398,9 @@ def _check_folder(options: TrainOptions) -> None:
         if options.resume == "latest":
             raise ValueError("--resume latest needs the run's --logs folder, got none")
         return
-    logs = Path(options.logs)
-    if logs.exists() and not logs.is_dir():
-        raise ValueError(f"{logs} is a file where the folder of the run should go")
     folder = run_folder(options)
+    with explained("--logs"):
+        check_writable((folder or Path(options.logs) / "run") / OPTIONS_NAME)
     if folder is None:
         return
     encoding = sys.getfilesystemencoding()
@@ -405,11 +410,6 @@ def _check_folder(options: TrainOptions) -> None:
             f"the run's folder {folder} must have a name in ASCII where the locale's encoding is "
             f"{encoding}; set PYTHONUTF8=1 for others"
         )
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not place.is_dir():
-        raise ValueError(f"{place} is a file where a folder on the way to {folder} should go")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"the run's folder {folder} needs leave to write in {place}")
     sentence = taken_name(options)
     # Who only asks what a run would cost hears this after the answer.
     if sentence is not None and not (options.check_only or options.trial):
