@@ -366,6 +366,13 @@ def test_command_lists_what_it_made(tmp_path, capsys):
     assert listed["foreground"] == 2
 
 
+@pytest.mark.parametrize("flag", ["--num-train", "--num-val", "--num-per-class"])
+def test_a_world_that_the_disk_has_no_room_for_is_refused(tmp_path, capsys, flag):
+    assert main(["world", str(tmp_path / "new/world"), flag, "9" * 17]) == 2
+    assert "GB free" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_folder_with_other_files_is_refused_and_kept(tmp_path):
     (tmp_path / "diary.txt").write_text("dear diary")
     with pytest.raises(ValueError, match="something else than a demo world"):

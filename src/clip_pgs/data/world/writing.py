@@ -28,6 +28,7 @@ from clip_pgs.data.world.splits import EVAL_SETS, EvalSet, captioned, held_out, 
 from clip_pgs.files import (
     MAX_RUN_FILE_BYTES,
     atomic_folder,
+    check_room,
     folder_lock,
     read_json_object,
     write_json,
@@ -44,6 +45,8 @@ WORDS_NAME = "words.json"
 _NAMES = {"train", "val", "eval", "scenes", "foreground", WORDS_NAME, "world.json"}
 _SHARD_SIZE = 1000
 _JPEG_QUALITY = 92
+# At least, on the disk: of a training sample, and of any.
+_CAPTIONED_BYTES, _SAMPLE_BYTES = 6_500, 3_000
 # Samples that a process draws before it hands them over.
 _CHUNK = 32
 _PR_SET_PDEATHSIG = 1
@@ -87,7 +90,8 @@ def write_world(
         progress: Called after every sample with the number done and the number in all.
 
     Raises:
-        ValueError: If a count is below 1, or the folder holds anything but a world.
+        ValueError: If a count is below 1, the folder holds anything but a world, or the disk has
+            no room for it.
     """
     # Where the folder is a link, what it leads to is filled.
     root = Path(root).resolve()
@@ -100,6 +104,11 @@ def write_world(
         return
     if root.exists() and (not root.is_dir() or {path.name for path in root.iterdir()} - _NAMES):
         raise ValueError(f"{root} holds something else than a demo world; name another folder")
+    # Of a class there are as many samples as in all parts of the smallest world.
+    smallest = list_parts(seed, num_train=1, num_val=1, num_per_class=1)
+    per_class = sum(part.num_samples for part in smallest)
+    least = _CAPTIONED_BYTES * (num_train + num_val) + _SAMPLE_BYTES * per_class * num_per_class
+    check_room(root, least)
     root.parent.mkdir(parents=True, exist_ok=True)
     waiting = f"waiting for another process, which writes a world in {root.parent}"
     with folder_lock(root.parent, on_busy=lambda: logger.info(waiting)):
