@@ -3,13 +3,14 @@
 import csv
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from clip_pgs.evaluation.results import DONE, Result, write_result
 from clip_pgs.study.__main__ import main
 from clip_pgs.study.plan import read_study
-from clip_pgs.study.record import Evaluated, Record, Spent, write_record
+from clip_pgs.study.record import Evaluated, Record, Spent, read_record, write_record
 from support.studies import write_study
 
 RANDOM = [0.30, 0.32, 0.28, 0.35, 0.31, 0.29]
@@ -154,7 +155,22 @@ def test_runs_of_other_code_and_failures_are_told(study):
     text = (study.study / "results.md").read_text()
     assert "two: pgs, seed 0" in text
     assert "| pgs, seed 1 | out of luck |" in text
-    assert r"pgs, seed 1 was kept although it differs: lr 0.1 -\> 0.2" in text
+    assert r"Kept although the study means otherwise (lr 0.1 -\> 0.2): pgs, seed 1." in text
+
+
+def test_what_several_runs_differ_in_is_told_once(study):
+    study.change(seeds=list(range(3)))
+    fill(study, {"random": RANDOM[:3], "pgs": PGS[:3]})
+    fill(study, {"pgs": PGS[:3]}, code="two")
+    for seed in (0, 2):
+        path = study.study / f"random/seed_{seed}"
+        write_record(replace(read_record(path), accepted=["lr 0.1 -> 0.2"]), path)
+    assert main(study.argv("--report-only")) == 0
+    text = (study.study / "results.md").read_text()
+    assert "two: pgs, seeds 0, 1, 2." in text
+    assert r"two: pgs \| unmasked, seeds 0, 1, 2." in text
+    assert text.count("Kept although") == 1
+    assert r"(lr 0.1 -\> 0.2): random, seeds 0, 2." in text
 
 
 def test_what_a_study_is_about_is_no_markup(study):

@@ -274,35 +274,49 @@ def _notes(
         for row in rows
         if row.lacking
     ]
-    by_run = {
-        f"{arm}, seed {seed}": records[arm, seed] for arm in study.arms for seed in study.seeds
+    by_run = {(arm, seed): records[arm, seed] for arm in study.arms for seed in study.seeds}
+    trained = {run: " then ".join(said.code) for run, said in by_run.items() if said.code}
+    evaluated = {
+        (f"{arm} | {way}", seed): done.code
+        for (arm, seed), said in by_run.items()
+        for way, done in said.evaluations.items()
     }
-    for part, digests in (
-        ("trained", {run: tuple(said.code) for run, said in by_run.items() if said.code}),
-        (
-            "evaluated",
-            {
-                f"{run}, {way}": (done.code,)
-                for run, said in by_run.items()
-                for way, done in said.evaluations.items()
-            },
-        ),
-    ):
-        by_code: dict[str, list[str]] = {}
-        for run, codes in digests.items():
-            by_code.setdefault(" then ".join(codes), []).append(run)
+    for part, codes in (("trained", trained), ("evaluated", evaluated)):
+        by_code = _grouped(codes)
         if len(by_code) > 1:
             most = max(by_code, key=lambda code: len(by_code[code]))
-            others = [
-                f"{code}: {'; '.join(runs)}" for code, runs in by_code.items() if code != most
-            ]
+            others = [f"{code}: {_named(by_code[code])}" for code in by_code if code != most]
             notes.append(
                 f"Not all runs were {part} by the same code ({most}). {'. '.join(others)}."
             )
-    for run, record in by_run.items():
-        if record.accepted:
-            notes.append(f"{run} was kept although it differs: {', '.join(record.accepted)}.")
+    accepted = {run: ", ".join(said.accepted) for run, said in by_run.items() if said.accepted}
+    notes += [
+        f"Kept although the study means otherwise ({changes}): {_named(runs)}."
+        for changes, runs in _grouped(accepted).items()
+    ]
     return notes
+
+
+_Run = tuple[str, int]  # an arm, or one of its evaluations, and a seed
+
+
+def _grouped(said: Mapping[_Run, str]) -> dict[str, list[_Run]]:
+    """Return the runs of which the same is said."""
+    groups: dict[str, list[_Run]] = {}
+    for run, text in said.items():
+        groups.setdefault(text, []).append(run)
+    return groups
+
+
+def _named(runs: Iterable[_Run]) -> str:
+    """Name runs, those of an arm together."""
+    seeds: dict[str, list[str]] = {}
+    for arm, seed in runs:
+        seeds.setdefault(arm, []).append(str(seed))
+    return "; ".join(
+        f"{arm}, {'seed' if len(some) == 1 else 'seeds'} {', '.join(some)}"
+        for arm, some in seeds.items()
+    )
 
 
 def _facts(study: Study, rows: Sequence[Row], command: str) -> dict[str, str]:
