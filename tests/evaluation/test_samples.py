@@ -69,6 +69,7 @@ def save_array(stream, content):
     np.save(stream, np.array([content], dtype=object), allow_pickle=True)
 
 
+LINE = saved(lambda stream, size: Image.new("RGB", size).save(stream, "PNG"), (30_000, 1))
 PICKLED = {
     **{f"0.{suffix}": pickle.dumps(Harmful()) for suffix in ("pyd", "pkl", "pickle", "PYD")},
     "0.pth": saved(lambda stream, content: torch.save(content, stream), Harmful()),
@@ -144,6 +145,7 @@ def eps(**_):
     [
         ("2.png", b"\x89PNG no picture", ["'2' of test/0.tar", "decoded"]),
         ("2.png", color_png(2)[:60], ["'2' of test/0.tar", "decoded"]),
+        ("2.png", LINE, ["'2' of test/0.tar", "30000 x 1"]),
         ("2.png", eps(), ["'2' of test/0.tar", "no JPEG, PNG"]),
         ("2.png", None, ["sample '2' of test/0.tar", "no picture"]),
         ("2.cls", None, ["sample '2' of test/0.tar", "no .cls"]),

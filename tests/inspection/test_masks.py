@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torchvision.transforms.functional import to_pil_image
 
 from clip_pgs import create_masking
 from clip_pgs.data.world.draw import draw_scene
@@ -47,6 +48,17 @@ def test_the_grey_share_of_a_panel_is_the_mask_ratio(name, mask_ratio):
     strategies = create_strategies([name], mask_ratio=mask_ratio)
     figure = draw_masks([scene()], strategies, model_input=SMALL)
     assert masked_share(panel(figure, row=0, column=1)) == mask_ratio
+
+
+def test_a_picture_whose_resizing_would_fill_the_memory_is_refused_however_it_comes(tmp_path):
+    strategies = create_strategies(["random"])
+    Image.new("RGB", (1, 30_000)).save(tmp_path / "line.png")
+    line = torch.zeros(3, 1, 30_000)
+    for picture in (tmp_path / "line.png", str(tmp_path / "line.png"), line, to_pil_image(line)):
+        with pytest.raises(ValueError, match="100"):
+            draw_masks([picture], strategies, model_input=SMALL)
+    panorama = Image.new("RGB", (1000, 100))
+    assert draw_masks([panorama], strategies, model_input=SMALL)
 
 
 def test_kept_patches_look_like_the_original():

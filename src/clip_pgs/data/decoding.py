@@ -49,6 +49,9 @@ MAX_IMAGE_BYTES = 2**28
 # Encoders make about ten; libtiff allows as many. Each costs a pass over all pixels.
 MAX_JPEG_SCANS = 100
 MAX_SCANNED_PIXELS = 2**31
+# A model's transform brings the shorter side to the input's, and the longer one grows with it, all
+# of it before the crop: 30,000 x 1 pixels become 6,720,000 x 224.
+MAX_ASPECT_RATIO = 100
 # Of processor time, where a decoder gets lost between its blocks.
 MAX_DECODING_SECONDS = 20.0
 _SECONDS_BETWEEN_SIGNALS = 0.5
@@ -98,9 +101,10 @@ def open_image(source: bytes | str | Path) -> Image.Image:
 
     Raises:
         UnreadableImageError: If it cannot be read, is of another format, damaged, cut short, has
-            more pixels than Pillow takes (twice `Image.MAX_IMAGE_PIXELS`), more than
-            `MAX_IMAGE_BYTES`, `MAX_JPEG_SCANS` or `MAX_SCANNED_PIXELS` over all scans, or takes
-            more than `MAX_DECODING_SECONDS` of processor time.
+            more pixels than Pillow takes (twice `Image.MAX_IMAGE_PIXELS`), a side of more than
+            `MAX_ASPECT_RATIO` times the other, more than `MAX_IMAGE_BYTES`, `MAX_JPEG_SCANS` or
+            `MAX_SCANNED_PIXELS` over all scans, or takes more than `MAX_DECODING_SECONDS` of
+            processor time.
     """
     with opened_image(source) as image:
         image.load()
@@ -124,6 +128,7 @@ def opened_image(source: bytes | str | Path) -> Iterator[Image.Image]:
             # Oddities of a file's metadata; what matters raises.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+            check_aspect_ratio(image)
             _check_scans(data, image.width * image.height)
             yield image
     except (UnreadableImageError, StalledDataError):
@@ -136,6 +141,17 @@ def opened_image(source: bytes | str | Path) -> Iterator[Image.Image]:
     # Decoders raise anything on bytes that are no image, or not all of one.
     except Exception as error:
         raise UnreadableImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def check_aspect_ratio(image: Image.Image) -> None:
+    """Refuse an image that no transform for evaluation resizes at a usual cost.
+
+    Raises:
+        UnreadableImageError: If a side is more than `MAX_ASPECT_RATIO` times the other.
+    """
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        rule = f"a side can be at most {MAX_ASPECT_RATIO} times the other"
+        raise UnreadableImageError(f"{rule}, got {image.width} x {image.height} pixels")
 
 
 def _check_scans(data: bytes, num_pixels: int) -> None:

@@ -16,7 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import normalize, pil_to_tensor, to_pil_image
 
 from clip_pgs.common import explained, literal
-from clip_pgs.data.decoding import IMAGE_FORMATS, open_image, to_rgb
+from clip_pgs.data.decoding import IMAGE_FORMATS, check_aspect_ratio, open_image, to_rgb
 from clip_pgs.files import CHECKPOINTS_NAME, EXPORT_NAME, MODEL_CONFIG_NAME, read_json_object
 from clip_pgs.masking import (
     MaskingStrategy,
@@ -70,16 +70,17 @@ def read_image(image: Image.Image | Tensor | str | Path) -> Image.Image:
             uint8.
 
     Raises:
-        ValueError: If a file cannot be read, or not at a usual cost, or a tensor is not finite.
+        ValueError: If a file cannot be read, or a picture not at a usual cost, or a tensor is not
+            finite.
     """
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, Tensor):
-        if not image.isfinite().all():
-            raise ValueError("an image must be finite, got a tensor with a NaN or an infinity")
-        return to_pil_image(image)
-    with explained(f"cannot read the image {image}"):
-        return open_image(image)
+    if isinstance(image, (str, Path)):
+        with explained(f"cannot read the image {image}"):
+            return open_image(image)
+    if isinstance(image, Tensor) and not image.isfinite().all():
+        raise ValueError("an image must be finite, got a tensor with a NaN or an infinity")
+    picture: Image.Image = to_pil_image(image) if isinstance(image, Tensor) else image
+    check_aspect_ratio(picture)
+    return picture
 
 
 @dataclass(frozen=True)
