@@ -38,6 +38,7 @@ from clip_pgs.data.order import SampleRef, ShardPlan
 from clip_pgs.data.preflight import preflight
 from clip_pgs.data.shards import write_shard as write_pairs
 from clip_pgs.data.tar import _CACHE_VERSION, ShardSource, cache_paths, index_shard, index_shards
+from clip_pgs.files import file_state
 from clip_pgs.tables import Table
 
 IMAGE_BYTES, CAPTION_BYTES = 40_000, 80
@@ -72,7 +73,7 @@ def write_shards(folder: Path, num_shards: int, num_pairs: int) -> list[str]:
         with path.open("wb") as file:
             file.write(head)
             file.truncate(num_pairs * STRIDE + 1024)
-        state = [_CACHE_VERSION, path.stat().st_size, path.stat().st_mtime_ns]
+        state = [_CACHE_VERSION, *file_state(path.stat())]
         with cache_paths(str(path))[0].open("wb") as file:
             arrays = {"keys": keys, "ends": ends, "members": table, "suffixes": "jpg/txt"}
             np.savez(file, state=state, **arrays)

@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import tarfile
 
@@ -297,9 +298,29 @@ def test_index_of_a_folder_that_cannot_be_written_is_in_the_users_cache(large, m
     assert by_index(large) == expected
 
 
+def rewrite(path):
+    """Write other pairs into a shard, whose size and time stay as they were."""
+    before = path.stat()
+    # Till the clock of the file system has gone on.
+    while path.stat().st_ctime_ns == before.st_ctime_ns:
+        write(path, PAIRS[::-1])
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
+def replace(path):
+    """Put another shard of the same size and time in its place."""
+    other = path.with_name("other")
+    shutil.copy2(path, other)
+    rewrite(other)
+    other.replace(path)
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        rewrite,
+        replace,
         lambda path: write(path, PAIRS[:2]),
         lambda path: os.utime(path, (1, 1)),
         lambda path: path.write_bytes(path.read_bytes() + bytes(512)),

@@ -19,7 +19,7 @@ from clip_pgs.data.decoding import read_image_file, time_limit
 from clip_pgs.data.order import SampleRef
 from clip_pgs.data.samples import IMAGE_SUFFIXES, RawSample
 from clip_pgs.data.shards import is_remote
-from clip_pgs.files import absence
+from clip_pgs.files import absence, file_state
 
 logger = logging.getLogger(__name__)
 
@@ -144,14 +144,13 @@ def _read_columns(path: Path, keys: tuple[str, ...], separator: str) -> list[lis
     # A few bytes can unpack to any number.
     if _COMPRESSED.match(head):
         raise ValueError(f"table {str(path)!r} is compressed or a workbook; make it a text file")
-    status = path.stat()
-    return _read_once(path, keys, separator, status.st_size, status.st_mtime_ns)
+    return _read_once(path, keys, separator, file_state(path.stat()))
 
 
 # The checks of a run read the table that its phases read.
 @lru_cache(maxsize=2)
 def _read_once(
-    path: Path, keys: tuple[str, ...], separator: str, size: int, mtime_ns: int
+    path: Path, keys: tuple[str, ...], separator: str, state: tuple[int, int, int]
 ) -> list[list[str]]:
     # A shell hands over a backslash and a t, which OpenCLIP takes for a regular expression.
     separator = {"\\t": "\t"}.get(separator, separator)

@@ -3,7 +3,8 @@
 Consecutive members of one name up to the first dot, such as KEY.jpg and KEY.txt, are a pair. A
 stream is read from its beginning. A local file that is not compressed is indexed once, by
 `tarfile`; the index is kept beside the shard as `.NAME.index`, or in the user's cache where that
-folder cannot be written, and holds as long as the shard's size and time do.
+folder cannot be written, and holds until the file changes: a tool can set its time to what it was
+and rewrite it at its size, but the time of the change of its inode (ctime) is the system's own.
 
 A shard may come from anybody: images and captions alone are read, up to a size, and whatever is
 wrong is a `Skip`.
@@ -42,7 +43,7 @@ from clip_pgs.data.samples import (
     RawSample,
 )
 from clip_pgs.data.shards import is_remote, is_seekable, stated_sizes
-from clip_pgs.files import atomic_file
+from clip_pgs.files import atomic_file, file_state
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ _MAX_PADDING = 2**16
 # Reads in a row at the end of a stream: tarfile takes a few.
 _MAX_EMPTY_READS = 16
 
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 # A smaller shard is indexed in a moment.
 _MIN_CACHED = 200
 # One for each lane, and for some that change over from one shard to the next.
@@ -88,7 +89,7 @@ _MAX_OPEN = MAX_LANES + 64
 _SECONDS_ALONE = 2.0
 _SECONDS_BETWEEN_REPORTS = 10.0
 # A run asks for the same shards again in its checks and in each of its phases.
-_counted: dict[tuple[str, int, int], tuple[int, Skip | None]] = {}
+_counted: dict[tuple[str, int, int, int], tuple[int, Skip | None]] = {}
 
 
 def read_shard(
@@ -310,12 +311,11 @@ def _count(shard: str) -> tuple[int, Skip | None]:
     return len(index), index.failure
 
 
-def _state_of(shard: str) -> tuple[str, int, int]:
+def _state_of(shard: str) -> tuple[str, int, int, int]:
     try:
-        status = os.stat(shard)
+        return shard, *file_state(os.stat(shard))
     except (OSError, ValueError):
-        return shard, -1, -1
-    return shard, status.st_size, status.st_mtime_ns
+        return shard, -1, -1, -1
 
 
 def index_shard(shard: str) -> ShardIndex:
@@ -337,7 +337,7 @@ def _open_shard(shard: str) -> tuple[ShardIndex, BinaryIO]:
 def _index_file(shard: str, file: BinaryIO) -> ShardIndex:
     """Find the pairs of an open shard, in its cached index where that is still true."""
     status = os.fstat(file.fileno())
-    state = [_CACHE_VERSION, status.st_size, status.st_mtime_ns]
+    state = [_CACHE_VERSION, *file_state(status)]
     for path in filter(Path.is_file, cache_paths(shard)):
         # Whatever is wrong with such a file, it is made anew.
         with suppress(Exception), np.load(path, allow_pickle=False) as kept:

@@ -33,7 +33,7 @@ from clip_pgs.evaluation.datasets import MAX_TEXT, EvalSet, count_shards, is_rem
 from clip_pgs.evaluation.masked_inference import Place
 from clip_pgs.evaluation.models import LoadedModel, weights_digest
 from clip_pgs.evaluation.samples import Reading, open_pictures, open_samples
-from clip_pgs.files import regular_file
+from clip_pgs.files import file_state, regular_file
 from clip_pgs.integrations.open_clip import num_patches, set_masking_noise
 from clip_pgs.integrations.open_clip.flops import count_image_flops
 
@@ -427,15 +427,16 @@ def files_fingerprint(folder: Path, paths: Iterable[Path]) -> str:
     lines = []
     for path in sorted(paths):
         status = path.stat()
-        digest = _file_digest(path.resolve(), status.st_size, status.st_mtime_ns)
+        digest = _file_digest(path.resolve(), file_state(status))
         lines.append(f"{path.relative_to(folder).as_posix()} {status.st_size} {digest}")
     return _digest_of(lines)
 
 
-# One call reads a data set for several suites; a file that changes has another time or size.
+# One call reads a data set for several suites; a file that changes has another state.
 @functools.lru_cache(maxsize=65536)
-def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
+def _file_digest(path: Path, state: tuple[int, int, int]) -> str:
     digest = hashlib.sha256()
+    size, mtime_ns, _ = state
     with regular_file(path).open("rb") as file:
         if size <= _WHOLE_FILE_BYTES:
             while block := file.read(_BLOCK_BYTES):
