@@ -38,6 +38,7 @@ from clip_pgs.common import (
     early_end,
     leaving_when_told,
     one_sentence,
+    run_program,
 )
 from clip_pgs.data.shards import read_sizes
 from clip_pgs.files import check_room, unfinished_path, write_text
@@ -407,4 +408,4 @@ def describe(shards: list[Shard]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
@@ -59,6 +61,56 @@ def test_a_command_that_is_told_to_leave_says_so(monkeypatch, capsys, command, e
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == f"{said}\n"
+
+
+NO_ROOM = f"error: standard output: {os.strerror(errno.ENOSPC)}\n"
+
+
+@pytest.mark.parametrize("command", ["clip_pgs --version", "clip_pgs.data --help"])
+@pytest.mark.parametrize(
+    ("place", "code", "said"),
+    [(">&-", 0, ""), (">&- <&- 2>&-", 0, ""), (">/dev/full", 1, NO_ROOM), (">&$PIPE", 141, "")],
+)
+def test_what_nobody_reads_is_no_fault_and_a_full_disk_is_told(command, place, code, said):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m {command} {place}"],
+        capture_output=True,
+        text=True,
+        pass_fds=[writer],
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT / "src"), "PIPE": str(writer)},
+        timeout=60,
+    )
+    os.close(writer)
+    assert (done.stdout, done.stderr, done.returncode) == ("", said, code)
+
+
+class Unwritable(io.StringIO):
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def write(self, text):
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("command", ["--help", "completion bash", "study --help"])
+@pytest.mark.parametrize(
+    ("stream", "code", "said"),
+    [
+        (None, 0, ""),
+        (Unwritable(errno.ENOSPC), 1, NO_ROOM),
+        (Unwritable(errno.EPIPE), 141, ""),
+    ],
+)
+def test_a_call_from_python_ends_so_too(monkeypatch, capsys, command, stream, code, said):
+    monkeypatch.setattr(sys, "stdout", stream)
+    try:
+        found = main(command.split())
+    except SystemExit as end:
+        found = end.code
+    assert (found, sys.stdout, capsys.readouterr().err) == (code, stream, said)
 
 
 IMPORTERS = (

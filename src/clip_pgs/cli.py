@@ -10,7 +10,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from clip_pgs.common import CONFIGS, AskedToLeaveError, early_end, leaving_when_told, refuse
+from clip_pgs.common import (
+    CONFIGS,
+    AskedToLeaveError,
+    early_end,
+    leaving_when_told,
+    refuse,
+    run_program,
+)
 from clip_pgs.integrations import check_versions
 from clip_pgs.registry import registered_names
 
@@ -55,9 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The command's exit code; 2 for a command that there is not, or that lacks a package, 85
-        where a signal asked it to leave, 130 for Ctrl-C.
+        where a signal asked it to leave, 130 for Ctrl-C; see `run_program` for standard output.
     """
-    command, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
+    return run_program(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+    command, *rest = [*argv, ""]
     if command in ("", "-h", "--help"):
         sys.stdout.write(_usage())
         return 0 if command else 2

@@ -1,6 +1,7 @@
 """What commands share: arguments, errors of one sentence, exit codes and the signals that end them.
 
-An error reaches a terminal as one line on stderr, with exit code 2 for bad input.
+An error reaches a terminal as one line on stderr, with exit code 2 for bad input. What is printed
+may go to a full disk, to a pipe that nobody reads, or nowhere; see `run_program`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,14 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    redirect_stderr,
+    redirect_stdout,
+)
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -24,7 +31,7 @@ from typing import Any, NoReturn
 from clip_pgs.files import DISK_FULL
 
 # Exit codes; 1 is anything that is not below.
-DONE, FAILED, BAD_INPUT, PREEMPTED, INTERRUPTED = 0, 1, 2, 85, 130
+DONE, FAILED, BAD_INPUT, PREEMPTED, INTERRUPTED, UNREAD = 0, 1, 2, 85, 130, 141
 
 # An installed package carries its configs; a clone keeps them at its top.
 _PACKAGE = Path(__file__).resolve().parent
@@ -64,6 +71,78 @@ def refuse(error: BaseException | str) -> int:
     """Say on stderr, in one sentence, why a command ends, and return its exit code."""
     sys.stderr.write(f"error: {one_sentence(error)}\n")
     return refusal_code(error)
+
+
+class OutputError(BaseException):
+    """Standard output cannot be written; no `except Exception` takes it for another file."""
+
+
+class _Output:
+    """A text stream, most likely standard output, that raises `OutputError` alone, and once."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        return self._done(self._stream.write, text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write texts."""
+        self._done(self._stream.writelines, lines)
+
+    def flush(self) -> None:
+        """Write what waits to be written."""
+        self._done(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _done(self, method: Callable[..., Any], *given: Any) -> Any:
+        try:
+            return method(*given)
+        except OSError as error:
+            is_process_wide = self._stream is sys.__stdout__
+            if is_process_wide:
+                # Else Python fails again, at its end, at what it could not write.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            raise OutputError from error
+
+
+def run_program(main: Callable[[], int | None]) -> int:
+    """Run a command line, whatever becomes of what it prints.
+
+    Where standard output or stderr is closed, what would be printed is dropped.
+
+    Returns:
+        The program's exit code; or, where standard output cannot be written, 1 after a sentence,
+        and 141 in silence where it is a pipe that nobody reads any more, as for programs that
+        SIGPIPE ends.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The next file that is opened would take its place, and what others print.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    with ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        if sys.stderr is None:
+            stack.enter_context(redirect_stderr(nowhere))
+        output: Any = _Output(nowhere if sys.stdout is None else sys.stdout)
+        stack.enter_context(redirect_stdout(output))
+        try:
+            try:
+                return main() or DONE
+            finally:
+                output.flush()
+        except OutputError as error:
+            reason = error.__cause__
+            if isinstance(reason, BrokenPipeError):
+                return UNREAD
+            assert isinstance(reason, OSError)
+            sys.stderr.write(f"error: standard output: {reason.strerror}\n")
+            return FAILED
 
 
 def is_first_process() -> bool:

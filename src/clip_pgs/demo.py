@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from clip_pgs.common import BAD_INPUT, AskedToLeaveError, SentenceParser, early_end
+from clip_pgs.common import BAD_INPUT, AskedToLeaveError, SentenceParser, early_end, run_program
 from clip_pgs.files import EVAL_NAME, EXPORT_NAME, LOCK_NAME, LOG_NAME, folder_lock, write_text
 from clip_pgs.launch import start
 from clip_pgs.training.stop import lock_holder, take_lock
@@ -252,4 +252,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip_pgs import cli
-from clip_pgs.common import AskedToLeaveError, early_end, leaving_when_told, refuse
+from clip_pgs.common import AskedToLeaveError, early_end, leaving_when_told, refuse, run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,4 +42,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from clip_pgs.common import SentenceParser, refuse
+from clip_pgs.common import SentenceParser, refuse, run_program
 from clip_pgs.files import check_writable
 
 _CAPTION_KEY = "field of the side-car .json that holds the captions (none: captions are .txt)"
@@ -193,4 +193,4 @@ def _run_words(shards: str, out: Path, min_count: int, workers: int, **columns: 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from clip_pgs.common import AskedToLeaveError, early_end, leaving_when_told
+from clip_pgs.common import AskedToLeaveError, early_end, leaving_when_told, run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,4 +45,4 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

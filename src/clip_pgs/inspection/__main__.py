@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.common import SentenceParser, number_in, refuse
+from clip_pgs.common import SentenceParser, number_in, refuse, run_program
 from clip_pgs.registry import registered_names
 
 _count, _share = number_in(int, 1, 10**6), number_in(float, 0, 1)
@@ -269,4 +269,4 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

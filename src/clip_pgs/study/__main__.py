@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_pgs.common import INTERRUPTED, SentenceParser, find_config, number_in, refuse
+from clip_pgs.common import INTERRUPTED, SentenceParser, find_config, number_in, refuse, run_program
 
 if TYPE_CHECKING:
     from clip_pgs.study.plan import Study
@@ -156,4 +156,4 @@ def _chosen(flag: str, named: list | None, known: list) -> list:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

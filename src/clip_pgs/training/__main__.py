@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clip_pgs.common import is_first_process, one_sentence
+from clip_pgs.common import is_first_process, one_sentence, run_program
 from clip_pgs.training.stop import (
     BAD_INPUT,
     FAILED,
@@ -196,4 +196,4 @@ if __name__ == "__main__":
 
         # Tells torchrun what went wrong, which shows it for the process that failed first.
         start = record(main)
-    leave(start() or 0)
+    leave(run_program(start))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip_pgs.common import FAILED, SentenceParser, explained, one_sentence, refuse
+from clip_pgs.common import FAILED, SentenceParser, explained, one_sentence, refuse, run_program
 from clip_pgs.files import CHECKPOINTS_NAME
 
 _logger = logging.getLogger(__name__)
@@ -72,4 +72,4 @@ def _check_repository(repo_id: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

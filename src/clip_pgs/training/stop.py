@@ -31,7 +31,16 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, NoReturn
 
-from clip_pgs.common import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, catching, explained
+from clip_pgs.common import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    PREEMPTED,
+    OutputError,
+    catching,
+    explained,
+)
 from clip_pgs.files import EXIT_NAME, LOCK_NAME
 
 if TYPE_CHECKING:
@@ -468,7 +477,8 @@ def leave(code: int) -> NoReturn:
     if any(child.is_alive() for child in children):
         # In a read that not even this breaks off; Python would wait for it.
         logging.shutdown()
-        sys.stdout.flush()
+        with suppress(OutputError):
+            sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
