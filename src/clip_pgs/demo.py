@@ -1,8 +1,8 @@
 """The demo: make the world, train with PGS, evaluate in all suites, draw what PGS keeps.
 
 Everything goes to data/demo and logs/demo below the working directory. What is there already is
-kept, and an interrupted run goes on. A run that is being trained is never removed, and there is one
-demo at a time in a folder.
+kept, and an interrupted run goes on; a world that is not whole is made again. A run that is being
+trained is never removed, and there is one demo at a time in a folder.
 """
 
 from __future__ import annotations
@@ -60,21 +60,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = arguments[1:] if is_fresh else []
     if not is_fresh:
         make_parser().parse_args(arguments)
+    cure = "the same command begins again"
     try:
         with folder_lock(Path(), on_busy=_refuse_second):
-            _demo(is_fresh, flags)
+            if _QUESTIONS & set(flags):
+                _call(*_TRAIN, *flags)
+                return 0
+            _prepare(is_fresh, flags)
+            how = "the same command"
+            if is_fresh:
+                how += " without --fresh"
+            if flags:
+                how = (
+                    f"clip-pgs train demo {shlex.join(flags)} --resume latest, then clip-pgs demo,"
+                )
+            cure = f"{how} goes on where it was"
+            _demo(flags)
     except _DemoError as error:
         if str(error):
             sys.stderr.write(f"error: {error}\n")
         return error.code
     except (KeyboardInterrupt, AskedToLeaveError) as error:
         sentence, code = early_end(error)
-        how = "the same command"
-        if is_fresh:
-            how += " without --fresh"
-        if flags:
-            how = f"clip-pgs train demo {shlex.join(flags)} --resume latest, then clip-pgs demo,"
-        sys.stderr.write(f"{sentence}; {how} goes on where it was\n")
+        sys.stderr.write(f"{sentence}; {cure}\n")
         return code
     return 0
 
@@ -92,10 +100,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(is_fresh: bool, flags: Sequence[str]) -> None:
-    if _QUESTIONS & set(flags):
-        _call(*_TRAIN, *flags)
-        return
+def _prepare(is_fresh: bool, flags: Sequence[str]) -> None:
+    """Make the world, and remove the run that a fresh one takes the place of."""
     if is_fresh:
         with _run_lock():
             pass
@@ -108,6 +114,9 @@ def _demo(is_fresh: bool, flags: Sequence[str]) -> None:
         with _run_lock():
             shutil.rmtree(_RUN, ignore_errors=True)
 
+
+def _demo(flags: Sequence[str]) -> None:
+    """Train, evaluate and draw."""
     _heading("2 of 4: training")
     export = _RUN / EXPORT_NAME
     if export.is_dir():
