@@ -260,8 +260,8 @@ def _arm(name: str, said: Any, overrides: dict[str, Any]) -> Arm:
 
 
 def _evaluations(said: Any) -> tuple[dict[str, Any], ...]:
-    calls = [said] if isinstance(said, dict) else said
-    if not isinstance(calls, list) or not calls:
+    calls = said if isinstance(said, list) else []
+    if not calls or not all(isinstance(call, dict) for call in calls):
         raise ValueError(f"'evaluations' is a list of mappings of flags, got {said!r}")
     return tuple(_evaluation("evaluations", call) for call in calls)
 
@@ -327,12 +327,14 @@ def _seeds(said: Any) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _formula(name: str, said: Any) -> Formula:
+def _formula(name: str, said: Any, *, max_depth: int = 2) -> Formula:
     if isinstance(said, str) and said.count("/") >= 2:
         return said
-    if isinstance(said, list) and said:
-        return [_formula(name, part) for part in said]
-    raise ValueError(f"metric {name!r} is a list of SUITE/DATASET/METRIC, got {said!r}")
+    if isinstance(said, list) and said and max_depth:
+        return [_formula(name, part, max_depth=max_depth - 1) for part in said]
+    raise ValueError(
+        f"metric {name!r} is a list of SUITE/DATASET/METRIC, or of lists of such, got {said!r}"
+    )
 
 
 def named_values(formula: Formula) -> Iterator[tuple[str, str, str]]:
