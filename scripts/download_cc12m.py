@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urljoin
 
 import clip_pgs  # isort: skip  (first, so that Ctrl-C while the rest loads is a word)
 from huggingface_hub import HfApi
@@ -50,6 +50,7 @@ MAX_PAGES = 1_000
 # Of silence, and of an answer's whole text.
 LIST_SECONDS = 30
 MAX_TRIES, RETRY_SECONDS = 3, 2
+MAX_REDIRECTS = 5
 MAX_ANSWER_BYTES = 2**26
 # A shard is a plain file name, short enough for any disk with what is appended while it comes;
 # what only ends like one could lie anywhere on this machine.
@@ -253,21 +254,31 @@ def read_page(url: str, repo: str) -> tuple[bytes, dict[str, dict[str, str]]]:
 
 
 @contextmanager
-def opened(url: str) -> Iterator[tuple[Any, Iterator[bytes]]]:
+def opened(url: str, redirects: int = MAX_REDIRECTS) -> Iterator[tuple[Any, Iterator[bytes]]]:
     """Ask for a URL and nothing else, and give the answer with its bytes as they come.
 
-    The Hub's client asks for more on the way, and waits for the end of whatever comes.
+    The Hub's client asks for more on the way, and waits for the end of whatever comes, also of what
+    only says where the answer is.
     """
     session, headers = get_session(), {"user-agent": f"clip-pgs/{clip_pgs.__version__}"}
     if (token := os.environ.get("HF_TOKEN")) and url.startswith(f"{HfApi().endpoint}/"):
         headers["authorization"] = f"Bearer {token}"
     # The Hub's client has httpx's session since its version 1, and that of requests before.
     is_httpx = callable(getattr(session, "stream", None))
-    stream = session.stream("GET", url, headers=headers, timeout=LIST_SECONDS) if is_httpx else None
-    with stream or session.get(url, headers=headers, timeout=LIST_SECONDS, stream=True) as answer:
-        if answer.status_code != 200:
-            raise OSError(f"it answered {answer.status_code}")
-        yield answer, answer.iter_bytes() if is_httpx else answer.iter_content(2**16)
+    options: dict[str, Any] = {"headers": headers, "timeout": LIST_SECONDS}
+    if is_httpx:
+        stream = session.stream("GET", url, follow_redirects=False, **options)
+    else:
+        stream = session.get(url, allow_redirects=False, stream=True, **options)
+    with stream as answer:
+        place = answer.headers.get("location") if answer.status_code // 100 == 3 else None
+        if place is None or not redirects:
+            if answer.status_code != 200:
+                raise OSError(f"it answered {answer.status_code}")
+            yield answer, answer.iter_bytes() if is_httpx else answer.iter_content(2**16)
+            return
+    with opened(urljoin(url, place), redirects - 1) as found:
+        yield found
 
 
 def known_sizes(path: Path, shards: list[Shard]) -> dict[str, int]:

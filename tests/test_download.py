@@ -41,6 +41,8 @@ class Hub(ThreadingHTTPServer):
         self.empty_pages = 0
         self.next_link: str | None = None
         self.endless_pause: float | None = None
+        self.is_moved = False
+        self.num_whole = 0
         self.seconds_a_byte = 0.0
         self.status = 200
 
@@ -86,15 +88,19 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.server.fetched.append(name)
         headers = {"ETag": f'"{_sha256(content)}"', "X-Repo-Commit": "1" * 40}
-        if self.server.endless_pause is not None:
+        is_redirect = self.server.is_moved and "?moved" not in self.path
+        if self.server.endless_pause is not None or is_redirect:
             self.close_connection = True
-            self.send_response(200)
+            self.send_response(302 if is_redirect else 200)
+            self.send_header("Location", f"{self.path}?moved")
             self.end_headers()
             # Until the other side has enough, and no test fills a disk.
             with contextlib.suppress(OSError):
                 for _ in range(1000):
                     self.wfile.write(bytes(2**16))
-                    time.sleep(self.server.endless_pause)
+                    time.sleep(self.server.endless_pause or 0)
+                else:
+                    self.server.num_whole += 1
             return
         self._answer(content, headers)
 
@@ -265,6 +271,14 @@ def test_a_shard_that_has_no_end_is_given_up_at_its_listed_size(hub, download, t
     assert "cc12m-train-0000.tar is longer than" in done.stderr
     assert hub.fetched == ["cc12m-train-0000.tar"]
     assert [path.name for path in tmp_path.rglob("*")] == []
+
+
+def test_a_redirect_that_has_no_end_is_followed_and_not_read(hub, download, tmp_path):
+    hub.is_moved = True
+    done = download(tmp_path, "--shards", "0-1")
+    assert done.returncode == 0, done.stderr
+    assert len(shard_files(tmp_path)) == 2
+    assert hub.num_whole == 0
 
 
 @pytest.mark.slow
