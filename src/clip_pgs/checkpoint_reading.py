@@ -323,7 +323,7 @@ def check_sum(path: Path) -> None:
     """
     digests = [digest for name, digest in read_sums(path.parent) if name == path.name]
     if digests:
-        if _file_digest(path) not in digests:
+        if file_digest(path) not in digests:
             raise ValueError(
                 f"checkpoint {str(path)!r} is damaged: its checksum is not the one in {SUMS_NAME}"
             )
@@ -365,7 +365,12 @@ def _damaged_member(path: Path) -> str | None:
         return archive.testzip()
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, 64 hexadecimal digits.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

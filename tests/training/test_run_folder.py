@@ -317,6 +317,18 @@ def test_a_table_with_another_row_is_refused(tmp_path, monkeypatch):
         check_options(parse_options(resumed(table)))
 
 
+def test_a_table_in_another_order_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = write_csv(tmp_path / "pairs")
+    first = parse_options(resumed(table)[:-2])
+    (tmp_path / "logs" / "demo").mkdir(parents=True)
+    save_options(first, tmp_path / "logs" / "demo", files=training_files(first))
+    head, *rows = table.read_text().splitlines(keepends=True)
+    table.write_text("".join([head, *reversed(rows)]))
+    with pytest.raises(ValueError, match=r"\(train_data pairs.csv: \w+ -> \w+\)"):
+        check_options(parse_options(resumed(table)))
+
+
 def test_a_run_of_before_that_kept_the_pattern_alone_goes_on(trained, tmp_path):
     path = tmp_path / "logs" / "demo" / "options.json"
     saved = json.loads(path.read_text())

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 import clip_pgs
+from clip_pgs.checkpoint_reading import file_digest
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
     ENVIRONMENT_NAME,
@@ -39,11 +40,11 @@ from clip_pgs.files import (
 )
 from clip_pgs.tables import counted
 from clip_pgs.training.build import read_model_config
+from clip_pgs.training.data_checks import has_training_data, training_kind
 from clip_pgs.training.export import open_clip_config, tokenizer_source
 from clip_pgs.training.loggers import BestEffort
 from clip_pgs.training.options import (
     IDENTITY,
-    MODEL_SCHEMAS,
     RECIPE,
     UNMASKED,
     TrainOptions,
@@ -220,25 +221,31 @@ def read_options_file(folder: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def named_contents(options: TrainOptions) -> list[str]:
-    """Return digests of what the model and the text masking are read from, file by file.
+    """Return digests of what table, model and text masking are read from, file by file.
 
-    Weights are left out: a run that goes on has its own.
+    Weights are left out: a run that goes on has its own. So are shards and pictures, of which names
+    and sizes are compared: a table that is only sorted anew keeps both.
 
     Raises:
         OSError: If a file cannot be read.
     """
-    found: dict[str, bytes] = {}
+    files: dict[str, Path] = {}
+    if has_training_data(options) and training_kind(options) == "csv":
+        path = Path(options.train_data or "")
+        files[f"train_data {path.name}"] = path
     for name, value in options.text_masking_options.items():
-        if isinstance(value, str) and os.path.isfile(value):
-            found[f"text_masking_option {name}"] = Path(value).read_bytes()
+        if isinstance(value, str):
+            files[f"text_masking_option {name}"] = Path(value)
     if options.model.startswith("local-dir:"):
-        folder = Path(options.model.removeprefix("local-dir:"))
-        for path in sorted(path for path in folder.iterdir() if path.suffix in _READ_ENDINGS):
-            found[f"model {path.name}"] = path.read_bytes()
-    elif options.model.startswith(MODEL_SCHEMAS):
+        for path in sorted(Path(options.model.removeprefix("local-dir:")).iterdir()):
+            if path.suffix in _READ_ENDINGS:
+                files[f"model {path.name}"] = path
+    # os.path: a text that is too long is the name of no file.
+    digests = {name: file_digest(path) for name, path in files.items() if os.path.isfile(path)}
+    if options.model.startswith("hf-hub:"):
         config = json.dumps(read_model_config(options), sort_keys=True)
-        found["model config"] = config.encode()
-    return [f"{name}: {hashlib.sha256(data).hexdigest()[:12]}" for name, data in found.items()]
+        digests["model config"] = hashlib.sha256(config.encode()).hexdigest()
+    return [f"{name}: {digest[:12]}" for name, digest in digests.items()]
 
 
 def changed_options(
