@@ -189,6 +189,14 @@ def newest_checkpoint(
     return None
 
 
+def named_latest(folder: Path) -> Path | None:
+    """Return the file that a checkpoint folder's `latest` names, which may be gone; else None."""
+    pointer = folder / LATEST_NAME
+    if not pointer.is_file():
+        return None
+    return folder / Path(pointer.read_text(encoding="utf-8", errors="replace").strip()).name
+
+
 def _pass_over(path: Path, error: ValueError) -> None:
     _logger.warning("%s; it is passed over", error)
 

@@ -249,6 +249,21 @@ def test_damaged_checkpoints_are_named(tmp_path, finished_run, capsys):
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
+def test_an_export_is_not_replaced_by_an_older_checkpoints(tmp_path, finished_run, capsys, damage):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    latest = (folder / "checkpoints/latest").read_text().strip()
+    damage(folder / "checkpoints" / latest)
+    before = {path: path.read_bytes() for path in (folder / "export").iterdir()}
+    assert export_command.main([str(folder)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"checkpoints/{latest} is " in said
+    assert f"remove {folder}/export to export epoch_1.pt" in said
+    assert {path: path.read_bytes() for path in (folder / "export").iterdir()} == before
+    shutil.rmtree(folder / "export")
+    assert export_command.main([str(folder)]) == 0
+
+
 def test_a_checkpoint_without_a_record_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no record"):
         export.write_export({"state_dict": {}, "name": "x"}, tmp_path / "export")

@@ -46,6 +46,7 @@ from clip_pgs.checkpoint_reading import (
     find_non_finite,
     fit_weights,
     load_checkpoint,
+    named_latest,
     named_tensors,
     newest_checkpoint,
     read_checkpoint,
@@ -513,13 +514,11 @@ def find_latest(folder: Path) -> Path | None:
     for path, damage in damaged.items():
         os.replace(path, path.with_name(path.name + DAMAGED_ENDING))
         _logger.warning("%s; it is set aside as %s%s", damage, path.name, DAMAGED_ENDING)
-    pointer = folder / LATEST_NAME
-    if pointer.is_file():
-        name = Path(pointer.read_text(encoding="utf-8", errors="replace").strip()).name
-        if not (folder / name).is_file():
-            if RUN_FILE.fullmatch(name) and folder / name not in damaged:
-                _logger.warning("%s is gone: going on from %s", folder / name, newest.name)
-            name_latest(newest)
+    named = named_latest(folder)
+    if named is not None and not named.is_file():
+        if RUN_FILE.fullmatch(named.name) and named not in damaged:
+            _logger.warning("%s is gone: going on from %s", named, newest.name)
+        name_latest(newest)
     return newest
 
 

@@ -23,7 +23,13 @@ import safetensors.torch
 from huggingface_hub import EvalResult, ModelCardData
 from open_clip.tokenizer import HFTokenizer
 
-from clip_pgs.checkpoint_reading import find_non_finite, load_checkpoint, newest_checkpoint
+from clip_pgs.checkpoint_reading import (
+    RUN_FILE,
+    find_non_finite,
+    load_checkpoint,
+    named_latest,
+    newest_checkpoint,
+)
 from clip_pgs.common import explained
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
@@ -383,7 +389,8 @@ def export_run(
             other files stay as they are.
 
     Raises:
-        ValueError: If the run has no checkpoint of this trainer that is whole.
+        ValueError: If the run has no checkpoint of this trainer that is whole, or if the one that
+            `latest` names is gone or damaged and there is an export, which could be its.
         OSError: If it cannot be written, see `write_export`.
     """
     damaged: dict[Path, ValueError] = {}
@@ -394,8 +401,16 @@ def export_run(
         raise ValueError(f"{str(run_folder)!r} has no checkpoint to export")
     for error in damaged.values():
         _logger.warning("%s; it is passed over", error)
-    checkpoint = load_checkpoint(path)
     folder = run_folder / EXPORT_NAME
+    latest = named_latest(run_folder / CHECKPOINTS_NAME)
+    if latest is not None and RUN_FILE.fullmatch(latest.name) and folder.exists():
+        trouble = "damaged" if latest in damaged else "" if latest.is_file() else "gone"
+        if trouble:
+            raise ValueError(
+                f"{latest} is {trouble}, and {folder} may be its export; put a copy back, or "
+                f"remove {folder} to export {path.name}"
+            )
+    checkpoint = load_checkpoint(path)
     if not card_alone:
         with explained(str(path)):
             write_export(checkpoint, folder, license_name=license_name)
