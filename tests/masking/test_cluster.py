@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import threading
 
 import pytest
@@ -245,6 +246,29 @@ def test_the_state_before_calibration_restores_the_default():
 def test_anything_else_is_no_state(state):
     with pytest.raises(ValueError, match="the state of a threshold must hold lists of one length"):
         create_masking("cluster").load_state(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("thresholds", math.nan),
+        ("thresholds", "a"),
+        ("thresholds", 2.0),
+        ("mask_ratios", math.inf),
+        ("mask_ratios", -0.1),
+        ("progress", None),
+        ("progress", [0.5]),
+        ("num_batches", -5),
+        ("num_batches", True),
+        ("num_batches", 10**400),
+    ],
+)
+def test_a_state_of_other_numbers_is_refused_and_changes_nothing(name, value):
+    strategy = calibrated(create_masking("cluster"))
+    before = strategy.state()
+    with pytest.raises(ValueError, match=f"^{name} of the state must be in "):
+        strategy.load_state({**before, name: [value]})
+    assert strategy.state() == before
 
 
 def test_the_default_threshold_joins_its_points():

@@ -496,11 +496,11 @@ def load_masking_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     masking = tower_masking(model)
     if unknown := set(state) - {"strategy", "teacher"}:
         raise ValueError(f"a masking's state has no part {', '.join(sorted(unknown))}")
+    if "strategy" in state:
+        masking.strategy.load_state(state["strategy"])
     if "teacher" in state:
         if masking.teacher is None:
             raise ValueError(
                 f"the state holds a teacher, and {type(masking.strategy).__name__} has none"
             )
         masking.teacher.load_state(state["teacher"])
-    if "strategy" in state:
-        masking.strategy.load_state(state["strategy"])

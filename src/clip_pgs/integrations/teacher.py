@@ -41,7 +41,7 @@ def teacher_momentum(start: float, *, step: int, total_steps: int) -> float:
     """
     check_range(step, name="step", low=0, high=math.inf)
     check_range(total_steps, name="total_steps", low=1, high=math.inf)
-    done = min(step / total_steps, 1.0)
+    done = min(step, total_steps) / total_steps
     return 1.0 - (1.0 - start) * (math.cos(math.pi * done) + 1.0) / 2.0
 
 
@@ -119,8 +119,13 @@ class Teacher:
         """Take weights that `state` returned.
 
         Raises:
-            ValueError: If they belong to another tower.
+            ValueError: If they belong to another tower, or one is not finite.
         """
+        for name, weight in state.items():
+            if isinstance(weight, Tensor) and not weight.isfinite().all():
+                raise ValueError(
+                    f"the teacher's weights must be finite, and those of {name} are not"
+                )
         with explained("the teacher's weights do not fit the image tower", RuntimeError):
             self.tower.load_state_dict(dict(state))
 

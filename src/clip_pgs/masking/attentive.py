@@ -63,7 +63,7 @@ class AttentiveMasking(FixedRatioMasking):
         check_range(momentum, name="momentum", low=0, high=1)
         self.resolution = resolution
         self.momentum = momentum
-        check_range(cell, name="cell", low=1, high=1024)
+        check_range(cell, name="cell", low=1, high=1024, whole=True)
         self.cell = cell
 
     def num_keep(self, inputs: PatchInputs) -> int:

@@ -90,7 +90,7 @@ class GaussianMasking(FixedRatioMasking):
     ) -> None:
         super().__init__(mask_ratio=mask_ratio)
         check_choice(rule, ("released", "weights"), name="rule")
-        check_range(sigma, name="sigma", low=1e-3, high=1e6)
+        check_range(sigma, name="sigma", low=1e-3, high=1e6, optional=True)
         if sigma is not None and rule != "weights":
             raise ValueError(f"sigma goes with rule=weights, got rule={rule}")
         self.rule = rule

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clip_pgs.masking.sampling import draw_noise
-from clip_pgs.masking.strategy import MaskingStrategy, PatchInputs
+from clip_pgs.masking.strategy import MaskingStrategy, PatchInputs, check_range
 
 _logger = logging.getLogger(__name__)
 
@@ -23,6 +23,13 @@ NUM_BATCHES = 8  # whose thresholds are averaged at one point of training
 NUM_POINTS = 10  # points of training with a threshold of their own
 TOLERANCE = 0.01  # of the mask ratio
 _NUM_HALVINGS = 24
+# Of the numbers in a record.
+_RANGES = {
+    "thresholds": (-1, 1),
+    "mask_ratios": (0, 1),
+    "progress": (0, 1),
+    "num_batches": (1, 1e9),
+}
 
 
 class CalibratedMasking(MaskingStrategy):
@@ -183,6 +190,9 @@ class ThresholdRecord:
                 f"the state of a threshold must hold lists of one length named {', '.join(names)}, "
                 f"got {dict(state)}"
             )
+        for name, (low, high) in _RANGES.items():
+            for number in columns[name]:
+                check_range(number, name=f"{name} of the state", low=low, high=high)
         return cls(**columns)
 
     def state(self) -> dict[str, float | list[float]]:

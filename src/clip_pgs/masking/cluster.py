@@ -100,9 +100,9 @@ class ClusterMasking(CalibratedMasking):
         self.mask_ratio = mask_ratio
         self.mask_ratio_min = lower_bound(mask_ratio, mask_ratio_min)
         check_share(anchor_ratio, name="anchor_ratio")
-        check_range(threshold, name="threshold", low=-1e6, high=1e6)
+        check_range(threshold, name="threshold", low=-1e6, high=1e6, optional=True)
         check_range(random_share, name="random_share", low=0, high=1)
-        check_range(random_share_end, name="random_share_end", low=0, high=1)
+        check_range(random_share_end, name="random_share_end", low=0, high=1, optional=True)
         self.anchor_ratio = anchor_ratio
         self.random_share = random_share
         self.random_share_end = random_share_end

@@ -11,7 +11,6 @@ function, and says where the authors' released code (`pgs_released.py`) computes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -148,7 +147,13 @@ class PGSOptions:
 
     def __post_init__(self) -> None:
         low = lower_bound(self.mask_ratio, self.mask_ratio_min)
-        check_range(self.mask_ratio_mean, name="mask_ratio_mean", low=low, high=self.mask_ratio)
+        check_range(
+            self.mask_ratio_mean,
+            name="mask_ratio_mean",
+            low=low,
+            high=self.mask_ratio,
+            optional=True,
+        )
         if self.mask_ratio_mean is not None and (
             low == self.mask_ratio or self.threshold is not None
         ):
@@ -161,13 +166,16 @@ class PGSOptions:
         check_choice(self.edge_detector, EDGE_DETECTORS, name="edge_detector")
         for name in ("edge_protection", "edge_weight", "center_weight"):
             check_range(getattr(self, name), name=name, low=0, high=_MAX_WEIGHT)
-        for name in ("random_share", "random_share_end", "random_images"):
+        for name in ("random_share", "random_images"):
             check_range(getattr(self, name), name=name, low=0, high=1)
-        check_range(self.threshold, name="threshold", low=-_MAX_WEIGHT, high=_MAX_WEIGHT)
+        for name, least, most, is_whole in (
+            ("random_share_end", 0, 1, False),
+            ("threshold", -_MAX_WEIGHT, _MAX_WEIGHT, False),
+            ("neighborhood", 0, _MAX_WEIGHT, True),
+        ):
+            value = getattr(self, name)
+            check_range(value, name=name, low=least, high=most, whole=is_whole, optional=True)
         check_sinkhorn_options(**self.sinkhorn())
-        if not isinstance(self.neighborhood, Integral | None):
-            raise ValueError(f"neighborhood must be a whole number, got {self.neighborhood}")
-        check_range(self.neighborhood, name="neighborhood", low=0, high=_MAX_WEIGHT)
         if self.neighborhood is not None and self.transport and self.solver != "log":
             raise ValueError(f"neighborhood goes with solver='log', got solver={self.solver!r}")
 

@@ -89,7 +89,7 @@ class PGSReleasedMasking(MaskingStrategy):
         self.mask_ratio_min = lower_bound(mask_ratio, mask_ratio_min)
         if not 0.0 <= candidate_ratio < 1.0:
             raise ValueError(f"candidate_ratio must be in [0, 1), got {candidate_ratio}")
-        check_range(threshold, name="threshold", low=-1e6, high=1e6)
+        check_range(threshold, name="threshold", low=-1e6, high=1e6, optional=True)
         check_range(num_epochs, name="num_epochs", low=1e-6, high=1e6)
         self.threshold = mask_ratio if threshold is None else threshold
         self.candidate_ratio = candidate_ratio

@@ -51,7 +51,7 @@ def scheduled_ratio(
         ValueError: If an argument is out of its range.
     """
     for name, ratio in (("start", start), ("end", end)):
-        check_range(ratio, name=name, low=0, high=1)
+        check_range(ratio, name=name, low=0, high=1, optional=name == "end")
     if not isinstance(progress, Tensor):
         check_range(progress, name="progress", low=0, high=1)
     check_choice(kind, MASK_SCHEDULES, name="kind")

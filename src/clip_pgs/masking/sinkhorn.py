@@ -112,7 +112,7 @@ def check_sinkhorn_options(*, temperature: float, num_iters: int, solver: str) -
         ValueError: See `sinkhorn_plan`.
     """
     check_range(temperature, name="temperature", low=1e-6, high=1e6)
-    check_range(num_iters, name="num_iters", low=1, high=10_000)
+    check_range(num_iters, name="num_iters", low=1, high=10_000, whole=True)
     check_choice(solver, SOLVERS, name="solver")
 
 

@@ -747,16 +747,36 @@ def keeps_different_counts(strategy: MaskingStrategy) -> bool:
     return getattr(strategy, "mask_ratio_min", None) not in (None, ratio)
 
 
-def check_range(value: float | None, *, name: str, low: float, high: float) -> None:
-    """Refuse a number outside [low, high], as a NaN is, too; None is none.
+def check_range(
+    value: Any,
+    *,
+    name: str,
+    low: float,
+    high: float,
+    whole: bool = False,
+    optional: bool = False,
+) -> None:
+    """Refuse what is no number in [low, high], as a NaN and True are none.
 
     Numbers that float32 cannot hold, or that take for ever, are outside of every option's range.
+
+    Args:
+        value: Anything.
+        name: What to call it.
+        low: Lowest number.
+        high: Highest number.
+        whole: Whether it must be a whole number.
+        optional: Whether None will do.
 
     Raises:
         ValueError: If it is.
     """
-    if value is not None and not (isinstance(value, Real) and low <= value <= high):
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
+    if optional and value is None:
+        return
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not (is_number and low <= value <= high):
+        kind = "a whole number " if whole and not is_number else ""
+        raise ValueError(f"{name} must be {kind}in [{low:g}, {high:g}], got {value}")
 
 
 def check_share(share: float, *, name: str) -> None:

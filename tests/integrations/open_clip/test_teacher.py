@@ -138,6 +138,17 @@ def test_loaded_weights_are_where_the_teacher_starts():
     assert torch.equal(scores(model, image_batch()), expected)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, "text"])
+def test_a_state_with_other_weights_is_refused_and_changes_nothing(value):
+    model = attentive(small_clip())
+    before, state = scores(model, image_batch()), masking_state(model)
+    name = next(iter(state["teacher"]))
+    state["teacher"][name] = value if value == "text" else state["teacher"][name] * value
+    with pytest.raises(ValueError, match=f"^the teacher's weights .*{name}"):
+        load_masking_state(model, state)
+    assert torch.equal(scores(model, image_batch()), before)
+
+
 @pytest.mark.parametrize("inside", ["random", "attentive"])
 def test_what_a_model_is_given_inside_masked_inference_reaches_its_teacher(inside):
     source, model = small_clip(seed=3), attentive(small_clip(seed=4))
