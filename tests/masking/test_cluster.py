@@ -271,6 +271,18 @@ def test_a_state_of_other_numbers_is_refused_and_changes_nothing(name, value):
     assert strategy.state() == before
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("pgs", {}), ("pgs", {"mask_ratio_min": 0.3}), ("cluster", {"threshold": 0.4})],
+)
+def test_a_strategy_that_training_does_not_fit_stays_as_it_is(name, options):
+    strategy = create_masking(name, **options)
+    before = strategy.threshold
+    assert strategy.calibrate(make_inputs(4)) is False
+    assert strategy.threshold == before
+    assert not strategy.state() or strategy.state() == create_masking(name, **options).state()
+
+
 def test_the_default_threshold_joins_its_points():
     for mask_ratio, threshold in DEFAULT_THRESHOLDS:
         assert default_threshold(mask_ratio) == pytest.approx(threshold)

@@ -451,8 +451,7 @@ def calibrate_masking(
     with torch.no_grad():
         images = images.to(kind.patch_weight(tower).dtype)
         inputs = masking.inputs(images, tower.embed_patches(images))
-        masking.strategy.calibrate(inputs, average=average)
-    return True
+        return masking.strategy.calibrate(inputs, average=average) is not False
 
 
 def masking_state(model: nn.Module) -> dict[str, Any]:

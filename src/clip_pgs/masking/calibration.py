@@ -96,15 +96,21 @@ class CalibratedMasking(MaskingStrategy):
     @torch.no_grad()
     def calibrate(
         self, inputs: PatchInputs, *, average: Callable[[float], float] | None = None
-    ) -> None:
+    ) -> bool:
         """Find the threshold at which a batch reaches its ratio in the mean.
 
-        Images that are not finite do not count, and a batch without others changes nothing.
+        Images that are not finite do not count, and a batch without others changes nothing. Nor
+        does any where training does not look for a threshold.
 
         Args:
             inputs: The batch, with tokens where `progress` > 0.
             average: Returns the mean of a number over all processes; None stands for one.
+
+        Returns:
+            Whether a threshold was found.
         """
+        if not self.is_calibrated_in_training:
+            return False
         assert self.record is not None
         target = self.mean_ratio()
         scores_BN = self.score_for_threshold(inputs, draw_noise(inputs, None))
@@ -112,7 +118,7 @@ class CalibratedMasking(MaskingStrategy):
         average = average or (lambda share: share)
         if average(float(len(scores_BN) > 0)) == 0:
             _logger.warning("no image of this batch is finite; the threshold stays as it is")
-            return
+            return False
 
         def mean_ratio(threshold: float) -> float:
             # A process without such images moves the mean of the others nowhere.
@@ -124,6 +130,7 @@ class CalibratedMasking(MaskingStrategy):
 
         found = bisect_threshold(mean_ratio, target=target)
         self.threshold = self.record.add(found, target, float(inputs.progress))
+        return True
 
 
 def bisect_threshold(mean_ratio: Callable[[float], float], *, target: float) -> float:

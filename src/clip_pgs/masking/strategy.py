@@ -397,7 +397,7 @@ class MaskingStrategy(nn.Module):
 
     def calibrate(
         self, inputs: PatchInputs, *, average: Callable[[float], float] | None = None
-    ) -> None:
+    ) -> bool | None:
         """Fit the strategy to a batch; called in eager mode, outside the training step.
 
         It alone may look across images and synchronize with the host.
@@ -406,7 +406,12 @@ class MaskingStrategy(nn.Module):
             inputs: What the coming batch gives to look at.
             average: Takes this process's number and returns the mean over all of them. None
                 stands for one process.
+
+        Returns:
+            False where the batch changed nothing, as one without a finite image; all else says that
+            it was fitted.
         """
+        return False
 
     def forward(
         self, inputs: PatchInputs, *, generator: torch.Generator | None = None

@@ -398,6 +398,15 @@ def test_a_strategy_that_does_not_ask_is_not_calibrated():
     assert not calibrate_masking(apply_masking(small_clip(), "random"), image_batch())
 
 
+def test_calibration_tells_whether_anything_was_fitted():
+    model = apply_masking(small_clip(), "cluster").train()
+    before = masking_state(model)
+    assert not calibrate_masking(model, torch.full_like(image_batch(), torch.nan))
+    assert masking_state(model) == before
+    assert calibrate_masking(model, image_batch())
+    assert masking_state(model) != before
+
+
 def test_what_a_strategy_found_is_saved_and_restored(tmp_path):
     source, target = (apply_masking(small_clip(), KeepBright()) for _ in range(2))
     source.visual.masking.strategy.found = [1.0, 2.0, 3.0]

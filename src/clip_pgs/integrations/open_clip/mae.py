@@ -232,9 +232,9 @@ class MaeMasking(MaskingStrategy):
 
     def calibrate(
         self, inputs: PatchInputs, *, average: Callable[[float], float] | None = None
-    ) -> None:
+    ) -> bool | None:
         """Fit the strategy to a batch."""
-        self.strategy.calibrate(inputs, average=average)
+        return self.strategy.calibrate(inputs, average=average)
 
     def forward(
         self, inputs: PatchInputs, *, generator: torch.Generator | None = None
