@@ -119,7 +119,7 @@ def test_a_broken_config_is_refused(tmp_path, text, reason):
     ("patch_size", "sentence"),
     [
         ((15, 16), "patch_size must divide the image: 224 x 224 pixels"),
-        ((16, 0), r"patch_size must be at least 1, got \(16, 0\)"),
+        ((16, 0), r"patch_size must be a whole number of at least 1, or two, got \(16, 0\)"),
     ],
 )
 def test_patches_that_do_not_divide_the_image_are_refused(patch_size, sentence):

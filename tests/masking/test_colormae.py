@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from clip_pgs import PatchInputs, create_masking
+from clip_pgs import PatchInputs, create_masking, list_maskings
 from clip_pgs.masking.sampling import kept_patches
 
 SIDE = 16
@@ -54,3 +54,18 @@ def test_low_frequencies_make_blobs_and_high_ones_scatter():
 def test_every_patch_is_kept_as_often():
     shares = kept("green", batch_size=4000, side=6)[1].float().mean(dim=0)
     assert (shares - 0.25).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("name", list_maskings())
+def test_noise_may_have_any_float_dtype(name, dtype):
+    noise = torch.arange(16).reshape(1, 16) * 5 % 16 / 16  # exact in each
+    found = [
+        create_masking(name)(
+            PatchInputs(torch.zeros(1, 3, 16, 16), 4, noise=each, attention=noise)
+        ).index
+        for each in (noise, noise.to(dtype))
+    ]
+    assert found[0].shape == found[1].shape
+    if name == "colormae":
+        assert torch.equal(*found)

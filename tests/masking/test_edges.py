@@ -83,6 +83,7 @@ def test_wrong_shapes_are_refused(shape, patch_size, sentence):
     ("pixels", "sentence"),
     [
         ([[0.5]], r"pixels must have shape \(B, 3, H, W\), got list"),
+        (torch.zeros(1, 3, 0, 8), r"pixels must have shape \(B, 3, H, W\), got \(1, 3, 0, 8\)"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "pixels must be floating point, got torch.ui"),
     ],
 )

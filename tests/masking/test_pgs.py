@@ -349,6 +349,7 @@ def test_tokens_are_needed_once_training_runs():
         (CANDIDATES.float(), "int64, got .*float32"),
         (CANDIDATES[:1], "with B = 2 and K >= 1"),
         (CANDIDATES[:, :0], "with B = 2 and K >= 1"),
+        (CANDIDATES[:, [0, 1, 0]], "of which no two in a row are alike"),
         ([0], "int64, got list"),
     ],
 )
@@ -506,6 +507,8 @@ def test_canny_protects_candidates_too():
         ({"edge_detector": "prewitt"}, "edge_detector must be one of sobel, canny, got 'prewitt'"),
         ({"center_weight": -1}, "center_weight must be in .*, got -1"),
         ({"neighborhood": -1}, "neighborhood must be in .*, got -1"),
+        ({"unknown": 1}, "masking 'pgs' has no option 'unknown'; it takes mask_ratio, "),
+        ({"edges": "no"}, "edges takes true or false, got 'no'"),
         ({"neighborhood": 1.5}, r"neighborhood (must be|takes) a whole number.*, got 1\.5"),
         (
             {"neighborhood": 1, "solver": "pot"},

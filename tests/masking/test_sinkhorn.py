@@ -69,6 +69,11 @@ def test_both_solvers_give_one_plan():
     assert difference.abs().max() <= 1e-7
 
 
+@pytest.mark.parametrize("solver", ["log", "pot"])
+def test_no_images_have_no_plan(solver):
+    assert sinkhorn_plan(random_scores(0), solver=solver).shape == (0, 4, 25)
+
+
 def test_sharp_temperatures_do_not_overflow():
     plan = sinkhorn_plan(random_scores().half(), temperature=0.001)
     assert torch.isfinite(plan).all()
@@ -120,8 +125,18 @@ def test_averages_of_the_pot_solver_are_the_same():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"scores": torch.zeros(3, 4)}, r"scores must have shape \(B, C, N\), got \(3, 4\)"),
-        ({"scores": [[[1.0]]]}, r"scores must have shape \(B, C, N\), got list"),
+        ({"scores": torch.zeros(3, 4)}, r"scores must have shape \(B, C, N\), .* got \(3, 4\)"),
+        ({"scores": [[[1.0]]]}, r"scores must have shape \(B, C, N\), .* got list"),
+        ({"scores": torch.zeros(3, 0, 4)}, r"with C and N >= 1, got \(3, 0, 4\)"),
+        ({"temperature": None}, "temperature must be in .*, got None"),
+        ({"temperature": True}, "temperature must be in .*, got True"),
+        ({"num_iters": 2.5}, "num_iters must be a whole number in .*, got 2.5"),
+        ({"num_iters": None}, "num_iters must be a whole number in .*, got None"),
+        ({"num_iters": True}, "num_iters must be a whole number in .*, got True"),
+        (
+            {"scores": torch.full((1, 2, 3), -torch.inf), "solver": "pot"},
+            "scores of -inf need solver='log'",
+        ),
         ({"temperature": 0.0}, r"temperature must be in \[1e-06, 1e\+06\], got 0.0"),
         ({"num_iters": 0}, r"num_iters must be in \[1, 10000\], got 0"),
         ({"solver": "exact"}, "solver must be one of log, pot, got 'exact'"),

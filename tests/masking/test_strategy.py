@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from clip_pgs import PatchInputs, PatchSelection, create_masking, list_maskings
+from clip_pgs import PatchInputs, PatchSelection, create_masking, list_maskings, sobel_edges
 from clip_pgs.masking import MaskingStrategy, masking_options
 from clip_pgs.masking.baselines import RandomMasking
+from clip_pgs.masking.edges import canny_edges
 from clip_pgs.masking.strategy import (
     check_mask_ratio,
     check_share,
@@ -38,9 +39,7 @@ def test_grid_follows_the_image_and_the_patch():
         ({"pixels": IMAGES[0]}, r"pixels must have shape \(B, 3, H, W\), got \(3, 32, 48\)"),
         ({"pixels": IMAGES.long()}, "pixels must be floating point, got torch.int64"),
         ({"pixels": [0.5]}, r"pixels must have shape \(B, 3, H, W\), got list"),
-        ({"patch_size": True}, r"patch_size must be at least 1, got \(True, True\)"),
         ({"patch_size": 20}, "patch_size must divide the image: 32 x 48 pixels"),
-        ({"patch_size": 0}, r"patch_size must be at least 1, got \(0, 0\)"),
         ({"progress": 1.5}, r"progress must be in \[0, 1\], got 1.5"),
         ({"progress": None}, "progress must be one number, got NoneType"),
         ({"progress": torch.zeros(2)}, r"progress must be one number, got \(2,\), torch.float32"),
@@ -60,6 +59,21 @@ def test_wrong_inputs_are_refused_in_one_sentence(changes, sentence):
     fields = {"pixels": IMAGES, "patch_size": 16, **changes}
     with pytest.raises(ValueError, match=sentence):
         PatchInputs(**fields)
+
+
+@pytest.mark.parametrize(
+    "sides", [0, True, 16.0, "16", None, (16,), (8.0, 8), (True, 1), (16,) * 3, torch.tensor(16)]
+)
+def test_sides_that_are_no_whole_numbers_are_refused(sides):
+    rule = "must be a whole number of at least 1, or two, got "
+    for use in (PatchInputs, sobel_edges, canny_edges):
+        with pytest.raises(ValueError, match=f"^patch_size {rule}"):
+            use(IMAGES, sides)
+
+
+@pytest.mark.parametrize("sides", [np.int64(16), (np.int32(16), 16), [16, 16]])
+def test_whole_numbers_of_any_kind_are_sides(sides):
+    assert PatchInputs(IMAGES, sides).patch_size == (16, 16)
 
 
 class Wrong(MaskingStrategy):

@@ -25,7 +25,7 @@ from clip_pgs.integrations.masked_tower import (
 from clip_pgs.integrations.teacher import START_MOMENTUM, Teacher, teacher_momentum
 from clip_pgs.masking import MaskingStrategy, PatchSelection
 from clip_pgs.masking.merge import Merge
-from clip_pgs.masking.strategy import as_strategy, check_range
+from clip_pgs.masking.strategy import as_strategy, check_range, patch_sides
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -177,10 +177,10 @@ def _smaller_grid(
     kind: type[MaskedTower], own: PatchGrid, image_size: int | tuple[int, int]
 ) -> PatchGrid:
     """Return how a tower of a grid of its own cuts images of another size."""
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = patch_sides(image_size, name="image_size")
     sides = own.patch_size
     most = (own.size[0] * sides[0], own.size[1] * sides[1])
-    is_cut = all(side > 0 and side % patch == 0 for side, patch in zip(size, sides, strict=True))
+    is_cut = all(side % patch == 0 for side, patch in zip(size, sides, strict=True))
     if not is_cut or size[0] > most[0] or size[1] > most[1]:
         raise ValueError(
             f"image_size must be multiples of the patch of {sides[0]} x {sides[1]}, at most "
@@ -296,7 +296,7 @@ def set_masking_progress(model: nn.Module, progress: float) -> None:
     """
     try:
         progress = float(progress)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"progress must be in [0, 1], got {progress!r}") from None
     check_range(progress, name="progress", low=0, high=1)
     masking, (tower, kind) = tower_masking(model), image_tower(model)
@@ -447,7 +447,7 @@ def calibrate_masking(
     if not masking.strategy.needs_calibration(masking.progress):
         return False
     tower, kind = image_tower(model)
-    masking.check_images(images)
+    masking.check_images(images, kind.patch_weight(tower))
     with torch.no_grad():
         images = images.to(kind.patch_weight(tower).dtype)
         inputs = masking.inputs(images, tower.embed_patches(images))

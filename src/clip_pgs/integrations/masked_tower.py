@@ -165,19 +165,25 @@ class TowerMasking(nn.Module):
         does_something = self.is_resized or not self.strategy.keeps_all
         return does_something and (training or self.when == "always")
 
-    def check_images(self, pixels: Any) -> None:
+    def check_images(self, pixels: Any, weight: Tensor) -> None:
         """Refuse what is no batch of images that the tower cuts into its patches.
+
+        Args:
+            pixels: Anything.
+            weight: What meets the pixels first.
 
         Raises:
             ValueError: If it is.
         """
         (rows, columns), (height, width) = self.grid.size, self.grid.patch_size
-        shape = tuple(getattr(pixels, "shape", ()))
+        shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else ()
+        # In front of some stems it is none of a convolution.
+        channels = weight.shape[1] if weight.ndim == 4 else 3
         cells = (shape[2] // height, shape[3] // width) if len(shape) == 4 else None
-        if cells != (rows, columns) or shape[0] < 1:
+        if cells != (rows, columns) or shape[0] < 1 or shape[1] != channels:
             raise ValueError(
-                f"images must have shape (B, 3, H, W), with B >= 1 and {rows} x {columns} patches "
-                f"of {height} x {width} pixels, got {shape or type(pixels).__name__}"
+                f"images must have shape (B, {channels}, H, W), with B >= 1 and {rows} x {columns} "
+                f"patches of {height} x {width} pixels, got {shape or type(pixels).__name__}"
             )
 
     @torch.no_grad()
@@ -236,6 +242,7 @@ class MaskedTower:
         saves_flops: Whether it leaves out the work of what is dropped, wherever that lies.
         takes_smaller_images: Whether it can be trained on images smaller than its own.
         takes_attention_bias: Whether `run_block` takes one.
+        casts_images: Whether it brings images to the dtype of its weights.
         masking: What chooses the patches.
     """
 
@@ -247,6 +254,7 @@ class MaskedTower:
     saves_flops: ClassVar[bool] = True
     takes_smaller_images: ClassVar[bool] = True
     takes_attention_bias: ClassVar[bool] = False
+    casts_images: ClassVar[bool] = False
     masking: TowerMasking
     training: bool
 
@@ -268,12 +276,28 @@ class MaskedTower:
             pools its tokens pools the merged ones too, each as one token.
 
         Raises:
-            ValueError: If masking is active, and there are no images, or those of another size.
+            ValueError: If masking is active, and there are no images, or those of another size,
+                number of channels or dtype.
         """
         if not self.masking.is_active(training=self.training):
             return super().forward(x)  # type: ignore[misc]
-        self.masking.check_images(x)
+        self.check_images(x)
         return self.encode_masked(x)
+
+    def check_images(self, x: Any) -> None:
+        """Refuse what the tower cannot encode while it is masked.
+
+        Raises:
+            ValueError: If it is.
+        """
+        weight = self.patch_weight(self)
+        self.masking.check_images(x, weight)
+        is_right = x.is_floating_point()
+        if is_right and weight.ndim == 4 and x.dtype != weight.dtype and not self.casts_images:
+            # Autocast leaves float64 as it is.
+            is_right = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        if not is_right:
+            raise ValueError(f"images must be {weight.dtype}, as the weights are, got {x.dtype}")
 
     def forward_intermediates(self, *args: Any, **options: Any) -> Any:
         """Return the plain tower's intermediate features, which are maps of whole images.

@@ -79,6 +79,7 @@ class MaskedVisionModel(MaskedTower):
 
     supported = "CLIP, SigLIP, SigLIP 2 and Chinese CLIP of transformers"
     takes_smaller_images = False
+    casts_images = True
     # Of the plain class.
     config: Any
     embeddings: Any

@@ -62,7 +62,7 @@ class ColorMaeMasking(FixedRatioMasking):
         self, inputs: PatchInputs, *, generator: torch.Generator | None = None
     ) -> PatchSelection:
         """Filter one random number per patch, and keep the highest."""
-        noise_BN = draw_noise(inputs, generator)
+        noise_BN = draw_noise(inputs, generator).float()
         white_BHW = noise_BN.unflatten(1, inputs.grid_size)
         with full_precision(noise_BN):
             filtered_BHW = _blur(white_BHW, self.sigma)

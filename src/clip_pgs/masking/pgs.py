@@ -46,8 +46,10 @@ from clip_pgs.masking.strategy import (
     check_index,
     check_range,
     check_share,
+    create_masking,
     drawn_count,
     interpolate,
+    is_broken,
     lower_bound,
     mask_count,
     register_masking,
@@ -447,11 +449,19 @@ def pgs_scores(inputs: PatchInputs, candidate_index: Tensor, **options: Any) -> 
 
     Raises:
         ValueError: If `progress` > 0 without tokens, an option is out of its range, or the index is
-            none; see `check_index`.
+            none; see `check_index`. Candidates that are alike are told on a CPU, unless compiled.
     """
     size = {"batch_size": inputs.batch_size, "num_patches": inputs.num_patches}
     check_index(candidate_index, **size, name="pgs_scores needs a candidate_index")
-    known = PGSOptions(**{_ALIASES.get(name, name): value for name, value in options.items()})
+
+    def differ(index: Tensor) -> Tensor:
+        return (index.sort(dim=1).values.diff(dim=1) > 0).all()
+
+    if is_broken(differ, candidate_index):
+        raise ValueError("pgs_scores needs a candidate_index of which no two in a row are alike")
+    strategy = create_masking("pgs", **options)
+    assert isinstance(strategy, PGSMasking)
+    known = strategy.options
     return patch_scores(inputs, candidate_index, edge_strength(inputs, known), known)
 
 

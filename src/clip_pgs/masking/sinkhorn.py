@@ -40,7 +40,8 @@ def sinkhorn_plan(
         num_iters: Sweeps, in [1, 10000].
         solver: "log" runs a fixed number of sweeps in log space: no host synchronization, and it
             compiles. "pot" calls `ot.batch.solve_batch` (POT, https://pythonot.github.io), which
-            gives the same plan and synchronizes with the host.
+            gives the same plan, up to float32's rounding of costs over `temperature`, and
+            synchronizes with the host.
 
     Returns:
         Plan of shape (B, C, N), float32. Columns sum to 1 / N; rows sum to 1 / C up to the
@@ -48,13 +49,17 @@ def sinkhorn_plan(
         the others need as evenly as the allowed pairs let them.
 
     Raises:
-        ValueError: If `scores` is not 3-D, `temperature` or `num_iters` is out of its range, or
-            `solver` is unknown.
+        ValueError: If `scores` is not 3-D, or has no candidate or patch, `temperature` or
+            `num_iters` is out of its range, `solver` is unknown, or "pot" and a score -inf.
     """
-    if not isinstance(scores, Tensor) or scores.ndim != 3:
-        raise ValueError(f"scores must have shape (B, C, N), got {described(scores)}")
+    if not isinstance(scores, Tensor) or scores.ndim != 3 or 0 in scores.shape[1:]:
+        raise ValueError(
+            f"scores must have shape (B, C, N), with C and N >= 1, got {described(scores)}"
+        )
     check_sinkhorn_options(temperature=temperature, num_iters=num_iters, solver=solver)
-    if solver == "pot":
+    if solver == "pot" and len(scores):
+        if scores.isneginf().any():
+            raise ValueError("scores of -inf need solver='log', got solver='pot'")
         return _pot_plan(scores.float(), temperature, num_iters)
     # The cost is 1 - scores; its constant 1 scales every entry alike, and the marginals undo that.
     log_kernel_BCN = scores.float() / temperature

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 import re
 from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass, field
@@ -85,7 +86,7 @@ class PatchInputs:
                 )
             if values is not None and not values.is_floating_point():
                 raise ValueError(f"{name} must be floating point, got {values.dtype}")
-        if self.noise is not None and _is_broken(
+        if self.noise is not None and is_broken(
             lambda noise: ((noise >= 0) & (noise < 1)).all(), self.noise
         ):
             raise ValueError(
@@ -179,7 +180,7 @@ def check_selection(selection: Any, *, batch_size: int, num_patches: int, name: 
         # A padding slot repeats a kept patch.
         return (is_kept_BN.scatter(1, index, True).sum(dim=1) == selection.kept_counts()).all()
 
-    if _is_broken(names_each_once, index):
+    if is_broken(names_each_once, index):
         raise ValueError(
             f"the selection of {name} must keep a patch or more of each image, each once, and "
             "repeat one in padding slots"
@@ -210,7 +211,7 @@ def check_index(index: Any, *, batch_size: int, num_patches: int, name: str) -> 
             f"{name} of shape (B, K), with B = {batch_size} and K >= 1, int64, "
             f"got {described(index)}"
         )
-    if _is_broken(lambda index: ((index >= 0) & (index < num_patches)).all(), index):
+    if is_broken(lambda index: ((index >= 0) & (index < num_patches)).all(), index):
         raise ValueError(
             f"{name} in [0, N) with N = {num_patches}, got {index.min()} to {index.max()}"
         )
@@ -222,14 +223,14 @@ def check_pixels(pixels: Any, *, num_channels: int | None = None) -> None:
     Raises:
         ValueError: If it is.
     """
-    is_batch = isinstance(pixels, Tensor) and pixels.ndim == 4
+    is_batch = isinstance(pixels, Tensor) and pixels.ndim == 4 and 0 not in pixels.shape[1:]
     if not is_batch or num_channels not in (None, pixels.shape[1]):
         raise ValueError(f"pixels must have shape (B, 3, H, W), got {described(pixels)}")
     if not pixels.is_floating_point():
         raise ValueError(f"pixels must be floating point, got {pixels.dtype}")
 
 
-def _is_broken(rule: Callable[[Tensor], Tensor], values: Tensor) -> bool:
+def is_broken(rule: Callable[[Tensor], Tensor], values: Tensor) -> bool:
     """Return whether a rule, of shape () and bool, does not hold for some numbers.
 
     False on a device, which would have to be waited for, and where compiled.
@@ -255,15 +256,19 @@ def described(value: Any) -> str:
     return f"{tuple(value.shape)}, {value.dtype}"
 
 
-def patch_sides(patch_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return (height, width) of a patch given as one side or as both.
+def patch_sides(size: Any, *, name: str = "patch_size") -> tuple[int, int]:
+    """Return (height, width) of a patch, or of an image, given as one side or as both.
 
     Raises:
-        ValueError: If a side is below 1.
+        ValueError: If a side is no whole number from 1 on, or there are more than two.
     """
-    height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-    if height < 1 or width < 1 or isinstance(height, bool):
-        raise ValueError(f"patch_size must be at least 1, got {(height, width)}")
+    pair = (size, size) if isinstance(size, Integral) else size
+    try:
+        height, width = [0 if isinstance(side, bool) else operator.index(side) for side in pair]
+    except (TypeError, ValueError):
+        height = width = 0
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, or two, got {size!r}")
     return height, width
 
 

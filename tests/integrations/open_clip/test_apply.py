@@ -258,7 +258,9 @@ def test_plain_models_have_no_masking_to_set():
             call()
 
 
-@pytest.mark.parametrize("progress", [1.5, "x", None, float("nan"), torch.zeros(2)], ids=str)
+@pytest.mark.parametrize(
+    "progress", [1.5, "x", None, float("nan"), torch.zeros(2), 10**400], ids=lambda p: str(p)[:9]
+)
 def test_progress_outside_its_range_is_refused(progress):
     with pytest.raises(ValueError, match=r"progress must be in \[0, 1\], got "):
         set_masking_progress(apply_masking(small_clip(), "pgs"), progress)
@@ -285,8 +287,17 @@ def test_a_forced_selection_of_other_images_is_refused():
 @pytest.mark.parametrize("masking", ["random", "attentive", "cluster"])
 @pytest.mark.parametrize(
     "images",
-    [image_batch()[:0], image_batch()[0], image_batch()[..., 16:, 16:], [1.0], None],
-    ids=["none", "one", "small", "list", "None"],
+    [
+        image_batch()[:0],
+        image_batch()[0],
+        image_batch()[..., 16:, 16:],
+        image_batch()[:, :1],
+        torch.cat([image_batch()] * 2, dim=1),
+        image_batch().numpy(),
+        [1.0],
+        None,
+    ],
+    ids=["none", "one", "small", "gray", "six channels", "numpy", "list", "None"],
 )
 def test_what_are_no_images_of_the_towers_size_is_refused_by_a_masked_tower(masking, images):
     model = apply_masking(small_clip(), masking).train()
@@ -295,6 +306,29 @@ def test_what_are_no_images_of_the_towers_size_is_refused_by_a_masked_tower(mask
         if use is model.visual or masking == "cluster":
             with pytest.raises(ValueError, match=sentence):
                 use(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float64, torch.complex64])
+def test_images_of_another_dtype_are_refused_by_a_masked_tower(dtype):
+    model = apply_masking(small_clip(), "random").train()
+    with pytest.raises(ValueError, match=f"^images must be torch.float32, .* got {dtype}"):
+        model.encode_image(image_batch().to(dtype))
+    if dtype != torch.float16:
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            pytest.raises(ValueError, match=r"^images must be torch\.float32"),
+        ):
+            model.encode_image(image_batch().to(dtype))
+
+
+@pytest.mark.parametrize("size", ["32", 32.0, 0, None, True, (32,), (32,) * 3, torch.tensor(32)])
+def test_image_sizes_that_are_none_are_refused(size):
+    model = small_clip()
+    if size is None:
+        size = (None, 32)
+    with pytest.raises(ValueError, match=r"^image_size must be a whole number .*, or two, got "):
+        apply_masking(model, "pgs", image_size=size)
+    assert type(model.visual) is VisionTransformer
 
 
 BUILDERS = {

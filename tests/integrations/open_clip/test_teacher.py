@@ -63,6 +63,7 @@ def test_momentum_rises_to_one_along_a_cosine():
     [
         ({"step": -1, "total_steps": 2}, "step"),
         ({"step": math.nan, "total_steps": 2}, "step"),
+        ({"step": None, "total_steps": 2}, "step"),
         ({"step": 0, "total_steps": 0}, "total_steps"),
         ({"step": 0, "total_steps": math.nan}, "total_steps"),
     ],

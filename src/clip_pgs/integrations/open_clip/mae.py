@@ -100,6 +100,7 @@ class MaskedMaeTower(MaskedTower, MaeTower):
         """
         if not self.masking.is_active(training=self.training):
             return MaeTower.forward(self, x)
+        self.check_images(x)
         selection = self.masking.select(x, self.embed_patches(x))
         # The model takes the patches with the lowest numbers, here in raster order.
         is_shown_BN = kept_patches(selection, self.num_patches)
