@@ -47,6 +47,21 @@ def test_a_batch_in_blocks_is_every_image_by_itself():
     assert torch.equal(sobel_edges(pixels, 16), alone)
 
 
+@pytest.mark.parametrize("measure", [sobel_edges, canny_edges])
+@pytest.mark.parametrize("scale", [2.0**-100, 0.25, 2.0**100, 2.0**125])
+def test_the_scale_of_an_image_changes_no_bit(measure, scale):
+    pixels = smooth_images(2)
+    edges = measure(pixels, 8)
+    assert edges.max() == 1
+    assert torch.equal(measure(pixels * scale, 8), edges)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30, 3e37])
+def test_edges_of_any_scale_agree_with_float64(scale):
+    pixels = smooth_images(1)
+    torch.testing.assert_close(sobel_edges(pixels * scale, 8), sobel_edges(pixels, 8))
+
+
 @pytest.mark.parametrize("value", [0.0, 1.3, 255.0])
 def test_a_constant_image_has_no_edges(value):
     assert (sobel_edges(torch.full((1, 3, 16, 16), value), 4) == 0).all()

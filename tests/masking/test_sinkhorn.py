@@ -74,6 +74,20 @@ def test_no_images_have_no_plan(solver):
     assert sinkhorn_plan(random_scores(0), solver=solver).shape == (0, 4, 25)
 
 
+@pytest.mark.parametrize(
+    ("size", "temperature"), [(1, 1e-6), (1, 1e-3), (1e30, 0.1), (1e30, 1e-6), (1e37, 1.0)]
+)
+@pytest.mark.parametrize("num_iters", [1, 12])
+def test_columns_are_exact_however_sharp_the_plan_is(size, temperature, num_iters):
+    scores = size * random_scores()
+    scores[0, 1, 2], scores[0, :, 3] = -torch.inf, -torch.inf
+    plan = sinkhorn_plan(scores, temperature=temperature, num_iters=num_iters)
+    expected = torch.ones(3, 25)
+    expected[0, 3] = 0
+    torch.testing.assert_close(25 * plan.sum(dim=1), expected, atol=1e-6, rtol=0)
+    assert plan[0, 1, 2] == 0
+
+
 def test_sharp_temperatures_do_not_overflow():
     plan = sinkhorn_plan(random_scores().half(), temperature=0.001)
     assert torch.isfinite(plan).all()

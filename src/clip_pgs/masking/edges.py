@@ -21,7 +21,8 @@ def sobel_edges(pixels: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
     gradient magnitude is averaged over each patch and min-max scaled per image.
 
     Args:
-        pixels: Images, normalized or not. Shape (B, 3, H, W), any float dtype.
+        pixels: Images, normalized or not, in any scale that float32 holds. Shape (B, 3, H, W), any
+            float dtype.
         patch_size: Side of a patch in pixels, or (height, width). It must divide H and W.
 
     Returns:
@@ -35,7 +36,7 @@ def sobel_edges(pixels: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
     check_pixels(pixels, num_channels=len(_LUMINANCE))
 
     def strength(images: Tensor) -> Tensor:
-        gradient_x, gradient_y = sobel_gradients(luminance(images))
+        gradient_x, gradient_y = sobel_gradients(_near_one(luminance(images)))
         magnitude = gradient_x.square_().addcmul_(gradient_y, gradient_y).sqrt_()
         return patch_strength(magnitude, patch_size)
 
@@ -47,6 +48,17 @@ def luminance(pixels: Tensor) -> Tensor:
     red, green, blue = pixels.detach().float().unbind(1)
     brightness = (_LUMINANCE[0] * red).add_(green, alpha=_LUMINANCE[1])
     return brightness.add_(blue, alpha=_LUMINANCE[2])
+
+
+def _near_one(brightness: Tensor) -> Tensor:
+    """Scale images (B, H, W), in place, so that no square of theirs overflows or vanishes.
+
+    Each is multiplied by a power of two, which rounds nothing.
+    """
+    # The powers beyond would not be normal numbers.
+    peak_B11 = brightness.abs().amax(dim=(1, 2), keepdim=True).clamp(2.0**-125, 2.0**125)
+    mantissa_B11, _ = torch.frexp(peak_B11)
+    return brightness.mul_(mantissa_B11 / peak_B11)
 
 
 def sobel_gradients(brightness: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +130,7 @@ def canny_edges(pixels: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
 def canny_map(pixels: Tensor) -> Tensor:
     """Return which pixels lie on an edge, shape (B, H, W), bool; see `canny_edges`."""
     check_pixels(pixels, num_channels=len(_LUMINANCE))
-    gradient_x, gradient_y = sobel_gradients(_blur(luminance(pixels)))
+    gradient_x, gradient_y = sobel_gradients(_blur(_near_one(luminance(pixels))))
     magnitude = torch.hypot(gradient_x, gradient_y)
     is_ridge = _is_ridge(magnitude, torch.atan2(gradient_y, gradient_x))
     strongest = magnitude.amax(dim=(1, 2), keepdim=True)

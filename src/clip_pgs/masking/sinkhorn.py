@@ -34,7 +34,7 @@ def sinkhorn_plan(
 
     Args:
         scores: Affinities, larger means closer. -inf forbids a pair, with the solver "log" alone.
-            Shape (B, C, N), any float dtype.
+            Shape (B, C, N), any float dtype. Over `temperature`, they are at most 1e37 in size.
         temperature: Entropy weight, in the units of `scores`; smaller is sharper; in
             [1e-6, 1e6].
         num_iters: Sweeps, in [1, 10000].
@@ -65,12 +65,19 @@ def sinkhorn_plan(
     log_kernel_BCN = scores.float() / temperature
     num_rows, num_columns = log_kernel_BCN.shape[1:]
     row_potential = column_potential = log_kernel_BCN.new_zeros(())
-    for _ in range(num_iters):
+    for sweep in range(num_iters):
+        if sweep:
+            column_potential = -_finite_logsumexp(log_kernel_BCN + row_potential, dim=1)
+            column_potential = column_potential - math.log(num_columns)
         row_potential = -_finite_logsumexp(log_kernel_BCN + column_potential, dim=2)
         row_potential = row_potential - math.log(num_rows)
-        column_potential = -_finite_logsumexp(log_kernel_BCN + row_potential, dim=1)
-        column_potential = column_potential - math.log(num_columns)
-    return (log_kernel_BCN + row_potential + column_potential).exp()
+    # The last sweep's columns. Potentials far from 0 are rounded to many digits: a column is exact
+    # if it is divided by its sum.
+    weights_BCN = log_kernel_BCN + row_potential
+    highest_B1N = weights_BCN.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    weights_BCN = (weights_BCN - highest_B1N).exp()
+    # The sum is at least 1 where any pair is allowed.
+    return weights_BCN / (num_columns * weights_BCN.sum(dim=1, keepdim=True).clamp_min(1.0))
 
 
 def plan_average(scores: Tensor, *, temperature: float, num_iters: int, solver: str) -> Tensor:

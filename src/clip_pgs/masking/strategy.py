@@ -33,7 +33,8 @@ class PatchInputs:
     Args:
         pixels: Images as the model receives them (normalized). Shape (B, 3, H, W), any float dtype.
             An image that is not finite gets some mask: its features are none whatever that is, and
-            training skips such a step.
+            training skips such a step. So may one whose numbers are beyond 1e15, or all below
+            1e-10, which similarity takes for flat.
         patch_size: Side of a patch in pixels, or (height, width). It must divide H and W.
         tokens: Patch embeddings before positions are added, raster order. Shape (B, N, D).
         progress: Completed share of the masked training steps, in [0, 1]. In a compiled model a
