@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -180,6 +181,21 @@ def test_the_loss_is_that_of_transformers_on_the_patches_that_are_hidden():
     output = model.visual.mae(pixels, noise=hidden.float() + torch.linspace(0, 0.5, 16))
     assert torch.equal(output.mask == 1, hidden)
     torch.testing.assert_close(losses, output.loss.expand(3))
+
+
+def test_threads_may_share_an_autoencoder_that_encodes():
+    model, pixels = small_model().eval(), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.encode_image(pixels)
+
+    @torch.no_grad()
+    def encode(_):
+        return [model.encode_image(pixels) for _ in range(10)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [features for several in pool.map(encode, range(4)) for features in several]
+    assert all(torch.equal(features, expected) for features in found)
+    assert model.visual.mae.config.mask_ratio == 0.75
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,6 +36,9 @@ MAE_WEIGHTS_NAME = "model.safetensors"
 PREPROCESSOR_NAME = "preprocessor_config.json"
 # What weights may be noted to be of; they are read as they are.
 _DTYPES = ("float32", "float16", "bfloat16")
+
+# Threads encode one after the other: transformers takes the ratio from the config alone.
+_CONFIG_LOCK = threading.Lock()
 
 _PREFIX = "visual.mae."
 _MAX_SIZE = 2**16
@@ -72,11 +76,12 @@ class MaeTower(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Encode images (B, 3, H, W): the mean of the patch tokens of each, shape (B, D)."""
         config = self.mae.config
-        mask_ratio, config.mask_ratio = config.mask_ratio, 0.0
-        try:
-            tokens = self.mae.vit(x, noise=self.raster_order(x)).last_hidden_state
-        finally:
-            config.mask_ratio = mask_ratio
+        with _CONFIG_LOCK:
+            mask_ratio, config.mask_ratio = config.mask_ratio, 0.0
+            try:
+                tokens = self.mae.vit(x, noise=self.raster_order(x)).last_hidden_state
+            finally:
+                config.mask_ratio = mask_ratio
         return tokens[:, 1:].mean(dim=1)
 
     def raster_order(self, x: Tensor) -> Tensor:
