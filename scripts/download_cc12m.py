@@ -27,7 +27,7 @@ from typing import Any
 from urllib.parse import quote, urljoin
 
 import clip_pgs  # isort: skip  (first, so that Ctrl-C while the rest loads is a word)
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile, RepoFolder
 from huggingface_hub.utils import get_session
@@ -261,7 +261,7 @@ def opened(url: str, redirects: int = MAX_REDIRECTS) -> Iterator[tuple[Any, Iter
     only says where the answer is.
     """
     session, headers = get_session(), {"user-agent": f"clip-pgs/{clip_pgs.__version__}"}
-    if (token := os.environ.get("HF_TOKEN")) and url.startswith(f"{HfApi().endpoint}/"):
+    if (token := get_token()) and url.startswith(f"{HfApi().endpoint}/"):
         headers["authorization"] = f"Bearer {token}"
     # The Hub's client has httpx's session since its version 1, and that of requests before.
     is_httpx = callable(getattr(session, "stream", None))
