@@ -15,8 +15,16 @@ import pytest
 
 from clip_pgs.data import tar
 from clip_pgs.data.bad_samples import Skip
+from clip_pgs.data.order import SampleRef
 from clip_pgs.data.samples import RawSample
-from clip_pgs.data.tar import cache_paths, index_shard, index_shards, read_shard, size_shards
+from clip_pgs.data.tar import (
+    ShardSource,
+    cache_paths,
+    index_shard,
+    index_shards,
+    read_shard,
+    size_shards,
+)
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 LONG = "folder/" * 20 + "name" * 30
@@ -333,6 +341,20 @@ def test_index_of_a_shard_that_changed_is_made_anew(large, change):
     before = cached.read_bytes()
     assert by_index(large) == list(read_shard(str(large)))
     assert cached.read_bytes() != before or len(by_index(large)) < 3
+
+
+def test_a_shard_that_is_written_anew_while_it_is_open_gives_its_new_pairs(tmp_path):
+    path = tmp_path / "0.tar"
+    write(path, PAIRS)
+    source = ShardSource([str(path)])
+    before = source.read(SampleRef(0, 0))
+    write(path, PAIRS[::-1])
+    os.utime(path, (1, 1))
+    after = [source.read(SampleRef(0, number)) for number in range(6)]
+    assert after == list(read_shard(str(path)))
+    assert before in after[1:]
+    path.unlink()
+    assert source.read(SampleRef(0, 0)) == after[0]
 
 
 def test_index_that_is_damaged_or_of_another_version_is_made_anew(large, monkeypatch):

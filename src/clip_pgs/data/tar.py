@@ -215,7 +215,7 @@ class ShardSource:
     def __init__(self, shards: list[str], *, use_json: bool = False) -> None:
         self.shards = shards
         self.use_json = use_json
-        self._open: OrderedDict[int, tuple[ShardIndex, BinaryIO]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[ShardIndex, BinaryIO, tuple[int, int]]] = OrderedDict()
         # Others in this process need files too.
         self._max_open = min(_MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
@@ -235,12 +235,16 @@ class ShardSource:
         return f"{self.shards[shard]}: sample {number + 1}"
 
     def _opened(self, number: int) -> tuple[ShardIndex, BinaryIO]:
+        if number in self._open and _stamp(self._open[number][1]) != self._open[number][2]:
+            # Somebody writes into it: its members lie elsewhere.
+            self._open.pop(number)[1].close()
         if number not in self._open:
             while len(self._open) >= self._max_open:
                 self._open.popitem(last=False)[1][1].close()
-            self._open[number] = _open_shard(self.shards[number])
+            index, file = _open_shard(self.shards[number])
+            self._open[number] = index, file, _stamp(file)
         self._open.move_to_end(number)
-        return self._open[number]
+        return self._open[number][:2]
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process opens its own.
@@ -332,6 +336,14 @@ def _open_shard(shard: str) -> tuple[ShardIndex, BinaryIO]:
     except (OSError, ValueError) as error:
         return _to_index(shard, [unreadable_shard(shard, error)]), io.BytesIO()
     return _index_file(shard, file), file
+
+
+def _stamp(file: BinaryIO) -> tuple[int, int]:
+    """Return size and time of an open file; one that is removed is still what it was."""
+    if isinstance(file, io.BytesIO):
+        return 0, 0
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 def _index_file(shard: str, file: BinaryIO) -> ShardIndex:
