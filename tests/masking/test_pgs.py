@@ -358,6 +358,13 @@ def test_candidates_that_are_none_are_refused(candidates, sentence):
         pgs_scores(make_inputs(2, grid_size=(7, 5)), candidates)
 
 
+@pytest.mark.parametrize("inputs", [None, torch.zeros(2, 3, 32, 32)], ids=["None", "pixels"])
+def test_pixels_alone_are_no_inputs(inputs):
+    for use in (create_masking("pgs"), lambda inputs: pgs_scores(inputs, CANDIDATES)):
+        with pytest.raises(ValueError, match=r"^inputs must be PatchInputs, got "):
+            use(inputs)
+
+
 def test_candidates_are_not_lifted():
     assert pgs_scores(make_inputs(2, grid_size=(7, 5)), CANDIDATES).max() <= 1.0 + 1e-5
 

@@ -44,6 +44,7 @@ from clip_pgs.masking.strategy import (
     PatchInputs,
     PatchSelection,
     check_index,
+    check_inputs,
     check_range,
     check_share,
     create_masking,
@@ -451,6 +452,7 @@ def pgs_scores(inputs: PatchInputs, candidate_index: Tensor, **options: Any) -> 
         ValueError: If `progress` > 0 without tokens, an option is out of its range, or the index is
             none; see `check_index`. Candidates that are alike are told on a CPU, unless compiled.
     """
+    check_inputs(inputs)
     size = {"batch_size": inputs.batch_size, "num_patches": inputs.num_patches}
     check_index(candidate_index, **size, name="pgs_scores needs a candidate_index")
 

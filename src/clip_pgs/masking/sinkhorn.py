@@ -58,7 +58,7 @@ def sinkhorn_plan(
         )
     check_sinkhorn_options(temperature=temperature, num_iters=num_iters, solver=solver)
     if solver == "pot" and len(scores):
-        if scores.isneginf().any():
+        if (scores == -torch.inf).any():
             raise ValueError("scores of -inf need solver='log', got solver='pot'")
         return _pot_plan(scores.float(), temperature, num_iters)
     # The cost is 1 - scores; its constant 1 scales every entry alike, and the marginals undo that.

@@ -146,6 +146,16 @@ class PatchSelection:
         return self.valid.sum(dim=1)
 
 
+def check_inputs(inputs: Any) -> None:
+    """Refuse what are no inputs, such as the pixels alone.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not isinstance(inputs, PatchInputs):
+        raise ValueError(f"inputs must be PatchInputs, got {described(inputs)}")
+
+
 def check_selection(selection: Any, *, batch_size: int, num_patches: int, name: str) -> None:
     """Refuse what a strategy must not return; no device is waited for.
 
@@ -336,8 +346,9 @@ class MaskingStrategy(nn.Module):
             generator: Source of randomness; see `forward`.
 
         Raises:
-            ValueError: If `forward` returned what a strategy must not return.
+            ValueError: If `inputs` are none, or `forward` returned what a strategy must not return.
         """
+        check_inputs(inputs)
         selection = super().__call__(inputs, generator=generator)
         check_selection(
             selection,
