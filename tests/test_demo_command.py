@@ -201,3 +201,27 @@ def test_asking_what_a_fresh_demo_would_do_removes_nothing(demo, flag):
     _, calls = demo("--fresh", "--epochs", "1", flag)
     assert modules(calls) == ["training"]
     assert contents(Path("logs")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--name", "foo"], "--name"),
+        (["--epochs", "1", "--logs=other"], "--logs"),
+        (["--resume", "latest"], "--resume"),
+        (["--config", "demo_random"], "--config"),
+        (["--check-only", "--name", "foo"], "--name"),
+        (["--epochs", "x"], "--epochs"),
+        (["--masking", "nosuch"], "--masking"),
+        (["--nproc", "2"], "--nproc"),
+    ],
+)
+def test_flags_that_a_fresh_demo_cannot_obey_are_refused_first(demo, flags, said):
+    demo()
+    before = contents(Path("logs"))
+    error, calls = demo("--fresh", *flags, code=2)
+    assert error.startswith("error: ")
+    assert said in error
+    assert error.count("\n") == 1
+    assert calls == []
+    assert contents(Path("logs")) == before

@@ -18,7 +18,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from clip_pgs.common import BAD_INPUT, AskedToLeaveError, SentenceParser, early_end, run_program
+from clip_pgs.common import (
+    BAD_INPUT,
+    AskedToLeaveError,
+    SentenceParser,
+    early_end,
+    refuse,
+    run_program,
+)
 from clip_pgs.files import EVAL_NAME, EXPORT_NAME, LOCK_NAME, LOG_NAME, folder_lock, write_text
 from clip_pgs.launch import start
 from clip_pgs.training.stop import lock_holder, take_lock
@@ -27,7 +34,9 @@ _WORLD = Path("data", "demo")
 _RUN = Path("logs", "demo")
 _TABLE = _RUN / EVAL_NAME / "table.txt"
 _PICTURE = _RUN / "pgs_keeps.png"
-_TRAIN = ("clip_pgs.training", "--config", "demo")
+_CONFIG = ("--config", "demo")
+_TRAIN = ("clip_pgs.training", *_CONFIG)
+_OWN_FLAGS = ("--config", "--logs", "--name", "--resume")
 # Measured on 2026-11-29 by `clip-pgs train demo_random` and `clip-pgs test logs/demo_random`.
 _RANDOM = """
 With random patches in place of PGS (clip-pgs train demo_random, the same seed), in percent:
@@ -60,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = arguments[1:] if is_fresh else []
     if not is_fresh:
         make_parser().parse_args(arguments)
+    try:
+        _check_flags(flags)
+    except ValueError as error:
+        return refuse(error)
     cure = "the same command begins again"
     try:
         with folder_lock(Path(), on_busy=_refuse_second):
@@ -98,6 +111,21 @@ def make_parser() -> argparse.ArgumentParser:
     text = "train and evaluate anew; flags after it go to training"
     parser.add_argument("--fresh", action="store_true", help=text)
     return parser
+
+
+def _check_flags(flags: Sequence[str]) -> None:
+    """Refuse what can be told to be wrong without torch and the world, before one is made.
+
+    Raises:
+        ValueError: In one sentence.
+    """
+    for flag in (word.partition("=")[0] for word in flags):
+        if flag in _OWN_FLAGS:
+            raise ValueError(f"{flag} is the demo's own; clip-pgs train demo takes it")
+    if flags and not _QUESTIONS & set(flags):
+        from clip_pgs.training.options import check_values, read_options
+
+        check_values(read_options([*_CONFIG, *flags]))
 
 
 def _prepare(is_fresh: bool, flags: Sequence[str]) -> None:
