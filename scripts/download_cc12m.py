@@ -11,6 +11,7 @@ shards tells the trainer how many pairs each one holds.
 
 from __future__ import annotations
 
+import clip_pgs  # isort: skip  (first, so that Ctrl-C while the rest loads is a word)
 import argparse
 import hashlib
 import json
@@ -26,7 +27,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urljoin
 
-import clip_pgs  # isort: skip  (first, so that Ctrl-C while the rest loads is a word)
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile, RepoFolder
