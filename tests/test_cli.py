@@ -63,6 +63,42 @@ def test_a_command_that_is_told_to_leave_says_so(monkeypatch, capsys, command, e
     assert capsys.readouterr().err == f"{said}\n"
 
 
+TWICE = """
+import atexit, os, signal, sys
+from clip_pgs import cli, common
+number, common.ECHO_SECONDS = int(sys.argv[1]), float(sys.argv[2])
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def run(argv):
+    try:
+        signal.raise_signal(number)
+    finally:
+        signal.raise_signal(number)
+        print("in order", file=sys.stderr)
+cli._function = lambda name: run
+# Python has taken its handlers back by then.
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid()):
+        kill(process, number)
+sys.late = Late()
+sys.exit(cli.main(["data"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "echo", "said", "code"),
+    [
+        (signal.SIGTERM, 60, "in order\nstopped by SIGTERM\n", 85),
+        (signal.SIGINT, 60, "in order\ninterrupted\n", 130),
+        (signal.SIGTERM, -1, "", -signal.SIGTERM),
+        (signal.SIGINT, -1, "interrupted\n", 130),
+    ],
+)
+def test_a_second_signal_is_an_echo_at_first_and_then_ends_at_once(number, echo, said, code):
+    command = [sys.executable, "-c", TWICE, str(int(number)), str(echo)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
 NO_ROOM = f"error: standard output: {os.strerror(errno.ENOSPC)}\n"
 
 

@@ -118,15 +118,36 @@ def test_a_demo_that_is_told_to_leave_takes_its_part_along(
     # In the first moment there is no part yet that the demo could take along.
     stub = f"[[ $2 != clip_pgs.{part} ]] && exit; "
     stub += f"echo $$ >part; sleep 1; kill -{number} $PPID; exec sleep 60"
-    write_executable(tmp_path / "python", f"#!/usr/bin/env bash\n{stub}\n")
-    script = f"import signal, sys; sys.executable = {str(tmp_path / 'python')!r}; "
-    # Who runs the tests in the background may have Ctrl-C ignored.
-    script += "signal.signal(signal.SIGINT, signal.default_int_handler); "
-    script += "from clip_pgs.cli import main; sys.exit(main(['demo']))"
-    done = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, timeout=50)
+    done = run_process(tmp_path, stub)
     assert (done.returncode, done.stderr) == (code, f"{said}\n")
     with pytest.raises(ProcessLookupError):
         os.kill(int(Path("part").read_text()), 0)
+
+
+@pytest.mark.parametrize(("number", "code"), [("TERM", 85), ("INT", 130)])
+def test_a_second_signal_of_one_stop_lets_the_part_end_in_order(
+    tmp_path, monkeypatch, number, code
+):
+    monkeypatch.chdir(tmp_path)
+    # A shell hears SIGINT at the end of what it runs, so that this runs little.
+    stub = f"trap 'kill -{number} $PPID; sleep 0.2; echo saved >end; exit' {number}; sleep 1; "
+    stub += f"kill -{number} $PPID; for _ in {{1..600}}; do sleep 0.1; done"
+    done = run_process(tmp_path, stub)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert Path("end").read_text() == "saved\n"
+
+
+def run_process(folder, stub):
+    """Run the demo as a process, with a stub for its parts."""
+    write_executable(folder / "python", f"#!/usr/bin/env bash\n{stub}\n")
+    script = f"import signal, sys; sys.executable = {str(folder / 'python')!r}; "
+    # Who runs the tests in the background may have Ctrl-C ignored.
+    script += "signal.signal(signal.SIGINT, signal.default_int_handler); "
+    # On a busy machine an echo takes longer.
+    script += "from clip_pgs import common; common.ECHO_SECONDS = 30; "
+    script += "from clip_pgs.cli import main; sys.exit(main(['demo']))"
+    return subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, timeout=50)
 
 
 def test_a_failed_evaluation_ends_the_drawing_beside_it(tmp_path, monkeypatch):

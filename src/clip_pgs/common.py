@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import atexit
 import errno
 import logging
 import os
@@ -15,12 +16,14 @@ import re
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import (
     AbstractContextManager,
     ExitStack,
     contextmanager,
+    nullcontext,
     redirect_stderr,
     redirect_stdout,
 )
@@ -37,6 +40,8 @@ DONE, FAILED, BAD_INPUT, PREEMPTED, INTERRUPTED, UNREAD = 0, 1, 2, 85, 130, 141
 _PACKAGE = Path(__file__).resolve().parent
 CONFIGS = next(p / "configs" for p in (_PACKAGE, _PACKAGE.parents[1]) if (p / "configs").is_dir())
 
+# `timeout`, launchers and managers signal a process and its group; a human is slower.
+ECHO_SECONDS = 1.0
 _HEAD, _TAIL = 1500, 300
 # Before a slash or the end, after `--flag=`, `KEY=`, both, or the `::` of several data sources.
 _TILDE = re.compile(r"(?:^(?:--[\w-]+=)?(?:\w+=)?|::)~(?=/|$|::)")
@@ -185,18 +190,40 @@ def catching(handler: Callable[[int, FrameType | None], None], *numbers: int) ->
             signal.signal(number, earlier)
 
 
-def leaving_when_told() -> AbstractContextManager[None]:
-    """Let SIGTERM, SIGHUP and SIGUSR1 end the block with an error, the second time at once."""
-    process = os.getpid()
+class _Leave:
+    """A handler of signals: the first ends a block, its echo does nothing, a later one ends all."""
 
-    def leave(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        # Processes that load data inherit this, and end by signals.
-        if os.getpid() != process:
+    def __init__(self) -> None:
+        self.since = 0.0
+        self._process = os.getpid()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        # Processes that load data inherit this, and end by each signal as if it were not there.
+        is_ours, now = os.getpid() == self._process, time.monotonic()
+        is_first = is_ours and not self.since
+        if is_first:
+            self.since = now
+            # Python takes its handlers back before it has ended.
+            atexit.register(signal.signal, number, signal.SIG_IGN)
+        elif is_ours and now - self.since <= ECHO_SECONDS:
+            return
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not is_first:
+            signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         raise AskedToLeaveError(signal.Signals(number).name)
 
-    return catching(leave, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+def leaving_when_told() -> AbstractContextManager[None]:
+    """Let SIGINT, SIGTERM, SIGHUP and SIGUSR1 end the block with an error, a second one at once.
+
+    Within ECHO_SECONDS of the first, others are its echo. Such a block in another one does nothing.
+    """
+    current = signal.getsignal(signal.SIGTERM)
+    if isinstance(current, _Leave) and not current.since:
+        return nullcontext()
+    return catching(_Leave(), signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def early_end(error: BaseException) -> tuple[str, int]:

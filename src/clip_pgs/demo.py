@@ -244,9 +244,9 @@ def _output_of(process: subprocess.Popen[str]) -> str:
         try:
             # It saves what it has.
             process.wait()
-        except (AskedToLeaveError, KeyboardInterrupt):
+        except KeyboardInterrupt:
             # A second Ctrl-C does not let it.
-            process.send_signal(number)
+            process.send_signal(signal.SIGINT)
             process.wait()
         raise
     if code:

@@ -27,7 +27,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 
 @pytest.fixture
 def caught(monkeypatch):
-    monkeypatch.setattr(stop, "_ECHO_SECONDS", 0.05)
+    monkeypatch.setattr(stop, "ECHO_SECONDS", 0.05)
     # Who runs the tests in the background may have Ctrl-C ignored, which would stay so.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     found = StopSignals()

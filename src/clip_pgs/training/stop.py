@@ -34,6 +34,7 @@ from typing import IO, TYPE_CHECKING, NoReturn
 from clip_pgs.common import (
     BAD_INPUT,
     DONE,
+    ECHO_SECONDS,
     FAILED,
     INTERRUPTED,
     PREEMPTED,
@@ -51,7 +52,6 @@ LAUNCH_FOLDER = "CLIP_PGS_LAUNCH_DIR"
 LOCK_SECONDS = 60.0
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-_ECHO_SECONDS = 2.0
 # What is raised in a destructor, or in a library's `except:`, is lost.
 _AGAIN_SECONDS = 5.0
 # Who loses a process stays this long, for its launcher to see which one ended first.
@@ -203,7 +203,7 @@ class StopSignals:
             self.code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
             self.name = signal.Signals(number).name
             self._since = now
-        elif number == signal.SIGINT and now - self._since > _ECHO_SECONDS:
+        elif number == signal.SIGINT and now - self._since > ECHO_SECONDS:
             raise KeyboardInterrupt
         left = self._since + self._patience - now
         if not self._is_interruptible or (left > 0 and self._reminder is not None):
