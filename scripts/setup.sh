@@ -46,6 +46,15 @@ if [[ "${CLIP_PGS_TORCH:-cpu}" != cpu ]]; then
     printf "error: CLIP_PGS_TORCH must be cpu or unset, got '%s'\n" "$CLIP_PGS_TORCH" >&2
     exit 2
 fi
+known=" $(sed -n '/^\[project.optional-dependencies\]/,/^\[tool/s/^\([a-z0-9-]*\) = .*/\1/p' \
+    pyproject.toml | tr '\n' ' ')"
+IFS=, read -ra named <<<"${1:-train,eval}"
+for word in "${named[@]}" "${@:2}"; do
+    if [[ $# -gt 1 || "$known" != *" $word "* ]]; then
+        printf "error: EXTRAS must be of%s, joined by commas, got '%s'\n" "${known% }" "$*" >&2
+        exit 2
+    fi
+done
 exec 9<scripts/constraints.txt
 if command -v flock >/dev/null && ! flock -n 9; then
     echo "Waiting for another setup of .venv here."

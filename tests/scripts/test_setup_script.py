@@ -92,6 +92,25 @@ def test_setup_refuses_another_torch_before_it_makes_anything(clone):
     assert not (clone / ".venv").exists()
 
 
+@pytest.mark.parametrize(
+    "extras", [["nosuchextra"], ["train,nosuch"], ["train", "eval"], ["tr*"], [","], ["train "]]
+)
+def test_setup_refuses_an_unknown_extra_before_it_makes_anything(clone, extras):
+    done = set_up(clone, *extras)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: EXTRAS must be of all train ")
+    assert done.stderr.endswith(f" dev, joined by commas, got '{' '.join(extras)}'\n")
+    assert not (clone / ".venv").exists()
+
+
+def test_setup_takes_every_extra(clone):
+    tomllib = pytest.importorskip("tomllib")
+    every = tomllib.loads((clone / "pyproject.toml").read_text())["project"]
+    names = ",".join(every["optional-dependencies"])
+    assert set_up(clone, names).returncode == 0
+    assert installations(clone)[0].endswith(f"[{names}]")
+
+
 def test_pips_lines_are_shown_when_it_fails(clone):
     failed = set_up(clone, PIP_EXIT="1", PIP_SAYS="no such package")
     assert failed.returncode == 1
