@@ -103,9 +103,8 @@ def test_data_are_told_apart_by_what_they_hold_wherever_they_lie(study):
     root = Path(shared["data-root"])
 
     def digest(folder):
-        return plan.data_digest(
-            [[f"--{k}={v}" for k, v in {**shared, "data-root": folder}.items()]]
-        )
+        flags = [f"--{k}={v}" for k, v in {**shared, "data-root": folder}.items()]
+        return plan.data_digest(plan.evaluated_sets([flags]))
 
     before = digest(root)
     shutil.copytree(root, study.folder / "moved")

@@ -436,16 +436,21 @@ def _check_evaluation(
     return sets
 
 
-def data_digest(calls: Iterable[Sequence[str]]) -> str:
-    """Return a digest of what the data sets of calls of `clip-pgs test` hold now.
+def evaluated_sets(calls: Iterable[Sequence[str]]) -> list[EvalSet]:
+    """Return the data sets of calls of `clip-pgs test`.
 
     Args:
         calls: The flags of each, from `Study.evaluate_arguments`.
+    """
+    return [each for flags in calls for each in check_call(_parse_evaluation(["RUN", *flags]))]
+
+
+def data_digest(sets: Iterable[EvalSet]) -> str:
+    """Return a digest of what data sets hold now.
 
     Raises:
         OSError: If a file cannot be read.
     """
-    sets = [each for flags in calls for each in check_call(_parse_evaluation(["RUN", *flags]))]
     return content_digest([[each.suite, each.name, data_identity(each)] for each in sets])
 
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import clip_pgs
-from clip_pgs.evaluation.results import DONE, read_results
+from clip_pgs.evaluation.results import DONE, is_sound, read_results, result_files
 from clip_pgs.files import CHECKPOINTS_NAME, regular_file, write_text
 from clip_pgs.launch import Processes, share_cores
 from clip_pgs.launch import start as start_child
-from clip_pgs.study.plan import CONFIG_NAME, Study, data_digest
+from clip_pgs.study.plan import CONFIG_NAME, Study, data_digest, evaluated_sets
 from clip_pgs.study.record import (
     Code,
     Evaluated,
@@ -110,12 +110,13 @@ class Runner:
     def __post_init__(self) -> None:
         # Of a run in several processes, the command shares the cores out itself.
         self._cores = share_cores(self.jobs) if num_processes() == 1 else {}
-        # What lies there as the study begins; another launch notices what changed meanwhile.
-        self._data = {
-            (arm, way): data_digest(self.study.evaluate_arguments(arm, way))
+        self._sets = {
+            (arm, way): evaluated_sets(self.study.evaluate_arguments(arm, way))
             for arm in dict.fromkeys(pair.arm for pair in self.pairs)
             for way in self.study.arms[arm].evaluations
         }
+        # What lies there as the study begins; another launch notices what changed meanwhile.
+        self._data = {place: data_digest(sets) for place, sets in self._sets.items()}
         self._lock = threading.Lock()
         self._children: set[subprocess.Popen[bytes]] = set()
         self._is_stopping = False
@@ -204,7 +205,13 @@ class Runner:
             return False
         if done.data and done.data != self._data[pair.arm, way]:
             return False
-        return done.code == self.code.evaluation or self.accepts_changes
+        if done.code != self.code.evaluation and not self.accepts_changes:
+            return False
+        files = result_files(self.study.results(pair.arm, pair.seed, way))
+        scored = {
+            (r.suite, r.dataset) for path, r in files if r.status == DONE and is_sound(r, path)
+        }
+        return scored >= {(each.suite, each.name) for each in self._sets[pair.arm, way]}
 
     def _is_same_code(self) -> bool:
         """Return whether processes that start now run the code that was checked."""
