@@ -19,7 +19,7 @@ from clip_pgs.evaluation.report.gather import read_training_facts
 from clip_pgs.evaluation.results import read_results, write_result
 from clip_pgs.files import append_line, read_json_object
 from clip_pgs.inspection.cost.data import read_jpegs
-from clip_pgs.study.record import is_trained, read_record
+from clip_pgs.study.record import missing_part, read_record
 from clip_pgs.training.loggers import logging_to
 from clip_pgs.training.stop import RunLock
 from support.options import MODEL_CONFIG
@@ -72,7 +72,7 @@ def test_a_run_whose_notes_are_none_counts_as_without(put, tmp_path):
     for name in ("exit.json", "options.json", "metrics.jsonl", "checkpoints/epoch_1.pt"):
         put(name)
     (tmp_path / "export").mkdir()
-    assert not is_trained(tmp_path)
+    assert "exit.json" in missing_part(tmp_path)
     assert read_training_facts(tmp_path, "").samples is None
 
 

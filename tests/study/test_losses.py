@@ -76,3 +76,29 @@ def test_what_lost_a_result_is_evaluated_again(finished, started, capsys):
     assert [list(row["seeds"]) for row in rows] == [["0", "1"], ["0", "1"]]
     assert main(finished.argv()) == 0
     assert "0 of 4 runs are left" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_lost_its_weights_is_exported_again_or_fails(finished, started, capsys, monkeypatch):
+    monkeypatch.setattr(
+        runner,
+        "newest_checkpoint",
+        lambda folder: folder / "1.pt" if "pgs" in str(folder) else None,
+    )
+    (finished.study / "random/seed_0" / EXPORT).unlink()
+    (finished.study / "pgs/seed_0" / EXPORT).unlink()
+    whole = (finished.study / "pgs/seed_1" / EXPORT).read_bytes()
+    (finished.study / "pgs/seed_1" / EXPORT).write_bytes(whole[:-1])
+    assert main(finished.argv()) == 1
+    out = capsys.readouterr().out
+    assert "random, seed 0: failed" in out
+    assert "lacks whole weights in its export, and a checkpoint" in out
+    assert "pgs, seed 0: it lacks whole weights in its export, and goes on from" in out
+    again = [("train", "pgs/0"), ("test", "pgs/0"), ("train", "pgs/1"), ("test", "pgs/1")]
+    assert started == again
+    # Its scores were those of its weights.
+    assert list(finished.record("random", 0)["evaluations"]) == ["unmasked"]
+    write_export(finished.study / "random/seed_0")
+    assert main(finished.argv()) == 0
+    assert finished.record("random", 0)["failed"] == ""
+    assert started == again

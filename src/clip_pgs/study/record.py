@@ -13,9 +13,18 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 import clip_pgs
 from clip_pgs.evaluation.report.gather import read_training_facts
-from clip_pgs.files import EXIT_NAME, EXPORT_NAME, MAX_RUN_FILE_BYTES, read_json_object, write_json
+from clip_pgs.files import (
+    EXIT_NAME,
+    EXPORT_NAME,
+    MAX_RUN_FILE_BYTES,
+    read_json_object,
+    regular_file,
+    write_json,
+)
 from clip_pgs.training.build import read_model_config
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.run_folder import changed_options, changed_recipe, holds_run
@@ -137,13 +146,22 @@ def write_record(record: Record, run: Path) -> None:
     write_json(run / RECORD_NAME, asdict(record))
 
 
-def is_trained(run: Path) -> bool:
-    """Return whether a run went to its end."""
+def missing_part(run: Path) -> str:
+    """Name what a run that went to its end holds and this one lacks, "" if it has all."""
     try:
-        ended = read_json_object(run / EXIT_NAME, what="it")
+        if read_json_object(run / EXIT_NAME, what="it").get("code") != 0:
+            return f"an {EXIT_NAME} of a run that is done"
     except ValueError:
-        return False
-    return ended.get("code") == 0 and (run / EXPORT_NAME).is_dir()
+        return f"a readable {EXIT_NAME}"
+    weights = list((run / EXPORT_NAME).glob("*.safetensors"))
+    try:
+        for path in weights:
+            # It reads the header alone, and compares the file's size with it.
+            with safe_open(regular_file(path), framework="pt"):
+                pass
+    except (OSError, SafetensorError):
+        weights = []
+    return "" if weights else f"whole weights in its {EXPORT_NAME}"
 
 
 def read_code() -> Code:

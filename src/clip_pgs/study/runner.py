@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import clip_pgs
+from clip_pgs.checkpoint_reading import newest_checkpoint
 from clip_pgs.evaluation.results import DONE, is_sound, read_results, result_files
 from clip_pgs.files import CHECKPOINTS_NAME, regular_file, write_text
 from clip_pgs.launch import Processes, share_cores
@@ -26,7 +27,7 @@ from clip_pgs.study.record import (
     Evaluated,
     Record,
     differences,
-    is_trained,
+    missing_part,
     model_digest,
     read_code,
     read_record,
@@ -196,7 +197,8 @@ class Runner:
     def _is_complete(self, pair: Pair) -> bool:
         """Return whether a run is trained, and evaluated as its study says by the present code."""
         ways = self.study.arms[pair.arm].evaluations
-        is_ready = is_trained(self.study.run(pair.arm, pair.seed))
+        run = self.study.run(pair.arm, pair.seed)
+        is_ready = not missing_part(run) and not read_record(run).failed
         return is_ready and all(self._is_evaluated(pair, way) for way in ways)
 
     def _is_evaluated(self, pair: Pair, way: str) -> bool:
@@ -228,17 +230,29 @@ class Runner:
     def _train(self, pair: Pair) -> str:
         """Train a run, or go on with it; return why it failed, "" if it did not."""
         study, run = self.study, self.study.run(pair.arm, pair.seed)
-        if is_trained(run):
+        missing = missing_part(run)
+        if not missing:
             return ""
+        record = read_record(run)
+        if record.spent is not None:
+            # It was trained, and something is gone.
+            newest = newest_checkpoint(run / CHECKPOINTS_NAME)
+            if newest is None:
+                return (
+                    f"{run} lacks {missing}, and a checkpoint to go on from; put one of them "
+                    "back, or remove the run to train it anew"
+                )
+            self._say(f"{pair}: it lacks {missing}, and goes on from {newest}")
         config = run.parent / CONFIG_NAME
         run.mkdir(parents=True, exist_ok=True)
         with self._lock:
             write_text(config, study.config_text(pair.arm, config.parent))
         code = read_code().training if self.accepts_changes else self.code.training
-        record = Record(clip_pgs.__version__, [], model_digest(self.options[pair.arm]))
-        if holds_run(run):
-            record = read_record(run)
+        if not holds_run(run):
+            record = Record(clip_pgs.__version__, [], model_digest(self.options[pair.arm]))
         record.code = list(dict.fromkeys([*record.code, code]))
+        # Weights that are made anew are evaluated anew.
+        record.evaluations = {}
         write_record(record, run)
         arguments = study.train_arguments(pair.arm, pair.seed, config)
         if pair in self.changed:
