@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from clip_pgs.files import folder_lock
 from clip_pgs.study import plan
 from clip_pgs.study.__main__ import main
 from support.commands import refusal
@@ -230,6 +231,19 @@ def test_a_check_that_is_interrupted_says_so(study, capsys, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_second_study_in_a_folder_is_refused(study, capsys, monkeypatch):
+    study.study.mkdir(parents=True)
+    monkeypatch.setattr("clip_pgs.study.runner.Runner.run", lambda _: 0)
+    with folder_lock(study.study, on_busy=pytest.fail):
+        sentence = refusal(main, study.argv(), capsys)
+        assert f"{study.study} is running already" in sentence
+        assert list(study.study.iterdir()) == []
+        assert main(study.argv("--check-only")) == 0
+        (study.study / "random/seed_0").mkdir(parents=True)
+        assert main(study.argv("--report-only")) == 0
+    assert main(study.argv()) == 0
 
 
 def test_missing_evaluation_data_is_refused(study, capsys):

@@ -3,7 +3,8 @@
 It trains and evaluates what is missing, goes on after any interruption, and writes tables and
 plots into logs/study/NAME.
 
-exit codes: 0 all of it is there, 1 something failed, 2 bad input, 85 told to leave, 130 Ctrl-C
+exit codes: 0 all of it is there, 1 something failed, 2 bad input or the study is running already,
+85 told to leave, 130 Ctrl-C
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from clip_pgs.common import INTERRUPTED, SentenceParser, find_config, number_in, refuse, run_program
+from clip_pgs.files import folder_lock
 
 if TYPE_CHECKING:
     from clip_pgs.study.plan import Study
@@ -39,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return refuse(f"a study needs {error.name}: pip install 'clip-pgs[train,eval]'")
     signals = StopSignals()
-    with signals.caught(), _errors_alone():
+    with signals.caught(), _errors_alone(), ExitStack() as held:
         try:
-            return _run(args, signals)
+            return _run(args, signals, held)
         except StopRequest:
             is_interrupt = signals.code == INTERRUPTED
             sys.stderr.write("interrupted\n" if is_interrupt else f"stopped by {signals.name}\n")
@@ -90,7 +92,8 @@ def _errors_alone() -> Iterator[None]:
         logger.setLevel(level_before)
 
 
-def _run(args: argparse.Namespace, signals: StopSignals) -> int:
+def _run(args: argparse.Namespace, signals: StopSignals, held: ExitStack) -> int:
+    """Do what is asked for; the study's folder is held until `held` ends."""
     with signals.interruptible():
         from clip_pgs.study.plan import check_study, read_study
         from clip_pgs.study.record import read_code
@@ -111,6 +114,9 @@ def _run(args: argparse.Namespace, signals: StopSignals) -> int:
         # Seed by seed, so that pairs fill first.
         pairs = [Pair(arm, seed) for seed in seeds for arm in arms]
         code = read_code()
+        if not args.check_only:
+            study.folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(folder_lock(study.folder, on_busy=lambda: _refuse_second(study)))
         changed = refuse_other_runs(study, options, pairs, code)
         if changed and not args.accept_changes:
             pair, changes = next(iter(changed.items()))
@@ -139,11 +145,22 @@ def _run(args: argparse.Namespace, signals: StopSignals) -> int:
     return exit_code
 
 
+def _refuse_second(study: Study) -> NoReturn:
+    raise ValueError(
+        f"the study in {study.folder} is running already; wait for its end, or stop it"
+    )
+
+
 def _report(study: Study, args: argparse.Namespace) -> int:
     """Write tables, plots and the page of what is there."""
+    from clip_pgs.evaluation.report.command import FIGURES_NAME
     from clip_pgs.study.results import write_results
 
-    page = write_results(study, command=shlex.join(["clip-pgs", "study", args.study]))
+    figures = study.folder / FIGURES_NAME
+    figures.mkdir(parents=True, exist_ok=True)
+    # One at a time: --report-only may meet the end of the study, whose folder it does not hold.
+    with folder_lock(figures, on_busy=lambda: None):
+        page = write_results(study, command=shlex.join(["clip-pgs", "study", args.study]))
     sys.stdout.write(f"{page}\n")
     return 0
 

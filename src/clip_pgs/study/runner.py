@@ -301,6 +301,8 @@ class Runner:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
+                    # The lock on the folder stays as long as something of the study runs.
+                    close_fds=False,
                 )
                 self._children.add(child)
             code = child.wait()
