@@ -93,6 +93,12 @@ def test_every_strategy_has_a_config_on_the_demo_world():
         ("vit_b16_random05_cc12m", "ViT-B-16", "random", {"mask_ratio": 0.5}),
         ("vit_b16_random075_cc12m", "ViT-B-16", "random", {"mask_ratio": 0.75}),
         ("vit_b16_pgs075_merge22_cc12m", "ViT-B-16", "pgs", {"mask_ratio": 0.75}),
+        (
+            "vit_b16_pgs05_mixed_cc12m",
+            "ViT-B-16",
+            "pgs",
+            {"mask_ratio": 0.5, "random_images": 0.5},
+        ),
         ("vit_b16_attentive05_cc12m", "ViT-B-16", "attentive", {"mask_ratio": 0.5}),
         (
             "vit_b16_cluster_cc12m",
