@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +20,9 @@ import pytest
 import webdataset
 from PIL import Image
 
+from clip_pgs.common import leaving_when_told
 from clip_pgs.data.__main__ import main
+from clip_pgs.data.world import writing
 from clip_pgs.data.world.captions import TASKS, hard_negatives
 from clip_pgs.data.world.draw import draw_scene
 from clip_pgs.data.world.scene import SHAPES, WORLD_VERSION
@@ -386,3 +389,13 @@ def test_folder_with_other_files_is_refused_and_kept(tmp_path):
 def test_count_below_one_is_refused(tmp_path, counts):
     with pytest.raises(ValueError, match="must be at least 1"):
         write_world(tmp_path / "demo", **counts)
+
+
+def _how_sigterm_ends(_):
+    return signal.getsignal(signal.SIGTERM)
+
+
+def test_processes_that_draw_end_by_sigterm_without_pythons_help():
+    # The pool joins them after it; a handler in Python can miss a signal before a wait for a lock.
+    with leaving_when_told(), writing._processes(2) as processes:
+        assert set(processes.map(_how_sigterm_ends, range(4))) == {signal.SIG_DFL}

@@ -266,6 +266,9 @@ def _write_words(root: Path) -> None:
 def _follow_parent() -> None:
     """Leave Ctrl-C to the process that hands out the work; end with it, where Linux can tell."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The pool ends its processes by it; Python's handler, which is inherited, can miss it where the
+    # signal comes just before a wait for a lock, and the process would wait for ever.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(libc := ctypes.CDLL(None), "prctl"):
         libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
