@@ -144,7 +144,7 @@ def test_what_lies_in_a_models_folder_is_compared_but_for_its_weights(tmp_path):
 
 def test_a_model_of_the_hub_that_became_another_is_named(tmp_path, monkeypatch):
     config = {"embed_dim": 8}
-    monkeypatch.setattr("clip_pgs.training.run_folder.read_model_config", lambda options: config)
+    monkeypatch.setattr("clip_pgs.training.build.read_model_config", lambda options: config)
     options = parse_options(["--model", "hf-hub:a/b", *SYNTHETIC])
     save_options(options, tmp_path)
     assert changed_options(options, tmp_path) == []
@@ -305,28 +305,30 @@ def test_the_same_shards_in_another_order_are_refused(trained):
         trained("train/00001.tar::train/00000.tar::train/00002.tar")
 
 
-def test_a_table_with_another_row_is_refused(tmp_path, monkeypatch):
+@pytest.fixture
+def trained_table(tmp_path, monkeypatch):
+    """The table of a run that began in the working folder."""
     monkeypatch.chdir(tmp_path)
     table = write_csv(tmp_path / "pairs")
     first = parse_options(resumed(table)[:-2])
     (tmp_path / "logs" / "demo").mkdir(parents=True)
     save_options(first, tmp_path / "logs" / "demo", files=training_files(first))
+    return table
+
+
+def test_a_table_with_another_row_is_refused(trained_table, tmp_path):
     check_options(parse_options(resumed("pairs/pairs.csv")))
-    table.write_text(f"{table.read_text()}{tmp_path}/pairs/0.png\tred\n")
+    rows = trained_table.read_text()
+    trained_table.write_text(f"{rows}{tmp_path}/pairs/0.png\tred\n")
     with pytest.raises(ValueError, match=r"16 samples -> .* 17 samples"):
-        check_options(parse_options(resumed(table)))
+        check_options(parse_options(resumed(trained_table)))
 
 
-def test_a_table_in_another_order_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    table = write_csv(tmp_path / "pairs")
-    first = parse_options(resumed(table)[:-2])
-    (tmp_path / "logs" / "demo").mkdir(parents=True)
-    save_options(first, tmp_path / "logs" / "demo", files=training_files(first))
-    head, *rows = table.read_text().splitlines(keepends=True)
-    table.write_text("".join([head, *reversed(rows)]))
+def test_a_table_in_another_order_is_refused(trained_table):
+    head, *rows = trained_table.read_text().splitlines(keepends=True)
+    trained_table.write_text("".join([head, *reversed(rows)]))
     with pytest.raises(ValueError, match=r"\(train_data pairs.csv: \w+ -> \w+\)"):
-        check_options(parse_options(resumed(table)))
+        check_options(parse_options(resumed(trained_table)))
 
 
 def test_a_run_of_before_that_kept_the_pattern_alone_goes_on(trained, tmp_path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from clip_pgs.files import (
     regular_file,
     write_json,
 )
-from clip_pgs.training.build import read_model_config
+from clip_pgs.training.build import model_digest
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.run_folder import changed_options, changed_recipe, holds_run
 
@@ -197,12 +196,6 @@ def _is_text(statement: ast.stmt) -> bool:
     if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Constant):
         return False
     return isinstance(statement.value.value, str)
-
-
-def model_digest(options: TrainOptions) -> str:
-    """Return a digest of the config of a run's model."""
-    config = json.dumps(read_model_config(options), sort_keys=True, default=str)
-    return hashlib.sha256(config.encode()).hexdigest()[:_SHOWN]
 
 
 def differences(

@@ -28,13 +28,13 @@ from clip_pgs.study.record import (
     Record,
     differences,
     missing_part,
-    model_digest,
     read_code,
     read_record,
     read_spent,
     write_record,
 )
 from clip_pgs.tables import duration, plain
+from clip_pgs.training.build import model_digest
 from clip_pgs.training.data_checks import has_training_data, training_files
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.run_folder import holds_run

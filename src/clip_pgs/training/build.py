@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable
@@ -277,6 +279,12 @@ def read_model_config(options: TrainOptions) -> dict[str, Any]:
         raise ValueError(f"{what} has no vision_cfg")
     check_model_config(config, what=what)
     return config
+
+
+def model_digest(options: TrainOptions) -> str:
+    """Return a digest of the config of a run's model, 12 hexadecimal digits."""
+    config = json.dumps(read_model_config(options), sort_keys=True, default=str)
+    return hashlib.sha256(config.encode()).hexdigest()[:12]
 
 
 def image_size(options: TrainOptions) -> int | list[int] | None:

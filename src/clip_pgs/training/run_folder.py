@@ -7,7 +7,6 @@ being told to, and nobody else may.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -39,7 +38,7 @@ from clip_pgs.files import (
     write_text,
 )
 from clip_pgs.tables import counted
-from clip_pgs.training.build import read_model_config
+from clip_pgs.training.build import model_digest
 from clip_pgs.training.data_checks import has_training_data, training_kind
 from clip_pgs.training.export import open_clip_config, tokenizer_source
 from clip_pgs.training.loggers import BestEffort
@@ -241,11 +240,10 @@ def named_contents(options: TrainOptions) -> list[str]:
             if path.suffix in _READ_ENDINGS:
                 files[f"model {path.name}"] = path
     # os.path: a text that is too long is the name of no file.
-    digests = {name: file_digest(path) for name, path in files.items() if os.path.isfile(path)}
+    found = {name: file_digest(path)[:12] for name, path in files.items() if os.path.isfile(path)}
     if options.model.startswith("hf-hub:"):
-        config = json.dumps(read_model_config(options), sort_keys=True)
-        digests["model config"] = hashlib.sha256(config.encode()).hexdigest()
-    return [f"{name}: {digest[:12]}" for name, digest in digests.items()]
+        found["model config"] = model_digest(options)
+    return [f"{name}: {digest}" for name, digest in found.items()]
 
 
 def changed_options(
