@@ -129,22 +129,21 @@ def test_facts_come_from_the_logs_where_the_checkpoint_is_gone(tmp_path):
     assert found.training.masking == "pgs 0.3-0.5 edges=False merge=2x2"
 
 
-def test_facts_of_an_evaluated_checkpoint_are_its_own(tmp_path):
-    run = tmp_path / "run"
-    save_checkpoint(run, samples=12_000)
-    weights = run / "checkpoints/epoch_5.pt"
+def facts_of_weights(tmp_path, name):
+    """Return what is told of weights of a run that holds epoch_5.pt, after 12,000 samples."""
+    save_checkpoint(tmp_path / "run", samples=12_000)
+    weights = tmp_path / "run/checkpoints" / name
     save_results(tmp_path / "elsewhere", demo_results(pretrained=str(weights)))
     (found,) = gather_runs([tmp_path / "elsewhere"])
-    assert found.training.samples == 12_000
+    return found.training
+
+
+def test_facts_of_an_evaluated_checkpoint_are_its_own(tmp_path):
+    assert facts_of_weights(tmp_path, "epoch_5.pt").samples == 12_000
 
 
 def test_a_checkpoint_that_is_gone_took_not_what_another_did(tmp_path):
-    run = tmp_path / "run"
-    save_checkpoint(run, samples=12_000)
-    weights = run / "checkpoints/epoch_2.pt"
-    save_results(tmp_path / "elsewhere", demo_results(pretrained=str(weights)))
-    (found,) = gather_runs([tmp_path / "elsewhere"])
-    facts = found.training
+    facts = facts_of_weights(tmp_path, "epoch_2.pt")
     assert (facts.samples, facts.flops, facts.seconds) == (None, None, None)
     assert facts.masking == "pgs 0.5"
 
