@@ -12,7 +12,7 @@ from clip_pgs.evaluation.datasets import (
     check_presence,
     locate,
 )
-from clip_pgs.evaluation.suites import suites
+from clip_pgs.evaluation.suites import read_list, suites
 
 
 def names(suite, datasets):
@@ -64,6 +64,13 @@ def test_lines_of_an_own_list_marked_for_a_suite_go_there_alone(tmp_path, data_r
         ("robustness", "six", "zeroshot_classification"),
         ("compositionality", "sugar_crepe/add_att", "image_caption_selection"),
     ]
+
+
+def test_a_comment_begins_a_line_or_follows_white_space(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("# all\n  # of them\na#1/set\t#x\nb # c #d\n#e\nlinear-probe: f#2# #\n")
+    found = [(line.suite, line.name) for line in read_list(path)]
+    assert found == [(None, "a#1/set"), (None, "b"), ("linear-probe", "f#2#")]
 
 
 @pytest.mark.parametrize("suite", ["linear-probe", "robustness", "zeroshot-classification"])

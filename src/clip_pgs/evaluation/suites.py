@@ -49,6 +49,7 @@ NUM_NEIGHBORS = 20
 
 DEFAULT_ROOTS = {"demo": "data/demo/eval", "paper": "data/eval"}
 _MAX_LINE, _MAX_NAME = 4096, 150
+_COMMENT = re.compile(r"(?:^|\s)#")
 _RETRIEVAL_NAMES = ("mscoco_captions", "flickr8k", "flickr30k")
 
 
@@ -409,7 +410,9 @@ def load_suite(
 
 
 def read_list(path: Path) -> list[ListLine]:
-    """Read a list: one data set per line, `SUITE: NAME` or `NAME`; `#` starts a comment.
+    """Read a list: one data set per line, `SUITE: NAME` or `NAME`.
+
+    `#` starts a comment where a line begins, or after white space.
 
     Args:
         path: The list file.
@@ -421,7 +424,7 @@ def read_list(path: Path) -> list[ListLine]:
         content = path.read_text(encoding="utf-8-sig")
     lines = []
     for number, text in enumerate(content.splitlines(), start=1):
-        name = text.split("#")[0].strip()
+        name = _COMMENT.split(text, maxsplit=1)[0].strip()
         if len(name) > _MAX_LINE or "\0" in name:
             raise ValueError(
                 f"line {number} of {path} must name a data set in at most {_MAX_LINE} characters, "
