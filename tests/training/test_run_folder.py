@@ -9,7 +9,7 @@ from clip_pgs.training.checks import check_options
 from clip_pgs.training.data_checks import training_files
 from clip_pgs.training.option_warnings import option_warnings
 from clip_pgs.training.options import parse_options
-from clip_pgs.training.run_folder import changed_options, save_options
+from clip_pgs.training.run_folder import changed_options, read_options_file, save_options
 from support.options import SYNTHETIC, VALID, write_shards
 from support.runs import write_csv
 from support.runs import write_shards as write_samples
@@ -100,7 +100,8 @@ def test_other_data_is_named(demo, tmp_path):
     data = ["--train-data", write_shards(tmp_path / "train"), "--dataset-type", "auto"]
     args = parse_options([*RUN, "--resume", "latest", *data])
     files = training_files(args)
-    names = list(dict.fromkeys(c.split()[0] for c in changed_options(args, demo, files=files)))
+    changes = changed_options(args, read_options_file(demo)[0], files=files)
+    names = list(dict.fromkeys(change.split()[0] for change in changes))
     assert names == ["dataset_type", "train_data"]
 
 
@@ -130,11 +131,12 @@ def test_what_lies_in_a_models_folder_is_compared_but_for_its_weights(tmp_path):
     save_options(options, tmp_path)
     (folder / "README.md").write_text("Scores.")
     (folder / "open_clip_model.safetensors").write_text("Others.")
-    assert changed_options(options, tmp_path) == []
+    saved, _ = read_options_file(tmp_path)
+    assert changed_options(options, saved) == []
     (folder / "vocab.json").write_text('{"a": 1}')
     (folder / "merges.txt").unlink()
     (folder / "added_tokens.json").write_text("[]")
-    changed = changed_options(options, tmp_path)
+    changed = changed_options(options, saved)
     assert [change.partition(":")[0] for change in changed] == [
         "model merges.txt is gone",
         "model vocab.json",
@@ -147,9 +149,10 @@ def test_a_model_of_the_hub_that_became_another_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("clip_pgs.training.build.read_model_config", lambda options: config)
     options = parse_options(["--model", "hf-hub:a/b", *SYNTHETIC])
     save_options(options, tmp_path)
-    assert changed_options(options, tmp_path) == []
+    saved, _ = read_options_file(tmp_path)
+    assert changed_options(options, saved) == []
     config["embed_dim"] = 16
-    assert changed_options(options, tmp_path)[0].startswith("model config: ")
+    assert changed_options(options, saved)[0].startswith("model config: ")
 
 
 def test_a_run_of_before_has_no_digests_and_goes_on(demo):
@@ -229,6 +232,21 @@ def test_a_damaged_record_is_named_and_stops_nothing(demo, content):
     check_options(args)
     (sentence,) = option_warnings(args)
     assert "options.json" in sentence
+
+
+def test_the_record_of_a_run_is_read_once_by_each_who_asks(demo, monkeypatch):
+    reads = []
+
+    def read(path, **options):
+        reads.append(path.name)
+        return json.loads(path.read_text())
+
+    monkeypatch.setattr("clip_pgs.training.run_folder.read_json_object", read)
+    args = parse_options([*RUN, "--resume", "latest", "--lr", "0.5"])
+    check_options(args)
+    assert reads == ["options.json"]
+    assert len(option_warnings(args)) == 1
+    assert reads == ["options.json"] * 2
 
 
 def test_a_missing_record_of_a_run_is_named(demo):

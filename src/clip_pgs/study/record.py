@@ -26,7 +26,12 @@ from clip_pgs.files import (
 )
 from clip_pgs.training.build import model_digest
 from clip_pgs.training.options import TrainOptions
-from clip_pgs.training.run_folder import changed_options, changed_recipe, holds_run
+from clip_pgs.training.run_folder import (
+    changed_options,
+    changed_recipe,
+    holds_run,
+    read_options_file,
+)
 
 RECORD_NAME = "study.json"
 
@@ -218,7 +223,8 @@ def differences(
     if not holds_run(run):
         return []
     record = read_record(run)
-    changes = changed_options(options, run, files=files) + changed_recipe(options, run)
+    saved = read_options_file(run)[0]
+    changes = changed_options(options, saved, files=files) + changed_recipe(options, saved)
     if record.model != model_digest(options):
         changes.append(f"model config {record.model or 'unknown'} -> {model_digest(options)}")
     if code.training not in record.code:

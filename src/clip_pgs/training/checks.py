@@ -78,6 +78,7 @@ from clip_pgs.training.run_folder import (
     changed_options,
     holds_run,
     keeps_logs,
+    read_options_file,
     run_folder,
 )
 
@@ -417,7 +418,7 @@ def _check_folder(options: TrainOptions) -> None:
     if sentence is not None or not holds_run(folder):
         return
     files = training_files(options) if has_training_data(options) else []
-    changes = changed_options(options, folder, files=files)
+    changes = changed_options(options, read_options_file(folder)[0], files=files)
     if changes and not options.accept_changes:
         raise ValueError(
             f"run {folder} cannot continue with other options or data ({', '.join(changes)}); "

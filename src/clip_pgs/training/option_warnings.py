@@ -155,9 +155,9 @@ def _resume_warnings(options: TrainOptions) -> list[str]:
     folder = run_folder(options)
     if options.resume != "latest" or folder is None:
         return []
-    _, damage = read_options_file(folder)
+    saved, damage = read_options_file(folder)
     sentences = [] if damage is None else [f"{damage}; no option is compared with the run's"]
-    changes = changed_recipe(options, folder)
+    changes = changed_recipe(options, saved)
     return sentences + [f"run {folder} continues with {change}" for change in changes]
 
 

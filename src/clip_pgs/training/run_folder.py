@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -247,18 +247,17 @@ def named_contents(options: TrainOptions) -> list[str]:
 
 
 def changed_options(
-    options: TrainOptions, folder: Path, *, files: Sequence[str] | None = ()
+    options: TrainOptions, saved: Mapping[str, Any], *, files: Sequence[str] | None = ()
 ) -> list[str]:
     """Return the changes that make it another experiment, such as "seed 0 -> 1".
 
     Args:
         options: The run's.
-        folder: The run's folder.
+        saved: What `read_options_file` found in the run's folder.
         files: The training data, file by file: its name, without the folder, comes first; None
             leaves the data out.
     """
-    saved = read_options_file(folder)[0]
-    changes = _changes(options, folder, names_of(IDENTITY))
+    changes = _changes(options, saved, names_of(IDENTITY))
     # A run of before has none, as one without data.
     contents = saved.get(_CONTENTS)
     if isinstance(contents, list):
@@ -271,7 +270,7 @@ def changed_options(
             for change in _changed_files(list(map(str, saved[_FILES])), list(files))
         ]
     # A run of before, which kept the pattern alone.
-    return changes + _changes(options, folder, ["train_data"])
+    return changes + _changes(options, saved, ["train_data"])
 
 
 def _changed_files(saved: list[str], now: list[str]) -> list[str]:
@@ -293,13 +292,12 @@ def _changed_files(saved: list[str], now: list[str]) -> list[str]:
     return changes
 
 
-def changed_recipe(options: TrainOptions, folder: Path) -> list[str]:
+def changed_recipe(options: TrainOptions, saved: Mapping[str, Any]) -> list[str]:
     """Return the changes of schedule, batch, precision and the like, such as "lr 0.1 -> 0.2"."""
-    return _changes(options, folder, names_of(RECIPE))
+    return _changes(options, saved, names_of(RECIPE))
 
 
-def _changes(options: TrainOptions, folder: Path, names: Sequence[str]) -> list[str]:
-    saved = read_options_file(folder)[0]
+def _changes(options: TrainOptions, saved: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     changes = []
     for name in names:
         now = _plain(getattr(options, name))
