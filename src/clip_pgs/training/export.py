@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import open_clip
 import safetensors.torch
 from huggingface_hub import EvalResult, ModelCardData
@@ -51,71 +52,13 @@ from clip_pgs.training.checkpoint import damaged_entry
 from clip_pgs.training.options import TrainOptions
 
 CARD_NAME = "README.md"
+_TEMPLATE_NAME = "model_card.md.jinja"
 
 # What stands in a card for "this folder", until it is uploaded.
 _FOLDER = "PATH_TO_THIS_FOLDER"
 _PLACE = f"local-dir:{_FOLDER}"
-_NO_SCORES = (
-    "No suite was scored. `clip-pgs test RUN` does it, and `clip-pgs export RUN` writes this again."
-)
-
-_NO_LICENSE = (
-    "None is stated for the weights. `clip-pgs export RUN --license NAME` states one, by the name "
-    "that the Hub has for it, such as `mit`."
-)
 # Measurements that are shares: OpenCLIP's, and those of an evaluation, SUITE/DATASET/METRIC.
 _SHARES = re.compile(r".+(_R@\d+|-top\d)|[^/]+/[^/]+/[^/]+")
-
-_TEMPLATE = """\
----
-{metadata}
----
-# {name}
-
-{opening}
-## Scores
-
-{scores}
-
-## Training
-
-{training}
-
-## Cost
-
-{cost}
-
-## Validation
-
-{metrics}
-
-## License
-
-{license}
-"""
-
-_OPENING = """\
-A {model} model for [OpenCLIP](https://github.com/mlfoundations/open_clip), trained by clip-pgs
-{version} {how}.
-
-```python
-import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("{place}")
-tokenizer = open_clip.get_tokenizer("{place}")
-```
-{inference}"""
-_MAE_OPENING = """\
-A masked autoencoder ([MAE](https://arxiv.org/abs/2111.06377)) for transformers, trained by clip-pgs
-{version} on images alone, to {task} patches that `{masking}` keeps.
-
-```python
-from transformers import AutoImageProcessor, ViTMAEModel
-
-model = ViTMAEModel.from_pretrained("{place}", mask_ratio=0.0)  # sees whole images
-processor = AutoImageProcessor.from_pretrained("{place}")
-```
-"""
 
 # The Hub's names of clip_benchmark's tasks, where they differ by more than dashes.
 _TASKS = {
@@ -186,7 +129,7 @@ def write_export(
         raise ValueError(f"the model is not exported: {trouble}")
     with atomic_folder(folder) as unfinished:
         name = str(checkpoint.get("name", ""))
-        with explained("its clip_pgs record cannot be described", *MISFITS):
+        with explained("its clip_pgs record cannot be described", *MISFITS, jinja2.TemplateError):
             card = write_model_card(name, record, license_name=license_name)
         _write_files(checkpoint, record, card, unfinished)
         if folder.exists():
@@ -259,83 +202,55 @@ def write_model_card(
         license_name: Of the weights, as the Hub calls it; None states none.
         scores: What the model reached.
     """
-    cost = record["cost"]
-    masking = record["masking"]
-    is_mae = _is_autoencoder(record)
+    cost, is_mae = record["cost"], _is_autoencoder(record)
     metadata = ModelCardData(
         library_name="transformers" if is_mae else "open_clip",
         pipeline_tag="image-feature-extraction" if is_mae else "zero-shot-image-classification",
         license=license_name,
-        tags=["vit_mae" if is_mae else "clip", f"masking-{masking}"],
+        tags=["vit_mae" if is_mae else "clip", f"masking-{record['masking']}"],
         model_name=name if scores else None,
         eval_results=list(scores) or None,
     )
-    rows = (f"| {one.dataset_name} | {one.metric_name} | {one.metric_value} |" for one in scores)
-    return _TEMPLATE.format(
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = _cell
+    template = environment.from_string(Path(__file__).with_name(_TEMPLATE_NAME).read_text("utf-8"))
+    options = {f"masking option `{key}`": v for key, v in record["masking_options"].items()}
+    return template.render(
         name=name,
         metadata=metadata.to_yaml(),
-        opening=_opening(record),
-        scores="\n".join(["| data set | score | percent |", "|---|---|---|", *rows])
-        if scores
-        else _NO_SCORES,
-        training=_table(
-            {
-                "masking": masking,
-                **{f"masking option `{key}`": v for key, v in record["masking_options"].items()},
-                **record["data"],
-                **record["recipe"],
-            }
-        ),
-        cost=_table(
-            {
-                "hardware": f"{record['world_size']} x {record['device']}",
-                "samples seen": f"{cost['samples']:,}",
-                "optimizer steps": f"{cost['steps']:,}",
-                "floating-point operations": f"{cost['flops']:.3g}",
-                "of them to choose patches": _share(cost.get("selection_flops", 0), cost["flops"]),
-                "wall time": str(timedelta(seconds=round(cost["seconds"]))),
-            }
-        ),
-        metrics=_table(_in_percent(record["metrics"])) if record["metrics"] else "None were taken.",
-        license=f"`{license_name}`" if license_name else _NO_LICENSE,
+        record=record,
+        recipe=record["recipe"],
+        is_mae=is_mae,
+        folder=_FOLDER,
+        command=_test_command(record),
+        scores=scores,
+        training={"masking": record["masking"], **options, **record["data"], **record["recipe"]},
+        cost={
+            "hardware": f"{record['world_size']} x {record['device']}",
+            "samples seen": f"{cost['samples']:,}",
+            "optimizer steps": f"{cost['steps']:,}",
+            "floating-point operations": f"{cost['flops']:.3g}",
+            "of them to choose patches": _share(cost.get("selection_flops", 0), cost["flops"]),
+            "wall time": str(timedelta(seconds=round(cost["seconds"]))),
+        },
+        metrics={
+            key: f"{percent(value)} %" if _SHARES.fullmatch(key) else value
+            for key, value in record["metrics"].items()
+        },
+        license_name=license_name,
     )
 
 
-def _opening(record: Mapping[str, Any]) -> str:
-    """Say what the model is and how it is opened."""
-    if _is_autoencoder(record):
-        task = "see the" if record["recipe"]["mae_sign"] == "keep" else "reconstruct the"
-        return _MAE_OPENING.format(**record, place=_FOLDER, task=task)
-    return _OPENING.format(
-        **record, place=_PLACE, how=_course(record), inference=_inference(record)
-    )
-
-
-def _course(record: Mapping[str, Any]) -> str:
-    """Say what was masked, and for how long."""
-    parts = [f"the masking `{record['masking']}` of the image tower's patches"]
-    if record["masking"] == "none":
-        parts = ["no masking of the image tower's patches"]
-    text_masking = record.get("text_masking", "none")
-    if text_masking != "none":
-        parts.append(f"the masking `{text_masking}` of its captions")
-    recipe = record["recipe"]
-    if recipe.get("train_image_size"):
-        parts.append(f"images of {recipe['train_image_size']} pixels")
-    how = f"with {' and '.join(parts)}"
-    if recipe.get("unmasked_epochs"):
-        how = (
-            f"for {recipe['epochs']} epochs {how}, then for {recipe['unmasked_epochs']} "
-            f"without any, at a learning rate of up to {recipe['unmasked_lr']:g}"
-        )
-    return how
-
-
-def _inference(record: Mapping[str, Any]) -> str:
-    """Say how a model encodes images as it was trained to see them; "" for whole images."""
-    if record["masking"] == "none" or record["recipe"].get("unmasked_epochs"):
-        return ""
+def _test_command(record: Mapping[str, Any]) -> str:
+    """Return what evaluates a model as it was trained to see images; "" for whole images."""
     recipe, options = record["recipe"], dict(record["masking_options"])
+    if _is_autoencoder(record) or record["masking"] == "none" or recipe.get("unmasked_epochs"):
+        return ""
     if recipe.get("mask_schedule", "constant") != "constant":
         options |= {"mask_ratio": recipe["mask_ratio_end"]}
     ratio = options.pop("mask_ratio", None)
@@ -347,29 +262,11 @@ def _inference(record: Mapping[str, Any]) -> str:
     if options:
         pairs = (shlex.quote(f"{name}={value}") for name, value in options.items())
         command.append(f"--inference-masking-option {' '.join(pairs)}")
-    return (
-        "\nOpened like that, it encodes whole images. In training it saw them through its masking. "
-        f"This command evaluates it through the same masking:\n\n```bash\n"
-        f"{' '.join(command)}\n```\n"
-    )
+    return " ".join(command)
 
 
 def _share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.2g} %" if part else ""
-
-
-def _in_percent(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: f"{percent(value)} %" if _SHARES.fullmatch(name) else value
-        for name, value in metrics.items()
-    }
-
-
-def _table(rows: Mapping[str, Any]) -> str:
-    lines = [
-        f"| {key} | {_cell(value)} |" for key, value in rows.items() if value not in (None, "")
-    ]
-    return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def _cell(value: Any) -> str:
