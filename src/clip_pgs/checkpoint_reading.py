@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -52,23 +50,6 @@ _BATCH_COUNTER = ".num_batches_tracked"
 _COUNTS = ("epoch", "step", "position")
 # Further than any run counts.
 _MAX_COUNT = 2**53
-# What a damaged file makes torch raise depends on where the damage lies.
-_DAMAGE = (
-    UnpicklingError,
-    RuntimeError,
-    OSError,
-    EOFError,
-    SafetensorError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    MemoryError,
-    struct.error,
-    zipfile.BadZipFile,
-)
 # `numpy.float64(0.1)`, the learning rate in an older optimizer's groups, and what it is made of.
 _SCALAR = np.float64(0).__reduce__()[0]
 _NUMPY: list[Any] = [
@@ -102,12 +83,14 @@ def read_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, An
         raise ValueError(f"checkpoint {str(path)!r} {absence(path)}")
     try:
         content = _read(path, use_mmap=use_mmap)
-    except _DAMAGE as error:
+    # What a damaged file makes torch raise depends on where the damage lies.
+    except Exception as error:
         raise ValueError(f"checkpoint {str(path)!r} cannot be read: {_reason(error)}") from error
     if isinstance(content, dict) and "state_dict" not in content:
         content = {"state_dict": content}
     state_dict = content.get("state_dict") if isinstance(content, dict) else None
-    if not state_dict or not _is_state_dict(state_dict):
+    is_dict = isinstance(state_dict, dict) and all(isinstance(name, str) for name in state_dict)
+    if not state_dict or not is_dict or not all(isinstance(t, Tensor) for t in state_dict.values()):
         raise ValueError(f"checkpoint {str(path)!r} cannot be read: it holds no state dict")
     for name, weight in state_dict.items():
         trouble = _oddness(weight)
@@ -170,7 +153,7 @@ def newest_checkpoint(
     Returns:
         The file, None where there is none.
     """
-    on_damage = on_damage or _pass_over
+    on_damage = on_damage or (lambda _, error: _logger.warning("%s; it is passed over", error))
     progress: dict[Path, tuple[int, int]] = {}
     for path in sorted(path for path in folder.glob("*.pt") if RUN_FILE.fullmatch(path.name)):
         try:
@@ -195,10 +178,6 @@ def named_latest(folder: Path) -> Path | None:
     if not pointer.is_file():
         return None
     return folder / Path(pointer.read_text(encoding="utf-8", errors="replace").strip()).name
-
-
-def _pass_over(path: Path, error: ValueError) -> None:
-    _logger.warning("%s; it is passed over", error)
 
 
 def find_checkpoint(path: Path | str) -> Path:
@@ -239,28 +218,16 @@ def fit_weights(given: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tens
     counters = {name: t for name, t in own.items() if name.endswith(_BATCH_COUNTER)}
     used = {n: t for n, t in given.items() if n in own or not n.endswith(_BATCH_COUNTER)}
     given = {**counters, **used}
-    misfit = first_misfit(own, given)
-    if misfit is not None:
-        raise ValueError(misfit)
-    return {name: t.reshape(own[name].shape) if t.numel() == 1 else t for name, t in given.items()}
-
-
-def first_misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
-    """Return in words the first weight that keeps a file from fitting a model, None if it fits.
-
-    Args:
-        own: The model's state dict.
-        given: The file's. One number may be a scalar or a vector of one.
-    """
     only = {"file": given.keys() - own.keys(), "model": own.keys() - given.keys()}
     if only["file"] or only["model"]:
-        return ", ".join(f"only the {who} has {min(names)}" for who, names in only.items() if names)
+        names = (f"only the {who} has {min(some)}" for who, some in only.items() if some)
+        raise ValueError(", ".join(names))
     for name, weight in given.items():
         is_one_number = own[name].numel() == weight.numel() == 1
         if own[name].shape != weight.shape and not is_one_number:
             shapes = f"{tuple(weight.shape)} in the file, {tuple(own[name].shape)} in the model"
-            return f"{name} has shape {shapes}"
-    return None
+            raise ValueError(f"{name} has shape {shapes}")
+    return {name: t.reshape(own[name].shape) if t.numel() == 1 else t for name, t in given.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -272,12 +239,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(_plain, value))
     return value
-
-
-def _is_state_dict(content: Any) -> bool:
-    return isinstance(content, dict) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    )
 
 
 def _plain_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -336,8 +297,14 @@ def check_sum(path: Path) -> None:
                 f"checkpoint {str(path)!r} is damaged: its checksum is not the one in {SUMS_NAME}"
             )
         return
-    with explained(f"checkpoint {str(path)!r} is damaged", Exception):
-        damaged = _damaged_member(path)
+    # Files from before torch 1.6 are no archives and have no checksums.
+    if not zipfile.is_zipfile(path):
+        return
+    with (
+        explained(f"checkpoint {str(path)!r} is damaged", Exception),
+        zipfile.ZipFile(path) as archive,
+    ):
+        damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(
             f"checkpoint {str(path)!r} is damaged: the checksum of {damaged!r} in it is wrong"
@@ -363,14 +330,6 @@ def named_tensors(content: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
         items = content.items() if isinstance(content, Mapping) else enumerate(content)
         for key, item in items:
             yield from named_tensors(item, f"{path}/{key}")
-
-
-def _damaged_member(path: Path) -> str | None:
-    # Files from before torch 1.6 are no archives and have no checksums.
-    if not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip()
 
 
 def file_digest(path: Path) -> str:
