@@ -22,13 +22,13 @@ echo "$2 ${*:3}" >>calls.log
 case "$2 $*" in
 *--check-only*) ;;
 clip_pgs.training*) mkdir -p logs/demo/export ;;
-clip_pgs.demo_scores*) touch logs/demo/export/README.md && echo "the table" ;;
+clip_pgs.cli*) touch logs/demo/export/README.md && echo "the table" ;;
 clip_pgs.inspection*) touch logs/demo/pgs_keeps.png ;;
 esac
 exit "${FAIL:-0}"
 """
 PYTHON = sys.executable
-PARTS = ["data", "training", "demo_scores"]
+PARTS = ["data", "training", "cli"]
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def run_process(folder, stub):
 def test_a_failed_evaluation_ends_the_drawing_beside_it(tmp_path, monkeypatch):
     stub = """#!/usr/bin/env bash
 case "$2 $*" in
-clip_pgs.demo_scores*)
+clip_pgs.cli*)
     for _ in {1..100}; do [[ -s part ]] && exit 3 || sleep 0.1; done
     ;;
 clip_pgs.training*) mkdir -p logs/demo/export ;;

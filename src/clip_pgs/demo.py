@@ -163,7 +163,8 @@ def _demo(flags: Sequence[str]) -> None:
             _say(_TABLE.read_text("utf-8").rstrip("\n"))
         else:
             _TABLE.parent.mkdir(parents=True, exist_ok=True)
-            table = _call("clip_pgs.demo_scores", str(_RUN), output=subprocess.PIPE)
+            scoring = ("clip_pgs.cli", "export", str(_RUN), "--suite", "all")
+            table = _call(*scoring, output=subprocess.PIPE)
     # What is newer than the export is not made anew.
     if not has_table:
         write_text(_TABLE, table)

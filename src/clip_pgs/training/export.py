@@ -274,16 +274,12 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|")
 
 
-def export_run(
-    run_folder: Path, *, license_name: str | None = None, card_alone: bool = False
-) -> Path:
+def export_run(run_folder: Path, *, license_name: str | None = None) -> Path:
     """Export a run's latest checkpoint into its `export` folder, with the scores of its weights.
 
     Args:
         run_folder: The run's; its `eval` has the scores, where there are any.
         license_name: Of the weights, as the Hub calls it; None states none.
-        card_alone: Write the scores into the card of an export that has the latest weights; its
-            other files stay as they are.
 
     Raises:
         ValueError: If the run has no checkpoint of this trainer that is whole, or if the one that
@@ -308,9 +304,8 @@ def export_run(
                 f"remove {folder} to export {path.name}"
             )
     checkpoint = load_checkpoint(path)
-    if not card_alone:
-        with explained(str(path)):
-            write_export(checkpoint, folder, license_name=license_name)
+    with explained(str(path)):
+        write_export(checkpoint, folder, license_name=license_name)
     if scores := _scores(run_folder / EVAL_NAME, folder):
         card = write_model_card(
             str(checkpoint.get("name", "")),

@@ -21,6 +21,11 @@ def make_parser() -> argparse.ArgumentParser:
         description="Write RUN/export: a run's latest checkpoint for OpenCLIP, and its card.",
     )
     parser.add_argument("run", type=Path, help="a run folder, such as logs/demo")
+    parser.add_argument(
+        "--suite",
+        metavar="NAME",
+        help="score the weights first, as clip-pgs test RUN --suite NAME does, or with all",
+    )
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the export as well")
     parser.add_argument(
         "--license",
@@ -43,6 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_repository(repository)
         if not (arguments.run / CHECKPOINTS_NAME).is_dir():
             raise ValueError(f"{str(arguments.run)!r} has no checkpoint to export")
+        if arguments.suite is not None:
+            from clip_pgs.launch import evaluate
+
+            # In this process: importing torch and OpenCLIP again would take seconds.
+            code = evaluate([str(arguments.run), "--suite", arguments.suite])
+            if code:
+                return code
         from clip_pgs.training.export import export_run, push_to_hub
 
         folder = export_run(arguments.run, license_name=arguments.license)
