@@ -116,7 +116,9 @@ def test_other_words_under_the_same_name_are_refused(tmp_path, monkeypatch):
     check_options(parse_options(argv))
     words.counts["red"] = 2
     write_word_frequencies(words, tmp_path / "words.json")
-    with pytest.raises(ValueError, match=r"\(text_masking_option frequencies: \w+ -> \w+\); use"):
+    with pytest.raises(
+        ValueError, match=r"\(text_masking_option frequencies: \w+ is gone, .* is new\); use"
+    ):
         check_options(parse_options(argv))
     check_options(parse_options([*argv, "--accept-changes"]))
 
@@ -137,10 +139,11 @@ def test_what_lies_in_a_models_folder_is_compared_but_for_its_weights(tmp_path):
     (folder / "merges.txt").unlink()
     (folder / "added_tokens.json").write_text("[]")
     changed = changed_options(options, saved)
-    assert [change.partition(":")[0] for change in changed] == [
-        "model merges.txt is gone",
-        "model vocab.json",
-        "model added_tokens.json is new",
+    assert [(change.split()[1], change.split()[-1]) for change in changed] == [
+        ("merges.txt:", "gone"),
+        ("vocab.json:", "gone"),
+        ("added_tokens.json:", "new"),
+        ("vocab.json:", "new"),
     ]
 
 
@@ -298,10 +301,10 @@ def miscount(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (remove, "00001.tar is gone"),
-        (add, "00001b.tar is new"),
-        (grow, "00001.tar: "),
-        (miscount, "2 samples -> "),
+        (remove, "00001.tar: 10240 bytes, 2 samples is gone"),
+        (add, "00001b.tar: 10240 bytes, 2 samples is new"),
+        (grow, "00001.tar: 10752 bytes, 2 samples is new"),
+        (miscount, "00001.tar: 10240 bytes, 1 samples is new"),
     ],
 )
 def test_other_shards_below_a_pattern_are_refused_by_name(trained, tmp_path, change, words):
@@ -338,14 +341,14 @@ def test_a_table_with_another_row_is_refused(trained_table, tmp_path):
     check_options(parse_options(resumed("pairs/pairs.csv")))
     rows = trained_table.read_text()
     trained_table.write_text(f"{rows}{tmp_path}/pairs/0.png\tred\n")
-    with pytest.raises(ValueError, match=r"16 samples -> .* 17 samples"):
+    with pytest.raises(ValueError, match=r"16 samples is gone, .* 17 samples is new"):
         check_options(parse_options(resumed(trained_table)))
 
 
 def test_a_table_in_another_order_is_refused(trained_table):
     head, *rows = trained_table.read_text().splitlines(keepends=True)
     trained_table.write_text("".join([head, *reversed(rows)]))
-    with pytest.raises(ValueError, match=r"\(train_data pairs.csv: \w+ -> \w+\)"):
+    with pytest.raises(ValueError, match=r"\(train_data pairs.csv: \w+ is gone, .* is new\)"):
         check_options(parse_options(resumed(trained_table)))
 
 

@@ -258,34 +258,22 @@ def changed_options(
             leaves the data out.
     """
     changes = _changes(options, saved, names_of(IDENTITY))
-    # A run of before has none, as one without data.
-    contents = saved.get(_CONTENTS)
-    if isinstance(contents, list):
-        changes += _changed_files(list(map(str, contents)), named_contents(options))
-    if files is None:
-        return changes
-    if isinstance(saved.get(_FILES), list):
-        return changes + [
-            f"train_data {change}"
-            for change in _changed_files(list(map(str, saved[_FILES])), list(files))
-        ]
-    # A run of before, which kept the pattern alone.
-    return changes + _changes(options, saved, ["train_data"])
+    now = {_CONTENTS: named_contents(options), _FILES: files}
+    for key, what in ((_CONTENTS, ""), (_FILES, "train_data ")):
+        # A run of before has none, as one without data.
+        if isinstance(before := saved.get(key), list) and (after := now[key]) is not None:
+            changes += [what + change for change in _changed_files(list(map(str, before)), after)]
+    if files is not None and not isinstance(saved.get(_FILES), list):
+        # A run of before, which kept the pattern alone.
+        changes += _changes(options, saved, ["train_data"])
+    return changes
 
 
-def _changed_files(saved: list[str], now: list[str]) -> list[str]:
-    gone, new = list(Counter(saved) - Counter(now)), list(Counter(now) - Counter(saved))
-    changes = []
-    for file in gone:
-        name = file.partition(": ")[0]
-        other = next((f for f in new if f.partition(": ")[0] == name), None)
-        if other is None:
-            changes.append(f"{name} is gone")
-        else:
-            new.remove(other)
-            changes.append(f"{file} -> {other.partition(': ')[2]}")
-    changes += [f"{file.partition(': ')[0]} is new" for file in new]
-    if not changes and saved != now:
+def _changed_files(saved: Sequence[str], now: Sequence[str]) -> list[str]:
+    gone, new = Counter(saved) - Counter(now), Counter(now) - Counter(saved)
+    changes = [f"{file} is gone" for file in gone.elements()]
+    changes += [f"{file} is new" for file in new.elements()]
+    if not changes and list(saved) != list(now):
         changes = ["its files in another order"]
     if len(changes) > _MAX_NAMED:
         changes = [*changes[:_MAX_NAMED], f"and {len(changes) - _MAX_NAMED} files more"]
@@ -311,14 +299,10 @@ def _differing(before: Any, after: Any) -> tuple[Any, Any]:
     """Return two values without the entries in which they are the same."""
     if not (isinstance(before, dict) and isinstance(after, dict)):
         return before, after
-    left, right = {}, {}
-    for key in sorted(before.keys() | after.keys()):
-        if key not in after:
-            left[key] = before[key]
-        elif key not in before:
-            right[key] = after[key]
-        elif before[key] != after[key]:
-            left[key], right[key] = _differing(before[key], after[key])
+    left = {k: v for k, v in before.items() if k not in after or after[k] != v}
+    right = {k: v for k, v in after.items() if k not in before or before[k] != v}
+    for key in left.keys() & right.keys():
+        left[key], right[key] = _differing(left[key], right[key])
     return left, right
 
 
