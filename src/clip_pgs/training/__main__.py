@@ -123,7 +123,7 @@ def _say_cost(args: TrainOptions, model: Any) -> int:
     notes = "".join(f"{note}\n" for note in table.notes)
     sentence = taken_name(args)
     valid = "valid" if sentence is None else "valid but for the name"
-    sys.stdout.write(f"the options are {valid}: {_summary(args)}\n{table.text()}{notes}")
+    sys.stdout.write(f"the options are {valid}\n\n{table.text()}{notes}")
     sys.stdout.flush()
     return 0 if sentence is None else _refuse(sentence, is_before_start=True)
 
@@ -169,24 +169,6 @@ def _refuse(sentence: str, *, is_before_start: bool = False) -> int:
     if is_before_start:
         ExitReport(StopSignals()).write(BAD_INPUT, sentence)
     return BAD_INPUT
-
-
-def _summary(args: TrainOptions) -> str:
-    options = ", ".join(f"{name}={value}" for name, value in args.masking_options.items())
-    parts = [
-        args.model,
-        f"masking {args.masking} ({options})" if options else f"masking {args.masking}",
-    ]
-    if args.merge != "none":
-        parts.append(f"merge {args.merge}")
-    if args.train_image_size is not None:
-        parts.append(f"images of {args.train_image_size} pixels")
-    if args.text_masking != "none":
-        parts.append(f"text masking {args.text_masking}")
-    parts.append(f"{args.epochs} epochs")
-    if args.unmasked_epochs > 0:
-        parts.append(f"{args.unmasked_epochs} unmasked ones")
-    return f"{', '.join(parts)}\n"
 
 
 if __name__ == "__main__":
