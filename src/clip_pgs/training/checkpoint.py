@@ -216,11 +216,6 @@ class CheckpointStore:
         keep_last: How many files `step_N.pt` to keep, at least 1; None keeps all.
         delete_previous: Remove an epoch's file once the next epoch's is there.
 
-    Attributes:
-        held_seconds: How long `save` held its callers, in total.
-        num_saved: Checkpoints that were written.
-        num_failed: Checkpoints that were not.
-
     Raises:
         ValueError: If `keep_last` < 1.
     """
@@ -230,10 +225,6 @@ class CheckpointStore:
     ) -> None:
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"keep_last must be >= 1, got {keep_last}")
-        self.held_seconds = 0.0
-        self.num_saved = 0
-        self.num_failed = 0
-        self._opened_at = perf_counter()
         self._folder = folder
         self._keep_last = keep_last
         self._delete_previous = delete_previous
@@ -241,7 +232,6 @@ class CheckpointStore:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self._writing: Future[bool] | None = None
         self._last = folder
-        self._is_closed = False
         for path in sorted(folder.glob(f".*{UNFINISHED_ENDING}")):
             path.unlink()
             _logger.warning(
@@ -283,7 +273,6 @@ class CheckpointStore:
         self.wait()
         copied = self._host.take(content)
         held = perf_counter() - started
-        self.held_seconds += held
         self._last = self._folder / names[0]
         self._writing = self._thread.submit(self._write, copied, names, held)
 
@@ -296,15 +285,6 @@ class CheckpointStore:
     def close(self) -> bool:
         """Wait for the last checkpoint, return as `wait` does, and save nothing more."""
         self._thread.shutdown()
-        if not self._is_closed and (self.num_saved or self.num_failed):
-            _logger.info(
-                "Saved %s%s; saving held the run for %.2f s, %.2f%% of its time",
-                counted(self.num_saved, "time"),
-                f", {self.num_failed} could not be" if self.num_failed else "",
-                self.held_seconds,
-                100 * self.held_seconds / (perf_counter() - self._opened_at),
-            )
-        self._is_closed = True
         return self.wait()
 
     def _write(self, content: dict[str, Any], names: list[str], held: float) -> bool:
@@ -321,10 +301,8 @@ class CheckpointStore:
         except ValueError as error:
             trouble = str(error)
         if trouble is not None:
-            self.num_failed += 1
             _logger.error("%s was not saved: %s; older checkpoints are untouched", what, trouble)
             return False
-        self.num_saved += 1
         _logger.info(
             "Saved %s: held the run for %.3f s, written in %.3f s",
             what,
