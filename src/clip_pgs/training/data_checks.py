@@ -207,16 +207,11 @@ def check_shared_memory(options: TrainOptions) -> None:
     """Refuse batches of which the workers' cannot be kept in shared memory at the same time."""
     if options.workers == 0 or not SHARED_MEMORY.is_dir():
         return
-    height, width = input_size(options)
-    num_batches, batch_size, num_bytes, processes = max(
-        _loaders(options, height, width), key=lambda loader: loader[0] * loader[2] * loader[3]
-    )
-    needed, free = num_batches * num_bytes * processes, shutil.disk_usage(SHARED_MEMORY).free
+    needed, free = _num_shared_bytes(options), shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
         raise ValueError(
-            f"{processes} x {num_batches} batches of {batch_size} images of {height} x {width} on "
-            f"their way from --workers {options.workers} need {_size(needed)} of shared "
-            f"memory, and {SHARED_MEMORY} has {_size(free)}: give the container more "
+            f"the batches on their way from --workers {options.workers} need {_size(needed)} of "
+            f"shared memory, and {SHARED_MEMORY} has {_size(free)}: give the container more "
             f"(docker run --shm-size {needed // 2**30 + 1}g), or take fewer --workers or a smaller "
             "--batch-size"
         )
@@ -226,24 +221,24 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.0f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.0f} kB"
 
 
-def _loaders(options: TrainOptions, height: int, width: int) -> list[tuple[int, int, int, int]]:
-    """Return (batches ahead, batch size, bytes of a batch, processes) of each loader of a run."""
-    pixels = 3 * height * width
+def _num_shared_bytes(options: TrainOptions) -> int:
+    """Return the most bytes that batches of a loader of the run take, its processes together."""
+    height, width = input_size(options)
+    num_values = 3 * height * width
     ahead = _PREFETCH * options.workers + 1
     held_out = min(options.batch_size, 256) if options.eval_suite else 0
     if options.val_data or options.imagenet_val or options.imagenet_v2:
         held_out = options.batch_size
-    loaders = [(ahead, held_out, held_out * pixels * _FLOAT_BYTES, 1)]
-    if not has_training_data(options):
-        return loaders
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    transform = open_clip.image_transform(
-        (height, width), is_train=True, aug_cfg=dict(options.aug_cfg)
-    )
-    is_bytes = pixel_normalizer(transform, device=torch.device("cpu")) is not None
-    num_samples = num_training_samples(options) or 0
-    for phase in phase_options(options):
-        num_bytes = phase.batch_size * pixels * (1 if is_bytes else _FLOAT_BYTES)
-        num_batches = min(ahead, num_samples // (phase.batch_size * processes))
-        loaders.append((num_batches, phase.batch_size, num_bytes, processes))
-    return loaders
+    sizes = [ahead * held_out * num_values * _FLOAT_BYTES]
+    if has_training_data(options):
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        transform = open_clip.image_transform(
+            (height, width), is_train=True, aug_cfg=dict(options.aug_cfg)
+        )
+        is_bytes = pixel_normalizer(transform, device=torch.device("cpu")) is not None
+        num_samples = num_training_samples(options) or 0
+        for phase in phase_options(options):
+            step = processes * phase.batch_size
+            num_images = min(ahead, num_samples // step) * step
+            sizes.append(num_images * num_values * (1 if is_bytes else _FLOAT_BYTES))
+    return max(sizes)
