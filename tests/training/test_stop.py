@@ -253,28 +253,25 @@ def test_too_many_bad_samples_end_the_run_with_code_2_after_it_saved(tmp_path, c
 
 
 def test_lines_that_a_resumed_run_repeats_are_dropped(tmp_path):
-    log = SkipLog(tmp_path, rank=0)
+    log = SkipLog(tmp_path, rank=0, step=0)
     shard = Skip("a.tar", "", "empty shard")
     log(shard)
-    log.open(step=0)
     for log.step in (1, 2, 3):
         log(Skip("b.tar", str(log.step), "no caption"))
-    again = SkipLog(tmp_path, rank=0)
+    again = SkipLog(tmp_path, rank=0, step=3)
     again(shard)
-    again.open(step=3)
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == ["", "1", "2"]
     assert (log.take_count(), again.take_count()) == (4, 0)
 
 
 def test_lines_that_cannot_be_dropped_on_a_full_disk_stay_as_they_are(tmp_path, caplog):
-    log = SkipLog(tmp_path, rank=0)
-    log.open(step=0)
+    log = SkipLog(tmp_path, rank=0, step=0)
     for log.step in (1, 2, 3):
         log(Skip("b.tar", str(log.step), "no caption"))
     before = (tmp_path / "skipped.jsonl").read_text()
     with files_limited_to(10):
-        SkipLog(tmp_path, rank=0).open(step=3)
+        SkipLog(tmp_path, rank=0, step=3)
     assert (tmp_path / "skipped.jsonl").read_text() == before
     assert "skipped.jsonl cannot be written: File too large; the run goes on" in caplog.text
 

@@ -231,38 +231,26 @@ class SkipLog:
     Args:
         folder: The run's folder, in which all processes share the file; None counts only.
         rank: This process.
+        step: The step this launch starts at; rank 0 drops the lines of later ones.
 
     Attributes:
         step: The optimizer step that samples are being fetched for.
     """
 
-    def __init__(self, folder: Path | None, *, rank: int) -> None:
-        self.step = 0
+    def __init__(self, folder: Path | None, *, rank: int, step: int) -> None:
+        self.step = step
         self._path = None if folder is None else folder / SKIPPED_NAME
         self._rank = rank
-        self._is_open = False
-        self._waiting: list[Skip] = []
         self._shards: set[tuple[str | None, str | None]] = set()
         self._num_new = 0
         self._best_effort = BestEffort(SKIPPED_NAME)
-
-    def open(self, *, step: int) -> None:
-        """Begin at a step, from which on an earlier launch's lines are dropped by rank 0."""
-        self.step = step
-        self._is_open = True
-        if self._path is not None and self._rank == 0:
+        if self._path is not None and rank == 0:
             with self._best_effort:
                 kept = keep_lines_before(self._path, step)
                 self._shards = {(e.get("shard"), e.get("reason")) for e in kept if not e.get("key")}
-        for skip in self._waiting:
-            self(skip)
-        self._waiting.clear()
 
     def __call__(self, skip: Skip) -> None:
-        """Take in one; those that come before `open` wait for it."""
-        if not self._is_open:
-            self._waiting.append(skip)
-            return
+        """Take in one."""
         if not skip.key:
             # A bad shard is found anew by each launch and each phase.
             if (skip.shard, skip.reason) in self._shards:
@@ -322,22 +310,19 @@ class _RunFile(WatchedFileHandler):
     A file that was removed is begun anew.
     """
 
-    _is_told = False
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self._effort = BestEffort(path.name)
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
+        with self._effort:
             super().emit(record)
-        except OSError:
-            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            super().handleError(record)
-        elif not self._is_told:
-            self._is_told = True
-            name = Path(self.baseFilename).name
-            _logger.warning("%s cannot be written: %s; the run goes on", name, error.strerror)
+        if isinstance(error, OSError):
+            raise error
+        super().handleError(record)
 
     def close(self) -> None:
         # What could not be written is tried again.
@@ -362,8 +347,7 @@ def logging_to(options: TrainOptions, folder: Path | None) -> Iterator[None]:
         with BestEffort(LOG_NAME):
             folder.mkdir(parents=True, exist_ok=True)
             name = f"out-{options.rank}" if options.log_local else LOG_NAME
-            path = regular_file(folder / name)
-            handlers.append(_RunFile(path, encoding="utf-8", errors="backslashreplace"))
+            handlers.append(_RunFile(regular_file(folder / name)))
     root = logging.getLogger()
     level_before, hook_before = root.level, threading.excepthook
     is_quiet = options.rank != 0 and len(handlers) == 1

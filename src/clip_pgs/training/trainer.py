@@ -260,7 +260,8 @@ class Trainer:
         earlier = (self._checkpoint or {}).get("clip_pgs", {}) if has_begun else {}
         self._metrics: dict[str, float] = dict(earlier.get("metrics", {}))
 
-        self._skips = SkipLog(folder, rank=options.rank)
+        cost = Cost(**earlier.get("cost", {}))
+        self._skips = SkipLog(folder, rank=options.rank, step=cost.steps)
         self._phases = plan_phases(options, self._parts, on_skip=self._skips)
         if has_begun:
             warn_of_changes(options, earlier, is_ordered=self._phases[0].stream.is_ordered)
@@ -269,12 +270,10 @@ class Trainer:
             (options.val_data, options.imagenet_val, options.imagenet_v2, evaluate)
         )
         self._validation = Validation(options, self._parts, evaluate=evaluate) if is_main else None
-        cost = Cost(**earlier.get("cost", {}))
         if cost.steps == 0 and self._first_epoch > 0:
             # OpenCLIP's checkpoints do not say how many steps they took.
             begun = [phase for phase in self._phases if phase.first_epoch < self._first_epoch]
             cost.steps = begun[-1].steps_before(self._first_epoch)
-        self._skips.open(step=cost.steps)
         self._telemetry = Telemetry(
             options,
             MetricLoggers(options, self._folder, first_step=cost.steps),
