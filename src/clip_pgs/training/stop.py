@@ -155,7 +155,6 @@ class StopSignals:
         self._is_interruptible = False
         self._patience = 0.0
         self._reminder: threading.Timer | None = None
-        self._is_reminded = False
 
     def caught(self) -> AbstractContextManager[None]:
         """Catch signals within the block; a thread other than the main one catches none."""
@@ -196,10 +195,7 @@ class StopSignals:
         if os.getpid() != self._process:
             return
         now = time.monotonic()
-        if self._is_reminded:
-            # Not a second Ctrl-C.
-            self._is_reminded = False
-        elif not self.code:
+        if not self.code:
             self.code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
             self.name = signal.Signals(number).name
             self._since = now
@@ -209,10 +205,10 @@ class StopSignals:
         if not self._is_interruptible or (left > 0 and self._reminder is not None):
             return
         self._cancel_reminder()
-        arguments = (threading.get_ident(), number)
-        self._reminder = threading.Timer(
-            left if left > 0 else _AGAIN_SECONDS, self._remind, arguments
-        )
+        # Not a second Ctrl-C, whichever signal this is.
+        reminder = (threading.get_ident(), signal.SIGTERM)
+        seconds = left if left > 0 else _AGAIN_SECONDS
+        self._reminder = threading.Timer(seconds, signal.pthread_kill, reminder)
         self._reminder.daemon = True
         self._reminder.start()
         if left <= 0:
@@ -223,11 +219,6 @@ class StopSignals:
         if self._reminder is not None:
             self._reminder.cancel()
             self._reminder = None
-
-    def _remind(self, thread: int, number: int) -> None:
-        """Send a thread the signal that it had, when its time is up."""
-        self._is_reminded = True
-        signal.pthread_kill(thread, number)
 
 
 @dataclass(frozen=True)
@@ -382,7 +373,7 @@ class RunLock:
         with writing("the run's folder"):
             self._file = self._open()
         try:
-            _wait_for_lock(self._file, self._folder)
+            self._wait()
         except BaseException:
             self._file.close()
             raise
@@ -418,27 +409,26 @@ class RunLock:
         # Unbuffered: what a full disk refuses is not tried again when the file is closed.
         return (self._folder / LOCK_NAME).open("ab+", buffering=0)
 
+    def _wait(self) -> None:
+        end, is_told = time.monotonic() + LOCK_SECONDS, False
+        while not take_lock(self._file):
+            holder = lock_holder(self._file)
+            if time.monotonic() > end:
+                raise BadInputError(
+                    f"{self._folder} is being trained by {holder}; wait for its end, or stop it, "
+                    f"or take another --name (if it is gone, remove {self._folder / LOCK_NAME})"
+                )
+            if not is_told:
+                _logger.warning("waiting for %s, which still trains %s", holder, self._folder)
+                is_told = True
+            time.sleep(_POLL_SECONDS)
+
     def _sign(self) -> None:
         # Where the disk is full, the lock holds without a name.
         with suppress(OSError):
             self._file.truncate(0)
             holder = {"process": os.getpid(), "host": socket.gethostname()}
             self._file.write(json.dumps(holder).encode())
-
-
-def _wait_for_lock(file: IO[bytes], folder: Path) -> None:
-    end = time.monotonic() + LOCK_SECONDS
-    is_told = False
-    while not take_lock(file):
-        if time.monotonic() > end:
-            raise BadInputError(
-                f"{folder} is being trained by {lock_holder(file)}; wait for its end, or stop it, "
-                f"or take another --name (if it is gone, remove {folder / LOCK_NAME})"
-            )
-        if not is_told:
-            _logger.warning("waiting for %s, which still trains %s", lock_holder(file), folder)
-            is_told = True
-        time.sleep(_POLL_SECONDS)
 
 
 def take_lock(file: IO[bytes]) -> bool:
