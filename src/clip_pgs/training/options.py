@@ -18,7 +18,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -524,6 +524,7 @@ def option_parser(
         "Each switch also has a --no- form, which takes back what a config set.",
     )
     obeyed = {flag_of(f.name): f for f in fields(TrainOptions) if is_theirs(f)}
+    by_model = default_optimization("ViT")
     for flag, original in trainer_actions().items():
         if flag == "--model":
             continue
@@ -532,7 +533,10 @@ def option_parser(
         action.help = argparse.SUPPRESS
         is_shown = flag in obeyed and obeyed[flag].name not in hidden
         if is_shown and (obeyed[flag].metadata["is_basic"] or not is_short):
-            action.help = f"{original.help or ''}{_their_default(original)}".strip()
+            text = original.help or ""
+            if original.default is None and action.dest in by_model:
+                text += f" (default: OpenCLIP's for the model, {by_model[action.dest]:g} for a ViT)"
+            action.help = _with_default(text, original.default)
         theirs._add_action(action)
         if action.nargs == 0:
             theirs.add_argument(
@@ -541,18 +545,15 @@ def option_parser(
     return parser
 
 
-def _their_default(action: argparse.Action) -> str:
-    """Return what the help of a flag of OpenCLIP's ends with."""
-    value: Any = action.default
-    if "(default: " in (action.help or ""):
-        return ""
-    if value is None and action.dest in (by_model := default_optimization("ViT")):
-        return f" (default: OpenCLIP's for the model, {by_model[action.dest]:g} for a ViT)"
-    if value in (None, "", {}):
-        value = "none"
+def _with_default(text: str, value: Any) -> str:
+    """Return a flag's help, which says the default if it has not done so."""
+    if "(default: " in text:
+        return text
     if isinstance(value, bool):
         value = "on" if value else "off"
-    return f" (default: {value})"
+    elif value in (None, "", {}) or value is MISSING:
+        value = "none"
+    return f"{text} (default: {f'{value:g}' if isinstance(value, float) else value})".strip()
 
 
 def help_text(*, is_short: bool, is_autoencoder: bool = False) -> str:
@@ -595,13 +596,8 @@ def _argument(option: Field, hint: Any, text: str) -> dict[str, Any]:
     metadata, default = option.metadata, option.default
     if "registered" in metadata:
         text = f"{', '.join(registered_names(metadata['registered']))}: {text}"
-    if "(default: " not in text:
-        said = "off" if default is False else default
-        if isinstance(default, float):
-            said = f"{default:g}"
-        # A dictionary's default is made by a factory.
-        is_none = default in (None, "") or not isinstance(default, (str, int, float))
-        text += f" (default: {'none' if is_none else said})"
+    # A dictionary's default is made by a factory.
+    text = _with_default(text, option.default)
     argument: dict[str, Any] = {"help": text.replace("%", "%%")}
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
     if kinds == [bool]:
