@@ -48,15 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             with signals.interruptible():
                 checked = _check(sys.argv[1:] if argv is None else argv)
-        except StopRequest:
-            return _leave_early(signals)
-        if isinstance(checked, int):
-            return checked
-        options, evaluate = checked
-        from clip_pgs.training.trainer import train
+                if isinstance(checked, int):
+                    return checked
+                options, model, evaluate = checked
+                if options.check_only or options.trial:
+                    return _say_cost(options, model)
+            from clip_pgs.training.trainer import train
 
-        try:
             train(options, signals=signals, evaluate=evaluate)
+        except StopRequest:
+            return _end(signals.code, f"stopped by {signals.name} before the start")
         except BaseException as error:
             code = expected_code(error)
             if code is None:
@@ -71,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, Evaluate | None]:
-    """Return checked options and the evaluation of `--eval-suite`, or an exit code."""
+def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, Any, Evaluate | None]:
+    """Return checked options, their model, and the evaluation of `--eval-suite`; or a code."""
     try:
         # Most of what is wrong is found before torch and open_clip, which take seconds to import.
         from clip_pgs.training.options import check_values, read_options, register_model_config
@@ -91,16 +92,15 @@ def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, Evaluate | None]:
         odd = preflight(args) if is_first_process() else []
         evaluate = _evaluation(args)
     except ModuleNotFoundError as error:
-        return _refuse(f"training needs {error.name}: pip install 'clip-pgs[train]'")
+        return _end(BAD_INPUT, f"training needs {error.name}: pip install 'clip-pgs[train]'")
     except ValueError as error:
-        return _refuse(str(error), is_before_start=True)
+        return _end(BAD_INPUT, str(error))
     for sentence in odd:
         logger.warning("%s", sentence)
     if args.check_only or args.trial:
         for sentence in option_warnings(args):
             logger.warning("%s", sentence)
-        return _say_cost(args, model)
-    return args, evaluate
+    return args, model, evaluate
 
 
 def _say_cost(args: TrainOptions, model: Any) -> int:
@@ -111,29 +111,14 @@ def _say_cost(args: TrainOptions, model: Any) -> int:
     from clip_pgs.training.checks import taken_name
     from clip_pgs.training.estimate import estimate, trial
 
-    try:
-        with as_bad_input():
-            table = trial(args) if args.trial else estimate(args, model)
-    except Exception as error:
-        code = expected_code(error)
-        if code is None:
-            raise
-        sys.stderr.write(f"error: {sentence_of(error)}\n")
-        return code
+    with as_bad_input():
+        table = trial(args) if args.trial else estimate(args, model)
     notes = "".join(f"{note}\n" for note in table.notes)
     sentence = taken_name(args)
     valid = "valid" if sentence is None else "valid but for the name"
     sys.stdout.write(f"the options are {valid}\n\n{table.text()}{notes}")
     sys.stdout.flush()
-    return 0 if sentence is None else _refuse(sentence, is_before_start=True)
-
-
-def _leave_early(signals: StopSignals) -> int:
-    sentence = f"stopped by {signals.name} before the start"
-    ExitReport(signals).write(signals.code, sentence)
-    if is_first_process():
-        sys.stderr.write(f"{sentence}\n")
-    return signals.code
+    return 0 if sentence is None else _end(BAD_INPUT, sentence)
 
 
 def _evaluation(args: TrainOptions) -> Evaluate | None:
@@ -163,12 +148,13 @@ def _evaluation(args: TrainOptions) -> Evaluate | None:
     )
 
 
-def _refuse(sentence: str, *, is_before_start: bool = False) -> int:
+def _end(code: int, sentence: str) -> int:
+    """Say why nothing was begun, here and to a launch, and return the exit code."""
     if is_first_process():
-        sys.stderr.write(f"error: {one_sentence(sentence)}\n")
-    if is_before_start:
-        ExitReport(StopSignals()).write(BAD_INPUT, sentence)
-    return BAD_INPUT
+        prefix = "error: " if code == BAD_INPUT else ""
+        sys.stderr.write(f"{prefix}{one_sentence(sentence)}\n")
+    ExitReport(StopSignals()).write(code, sentence)
+    return code
 
 
 if __name__ == "__main__":
