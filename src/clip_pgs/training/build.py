@@ -349,13 +349,11 @@ def optimizer_misfit(optimizer: torch.optim.Optimizer, state: Any) -> str | None
         return "it holds no state of an optimizer"
     own = [group for group in optimizer.param_groups if group["params"]]
     trained = [parameter for group in own for parameter in group["params"]]
-    if any(("betas" in a) != ("betas" in b) for a, b in zip(groups, own, strict=False)):
-        return "its optimizer is of another kind (--opt)"
     sizes = [len(group["params"]) for group in groups]
     if sizes != [len(group["params"]) for group in own]:
         return (
             f"its optimizer trained {len(numbers)} parameters, and not the {len(trained)} of this "
-            "run (--lock-image and --lock-text with their groups must be as they were; "
+            "run (--opt, --lock-image and --lock-text with their groups must be as they were; "
             "--pretrained takes the weights alone)"
         )
     for group, fresh in zip(groups, own, strict=True):
@@ -416,13 +414,10 @@ def build_optimizer(options: TrainOptions, model: nn.Module) -> torch.optim.Opti
     if opt.startswith("timm/"):
         from timm.optim import create_optimizer_v2
 
-        settings: dict[str, Any] = {}
-        if options.beta1 is not None and options.beta2 is not None:
+        given = {"momentum": options.momentum, "eps": options.eps}
+        settings: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        if options.beta1 is not None:
             settings["betas"] = (options.beta1, options.beta2)
-        if options.momentum is not None:
-            settings["momentum"] = options.momentum
-        if options.eps is not None:
-            settings["eps"] = options.eps
         return create_optimizer_v2(
             model, opt.removeprefix("timm/"), lr=options.lr, weight_decay=options.wd, **settings
         )

@@ -534,10 +534,8 @@ class Trainer:
         where = f"sample {place[1]} of epoch {place[0] + 1}"
         if not is_saved:
             raise StoppedError(f"stopped by {name}; {where} could not be saved", FAILED)
-        # Whoever passed --resume, the demo above all, knows how to go on.
-        is_known = self._options.resume == "latest" and "resume" in self._options.given
-        how = "saved" if is_known else "--resume latest goes on there"
-        raise StoppedError(f"stopped by {name} at {where}; {how}", verdict.code)
+        sentence = f"stopped by {name} at {where}; --resume latest goes on there"
+        raise StoppedError(sentence, verdict.code)
 
     def _finish_epoch(self, phase_trainer: PhaseTrainer, epoch: int) -> None:
         """Draw, measure and save after an epoch; nobody goes on, or leaves, before rank 0 has."""
@@ -618,10 +616,7 @@ class Trainer:
             timedelta(seconds=round(cost.seconds)),
         )
         _logger.info("Checkpoints, curves and mask pictures are in %s", self._folder)
-        opens = "transformers opens the model as %s"
-        if self._options.mae is None:
-            opens = "OpenCLIP opens the model as local-dir:%s"
-        _logger.info(opens, export)
+        _logger.info("The model is in %s; its README.md says what opens it", export)
 
 
 class PhaseTrainer:
