@@ -168,7 +168,7 @@ def write_run_files(
         name_file.write_text(folder.name, encoding="utf-8")
     lines = [f"{name}: {value}\n" for name, value in options.values().items()]
     write_text(folder / PARAMS_NAME, "".join(lines))
-    save_environment(describe_environment(device=device, world_size=options.world_size), folder)
+    _save_environment(folder, device=device, world_size=options.world_size)
 
 
 class RunFiles:
@@ -369,9 +369,17 @@ def warn_of_changes(options: TrainOptions, record: dict[str, Any], *, is_ordered
         )
 
 
-def describe_environment(*, device: torch.device, world_size: int) -> dict[str, Any]:
-    """Return versions, commit, device, processes, command line and date, as plain types."""
-    return {
+def _save_environment(folder: Path, *, device: torch.device, world_size: int) -> None:
+    """Write `env.json`; a resumed run keeps its earlier launches under "earlier_launches"."""
+    path = folder / ENVIRONMENT_NAME
+    earlier: list[dict[str, Any]] = []
+    if path.is_file():
+        try:
+            before = read_json_object(path, what=str(path), max_bytes=MAX_RUN_FILE_BYTES)
+            earlier = [*before.pop("earlier_launches", []), before]
+        except (ValueError, TypeError) as error:
+            _logger.warning("%s; it begins anew", error)
+    content = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join([sys.executable, *sys.argv]),
         "clip_pgs": clip_pgs.__version__,
@@ -382,7 +390,9 @@ def describe_environment(*, device: torch.device, world_size: int) -> dict[str, 
         "platform": platform.platform(),
         "device": device_name(device),
         "world_size": world_size,
+        "earlier_launches": earlier,
     }
+    write_json(path, content)
 
 
 def device_name(device: torch.device) -> str:
@@ -399,19 +409,6 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def save_environment(environment: dict[str, Any], folder: Path) -> None:
-    """Write `env.json`; a resumed run keeps its earlier launches under "earlier_launches"."""
-    path = folder / ENVIRONMENT_NAME
-    earlier: list[dict[str, Any]] = []
-    if path.is_file():
-        try:
-            before = read_json_object(path, what=str(path), max_bytes=MAX_RUN_FILE_BYTES)
-            earlier = [*before.pop("earlier_launches", []), before]
-        except (ValueError, TypeError) as error:
-            _logger.warning("%s; it begins anew", error)
-    write_json(path, {**environment, "earlier_launches": earlier})
 
 
 def _version(package: str) -> str | None:
