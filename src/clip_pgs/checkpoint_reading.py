@@ -81,26 +81,30 @@ def read_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, An
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {str(path)!r} {absence(path)}")
-    try:
-        content = _read(path, use_mmap=use_mmap)
-    # What a damaged file makes torch raise depends on where the damage lies.
-    except Exception as error:
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {_reason(error)}") from error
-    if isinstance(content, dict) and "state_dict" not in content:
-        content = {"state_dict": content}
-    state_dict = content.get("state_dict") if isinstance(content, dict) else None
-    is_dict = isinstance(state_dict, dict) and all(isinstance(name, str) for name in state_dict)
-    if not state_dict or not is_dict or not all(isinstance(t, Tensor) for t in state_dict.values()):
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read: it holds no state dict")
-    for name, weight in state_dict.items():
-        trouble = _oddness(weight)
-        if trouble:
-            raise ValueError(f"checkpoint {str(path)!r} cannot be read: {name} {trouble}")
-    for name in _COUNTS:
-        count = content.get(name, 0)
-        if type(count) is not int or not 0 <= count <= _MAX_COUNT:
-            raise ValueError(f"checkpoint {str(path)!r} cannot be read: its {name} is {count!r}")
-    return {**content, "state_dict": _plain_names(state_dict)}
+    with explained(f"checkpoint {str(path)!r} cannot be read"):
+        try:
+            content = _read(path, use_mmap=use_mmap)
+        # What a damaged file makes torch raise depends on where the damage lies.
+        except Exception as error:
+            raise ValueError(_reason(error)) from error
+        if isinstance(content, dict) and "state_dict" not in content:
+            content = {"state_dict": content}
+        weights = content.get("state_dict") if isinstance(content, dict) else None
+        if not isinstance(weights, dict) or not weights:
+            raise ValueError("it holds no state dict")
+        for name, weight in weights.items():
+            if not isinstance(name, str) or not isinstance(weight, Tensor):
+                raise ValueError("it holds no state dict")
+            # First: where models are only tried, a sparse one is read to the meta device.
+            is_dense = weight.layout == torch.strided
+            if not is_dense or weight.is_meta or weight.is_complex() or weight.is_quantized:
+                what = f"{weight.layout}, {weight.dtype} on {weight.device}"
+                raise ValueError(f"{name} is no dense tensor of real numbers, got {what}")
+        for name in _COUNTS:
+            count = content.get(name, 0)
+            if type(count) is not int or not 0 <= count <= _MAX_COUNT:
+                raise ValueError(f"its {name} is {count!r}")
+    return {**content, "state_dict": _plain_names(weights)}
 
 
 def load_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, Any]:
@@ -112,18 +116,6 @@ def load_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, An
     checkpoint = read_checkpoint(path, use_mmap=use_mmap)
     check_sum(Path(path))
     return checkpoint
-
-
-def _oddness(weight: Tensor) -> str:
-    """Say why a tensor is no array of real numbers, as the rest of a sentence; "" if it is."""
-    # First: where models are only tried, a sparse one is read to the meta device.
-    if weight.layout != torch.strided:
-        return f"is no dense tensor ({str(weight.layout).removeprefix('torch.')})"
-    if weight.is_meta:
-        return "has a shape and no numbers (it was saved on the meta device)"
-    if weight.is_complex() or weight.is_quantized:
-        return f"holds no real numbers ({str(weight.dtype).removeprefix('torch.')})"
-    return ""
 
 
 def _read(path: Path, *, use_mmap: bool) -> Any:
