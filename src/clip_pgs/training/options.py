@@ -801,15 +801,16 @@ def check_values(options: TrainOptions) -> None:
         if getattr(options, place) == "":
             raise ValueError(f"{flag_of(place)} must name something, got an empty text")
     name = options.name
-    if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
-        raise ValueError(f"--name must be one folder name without separators, got {name!r}")
     # A byte that is no letter of the locale's is a surrogate here.
-    if name is not None and not re.sub("[\udc80-\udcff]", "", name).isprintable():
-        raise ValueError(f"--name must be one folder name of printable characters, got {name!r}")
+    text = "run" if name is None else re.sub("[\udc80-\udcff]", "_", name)
+    is_path = text in ("", ".", "..") or "/" in text or "\\" in text
+    if is_path or not text.isprintable() or len(text.encode()) > _LONGEST_NAME:
+        raise ValueError(
+            "--name must be one folder name of printable characters, without separators and of at "
+            f"most {_LONGEST_NAME} bytes, got {name!r}"
+        )
     if "://" in (options.resume or ""):
         raise ValueError(f"--resume takes a file or a folder, and no URL, got {options.resume!r}")
-    if name is not None and len(name.encode(errors="surrogateescape")) > _LONGEST_NAME:
-        raise ValueError(f"--name must be at most {_LONGEST_NAME} bytes long, got {name!r}")
     if options.fsdp:
         check_choice(options.precision, FSDP_PRECISIONS, name="--precision with --fsdp")
         for name, cause in (
