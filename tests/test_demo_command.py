@@ -109,7 +109,7 @@ def test_the_exit_code_of_a_part_that_fails_is_the_demos(demo, monkeypatch):
     ("part", "number", "code", "said"),
     [
         ("data", "TERM", 85, "stopped by SIGTERM; the same command begins again"),
-        ("training", "INT", 130, "interrupted; the same command goes on where it was"),
+        ("training", "INT", 130, "interrupted; clip-pgs demo goes on where it was"),
     ],
 )
 def test_a_demo_that_is_told_to_leave_takes_its_part_along(

@@ -80,14 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _call(*_TRAIN, *flags)
                 return 0
             _prepare(is_fresh, flags)
-            how = "the same command"
-            if is_fresh:
-                how += " without --fresh"
+            cure = "clip-pgs demo goes on where it was"
             if flags:
-                how = (
-                    f"clip-pgs train demo {shlex.join(flags)} --resume latest, then clip-pgs demo,"
-                )
-            cure = f"{how} goes on where it was"
+                cure = f"clip-pgs train demo {shlex.join(flags)} --resume latest, then {cure}"
             _demo(flags)
     except _DemoError as error:
         if str(error):
