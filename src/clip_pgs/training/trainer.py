@@ -498,22 +498,10 @@ class Trainer:
         cost = asdict(self._telemetry.cost)
         return {**self._record, "cost": cost, "metrics": dict(self._metrics)}
 
-    def _vote(
-        self,
-        phase_trainer: PhaseTrainer,
-        place: tuple[int, int],
-        *,
-        num_skipped: int = 0,
-        is_done: bool = False,
-    ) -> Verdict:
-        """Go on where all processes do, else save `place` and leave."""
-        verdict = stop_vote(
-            self._group,
-            self._signals,
-            has_failed=self._error is not None,
-            is_done=is_done,
-            num_skipped=num_skipped,
-        )
+    def _vote(self, phase_trainer: PhaseTrainer, place: tuple[int, int], **facts: Any) -> Verdict:
+        """Go on where all processes do, else save `place` and leave; see `stop_vote`."""
+        has_failed = self._error is not None
+        verdict = stop_vote(self._group, self._signals, has_failed=has_failed, **facts)
         if verdict.stops:
             self._leave(phase_trainer, place, verdict)
         return verdict
