@@ -309,8 +309,8 @@ def test_the_config_is_plain_json(finished_run):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda content: content["clip_pgs"].pop("cost"), "no cost"),
-        (lambda content: content["clip_pgs"].pop("masking"), "no masking"),
+        (lambda content: content["clip_pgs"].pop("cost"), "no clip_pgs/cost"),
+        (lambda content: content["clip_pgs"].pop("masking"), "no clip_pgs/masking"),
         (lambda content: content.update(clip_pgs=[1]), "clip_pgs holds list"),
         (lambda content: content["clip_pgs"]["cost"].update(steps="7"), "'7' of steps"),
         (lambda content: content["clip_pgs"]["cost"].pop("flops"), "flops"),

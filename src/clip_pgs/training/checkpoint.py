@@ -87,13 +87,12 @@ _SETTINGS = (
     "fallback_lr_scale",
     "max_lr_snapshot",
 )
-_MAPPING, _TEXT = (dict, "a mapping of names"), (str, "a text")
 # What a run's record holds, see `clip_pgs.training.run_folder.describe_run`.
-_RECORD: dict[str, tuple[type, str]] = {
-    **dict.fromkeys(("version", "model", "masking", "device"), _TEXT),
-    **dict.fromkeys(("open_clip_config", "masking_options", "data", "recipe"), _MAPPING),
-    **dict.fromkeys(("cost", "metrics"), _MAPPING),
-    "world_size": (int, "a whole number"),
+_RECORD: dict[str, type] = {
+    **dict.fromkeys(("version", "model", "masking", "device"), str),
+    **dict.fromkeys(("open_clip_config", "masking_options", "data", "recipe"), dict),
+    **dict.fromkeys(("cost", "metrics"), dict),
+    "world_size": int,
 }
 
 _logger = logging.getLogger(__name__)
@@ -176,18 +175,16 @@ def damaged_entry(checkpoint: Mapping[str, Any], *, is_exported: bool = False) -
         checkpoint: From `load_checkpoint`.
         is_exported: Whether the record must be whole, as a card describes all of it.
     """
-    record = checkpoint.get("clip_pgs", {})
-    entries = {name: checkpoint.get(name) for name in ("optimizer", "scaler", "masking_state")}
-    for name, entry in {**entries, "clip_pgs": record}.items():
-        if entry is not None and not isinstance(entry, dict):
-            return f"its {name} holds {type(entry).__name__}, and not a mapping of names"
-    record = record or {}
-    for name, (kind, what) in _RECORD.items():
-        entry = record.get(name)
-        if is_exported and entry is None:
-            return f"its clip_pgs record has no {name}"
+    record = checkpoint.get("clip_pgs") or {}
+    parts = ("optimizer", "scaler", "masking_state", "clip_pgs")
+    entries: list[tuple[str, Any, type]] = [(name, checkpoint.get(name), dict) for name in parts]
+    if isinstance(record, dict):
+        entries += [(f"clip_pgs/{name}", record.get(name), k) for name, k in _RECORD.items()]
+    for name, entry, kind in entries:
         if entry is not None and not isinstance(entry, kind):
-            return f"its clip_pgs/{name} holds {type(entry).__name__}, and not {what}"
+            return f"its {name} holds {type(entry).__name__}, and not {kind.__name__}"
+        if entry is None and is_exported and "/" in name:
+            return f"it has no {name}"
     cost, metrics = record.get("cost") or {}, record.get("metrics") or {}
     known = [field.name for field in fields(Cost)]
     for name in cost.keys() - known:
