@@ -148,12 +148,10 @@ def _check_training_data(options: TrainOptions) -> None:
             f"got {num_samples}"
         )
     if num_samples is None:
-        reason = (
-            "synthetic data has no size of its own"
-            if kind == "synthetic"
-            else f"no sizes.json beside {options.train_data} says how many samples there are"
+        raise ValueError(
+            f"nothing says how many samples there are in {options.train_data or 'synthetic data'}: "
+            "give --train-num-samples, or shards a sizes.json"
         )
-        raise ValueError(f"{reason}; give --train-num-samples")
     damage = _first_damage(options, kind) if num_samples == 0 else ""
     for phase in phase_options(options):
         needed = samples_per_step(phase)
