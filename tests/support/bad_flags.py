@@ -1,11 +1,14 @@
 """Command lines that a user may type: plausible values and wild ones."""
 
+from dataclasses import fields
+
 from hypothesis import strategies as st
 
-from clip_pgs.training.options import option_flags, option_parser
+from clip_pgs.training.options import TrainOptions, flag_of, is_theirs, option_parser
 
 _ACTIONS = {action.option_strings[0]: action for action in option_parser()._actions}
-FLAGS = {flag: _ACTIONS[flag] for are in (True, False) for flag in option_flags(are_theirs=are)}
+_OPTIONS = [f for f in fields(TrainOptions) if is_theirs(f) or "heading" in f.metadata]
+FLAGS = {flag_of(option.name): _ACTIONS[flag_of(option.name)] for option in _OPTIONS}
 # Prints a page; and the test itself names the config.
 FUZZED_FLAGS = sorted(FLAGS.keys() - {"--help", "--config", "--check-only", "--trial"})
 

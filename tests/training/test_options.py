@@ -16,7 +16,7 @@ from clip_pgs.training.options import (
     TrainOptions,
     flag_of,
     help_text,
-    option_flags,
+    is_theirs,
     option_parser,
     parse_options,
 )
@@ -162,7 +162,7 @@ def test_flags_that_are_not_supported_are_refused_with_a_reason(flag):
 
 
 def test_no_flag_of_open_clip_is_ignored_in_silence():
-    obeyed = option_flags(are_theirs=True)
+    obeyed = [flag_of(option.name) for option in fields(TrainOptions) if is_theirs(option)]
     assert set(trainer_actions()) == {*obeyed, "--model", *REFUSED_FLAGS}
     assert not REFUSED_FLAGS.keys() & obeyed
 

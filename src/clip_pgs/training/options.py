@@ -454,12 +454,6 @@ def names_below(heading: str) -> list[str]:
     return [f.name for f in fields(TrainOptions) if f.metadata.get("heading") == heading]
 
 
-def option_flags(*, are_theirs: bool) -> list[str]:
-    """Return the flags of OpenCLIP's that this trainer obeys, or those of our own."""
-    kind = "is_theirs" if are_theirs else "heading"
-    return [flag_of(f.name) for f in fields(TrainOptions) if kind in f.metadata]
-
-
 class _RefusedError(ValueError):
     """One sentence of the parser's own."""
 
