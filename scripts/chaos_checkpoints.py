@@ -44,7 +44,8 @@ def save_forever(folder: Path, confirmed: mmap.mmap, *, num_floats: int) -> None
             "state_dict": {"weight": weights},
             "optimizer": {"state": {0: {"exp_avg": weights, "exp_avg_sq": weights}}},
         }
-        store.save(content, as_step=not is_epoch, as_epoch=is_epoch, as_most_recent=is_epoch)
+        epoch_names = (f"epoch_{step // STEPS_PER_EPOCH}.pt", "epoch_latest.pt")
+        store.save(content, *(epoch_names if is_epoch else (f"step_{step}.pt",)))
         if store.wait():
             confirmed[:8] = struct.pack("q", step)
 

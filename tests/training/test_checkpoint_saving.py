@@ -146,18 +146,17 @@ def names(folder):
     return sorted(path.name for path in folder.glob("*.pt"))
 
 
-def save_all(store, *contents, **options):
+def save_all(store, *contents, kind="epoch"):
     for each in contents:
-        store.save(each, **options)
+        store.save(each, f"{kind}_{each[kind]}.pt")
     return store.close()
 
 
 def test_files_asked_for_are_written_and_no_other(tmp_path):
     store = CheckpointStore(tmp_path)
-    store.save(content(epoch=1), as_epoch=True, as_most_recent=True)
-    store.save(content(epoch=2), as_most_recent=True)
-    store.save(content(epoch=2, step=5))
-    store.save(content(epoch=2, step=6), as_step=True)
+    store.save(content(epoch=1), "epoch_1.pt", "epoch_latest.pt")
+    store.save(content(epoch=2), "epoch_latest.pt")
+    store.save(content(epoch=2, step=6), "step_6.pt")
     assert store.close()
     assert names(tmp_path) == ["epoch_1.pt", "epoch_latest.pt", "step_6.pt"]
     assert load_checkpoint(tmp_path / "epoch_latest.pt")["epoch"] == 2
@@ -165,8 +164,8 @@ def test_files_asked_for_are_written_and_no_other(tmp_path):
 
 def test_latest_names_the_last_one_saved(tmp_path):
     store = CheckpointStore(tmp_path)
-    for step, options in ((4, {"as_epoch": True, "as_most_recent": True}), (6, {"as_step": True})):
-        store.save(content(epoch=1, step=step), **options)
+    for step, saved in ((4, ["epoch_1.pt", "epoch_latest.pt"]), (6, ["step_6.pt"])):
+        store.save(content(epoch=1, step=step), *saved)
         store.wait()
         name = (tmp_path / "latest").read_text().strip()
         assert torch.load(tmp_path / name, weights_only=True)["step"] == step
@@ -175,14 +174,14 @@ def test_latest_names_the_last_one_saved(tmp_path):
 
 def test_the_previous_epoch_is_deleted_once_the_next_is_there(tmp_path):
     store = CheckpointStore(tmp_path, delete_previous=True)
-    save_all(store, content(epoch=2), content(epoch=4), as_epoch=True)
+    save_all(store, content(epoch=2), content(epoch=4))
     assert names(tmp_path) == ["epoch_4.pt"]
 
 
 def test_the_last_k_steps_are_kept_and_every_epoch(tmp_path):
     store = CheckpointStore(tmp_path, keep_last=2)
-    store.save(content(epoch=1, step=2), as_epoch=True)
-    save_all(store, *(content(epoch=1, step=step) for step in (3, 9, 10, 11)), as_step=True)
+    store.save(content(epoch=1, step=2), "epoch_1.pt")
+    save_all(store, *(content(epoch=1, step=step) for step in (3, 9, 10, 11)), kind="step")
     assert names(tmp_path) == ["epoch_1.pt", "step_10.pt", "step_11.pt"]
 
 
@@ -196,7 +195,7 @@ def test_training_may_go_on_at_once(tmp_path):
     store = CheckpointStore(tmp_path)
     for step in range(1, 6):
         weights.fill_(step)
-        store.save({"epoch": 0, "step": step, "state_dict": {"w": weights}}, as_step=True)
+        store.save({"epoch": 0, "step": step, "state_dict": {"w": weights}}, f"step_{step}.pt")
         weights.fill_(-1.0)
     assert store.close()
     for step in range(1, 6):
@@ -208,10 +207,10 @@ def test_training_may_go_on_at_once(tmp_path):
 @pytest.mark.parametrize("part", ["state_dict", "optimizer"])
 def test_a_checkpoint_that_is_not_finite_is_never_written(tmp_path, caplog, value, part):
     store = CheckpointStore(tmp_path)
-    store.save(content(epoch=1), as_epoch=True)
+    store.save(content(epoch=1), "epoch_1.pt")
     bad = content(epoch=2)
     bad.setdefault(part, {})["w"] = torch.tensor([1.0, value])
-    store.save(bad, as_epoch=True, as_most_recent=True)
+    store.save(bad, "epoch_2.pt", "epoch_latest.pt")
     assert not store.close()
     assert names(tmp_path) == ["epoch_1.pt"]
     assert (tmp_path / "latest").read_text() == "epoch_1.pt\n"
@@ -220,7 +219,7 @@ def test_a_checkpoint_that_is_not_finite_is_never_written(tmp_path, caplog, valu
 
 def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path):
     record = {"loss": np.float64(0.5), "seen": np.int64(3), "rate": np.float32(0.25)}
-    save_all(CheckpointStore(tmp_path), content(clip_pgs=record), as_epoch=True)
+    save_all(CheckpointStore(tmp_path), content(clip_pgs=record))
     loaded = torch.load(tmp_path / "epoch_0.pt", weights_only=True)["clip_pgs"]
     assert loaded == {"loss": 0.5, "seen": 3, "rate": 0.25}
 
@@ -228,7 +227,7 @@ def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path):
 def test_what_no_reader_would_take_is_refused_before_anything_is_written(tmp_path):
     store = CheckpointStore(tmp_path)
     with pytest.raises(ValueError, match="got a set at clip_pgs/names"):
-        store.save(content(clip_pgs={"names": {"a"}}), as_epoch=True)
+        store.save(content(clip_pgs={"names": {"a"}}), "epoch_0.pt")
     store.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -243,16 +242,16 @@ def test_what_a_killed_process_left_is_named_and_removed(tmp_path, caplog):
 
 def test_a_disk_that_is_full_loses_nothing_older_and_saving_goes_on(tmp_path, caplog):
     store = CheckpointStore(tmp_path, keep_last=1)
-    store.save(content(step=1), as_step=True)
+    store.save(content(step=1), "step_1.pt")
     assert store.wait()
     large = {"epoch": 0, "step": 2, "state_dict": {"w": torch.ones(1_000_000)}}
     with files_limited_to(1_000_000):
-        store.save(large, as_step=True)
+        store.save(large, "step_2.pt")
         assert not store.wait()
     assert "step_2.pt (epoch 0, step 2) was not saved: File too large" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["SHA256SUMS", "latest", "step_1.pt"]
     assert (tmp_path / "latest").read_text() == "step_1.pt\n"
-    store.save(large, as_step=True)
+    store.save(large, "step_2.pt")
     # Where a run fails after it has closed it, it does so again.
     assert store.close()
     assert store.close()

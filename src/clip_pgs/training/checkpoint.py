@@ -39,7 +39,6 @@ from torch import Tensor, nn
 
 from clip_pgs.checkpoint_reading import (
     LATEST_NAME,
-    MOST_RECENT_NAME,
     RUN_FILE,
     SUMS_NAME,
     find_checkpoint,
@@ -240,32 +239,16 @@ class CheckpointStore:
         """Whether the last checkpoint is still being written, so that `save` would wait for it."""
         return self._writing is not None and not self._writing.done()
 
-    def save(
-        self,
-        content: Mapping[str, Any],
-        *,
-        as_epoch: bool = False,
-        as_step: bool = False,
-        as_most_recent: bool = False,
-    ) -> None:
-        """Copy a checkpoint and leave it to be written; nothing is done where no name is asked.
+    def save(self, content: Mapping[str, Any], *names: str) -> None:
+        """Copy a checkpoint and leave it to be written.
 
         Args:
             content: From `pack_checkpoint`.
-            as_epoch: Write `epoch_N.pt`.
-            as_step: Write `step_N.pt`.
-            as_most_recent: Write `epoch_latest.pt`.
+            *names: Files to write it to, at least one; `latest` names the first.
 
         Raises:
             ValueError: If the content holds more than tensors and plain types.
         """
-        names = [
-            *([f"epoch_{content['epoch']}.pt"] if as_epoch else ()),
-            *([f"step_{content['step']}.pt"] if as_step else ()),
-            *([MOST_RECENT_NAME] if as_most_recent else ()),
-        ]
-        if not names:
-            return
         started = perf_counter()
         self.wait()
         copied = self._host.take(content)
@@ -284,12 +267,12 @@ class CheckpointStore:
         self._thread.shutdown()
         return self.wait()
 
-    def _write(self, content: dict[str, Any], names: list[str], held: float) -> bool:
+    def _write(self, content: dict[str, Any], names: tuple[str, ...], held: float) -> bool:
         started = perf_counter()
         what = f"{names[0]} (epoch {content['epoch']}, step {content['step']})"
         trouble = find_non_finite(content)
         try:
-            for name in [] if trouble else names:
+            for name in () if trouble else names:
                 write_checkpoint(content, self._folder / name)
                 if name == names[0]:
                     name_latest(self._folder / name)
@@ -312,7 +295,7 @@ class CheckpointStore:
             _logger.warning("An older checkpoint could not be removed: %s", error)
         return True
 
-    def _remove_older(self, content: dict[str, Any], names: list[str]) -> None:
+    def _remove_older(self, content: dict[str, Any], names: tuple[str, ...]) -> None:
         stale: list[Path] = []
         if self._keep_last is not None:
             stale += self._older("step", below=content["step"] + 1)[: -self._keep_last]

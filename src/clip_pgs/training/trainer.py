@@ -23,7 +23,7 @@ from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 from torch import Tensor
 
-from clip_pgs.checkpoint_reading import named_tensors
+from clip_pgs.checkpoint_reading import MOST_RECENT_NAME, named_tensors
 from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
 from clip_pgs.data.decoding import pixel_normalizer
 from clip_pgs.data.order import stable_seed
@@ -433,7 +433,8 @@ class Trainer:
         if self._options.fsdp:
             is_due = self._group.sum([is_due])[0] > 0
         if is_due:
-            self._save(phase_trainer, (phase_trainer.epoch, phase_trainer.position), as_step=True)
+            place = (phase_trainer.epoch, phase_trainer.position)
+            self._save(phase_trainer, place, f"step_{self.step}.pt")
 
     def _is_save_due(self, phase_trainer: PhaseTrainer) -> bool:
         """Return whether rank 0 is to save now.
@@ -451,26 +452,27 @@ class Trainer:
             # One that is late by the disk's fault does not hold the run up.
             is_due = is_due or not self._store.is_busy
         # At an epoch's end its own save follows at once, where nothing is measured before.
-        is_epoch_saved = any(self._epoch_names(phase_trainer, phase_trainer.epoch + 1).values())
+        is_epoch_saved = bool(self._epoch_names(phase_trainer, phase_trainer.epoch + 1))
         is_saved_next = phase_trainer.steps_left == 0 and not self._is_measured and is_epoch_saved
         if is_due and not is_saved_next:
             self._telemetry.check_numbers()
             return True
         return False
 
-    def _epoch_names(self, phase_trainer: PhaseTrainer, epoch: int) -> dict[str, bool]:
-        """Return as what to save after `epoch` epochs; a phase's last always is saved."""
+    def _epoch_names(self, phase_trainer: PhaseTrainer, epoch: int) -> list[str]:
+        """Return the files to save after `epoch` epochs; a phase's last always is saved."""
         every, is_phase_end = self._options.save_frequency, epoch == phase_trainer.phase.end_epoch
         is_kept = is_phase_end or (every > 0 and epoch % every == 0)
-        return {"as_epoch": is_kept, "as_most_recent": self._options.save_most_recent}
+        most_recent = [MOST_RECENT_NAME] if self._options.save_most_recent else []
+        return [f"epoch_{epoch}.pt", *most_recent] if is_kept else most_recent
 
-    def _save(self, phase_trainer: PhaseTrainer, place: tuple[int, int], **names: bool) -> None:
+    def _save(self, phase_trainer: PhaseTrainer, place: tuple[int, int], *names: str) -> None:
         """Save a place in the run: completed epochs, and samples of the one under way.
 
         All processes take part where the model is sharded, else rank 0 alone.
         """
         saves = self._store is not None or (self._options.fsdp and keeps_logs(self._options))
-        if not saves or not any(names.values()):
+        if not saves or not names:
             return
         epoch, position = place
         content = pack_checkpoint(
@@ -488,7 +490,7 @@ class Trainer:
             if self._lock is not None:
                 self._lock.keep()
             self._run_files.restore()
-            self._store.save(content, **names)
+            self._store.save(content, *names)
         else:
             for _, tensor in named_tensors(content):
                 full_tensor(tensor)
@@ -512,7 +514,7 @@ class Trainer:
         # Rank 0 finds bad numbers, and rank 0 saves.
         is_new = not isinstance(self._error, BadNumbersError) and place != self._saved_place
         if self._group.broadcast(is_new):
-            self._save(phase_trainer, place, as_step=True)
+            self._save(phase_trainer, place, f"step_{self.step}.pt")
         is_saved = self._group.broadcast(self._store is None or self._store.wait())
         if self._error is not None:
             raise self._error
@@ -545,7 +547,7 @@ class Trainer:
                 is_done = False
         is_done = self._group.broadcast(is_done)
         if is_done:
-            self._save(phase_trainer, (epoch + 1, 0), **self._epoch_names(phase_trainer, epoch + 1))
+            self._save(phase_trainer, (epoch + 1, 0), *self._epoch_names(phase_trainer, epoch + 1))
         place = (epoch + 1, 0) if is_done else place
         self._vote(phase_trainer, place, is_done=is_done and epoch + 1 == epochs)
 
