@@ -125,31 +125,25 @@ class Processes:
         Raises:
             ValueError: If one is no whole number in its range, or one is missing.
         """
+        variable = os.environ.get
+        nodes = _whole_number("NNODES", num_nodes or variable("NNODES") or "1", low=1)
+        restarts = _whole_number("MAX_RESTARTS", variable("MAX_RESTARTS") or "0")
+        rank, address = 0, ""
+        if nodes > 1:
+            number, host = variable("NODE_RANK"), variable("MASTER_ADDR")
+            if not (number and host):
+                raise ValueError(
+                    f"NNODES={nodes} needs NODE_RANK, a number from 0, and MASTER_ADDR"
+                )
+            rank = _whole_number("NODE_RANK", number, high=nodes - 1)
+            port = _whole_number("MASTER_PORT", variable("MASTER_PORT") or "29500", 1, 2**16 - 1)
+            address = f"{host}:{port}"
         name, text = "--nproc", nproc
         if text is None:
-            name, text = "NPROC_PER_NODE", os.environ.get("NPROC_PER_NODE", "")
-        counts = {name: text, "NNODES": num_nodes or os.environ.get("NNODES") or "1"}
-        for name, text in counts.items():
-            # No text: as many as there are GPUs, which is asked last.
-            if (text or name == "--nproc") and not (_is_count(text) and int(text) > 0):
-                raise ValueError(f"{name} must be a whole number above 0, got {text!r}")
-        restarts = os.environ.get("MAX_RESTARTS") or "0"
-        if not _is_count(restarts):
-            raise ValueError(f"MAX_RESTARTS must be a whole number, got {restarts!r}")
-        per_node, nodes = counts.values()
-        rank, host = os.environ.get("NODE_RANK", ""), os.environ.get("MASTER_ADDR", "")
-        if nodes != "1" and not (_is_count(rank) and host):
-            raise ValueError(f"NNODES={nodes} needs NODE_RANK, a number from 0, and MASTER_ADDR")
-        found = int(per_node) if per_node else _count_gpus()
-        if nodes == "1":
-            return cls(found, max_restarts=int(restarts))
-        if int(rank) >= int(nodes):
-            raise ValueError(f"NODE_RANK must be in [0, NNODES), got {rank} of NNODES={nodes}")
-        port = os.environ.get("MASTER_PORT") or "29500"
-        if not (_is_count(port) and 0 < int(port) < 2**16):
-            raise ValueError(f"MASTER_PORT must be a whole number in [1, 65535], got {port!r}")
-        address = f"{host}:{port}"
-        return cls(found, int(nodes), int(rank), address, int(restarts))
+            name, text = "NPROC_PER_NODE", variable("NPROC_PER_NODE") or None
+        # Asked last: it may take seconds.
+        per_node = _count_gpus() if text is None else _whole_number(name, text, low=1)
+        return cls(per_node, nodes, rank, address, restarts)
 
     @property
     def world_size(self) -> int:
@@ -307,8 +301,11 @@ def _take_nproc(argv: Sequence[str]) -> tuple[list[str], str | None]:
     return rest, nproc
 
 
-def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 10
+def _whole_number(name: str, text: str, low: int = 0, high: int = 10**6) -> int:
+    is_number = text.isascii() and text.isdigit() and len(text) < 10
+    if not (is_number and low <= int(text) <= high):
+        raise ValueError(f"{name} must be a whole number in [{low}, {high}], got {text!r}")
+    return int(text)
 
 
 def _count_gpus() -> int:

@@ -61,4 +61,6 @@ def test_a_number_of_processes_that_is_none_is_refused(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    assert done.stderr == "error: NPROC_PER_NODE must be a whole number above 0, got 'two'\n"
+    assert (
+        done.stderr == "error: NPROC_PER_NODE must be a whole number in [1, 1000000], got 'two'\n"
+    )
