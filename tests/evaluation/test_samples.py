@@ -98,6 +98,25 @@ def test_a_file_that_is_no_picture_label_or_caption_is_passed_over(
     assert not Path("pwned").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+@pytest.mark.parametrize("kind", [*SUITES, "compositionality"])
+def test_no_picture_is_lost_where_shared_memory_is_full(color_model, tmp_path, monkeypatch, kind):
+    suite, folder = SUITES.get(kind, kind), tmp_path / "set"
+    if suite == kind:
+        write_pairs(folder, {"add_att": [(color, color, 5) for color in range(4)]})
+    else:
+        make_set(folder, kind=kind)
+    expected = score(color_model, folder, suite=suite)
+
+    def is_full(storage):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", is_full)
+    result = score(color_model, folder, suite=suite, workers=1)
+    assert (result.status, result.error) == ("done", None)
+    assert (result.samples, result.metrics) == (expected.samples, expected.metrics)
+
+
 def test_labels_of_several_classes_are_arrays_and_are_not_unpickled(
     color_model, tmp_path, monkeypatch
 ):

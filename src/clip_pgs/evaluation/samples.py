@@ -256,13 +256,38 @@ def _load(dataset: Dataset, workers: int, title: str, total: int | None) -> Iter
         # The bars of several processes would write over each other.
         disable=not (sys.stderr.isatty() and is_first_process()),
     ) as bar:
-        for batch in DataLoader(
-            dataset, batch_size=None, num_workers=workers, multiprocessing_context=context
+        for parts in DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_to_hand_over,
+            multiprocessing_context=context,
         ):
-            if isinstance(batch, DamagedDataError):
-                raise batch
-            yield batch
-            bar.update(len(batch if isinstance(batch, Tensor) else batch[0]))
+            if isinstance(parts, DamagedDataError):
+                raise parts
+            batch = [torch.from_numpy(p) if isinstance(p, np.ndarray) else p for p in parts]
+            yield batch[0] if len(batch) == 1 else tuple(batch)
+            bar.update(len(batch[0]))
+
+
+def _to_hand_over(batch: Any) -> Any:
+    """Take a batch apart for the main process; runs in the worker."""
+    if isinstance(batch, DamagedDataError):
+        return batch
+    return [_shared(part) for part in ([batch] if isinstance(batch, Tensor) else batch)]
+
+
+def _shared(part: Any) -> Any:
+    """Put a worker's tensor into /dev/shm, or, where that is full, into an array.
+
+    An array goes through a pipe. torch would lose the tensor, and wait for it for ever.
+    """
+    if isinstance(part, Tensor) and get_worker_info() is not None:
+        try:
+            part.share_memory_()
+        except RuntimeError:
+            return part.numpy()
+    return part
 
 
 def _estimate_samples(location: str, split: str) -> int | None:

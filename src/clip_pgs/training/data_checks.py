@@ -224,9 +224,8 @@ def _num_shared_bytes(options: TrainOptions) -> int:
     height, width = input_size(options)
     num_values = 3 * height * width
     ahead = _PREFETCH * options.workers + 1
-    held_out = min(options.batch_size, 256) if options.eval_suite else 0
-    if options.val_data or options.imagenet_val or options.imagenet_v2:
-        held_out = options.batch_size
+    has_held_out = options.val_data or options.imagenet_val or options.imagenet_v2
+    held_out = options.batch_size if has_held_out else 0
     sizes = [ahead * held_out * num_values * _FLOAT_BYTES]
     if has_training_data(options):
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
