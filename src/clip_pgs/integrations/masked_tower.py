@@ -98,12 +98,13 @@ class PatchGrid:
 
 
 def tower_of(model: nn.Module) -> nn.Module | None:
-    """Return a model's image tower, of whatever kind, also a wrapped model's; None for none."""
+    """Return a model's image tower, of whatever kind; model and tower may be wrapped."""
     model = unwrap(model)
     if type(model) in MaskedTower.kinds:
         return model
     # OpenCLIP's name, and that of Hugging Face.
-    return getattr(model, "visual", getattr(model, "vision_model", None))
+    tower = getattr(model, "visual", getattr(model, "vision_model", None))
+    return None if tower is None else unwrap(tower)
 
 
 class TowerMasking(nn.Module):

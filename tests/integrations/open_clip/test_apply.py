@@ -123,6 +123,20 @@ def test_wrapped_models_are_reached():
     assert model.visual.masking.progress == 0.5
 
 
+def test_a_tower_that_is_wrapped_alone_is_reached():
+    plain = small_clip().train()
+    model = apply_masking(copy.deepcopy(plain), "attentive").train()
+    model.visual = torch.nn.DataParallel(model.visual)
+    model(image_batch(), text_batch())
+    assert last_selection(model).index.shape == (3, 8)
+    assert "teacher" in masking_state(model)
+    set_mask_ratio(model, 0.75)
+    model(image_batch(), text_batch())
+    assert last_selection(model).index.shape == (3, 4)
+    remove_masking(model)
+    assert torch.equal(model.encode_image(image_batch()), plain.encode_image(image_batch()))
+
+
 def test_num_patches_counts_the_grid():
     assert num_patches(small_clip()) == 16
     assert num_patches(small_clip(image_size=[64, 32])) == 8
