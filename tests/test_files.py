@@ -91,6 +91,13 @@ def test_a_full_disk_is_told_with_the_file_and_ends_with_1(tmp_path, write, code
         assert refusal_code(OSError(asked, os.strerror(asked), "a")) == 2
 
 
+def test_a_folder_in_whose_place_none_can_be_put_is_refused_before_the_work():
+    with pytest.raises(OSError, match="mount point") as caught, atomic_folder(Path("/proc")):
+        pytest.fail("the folder is to be filled")
+    assert one_sentence(caught.value).startswith("/proc: ")
+    assert refusal_code(caught.value) == 2
+
+
 def test_a_full_disk_is_told_by_the_system_itself(tmp_path):
     with files_limited_to(100), pytest.raises(OSError, match="too large") as caught:
         write_text(tmp_path / "a.txt", "new" * 100)

@@ -221,7 +221,7 @@ def _write_whole(
     progress: Progress | None,
 ) -> None:
     """Write a world beside its folder, and put it there."""
-    if root.exists():
+    if root.exists() and any(root.iterdir()):
         logger.info("%s holds another or an incomplete demo world, which is replaced", root)
     facts, num_done, num_all = {}, count(1), sum(part.num_samples for part in parts)
     with atomic_folder(root) as folder, _processes(num_workers) as processes:
