@@ -293,6 +293,14 @@ def test_two_processes_are_checked_for_as_such(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["train demo", "test logs/demo", "data world data/demo"])
+def test_a_working_directory_that_was_removed_is_named(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert main(command.split()) == 2
+    assert "working directory" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_completion_is_of_commands_options_and_names(tmp_path):
     script = run("completion", "bash", cwd=tmp_path).stdout

@@ -82,8 +82,11 @@ def _run(argv: Sequence[str]) -> int:
         return refuse(f"unknown command {command!r}; nearest: {', '.join(near)}")
     try:
         check_versions()
+        os.getcwd()
     except ValueError as error:
         return refuse(error)
+    except FileNotFoundError:
+        return refuse("the working directory was removed; change to one that is there")
     # GNU OpenMP's threads wait for each other at full load, for milliseconds, before they sleep.
     # Where another program has one of two cores, that keeps the awaited thread from running.
     if "OMP_WAIT_POLICY" not in os.environ:
