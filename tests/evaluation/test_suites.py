@@ -1,6 +1,9 @@
+import errno
 import http.server
+import shutil
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -144,6 +147,40 @@ def test_bad_request_is_told_in_a_sentence(tmp_path, data_root, text, options, s
     path.write_text(text)
     with pytest.raises(ValueError, match=sentence):
         load_suite(**{"datasets": str(path), "data_root": str(data_root), **options})
+
+
+@pytest.mark.parametrize("reason", ["is gone", "declares nonsense", "may not be read"])
+def test_a_marked_set_whose_type_is_not_known_takes_no_other_away(
+    color_model, tmp_path, data_root, monkeypatch, reason
+):
+    root = shutil.copytree(data_root, tmp_path / "sets")
+    declared = root / "pairs/dataset_type.txt"
+    if reason == "is gone":
+        shutil.rmtree(root / "pairs")
+    elif reason == "declares nonsense":
+        declared.write_text("nonsense")
+    else:
+        forbid(monkeypatch, declared)
+    path = tmp_path / "list.txt"
+    path.write_text("zeroshot-retrieval: pairs\nzeroshot-classification: six\n")
+    eval_sets = load_suite(datasets=str(path), data_root=str(root))
+    classified, retrieved = evaluate(color_model, eval_sets, workers=0)
+    assert classified.status == "done"
+    assert (retrieved.suite, retrieved.dataset) == ("zeroshot-retrieval", "pairs")
+    assert retrieved.status == ("missing" if reason == "is gone" else "failed")
+    assert str(root / "pairs") in retrieved.error
+
+
+def forbid(monkeypatch, path):
+    """Let a file be opened by nobody, as its owner's mode says to all but root."""
+    opened = Path.open
+
+    def refusing(self, *args, **options):
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
 
 
 def test_sets_are_read_over_http(color_model, dataset_list, data_root, monkeypatch):

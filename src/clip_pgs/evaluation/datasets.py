@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from clip_pgs.common import expand_home, explained
+from clip_pgs.common import expand_home, explained, one_sentence
 from clip_pgs.files import regular_file
 
 DATA_TYPES = ("classification", "multilabel", "retrieval")
@@ -223,10 +223,12 @@ def declared_type(location: str) -> str | None:
         The type, or None if the data set is not there or declares none, as many on the hub do.
 
     Raises:
-        DamagedDataError: If it declares something else.
+        DamagedDataError: If it declares something else, or may not be read.
     """
     try:
         declared = read_metadata(location, "dataset_type.txt")
+    except PermissionError as error:
+        raise DamagedDataError(one_sentence(error)) from error
     except OSError:
         return None
     if not declared:

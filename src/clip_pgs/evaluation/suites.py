@@ -22,6 +22,7 @@ from clip_pgs.common import CONFIGS, explained
 from clip_pgs.evaluation.datasets import (
     CAPTION_PAIR_SPLITS,
     CLASS_NAMES,
+    DATA_TYPES,
     IMAGE_FOLDER,
     PAIRS_TYPE,
     DamagedDataError,
@@ -379,7 +380,7 @@ def load_suite(
                 eval_sets += _sets_of(suite, read_list(path), data_root)
     elif Path(datasets).is_file():
         lines = read_list(Path(datasets))
-        types = {line: _type_of(line.name, data_root) for line in lines}
+        types = {line: _type_of(line, data_root) for line in lines}
         _check_marks(types, datasets)
         for suite in chosen:
             takes_unmarked = suite.takes_by_type or name != "all"
@@ -460,14 +461,15 @@ def _sets_of(suite: Suite, lines: Sequence[ListLine], data_root: str) -> Iterato
         yield suite.eval_set(name, location, is_reference=suite.has_reference and number == 0)
 
 
-def _type_of(name: str, data_root: str) -> str:
-    if is_caption_pairs(name):
+def _type_of(line: ListLine, data_root: str) -> str:
+    if is_caption_pairs(line.name):
         return PAIRS_TYPE
-    shown, location = locate(name, data_root)
-    # A set that is not there is reported under the suite that its name suggests.
-    by_name = "retrieval" if shown in _RETRIEVAL_NAMES else "classification"
-    try:
-        return declared_type(location) or by_name
-    except DamagedDataError:
-        # Told when its turn comes.
-        return by_name
+    name, location = locate(line.name, data_root)
+    # What is wrong with a set is told when its turn comes.
+    with contextlib.suppress(DamagedDataError):
+        if (declared := declared_type(location)) is not None:
+            return declared
+    # One that is not there is reported under the suite of its mark, or that its name suggests.
+    by_name = "retrieval" if name in _RETRIEVAL_NAMES else "classification"
+    fits = DATA_TYPES if line.suite is None else get_suite(line.suite).types
+    return next((kind for kind in (by_name, *DATA_TYPES) if kind in fits), by_name)
