@@ -350,7 +350,7 @@ def _index_file(shard: str, file: BinaryIO) -> ShardIndex:
     """Find the pairs of an open shard, in its cached index where that is still true."""
     status = os.fstat(file.fileno())
     state = [_CACHE_VERSION, *file_state(status)]
-    for path in filter(Path.is_file, cache_paths(shard)):
+    for path in filter(os.path.isfile, cache_paths(shard)):
         # Whatever is wrong with such a file, it is made anew.
         with suppress(Exception), np.load(path, allow_pickle=False) as kept:
             # Ours is not compressed, and takes no more memory than it has bytes.
@@ -377,16 +377,20 @@ def _index_file(shard: str, file: BinaryIO) -> ShardIndex:
                     np.savez(new, **arrays)
                 break
         else:
-            _warn_of_cache(*(str(path.parent) for path in cache_paths(shard)))
+            _warn_of_cache(" or ".join(str(path.parent) for path in cache_paths(shard)))
     return index
 
 
-def cache_paths(shard: str) -> tuple[Path, Path]:
+def cache_paths(shard: str) -> list[Path]:
     """Return where a shard's index is kept: beside it, or else in the user's cache."""
     path = Path(shard)
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     digest = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
-    return path.with_name(f".{path.name}.index"), home / "clip_pgs" / "shards" / f"{digest}.index"
+    paths = [path.with_name(f".{path.name}.index")]
+    # A user of a container may have no home.
+    with suppress(RuntimeError):
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+        paths.append(home / "clip_pgs" / "shards" / f"{digest}.index")
+    return paths
 
 
 class StrictTarInfo(tarfile.TarInfo):
@@ -569,11 +573,11 @@ def _make_sample(
 
 
 @lru_cache
-def _warn_of_cache(*folders: str) -> None:
+def _warn_of_cache(folders: str) -> None:
     logger.warning(
-        "the index of a shard can be kept neither in %s nor in %s, so that each worker makes its "
-        "own; XDG_CACHE_HOME names another folder",
-        *folders,
+        "the index of a shard cannot be kept in %s, so that each worker makes its own; "
+        "XDG_CACHE_HOME names another folder",
+        folders,
     )
 
 
