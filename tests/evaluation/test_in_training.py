@@ -27,9 +27,11 @@ def test_values_are_named_by_suite_set_and_metric(color_model, options):
     assert all(isinstance(value, float) for value in values.values())
 
 
-def test_an_average_that_lacks_a_set_says_so(color_model, options, dataset_list, data_root):
+def test_an_average_that_lacks_a_set_says_so(color_model, options, dataset_list, caplog):
     dataset_list.write_text("six\ngone\npairs\n")
     evaluation = EvaluationInTraining(suite="all", run=None, **options)
+    # Epochs take days.
+    assert "gone is missing: no folder" in caplog.text
     values = measure(evaluation, color_model)
     assert values["zeroshot-classification/average_of_1_of_2/acc1"] == 0.75
     assert "zeroshot-classification/average/acc1" not in values

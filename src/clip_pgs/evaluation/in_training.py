@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from clip_pgs.common import is_first_process
 from clip_pgs.evaluation.datasets import PRESENT, check_presence, clean_name
 from clip_pgs.evaluation.masked_inference import masking_of
 from clip_pgs.evaluation.models import LoadedModel
@@ -68,6 +69,11 @@ class EvaluationInTraining:
         found = [check_presence(eval_set) for eval_set in self._eval_sets]
         if all(presence.state != PRESENT for presence in found):
             raise ValueError(f"none of the data sets to evaluate is there: {found[0].reason}")
+        for eval_set, presence in zip(self._eval_sets, found, strict=True):
+            if presence.state != PRESENT and is_first_process():
+                logger.warning(
+                    "%s %s is missing: %s", eval_set.suite, eval_set.name, presence.reason
+                )
         self._run = run
         self._batch_size = batch_size
         self._workers = workers
