@@ -39,7 +39,7 @@ for model in (
 try:
     create_masking(name, mask_ratio="half")
 except ValueError as error:
-    assert "mask_ratio takes a number" in str(error)
+    assert "mask_ratio takes a finite number" in str(error)
 else:
     raise AssertionError
 """

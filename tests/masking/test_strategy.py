@@ -268,20 +268,20 @@ def test_a_strategy_without_options_says_so():
 @pytest.mark.parametrize(
     ("name", "options", "problem"),
     [
-        ("random", {"mask_ratio": True}, "mask_ratio takes a number, got True"),
-        ("random", {"mask_ratio": None}, "mask_ratio takes a number, got None"),
-        ("gaussian", {"sigma": "wide"}, "sigma takes a number, got 'wide'"),
+        ("random", {"mask_ratio": True}, "mask_ratio takes a finite number, got True"),
+        ("random", {"mask_ratio": None}, "mask_ratio takes a finite number, got None"),
+        ("gaussian", {"sigma": "wide"}, "sigma takes a finite number, got 'wide'"),
         ("gaussian", {"sigma": float("inf")}, "sigma takes a finite number, got inf"),
         ("gaussian", {"sigma": 10**400}, "sigma takes a finite number, got 1000"),
         ("pgs", {"edge_weight": float("nan")}, "edge_weight takes a finite number, got nan"),
-        ("pgs", {"threshold": "low"}, "threshold takes a number, got 'low'"),
+        ("pgs", {"threshold": "low"}, "threshold takes a finite number, got 'low'"),
         ("pgs", {"edges": "abc"}, "edges takes true or false, got 'abc'"),
         ("pgs", {"edges": 1}, "edges takes true or false, got 1"),
         ("pgs", {"num_iters": 1.5}, "num_iters takes a whole number, got 1.5"),
         ("pgs", {"num_iters": None}, "num_iters takes a whole number, got None"),
         ("pgs", {"neighborhood": [1]}, "neighborhood takes a whole number, got [1]"),
         ("pgs", {"solver": 1}, "solver takes a name, got 1"),
-        ("pgs-released", {"num_epochs": {}}, "num_epochs takes a number, got {}"),
+        ("pgs-released", {"num_epochs": {}}, "num_epochs takes a finite number, got {}"),
     ],
 )
 def test_an_option_of_the_wrong_type_is_refused_by_its_name(name, options, problem):

@@ -11,7 +11,7 @@ function, and says where the authors' released code (`pgs_released.py`) computes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from clip_pgs.masking.sinkhorn import (
 )
 from clip_pgs.masking.strategy import (
     MASK_RATIO,
+    Number,
     PatchInputs,
     PatchSelection,
     check_index,
@@ -150,16 +151,9 @@ class PGSOptions:
 
     def __post_init__(self) -> None:
         low = lower_bound(self.mask_ratio, self.mask_ratio_min)
-        check_range(
-            self.mask_ratio_mean,
-            name="mask_ratio_mean",
-            low=low,
-            high=self.mask_ratio,
-            optional=True,
-        )
-        if self.mask_ratio_mean is not None and (
-            low == self.mask_ratio or self.threshold is not None
-        ):
+        mean = self.mask_ratio_mean
+        check_range(mean, name="mask_ratio_mean", low=low, high=self.mask_ratio, optional=True)
+        if mean is not None and (low == self.mask_ratio or self.threshold is not None):
             raise ValueError(
                 "mask_ratio_mean needs mask_ratio_min below mask_ratio and no threshold, got "
                 f"mask_ratio_min={self.mask_ratio_min}, threshold={self.threshold}"
@@ -169,15 +163,13 @@ class PGSOptions:
         check_choice(self.edge_detector, EDGE_DETECTORS, name="edge_detector")
         for name in ("edge_protection", "edge_weight", "center_weight"):
             check_range(getattr(self, name), name=name, low=0, high=_MAX_WEIGHT)
-        for name in ("random_share", "random_images"):
-            check_range(getattr(self, name), name=name, low=0, high=1)
-        for name, least, most, is_whole in (
-            ("random_share_end", 0, 1, False),
-            ("threshold", -_MAX_WEIGHT, _MAX_WEIGHT, False),
-            ("neighborhood", 0, _MAX_WEIGHT, True),
-        ):
-            value = getattr(self, name)
-            check_range(value, name=name, low=least, high=most, whole=is_whole, optional=True)
+        for name in ("random_share", "random_share_end", "random_images"):
+            optional = name == "random_share_end"
+            check_range(getattr(self, name), name=name, low=0, high=1, optional=optional)
+        most = _MAX_WEIGHT
+        check_range(self.threshold, name="threshold", low=-most, high=most, optional=True)
+        reach = self.neighborhood
+        check_range(reach, name="neighborhood", low=0, high=most, whole=True, optional=True)
         check_sinkhorn_options(**self.sinkhorn())
         if self.neighborhood is not None and self.transport and self.solver != "log":
             raise ValueError(f"neighborhood goes with solver='log', got solver={self.solver!r}")
@@ -236,9 +228,9 @@ def balanced_similarity(
     Returns:
         Redundancy in [-1, 1] up to rounding, shape (B, N), float32.
     """
+    similarity_BCN = reached_similarity(inputs, candidate_index, options.neighborhood)
     if options.neighborhood is not None:
-        return _balanced_in_reach(inputs, candidate_index, options)
-    similarity_BCN = mixed_similarity(inputs, candidate_index, name="pgs")
+        return _balanced_in_reach(similarity_BCN, options)
     if not options.transport:
         return similarity_BCN.amax(dim=1)
     return plan_average(similarity_BCN, **options.sinkhorn())
@@ -266,20 +258,9 @@ def patch_scores(
     return scores_BN
 
 
-@overload
 def calibrated_threshold(
-    progress: float, *, num_patches: int = ..., center_weight: float = ...
-) -> float: ...
-@overload
-def calibrated_threshold(
-    progress: float | Tensor, *, num_patches: int = ..., center_weight: float = ...
-) -> float | Tensor: ...
-def calibrated_threshold(
-    progress: float | Tensor,
-    *,
-    num_patches: int = _CALIBRATED_PATCHES,
-    center_weight: float = 0.0,
-) -> float | Tensor:
+    progress: Number, *, num_patches: int = _CALIBRATED_PATCHES, center_weight: float = 0.0
+) -> Number:
     """Return the adaptive threshold at a training progress in [0, 1], for images of N patches.
 
     Straight lines join the points of `CALIBRATED_THRESHOLDS`, and those of `CENTER_SHIFTS`. More
@@ -287,11 +268,11 @@ def calibrated_threshold(
     of training with fewer than 196 faster; below 49 and above 729 patches the nearest holds.
     """
     low, high = _MEASURED_PATCHES
-    exponent: float | Tensor = 1 / 3
+    exponent: Any = 1 / 3
     if num_patches < _CALIBRATED_PATCHES:
         exponent = interpolate(_FEW_PATCHES_EXPONENTS, progress)
     scale = (_CALIBRATED_PATCHES / min(max(num_patches, low), high)) ** exponent
-    threshold = interpolate(CALIBRATED_THRESHOLDS, progress)
+    threshold: Any = interpolate(CALIBRATED_THRESHOLDS, progress)
     threshold = threshold + (1 - threshold) * (1 - scale)
     return threshold - interpolate(CENTER_SHIFTS, center_weight)
 
@@ -512,15 +493,14 @@ def reached_similarity(
     return similarity_BCN.masked_fill(~is_near_BCN, -torch.inf)
 
 
-def _balanced_in_reach(inputs: PatchInputs, candidate_index: Tensor, options: PGSOptions) -> Tensor:
+def _balanced_in_reach(similarity_BCN: Tensor, options: PGSOptions) -> Tensor:
     """Balance similarities inside windows; a patch that no candidate reaches takes no part."""
-    similarity_BCN = reached_similarity(inputs, candidate_index, options.neighborhood)
     is_near_BCN = similarity_BCN > -torch.inf
     if options.transport:
         plan_BCN = sinkhorn_plan(similarity_BCN, **options.sinkhorn())
         # Where the plan is 0, -inf must not meet it.
         similarity_BCN = similarity_BCN.masked_fill(~is_near_BCN, 0.0)
-        redundancy_BN = inputs.num_patches * (plan_BCN * similarity_BCN).sum(dim=1)
+        redundancy_BN = similarity_BCN.shape[2] * (plan_BCN * similarity_BCN).sum(dim=1)
     else:
         redundancy_BN = similarity_BCN.amax(dim=1)
     # Below the score of any patch that a candidate reaches.

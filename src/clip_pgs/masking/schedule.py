@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import overload
+from typing import Any
 
 from torch import Tensor
 
 from clip_pgs.common import check_choice
-from clip_pgs.masking.strategy import check_range
+from clip_pgs.masking.strategy import Number, check_range
 from clip_pgs.registry import MASK_SCHEDULES
 
 
-@overload
-def scheduled_ratio(
-    start: float, end: float | None, *, progress: float, kind: str = ..., num_levels: int = ...
-) -> float: ...
-@overload
 def scheduled_ratio(
     start: float,
     end: float | None,
     *,
-    progress: float | Tensor,
-    kind: str = ...,
-    num_levels: int = ...,
-) -> float | Tensor: ...
-def scheduled_ratio(
-    start: float,
-    end: float | None,
-    *,
-    progress: float | Tensor,
+    progress: Number,
     kind: str = "linear",
     num_levels: int = 5,
-) -> float | Tensor:
+) -> float | Number:
     """Return the mask ratio, or another share of patches, at a point of training.
 
     Training is cut into `num_levels` equal parts with one ratio each, so that a compiled model
@@ -62,7 +49,7 @@ def scheduled_ratio(
     # 3 / 10 * 10 falls just short of 3 for some progress that means three tenths.
     place = progress * num_levels + 1e-9
     if isinstance(place, Tensor):
-        share: float | Tensor = place.floor().clamp(max=num_levels - 1) / (num_levels - 1)
+        share: Any = place.floor().clamp(max=num_levels - 1) / (num_levels - 1)
     else:
         share = min(math.floor(place), num_levels - 1) / (num_levels - 1)
     if kind == "cosine":

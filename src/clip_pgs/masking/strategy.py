@@ -14,12 +14,15 @@ from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, ClassVar, TypeVar, get_args, get_type_hints, overload
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from clip_pgs.registry import Registry, explained_arguments
+
+# A number, or in a compiled model a tensor of shape (), and what is computed of it.
+Number = TypeVar("Number", bound=float | Tensor)
 
 # ------------------------------------------------------------------------------------------------
 # What a strategy is given and what it returns
@@ -692,24 +695,16 @@ def _type_problem(hint: Any, value: Any) -> str:
     if value is None and NoneType in allowed:
         return ""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if bool in allowed:
-        return "" if isinstance(value, bool) else "true or false"
-    if str in allowed:
-        return "" if isinstance(value, str) else "a name"
-    if int in allowed:
-        return "" if is_number and isinstance(value, Integral) else "a whole number"
-    if float in allowed and not is_number:
-        return "a number"
-    if float in allowed:
-        return "" if _is_finite(value) else "a finite number"
-    return ""
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
+    # A whole number may be too large for a float.
+    is_finite = is_number and (value < 2**1000 if isinstance(value, int) else math.isfinite(value))
+    rules = {
+        bool: (isinstance(value, bool), "true or false"),
+        str: (isinstance(value, str), "a name"),
+        int: (is_number and isinstance(value, Integral), "a whole number"),
+        float: (is_finite, "a finite number"),
+    }
+    fits, kind = next((rules[kind] for kind in rules if kind in allowed), (True, ""))
+    return "" if fits else kind
 
 
 # ------------------------------------------------------------------------------------------------
@@ -811,13 +806,7 @@ def check_share(share: float, *, name: str) -> None:
         raise ValueError(f"{name} must be in (0, 1], got {share}")
 
 
-@overload
-def interpolate(points: tuple[tuple[float, float], ...], position: float) -> float: ...
-@overload
-def interpolate(points: tuple[tuple[float, float], ...], position: Tensor) -> Tensor: ...
-def interpolate(
-    points: tuple[tuple[float, float], ...], position: float | Tensor
-) -> float | Tensor:
+def interpolate(points: tuple[tuple[float, float], ...], position: Number) -> Number:
     """Return the height at a position of the straight lines that join points.
 
     Args:
@@ -825,13 +814,13 @@ def interpolate(
         position: Where to read; beyond either end the last height holds.
     """
     (start, low), *rest = points
-    height: float | Tensor = low
+    height: Any = low
     # Without a branch, a compiled model need not tell the lines apart.
     for end, high in rest:
         if isinstance(position, Tensor):
-            passed: float | Tensor = position.clamp(start, end) - start
+            reached: float | Tensor = position.clamp(start, end)
         else:
-            passed = min(max(position, start), end) - start
-        height = height + (high - low) * (passed / (end - start))
+            reached = min(max(position, start), end)
+        height = height + (high - low) * ((reached - start) / (end - start))
         start, low = end, high
     return height
