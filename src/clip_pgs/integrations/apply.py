@@ -1,7 +1,7 @@
 """Turn a model into a masked one, in place, and back; drive it between steps.
 
 Which models, says the integration of their library that is imported: `integrations.open_clip` or
-`integrations.transformers`. Both export what is here.
+`integrations.transformers`. Both export what `__all__` names here.
 """
 
 from __future__ import annotations
@@ -26,6 +26,25 @@ from clip_pgs.integrations.teacher import START_MOMENTUM, Teacher, teacher_momen
 from clip_pgs.masking import MaskingStrategy, PatchSelection
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.strategy import as_strategy, check_range, patch_sides
+
+# What `integrations.open_clip` and `integrations.transformers` export.
+__all__ = [
+    "apply_masking",
+    "calibrate_masking",
+    "force_selection",
+    "last_selection",
+    "load_masking_state",
+    "masked_inference",
+    "masking_state",
+    "num_patches",
+    "patch_size",
+    "pixel_dtype",
+    "remove_masking",
+    "set_mask_ratio",
+    "set_masking_noise",
+    "set_masking_progress",
+    "update_masking",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -28,46 +28,15 @@ from transformers.models.siglip import modeling_siglip
 from transformers.models.siglip2 import modeling_siglip2
 from transformers.utils.output_capturing import capture_outputs
 
-from clip_pgs.integrations.apply import (
-    apply_masking,
-    calibrate_masking,
-    force_selection,
-    last_selection,
-    load_masking_state,
-    masked_inference,
-    masking_state,
-    num_patches,
-    patch_size,
-    pixel_dtype,
-    remove_masking,
-    set_mask_ratio,
-    set_masking_noise,
-    set_masking_progress,
-    update_masking,
-)
+from clip_pgs.integrations import apply
+from clip_pgs.integrations.apply import *  # noqa: F403
 from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, unwrap
 from clip_pgs.integrations.varlen_tokens import BlockParts, logit_mask, query_attention
 from clip_pgs.masking import MaskingStrategy, PatchInputs, PatchSelection
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.strategy import keeps_different_counts
 
-__all__ = [
-    "apply_masking",
-    "calibrate_masking",
-    "force_selection",
-    "last_selection",
-    "load_masking_state",
-    "masked_inference",
-    "masking_state",
-    "num_patches",
-    "patch_size",
-    "pixel_dtype",
-    "remove_masking",
-    "set_mask_ratio",
-    "set_masking_noise",
-    "set_masking_progress",
-    "update_masking",
-]
+__all__ = apply.__all__
 
 
 class MaskedVisionModel(MaskedTower):
