@@ -363,7 +363,7 @@ class MaskedTower:
     @staticmethod
     def refusal(tower: Any) -> str | None:
         """Return why a tower of this kind cannot be masked, None where it can."""
-        raise NotImplementedError
+        return None
 
     @staticmethod
     def check_model(model: nn.Module, strategy: MaskingStrategy, merge: Merge | None) -> None:
@@ -378,7 +378,7 @@ class MaskedTower:
     @staticmethod
     def attention_refusal(tower: Any) -> str | None:
         """Return why `feature_attention` cannot be had from a tower, None where it can."""
-        raise NotImplementedError
+        return None
 
     @staticmethod
     def patch_grid(tower: Any) -> PatchGrid:
@@ -443,8 +443,8 @@ class MaskedTower:
         raise NotImplementedError
 
     def uses_checkpointing(self) -> bool:
-        """Return whether blocks are computed again in the backward pass."""
-        raise NotImplementedError
+        """Return whether the blocks are to be computed again in the backward pass."""
+        return False
 
     def num_heads(self) -> int:
         """Return how many heads a block has; asked of towers that take an attention bias."""
@@ -474,17 +474,17 @@ class MaskedTower:
         raise NotImplementedError
 
     def block_parts(self, block: Any, rotation: Tensor | None = None) -> BlockParts | None:
-        """Return a block's parts, None where it is of another kind or draws random numbers.
+        """Return a block's parts, None where it runs whole alone.
 
         Args:
             block: One of `blocks()`.
             rotation: As for `run_block`, laid out as the tokens are.
         """
-        raise NotImplementedError
+        return None
 
     def reads_first_token(self) -> bool:
         """Return whether the tower's output depends on the first token of each image alone."""
-        raise NotImplementedError
+        return False
 
     def read_out(self, x: Tensor, key_mask: Tensor | None) -> Any:
         """Pool the valid tokens (B, T, D) and project them, as the plain tower does."""
@@ -526,7 +526,9 @@ class MaskedTower:
 
     def first_row(self, block: Any, x: Tensor, rotation: Tensor | None) -> Tensor:
         """Return a block's attention of the first token to all, mean over heads, (B, T)."""
-        raise NotImplementedError
+        parts = self.block_parts(block, rotation)
+        assert parts is not None
+        return parts.first_row(x)
 
     def turned_blocks(self, rotations: Tensor | None) -> list[tuple[nn.Module, Tensor | None]]:
         """Return each block with its rotation, out of rotations (..., L, H, R)."""
@@ -565,11 +567,12 @@ class MaskedTower:
             rotations = None if rotations is None else layout.pack(rotations)
         *others, (last, rotation) = self.turned_blocks(rotations)
         for block, its_rotation in others:
-            x = self._run(self._run_whole, block, x, layout, its_rotation)
-        if is_first_enough and self.block_parts(last) is not None:
-            x = self._run(self._run_for_first_tokens, last, x, layout, rotation)
+            x = self._run(self._run_block, block, x, layout, its_rotation)
+        parts = self.block_parts(last)
+        is_first_enough = is_first_enough and parts is not None and parts.is_all
+        x = self._run(self._run_block, last, x, layout, rotation, is_first_enough)
+        if is_first_enough:
             return x.reshape(batch_size, 1, -1), None
-        x = self._run(self._run_whole, last, x, layout, rotation)
         return layout.unpack(x) if isinstance(layout, PackedTokens) else x, key_mask
 
     def _packs_tokens(self, x: Tensor) -> bool:
@@ -580,7 +583,8 @@ class MaskedTower:
             return False
         every = [self.block_parts(block) for block in self.blocks()]
         return all(
-            parts is not None and can_pack(x, head_width=parts.head_width) for parts in every
+            parts is not None and parts.is_all and can_pack(x, head_width=parts.head_width)
+            for parts in every
         )
 
     def _run(self, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -588,32 +592,25 @@ class MaskedTower:
             return checkpoint(run, *inputs, use_reentrant=False)
         return run(*inputs)
 
-    def _run_whole(
+    def _run_block(
         self,
         block: nn.Module,
         x: Tensor,
         layout: Tensor | PackedTokens | None,
         rotation: Tensor | None,
+        is_first_enough: bool = False,
     ) -> Tensor:
-        if isinstance(layout, PackedTokens):
-            return run_as_forward(
-                block, lambda x: _known(self.block_parts(block, rotation)).run(x, layout), x
-            )
-        return self.run_block(block, x, layout, rotation)
-
-    def _run_for_first_tokens(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        layout: Tensor | PackedTokens | None,
-        rotation: Tensor | None,
-    ) -> Tensor:
+        """Run a block over tokens of any layout, or for the first token of each image alone."""
+        if not (is_first_enough or isinstance(layout, PackedTokens)):
+            return self.run_block(block, x, layout, rotation)
         tokens = layout if isinstance(layout, PackedTokens) else PaddedTokens(layout)
-        return run_as_forward(
-            block,
-            lambda x: _known(self.block_parts(block, rotation)).run_for_first_tokens(x, tokens),
-            x,
-        )
+
+        def run(x: Tensor) -> Tensor:
+            parts = self.block_parts(block, rotation)
+            assert parts is not None
+            return (parts.run_for_first_tokens if is_first_enough else parts.run)(x, tokens)
+
+        return run_as_forward(block, run, x)
 
 
 def _keep(tokens: Tensor, selection: PatchSelection, weights: Tensor | None) -> Tensor:
@@ -634,11 +631,6 @@ def _keep_rotations(
     prefix, patches = flat.tensor_split([flat.shape[1] - num_patches], dim=1)
     kept = torch.cat([prefix, _keep(patches, selection, weights)], dim=1)
     return kept.unflatten(2, rotations.shape[2:])
-
-
-def _known(parts: BlockParts | None) -> BlockParts:
-    assert parts is not None
-    return parts
 
 
 def _count_bias(counts_BG: Tensor, key_mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 from clip_pgs.integrations import apply
 from clip_pgs.integrations.apply import *  # noqa: F403
 from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, unwrap
-from clip_pgs.integrations.varlen_tokens import BlockParts, logit_mask, query_attention
+from clip_pgs.integrations.varlen_tokens import logit_mask, query_attention
 from clip_pgs.masking import MaskingStrategy, PatchInputs, PatchSelection
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.strategy import keeps_different_counts
@@ -132,18 +132,6 @@ class MaskedVisionModel(MaskedTower):
         """Return the transformer's blocks, in order."""
         return self.encoder.layers
 
-    def uses_checkpointing(self) -> bool:
-        """Return False: these blocks compute themselves again in the backward pass."""
-        return False
-
-    def block_parts(self, block: Any, rotation: Tensor | None = None) -> BlockParts | None:
-        """Return None: blocks run whole."""
-        return None
-
-    def reads_first_token(self) -> bool:
-        """Return False: all tokens come out."""
-        return False
-
     def run_block(
         self,
         block: nn.Module,
@@ -163,19 +151,15 @@ class MaskedVisionModel(MaskedTower):
     def first_row(self, block: Any, x: Tensor, rotation: Tensor | None) -> Tensor:
         """Return a block's attention of the first token to all, mean over heads, (B, T)."""
         attention, x = block.self_attn, block.layer_norm1(x)
+        heads = (attention.num_heads, -1)
         query, key = attention.q_proj(x[:, :1]), attention.k_proj(x)
-        return query_attention(query, key, num_heads=attention.num_heads)
+        return query_attention(query.unflatten(-1, heads), key.unflatten(-1, heads))
 
 
 class MaskedClassTokenModel(MaskedVisionModel):
     """A vision model whose class token is the image feature: CLIP's and Chinese CLIP's."""
 
     pre_layrnorm: Any
-
-    @staticmethod
-    def attention_refusal(tower: Any) -> str | None:
-        """Return None: there is a class token."""
-        return None
 
     def patch_positions(self, dtype: torch.dtype) -> Tensor:
         """Return the patches' position embeddings, shape (N, D); they are added uncast."""

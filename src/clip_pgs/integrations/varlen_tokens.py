@@ -208,7 +208,7 @@ TokenLayout = PaddedTokens | PackedTokens
 
 @dataclass(frozen=True)
 class BlockParts:
-    """A block that normalizes its input and draws no random numbers.
+    """What a block that normalizes its input is made of.
 
     Two savings need its parts. Packed tokens meet only those of their own image. And the last block
     of a tower whose feature is its class token's owes the patches keys and values alone: nothing
@@ -224,6 +224,8 @@ class BlockParts:
         mlp: Turns tokens (..., D) into what is added to them then.
         rotate: Turns normalized queries or keys of all tokens, (..., H, W / H), by their places,
             and leaves the first token's; None leaves all.
+        is_all: Whether the block is no more than that, and draws no random numbers, so that `run`
+            may take its place.
     """
 
     norm: Callable[[Tensor], Tensor]
@@ -234,6 +236,7 @@ class BlockParts:
     after_attention: Callable[[Tensor], Tensor]
     mlp: Callable[[Tensor], Tensor]
     rotate: Callable[[Tensor], Tensor] | None = None
+    is_all: bool = True
 
     @property
     def head_width(self) -> int:
@@ -247,13 +250,20 @@ class BlockParts:
 
     def run_for_first_tokens(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """Return what the block makes of each image's first token; see `run`."""
-        normed = self.norm(x)
-        (query,) = self._project(layout.first_tokens(normed), 0, 1)
+        normed, first_x = self.norm(x), layout.first_tokens(x)
+        query = self._query_of_first(layout.first_tokens(normed))
         key, value = self._project(normed, 1, 3)
-        first_x = layout.first_tokens(x)
-        if self.head_norms is not None:
-            query = self.head_norms[0](query)
         return self._finish(first_x, query, self._place(key, 1), value, layout)
+
+    def first_row(self, x: Tensor) -> Tensor:
+        """Return the attention of the first of tokens (B, T, D) to all, mean over heads, (B, T)."""
+        normed = self.norm(x)
+        (key,) = self._project(normed, 1, 2)
+        return query_attention(self._query_of_first(normed[:, :1]), self._place(key, 1))
+
+    def _query_of_first(self, x: Tensor) -> Tensor:
+        (query,) = self._project(x, 0, 1)
+        return query if self.head_norms is None else self.head_norms[0](query)
 
     def _project(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         """Project to queries (0), keys (1) and values (2), each of shape (..., H, W / H)."""
@@ -281,60 +291,19 @@ class BlockParts:
         return x + self.mlp(x)
 
 
-def first_token_attention(
-    x: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    *,
-    num_heads: int,
-    norms: tuple[HeadNorm, HeadNorm] | None = None,
-) -> Tensor:
-    """Return the first token's attention to all tokens, mean over heads.
-
-    Args:
-        x: Normalized tokens of shape (B, T, D).
-        qkv_weight: Projection to queries, keys and values, stacked. Shape (3 W, D).
-        qkv_bias: Its bias, shape (3 W,).
-        num_heads: Heads that W divides into.
-        norms: Normalization of queries and of keys per head, where the block has one.
-
-    Returns:
-        Attention of shape (B, T), float32; rows sum to 1.
-    """
-    weight_q, weight_k, _ = qkv_weight.chunk(3)
-    bias_q, bias_k, _ = (None, None, None) if qkv_bias is None else qkv_bias.chunk(3)
-    query = functional.linear(x[:, :1], weight_q, bias_q)
-    key = functional.linear(x, weight_k, bias_k)
-    return query_attention(query, key, num_heads=num_heads, norms=norms)
-
-
-def query_attention(
-    query: Tensor,
-    key: Tensor,
-    *,
-    num_heads: int,
-    norms: tuple[HeadNorm, HeadNorm] | None = None,
-) -> Tensor:
+def query_attention(query: Tensor, key: Tensor) -> Tensor:
     """Return the attention of one query to all keys, mean over heads.
 
     Args:
-        query: Shape (B, 1, W).
-        key: Shape (B, T, W).
-        num_heads: Heads that W divides into.
-        norms: Normalization of queries and of keys per head.
+        query: Shape (B, 1, H, W / H).
+        key: Shape (B, T, H, W / H).
 
     Returns:
         Attention of shape (B, T), float32; rows sum to 1.
     """
-    query, key = _split_heads(query, num_heads), _split_heads(key, num_heads)
-    if norms is not None:
-        query, key = norms[0](query), norms[1](key)
-    logits_BH1T = torch.matmul(query, key.transpose(-2, -1)) * query.shape[-1] ** -0.5
+    query_BH1W, key_BHWT = query.transpose(1, 2), key.permute(0, 2, 3, 1)
+    logits_BH1T = torch.matmul(query_BH1W, key_BHWT) * query.shape[-1] ** -0.5
     return logits_BH1T.float().softmax(dim=-1).mean(dim=1)[:, 0]
-
-
-def _split_heads(x: Tensor, num_heads: int) -> Tensor:
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import open_clip
 import open_clip.factory
 import open_clip.tokenizer
 from open_clip.tokenizer import get_reduction_mask_fn, syntax_mask_tokenize
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from clip_pgs.integrations.open_clip.model_config import MISFITS
@@ -112,16 +111,3 @@ def _reduce_by_syntax(texts: list[str], **options: Any) -> Tensor:
     # The first call in a process would try to download nltk's data.
     open_clip.tokenizer._nltk_init = True
     return syntax_mask_tokenize(texts, **options)
-
-
-def pool_tower(tower: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Pool as the image tower does, no token being padding.
-
-    Args:
-        tower: OpenCLIP's vision transformer.
-        x: Output of its blocks, class token first. Shape (B, T, D).
-
-    Returns:
-        Pooled features and tokens, before the projection.
-    """
-    return tower._pool(x)

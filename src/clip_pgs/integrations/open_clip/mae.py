@@ -112,11 +112,6 @@ class MaskedMaeTower(MaskedTower, MaeTower):
         return self.mae(x, noise=self.raster_order(x) - is_shown_BN.float()).loss.expand(len(x))
 
     @staticmethod
-    def refusal(tower: Any) -> str | None:
-        """Return None: any ViT-MAE can be masked."""
-        return None
-
-    @staticmethod
     def check_model(model: nn.Module, strategy: MaskingStrategy, merge: Merge | None) -> None:
         """Refuse what does not show the model as many patches as it takes."""
         if not isinstance(strategy, MaeMasking) or merge is not None:

@@ -18,8 +18,7 @@ from clip_pgs.integrations.masked_tower import (
     run_as_forward,
     unwrap,
 )
-from clip_pgs.integrations.open_clip.compat import pool_tower
-from clip_pgs.integrations.varlen_tokens import BlockParts, first_token_attention
+from clip_pgs.integrations.varlen_tokens import BlockParts
 from clip_pgs.masking import MaskingStrategy
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.strategy import keeps_different_counts
@@ -114,18 +113,17 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
         return masked_block(block, x, attn_mask)
 
     def block_parts(self, block: Any, rotation: Tensor | None = None) -> BlockParts | None:
-        """Return the parts of OpenCLIP's usual block."""
-        if not is_exactly(block, ResidualAttentionBlock) or block.attn.dropout > 0:
-            return None
-        attention = block.attn
+        """Return the parts of OpenCLIP's usual block, and of its custom one what they share."""
+        attention, is_usual = block.attn, isinstance(block, ResidualAttentionBlock)
         return BlockParts(
             norm=block.ln_1,
             qkv_weight=attention.in_proj_weight,
             qkv_bias=attention.in_proj_bias,
             num_heads=attention.num_heads,
-            head_norms=None,
+            head_norms=None if is_usual else (attention.ln_q, attention.ln_k),
             after_attention=lambda x: block.ls_1(attention.out_proj(x)),
             mlp=lambda x: block.ls_2(block.mlp(block.ln_2(x))),
+            is_all=is_exactly(block, ResidualAttentionBlock) and attention.dropout == 0,
         )
 
     def reads_first_token(self) -> bool:
@@ -134,10 +132,7 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
 
     def read_out(self, x: Tensor, key_mask: Tensor | None) -> Any:
         """Pool the valid tokens (B, T, D) and project them."""
-        if key_mask is None:
-            pooled, tokens = pool_tower(self, x)
-        else:
-            pooled, tokens = pool_with_key_mask(self, x, key_mask)
+        pooled, tokens = pool_valid(self, x, None if key_mask is None else key_mask[:, 0, 0])
         if self.proj is not None:
             pooled = pooled @ self.proj
         return (pooled, tokens) if self.output_tokens else pooled
@@ -149,20 +144,6 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
         for block in self.blocks():
             x = self.run_block(block, x, None)
         return _pool_attention(self, x)
-
-    def first_row(self, block: Any, x: Tensor, rotation: Tensor | None) -> Tensor:
-        """Return a block's attention of the class token to all, mean over heads, (B, T)."""
-        attention = block.attn
-        norms = None
-        if not isinstance(block, ResidualAttentionBlock):
-            norms = (attention.ln_q, attention.ln_k)
-        return first_token_attention(
-            block.ln_1(x),
-            attention.in_proj_weight,
-            attention.in_proj_bias,
-            num_heads=attention.num_heads,
-            norms=norms,
-        )
 
 
 def _contrastive_pool(tower: VisionTransformer) -> AttentionalPooler | None:
@@ -184,9 +165,13 @@ def _pool_attention(tower: VisionTransformer, x: Tensor) -> Tensor:
 
 
 def _query_attention(pooler: AttentionalPooler, x: Tensor) -> Tensor:
+    return _attend(pooler, x, need_weights=True)[1].float()
+
+
+def _attend(pooler: AttentionalPooler, x: Tensor, **options: Any) -> tuple[Tensor, Any]:
     keys = pooler.ln_k(x)
     queries = pooler.ln_q(pooler.query).expand(x.shape[0], -1, -1)
-    return pooler.attn(queries, keys, keys, need_weights=True)[1].float()
+    return pooler.attn(queries, keys, keys, **options)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -227,20 +212,19 @@ def masked_block(block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tenso
     return run_as_forward(block, run, x)
 
 
-def pool_with_key_mask(
-    tower: VisionTransformer, x: Tensor, key_mask: Tensor
+def pool_valid(
+    tower: VisionTransformer, x: Tensor, valid_BT: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Pool as the tower does, over the valid tokens alone.
 
     Args:
         tower: The image tower.
         x: Output of its blocks, class token first. Shape (B, T, D).
-        key_mask: True where a token is valid, shape (B, 1, 1, T).
+        valid_BT: True where a token is valid; None where all are.
 
     Returns:
         What the tower's own pooling returns, (pooled, tokens); padding tokens are zero.
     """
-    valid_BT = key_mask[:, 0, 0]
     if tower.attn_pool is None:
         if tower.final_ln_after_pool:
             pooled, tokens = _global_pool(tower.pool_type, x, valid_BT)
@@ -284,7 +268,6 @@ def _global_pool(pool_type: str, x: Tensor, valid_BT: Tensor | None) -> tuple[Te
     return x, x
 
 
-def _attentional_pool(pooler: AttentionalPooler, x: Tensor, valid_BT: Tensor) -> Tensor:
-    keys = pooler.ln_k(x)
-    queries = pooler.ln_q(pooler.query).expand(x.shape[0], -1, -1)
-    return pooler.attn(queries, keys, keys, key_padding_mask=~valid_BT, need_weights=False)[0]
+def _attentional_pool(pooler: AttentionalPooler, x: Tensor, valid_BT: Tensor | None) -> Tensor:
+    padding_BT = None if valid_BT is None else ~valid_BT
+    return _attend(pooler, x, key_padding_mask=padding_BT, need_weights=False)[0]

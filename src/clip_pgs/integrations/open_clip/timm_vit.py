@@ -27,12 +27,7 @@ from torch import Tensor, nn
 
 from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, is_exactly
 from clip_pgs.integrations.open_clip.conv import MaskedConvNeXt
-from clip_pgs.integrations.varlen_tokens import (
-    BlockParts,
-    first_token_attention,
-    logit_mask,
-    query_attention,
-)
+from clip_pgs.integrations.varlen_tokens import BlockParts, logit_mask, query_attention
 
 _TRUNKS = (VisionTransformer, VisionTransformerDistilled, Eva)
 # What the most usual of the others lack.
@@ -189,7 +184,7 @@ class MaskedTimmModel(MaskedTower, TimmModel):
     def block_parts(self, block: Any, rotation: Tensor | None = None) -> BlockParts | None:
         """Return the parts of timm's usual blocks with their usual attention."""
         stacked = _stacked_qkv(block)
-        if stacked is None or not _is_plain(block):
+        if stacked is None:
             return None
         attention = block.attn
         if isinstance(block, EvaBlock):
@@ -205,6 +200,7 @@ class MaskedTimmModel(MaskedTower, TimmModel):
             after_attention=lambda x: scale_1(attention.proj(attention.norm(x))),
             mlp=lambda x: scale_2(block.mlp(block.norm2(x))),
             rotate=None if rotation is None else lambda x: _rotate(attention, x, rotation),
+            is_all=_is_plain(block),
         )
 
     def reads_first_token(self) -> bool:
@@ -232,27 +228,8 @@ class MaskedTimmModel(MaskedTower, TimmModel):
         # The first latent query is the one whose output timm's "token" pooling takes.
         query = pool.q(pool.latent[:, :1].expand(len(x), -1, -1))
         key = pool.kv(x).chunk(2, dim=-1)[0]
-        return query_attention(
-            query, key, num_heads=pool.num_heads, norms=(pool.q_norm, pool.k_norm)
-        )
-
-    def first_row(self, block: Any, x: Tensor, rotation: Tensor | None) -> Tensor:
-        """Return a block's attention of the class token to all, mean over heads, (B, T)."""
-        stacked, attention = _stacked_qkv(block), block.attn
-        assert stacked is not None
-
-        def place_keys(key_BHTW: Tensor) -> Tensor:
-            key_BHTW = attention.k_norm(key_BHTW)
-            if rotation is None:
-                return key_BHTW
-            return _rotate(attention, key_BHTW, rotation.transpose(1, 2))
-
-        return first_token_attention(
-            block.norm1(x),
-            *stacked,
-            num_heads=attention.num_heads,
-            norms=(attention.q_norm, place_keys),
-        )
+        query, key = (part.unflatten(-1, (pool.num_heads, -1)) for part in (query, key))
+        return query_attention(pool.q_norm(query), pool.k_norm(key))
 
     def _num_placed_prefix(self) -> int:
         """Return how many prefix tokens have positions of their own."""
