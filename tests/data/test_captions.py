@@ -126,10 +126,10 @@ def test_bad_json_is_a_bad_sample(write, make_args, text):
     ("members_of", "caption_key", "parts"),
     [
         (lambda n: {"json": b"{}"}, None, [".jpg .json", "--caption-key KEY"]),
-        (lambda n: {"caption": b"1"}, None, [".caption .jpg", "share a name and follow"]),
-        (lambda n: {}, None, ["there is .jpg alone", "share a name and follow one another"]),
+        (lambda n: {"caption": b"1"}, None, ["but .caption .jpg", "share a name"]),
+        (lambda n: {}, None, ["no .txt member but .jpg", "follow one another"]),
         (lambda n: {"json": b'{"text": 1}'}, "caption", ["it has 'text'"]),
-        (lambda n: {"txt": b"1"}, "caption", ["--caption-key needs a .json member", ".jpg .txt"]),
+        (lambda n: {"txt": b"1"}, "caption", ["no .json member but .jpg .txt"]),
     ],
 )
 @pytest.mark.parametrize("piped", [False, True])
@@ -149,14 +149,14 @@ def test_what_is_there_in_place_of_a_caption_is_told(
 
 def test_suffix_that_begins_at_the_first_dot_is_told(tmp_path, make_tar, make_image, make_args):
     make_tar(tmp_path / "0.tar", [("a.b.jpg", make_image(0)), ("a.b.png", b""), ("a.txt", b"1")])
-    with pytest.raises(ValueError, match=r"\.b\.jpg \.b\.png \.txt alone.* first dot"):
+    with pytest.raises(ValueError, match=r"but \.b\.jpg \.b\.png \.txt; .* first dot"):
         preflight(make_args(train_data=f"{tmp_path}/0.tar"))
 
 
 def test_pairs_that_are_not_adjacent_are_told(tmp_path, make_tar, make_image, make_args):
     images = [(f"{n}.jpg", make_image(n)) for n in range(4)]
     make_tar(tmp_path / "0.tar", [*images, *((f"{n}.txt", b"1") for n in range(4))])
-    with pytest.raises(ValueError, match="share a name and follow one another"):
+    with pytest.raises(ValueError, match=r"share a name .* and follow one another"):
         preflight(make_args(train_data=f"{tmp_path}/0.tar"))
 
 

@@ -154,11 +154,11 @@ def test_each_shard_weighs_what_its_source_does(folder):
 @pytest.mark.parametrize(
     ("factors", "message"),
     [
-        ("1", "1 factors for 2 data sources"),
-        ("1::x", "finite numbers"),
-        ("1::-1", "finite numbers"),
-        ("1::nan", "finite numbers"),
-        ("0::0", "finite numbers"),
+        ("1", "for each of the 2 data sources"),
+        ("1::x", "a finite number >= 0 for each"),
+        ("1::-1", "a finite number >= 0 for each"),
+        ("1::nan", "a finite number >= 0 for each"),
+        ("0::0", "a finite number >= 0 for each"),
     ],
 )
 def test_unfit_upsampling_factors_are_refused(folder, factors, message):

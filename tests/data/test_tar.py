@@ -144,16 +144,12 @@ def test_file_without_pairs_says_what_reading_through_says(tmp_path, content):
     assert by_index(tmp_path / "0.tar") == list(read_shard(str(tmp_path / "0.tar")))
 
 
-def test_compressed_shard_asks_to_be_unpacked(tmp_path):
+def test_compressed_shard_of_another_name_is_told_which_it_should_have(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
     (skip,) = by_index(tmp_path / "0.tar")
-    assert skip == Skip(
-        str(tmp_path / "0.tar"),
-        "",
-        "unreadable shard",
-        "it is no tar archive but compressed with gzip; unpack it, or let its name end in .tar.gz",
-    )
+    assert (skip.shard, skip.key, skip.reason) == (str(tmp_path / "0.tar"), "", "unreadable shard")
+    assert ".tar.gz" in skip.detail
 
 
 @pytest.mark.parametrize("size", [b"\xff" * 12, b"\x80" + b"\x7f" * 11, b"77777777777\0"])
@@ -244,15 +240,15 @@ def test_shard_that_shrinks_while_open_gives_no_half_sample(tmp_path):
 
 
 FOREIGN = {
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n": "git lfs pull",
-    b"\n<!DOCTYPE html><html>": "an HTML page",
-    b"<html>404</html>" * 99: "an HTML page",
-    b"PK\x03\x04" + bytes(600): "a zip archive",
-    b"\x28\xb5\x2f\xfd" + bytes(600): "zstd",
-    b"PAR1" + bytes(600): "a Parquet table",
-    bz2.compress(bytes(999)): "bzip2",
-    lzma.compress(bytes(999)): "xz",
-    b'{"error": 404}': "a JSON document",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n": "version https://git-lfs",
+    b"\n<!DOCTYPE html><html>": "<!DOCTYPE html>",
+    b"<html>404</html>" * 99: "<html>404",
+    b"PK\x03\x04" + bytes(600): "PK",
+    b"\x28\xb5\x2f\xfd" + bytes(600): "xb5/",
+    b"PAR1" + bytes(600): "PAR1",
+    bz2.compress(bytes(999)): "BZh",
+    lzma.compress(bytes(999)): "7zXZ",
+    b'{"error": 404}': '{"error": 404}',
 }
 
 

@@ -125,7 +125,9 @@ def decode_captions(raw: RawSample, *, caption_key: str | None = None) -> list[s
             than `MAX_CAPTION_BYTES`.
     """
     if not raw.captions:
-        raise BadSampleError("no caption", _missing_caption(raw, caption_key))
+        suffix = CAPTION_SUFFIX if caption_key is None else JSON_SUFFIX
+        hint = "; --caption-key KEY reads a field of the .json" if caption_key is None else ""
+        raise BadSampleError("no caption", _missing(raw, suffix, hint))
     longest = max(map(len, raw.captions))
     if longest > MAX_CAPTION_BYTES:
         raise BadSampleError("too large caption", f"{longest} bytes, more than {MAX_CAPTION_BYTES}")
@@ -174,8 +176,7 @@ def decode_crop(raw: RawSample, crop: RandomCrop) -> Tensor:
 def _reading(raw: RawSample) -> Iterator[tuple[Image.Image, bytes]]:
     """Open an image, whose pixels are to be decoded inside the `with` block, with its bytes."""
     if raw.image is None:
-        rule = "no ." + ", .".join(IMAGE_SUFFIXES) + " member"
-        raise BadSampleError("no image", f"{rule}{_found(raw)}{_name_rule(raw, IMAGE_SUFFIXES)}")
+        raise BadSampleError("no image", _missing(raw, ", .".join(IMAGE_SUFFIXES)))
     try:
         with opened_image(raw.image) as image:
             yield image, raw.image
@@ -207,26 +208,10 @@ def _json_captions(data: bytes, keys: list[str]) -> list[str]:
     return captions
 
 
-def _missing_caption(raw: RawSample, caption_key: str | None) -> str:
-    """Say what is there in place of a caption, by what rule that is none, and the cure."""
-    if caption_key is not None:
-        return f"--caption-key needs a .{JSON_SUFFIX} member{_found(raw)}"
-    detail = f"no .{CAPTION_SUFFIX} member{_found(raw)}"
-    if f".{JSON_SUFFIX}" in raw.suffixes.split():
-        return f"{detail}; --caption-key KEY takes captions from a field of the .{JSON_SUFFIX}"
-    return detail + _name_rule(raw, (CAPTION_SUFFIX,))
-
-
-def _found(raw: RawSample) -> str:
-    return f": there is {raw.suffixes} alone" if raw.suffixes else ""
-
-
-def _name_rule(raw: RawSample, wanted: tuple[str, ...]) -> str:
-    """Return the rule that members break, where one is named nearly as it should be."""
-    endings = [suffix.rpartition(".")[2] for suffix in raw.suffixes.split()]
-    if any(ending in wanted for ending in endings):
-        return "; a member's suffix begins at the first dot of its name, so rename 'a.b.jpg'"
-    return "; the members of a pair share a name and follow one another" if endings else ""
+def _missing(raw: RawSample, wanted: str, hint: str = "") -> str:
+    """Say what is there in place of a member, and by what rule that is none."""
+    rule = "members of a pair share a name up to its first dot and follow one another"
+    return f"no .{wanted} member but {raw.suffixes or 'none'}; {rule}{hint}"
 
 
 def _seed_generators(seed: int) -> None:

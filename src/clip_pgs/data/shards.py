@@ -95,19 +95,13 @@ def upsampling_weights(pattern: str, factors: str) -> list[float]:
         weights = [float(factor) for factor in factors.split("::")]
     except ValueError:
         weights = []
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights):
+    is_right = all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0
+    if not is_right or len(weights) != len(sources):
         raise ValueError(
-            "--train-data-upsampling-factors must be finite numbers >= 0 joined by '::', "
-            f"not all of them 0, got {factors!r}"
+            "--train-data-upsampling-factors takes a finite number >= 0 for each of the "
+            f"{len(sources)} data sources, joined by '::', not all of them 0, got {factors!r}"
         )
-    if len(weights) != len(sources):
-        raise ValueError(
-            f"--train-data-upsampling-factors has {len(weights)} factors for {len(sources)} "
-            "data sources; it needs one for each"
-        )
-    return [
-        weight for weight, shards in zip(weights, sources, strict=True) for _ in range(len(shards))
-    ]
+    return [weight for weight, shards in zip(weights, sources, strict=True) for _ in shards]
 
 
 def count_samples(shards: list[str]) -> int | None:

@@ -61,21 +61,7 @@ _EXTENSIONS = (
     tarfile.GNUTYPE_LONGLINK,
 )
 _METADATA = re.compile(r"__[^/]*__($|/)")
-# What a file is that is no archive, by how it begins.
-_FOREIGN = {
-    b"version https://git-lfs": "a pointer of git-lfs; `git lfs pull` fetches the shard itself",
-    b"<!doctype html": "an HTML page; the download went wrong",
-    b"<html": "an HTML page; the download went wrong",
-    b"<?xml": "an XML document; the download went wrong",
-    b"\x1f\x8b": "compressed with gzip; unpack it, or let its name end in .tar.gz",
-    b"bzh": "compressed with bzip2; unpack it, or let its name end in .tar.bz2",
-    b"\xfd7zxz": "compressed with xz; unpack it, or let its name end in .tar.xz",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it",
-    b"pk\x03\x04": "a zip archive; make a tar of it",
-    b"par1": "a Parquet table; img2dataset makes shards of it",
-    b"{": "a JSON document and no archive",
-}
-_HEAD_BYTES = 512
+_HEAD_BYTES, _SHOWN_BYTES = 512, 32
 # What may follow the end of an archive: zeros, as many as fill tar's largest usual record.
 _MAX_PADDING = 2**16
 # Reads in a row at the end of a stream: tarfile takes a few.
@@ -456,16 +442,12 @@ def _open_tar(file: BinaryIO, shard: str) -> tarfile.TarFile:
         file.seek(0)
         mode: Literal["r:", "r:*"] = "r:" if is_seekable(shard) else "r:*"
         return tarfile.open(fileobj=file, mode=mode, tarinfo=StrictTarInfo)
-    except tarfile.TarError:
-        start = head.lstrip().lower()
-        for magic, what in _FOREIGN.items():
-            if start.startswith(magic):
-                raise tarfile.ReadError(f"it is no tar archive but {what}") from None
-        if Path(shard).suffix.lower() in (".csv", ".tsv"):
-            raise tarfile.ReadError(
-                "it is no tar archive; to train on a table, write --dataset-type csv"
-            ) from None
-        raise
+    except tarfile.TarError as error:
+        start, reason = head[:_SHOWN_BYTES], str(error).partition(":\n")[0]
+        raise tarfile.ReadError(
+            f"it begins with {start!r} and is no whole tar archive ({reason}); compressed "
+            "ones are named .tar.gz, .tar.bz2 or .tar.xz, and tables take --dataset-type csv"
+        ) from None
 
 
 def regular_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from clip_pgs.data.samples import Tokenize
 from clip_pgs.data.words import find_words, keep_words, read_word_frequencies
+from clip_pgs.masking.strategy import check_share
 from clip_pgs.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -61,14 +62,11 @@ def create_text_masking(
     if num_tokens is None and TEXT_MASKINGS.declaration(name)["needs_budget"]:
         raise ValueError(f"--text-masking {name} needs a budget; give it with --text-tokens")
     longest = getattr(tokenizer, "context_length", None)
-    if num_tokens is not None and num_tokens < 3:
+    # A start token, a word and an end token.
+    if num_tokens is not None and not 3 <= num_tokens <= (longest or num_tokens):
         raise ValueError(
-            "--text-tokens must be >= 3, for a start token, a word and an end token, "
-            f"got {num_tokens}"
-        )
-    if num_tokens is not None and longest is not None and num_tokens > longest:
-        raise ValueError(
-            f"--text-tokens must be at most the model's context length, {longest}, got {num_tokens}"
+            "--text-tokens must be >= 3 and at most the model's context length, "
+            f"{longest}, got {num_tokens}"
         )
     return build(tokenizer, num_tokens, **options)
 
@@ -189,9 +187,7 @@ class FrequencyMasking:
                 "text masking 'frequency' needs the option frequencies=FILE, a file from "
                 f"`clip-pgs data words`, got {frequencies!r}"
             )
-        is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-        if not is_number or not 0.0 < threshold <= 1.0:
-            raise ValueError(f"threshold must be a number in (0, 1], got {threshold!r}")
+        check_share(threshold, name="threshold")
         if not isinstance(fill, bool):
             raise ValueError(f"fill must be true or false, got {fill!r}")
         if fill and num_tokens is None:

@@ -111,7 +111,7 @@ def test_upsampling_factors_need_resampling_and_one_factor_per_source(tmp_path):
     pattern = "::".join(write_shards(tmp_path / name) for name in ("a", "b"))
     argv = ["--model", "ViT-B-16", "--train-data", pattern, "--train-data-upsampling-factors"]
     assert "needs --dataset-resampled" in refusal(*argv, "1::2")
-    assert "3 factors for 2" in refusal(*argv, "1::2::3", "--dataset-resampled")
+    assert "for each of the 2 data sources" in refusal(*argv, "1::2::3", "--dataset-resampled")
     accept(*argv, "1::2", "--dataset-resampled")
 
 

@@ -69,7 +69,7 @@ def test_an_option_of_another_strategy_names_the_valid_ones():
         ),
         (["--text-masking-option", "threshold=1"], "needs --text-masking NAME"),
         (["--text-masking", "none", "--text-tokens", "8"], "needs --text-masking NAME"),
-        (["--text-tokens", "78"], "--text-tokens must be at most the model's context length, 77"),
+        (["--text-tokens", "78"], "at most the model's context length, 77, got 78"),
         (["--text-tokens", "2"], "--text-tokens must be >= 3"),
         (["--text-tokens", "40", "--force-context-length", "32"], "context length, 32, got 40"),
         (["--text-masking", "block"], "--text-masking block needs a budget"),
