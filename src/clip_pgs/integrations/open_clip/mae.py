@@ -26,7 +26,13 @@ from clip_pgs.files import HF_CONFIG_NAME, read_json_object
 from clip_pgs.integrations import MAE_TYPE, is_mae_config
 from clip_pgs.integrations.mae import SIGNS, create_fitting_masking, patch_order
 from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid
-from clip_pgs.integrations.open_clip.model_config import MISFITS, check_preprocessing
+from clip_pgs.integrations.open_clip.model_config import (
+    MISFITS,
+    Rule,
+    check_preprocessing,
+    check_values,
+    whole_number,
+)
 from clip_pgs.masking import MaskingStrategy, PatchInputs, PatchSelection
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.sampling import draw_noise, kept_patches, mask_top
@@ -293,30 +299,23 @@ def mae_config(
     Raises:
         ValueError: If it is none, has an unknown option, or a size or ratio is out of its range.
     """
-    defaults = ViTMAEConfig().to_dict()
     if not is_mae_config(content):
         raise ValueError(f"{what} must have the model_type {MAE_TYPE}")
-    for key, value in content.items():
-        if key not in defaults and key not in _NOTES:
-            raise ValueError(f"{what} has no option {key!r}")
-        is_size = key in ("image_size", "patch_size") or key.removeprefix("decoder_") in _SIZES
-        if is_size and not (type(value) is int and 1 <= value <= _MAX_SIZE):
-            raise ValueError(
-                f"{what}: {key} takes a whole number from 1 to {_MAX_SIZE}, got {value!r}"
-            )
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{what}: {key} takes a finite number, got {value}")
-    for key in ("dtype", "torch_dtype"):
-        if content.get(key) not in (None, *_DTYPES):
-            raise ValueError(f"{what}: {key} must be one of {', '.join(_DTYPES)}")
+    sizes = [f"{tower}{size}" for tower in _TOWERS for size in _SIZES]
+    finite: Rule = (lambda v: not isinstance(v, float) or math.isfinite(v), "a finite number")
+    rules: dict[str, Rule] = {
+        **dict.fromkeys((*ViTMAEConfig().to_dict(), *_NOTES), finite),
+        **dict.fromkeys(("image_size", "patch_size", *sizes), whole_number(1, _MAX_SIZE)),
+        **dict.fromkeys(("dtype", "torch_dtype"), (_DTYPES.__contains__, " or ".join(_DTYPES))),
+        "num_channels": (lambda v: v == 3, "3"),
+        "return_dict": (lambda v: v is True, "true"),
+    }
+    check_values(rules, content, what=what)
+    written = {**content, "architectures": ["ViTMAEForPreTraining"], "return_dict": True}
     # Also what transformers' own checks of types raise, which is no ValueError.
     with explained(what, Exception):
-        config = ViTMAEConfig(**{**content, "architectures": ["ViTMAEForPreTraining"]}).to_dict()
+        config = ViTMAEConfig(**written).to_dict()
     config["mask_ratio"] = ratio = config["mask_ratio"] if mask_ratio is None else mask_ratio
-    if not config.get("return_dict", True):
-        raise ValueError(f"{what}: return_dict must be true")
-    if config["num_channels"] != 3:
-        raise ValueError(f"{what}: num_channels must be 3, got {config['num_channels']}")
     if config["image_size"] % config["patch_size"]:
         raise ValueError(
             f"{what}: patch_size must divide image_size {config['image_size']}, "

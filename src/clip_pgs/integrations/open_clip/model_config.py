@@ -8,11 +8,10 @@ built on torch's device "meta", without memory for their weights, to find out wh
 from __future__ import annotations
 
 import math
+import operator
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import open_clip
@@ -24,10 +23,8 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from clip_pgs.common import explained
 from clip_pgs.files import read_json_object
 
-_TOWERS = {"text_cfg": CLIPTextCfg, "multimodal_cfg": MultimodalCfg}
 _REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
-_SWITCHES = ("custom_text", "quick_gelu", "nonscalar_logit_scale")
-_NUMBERS = ("init_logit_scale", "init_logit_bias")
+_TOWERS = {"text_cfg": CLIPTextCfg, "multimodal_cfg": MultimodalCfg}
 # Everything else of transformers' tokenizers stays shut, "trust_remote_code" above all.
 _TOKENIZER_OPTIONS = ("clean", "strip_sep_token", "language")
 
@@ -52,8 +49,62 @@ _TINY_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "lay
 _BYTES = 4
 
 
+# What a value is held to, and what it takes, for messages.
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _is_number(value: Any) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return isinstance(value, int) or math.isfinite(value)
+
+
+def _is_color(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_number, value))
+
+
+def whole_number(least: int, most: int, *, length: int | None = None) -> Rule:
+    """Return the rule of a whole number in [least, most], or of a list of so many."""
+
+    def is_whole(value: Any) -> bool:
+        each = value if isinstance(value, list | tuple) and len(value) == length else [value]
+        return all(type(number) is int and least <= number <= most for number in each)
+
+    return is_whole, f"a whole number from {least} to {most}"
+
+
+_SWITCH: Rule = (lambda value: isinstance(value, bool), "true or false")
+_NUMBER: Rule = (_is_number, "a finite number")
+_MODEL: dict[str, Rule] = {
+    "embed_dim": whole_number(1, _MAX_SIZE),
+    "custom_text": _SWITCH,
+    "quick_gelu": _SWITCH,
+    "nonscalar_logit_scale": _SWITCH,
+    "init_logit_scale": _NUMBER,
+    "init_logit_bias": _NUMBER,
+}
+_PREPROCESSING: dict[str, Rule] = {
+    "size": (whole_number(1, _MAX_SIZE, length=2)[0], "a size or two"),
+    "mode": (lambda value: value == "RGB", "RGB"),
+    "mean": (_is_color, "3 finite numbers"),
+    "std": (lambda value: _is_color(value) and min(value) > 0, "3 finite numbers > 0"),
+    "interpolation": (("bicubic", "bilinear", "random").__contains__, "bicubic or bilinear"),
+    "resize_mode": (("shortest", "longest", "squash").__contains__, "shortest or the like"),
+    "fill_color": (lambda value: type(value) is int and 0 <= value < 256, "a value below 256"),
+}
+_BUILDING: dict[str, Rule] = {
+    **{f"image_{key}": rule for key, rule in _PREPROCESSING.items()},
+    "force_image_size": _PREPROCESSING["size"],
+    "force_context_length": (whole_number(1, _MAX_SIZE)[0], "a whole number"),
+    "force_quick_gelu": _SWITCH,
+    "force_custom_text": _SWITCH,
+}
+
+
 def check_model_config(config: Any, *, what: str) -> None:
     """Refuse a model config that open_clip could not build, or should not.
+
+    What is null is left to building.
 
     Args:
         config: What the JSON of an OpenCLIP model config holds.
@@ -65,31 +116,26 @@ def check_model_config(config: Any, *, what: str) -> None:
     """
     if not isinstance(config, dict) or any(key not in config for key in _REQUIRED):
         raise ValueError(f"{what} must hold {', '.join(_REQUIRED)}")
-    for key, value in config.items():
-        if key == "vision_cfg":
-            check_vision_config(value, what=what)
-            continue
-        if key in _TOWERS:
-            _check_tower(value, _TOWERS[key], what=f"{what}: {key}")
-            continue
-        if key == "embed_dim":
-            problem = _size_problem(key, value)
-        elif key in _SWITCHES:
-            problem = "" if isinstance(value, bool) else "takes true or false"
-        elif key in _NUMBERS:
-            problem = "" if value is None or _is_number(value) else "takes a finite number"
-        else:
-            raise ValueError(f"{what} has no option {key!r}")
-        if problem:
-            raise ValueError(f"{what}: {key} {problem}, got {value!r}")
-    if "multimodal_cfg" in config and not config.get("custom_text"):
+    config = dict(config)
+    check_vision_config(config.pop("vision_cfg"), what=what)
+    is_coca = "multimodal_cfg" in config
+    for key in _TOWERS.keys() & config.keys():
+        _check_tower(config.pop(key), _TOWERS[key], what=f"{what}: {key}")
+    check_values(_MODEL, config, what=what)
+    if is_coca and not config.get("custom_text"):
         raise ValueError(f"{what}: multimodal_cfg needs custom_text to be true")
 
 
 def check_vision_config(vision: Any, *, what: str) -> None:
     """Refuse the `vision_cfg` of a model config as `check_model_config` does."""
-    _check_tower(vision, CLIPVisionCfg, what=f"{what}: vision_cfg")
-    _check_patches(vision, what=f"{what}: vision_cfg")
+    what = f"{what}: vision_cfg"
+    _check_tower(vision, CLIPVisionCfg, what=what)
+    if vision.get("timm_model_name") or isinstance(vision.get("layers"), list):
+        return
+    sides = [vision.get("image_size", 224), vision.get("patch_size", 16)]
+    image, patch = (side if isinstance(side, list) else [side, side] for side in sides)
+    if None not in sides and any(map(operator.lt, image, patch)):
+        raise ValueError(f"{what}: image_size {image} is smaller than patch_size {patch}")
 
 
 def check_preprocessing(preprocess: Any, *, what: str) -> None:
@@ -104,7 +150,8 @@ def check_preprocessing(preprocess: Any, *, what: str) -> None:
     """
     if not isinstance(preprocess, dict):
         raise ValueError(f"{what}: preprocess_cfg must be a JSON object")
-    _check_by(_PREPROCESSING, preprocess, what=f"{what}: preprocess_cfg")
+    known = {key: preprocess.get(key) for key in _PREPROCESSING}
+    check_values(_PREPROCESSING, known, what=f"{what}: preprocess_cfg")
 
 
 def check_build_options(options: Mapping[str, Any], *, what: str) -> None:
@@ -117,46 +164,28 @@ def check_build_options(options: Mapping[str, Any], *, what: str) -> None:
     Raises:
         ValueError: If a value is of the wrong type or out of its range.
     """
-    switch = (lambda value: isinstance(value, bool), "true or false")
-    rules = {
-        **{f"image_{key}": rule for key, rule in _PREPROCESSING.items()},
-        "force_image_size": _PREPROCESSING["size"],
-        "force_context_length": (lambda value: not _size_problem("", value), "a whole number"),
-        "force_quick_gelu": switch,
-        "force_custom_text": switch,
-    }
-    _check_by(rules, options, what=what)
+    check_values(_BUILDING, {key: options.get(key) for key in _BUILDING}, what=what)
 
 
-def _check_by(rules: Mapping[str, Any], options: Mapping[str, Any], *, what: str) -> None:
-    for key, (is_good, kind) in rules.items():
-        value = options.get(key)
+def check_values(rules: Mapping[str, Rule], options: Mapping[str, Any], *, what: str) -> None:
+    """Refuse options without a rule, and values against theirs; null is left to building.
+
+    Raises:
+        ValueError: "WHAT: OPTION takes ..."
+    """
+    for key, value in options.items():
+        if key not in rules:
+            raise ValueError(f"{what} has no option {key!r}")
+        is_good, kind = rules[key]
         if value is not None and not is_good(value):
             raise ValueError(f"{what}: {key} takes {kind}, got {value!r}")
-
-
-def _is_size(value: Any) -> bool:
-    sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
-    return not any(_size_problem("size", side) for side in sides)
-
-
-def _is_color(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_number, value))
 
 
 def _check_tower(tower: Any, tower_class: Any, *, what: str) -> None:
     if not isinstance(tower, dict):
         raise ValueError(f"{what} must be a JSON object, got {type(tower).__name__}")
-    hints = get_type_hints(tower_class)
-    known = {field.name: field.default for field in fields(tower_class)}
-    for key, value in tower.items():
-        if key not in known:
-            raise ValueError(f"{what} has no option {key!r}")
-        problem = "" if value is None else _problem(key, value, hints[key])
-        if value is None and known[key] is not None and not _may_be_null(key, hints[key], tower):
-            problem = "cannot be null"
-        if problem:
-            raise ValueError(f"{what}: {key} {problem}, got {value!r}")
+    rules = {key: _rule(key, hint) for key, hint in get_type_hints(tower_class).items()}
+    check_values(rules, tower, what=what)
     for option in tower.get("tokenizer_kwargs") or ():
         if option not in _TOKENIZER_OPTIONS:
             choices = ", ".join(_TOKENIZER_OPTIONS)
@@ -166,63 +195,21 @@ def _check_tower(tower: Any, tower_class: Any, *, what: str) -> None:
         raise ValueError(f"{what}: timm has no model {name!r}")
 
 
-def _problem(key: str, value: Any, hint: Any) -> str:
-    """Say what is wrong with a value, as the rest of a sentence; "" if nothing is."""
+def _rule(key: str, hint: Any) -> Rule:
     allowed = get_args(hint) or (hint,)
-    if key == "attentional_pool" and isinstance(value, str):
-        return ""
+    if key == "attentional_pool":
+        return lambda value: isinstance(value, bool | str), "true, false or a text"
     if bool in allowed:
-        return "" if isinstance(value, bool) else "takes true or false"
+        return _SWITCH
     if str in allowed:
-        return "" if isinstance(value, str) else "takes a text"
+        return lambda value: isinstance(value, str), "a text"
     if float in allowed:
-        is_good = _is_number(value) and 0 <= value <= _MAX_SIZE
-        return "" if is_good else f"takes a number from 0 to {_MAX_SIZE}"
+        is_good = lambda value: _is_number(value) and 0 <= value <= _MAX_SIZE  # noqa: E731
+        return is_good, f"a number from 0 to {_MAX_SIZE}"
     if dict in allowed:
-        return "" if isinstance(value, dict) else "takes a JSON object"
-    if isinstance(value, list) and len(value) == _LISTS.get(key):
-        return next((p for p in (_size_problem(key, item) for item in value) if p), "")
-    return _size_problem(key, value)
-
-
-def _size_problem(key: str, value: Any) -> str:
-    least = 0 if key in _CAN_BE_ZERO else 1
+        return lambda value: isinstance(value, dict), "a JSON object"
     most = _MAX_LAYERS if key == "layers" else _MAX_SIZE
-    if type(value) is int and least <= value <= most:
-        return ""
-    return f"takes a whole number from {least} to {most}"
-
-
-def _may_be_null(key: str, hint: Any, tower: Mapping[str, Any]) -> bool:
-    # open_clip's own configs have these: no patches in a ResNet, no projection in timm's towers.
-    has_no_patches = isinstance(tower.get("layers"), list) or "timm_model_name" in tower
-    return NoneType in get_args(hint) or hint is str or (key == "patch_size" and has_no_patches)
-
-
-def _is_number(value: Any) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return isinstance(value, int) or math.isfinite(value)
-
-
-def _check_patches(vision: Mapping[str, Any], *, what: str) -> None:
-    if vision.get("timm_model_name") or isinstance(vision.get("layers"), list):
-        return
-    sides = [vision.get("image_size", 224), vision.get("patch_size", 16)]
-    image, patch = (side if isinstance(side, list) else [side, side] for side in sides)
-    if any(image_side < patch_side for image_side, patch_side in zip(image, patch, strict=True)):
-        raise ValueError(f"{what}: image_size {image} is smaller than patch_size {patch}")
-
-
-_PREPROCESSING = {
-    "size": (_is_size, "a size or two"),
-    "mode": (lambda value: value == "RGB", "RGB"),
-    "mean": (_is_color, "3 finite numbers"),
-    "std": (lambda value: _is_color(value) and min(value) > 0, "3 finite numbers > 0"),
-    "interpolation": (("bicubic", "bilinear", "random").__contains__, "bicubic or bilinear"),
-    "resize_mode": (("shortest", "longest", "squash").__contains__, "shortest or the like"),
-    "fill_color": (lambda value: type(value) is int and 0 <= value < 256, "a value below 256"),
-}
+    return whole_number(0 if key in _CAN_BE_ZERO else 1, most, length=_LISTS.get(key))
 
 
 # ------------------------------------------------------------------------------------------------
