@@ -29,10 +29,11 @@ from urllib.parse import quote, urljoin
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.hf_api import RepoFile, RepoFolder
 from huggingface_hub.utils import get_session
 
 from clip_pgs.common import (
+    BAD_INPUT,
+    FAILED,
     AskedToLeaveError,
     SentenceParser,
     early_end,
@@ -86,12 +87,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with leaving_when_told():
             return download(arguments)
-    except ValueError as error:
+    except (ValueError, *NETWORK_ERRORS) as error:
         print(f"error: {one_sentence(error)}", file=sys.stderr)
-        return 2
-    except NETWORK_ERRORS as error:
-        print(f"error: {one_sentence(error)}", file=sys.stderr)
-        return 1
+        return BAD_INPUT if isinstance(error, ValueError) else FAILED
     except (KeyboardInterrupt, AskedToLeaveError) as error:
         return say_end(error)
 
@@ -189,32 +187,30 @@ def list_shards(repo: str) -> list[Shard]:
     """
     hub = HfApi()
     print(f"asking {hub.endpoint} for the shards of {repo}", flush=True)
+    shards: dict[str, Shard] = {}
     try:
-        entries = list_files(hub.endpoint, repo)
+        for entry in list_files(hub.endpoint, repo):
+            name, size = entry["path"], entry.get("size")
+            match = SHARD_NAME.fullmatch(name)
+            if match is None and SHARD_ENDING.search(name):
+                raise ValueError(f"{repo} lists the shard {name!r}, which is no plain file name")
+            if match is None:
+                continue
+            if entry["type"] != "file" or not isinstance(size, int) or size < 0:
+                raise ValueError(f"{repo} lists {name} without a size")
+            # On some file systems X.tar and x.tar are one file.
+            if name.casefold() in shards:
+                raise ValueError(f"{repo} lists {name} twice")
+            sha256 = (entry.get("lfs") or {}).get("oid")
+            shards[name.casefold()] = Shard(name, int(match[1]), size, sha256)
     except NETWORK_ERRORS as error:
-        raise OSError(f"{hub.endpoint} did not list {repo}: {reason(error)}") from error
+        raise OSError(f"{hub.endpoint} did not list {repo}: {one_sentence(error)}") from error
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
         raise OSError(f"{hub.endpoint} gave no list of the files of {repo}") from error
-    shards: dict[str, Shard] = {}
-    for entry in entries:
-        match = SHARD_NAME.fullmatch(str(entry.path))
-        if match is None:
-            if SHARD_ENDING.search(str(entry.path)):
-                raise ValueError(
-                    f"{repo} lists the shard {entry.path!r}, which is no plain file name"
-                )
-            continue
-        if not isinstance(entry, RepoFile) or not isinstance(entry.size, int) or entry.size < 0:
-            raise ValueError(f"{repo} lists {entry.path} without a size")
-        # On some file systems X.tar and x.tar are one file.
-        if entry.path.casefold() in shards:
-            raise ValueError(f"{repo} lists {entry.path} twice")
-        sha256 = entry.lfs.sha256 if entry.lfs else None
-        shards[entry.path.casefold()] = Shard(entry.path, int(match[1]), entry.size, sha256)
     return sorted(shards.values(), key=lambda shard: (shard.number, shard.name))
 
 
-def list_files(endpoint: str, repo: str) -> list[RepoFile | RepoFolder]:
+def list_files(endpoint: str, repo: str) -> list[dict[str, Any]]:
     """Ask the Hub for the top folder of a dataset repository, page by page.
 
     The Hub's client would follow pages for ever, and say nothing while it tries a failure again.
@@ -223,13 +219,12 @@ def list_files(endpoint: str, repo: str) -> list[RepoFile | RepoFolder]:
         ValueError: If there are too many files or pages, or a page is too long or was there before.
         OSError: If the Hub takes too long.
     """
-    entries: list[RepoFile | RepoFolder] = []
+    entries: list[dict[str, Any]] = []
     url, seen = f"{endpoint}/api/datasets/{quote(repo)}/tree/main", set()
     for _ in range(MAX_PAGES):
         seen.add(url)
         page, links = read_page(url, repo)
-        for entry in json.loads(page):
-            entries.append((RepoFile if entry["type"] == "file" else RepoFolder)(**entry))
+        entries += json.loads(page)
         if len(entries) > MAX_LISTED:
             raise ValueError(f"{repo} lists more than {MAX_LISTED:,} files")
         if "next" not in links:
@@ -362,7 +357,7 @@ def receive(shard: Shard, repo: str, path: Path) -> None:
             return
         except NETWORK_ERRORS as error:
             if not tries_left:
-                why = f"{shard.name} could not be fetched: {reason(error)}"
+                why = f"{shard.name} could not be fetched: {one_sentence(error)}"
                 raise OSError(f"{why}; the same command continues") from error
             time.sleep(RETRY_SECONDS)
 
@@ -406,11 +401,6 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def reason(error: BaseException) -> str:
-    """Return the first line of an error."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def describe(shards: list[Shard]) -> str:

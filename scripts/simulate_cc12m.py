@@ -32,6 +32,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import webdataset
 from PIL import Image
 
 from clip_pgs.data.order import SampleRef, ShardPlan
@@ -164,7 +165,7 @@ def buffered(num_shards: int, num_pairs: int, steps: int) -> list[SampleRef]:
         own = list(range(stream, num_shards, ranks * WORKERS))
         rng.shuffle(own)
         samples = (SampleRef(shard, n) for shard in own for n in range(num_pairs))
-        streams.append(_shuffled(samples, rng))
+        streams.append(webdataset.shuffle(BUFFER, initial=FIRST, rng=rng)(samples))
     # Each rank takes a batch of its next worker.
     return [
         sample
@@ -172,21 +173,6 @@ def buffered(num_shards: int, num_pairs: int, steps: int) -> list[SampleRef]:
         for rank in range(ranks)
         for sample in islice(streams[rank * WORKERS + step % WORKERS], GLOBAL_BATCH // ranks)
     ]
-
-
-def _shuffled(source: Any, rng: random.Random) -> Any:
-    """Yield samples as webdataset's `shuffle(5000, initial=1000)` does."""
-    buffer: list[SampleRef] = []
-    for sample in source:
-        buffer.append(sample)
-        if len(buffer) < BUFFER and (extra := next(source, None)) is not None:
-            buffer.append(extra)
-        if len(buffer) >= FIRST:
-            place = rng.randrange(len(buffer))
-            buffer[place], buffer[-1] = buffer[-1], buffer[place]
-            yield buffer.pop()
-    rng.shuffle(buffer)
-    yield from buffer
 
 
 def mixing(order: list[SampleRef]) -> list[float]:
