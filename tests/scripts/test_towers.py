@@ -26,6 +26,6 @@ def test_models_by_name_are_masked_and_their_contract_is_checked_or_told_what_is
     outcomes = dict(line.split(": ", 1) for line in progress.splitlines())
     assert [name for name in names if outcomes[name] == "masked"] == names[:3]
     assert [name for name in names if outcomes[name] == "regularized"] == names[3:5]
-    assert "would need squeeze-excitation" in outcomes["MobileCLIP2-S0"]
+    assert "timm's FastVit" in outcomes["MobileCLIP2-S0"]
     assert "| timm `Eva` | 2 | masked | EVA02-B-16, PE-Core-T-16-384 |" in table
     assert "5 of 6 masked or regularized" in table

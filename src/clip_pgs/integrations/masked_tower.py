@@ -651,6 +651,14 @@ def _resize_rotations(
     return torch.cat([prefix, patches.to(prefix.dtype)], dim=1)
 
 
+def valid_mean(tokens: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the mean of the valid ones of tokens (B, T, D), shape (B, D); None is all."""
+    if valid is None:
+        return tokens.mean(dim=1)
+    valid_BT1 = valid[:, :, None]
+    return torch.where(valid_BT1, tokens, 0.0).sum(dim=1) / valid_BT1.sum(dim=1)
+
+
 def resize_positions(
     positions_ND: Tensor, old_size: tuple[int, int], new_size: tuple[int, int]
 ) -> Tensor:

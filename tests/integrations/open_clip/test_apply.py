@@ -194,16 +194,13 @@ def timm_clip_of_another_pool():
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (
-            lambda: timm_clip("test_resnet"),
-            "timm's ResNet, and masking would need its blocks",
-        ),
+        (lambda: timm_clip("test_resnet"), "timm's ResNet; of timm's models masking supports"),
         (lambda: timm_clip("vit_relpos_small_patch16_224"), "timm's VisionTransformerRelPos"),
         (
             lambda: small_timm_clip(embed_layer=OverlappingPatches),
             "embeds patches by timm's OverlappingPatches; masking needs PatchEmbed or HybridEmbed",
         ),
-        (lambda: small_timm_clip(dynamic_img_pad=True), "pads its images .dynamic_img_pad"),
+        (lambda: small_timm_clip(dynamic_img_pad=True), "without dynamic_img_pad"),
         (lambda: small_timm_clip(patch_drop_rate=0.5), r"by itself \(patch_drop_rate=0.5\); build"),
         (lambda: small_timm_clip(pos_embed="none"), "the image tower has no position embedding"),
         (timm_clip_of_another_pool, "pools by timm's Identity, which cannot leave tokens out"),

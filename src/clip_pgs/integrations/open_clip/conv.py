@@ -29,7 +29,12 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, resize_positions
+from clip_pgs.integrations.masked_tower import (
+    MaskedTower,
+    PatchGrid,
+    resize_positions,
+    valid_mean,
+)
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.sampling import full_precision, gather_tokens, kept_patches, patchify
 from clip_pgs.masking.strategy import MaskingStrategy, PatchSelection
@@ -273,7 +278,7 @@ class MaskedModifiedResNet(MaskedConvTower, ModifiedResNet):
         placed, size = positions[1:], self.masking.grid.size
         if size != (own := self.patch_grid(self).size):
             placed = resize_positions(placed, own, size)
-        mean_B1C = visible_mean(kept, selection.valid)[:, None]
+        mean_B1C = valid_mean(kept, selection.valid)[:, None]
         query = mean_B1C + positions[:1].to(kept.dtype)
         tokens = torch.cat([query, kept + placed.to(kept.dtype)[selection.index]], dim=1)
         mask = selection.valid
@@ -369,7 +374,7 @@ class MaskedConvNeXt(MaskedConvTower, TimmModel):
     def pool_cells(self, kept: Tensor, selection: PatchSelection) -> Tensor:
         """Take the mean of the kept cells, and the head's normalization and projection."""
         # The head's own mean, of one place, changes nothing.
-        return self.head(self.trunk.head(visible_mean(kept, selection.valid)[:, :, None, None]))
+        return self.head(self.trunk.head(valid_mean(kept, selection.valid)[:, :, None, None]))
 
 
 def _run_convnext_block(block: ConvNeXtBlock, x: Tensor, cells: VisibleCells | None) -> Tensor:
@@ -400,11 +405,3 @@ def _by_cells(x: Tensor, *, stride: int) -> Tensor:
     side = CELL // stride
     rows, columns = x.shape[-2] // side, x.shape[-1] // side
     return patchify(x[:, :, : rows * side, : columns * side], (side, side))
-
-
-def visible_mean(kept: Tensor, valid: Tensor | None) -> Tensor:
-    """Return the mean of the valid ones of tokens (B, K, C), shape (B, C); None is all."""
-    if valid is None:
-        return kept.mean(dim=1)
-    valid_BK1 = valid[:, :, None]
-    return torch.where(valid_BK1, kept, 0.0).sum(dim=1) / valid_BK1.sum(dim=1)

@@ -17,6 +17,7 @@ from clip_pgs.integrations.masked_tower import (
     is_exactly,
     run_as_forward,
     unwrap,
+    valid_mean,
 )
 from clip_pgs.integrations.varlen_tokens import BlockParts
 from clip_pgs.masking import MaskingStrategy
@@ -47,16 +48,11 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
         plain: Any = unwrap(model)
         if not isinstance(plain, CoCa) or plain.visual.attn_pool is not None:
             return
-        reads = "this CoCa hands patch tokens to its text decoder, which would read the padding of"
-        if keeps_different_counts(strategy):
+        if keeps_different_counts(strategy) or merge is not None:
             raise ValueError(
-                f"{reads} an adaptive mask; set mask_ratio_min to mask_ratio = "
-                f"{strategy.mask_ratio} or build the model with attentional_pool"
-            )
-        if merge is not None:
-            raise ValueError(
-                f"{reads} a group that merge finds empty; leave out merge or build the model with "
-                "attentional_pool"
+                "this CoCa hands patch tokens to its text decoder, which would read the padding of "
+                "an adaptive mask and of merge; set mask_ratio_min to mask_ratio and leave out "
+                "merge, or build the model with attentional_pool"
             )
 
     @staticmethod
@@ -261,10 +257,7 @@ def _global_pool(pool_type: str, x: Tensor, valid_BT: Tensor | None) -> tuple[Te
     if pool_type == "tok":
         return x[:, 0], x[:, 1:]
     if pool_type == "avg":
-        if valid_BT is None:
-            return x[:, 1:].mean(dim=1), x[:, 1:]
-        num_valid_B1 = valid_BT[:, 1:].sum(dim=1, keepdim=True)
-        return x[:, 1:].sum(dim=1) / num_valid_B1, x[:, 1:]
+        return valid_mean(x[:, 1:], None if valid_BT is None else valid_BT[:, 1:]), x[:, 1:]
     return x, x
 
 

@@ -25,19 +25,11 @@ from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, is_exactly
+from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, is_exactly, valid_mean
 from clip_pgs.integrations.open_clip.conv import MaskedConvNeXt
 from clip_pgs.integrations.varlen_tokens import BlockParts, logit_mask, query_attention
 
 _TRUNKS = (VisionTransformer, VisionTransformerDistilled, Eva)
-# What the most usual of the others lack.
-_WOULD_NEED = {
-    "FastVit": "squeeze-excitation and attention over what is visible of a convolution's map",
-    "NaFlexVit": "positions apart from its patch embedding",
-    "ResNet": "its blocks with normalization over what is visible, as OpenCLIP's own ResNet has",
-    "SwinTransformer": "windows over what is left of the grid",
-    "VisionTransformerRelPos": "relative positions gathered for each image",
-}
 
 
 class MaskedTimmModel(MaskedTower, TimmModel):
@@ -57,23 +49,20 @@ class MaskedTimmModel(MaskedTower, TimmModel):
         trunk = tower.trunk
         # A subclass may have a forward pass of its own, which masking would undo without a word.
         if type(trunk) not in _TRUNKS:
-            kind = type(trunk).__name__
-            needed = _WOULD_NEED.get(kind, "blocks that take any subset of the patches")
             return (
-                f"the image tower is timm's {kind}, and masking would need {needed}; of timm's "
-                f"models it supports {', '.join(kind.__name__ for kind in _TRUNKS)} and ConvNeXt"
+                f"the image tower is timm's {type(trunk).__name__}; of timm's models masking "
+                f"supports {', '.join(kind.__name__ for kind in _TRUNKS)} and ConvNeXt"
             )
-        if type(trunk.patch_embed) not in (PatchEmbed, HybridEmbed):
+        embed = trunk.patch_embed
+        if type(embed) not in (PatchEmbed, HybridEmbed) or embed.dynamic_img_pad:
             return (
-                f"the image tower embeds patches by timm's {type(trunk.patch_embed).__name__}; "
-                "masking needs PatchEmbed or HybridEmbed"
+                f"the image tower embeds patches by timm's {type(embed).__name__}; masking needs "
+                "PatchEmbed or HybridEmbed, without dynamic_img_pad"
             )
-        if trunk.patch_embed.dynamic_img_pad:
-            return "the image tower pads its images (dynamic_img_pad); masking needs whole patches"
         if (
             trunk.pos_embed is None
             and getattr(trunk, "rope", None) is None
-            and type(trunk.patch_embed) is PatchEmbed
+            and type(embed) is PatchEmbed
         ):
             return "the image tower has no position embedding, without which patches have no place"
         if not isinstance(trunk.patch_drop, nn.Identity | None):
@@ -303,12 +292,12 @@ def _pool(trunk: Any, x: Tensor, key_mask: Tensor) -> Tensor:
     if trunk.attn_pool is not None:
         pool_mask = _pooled_tokens(trunk, key_mask[:, 0, 0])[:, None, None, :]
         return trunk.attn_pool(_pooled_tokens(trunk, x), attn_mask=logit_mask(pool_mask, x.dtype))
-    valid_BT1 = key_mask[:, 0, 0, :, None]
+    valid_BT = key_mask[:, 0, 0]
     if not trunk.global_pool:
-        return torch.where(valid_BT1, x, 0.0)
-    x, valid_BT1 = _pooled_tokens(trunk, x), _pooled_tokens(trunk, valid_BT1)
-    mean = torch.where(valid_BT1, x, 0.0).sum(dim=1) / valid_BT1.sum(dim=1)
+        return torch.where(valid_BT[:, :, None], x, 0.0)
+    x, valid_BT = _pooled_tokens(trunk, x), _pooled_tokens(trunk, valid_BT)
+    mean = valid_mean(x, valid_BT)
     if trunk.global_pool == "avg":
         return mean
-    highest = torch.where(valid_BT1, x, float("-inf")).amax(dim=1)
+    highest = torch.where(valid_BT[:, :, None], x, float("-inf")).amax(dim=1)
     return highest if trunk.global_pool == "max" else 0.5 * (highest + mean)
