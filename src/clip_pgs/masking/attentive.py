@@ -11,7 +11,7 @@ unless `cell=2` chooses whole cells, as that code does.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from clip_pgs.masking.sampling import draw_noise
 from clip_pgs.masking.strategy import (
@@ -71,9 +71,7 @@ class AttentiveMasking(FixedRatioMasking):
         patches = self.cell**2
         return keep_count(inputs.num_patches // patches, self.mask_ratio) * patches
 
-    def forward(
-        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
-    ) -> PatchSelection:
+    def forward(self, inputs: PatchInputs, *, generator: Generator | None = None) -> PatchSelection:
         """Keep the patches with the highest attention.
 
         Raises:

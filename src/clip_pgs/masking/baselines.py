@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from clip_pgs.common import check_choice
 from clip_pgs.masking.sampling import (
@@ -42,9 +42,7 @@ class NoMasking(MaskingStrategy):
 
     keeps_all = True
 
-    def forward(
-        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
-    ) -> PatchSelection:
+    def forward(self, inputs: PatchInputs, *, generator: Generator | None = None) -> PatchSelection:
         """Return every patch of every image, in raster order."""
         index_N = torch.arange(inputs.num_patches, device=inputs.device)
         return PatchSelection(index=index_N.repeat(inputs.batch_size, 1))
@@ -54,9 +52,7 @@ class NoMasking(MaskingStrategy):
 class RandomMasking(FixedRatioMasking):
     """Keep a uniformly random subset of the patches."""
 
-    def forward(
-        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
-    ) -> PatchSelection:
+    def forward(self, inputs: PatchInputs, *, generator: Generator | None = None) -> PatchSelection:
         """Keep the patches with the highest random numbers."""
         return select_top(draw_noise(inputs, generator), num_keep=self.num_keep(inputs))
 
@@ -96,9 +92,7 @@ class GaussianMasking(FixedRatioMasking):
         self.rule = rule
         self.sigma = 0.2 if sigma is None else sigma
 
-    def forward(
-        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
-    ) -> PatchSelection:
+    def forward(self, inputs: PatchInputs, *, generator: Generator | None = None) -> PatchSelection:
         """Keep the top of uniform numbers plus a density, or of Gumbel numbers plus log odds."""
         noise_BN = draw_noise(inputs, generator)
         if self.rule == "released":
@@ -129,9 +123,7 @@ class GridMasking(FixedRatioMasking):
     the evenly spaced grid with about as many patches; its offset is random in every image.
     """
 
-    def forward(
-        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
-    ) -> PatchSelection:
+    def forward(self, inputs: PatchInputs, *, generator: Generator | None = None) -> PatchSelection:
         """Keep the patches on the grid first, then those with the highest random numbers."""
         noise_BN = draw_noise(inputs, generator)
         num_keep = self.num_keep(inputs)
@@ -154,9 +146,7 @@ def _is_kept_line(line_N: Tensor, num_kept: int, num_lines: int, offset_B1: Tens
 class BlockMasking(FixedRatioMasking):
     """Keep one block of patches in the image's proportions, trimmed or filled to the count."""
 
-    def forward(
-        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
-    ) -> PatchSelection:
+    def forward(self, inputs: PatchInputs, *, generator: Generator | None = None) -> PatchSelection:
         """Keep the patches of the block first, then those with the highest random numbers."""
         noise_BN = draw_noise(inputs, generator)
         num_keep = self.num_keep(inputs)

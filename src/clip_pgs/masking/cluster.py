@@ -13,7 +13,7 @@ training (there: a search is written and never called). Every draw of anchors st
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from clip_pgs.masking.calibration import CalibratedMasking, ThresholdRecord
 from clip_pgs.masking.sampling import draw_noise, mask_top_counts, share_at_random
@@ -118,9 +118,7 @@ class ClusterMasking(CalibratedMasking):
         """Return `default_threshold` of the ratio."""
         return default_threshold(self.mask_ratio)
 
-    def forward(
-        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
-    ) -> PatchSelection:
+    def forward(self, inputs: PatchInputs, *, generator: Generator | None = None) -> PatchSelection:
         """Draw anchors and mask what resembles them, in each image its own number of patches."""
         noise_BN = draw_noise(inputs, generator)
         scores_BN = self.score_for_threshold(inputs, noise_BN)

@@ -13,7 +13,7 @@ the filter is an option of ours.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from clip_pgs.common import check_choice
 from clip_pgs.masking.sampling import draw_noise, full_precision, select_top
@@ -58,9 +58,7 @@ class ColorMaeMasking(FixedRatioMasking):
         self.color = color
         self.sigma = sigma
 
-    def forward(
-        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
-    ) -> PatchSelection:
+    def forward(self, inputs: PatchInputs, *, generator: Generator | None = None) -> PatchSelection:
         """Filter one random number per patch, and keep the highest."""
         noise_BN = draw_noise(inputs, generator).float()
         white_BHW = noise_BN.unflatten(1, inputs.grid_size)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from clip_pgs.common import check_choice
 from clip_pgs.masking.calibration import CalibratedMasking, ThresholdRecord
@@ -334,9 +334,7 @@ class PGSMasking(CalibratedMasking):
         self.record = ThresholdRecord() if self.is_calibrated_in_training else None
         self.threshold = self.options.threshold
 
-    def forward(
-        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
-    ) -> PatchSelection:
+    def forward(self, inputs: PatchInputs, *, generator: Generator | None = None) -> PatchSelection:
         """Draw candidates, score every patch against them and mask the highest scores."""
         noise_BN = draw_noise(inputs, generator)
         _, candidate_index, scores_BN = self.steps(inputs, noise_BN)

@@ -19,7 +19,7 @@ much the fourth and fifth change was not measured):
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional
 
 from clip_pgs.masking.sampling import draw_noise, full_precision, patchify, second_draw
@@ -99,9 +99,7 @@ class PGSReleasedMasking(MaskingStrategy):
         self.attention_bias = attention_bias
 
     @torch.no_grad()
-    def forward(
-        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
-    ) -> PatchSelection:
+    def forward(self, inputs: PatchInputs, *, generator: Generator | None = None) -> PatchSelection:
         """Mark what resembles a candidate, then keep a fixed count, unmarked patches first."""
         assert isinstance(inputs.patch_size, tuple)
         noise_BN = draw_noise(inputs, generator)

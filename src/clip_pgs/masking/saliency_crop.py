@@ -9,6 +9,7 @@ else out: it takes the window alone, cut out, so that its FLOPs fall with the wi
 from __future__ import annotations
 
 import torch
+from torch import Generator
 from torch.nn import functional
 
 from clip_pgs.masking.pgs import PGSMasking
@@ -48,9 +49,7 @@ class SaliencyCropMasking(MaskingStrategy):
         self.side = side
         self.pgs = PGSMasking()
 
-    def forward(
-        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
-    ) -> PatchSelection:
+    def forward(self, inputs: PatchInputs, *, generator: Generator | None = None) -> PatchSelection:
         """Score all patches as PGS does, and keep the window with the lowest sum."""
         scores_BN = self.pgs.steps(inputs, draw_noise(inputs, generator)).scores
         columns = inputs.grid_size[1]

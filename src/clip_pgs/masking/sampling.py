@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional
 
 from clip_pgs.masking.strategy import PatchInputs, PatchSelection
@@ -17,7 +17,7 @@ _BLOCK = 2**19
 _MULTIPLIER = 10_368_889
 
 
-def draw_noise(inputs: PatchInputs, generator: torch.Generator | None) -> Tensor:
+def draw_noise(inputs: PatchInputs, generator: Generator | None) -> Tensor:
     """Return one uniform number per patch, in [0, 1), shape (B, N), float32.
 
     `inputs.noise` is returned where given, and nothing is drawn.

@@ -17,7 +17,7 @@ from types import NoneType
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from clip_pgs.registry import Registry, explained_arguments
 
@@ -340,7 +340,7 @@ class MaskingStrategy(nn.Module):
         self._min_share: float | None = None
 
     def __call__(
-        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
+        self, inputs: PatchInputs, *, generator: Generator | None = None
     ) -> PatchSelection:
         """Choose patches by `forward`, and refuse a selection that is none; see `check_selection`.
 
@@ -433,9 +433,7 @@ class MaskingStrategy(nn.Module):
         """
         return False
 
-    def forward(
-        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
-    ) -> PatchSelection:
+    def forward(self, inputs: PatchInputs, *, generator: Generator | None = None) -> PatchSelection:
         """Choose patches; see the class that implements it.
 
         Args:
