@@ -155,7 +155,8 @@ def _read_once(
         if not isinstance(frame.index, pd.RangeIndex) and (frame.iloc[:, -1] == "").all():
             # Each row ends with a separator.
             frame = _read_frame(path, separator, index_col=False)
-        is_broken = _has_line_break(frame)
+        # In a cell of whichever column.
+        is_broken = frame.apply(lambda cells: cells.str.contains("\n", regex=False)).any(axis=1)
         if is_broken.any():
             frame = _without_swallowed_rows(path, frame, is_broken, separator)
     columns = ", ".join(f"{str(column)!r:.60}" for column in names[:_MAX_COLUMNS])
@@ -196,14 +197,6 @@ def _read_frame(path: Path, separator: str, **options: Any) -> pd.DataFrame:
             **options,
             # What the python engine misses in a short row is NaN whatever is asked for.
         ).fillna("")
-
-
-def _has_line_break(frame: pd.DataFrame) -> pd.Series:
-    """Return for each row whether a cell of it, whichever, is one of several lines."""
-    has_break = pd.Series(False, index=frame.index)
-    for number in range(frame.shape[1]):
-        has_break |= frame.iloc[:, number].str.contains("\n", regex=False)
-    return has_break
 
 
 def _without_swallowed_rows(

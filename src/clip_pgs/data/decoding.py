@@ -35,6 +35,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import Compose, InterpolationMode, Normalize, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 
+from clip_pgs.common import one_sentence
 from clip_pgs.data.bad_samples import StalledDataError
 from clip_pgs.files import regular_file
 
@@ -140,7 +141,7 @@ def opened_image(source: bytes | str | Path) -> Iterator[Image.Image]:
         raise UnreadableImageError(f"it takes more than {limit}") from error
     # Decoders raise anything on bytes that are no image, or not all of one.
     except Exception as error:
-        raise UnreadableImageError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise UnreadableImageError(one_sentence(error)) from error
 
 
 def check_aspect_ratio(image: Image.Image) -> None:

@@ -32,6 +32,7 @@ from zipfile import ZIP_STORED
 
 import numpy as np
 
+from clip_pgs.common import one_sentence
 from clip_pgs.data.bad_samples import Skip, StalledDataError
 from clip_pgs.data.decoding import MAX_IMAGE_BYTES
 from clip_pgs.data.order import MAX_LANES, SampleRef
@@ -122,9 +123,7 @@ def read_shard(
 
 def unreadable_shard(shard: str, error: Exception, *, key: str = "") -> Skip:
     """Return what is recorded of a shard, or of a sample in it, that cannot be read."""
-    return Skip(
-        shard, key, "unreadable shard", " ".join(str(error).split()) or type(error).__name__
-    )
+    return Skip(shard, key, "unreadable shard", one_sentence(error))
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,6 @@ class MaeNoise:
     """
 
     def __init__(self, strategy: MaskingStrategy, *, sign: str) -> None:
-        check_choice(sign, SIGNS, name="sign")
         self.strategy = strategy
         self.sign = sign
         self.progress = 0.0

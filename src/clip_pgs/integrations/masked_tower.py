@@ -13,7 +13,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from clip_pgs.common import check_choice
 from clip_pgs.integrations.teacher import Teacher
 from clip_pgs.integrations.varlen_tokens import (
     BlockParts,
@@ -129,9 +128,6 @@ class TowerMasking(nn.Module):
         forced_selection: Takes the strategy's place where set.
         last_selection: What the latest masked forward pass kept.
         load_hook: Hands weights that are loaded into the tower to the teacher, where there is one.
-
-    Raises:
-        ValueError: If `when` is neither.
     """
 
     def __init__(
@@ -146,7 +142,6 @@ class TowerMasking(nn.Module):
         merge: Merge | None = None,
     ) -> None:
         super().__init__()
-        check_choice(when, WHEN, name="when")
         self.strategy = strategy
         self.grid = grid
         self.is_resized = is_resized

@@ -41,9 +41,7 @@ def default_optimization(model: str) -> dict[str, float]:
 
 
 class _ParserBuilt(Exception):  # noqa: N818 - a signal, not an error
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        super().__init__()
-        self.parser = parser
+    """Its argument is the parser."""
 
 
 class _ReportingParser(argparse.ArgumentParser):
@@ -66,7 +64,7 @@ def trainer_parser() -> argparse.ArgumentParser:
     try:
         params.parse_args([])
     except _ParserBuilt as built:
-        return built.parser
+        return built.args[0]
     finally:
         params.argparse = argparse
     raise RuntimeError("open_clip_train.params.parse_args no longer builds an ArgumentParser")

@@ -174,14 +174,10 @@ class PackedTokens:
             )
             assert isinstance(attended, Tensor)
             return attended
-        num_queries = 1 if is_first_alone else self.lengths
-        images = zip(
-            query.split(num_queries),
-            key.split(self.lengths),
-            value.split(self.lengths),
-            strict=True,
-        )
-        return torch.cat([_attend_one(*image) for image in images])
+        queries = query[:, None] if is_first_alone else query.split(self.lengths)
+        images = zip(queries, key.split(self.lengths), value.split(self.lengths), strict=True)
+        alone = PaddedTokens(None)
+        return torch.cat([alone.attend(*(part[None] for part in image))[0] for image in images])
 
 
 def _has_kernel(device: torch.device) -> bool:
@@ -190,12 +186,6 @@ def _has_kernel(device: torch.device) -> bool:
 
 def _runs_kernel(value: Tensor) -> bool:
     return value.is_cuda
-
-
-def _attend_one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend inside one image: (Q, H, W / H), (L, H, W / H), the same -> (Q, H, W / H)."""
-    query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
-    return functional.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1)
 
 
 TokenLayout = PaddedTokens | PackedTokens

@@ -261,5 +261,5 @@ def test_what_cannot_be_masked_is_named(build, options, sentence):
 
 
 def test_attentive_needs_attention_over_the_image():
-    with pytest.raises(ValueError, match=r"is of convolutions \(ConvNeXt\)"):
+    with pytest.raises(ValueError, match="is of convolutions"):
         apply_masking(small_convnext_clip(), "attentive")

@@ -44,7 +44,9 @@ WORDS_NAME = "words.json"
 
 _NAMES = {"train", "val", "eval", "scenes", "foreground", WORDS_NAME, "world.json"}
 _SHARD_SIZE = 1000
-_JPEG_QUALITY = 92
+# Full color resolution: chroma of half the size would wash out a small object.
+_JPEG = {"format": "JPEG", "quality": 92, "subsampling": 0}
+_PNG = {"format": "PNG"}
 # At least, on the disk: of a training sample, and of any.
 _CAPTIONED_BYTES, _SAMPLE_BYTES = 6_500, 3_000
 # Samples that a process draws before it hands them over.
@@ -318,7 +320,7 @@ def _write_sugar_crepe(seed: int, number: int, folder: Path, record: Record, eac
             record.add_sample(sample, drawing)
             record.add_text(negative)
             filename = f"{sample.key}.jpg"
-            (images / filename).write_bytes(_jpeg(drawing))
+            (images / filename).write_bytes(_encoded(drawing.pixels, **_JPEG))
             entries[str(position)] = {
                 "filename": filename,
                 "caption": sample.caption,
@@ -344,8 +346,8 @@ def _write_pictures(
     for number, (sample, drawing) in enumerate(zip(samples, drawings, strict=True)):
         record.add_sample(sample, drawing)
         name = f"{number:0{digits}d}.png"
-        (folder / images / name).write_bytes(_png(drawing.pixels))
-        (folder / "masks" / name).write_bytes(_png(drawing.foreground))
+        (folder / images / name).write_bytes(_encoded(drawing.pixels, **_PNG))
+        (folder / "masks" / name).write_bytes(_encoded(drawing.foreground, **_PNG))
     if captions is not None:
         _write_text(folder / captions, "".join(f"{sample.caption}\n" for sample in samples))
 
@@ -371,25 +373,18 @@ def _draw_members(
     plain = {**vars(scene), "things": [vars(thing) for thing in scene.things]}
     members = {} if sample.label is None else {"cls": str(sample.label).encode()}
     members |= {
-        "jpg": _jpeg(drawing),
+        "jpg": _encoded(drawing.pixels, **_JPEG),
         "json": json.dumps(plain).encode(),
-        "mask.png": _png(drawing.foreground),
+        "mask.png": _encoded(drawing.foreground, **_PNG),
         "txt": sample.caption.encode(),
     }
     return sample, drawing, members
 
 
-def _jpeg(drawing: Drawing) -> bytes:
+def _encoded(pixels: NDArray[Any], **options: Any) -> bytes:
+    """Return the file of a picture, or of a mask of one bit, white where it is true."""
     file = io.BytesIO()
-    # Full color resolution: chroma of half the size would wash out a small object.
-    Image.fromarray(drawing.pixels).save(file, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
-    return file.getvalue()
-
-
-def _png(pixels: NDArray[Any]) -> bytes:
-    """Return colors, or a mask of one bit that is white where it is true, as a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG")
+    Image.fromarray(pixels).save(file, **options)
     return file.getvalue()
 
 

@@ -197,7 +197,7 @@ class MaskedConvTower(MaskedTower):
     @staticmethod
     def attention_refusal(tower: Any) -> str | None:
         """Return why there is no attention over the image as it comes in."""
-        return f"the image tower is of convolutions ({tower_name(tower)})"
+        return "the image tower is of convolutions"
 
 
 def cut_window(x: Tensor, selection: PatchSelection, window: tuple[int, int]) -> Tensor:
@@ -214,11 +214,6 @@ def cut_window(x: Tensor, selection: PatchSelection, window: tuple[int, int]) ->
     cells_BKF = gather_tokens(patchify(x, (CELL, CELL)), selection)
     cells = cells_BKF.unflatten(2, (x.shape[1], CELL, CELL)).unflatten(1, window)
     return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-
-
-def tower_name(tower: Any) -> str:
-    """Return the name of the class that a tower's layers are of."""
-    return type(getattr(tower, "trunk", tower)).__name__.removeprefix("Masked")
 
 
 def size_refusal(image_size: tuple[int, int]) -> str | None:

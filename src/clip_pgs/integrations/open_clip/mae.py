@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from clip_pgs.checkpoint_reading import fit_weights, read_checkpoint
@@ -243,9 +243,7 @@ class MaeMasking(MaskingStrategy):
         """Fit the strategy to a batch."""
         return self.strategy.calibrate(inputs, average=average)
 
-    def forward(
-        self, inputs: PatchInputs, *, generator: torch.Generator | None = None
-    ) -> PatchSelection:
+    def forward(self, inputs: PatchInputs, *, generator: Generator | None = None) -> PatchSelection:
         """Choose the patches to show."""
         inputs = replace(inputs, noise=draw_noise(inputs, generator))
         order_BN = patch_order(self.strategy, inputs, sign=self.sign)
