@@ -330,11 +330,6 @@ def fetch(shard: Shard, arguments: argparse.Namespace) -> None:
     path.unlink(missing_ok=True)
     try:
         receive(shard, arguments.repo, unfinished)
-        if unfinished.stat().st_size > shard.size:
-            raise OSError(
-                f"{shard.name} is longer than the {shard.size:,} bytes that the Hub lists, and was "
-                "removed; the same command continues"
-            )
         if not shard.is_intact(unfinished, checksum=True):
             raise OSError(
                 f"{shard.name} arrived damaged and was removed; the same command continues"

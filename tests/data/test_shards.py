@@ -75,7 +75,7 @@ def test_brackets_and_escaped_braces_are_part_of_a_name(tmp_path, monkeypatch):
     (tmp_path / "{x.tar").touch()
     assert expand_shards("d [1]/*.tar") == ["d [1]/0.tar"]
     assert expand_shards(r"\{x.tar") == ["{x.tar"]
-    with pytest.raises(ValueError, match=r"unbalanced braces; one of a name is \\{ or \\}"):
+    with pytest.raises(ValueError, match=r"unbalanced ones; one of a name is \\{ or \\}"):
         expand_shards("{x.tar")
 
 

@@ -46,11 +46,11 @@ class PairTable:
         return len(self.images)
 
 
+@dataclass(frozen=True)
 class TableSource:
     """Pairs of a table; image paths are relative to the working directory, as OpenCLIP's are."""
 
-    def __init__(self, table: PairTable) -> None:
-        self.table = table
+    table: PairTable
 
     def read(self, ref: SampleRef) -> RawSample | Skip:
         """Read one row's image file."""

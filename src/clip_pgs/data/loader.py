@@ -128,25 +128,19 @@ class SampleStream:
     def _read_loader(self) -> Iterator[Batch]:
         self._reader = iter(self._loader)
         while True:
-            what = ""
+            what, timed_out = "", f"no batch for {self.timeout:g} seconds"
+            # Samples seed the generators of the process that decodes them, which may be this one.
+            limit = 0 if self.num_workers else self.timeout
             try:
-                if self.num_workers > 0:
+                with time_limit(limit, StalledDataError(timed_out)), _preserved_generators():
                     batch = next(self._reader, None)
-                else:
-                    # Samples seed the generators of the process that decodes them: this one.
-                    error = StalledDataError(f"no batch for {self.timeout:g} seconds")
-                    with time_limit(self.timeout, error), _preserved_generators():
-                        batch = next(self._reader, None)
             except StalledDataError as error:
                 what = str(error)
             except RuntimeError as error:
                 found = _LOADER_ERROR.match(str(error))
                 if found is None:
                     raise
-                if found[1] == "timed out":
-                    what = f"no batch for {self.timeout:g} seconds"
-                else:
-                    what = "a data worker died"
+                what = timed_out if found[1] == "timed out" else "a data worker died"
             # Out here, without the error, whose frames hold the workers.
             if what:
                 raise self._stalled(what)

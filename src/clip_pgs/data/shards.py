@@ -11,6 +11,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -200,17 +201,13 @@ def _expand_braces(source: str) -> list[str]:
         for first, last in _NUMBER_RANGE.findall(source)
     )
     candidates: list[str] = []
-    try:
+    with suppress(ValueError):
         if not is_too_long and source.count("{") <= _MAX_BRACES:
             candidates = list(islice(braceexpand(source), MAX_SHARDS + 1))
-    except ValueError as error:
-        raise ValueError(
-            f"shard pattern {source!r} has unbalanced braces; one of a name is \\{{ or \\}}"
-        ) from error
     if not 0 < len(candidates) <= MAX_SHARDS:
         raise ValueError(
             f"shard pattern {source!r} names more than {MAX_SHARDS} files, or has more than "
-            f"{_MAX_BRACES} braces"
+            f"{_MAX_BRACES} braces, or unbalanced ones; one of a name is \\{{ or \\}}"
         )
     return candidates
 

@@ -8,6 +8,7 @@ AutoMAE) are the other sign. Torch alone is needed here.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -69,20 +70,21 @@ def patch_order(strategy: MaskingStrategy, inputs: PatchInputs, *, sign: str) ->
     return 0.5 * second_draw(inputs.noise) + torch.where(is_shown_BN, 0.0, 0.5)
 
 
+@dataclass(eq=False)
 class MaeNoise:
     """Feeds a model's embeddings with a strategy's numbers; `feed_mae_noise` makes it.
 
-    Attributes:
+    Args:
         strategy: Chooses the patches.
         sign: See `mae_noise`.
         progress: Completed share of the training steps, in [0, 1]; whoever trains sets it.
+        handle: Of the hook on the embeddings.
     """
 
-    def __init__(self, strategy: MaskingStrategy, *, sign: str) -> None:
-        self.strategy = strategy
-        self.sign = sign
-        self.progress = 0.0
-        self.handle: RemovableHandle | None = None
+    strategy: MaskingStrategy
+    sign: str
+    progress: float = 0.0
+    handle: RemovableHandle | None = None
 
     def remove(self) -> None:
         """Let the model draw its own numbers again."""
@@ -166,6 +168,6 @@ def feed_mae_noise(
         raise ValueError(
             f"{type(strategy).__name__} reads a teacher's attention, and an autoencoder has none"
         )
-    feed = MaeNoise(strategy, sign=sign)
+    feed = MaeNoise(strategy, sign)
     feed.handle = embeddings.register_forward_pre_hook(feed, with_kwargs=True)
     return feed
