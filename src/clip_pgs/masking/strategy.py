@@ -74,22 +74,18 @@ class PatchInputs:
         if not isinstance(self.progress, Tensor):
             check_range(self.progress, name="progress", low=0, high=1)
         expected = (self.batch_size, self.num_patches)
-        if self.tokens is not None and not (
-            isinstance(self.tokens, Tensor)
-            and self.tokens.ndim == 3
-            and tuple(self.tokens.shape[:2]) == expected
-        ):
-            raise ValueError(
-                f"tokens must have shape (B, N, D) with (B, N) = {expected}, "
-                f"got {described(self.tokens)}"
-            )
-        for name, values in (("noise", self.noise), ("attention", self.attention)):
-            if values is not None and not _is_tensor(values, expected):
+        for name, axes in (("tokens", "B, N, D"), ("noise", "B, N"), ("attention", "B, N")):
+            values = getattr(self, name)
+            if values is not None and not (
+                isinstance(values, Tensor)
+                and values.ndim == len(axes.split())
+                and values.shape[:2] == expected
+                and values.is_floating_point()
+            ):
                 raise ValueError(
-                    f"{name} must have shape (B, N) = {expected}, got {described(values)}"
+                    f"{name} must be floating point, of shape ({axes}) with (B, N) = {expected}, "
+                    f"got {described(values)}"
                 )
-            if values is not None and not values.is_floating_point():
-                raise ValueError(f"{name} must be floating point, got {values.dtype}")
         if self.noise is not None and is_broken(
             lambda noise: ((noise >= 0) & (noise < 1)).all(), self.noise
         ):
@@ -182,7 +178,9 @@ def check_selection(selection: Any, *, batch_size: int, num_patches: int, name: 
     check_index(index, **size, name=f"the selection of {name} must have an index")
     for part, values in (("valid", selection.valid), ("similar", selection.similar)):
         if values is not None and not (
-            _is_tensor(values, tuple(index.shape)) and values.dtype == torch.bool
+            isinstance(values, Tensor)
+            and values.shape == index.shape
+            and values.dtype == torch.bool
         ):
             raise ValueError(
                 f"the selection of {name} must have {part} of the shape of its index, "
@@ -257,10 +255,6 @@ def is_broken(rule: Callable[[Tensor], Tensor], values: Tensor) -> bool:
     except RuntimeError:
         return True
     return False
-
-
-def _is_tensor(values: Any, shape: tuple[int, ...]) -> bool:
-    return isinstance(values, Tensor) and tuple(values.shape) == shape
 
 
 def described(value: Any) -> str:
