@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import glob
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,25 +24,22 @@ from torch import Tensor, nn
 
 from clip_pgs import create_masking
 from clip_pgs.data.decoding import open_image, to_rgb
+from clip_pgs.data.tar import read_shard
 from clip_pgs.evaluation.models import load_model
 from clip_pgs.integrations.open_clip import apply_masking, num_patches, set_masking_progress
 from clip_pgs.masking.pgs import calibrated_threshold
 from clip_pgs.masking.strategy import mask_count
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 MASK_RATIO, MASK_RATIO_MIN = 0.5, 0.3
 
 
 def read_images(pattern: str) -> Iterator[bytes]:
     """Yield the image files that a glob pattern names, also those inside tar files."""
     for path in sorted(glob.glob(pattern)):
-        if not path.endswith(".tar"):
+        if path.endswith(".tar"):
+            yield from (pair.image for pair in read_shard(path) if getattr(pair, "image", None))
+        else:
             yield Path(path).read_bytes()
-            continue
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.name.lower().endswith(IMAGE_ENDINGS):
-                    yield archive.extractfile(member).read()
 
 
 def load_images(pattern: str, transform: Callable[[Any], Tensor], limit: int) -> Tensor:

@@ -10,14 +10,16 @@ first; the other one has to end as it did, bit for bit. Exit code 0 says that no
 from __future__ import annotations
 
 import argparse
-import io
 import shutil
 import statistics
 import sys
-import tarfile
 import tempfile
 import time
+from itertools import count
 from pathlib import Path
+
+from clip_pgs.data.shards import write_shard
+from clip_pgs.data.tar import read_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -34,20 +36,14 @@ RIGHT_CODES = {1: {0, 85, -9}, 2: {0, 1, 85, 137, -9, -10, -15}}
 
 def break_images(folder: Path, *, every: int) -> int:
     """Overwrite each `every`-th image of the shards with what is none; return how many."""
-    number = num_broken = 0
+    numbers = count(1)
     for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            members = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
-        with tarfile.open(path, "w") as tar:
-            for name, content in members:
-                info = tarfile.TarInfo(name)
-                if name.endswith(".png"):
-                    number += 1
-                    if number % every == 0:
-                        content, num_broken = b"no image", num_broken + 1
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return num_broken
+        samples = []
+        for pair, number in zip(read_shard(str(path)), numbers, strict=False):
+            image = b"no image" if number % every == 0 else pair.image
+            samples.append((pair.key, {"png": image, "txt": pair.captions[0]}))
+        write_shard(path, samples)
+    return (next(numbers) - 1) // every
 
 
 def report(line: str) -> None:
