@@ -400,7 +400,7 @@ def goals_table(records: dict[str, dict[str, Any]]) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages that are not done; return 1 where something is still missing, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add, goods = parser.add_argument, Path(__file__).parents[2] / "shared" / "data" / "products"
+    add, goods = parser.add_argument, Path("data/products")
     add("out", type=Path, metavar="OUT", help="folder of the results")
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
     add("--minutes", type=float, default=8.0, help="of all together (default: 8)")
