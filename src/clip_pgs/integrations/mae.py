@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from clip_pgs.common import check_choice
 from clip_pgs.integrations.masked_tower import unwrap
 from clip_pgs.masking import MaskingStrategy, PatchInputs, create_masking
-from clip_pgs.masking.sampling import kept_patches, second_draw
+from clip_pgs.masking.sampling import draw_noise, kept_patches, second_draw
 from clip_pgs.masking.strategy import as_strategy, options_at
 
 SIGNS = ("keep", "hide")
@@ -58,8 +58,7 @@ def mae_noise(
     """
     check_choice(sign, SIGNS, name="sign")
     inputs = PatchInputs(pixels, patch_size, tokens=tokens, progress=progress, noise=noise)
-    if inputs.noise is None:
-        inputs.noise = torch.rand(inputs.batch_size, inputs.num_patches, device=inputs.device)
+    inputs.noise = draw_noise(inputs, None)
     return patch_order(strategy, inputs, sign=sign)
 
 
