@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_pgs.data.caption_tables import TableSource, default_separator, read_pairs
+from clip_pgs.data.caption_tables import TableSource, read_pairs
 from clip_pgs.data.order import SampleRef
 from clip_pgs.data.shards import expand_shards
 
@@ -94,8 +94,10 @@ def test_a_device_is_told_from_what_is_not_there(path):
 
 
 @pytest.mark.parametrize(("name", "separator"), [("a.tsv", "\t"), ("a.csv", ","), ("a", ",")])
-def test_separator_goes_by_the_name(name, separator):
-    assert default_separator(Path(name)) == separator
+def test_separator_goes_by_the_name(tmp_path, name, separator):
+    (tmp_path / name).write_text(f"filepath{separator}title\na.jpg{separator}one\n")
+    table = read_pairs(tmp_path / name, **{**KEYS, "separator": None})
+    assert table.captions == ["one"]
 
 
 @pytest.mark.parametrize("separator", ["\t", "\\t", r"\s*\t\s*", "\\x09"])

@@ -73,12 +73,7 @@ def row_name(number: int) -> str:
     return f"row {number + 1}"
 
 
-def default_separator(path: Path) -> str:
-    """Return the separator that a table's name stands for: a tab for `.tsv`, else a comma."""
-    return "\t" if path.suffix.lower() == ".tsv" else ","
-
-
-def read_pairs(path: Path, *, image_key: str, caption_key: str, separator: str) -> PairTable:
+def read_pairs(path: Path, *, image_key: str, caption_key: str, separator: str | None) -> PairTable:
     r"""Read the image and caption columns of a table.
 
     Args:
@@ -86,7 +81,7 @@ def read_pairs(path: Path, *, image_key: str, caption_key: str, separator: str) 
         image_key: Name of the column of image paths.
         caption_key: Name of the column of captions.
         separator: What stands between columns, as OpenCLIP takes it: one character, "\t" in two,
-            or a regular expression.
+            or a regular expression. None goes by the name: a tab for `.tsv`, else a comma.
 
     Raises:
         ValueError: If the file is missing, is no such table, lacks a column or has two of its name,
@@ -122,12 +117,12 @@ def _list_once(folder: Path, inode: int, mtime_ns: int) -> PairTable:
     return PairTable(folder, images, [""] * len(images))
 
 
-def read_captions(path: Path, *, caption_key: str, separator: str) -> list[str]:
+def read_captions(path: Path, *, caption_key: str, separator: str | None) -> list[str]:
     """Read the captions of a table; see `read_pairs`."""
     return _read_columns(path, (caption_key,), separator)[0]
 
 
-def _read_columns(path: Path, keys: tuple[str, ...], separator: str) -> list[list[str]]:
+def _read_columns(path: Path, keys: tuple[str, ...], separator: str | None) -> list[list[str]]:
     if not path.is_file():
         raise ValueError(f"table {str(path)!r} {absence(path)}")
     with path.open("rb") as file:
@@ -137,6 +132,7 @@ def _read_columns(path: Path, keys: tuple[str, ...], separator: str) -> list[lis
                 f"table {str(path)!r} is no text file in UTF-8; to train on a tar archive, write "
                 "--dataset-type webdataset"
             )
+    separator = separator or ("\t" if path.suffix.lower() == ".tsv" else ",")
     return _read_once(path, keys, separator, file_state(path.stat()))
 
 

@@ -12,7 +12,7 @@ from statistics import median
 
 from clip_pgs.common import explained, one_sentence
 from clip_pgs.data.bad_samples import BadSampleError, Skip
-from clip_pgs.data.caption_tables import PairTable, default_separator, read_pairs, row_name
+from clip_pgs.data.caption_tables import PairTable, read_pairs, row_name
 from clip_pgs.data.decoding import opened_image
 from clip_pgs.data.samples import MAX_CAPTION_BYTES, RawSample, decode_captions, decode_image
 from clip_pgs.data.shards import is_remote, read_sizes, shard_pattern, write_shard
@@ -63,12 +63,8 @@ def pack_pairs(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{str(out)!r} exists and is no empty folder; name a new one")
     shard_pattern(out, ["00000.tar"])
-    pairs = read_pairs(
-        table,
-        image_key=image_key,
-        caption_key=caption_key,
-        separator=separator or default_separator(table),
-    )
+    keys = {"image_key": image_key, "caption_key": caption_key}
+    pairs = read_pairs(table, **keys, separator=separator)
 
     suffixes: dict[int, str] = {}
     bad_rows: dict[int, str] = {}

@@ -13,7 +13,6 @@ wrong is a `Skip`.
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import os
 import re
@@ -319,14 +318,12 @@ def _open_shard(shard: str) -> tuple[ShardIndex, BinaryIO]:
     try:
         file = open(shard, "rb")  # noqa: SIM115 - it stays open while it is in use
     except (OSError, ValueError) as error:
-        return _to_index(shard, [unreadable_shard(shard, error)]), io.BytesIO()
+        return _to_index(shard, [unreadable_shard(shard, error)]), open(os.devnull, "rb")
     return _index_file(shard, file), file
 
 
 def _stamp(file: BinaryIO) -> tuple[int, int]:
     """Return size and time of an open file; one that is removed is still what it was."""
-    if isinstance(file, io.BytesIO):
-        return 0, 0
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
 

@@ -25,7 +25,7 @@ import regex
 
 from clip_pgs.common import explained
 from clip_pgs.data.bad_samples import BadSampleError, Skip, describe_reasons
-from clip_pgs.data.caption_tables import default_separator, read_captions
+from clip_pgs.data.caption_tables import read_captions
 from clip_pgs.data.samples import RawSample, decode_captions
 from clip_pgs.data.tar import read_shard
 from clip_pgs.files import absence, write_text
@@ -245,7 +245,6 @@ def count_table(path: Path, *, caption_key: str, separator: str | None = None) -
     Raises:
         ValueError: If the table cannot be read.
     """
-    separator = separator or default_separator(path)
     captions = read_captions(path, caption_key=caption_key, separator=separator)
     return count_captions(RawSample(str(path), "", None, (text.encode(),)) for text in captions)
 
