@@ -28,6 +28,7 @@ from clip_pgs.masking.strategy import (
     MaskingStrategy,
     PatchInputs,
     PatchSelection,
+    check_mask_ratio,
     check_range,
     lower_bound,
     register_masking,
@@ -87,8 +88,7 @@ class PGSReleasedMasking(MaskingStrategy):
         super().__init__()
         self.mask_ratio = mask_ratio
         self.mask_ratio_min = lower_bound(mask_ratio, mask_ratio_min)
-        if not 0.0 <= candidate_ratio < 1.0:
-            raise ValueError(f"candidate_ratio must be in [0, 1), got {candidate_ratio}")
+        check_mask_ratio(candidate_ratio, name="candidate_ratio")
         check_range(threshold, name="threshold", low=-1e6, high=1e6, optional=True)
         check_range(num_epochs, name="num_epochs", low=1e-6, high=1e6)
         self.threshold = mask_ratio if threshold is None else threshold
