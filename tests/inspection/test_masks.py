@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -157,6 +159,41 @@ def test_without_edges_there_is_no_picture_of_them():
 def test_no_image_is_refused():
     with pytest.raises(ValueError, match="there is no image to draw"):
         draw_masks([], create_strategies(["random"]))
+
+
+@pytest.mark.parametrize(
+    "images",
+    ["scene.png", Path("scene.png"), Image.new("RGB", (8, 8)), None, np.zeros((1, 8, 8, 3))],
+)
+def test_what_is_no_list_of_images_is_refused(images):
+    with pytest.raises(ValueError, match=f"images.*{type(images).__name__}"):
+        draw_masks(images, create_strategies(["random"]), model_input=SMALL)
+
+
+@pytest.mark.parametrize("strategies", [["random"], create_masking("random"), "random"])
+def test_strategies_without_titles_are_refused(strategies):
+    with pytest.raises(ValueError, match=f"strategies.*{type(strategies).__name__}"):
+        draw_masks([scene()], strategies, model_input=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("image", "named"),
+    [
+        (np.zeros((8, 8, 3), np.uint8), "ndarray"),
+        (b"JPEG", "bytes"),
+        (torch.zeros(8, 8), r"\(8, 8\)"),
+        (torch.zeros(8, 8, 3), r"\(8, 8, 3\)"),
+        (torch.zeros(3, 0, 8), r"\(3, 0, 8\)"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), "int64"),
+        # Normalized, in 0 to 255, or not finite: it would be drawn in wrong colors.
+        (torch.full((3, 8, 8), -0.5), "-0.5"),
+        (torch.full((3, 8, 8), 255.0), "255"),
+        (torch.full((3, 8, 8), torch.nan), "nan"),
+    ],
+)
+def test_what_is_no_image_is_refused_by_name(image, named):
+    with pytest.raises(ValueError, match=f"an image.*{named}"):
+        draw_masks([image], create_strategies(["random"]), model_input=SMALL)
 
 
 def test_each_strategy_gets_the_ratios_it_takes():

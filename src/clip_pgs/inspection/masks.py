@@ -72,9 +72,10 @@ def draw_masks(
         `stages`, every further PGS strategy has rows of its own below.
 
     Raises:
-        ValueError: If there is no image, `names` are not as many as `images`, a strategy needs a
-            model and there is none, `stages` are asked for without a PGS strategy, an image
-            cannot be read, or the figure would have more than `MAX_FIGURE_PIXELS`.
+        ValueError: If images or strategies are not of these kinds, there is no image, `names` are
+            not as many as `images`, a strategy needs a model and there is none, `stages` are asked
+            for without a PGS strategy, an image cannot be read, or the figure would have more than
+            `MAX_FIGURE_PIXELS`.
     """
     view = View(ModelInput() if model_input is None else model_input, model, progress)
     blocks = mask_columns(images, strategies, view, stages=stages, names=names, seed=seed)
@@ -100,6 +101,14 @@ def mask_columns(
 
     Those of its further rows are a list of their own.
     """
+    # A text is a sequence, too, and a tensor is none.
+    if isinstance(images, str) or not isinstance(images, (Sequence, Tensor)):
+        raise ValueError(f"images must be a list of images, got {type(images).__name__}")
+    if not isinstance(strategies, Mapping):
+        raise ValueError(
+            "strategies must be a mapping, each by the title of its column, got "
+            f"{type(strategies).__name__}"
+        )
     if len(images) == 0:
         raise ValueError("there is no image to draw")
     for strategy in strategies.values():

@@ -70,16 +70,30 @@ def read_image(image: Image.Image | Tensor | str | Path) -> Image.Image:
             uint8.
 
     Raises:
-        ValueError: If a file cannot be read, or a picture not at a usual cost, or a tensor is not
-            finite.
+        ValueError: If it is none of these, a file cannot be read, or a picture not at a usual cost.
     """
     if isinstance(image, (str, Path)):
         with explained(f"cannot read the image {image}"):
             return open_image(image)
-    if isinstance(image, Tensor) and not image.isfinite().all():
-        raise ValueError("an image must be finite, got a tensor with a NaN or an infinity")
-    picture: Image.Image = to_pil_image(image) if isinstance(image, Tensor) else image
+    picture = _picture_of(image) if isinstance(image, Tensor) else image
+    if not isinstance(picture, Image.Image):
+        raise ValueError(
+            f"an image must be a PIL image, a path or a tensor, got {type(image).__name__}"
+        )
     check_aspect_ratio(picture)
+    return picture
+
+
+def _picture_of(pixels: Tensor) -> Image.Image:
+    is_bytes, is_float = pixels.dtype == torch.uint8, pixels.is_floating_point()
+    if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.numel() or not (is_bytes or is_float):
+        got = f"{tuple(pixels.shape)}, {pixels.dtype}"
+        raise ValueError(f"an image must have shape (3, H, W), float or uint8, got {got}")
+    low, high = pixels.min().item(), pixels.max().item()
+    # Also of a NaN.
+    if is_float and not 0 <= low <= high <= 1:
+        raise ValueError(f"an image of floats must be in [0, 1], got {low:g} to {high:g}")
+    picture: Image.Image = to_pil_image(pixels)
     return picture
 
 
