@@ -6,9 +6,12 @@ import re
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from clip_pgs.study.__main__ import main
+from clip_pgs.study.plan import read_options, read_study
 from clip_pgs.study.record import Record, read_record, write_record
+from clip_pgs.training.run_folder import save_options
 from support.studies import fill, write_study
 
 RANDOM = [0.30, 0.32, 0.28, 0.35, 0.31, 0.29]
@@ -133,6 +136,37 @@ def test_what_several_runs_differ_in_is_told_once(study):
     assert r"two: pgs \| unmasked, seeds 0, 1, 2." in text
     assert text.count("Kept although") == 1
     assert r"(lr 0.1 -\> 0.2): random, seeds 0, 2." in text
+
+
+def test_runs_that_are_not_what_the_file_says_by_now_are_told(study):
+    fill(study, {"random": RANDOM[:2], "pgs": PGS[:2]})
+    plan = read_study(study.path, root=study.root)
+    for arm, options in read_options(plan).items():
+        for seed in (0, 1):
+            save_options(replace(options, seed=seed), plan.run(arm, seed))
+    for path, data in ((plan.run("random", 0), "a" * 64), (plan.run("pgs", 1), "b" * 64)):
+        record = read_record(path)
+        record.evaluations["unmasked"].data = data
+        write_record(record, path)
+    assert main(study.argv("--report-only")) == 0
+    text = (study.study / "results.md").read_text()
+    assert "means otherwise" not in text
+    assert "other flags" not in text
+    assert f"evaluated on the same data ({12 * 'a'}). {12 * 'b'}: pgs | unmasked, seed 1." in (
+        text.replace("\\", "")
+    )
+
+    content = yaml.safe_load(study.path.read_text())
+    arms = content["arms"] | {"pgs": {"train": {"masking": "pgs", "lr": 0.5}}}
+    evaluations = [content["evaluations"][0] | {"batch-size": 3}]
+    study.change(arms=arms, evaluations=evaluations)
+    assert main(study.argv("--report-only")) == 0
+    text = (study.study / "results.md").read_text().replace("\\", "")
+    assert "otherwise (lr 0.001 -> 0.5): pgs, seeds 0, 1." in text
+    assert (
+        "Evaluated with other flags than the study's: random | unmasked, seeds 0, 1; "
+        "pgs | unmasked, seeds 0, 1." in text
+    )
 
 
 def test_what_a_study_is_about_is_no_markup(study):

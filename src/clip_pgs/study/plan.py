@@ -391,6 +391,15 @@ def check_study(study: Study, *, are_data_needed: bool = True) -> dict[str, Trai
     return options
 
 
+def read_options(study: Study) -> dict[str, TrainOptions]:
+    """Return the options of each arm's runs, but for the seed; no data need be there.
+
+    Raises:
+        ValueError: If an option is none, or has a value that it cannot have.
+    """
+    return {arm: _check_arm(study, arm, are_data_needed=False)[0] for arm in study.arms}
+
+
 def _check_arm(
     study: Study, arm: str, *, are_data_needed: bool
 ) -> tuple[TrainOptions, nn.Module | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -26,10 +26,18 @@ from clip_pgs.study.plan import (
     UNMASKED,
     Study,
     evaluate_formula,
+    read_options,
 )
 from clip_pgs.study.record import Record, Spent, read_record, read_spent
 from clip_pgs.study.statistics import MIN_SEEDS, Mean, holm, mean_with_interval, sign_flip_p
 from clip_pgs.tables import Cell, Table, counted, csv_text, markdown_text, percent, scaled
+from clip_pgs.training.options import TrainOptions
+from clip_pgs.training.run_folder import (
+    changed_options,
+    changed_recipe,
+    holds_run,
+    read_options_file,
+)
 
 # What a study remembers of its runs, by arm and seed.
 Records = Mapping[tuple[str, int], Record]
@@ -277,24 +285,50 @@ def _notes(
     by_run = {(arm, seed): records[arm, seed] for arm in study.arms for seed in study.seeds}
     trained = {run: " then ".join(said.code) for run, said in by_run.items() if said.code}
     evaluated = {
-        (f"{arm} | {way}", seed): done.code
+        (f"{arm} | {way}", seed): (done, study.evaluate_arguments(arm, way))
         for (arm, seed), said in by_run.items()
         for way, done in said.evaluations.items()
+        if way in study.arms[arm].evaluations
     }
-    for part, codes in (("trained", trained), ("evaluated", evaluated)):
-        by_code = _grouped(codes)
-        if len(by_code) > 1:
-            most = max(by_code, key=lambda code: len(by_code[code]))
-            others = [f"{code}: {_named(by_code[code])}" for code in by_code if code != most]
-            notes.append(
-                f"Not all runs were {part} by the same code ({most}). {'. '.join(others)}."
-            )
-    accepted = {run: ", ".join(said.accepted) for run, said in by_run.items() if said.accepted}
+    for part, digests in (
+        ("trained by the same code", trained),
+        ("evaluated by the same code", {run: done.code for run, (done, _) in evaluated.items()}),
+        (
+            "evaluated on the same data",
+            {run: done.data[:12] for run, (done, _) in evaluated.items() if done.data},
+        ),
+    ):
+        by_digest = _grouped(digests)
+        if len(by_digest) > 1:
+            most = max(by_digest, key=lambda digest: len(by_digest[digest]))
+            others = [f"{one}: {_named(runs)}" for one, runs in by_digest.items() if one != most]
+            notes.append(f"Not all runs were {part} ({most}). {'. '.join(others)}.")
+    otherwise = [run for run, (done, flags) in evaluated.items() if done.flags != flags]
+    if otherwise:
+        notes.append(f"Evaluated with other flags than the study's: {_named(otherwise)}.")
+    # What was run may be older than the study's file, and nobody asked about it yet.
+    options = read_options(study)
+    kept = {
+        (arm, seed): ", ".join(
+            dict.fromkeys([*said.accepted, *_changes(study, options, arm, seed)])
+        )
+        for (arm, seed), said in by_run.items()
+    }
     notes += [
         f"Kept although the study means otherwise ({changes}): {_named(runs)}."
-        for changes, runs in _grouped(accepted).items()
+        for changes, runs in _grouped(kept).items()
+        if changes
     ]
     return notes
+
+
+def _changes(study: Study, options: Mapping[str, TrainOptions], arm: str, seed: int) -> list[str]:
+    """Return how the options of a run that is there differ from the study's."""
+    run = study.run(arm, seed)
+    if not holds_run(run):
+        return []
+    said, saved = replace(options[arm], seed=seed), read_options_file(run)[0]
+    return changed_options(said, saved, files=None) + changed_recipe(said, saved)
 
 
 _Run = tuple[str, int]  # an arm, or one of its evaluations, and a seed
