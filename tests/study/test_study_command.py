@@ -264,6 +264,14 @@ def test_a_report_of_no_runs_is_refused_and_leaves_nothing(study, capsys):
     assert not study.root.exists()
 
 
+def test_an_arm_that_warms_up_to_its_end_is_named(study, capsys):
+    content = yaml.safe_load(study.path.read_text())
+    study.change(arms=content["arms"] | {"short": {"train": {"masking": "none", "warmup": 100}}})
+    assert main(study.argv("--check-only")) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("WARNING: arm short: --warmup 100 is as long as the run of 2 steps")
+
+
 @pytest.mark.parametrize("base", ["base.yaml", "~/base.yaml"])
 def test_a_valid_study_says_so_and_leaves_nothing(study, capsys, monkeypatch, base):
     monkeypatch.setenv("HOME", str(study.folder))

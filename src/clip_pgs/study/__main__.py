@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _errors_alone() -> Iterator[None]:
-    """Leave to each run's own log what options and data sets are warned about."""
+    """Leave to each run's own log what options and data sets are warned about, a warm-up apart."""
     logger = logging.getLogger("clip_pgs")
     level_before = logger.level
     logger.setLevel(logging.ERROR)
@@ -98,6 +98,7 @@ def _run(args: argparse.Namespace, signals: StopSignals, held: ExitStack) -> int
         from clip_pgs.study.plan import check_study, read_study
         from clip_pgs.study.record import read_code
         from clip_pgs.study.runner import Pair, Runner, num_processes, refuse_other_runs
+        from clip_pgs.training.option_warnings import warmup_warnings
 
         study = read_study(Path(find_config(args.study, "study")), root=args.logs)
         arms = _chosen("--arms", args.arms, list(study.arms))
@@ -111,6 +112,9 @@ def _run(args: argparse.Namespace, signals: StopSignals, held: ExitStack) -> int
                 raise ValueError(f"there is nothing to report: {study.folder} holds no run")
             return _report(study, args)
         options = check_study(study)
+        for arm in arms:
+            for sentence in warmup_warnings(options[arm]):
+                sys.stderr.write(f"WARNING: arm {arm}: {sentence}\n")
         # Seed by seed, so that pairs fill first.
         pairs = [Pair(arm, seed) for seed in seeds for arm in arms]
         code = read_code()

@@ -45,7 +45,7 @@ def option_warnings(options: TrainOptions) -> list[str]:
     return [
         *_released_notes(options),
         *idle,
-        *_warmup_warnings(options),
+        *warmup_warnings(options),
         *_resume_warnings(options),
         *_text_warnings(options),
     ]
@@ -133,7 +133,8 @@ def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
     ]
 
 
-def _warmup_warnings(options: TrainOptions) -> list[str]:
+def warmup_warnings(options: TrainOptions) -> list[str]:
+    """Return a sentence for each phase of training that its warm-up fills."""
     num_samples = num_training_samples(options) if has_training_data(options) else None
     if num_samples is None or options.skip_scheduler:
         return []
