@@ -14,12 +14,15 @@ import re
 import runpy
 import shlex
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from clip_pgs.cli import COMMANDS
+from clip_pgs.cli import main as cli_main
 from clip_pgs.data.world.writing import write_world
 from clip_pgs.integrations.open_clip import last_selection
 from clip_pgs.study.plan import check_study, read_study
@@ -80,6 +83,10 @@ def reader(tmp_path, monkeypatch):
     }
     path = tmp_path / "coco" / "annotations" / "captions_train2017.json"
     path.write_text(json.dumps(notes))
+    for color in ("red", "blue"):
+        (tmp_path / "photos" / color).mkdir(parents=True)
+        Image.new("RGB", (8, 8), color).save(tmp_path / "photos" / color / "1.JPG")
+    (tmp_path / "photos" / "captions.csv").write_text("filepath,title\nred/1.JPG,it is red\n")
     return {
         "__name__": "page",
         "model": small_clip().train(),
@@ -149,12 +156,21 @@ def test_accumulated_parts_give_the_gradient_of_the_big_batch(reader, monkeypatc
 
 
 def test_shards_of_coco_hold_each_picture_with_its_captions(reader):
-    import tarfile
-
     exec(snippet("captions_train2017"), reader)
     with tarfile.open("coco/00000.tar") as shard:
         assert shard.getnames() == ["7.jpg", "7.0.txt", "7.1.txt"]
         assert shard.extractfile("7.1.txt").read() == b"a cat"
+
+
+def test_sets_of_ones_own_photographs_are_whole_and_hold_their_labels(reader, capsys):
+    exec(snippet("def write_set"), reader)
+    assert cli_main(["test", "sets", "--datasets", "my_sets.txt", "--data-root", "eval"]) == 0
+    said = capsys.readouterr().out
+    assert "zeroshot-classification  1 of 1 present" in said
+    assert "zeroshot-retrieval  1 of 1 present" in said
+    with tarfile.open("eval/things/test/0.tar") as shard:
+        assert shard.getnames()[2:] == ["000001.jpg", "000001.cls"]
+        assert shard.extractfile("000001.cls").read() == b"1"
 
 
 @pytest.mark.parametrize(("needs", "text"), blocks("yaml"))
