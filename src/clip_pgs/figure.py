@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -119,13 +120,5 @@ def _legend_height(legend: Legend | None, width: int) -> int:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Break text into lines of at most a width in pixels."""
-    font = ImageFont.load_default(_LEGEND_SIZE)
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
+    """Break text into lines of at most a width in pixels; a letter is half as wide as high."""
+    return textwrap.wrap(text, 2 * width // _LEGEND_SIZE)

@@ -88,6 +88,13 @@ def plot_style() -> Iterator[None]:
         yield
 
 
+def look_of(number: int) -> dict[str, Any]:
+    """Return color, marker and line of the thing of this number, from 0; no two are all alike."""
+    turn, place = divmod(number, len(COLORS))
+    marker, line = MARKERS[(place + turn) % len(MARKERS)], LINES[turn % len(LINES)]
+    return {"color": COLORS[place], "marker": marker, "linestyle": line}
+
+
 def quiet_axis(axes: Axes) -> None:
     """Put faint horizontal lines behind the data and take the ticks' strokes away."""
     axes.set_axisbelow(True)

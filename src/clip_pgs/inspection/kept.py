@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from clip_pgs.files import atomic_file, check_writable, write_json, write_text
+from clip_pgs.files import check_writable, write_bytes, write_json, write_text
 from clip_pgs.inspection.model_input import (
     ModelInput,
     StrategySpec,
@@ -318,23 +318,19 @@ def plot_kept(rows: Sequence[Kept], path: Path, *, title: str) -> None:
             x, y, spread = zip(*points, strict=True)
             # Side by side, since bars on one spot hide each other.
             shift = _SHIFT * (number - (len(maskings) - 1) / 2)
-            turn, place = divmod(number, len(plots.COLORS))
             axes.errorbar(
                 [ratio + shift for ratio in x],
                 y,
                 yerr=spread,
-                color=plots.COLORS[place],
-                marker=plots.MARKERS[place],
-                linestyle=plots.LINES[turn % len(plots.LINES)],
                 markersize=5,
                 linewidth=1.4,
                 elinewidth=0.9,
                 capsize=3,
                 label=plots.legend_label(masking),
+                **plots.look_of(number),
             )
         axes.set(xticks=ratios, xlabel="mask ratio", ylabel="share of foreground patches kept")
         axes.set_ylim(bottom=0)
         axes.set_title(title)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-        with atomic_file(path) as file:
-            file.write(plots.picture(drawing, "png"))
+        write_bytes(path, plots.picture(drawing, "png"))

@@ -230,9 +230,7 @@ def load_model(source: str) -> nn.Module:
 
     weights = _checkpoint(source) or _export_folder(Path(source))
     if weights is None or (weights.is_dir() and not any(weights.glob("open_clip_model.*"))):
-        raise ValueError(
-            f"{source} has no weights to look at; a run's folder, its export or a checkpoint has"
-        )
+        raise ValueError(f"{source} has no weights; a run, its export or a checkpoint has them")
     return load_any(weights).model
 
 
@@ -260,20 +258,14 @@ def read_config(source: str) -> dict[str, Any]:
     # It takes seconds to import.
     import open_clip
 
-    path = Path(source)
-    if path.is_dir():
-        folder = _export_folder(path)
-        if folder is None:
-            raise ValueError(
-                f"{source} holds no {EXPORT_NAME}/{MODEL_CONFIG_NAME}, no {MODEL_CONFIG_NAME} and "
-                "no checkpoint"
-            )
+    path, folder = Path(source), _export_folder(Path(source))
+    if folder is not None:
         path = folder / MODEL_CONFIG_NAME
-    elif path.suffix != ".json":
+    elif path.suffix != ".json" or path.is_dir():
         if source not in open_clip.list_models():
             raise ValueError(
-                f"{source!r} is not a run folder, a checkpoint, a model config or a model that "
-                "open_clip knows"
+                f"{source!r} is no run, no folder with {MODEL_CONFIG_NAME}, no checkpoint, no "
+                "model config and no model that open_clip knows"
             )
         return open_clip.get_model_config(source)
     return read_json_object(path, what=f"the model config {path}")
@@ -323,13 +315,9 @@ class View:
         if not self.needs_model(strategy):
             return PatchInputs(pixels, self.model_input.patch_size, progress=self.progress)
         if self.model is None:
-            reason = (
-                "reads the attention of an image tower"
-                if "attention" in strategy.requires
-                else f"compares patch embeddings at progress {self.progress}"
-            )
             raise ValueError(
-                f"{type(strategy).__name__} {reason}; give a trained model, as --model RUN does"
+                f"{type(strategy).__name__} looks at the attention of an image tower, or at patch "
+                "embeddings above progress 0; give a trained model, as --model RUN does"
             )
         # open_clip takes seconds to import.
         from clip_pgs.integrations.apply import image_tower, tower_masking

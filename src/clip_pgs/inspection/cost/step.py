@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from tqdm import tqdm
 
-from clip_pgs.files import atomic_file, check_writable, write_json
+from clip_pgs.files import check_writable, write_bytes, write_json
 from clip_pgs.inspection.model_input import StrategySpec, parse_specs
 from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.integrations.open_clip import (
@@ -142,9 +142,7 @@ class Benchmark:
         if name.endswith(".json"):
             name = register_model_config(Path(name))
         if name not in open_clip.list_models():
-            raise ValueError(
-                f"{self.model!r} is neither a model config nor a model that open_clip knows"
-            )
+            raise ValueError(f"{self.model!r} is neither a model config nor an open_clip model")
         torch.manual_seed(self.seed)
         with no_foreign_code():
             model: nn.Module = open_clip.create_model(
@@ -625,17 +623,15 @@ def plot_cost(
                 ends, [rate / x for x in ends], line, color=plots.MIDDLE, linewidth=1.2, label=label
             )
         for number, (row, x) in enumerate(zip(rows, gflops, strict=True)):
-            place = (number - 1) % len(plots.COLORS)
-            color = plots.COLORS[place] if number else plots.INK
-            point = (x, row["samples_per_second"], plots.MARKERS[place])
-            axes.plot(*point, color=color, markersize=7, label=plots.legend_label(row["title"]))
+            look = plots.look_of(number - 1) if number else {"color": plots.INK, "marker": "P"}
+            look |= {"linestyle": "none", "label": plots.legend_label(row["title"])}
+            axes.plot(x, row["samples_per_second"], **look, markersize=7)
         axes.set(xscale="log", yscale="log", ylabel="samples per second", title=title)
         for axis in (axes.xaxis, axes.yaxis):
             plots.log_ticks(axis)
         axes.set_xlabel("GFLOPs per sample, forward and backward")
         drawing.legend(loc="outside lower center", ncols=3, fontsize=8)
-        with atomic_file(path) as file:
-            file.write(plots.picture(drawing, "png"))
+        write_bytes(path, plots.picture(drawing, "png"))
 
 
 def run_cost(args: argparse.Namespace) -> None:
