@@ -187,7 +187,7 @@ def test_train_with_an_image_per_class_cannot_be_tuned():
 @pytest.mark.parametrize("labels", [None, torch.ones(6, 3)])
 def test_data_without_a_class_per_image_are_refused(labels):
     features = Features(torch.randn(6, 4), labels)
-    with pytest.raises(ValueError, match="needs one class per image, which clouds does not have"):
+    with pytest.raises(ValueError, match="needs one class per image, which clouds lacks"):
         probe(features, features)
 
 

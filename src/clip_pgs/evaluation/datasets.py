@@ -347,17 +347,15 @@ def count_shards(location: str, split: str = "test") -> int:
 
 def _compare_shards(location: str, split: str, count: int) -> None:
     """Refuse a number that is not the number of shards in the folder."""
-    there: set[int] = set()
-    for path in sorted(Path(location, split).glob("*.tar")):
-        number = int(path.stem) if re.fullmatch("0|[1-9][0-9]{0,8}", path.stem) else None
-        if number is None or number >= count:
+    there = {path.stem for path in Path(location, split).glob("*.tar")}
+    for stem in sorted(there):
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", stem) or int(stem) >= count:
             raise DamagedDataError(
                 f"{location}/{split}/nshards.txt says {count}, which are 0.tar to {count - 1}.tar, "
-                f"but there is {path.name}"
+                f"but there is {stem}.tar"
             )
-        there.add(number)
     if len(there) < count:
-        first = next(number for number in range(count) if number not in there)
+        first = next(number for number in range(count) if str(number) not in there)
         num_absent = count - len(there)
         raise FileNotFoundError(
             f"{location} lacks {split}/{first}.tar ({num_absent} of {count} shards)"

@@ -176,7 +176,7 @@ def _resolve(
     if os.path.isdir(path):
         folder = next((f for f in (path, path / EXPORT_NAME) if _holds_autoencoder(f)), None)
         if folder is not None:
-            return partial(_open_autoencoder, folder), str(folder), "folder"
+            return partial(_build_autoencoder, folder), str(folder), "folder"
         folder = _export_folder(path)
         return partial(_create, f"local-dir:{folder}"), str(folder), "folder"
     if source.startswith("hf-hub:"):
@@ -198,18 +198,14 @@ def _holds_autoencoder(folder: Path) -> bool:
     return is_mae_config(read_json_object(path, what=str(path)))
 
 
-def _open_autoencoder(folder: Path) -> Built:
-    from clip_pgs.integrations.open_clip.mae import load_mae, no_tokens
+def _build_autoencoder(source: _Checkpoint | Path) -> Built:
+    from clip_pgs.integrations.open_clip.mae import build_mae, load_mae, no_tokens
 
-    model = load_mae(folder)
-    return model, model.transform(is_train=False), no_tokens
-
-
-def _build_autoencoder(checkpoint: _Checkpoint) -> Built:
-    from clip_pgs.integrations.open_clip.mae import build_mae, no_tokens
-
-    check_sum(checkpoint.path)
-    model = build_mae(checkpoint.config or {}, checkpoint.state_dict, what=str(checkpoint.path))
+    if isinstance(source, Path):
+        model = load_mae(source)
+    else:
+        check_sum(source.path)
+        model = build_mae(source.config or {}, source.state_dict, what=str(source.path))
     return model, model.transform(is_train=False), no_tokens
 
 
@@ -242,9 +238,7 @@ def _export_folder(path: Path) -> Path:
             return folder
     newest = newest_checkpoint(path / CHECKPOINTS_NAME)
     if newest is not None:
-        raise ValueError(
-            f"{path} has no export yet; evaluate a checkpoint instead, such as {newest}"
-        )
+        raise ValueError(f"{path} has no export yet; evaluate a checkpoint, such as {newest}")
     raise ValueError(f"{path} is no run and no export: it holds no {MODEL_CONFIG_NAME}")
 
 

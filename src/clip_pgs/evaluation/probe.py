@@ -220,9 +220,7 @@ def _search(
 
 def _labels(features: Features, name: str) -> Tensor:
     if features.labels is None or features.labels.ndim != 1:
-        raise DamagedDataError(
-            f"the linear probe needs one class per image, which {name} does not have"
-        )
+        raise DamagedDataError(f"the linear probe needs one class per image, which {name} lacks")
     return features.labels
 
 
