@@ -29,9 +29,13 @@ logger = logging.getLogger(__name__)
 DONE, MISSING, FAILED = STATUSES = "done", "missing", "failed"
 CSV_NAME = "results.csv"
 
-_TEXT_COLUMNS = {"suite", "dataset", "status", "error", "model", "pretrained", "weights_digest"}
-_MASK_COLUMNS = ("inference_masking", "flops_per_image")
-_OTHER_COLUMNS = {"samples", "seconds", "date", "task", "location", "language", *_MASK_COLUMNS}
+# Of a table, before and after the metrics.
+_FIRST_COLUMNS = ("suite", "dataset", "status", "samples")
+_LAST_COLUMNS = (
+    *("error", "model", "pretrained", "weights_digest", "seconds", "date"),
+    *("inference_masking", "flops_per_image"),
+)
+_NUMBERS: dict[str, Any] = {"samples": int, "seconds": float, "flops_per_image": float}
 _EPOCH = re.compile(r"epoch_(\d+)")
 # What earlier versions called a probe's `regularization`.
 _FORMER = "regularisation"
@@ -40,7 +44,7 @@ _COUNTS = ("items", "ties", "classes")
 _REQUIRED = {"suite", "dataset", "status", "samples", "model", "weights_digest"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """What came of one data set.
 
@@ -76,12 +80,12 @@ class Result:
     status: str
     metrics: dict[str, float | None]
     samples: int
-    error: str | None
-    seconds: float
-    task: str
-    location: str
+    error: str | None = None
+    seconds: float = 0.0
+    task: str = ""
+    location: str = ""
     model: str
-    pretrained: str
+    pretrained: str = ""
     weights_digest: str
     details: dict[str, Any] = field(default_factory=dict)
     identity: str = ""
@@ -129,7 +133,7 @@ def read_result(path: Path) -> Result | None:
 
     Returns:
         None if the file is not there or is no result; of one that looks like a result and has
-        another shape, a warning tells.
+        another shape, or numbers that cannot be, a warning tells.
     """
     try:
         if not path.exists():
@@ -147,7 +151,8 @@ def read_result(path: Path) -> Result | None:
     details = content.get("details", {})
     if _FORMER in details:
         details["regularization"] = details.pop(_FORMER)
-    return Result(**{c.name: content[c.name] for c in fields(Result) if c.name in content})
+    result = Result(**{c.name: content[c.name] for c in fields(Result) if c.name in content})
+    return result if _is_sound(result, path) else None
 
 
 def _holds(content: dict[str, Any], column: Field) -> bool:
@@ -164,13 +169,8 @@ def _is_a(kind: str, value: Any) -> bool:
     return isinstance(value, _KINDS.get(kind, dict)) and not isinstance(value, bool)
 
 
-def is_sound(result: Result, path: Path) -> bool:
-    """Say whether a report can compute with a result, and warn where it cannot.
-
-    Args:
-        result: As it was read.
-        path: Where it was read, for the warning.
-    """
+def _is_sound(result: Result, path: Path) -> bool:
+    """Say whether one can compute with a result, and warn where one cannot."""
     shares = {name: value for name, value in result.metrics.items() if value is not None}
     counts = {name: result.details[name] for name in _COUNTS if name in result.details}
     counts["samples"] = result.samples
@@ -197,18 +197,15 @@ def write_csv(results: Iterable[Result], path: Path) -> None:
     """Write results as a table, a row each; metrics stay in [0, 1], and empty where undefined."""
     results = list(results)
     metric_names = ordered_metrics(results)
-    before = ("suite", "dataset", "status", "samples")
-    after = ("error", "model", "pretrained", "weights_digest", "seconds", "date", *_MASK_COLUMNS)
-    rows = []
-    for result in results:
-        metrics = [result.metrics.get(name) for name in metric_names]
-        start = [getattr(result, name) for name in before]
-        rows.append([*start, *metrics, *(getattr(result, name) for name in after)])
-    write_text(path, csv_text([*before, *metric_names, *after], rows))
+    header = [*_FIRST_COLUMNS, *metric_names, *_LAST_COLUMNS]
+    cells = [result.metrics | vars(result) for result in results]
+    write_text(path, csv_text(header, [[row.get(name) for name in header] for row in cells]))
 
 
 def read_csv(path: Path) -> list[Result]:
     """Read what `write_csv` wrote; what only the JSON files tell stays blank.
+
+    A warning tells of rows of numbers that cannot be, which are left out.
 
     Raises:
         ValueError: If the file is no such table, has no row, or two that differ on one set.
@@ -218,28 +215,15 @@ def read_csv(path: Path) -> list[Result]:
         rows = tables.read_csv(file)
     if not rows or not rows[0].keys() >= _REQUIRED:
         raise ValueError(f"{what}; it needs a row, and the columns {', '.join(sorted(_REQUIRED))}")
-    metric_names = rows[0].keys() - _TEXT_COLUMNS - _OTHER_COLUMNS
+    columns = {*_FIRST_COLUMNS, *_LAST_COLUMNS, "task", "location", "language"}
+    results = []
     with explained(what, ValueError, LookupError):
-        results = [
-            Result(
-                suite=row["suite"],
-                dataset=row["dataset"],
-                status=row["status"],
-                metrics={name: float(row[name]) for name in sorted(metric_names) if row[name]},
-                samples=int(row["samples"]),
-                error=row.get("error") or None,
-                seconds=float(row.get("seconds") or 0),
-                task=row["suite"].replace("-", "_"),
-                location="",
-                model=row["model"],
-                pretrained=row.get("pretrained") or "",
-                weights_digest=row["weights_digest"],
-                date=row.get("date") or "",
-                inference_masking=row.get("inference_masking") or "",
-                flops_per_image=float(row.get("flops_per_image") or 0) or None,
-            )
-            for row in rows
-        ]
+        for row in rows:
+            filled = {name: text for name, text in row.items() if text or name in _REQUIRED}
+            told: dict[str, Any] = {"task": row["suite"].replace("-", "_")}
+            told |= {n: _NUMBERS.get(n, str)(text) for n, text in filled.items() if n in columns}
+            measured = {n: float(text) for n, text in sorted(filled.items()) if n not in columns}
+            results.append(Result(**told, metrics={**measured}))
     by_set: dict[Any, Result] = {}
     for result in results:
         first = by_set.setdefault((*result.model_key, result.suite, result.dataset), result)
@@ -248,7 +232,7 @@ def read_csv(path: Path) -> list[Result]:
                 f"{path} has two rows of {result.model} on {result.dataset} ({result.suite}) that "
                 "differ; keep one"
             )
-    return list(by_set.values())
+    return [result for result in by_set.values() if _is_sound(result, path)]
 
 
 def ordered_metrics(results: Iterable[Result]) -> list[str]:

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter
 
 from clip_pgs import plots
 from clip_pgs.evaluation.report.command import FIGURES_NAME, page_templates
-from clip_pgs.evaluation.results import DONE, is_sound, result_files
+from clip_pgs.evaluation.results import DONE, read_results
 from clip_pgs.files import write_json, write_text
 from clip_pgs.study.plan import (
     CSV_NAME,
@@ -119,8 +119,7 @@ def read_rows(study: Study, records: Records) -> list[Row]:
             record = records[arm, seed]
             if evaluation not in record.evaluations:
                 continue
-            files = result_files(study.results(arm, seed, evaluation))
-            results = [result for path, result in files if is_sound(result, path)]
+            results = read_results(study.results(arm, seed, evaluation))
             found = {
                 (result.suite, result.dataset, name): value
                 for result in results

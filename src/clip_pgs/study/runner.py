@@ -17,7 +17,7 @@ from pathlib import Path
 
 import clip_pgs
 from clip_pgs.checkpoint_reading import newest_checkpoint
-from clip_pgs.evaluation.results import DONE, is_sound, read_results, result_files
+from clip_pgs.evaluation.results import DONE, read_results
 from clip_pgs.files import CHECKPOINTS_NAME, regular_file, write_text
 from clip_pgs.launch import Processes, share_cores
 from clip_pgs.launch import start as start_child
@@ -209,10 +209,8 @@ class Runner:
             return False
         if done.code != self.code.evaluation and not self.accepts_changes:
             return False
-        files = result_files(self.study.results(pair.arm, pair.seed, way))
-        scored = {
-            (r.suite, r.dataset) for path, r in files if r.status == DONE and is_sound(r, path)
-        }
+        results = read_results(self.study.results(pair.arm, pair.seed, way))
+        scored = {(r.suite, r.dataset) for r in results if r.status == DONE}
         return scored >= {(each.suite, each.name) for each in self._sets[pair.arm, way]}
 
     def _is_same_code(self) -> bool:

@@ -25,10 +25,9 @@ from clip_pgs.evaluation.results import (
     amount,
     epoch_folders,
     is_epoch_folder,
-    is_sound,
     read_csv,
     read_result,
-    result_files,
+    read_results,
     run_of_results,
     run_of_weights,
 )
@@ -300,11 +299,14 @@ def read_training_facts(run: Path | None, weights: str) -> TrainingFacts:
 def _read_source(source: Path) -> list[tuple[Path, list[Result]]]:
     """Return the results of a source, with the folder that each part lies in."""
     if source.is_file():
-        results = read_csv(source) if source.suffix == ".csv" else [read_result(source)]
-        sound = [result for result in results if result is not None and is_sound(result, source)]
-        if not sound:
+        if source.suffix == ".csv":
+            results = read_csv(source)
+        else:
+            result = read_result(source)
+            results = [] if result is None else [result]
+        if not results:
             raise ValueError(f"{source} is no result of an evaluation")
-        return [(source.parent, sound)]
+        return [(source.parent, results)]
     if not source.is_dir():
         raise ValueError(f"there are no results at {source}: it {absence(source)}")
     inside = sorted(path for path in source.iterdir() if path.is_dir() and path.name != EVAL_NAME)
@@ -323,7 +325,7 @@ def _read_source(source: Path) -> list[tuple[Path, list[Result]]]:
 
 
 def _read_folder(folder: Path) -> list[Result]:
-    results = _read_files(folder)
+    results = read_results(folder)
     run = run_of_results(folder)
     if run is None or is_epoch_folder(folder):
         return results
@@ -345,7 +347,7 @@ def _read_epochs(run: Path, mask: str | None = None) -> dict[int, list[Result]]:
     epochs = {
         epoch: [
             replace(result, model=run.name)
-            for result in _read_files(folder)
+            for result in read_results(folder)
             if mask in (None, result.inference_masking)
         ]
         for epoch, folder in epoch_folders(run).items()
@@ -378,10 +380,6 @@ def _read_masks(folder: Path) -> bytes:
 def _through(mask: str) -> str:
     """Return what follows a model's name where images are encoded through a mask."""
     return f", through {mask}" if mask else ""
-
-
-def _read_files(folder: Path) -> list[Result]:
-    return [result for path, result in result_files(folder) if is_sound(result, path)]
 
 
 def _warn(path: Path | str, what: str) -> None:
