@@ -71,8 +71,8 @@ def test_a_curve_is_the_mean_over_shared_sets_and_seeds(tmp_path):
         save_epochs(save_run(tmp_path, number), scores=scores)
     models = group_by_seed(gather_runs([tmp_path]))
     panel = make_panel("zeroshot-classification", models)
-    assert panel.sets == ("shape",)
-    assert panel.curves == {"demo": {1: pytest.approx(0.2), 3: pytest.approx(0.55)}}
+    assert panel.title == "Zero-shot classification, 1 of 2 sets"
+    assert panel.lines == [("demo", [(1, pytest.approx(20)), (3, pytest.approx(55))])]
     assert make_panel("linear-probe", models) is None
 
 

@@ -181,10 +181,9 @@ def _title(suite: str, family: Family, families: Sequence[Family]) -> str:
 def _card(model: Model, entry: Entry, family: Family) -> dict[str, Any]:
     """Return the summary of a model on one family of data sets: what it is, and three numbers."""
     parts = [model.training.architecture, entry.facts, entry.more]
-    sets = "the paper's data sets" if family.is_paper else "data sets that are not the paper's"
     return {
         "name": model.name,
-        "sentence": f"{', '.join(part for part in parts if part)}; scored on {sets}.",
+        "sentence": f"{', '.join(part for part in parts if part)}; scored on {family.words}.",
         "headlines": [_headline(entry, axis, family) for axis in AXES],
     }
 

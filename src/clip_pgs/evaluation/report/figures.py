@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from clip_pgs import plots
 from clip_pgs.evaluation.report import results_table, scores
 from clip_pgs.evaluation.report.gather import Model
 from clip_pgs.evaluation.report.published import Paper
-from clip_pgs.evaluation.report.scores import AXES, CHANCE, RUN, Axis, Entry, Family, Place
+from clip_pgs.evaluation.report.scores import AXES, CHANCE, RUN, Entry, Family, Place, Score
 from clip_pgs.evaluation.results import DONE, Result, ordered_metrics
 from clip_pgs.plots import INK, Figure
 from clip_pgs.tables import PREFIXES, PUBLISHED, percent, plain
@@ -32,16 +32,13 @@ from clip_pgs.tables import PREFIXES, PUBLISHED, percent, plain
 # Stands in every figure file, so that a later report knows it from the files of others and from
 # a copy under another name; the first bytes of a file hold it.
 _MARK, _MARK_PLACE = "clip-pgs evaluation report ({name})", 4096
-_MAX_BARS_WITH_NUMBERS, _MAX_GROUPS, _MAX_NAMES = 26, 6, 5
+_MAX_BARS_WITH_NUMBERS, _MAX_GROUPS = 26, 6
 _MAX_NAME = 60  # letters of a name
 _GROUP_WIDTH, _MAX_BAR_WIDTH = 0.84, 0.36
 _HALO = [withStroke(linewidth=2, foreground="white")]
 _ERROR_BAR: dict[str, Any] = {"color": INK, "elinewidth": 0.8}
-_WHISKERS = "Whiskers: the standard deviation over seeds."
+_MARKS = "Dotted lines are chance, whiskers the standard deviation over seeds."
 _LEGEND_ABOVE: dict[str, Any] = {"loc": "outside upper left", "ncols": 4, "columnspacing": 1.4}
-_ANGLES = [math.pi / 2 - 2 * math.pi * number / len(AXES) for number in range(len(AXES))]
-# The lowest value of a radar's axis stands off the center, where all directions meet.
-_INNER = 0.25
 # What training cost: the name of each fact, and units of it.
 _TIMES: dict[str, float] = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
 _FLOPS: dict[str, float] = {f"{p}FLOP": 1e3**n for n, p in enumerate(PREFIXES)}
@@ -59,10 +56,11 @@ _CURVES = {
 
 
 class Look(NamedTuple):
-    """How a row is drawn: fill and hatch of bars; marker, line and width of curves."""
+    """How a row is drawn: fill and hatch of bars; color, marker, line and width of curves."""
 
     fill: str
     hatch: str
+    color: str
     marker: str
     line: Any
     width: float
@@ -75,34 +73,28 @@ class Look(NamedTuple):
     @property
     def curve(self) -> dict[str, Any]:
         """What matplotlib takes for a line with markers; published ones are thin."""
-        color = self.fill
-        if color in plots.GRAYS:
-            # Grays are too light and too alike for lines.
-            color = plots.COLORS[-1 - plots.GRAYS.index(color)]
         line = {"linestyle": self.line, "linewidth": self.width, "marker": self.marker}
         edge = {"markeredgecolor": INK, "markeredgewidth": 0.5, "markersize": 5}
-        return {"color": color, **line, **edge}
+        return {"color": self.color, **line, **edge}
 
 
 Looks = dict[tuple[str, str], Look]
+Line = tuple[str, list[tuple[float, float]]]  # a model's name, and points
+Point = tuple[Entry, Score, float]  # a row, what it reached, and its cost
 
 
 class Panel(NamedTuple):
-    """How scores of a suite grew over training.
+    """Lines beside each other.
 
     Attributes:
-        suite: Its name.
-        metric: What grew.
-        sets: The data sets that every curve is the mean over.
-        num_members: How many data sets any epoch of a run has.
-        curves: By model, then by completed epochs: means over its runs, where all were scored.
+        title: What they show.
+        unit: Of their heights.
+        lines: The model and the points of each.
     """
 
-    suite: str
-    metric: str
-    sets: tuple[str, ...]
-    num_members: int
-    curves: dict[str, dict[int, float]]
+    title: str
+    unit: str
+    lines: list[Line]
 
 
 def is_own_figure(path: Path) -> bool:
@@ -138,9 +130,8 @@ def suite_figure(suite: str, family: Family) -> Figure:
     else:
         names = dict.fromkeys(place[1::2] for place in places)
         rows = [[place for place in places if place[1::2] == name] for name in names]
-    shown = [(place, e.scores[place]) for e in entries for place in places if place in e.scores]
-    top = max(score.mean + (score.spread or 0) for _, score in shown)
-    lacks = any(results_table.is_partial(score, place, entries) for place, score in shown)
+    shown = [e.scores[place] for e in entries for place in places if place in e.scores]
+    top = max(score.mean + (score.spread or 0) for score in shown)
     with plots.plot_style():
         drawing = Drawing(figsize=(9.2, 2.15 * len(rows) + 0.5), layout="constrained")
         all_axes = drawing.subplots(len(rows), 1, squeeze=False)[:, 0]
@@ -154,15 +145,12 @@ def suite_figure(suite: str, family: Family) -> Figure:
                 axes.set_title(_short(results_table.set_label(row[0])))
         marks = [_legend_mark(entry, looks[entry.kind, entry.name]) for entry in entries]
         drawing.legend(handles=marks, handlelength=1.6, **_LEGEND_ABOVE)
-        kind = "the paper's data sets" if family.is_paper else "data sets that are not the paper's"
-        left_out = " Averages that leave data sets out are not drawn." if lacks else ""
-        chance = " Dotted: chance." if any(entry.kind == CHANCE for entry in entries) else ""
-        whiskers = f" {_WHISKERS}" if any(score.spread is not None for _, score in shown) else ""
         return _finish(
             drawing,
             f"{suite}_{family.name}",
-            f"Bars: {facts.title} on {kind}; the table above holds the same numbers.",
-            f"The numbers of the table: {facts.unit}.{chance}{whiskers}{left_out}",
+            f"Bars: {facts.title} on {family.words}; the table above holds the same numbers.",
+            f"The numbers of the table: {facts.unit}. {_MARKS} Averages that leave data sets out "
+            "are not drawn.",
         )
 
 
@@ -175,23 +163,14 @@ def radar_figure(families: Sequence[Family], paper: Paper) -> Figure | None:
         families: The rows.
         paper: The published figures.
     """
-    panels = []
-    has_published = False
-    for family in families:
-        for sets, entries in scores.group_by_sets(family, AXES).items():
-            title, num_sets = "Other data sets", sum(map(len, sets))
-            if not any(other.is_paper for other in families):
-                title = "The data sets of this report"
-            if family.is_paper:
-                # Of the sets of an axis, ImageNet-1K itself is no shifted one.
-                num_all = sum(len(family.sets[axis.place.suite]) for axis in AXES) - 1
-                title = "The paper's data sets"
-                title += f", {num_sets} of {num_all}" if num_sets < num_all else ""
-                has_published = True
-            panels.append((title, _looks(family.entries), sets, entries))
+    panels = [
+        (_title(family, frozenset().union(*sets)), _looks(family.entries), sets, entries)
+        for family in families
+        for sets, entries in scores.group_by_sets(family, AXES).items()
+    ]
     if not panels:
         return None
-    if not has_published:
+    if not any(entry.kind == PUBLISHED for panel in panels for entry in panel[3]):
         rows = scores.published_family(paper).entries
         means = [axis.score(rows[0]) for axis in AXES]
         sets = tuple(frozenset(mean.sets) for mean in means if mean is not None)
@@ -201,7 +180,7 @@ def radar_figure(families: Sequence[Family], paper: Paper) -> Figure | None:
     with plots.plot_style():
         drawing = Drawing(figsize=(4.7 * columns, 4.9 * lines), layout="constrained")
         for number, (title, looks, sets, entries) in enumerate(panels, start=1):
-            axes = drawing.add_subplot(lines, columns, number)
+            axes = drawing.add_subplot(lines, columns, number, projection="polar")
             _draw_radar(axes, entries, looks, sets)
             axes.set_title(title, loc="center")
         meanings = "; ".join(f"{axis.title.lower()}: {axis.meaning}" for axis in AXES)
@@ -210,7 +189,7 @@ def radar_figure(families: Sequence[Family], paper: Paper) -> Figure | None:
             drawing,
             "radar",
             f"Radar over {', '.join(axis.title.lower() for axis in AXES)}: {', '.join(names)}.",
-            "Three axes, each with its own scale, written at its ends, in percent. "
+            "Three axes, each with its own scale, from the middle outwards, in percent. "
             f"{meanings[0].upper()}{meanings[1:]}. "
             "Panels have different data sets and do not compare.",
         )
@@ -225,12 +204,12 @@ def cost_figure(models: Sequence[Model], families: Sequence[Family]) -> Figure |
     """
     rows = []
     for family in families:
-        priced = [family.entry(model.name) for model in models if model.mean("flops") is not None]
-        axis = next((a for a in AXES if any(e is not None and a.score(e) for e in priced)), None)
-        groups = {} if axis is None else scores.group_by_sets(family, [axis])
-        for (sets,), entries in groups.items():
-            if axis is not None and any(entry in entries for entry in priced):
-                rows.append((family, axis, sets, entries))
+        names = {model.name for model in models if model.mean("flops") is not None}
+        priced = [entry for entry in family.entries if entry.kind == RUN and entry.name in names]
+        for axis in [a for a in AXES if any(map(a.score, priced))][:1]:
+            for (sets,), entries in scores.group_by_sets(family, [axis]).items():
+                if any(entry in entries for entry in priced):
+                    rows.append((family, axis, sets, entries))
     if not rows:
         return None
     with plots.plot_style():
@@ -240,30 +219,29 @@ def cost_figure(models: Sequence[Model], families: Sequence[Family]) -> Figure |
         for row_axes, (family, axis, sets, entries) in zip(all_axes, rows, strict=True):
             for axes, fact in zip(row_axes, facts, strict=True):
                 costs = {model.name: model.mean(fact) for model in models}
-                _draw_costs(axes, entries, _looks(family.entries), axis, costs, *_COSTS[fact])
+                points = [
+                    (entry, score, cost)
+                    for entry in entries
+                    if entry.kind == RUN and (cost := costs[entry.name]) is not None
+                    if (score := axis.score(entry)) is not None
+                ]
+                _draw_costs(axes, points, _looks(family.entries), *_COSTS[fact])
                 for entry in entries:
                     if entry.kind == CHANCE:
                         level = 100 * (axis.mean_over(entry, sets) or 0)
                         axes.axhline(level, color=INK, ls=":", lw=1.2, label="chance")
-            kind = "of the paper's" if family.is_paper else "other"
-            title = f"{len(sets)} {kind} data sets"
-            if not family.is_paper and len(sets) <= _MAX_NAMES:
-                title = ", ".join(sorted(_short(name.rsplit("/", 1)[-1]) for name in sets))
             row_axes[0].set_ylabel(f"{axis.title.lower()}, percent")
-            row_axes[0].set_title(title)
+            row_axes[0].set_title(_title(family, sets))
             marks = row_axes[0].get_legend_handles_labels()
             beside = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
             row_axes[-1].legend(*marks, handlelength=1.4, **beside)
         shown = {axis.title: axis.meaning for _, axis, _, _ in rows}
         meanings = "; ".join(f"{title.lower()}: {meaning}" for title, meaning in shown.items())
-        scored = [axis.score(entry) for _, axis, _, entries in rows for entry in entries]
-        whiskers = any(score is not None and score.spread is not None for score in scored)
         return _finish(
             drawing,
             "cost",
             "Points: accuracy against compute and time of training and compute of inference.",
-            f"Accuracy against cost, measured by each run itself; {meanings}."
-            + (f" {_WHISKERS}" if whiskers else ""),
+            f"Accuracy against cost, measured by each run itself; {meanings}. {_MARKS}",
         )
 
 
@@ -278,28 +256,11 @@ def epochs_figure(models: Sequence[Model], families: Sequence[Family]) -> Figure
     panels = [panel for suite in suites if (panel := make_panel(suite, models)) is not None]
     if not panels or not families:
         return None
-    looks, lines = _looks(families[0].entries), dict[str, Line2D]()
-    columns = min(2, len(panels))
-    rows = math.ceil(len(panels) / columns)
     with plots.plot_style():
-        drawing = Drawing(figsize=(9.2, 2.9 * rows), layout="constrained")
-        for number, panel in enumerate(panels, start=1):
-            axes = drawing.add_subplot(rows, columns, number)
-            plots.quiet_axis(axes)
-            for name, curve in panel.curves.items():
-                if curve and (RUN, name) in looks:
-                    heights = [100 * score for score in curve.values()]
-                    style = looks[RUN, name].curve
-                    (lines[name],) = axes.plot(list(curve), heights, **style, clip_on=False)
-            of = "" if len(panel.sets) == panel.num_members else f" of {panel.num_members}"
-            sets = f"{len(panel.sets)}{of} set{'' if panel.num_members == 1 else 's'}"
-            axes.set_title(f"{_short(scores.suite_of(panel.suite).title)}, {sets}")
-            label = _short(results_table.metric_label(panel.suite, panel.metric))
-            axes.set(xlabel="epochs", ylabel=f"{label}, percent")
+        drawing = _draw_lines(panels, _looks(families[0].entries), "epochs", clip_on=False)
+        for axes in drawing.axes:
             axes.set_ylim(bottom=0)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        labels = [plots.legend_label(_short(name)) for name in lines]
-        drawing.legend(list(lines.values()), labels, **_LEGEND_ABOVE)
         return _finish(
             drawing,
             "epochs",
@@ -316,28 +277,19 @@ def training_figure(models: Sequence[Model], families: Sequence[Family]) -> Figu
         models: With their runs.
         families: The rows of the report, for the look of each model.
     """
-    shown = [
-        name
-        for name in _CURVES
-        if any(len(run.curve(name)) > 1 for model in models for run in model.runs)
+    runs = [(model.name, run) for model in models for run in model.runs]
+    panels = [
+        Panel(title, "", [(name, run.curve(fact)) for name, run in runs])
+        for fact, title in _CURVES.items()
     ]
-    if not shown or not families:
+    panels = [panel for panel in panels if any(len(points) > 1 for _, points in panel.lines)]
+    if not panels or not families:
         return None
-    looks, lines = _looks(families[0].entries), dict[str, Line2D]()
     with plots.plot_style():
-        drawing = Drawing(figsize=(9.2, 2.6 * math.ceil(len(shown) / 2)), layout="constrained")
-        for number, name in enumerate(shown, start=1):
-            axes = drawing.add_subplot(math.ceil(len(shown) / 2), 2, number)
-            plots.quiet_axis(axes)
-            axes.set(xlabel="samples seen", title=_CURVES[name])
+        looks, thin = _looks(families[0].entries), {"marker": "", "linewidth": 1.4}
+        drawing = _draw_lines(panels, looks, "samples seen", **thin)
+        for axes in drawing.axes:
             axes.xaxis.set_major_formatter(EngFormatter())
-            for model in models:
-                style = {**looks[RUN, model.name].curve, "marker": "", "linewidth": 1.4}
-                for run in model.runs:
-                    if points := run.curve(name):
-                        (lines[model.name],) = axes.plot(*zip(*points, strict=True), **style)
-        labels = [plots.legend_label(_short(name)) for name in lines]
-        drawing.legend(list(lines.values()), labels, **_LEGEND_ABOVE)
         return _finish(
             drawing,
             "training",
@@ -346,8 +298,30 @@ def training_figure(models: Sequence[Model], families: Sequence[Family]) -> Figu
         )
 
 
+def _draw_lines(panels: Sequence[Panel], looks: Looks, xlabel: str, **style: Any) -> Drawing:
+    """Draw panels in two columns; a model looks the same in all of them."""
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    drawing = Drawing(figsize=(9.2, 2.9 * rows), layout="constrained")
+    drawn: dict[str, Line2D] = {}
+    for number, panel in enumerate(panels, start=1):
+        axes = drawing.add_subplot(rows, columns, number)
+        plots.quiet_axis(axes)
+        axes.set(title=panel.title, xlabel=xlabel, ylabel=panel.unit)
+        for name, points in panel.lines:
+            if points and (RUN, name) in looks:
+                curve = {**looks[RUN, name].curve, **style}
+                (drawn[name],) = axes.plot(*zip(*points, strict=True), **curve)
+    labels = [plots.legend_label(_short(name)) for name in drawn]
+    drawing.legend(list(drawn.values()), labels, **_LEGEND_ABOVE)
+    return drawing
+
+
 def make_panel(suite: str, models: Sequence[Model]) -> Panel | None:
-    """Gather the curves of a suite, None where none has two points over a common data set.
+    """Return the scores of a suite in training, None where none was scored twice on common sets.
+
+    A point is the mean over the data sets that every point has, and over the runs of its model,
+    where all were scored.
 
     Args:
         suite: Its name.
@@ -355,34 +329,42 @@ def make_panel(suite: str, models: Sequence[Model]) -> Panel | None:
     """
     results = [result for result in _results_in_training(models) if result.suite == suite]
     metric = next(iter([*scores.suite_of(suite).main_metrics, *ordered_metrics(results)]), "")
-    # By model and run, then by epoch and data set, where anything was scored.
-    grown: dict[str, list[dict[int, dict[str, float]]]] = {}
-    for model in models:
-        for run in model.runs:
-            of_run: dict[int, dict[str, float]] = {}
-            for epoch, of_epoch in run.epochs.items():
-                done = [r for r in of_epoch if r.suite == suite and r.status == DONE]
-                for result in done:
-                    value = result.metrics.get(metric)
-                    if value is not None:
-                        of_run.setdefault(epoch, {})[result.dataset] = value
-            grown.setdefault(model.name, []).append(of_run)
+
+    def scored(of_epoch: Sequence[Result]) -> dict[str, float]:
+        done = [result for result in of_epoch if result.suite == suite and result.status == DONE]
+        values = {result.dataset: result.metrics.get(metric) for result in done}
+        return {name: value for name, value in values.items() if value is not None}
+
+    grown = {
+        model.name: [
+            {epoch: found for epoch, results in run.epochs.items() if (found := scored(results))}
+            for run in model.runs
+        ]
+        for model in models
+    }
     grown = {name: runs for name, runs in grown.items() if all(runs)}
     points = [values for runs in grown.values() for run in runs for values in run.values()]
-    sets = tuple(name for name in points[0] if all(name in p for p in points)) if points else ()
+    sets = [name for name in points[0] if all(name in p for p in points)] if points else []
     if not sets:
         return None
-    curves = {
-        name: {
-            epoch: statistics.fmean(run[epoch][dataset] for run in runs for dataset in sets)
-            for epoch in runs[0]
-            if all(epoch in run for run in runs)
-        }
+    lines: list[Line] = [
+        (
+            name,
+            [
+                (epoch, 100 * statistics.fmean(run[epoch][one] for run in runs for one in sets))
+                for epoch in runs[0]
+                if all(epoch in run for run in runs)
+            ],
+        )
         for name, runs in grown.items()
-    }
+    ]
+    if max(len(curve) for _, curve in lines) < 2:
+        return None
     num_members = len({result.dataset for result in results})
-    has_line = max(map(len, curves.values())) > 1
-    return Panel(suite, metric, sets, num_members, curves) if has_line else None
+    of = "" if len(sets) == num_members else f" of {num_members}"
+    title = f"{_short(scores.suite_of(suite).title)}, {len(sets)}{of} set"
+    unit = f"{_short(results_table.metric_label(suite, metric))}, percent"
+    return Panel(title if num_members == 1 else f"{title}s", unit, lines)
 
 
 def _results_in_training(models: Sequence[Model]) -> list[Result]:
@@ -399,11 +381,12 @@ def _looks(entries: Sequence[Entry]) -> Looks:
     looks: Looks = {}
     for entry in entries:
         n = sum(kind == entry.kind for kind, _ in looks) % len(plots.COLORS)
-        marker, line = plots.MARKERS[n], plots.LINES[n]
+        color, marker, line = plots.COLORS[n], plots.MARKERS[n], plots.LINES[n]
         looks[entry.kind, entry.name] = {
-            PUBLISHED: Look(plots.GRAYS[n], "", marker, line, 1.0),
-            RUN: Look(plots.COLORS[n], plots.HATCHES[n], marker, line, 2.0),
-            CHANCE: Look(INK, "", "_", ":", 1.2),
+            # Grays are too light and too alike for lines.
+            PUBLISHED: Look(plots.GRAYS[n], "", plots.COLORS[-1 - n], marker, line, 1.0),
+            RUN: Look(color, plots.HATCHES[n], color, marker, line, 2.0),
+            CHANCE: Look(INK, "", INK, "_", ":", 1.2),
         }[entry.kind]
     return looks
 
@@ -411,6 +394,10 @@ def _looks(entries: Sequence[Entry]) -> Looks:
 def _short(name: str) -> str:
     name = plain(name)
     return name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}..."
+
+
+def _title(family: Family, sets: Collection[str]) -> str:
+    return f"{family.words[0].upper()}{family.words[1:]}: {len(sets)}"
 
 
 def _label(entry: Entry) -> str:
@@ -450,43 +437,32 @@ def _draw_bars(axes: Axes, row: Sequence[Place], entries: Sequence[Entry], looks
 
 
 def _draw_radar(
-    axes: Axes, entries: Sequence[Entry], looks: Looks, sets: tuple[frozenset[str], ...]
+    axes: Any, entries: Sequence[Entry], looks: Looks, sets: tuple[frozenset[str], ...]
 ) -> None:
+    """Draw rows on polar axes, each direction with a scale of its own."""
     parts = list(zip(AXES, sets, strict=True))
     values = [[float(percent(axis.mean_over(e, of))) for axis, of in parts] for e in entries]
     limits = [_limits(column) for column in zip(*values, strict=True)]
-    axes.set_aspect("equal")
-    axes.set_axis_off()
-    axes.set(xlim=(-1.25, 1.25), ylim=(-0.85, 1.3))
-    small: dict[str, Any] = {"fontsize": 8, "color": "#555555"}
-    for ring in (_INNER, (1 + _INNER) / 2, 1.0):
-        axes.plot(*_triangle([ring] * 3), color=plots.FAINT, linewidth=0.8)
-    for axis, angle, (low, high) in zip(AXES, _ANGLES, limits, strict=True):
-        x, y = math.cos(angle), math.sin(angle)
-        axes.plot([0, x], [0, y], color=plots.FAINT, linewidth=0.8)
-        if y > 0:
-            axes.text(x, y + 0.04, f"{axis.title}\n{high:g}", ha="center", va="bottom")
-            axes.text(x + 0.04, _INNER * y + 0.03, f"{low:g}", **small)
-        else:
-            axes.text(x, y - 0.04, f"{high:g}\n{axis.title}", ha="center", va="top")
-            axes.text((_INNER - 0.04) * x, _INNER * y - 0.1, f"{low:g}", ha="center", **small)
+    around = [2 * math.pi * number / len(AXES) for number in range(len(AXES) + 1)]
+    ends = zip(AXES, limits, strict=True)
+    names = [f"{axis.title}\n{low:g} to {high:g}" for axis, (low, high) in ends]
+    axes.set_theta_zero_location("N")
+    axes.set_theta_direction(-1)
+    # The lowest value stands off the center, where all directions meet.
+    axes.set(ylim=(-1 / 3, 1), yticks=(0, 0.5, 1), yticklabels=())
+    axes.set(xticks=around[:-1], xticklabels=names)
+    axes.tick_params(pad=20, labelsize=8)
+    axes.grid(color=plots.FAINT, linewidth=0.8)
+    axes.spines["polar"].set_visible(False)
     for entry, row in zip(entries, values, strict=True):
         places = zip(row, limits, strict=True)
-        radii = [
-            _INNER + (1 - _INNER) * (value - low) / (high - low) for value, (low, high) in places
-        ]
+        radii = [(value - low) / (high - low) for value, (low, high) in places]
         label = f"{_label(entry)}: {', '.join(f'{value:.1f}' for value in row)}"
         style, zorder = looks[entry.kind, entry.name].curve, 4 if entry.kind == RUN else 3
-        axes.plot(*_triangle(radii), **style, label=label, zorder=zorder)
+        axes.plot(around, [*radii, radii[0]], **style, label=label, zorder=zorder)
     title = ", ".join(axis.title.lower() for axis in AXES)
-    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "fontsize": 8}
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.05), "fontsize": 8}
     axes.legend(handlelength=3, title=title, title_fontsize=8, **below)
-
-
-def _triangle(radii: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Return the closed line through a point on each axis."""
-    points = [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, _ANGLES, strict=True)]
-    return [x for x, _ in [*points, points[0]]], [y for _, y in [*points, points[0]]]
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
@@ -499,22 +475,9 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _draw_costs(
-    axes: Axes,
-    entries: Sequence[Entry],
-    looks: Looks,
-    axis: Axis,
-    costs: dict[str, float | None],
-    label: str,
-    units: dict[str, float],
+    axes: Axes, points: Sequence[Point], looks: Looks, label: str, units: dict[str, float]
 ) -> None:
-    """Draw a point per model whose cost is known."""
     plots.quiet_axis(axes)
-    points = [
-        (entry, score, cost)
-        for entry in entries
-        if entry.kind == RUN and (cost := costs[entry.name]) is not None
-        if (score := axis.score(entry)) is not None
-    ]
     highest = max((cost for _, _, cost in points), default=0.0)
     unit = [name for name, size in units.items() if size == 1 or size <= highest][-1]
     edge: dict[str, Any] = {"markeredgecolor": INK, "markeredgewidth": 0.6, "markersize": 8}

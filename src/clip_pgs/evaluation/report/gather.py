@@ -168,11 +168,6 @@ class Model:
         """The mask that images were encoded through; "" for whole images."""
         return self.runs[0].inference_masking
 
-    @property
-    def flops_per_image(self) -> float | None:
-        """Floating-point operations of encoding an image; None where unknown."""
-        return self.runs[0].flops_per_image
-
     def mean(self, fact: str) -> float | None:
         """Return the mean over the runs of a cost, such as "seconds"; None if unknown."""
         values = [
@@ -239,18 +234,16 @@ def group_by_seed(runs: Sequence[Run]) -> list[Model]:
     """
     groups: list[list[Run]] = []
     for run in runs:
-        for group in groups:
-            seeds = [other.training.seed for other in group]
-            recipe = group[0].training.recipe
-            is_alike = run.inference_masking == group[0].inference_masking
-            if (
-                recipe
-                and run.training.recipe == recipe
-                and run.training.seed not in seeds
-                and is_alike
-            ):
-                group.append(run)
-                break
+        training, mask = run.training, run.inference_masking
+        fitting = [
+            group
+            for group in groups
+            if training.recipe and training.recipe == group[0].training.recipe
+            if mask == group[0].inference_masking
+            if training.seed not in [other.training.seed for other in group]
+        ]
+        if fitting:
+            fitting[0].append(run)
         else:
             groups.append([run])
     names = []

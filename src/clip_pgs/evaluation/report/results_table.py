@@ -173,35 +173,37 @@ def provenance_table(runs: Sequence[Run]) -> Table:
 
 def models_table(models: Sequence[Model]) -> Table:
     """List what stands behind each model."""
-    rows = []
-    for model in models:
-        training = model.training
-        samples, flops, seconds = map(model.mean, ("samples", "flops", "seconds"))
-        cells = [
-            Cell(training.architecture),
-            Cell(training.data),
-            Cell(samples, tables.scaled(samples)),
-            Cell(flops, tables.scaled(flops)),
-            Cell(seconds, tables.duration(seconds)),
-            Cell(training.hardware),
-            Cell(training.masking),
-            Cell(model.inference_masking or "none"),
-            Cell(model.flops_per_image, tables.scaled(model.flops_per_image)),
-            Cell(", ".join(map(str, model.seeds))),
-        ]
-        cells = [cell if cell.shown else Cell(None, "unknown") for cell in cells]
-        rows.append([model.name, *cells])
     header = ("model", "architecture", "training data", "samples seen", "FLOP", "wall time")
-    notes, seeds = [], "seed"
-    if any(len(model.runs) > 1 for model in models):
-        seeds = "seeds"
-        notes.append("Runs that differ only in their seed are one row; costs are means of a run.")
+    rows = [
+        [model.name, *(cell if cell.shown else Cell(None, "unknown") for cell in facts.values())]
+        for model in models
+        for facts in [_facts(model)]
+    ]
     return Table.of(
-        [*header, "hardware", "masking", "masking at inference", "FLOP per image", seeds],
+        [*header, "hardware", "masking", "masking at inference", "FLOP per image", "seeds"],
         rows,
         caption="What stands behind each model",
-        notes=notes,
+        notes=["Runs that differ only in their seed are one row; costs are means of a run."],
     )
+
+
+def _facts(model: Model) -> dict[str, Cell]:
+    training, through = model.training, model.inference_masking
+    samples, flops, seconds = map(model.mean, ("samples", "flops", "seconds"))
+    flops_per_image = model.mean("flops_per_image")
+    seeds = [str(seed) for seed in model.seeds]
+    return {
+        "architecture": Cell(training.architecture),
+        "training_data": Cell(training.data),
+        "samples_seen": Cell(samples, tables.scaled(samples)),
+        "flops": Cell(flops, tables.scaled(flops)),
+        "wall_seconds": Cell(seconds, tables.duration(seconds)),
+        "hardware": Cell(training.hardware),
+        "masking": Cell(training.masking),
+        "inference_masking": Cell(through, through or "none"),
+        "flops_per_image": Cell(flops_per_image, tables.scaled(flops_per_image)),
+        "seeds": Cell(" ".join(seeds), ", ".join(seeds)),
+    }
 
 
 def suite_places(suite: str, entries: Sequence[Entry], *, order: Sequence[str]) -> list[Place]:
@@ -358,17 +360,9 @@ def scores_csv(models: Sequence[Model], families: Sequence[Family], paper: Paper
 
 
 def _csv_facts(model: Model) -> dict[str, Any]:
-    return {
-        "source": " ".join(dict.fromkeys(run.results[0].pretrained for run in model.runs)),
-        "training_data": model.training.data,
-        "samples_seen": model.mean("samples"),
-        "flops": model.mean("flops"),
-        "wall_seconds": model.mean("seconds"),
-        "masking": model.training.masking,
-        "inference_masking": model.inference_masking,
-        "flops_per_image": model.flops_per_image,
-        "seeds": " ".join(map(str, model.seeds)),
-    }
+    sources = dict.fromkeys(run.results[0].pretrained for run in model.runs)
+    facts = {name: cell.value for name, cell in _facts(model).items()}
+    return {"source": " ".join(sources), **facts}
 
 
 def _average_rows(

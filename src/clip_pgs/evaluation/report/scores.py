@@ -155,6 +155,11 @@ class Family:
         return self.name == PAPER_SETS
 
     @property
+    def words(self) -> str:
+        """What to call these data sets in a sentence."""
+        return "the paper's data sets" if self.is_paper else "data sets that are not the paper's"
+
+    @property
     def suites(self) -> list[str]:
         """The suites in which a model was scored."""
         return ordered_suites(
@@ -481,14 +486,14 @@ def _chance_metrics(result: Result) -> dict[str, float | None]:
 
 
 def _model_entry(model: Model, runs: Sequence[Sequence[Result]]) -> Entry:
-    ties: dict[str, list[tuple[int, int]]] = {}
-    for run in runs:
-        tied = [result for result in run if result.status == DONE and "ties" in result.details]
-        for suite in dict.fromkeys(result.suite for result in tied):
-            of_suite = [result for result in tied if result.suite == suite]
-            num_ties = sum(result.details["ties"] for result in of_suite)
-            num_items = sum(result.details.get("items", result.samples) for result in of_suite)
-            ties.setdefault(suite, []).append((num_ties, num_items))
+    ties = {}
+    tied = [r for run in runs for r in run if r.status == DONE and "ties" in r.details]
+    for suite in dict.fromkeys(result.suite for result in tied):
+        of_suite = [result for result in tied if result.suite == suite]
+        num_runs = len({result.weights_digest for result in of_suite})
+        num_ties = sum(result.details["ties"] for result in of_suite)
+        num_items = sum(result.details.get("items", result.samples) for result in of_suite)
+        ties[suite] = (num_ties / num_runs, num_items / num_runs)
     data, masking = model.training.short_data or "training unknown", model.training.masking
     samples, flops, seconds = map(model.mean, ("samples", "flops", "seconds"))
     more = [
@@ -504,10 +509,7 @@ def _model_entry(model: Model, runs: Sequence[Sequence[Result]]) -> Entry:
         scores=score_runs(runs),
         facts=data if samples is None else f"{data}, {scaled(samples)} samples seen",
         more=", ".join(filter(None, more)),
-        ties={
-            suite: (statistics.fmean(t for t, _ in counts), statistics.fmean(n for _, n in counts))
-            for suite, counts in ties.items()
-        },
+        ties=ties,
         num_runs=len(model.runs),
     )
 
