@@ -13,12 +13,20 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from clip_pgs.common import INTERRUPTED, SentenceParser, find_config, number_in, refuse, run_program
+from clip_pgs.common import (
+    INTERRUPTED,
+    SentenceParser,
+    find_config,
+    number_in,
+    refuse,
+    run_program,
+    silenced,
+)
 from clip_pgs.files import folder_lock
 
 if TYPE_CHECKING:
@@ -41,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return refuse(f"a study needs {error.name}: pip install 'clip-pgs[train,eval]'")
     signals = StopSignals()
-    with signals.caught(), _errors_alone(), ExitStack() as held:
+    # What options and data sets are warned about stands in each run's own log, a warm-up apart.
+    with signals.caught(), silenced(logging.WARNING), ExitStack() as held:
         try:
             return _run(args, signals, held)
         except StopRequest:
@@ -78,18 +87,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--logs", type=Path, default=Path("logs/study"), metavar="DIR", help="(logs/study)")
     return parser
-
-
-@contextmanager
-def _errors_alone() -> Iterator[None]:
-    """Leave to each run's own log what options and data sets are warned about, a warm-up apart."""
-    logger = logging.getLogger("clip_pgs")
-    level_before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level_before)
 
 
 def _run(args: argparse.Namespace, signals: StopSignals, held: ExitStack) -> int:
@@ -150,9 +147,7 @@ def _run(args: argparse.Namespace, signals: StopSignals, held: ExitStack) -> int
 
 
 def _refuse_second(study: Study) -> NoReturn:
-    raise ValueError(
-        f"the study in {study.folder} is running already; wait for its end, or stop it"
-    )
+    raise ValueError(f"the study in {study.folder} is running already; wait for it, or stop it")
 
 
 def _report(study: Study, args: argparse.Namespace) -> int:

@@ -25,20 +25,18 @@ Options are named like the flags of the two commands, and passed on as they are.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from torch import nn
 
-from clip_pgs.common import expand_home, explained, one_sentence
+from clip_pgs.common import expand_home, explained
 from clip_pgs.evaluation.command import (
     check_call,
     choose_device,
@@ -215,10 +213,9 @@ def _study(path: Path, content: dict[Any, Any], root: Path) -> Study:
         _metric(name): _formula(name, said)
         for name, said in _mapping("metrics", content["metrics"]).items()
     }
-    if not isinstance(content.get("keep_checkpoints", True), bool):
-        raise ValueError(
-            f"'keep_checkpoints' is true or false, got {content['keep_checkpoints']!r}"
-        )
+    keep_checkpoints = content.get("keep_checkpoints", True)
+    if not isinstance(keep_checkpoints, bool):
+        raise ValueError(f"'keep_checkpoints' is true or false, got {keep_checkpoints!r}")
     if content["primary"] not in list(metrics):
         raise ValueError(f"'primary' is one of {', '.join(metrics)}, got {content['primary']!r}")
     return Study(
@@ -232,7 +229,7 @@ def _study(path: Path, content: dict[Any, Any], root: Path) -> Study:
         evaluations=_evaluations(content["evaluations"]),
         metrics=metrics,
         primary=content["primary"],
-        keep_checkpoints=content.get("keep_checkpoints", True),
+        keep_checkpoints=keep_checkpoints,
         root=root,
     )
 
@@ -298,17 +295,13 @@ def _mapping(what: str, said: Any) -> dict[Any, Any]:
 
 def _name(what: str, said: Any) -> str:
     if not isinstance(said, str) or not _NAME.fullmatch(said):
-        raise ValueError(
-            f"the name of {what} takes up to 60 letters, digits and . _ + -, got {said!r}"
-        )
+        raise ValueError(f"the name of {what} is up to 60 letters, digits, . _ + -, got {said!r}")
     return said
 
 
 def _metric(said: Any) -> str:
     if not isinstance(said, str) or not (_METRIC.fullmatch(said) and said.strip().isprintable()):
-        raise ValueError(
-            f"the name of a metric takes up to 60 characters without slashes, got {said!r}"
-        )
+        raise ValueError(f"a metric's name is up to 60 characters without slashes, got {said!r}")
     return said
 
 
@@ -432,7 +425,7 @@ def _check_evaluation(
         trained: Options of the run.
         model: Its model, where that is at hand.
     """
-    args = _parse_evaluation(["RUN", *flags])
+    args = _parse_evaluation(flags)
     sets = check_call(args)
     choose_device(args.device)
     name, chosen = inference_choice(args)
@@ -451,7 +444,7 @@ def evaluated_sets(calls: Iterable[Sequence[str]]) -> list[EvalSet]:
     Args:
         calls: The flags of each, from `Study.evaluate_arguments`.
     """
-    return [each for flags in calls for each in check_call(_parse_evaluation(["RUN", *flags]))]
+    return [each for flags in calls for each in check_call(_parse_evaluation(flags))]
 
 
 def data_digest(sets: Iterable[EvalSet]) -> str:
@@ -463,14 +456,14 @@ def data_digest(sets: Iterable[EvalSet]) -> str:
     return content_digest([[each.suite, each.name, data_identity(each)] for each in sets])
 
 
-def _parse_evaluation(argv: Sequence[str]) -> argparse.Namespace:
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
-            return make_parser().parse_args(argv)
-    except SystemExit:
-        sentence = one_sentence(complaint.getvalue()).removeprefix("error: ")
-        raise ValueError(sentence) from None
+def _parse_evaluation(flags: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    return parser.parse_args(["RUN", *flags])
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
 
 
 def _check_sets(study: Study, sets: Sequence[EvalSet], *, are_data_needed: bool) -> None:

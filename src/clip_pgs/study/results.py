@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FuncFormatter
@@ -30,7 +30,7 @@ from clip_pgs.study.plan import (
 )
 from clip_pgs.study.record import Record, Spent, read_record, read_spent
 from clip_pgs.study.statistics import MIN_SEEDS, Mean, holm, mean_with_interval, sign_flip_p
-from clip_pgs.tables import Cell, Table, counted, csv_text, markdown_text, percent, scaled
+from clip_pgs.tables import Cell, Table, counted, csv_text, percent, scaled
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.run_folder import (
     changed_options,
@@ -103,7 +103,7 @@ class Comparison:
     differences: dict[int, float]
     mean: Mean
     p: float
-    p_holm: float | None
+    p_holm: float | None = None
 
 
 def read_rows(study: Study, records: Records) -> list[Row]:
@@ -147,30 +147,24 @@ def compare(study: Study, rows: Sequence[Row]) -> list[Comparison]:
             row for row in rows if row is not reference and row.values.keys() & reference.values
         ]
         for metric in study.metrics:
-            differences = [
-                {
+            compared = []
+            for row in others:
+                differences = {
                     seed: row.values[seed][metric] - reference.values[seed][metric]
                     for seed in row.values
                     if seed in reference.values
                 }
-                for row in others
-            ]
-            p_values = [sign_flip_p(list(said.values())) for said in differences]
-            corrected = holm(p_values) if metric == study.primary else [None] * len(p_values)
-            found += [
-                Comparison(
-                    row.name,
-                    reference.name,
-                    metric,
-                    said,
-                    mean_with_interval(list(said.values())),
-                    p,
-                    p_holm,
-                )
-                for row, said, p, p_holm in zip(
-                    others, differences, p_values, corrected, strict=True
-                )
-            ]
+                said = list(differences.values())
+                mean, p = mean_with_interval(said), sign_flip_p(said)
+                names = row.name, reference.name, metric
+                compared.append(Comparison(*names, differences, mean, p))
+            if metric == study.primary:
+                corrected = holm([comparison.p for comparison in compared])
+                compared = [
+                    replace(comparison, p_holm=p)
+                    for comparison, p in zip(compared, corrected, strict=True)
+                ]
+            found += compared
     return found
 
 
@@ -201,11 +195,10 @@ def write_results(study: Study, *, command: str) -> Path:
     notes = _notes(study, rows, comparisons, records)
     facts = _facts(study, rows, command)
     tables = [
+        *([Table.of(["run", "reason"], failed, caption="Runs that failed.")] if failed else []),
         _means_table(study, rows),
         *(_differences_table(study, name, rows, comparisons) for name in _references(comparisons)),
     ]
-    seeds_table = _seeds_table(study, rows, comparisons)
-    trouble = Table.of(["run", "reason"], failed, caption="Runs that failed.") if failed else None
     figures = _draw_all(study, rows)
 
     study.folder.mkdir(parents=True, exist_ok=True)
@@ -225,30 +218,18 @@ def write_results(study: Study, *, command: str) -> Path:
     write_json(study.folder / JSON_NAME, content)
     header, lines = _csv_rows(study, rows, comparisons)
     write_text(study.folder / CSV_NAME, csv_text(header, lines))
-    parts = [f"# Study {study.name}", *map(markdown_text, (study.about, *notes))]
-    parts += [table.markdown() for table in [*([trouble] if trouble else []), *tables]]
-    parts += [
-        f"![{markdown_text(drawn.alt)}]({FIGURES_NAME}/{quote(drawn.name)}.png)"
-        for drawn in figures
-    ]
-    parts += [
-        seeds_table.markdown(),
-        "\n".join(f"- {name}: {markdown_text(said)}" for name, said in facts.items()),
-    ]
-    text = "\n\n".join(part.strip() for part in parts if part)
-    write_text(study.folder / MARKDOWN_NAME, f"{text}\n")
+    shown = {
+        "study": study,
+        "notes": notes,
+        "facts": facts,
+        "tables": tables,
+        "seeds_table": _seeds_table(study, rows, comparisons),
+        "figures": figures,
+    }
     templates = page_templates("clip_pgs.study", "clip_pgs.evaluation.report")
-    page = templates.get_template("study.html.jinja")
-    html = page.render(
-        study=study,
-        notes=notes,
-        facts=facts,
-        trouble=trouble,
-        tables=tables,
-        seeds_table=seeds_table,
-        figures=figures,
-    )
-    write_text(study.folder / HTML_NAME, html)
+    for name, form in ((MARKDOWN_NAME, "md"), (HTML_NAME, "html")):
+        text = templates.get_template(f"study.{form}.jinja").render(shown)
+        write_text(study.folder / name, re.sub(r"\n{3,}", "\n\n", text))
     return study.folder / HTML_NAME
 
 
@@ -396,20 +377,17 @@ def _means_table(study: Study, rows: Sequence[Row]) -> Table:
             len(row.values),
             Cell(row.mean_of("flops"), scaled(row.mean_of("flops"))),
             Cell(row.flops_per_image, scaled(row.flops_per_image)),
-            Cell(row.mean_of("seconds"), _minutes(row.mean_of("seconds"))),
+            Cell(seconds, "" if seconds is None else f"{seconds / 60:.1f}"),
             *(_shown(row.means.get(name)) for name in study.metrics),
         ]
         for row in rows
+        for seconds in [row.mean_of("seconds")]
     ]
     return Table.of(
         [*header, *study.metrics],
         lines,
         caption="Means over seeds with 95 % intervals, in percent; FLOPs and minutes per run.",
     )
-
-
-def _minutes(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds / 60:.1f}"
 
 
 def _ratio(value: float | None, reference: float | None) -> Cell:
@@ -517,23 +495,16 @@ def _draw(
         axes = drawing.subplots()
         plots.quiet_axis(axes)
         for row, cost, mean in points:
-            place = arms.index(row.arm)
-            low = mean.mean if mean.low is None else mean.low
-            high = mean.mean if mean.high is None else mean.high
-            ways = list(study.arms[row.arm].evaluations)
-            is_first = row.evaluation == ways[0]
-            color = plots.COLORS[place % len(plots.COLORS)]
-            axes.errorbar(
+            look = plots.look_of(arms.index(row.arm))
+            is_first = row.evaluation == next(iter(study.arms[row.arm].evaluations))
+            if mean.low is not None and mean.high is not None:
+                ends = [100 * mean.low, 100 * mean.high]
+                axes.plot([cost, cost], ends, color=look["color"], marker="_", linewidth=1)
+            axes.plot(
                 cost,
                 100 * mean.mean,
-                # BCa intervals need not hold the mean.
-                yerr=[[100 * max(mean.mean - low, 0)], [100 * max(high - mean.mean, 0)]],
-                color=color,
-                marker=plots.MARKERS[(place + place // len(plots.COLORS)) % len(plots.MARKERS)],
-                markerfacecolor=color if is_first else "white",
-                linestyle="none",
-                elinewidth=1,
-                capsize=2.5,
+                **{**look, "linestyle": "none"},
+                markerfacecolor=look["color"] if is_first else "white",
                 label=plots.legend_label(row.arm if row.evaluation == UNMASKED else row.name),
             )
         # Equal costs are the usual case: the last arm's mark and bars stay inside.

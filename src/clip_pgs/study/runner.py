@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -121,7 +122,6 @@ class Runner:
         self._lock = threading.Lock()
         self._children: set[subprocess.Popen[bytes]] = set()
         self._is_stopping = False
-        self._started: dict[Pair, float] = {}
         self._ended: set[Pair] = set()
         self._num_failed = 0
         self._other_code = ""
@@ -174,7 +174,7 @@ class Runner:
         """Train and evaluate one run, as far as that is not done."""
         if self._is_stopping or not self._is_same_code():
             return
-        self._started[pair] = time.monotonic()
+        start = time.monotonic()
         reason = self._train(pair)
         for way in self.study.arms[pair.arm].evaluations:
             if not reason and not self._is_stopping:
@@ -189,7 +189,7 @@ class Runner:
         with self._lock:
             self._ended.add(pair)
             self._num_failed += bool(reason)
-        spent = duration(time.monotonic() - self._started[pair])
+        spent = duration(time.monotonic() - start)
         outcome = f"failed: {reason}" if reason else f"done in {spent}"
         count = f"[{len(self._ended)}/{len(self.pairs)}]"
         self._say(f"{count} {pair}: {outcome}{self._time_left()}")
@@ -317,24 +317,20 @@ class Runner:
         write_record(replace(record, accepted=accepted), run)
 
     def _time_left(self) -> str:
-        """Return how long the rest will take, from what runs of each arm took."""
-        seconds: dict[str, list[float]] = {}
-        for pair in self.pairs:
-            record = read_record(self.study.run(pair.arm, pair.seed))
-            if pair in self._ended and record.spent is not None and not record.failed:
-                evaluating = sum(done.seconds for done in record.evaluations.values())
-                spent = (record.spent.seconds or 0.0) + _START_SECONDS + evaluating
-                seconds.setdefault(pair.arm, []).append(spent)
-        if not seconds:
+        """Return how long the rest will take, from what the runs that are done took."""
+        ended = [pair for pair in self.pairs if pair in self._ended]
+        records = [read_record(self.study.run(pair.arm, pair.seed)) for pair in ended]
+        seconds = [
+            (record.spent.seconds or 0.0)
+            + _START_SECONDS
+            + sum(done.seconds for done in record.evaluations.values())
+            for record in records
+            if record.spent is not None and not record.failed
+        ]
+        left = len(self.pairs) - len(ended)
+        if not seconds or not left:
             return ""
-        means = {arm: sum(spent) / len(spent) for arm, spent in seconds.items()}
-        mean = sum(means.values()) / len(means)
-        now, left = time.monotonic(), 0.0
-        for pair in self.pairs:
-            if pair not in self._ended:
-                passed = now - self._started.get(pair, now)
-                left += max(means.get(pair.arm, mean) - passed, 0.0)
-        return f"; about {duration(left / self.jobs)} left" if left else ""
+        return f"; about {duration(left * statistics.fmean(seconds) / self.jobs)} left"
 
     def _say(self, sentence: str) -> None:
         sys.stdout.write(f"{sentence}\n")
