@@ -180,7 +180,13 @@ def test_a_training_line_fits_120_columns_and_names_a_loss_once(caplog):
         loss = torch.tensor(12.345678)
         kept = [torch.tensor([98, 137])]
         telemetry.step(
-            StepResult({"contrastive_loss": loss, "loss": loss}, None, kept, lr=2.123e-09),
+            StepResult(
+                {"contrastive_loss": loss, "loss": loss},
+                grad_norm=torch.tensor(1.0),
+                kept_counts=kept,
+                is_bad=torch.tensor(0.0),
+                lr=2.123e-09,
+            ),
             model=model,
             epoch=11,
             done=step * 4096,
@@ -219,7 +225,9 @@ def test_mask_pictures_show_images_above_what_is_kept(finished_run):
 def test_meter_averages_losses_and_takes_the_extremes_of_masks():
     meter = WindowMeter(num_patches=10, samples_per_step=4)
     for loss, kept in ((1.0, [5, 7]), (3.0, [6, 9])):
-        result = StepResult({"loss": torch.tensor(loss)}, None, [torch.tensor(kept)])
+        facts = {"grad_norm": torch.tensor(1.0), "is_bad": torch.tensor(0.0), "lr": 0.1}
+        losses = {"loss": torch.tensor(loss)}
+        result = StepResult(losses, kept_counts=[torch.tensor(kept)], **facts)
         meter.add(result, data_seconds=0.0)
     values = meter.read(world_size=2)
     assert values["loss"] == 2.0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from open_clip import CLIP
@@ -42,10 +42,10 @@ class StepResult:
     """
 
     losses: dict[str, Tensor]
-    grad_norm: Tensor | None = None
-    kept_counts: list[Tensor] = field(default_factory=list)
-    is_bad: Tensor | None = None
-    lr: float = 0.0
+    grad_norm: Tensor
+    kept_counts: list[Tensor]
+    is_bad: Tensor
+    lr: float
 
 
 def compute_gradients(

@@ -103,9 +103,7 @@ class WindowMeter:
         """
         self.num_steps += 1
         self._data_seconds += data_seconds
-        values = dict(result.losses)
-        if result.grad_norm is not None:
-            values["grad_norm"] = result.grad_norm
+        values = {**result.losses, "grad_norm": result.grad_norm}
         if result.kept_counts:
             kept = torch.cat(result.kept_counts)
             values["tokens_kept"] = kept.float().mean()
@@ -115,10 +113,9 @@ class WindowMeter:
                 high = torch.maximum(high, self._kept_bounds[1])
             self._kept_bounds = (low, high)
         # What a skipped step measured would be all that a mean shows.
-        if result.is_bad is not None:
-            is_bad = result.is_bad > 0
-            values = {name: value.masked_fill(is_bad, 0.0) for name, value in values.items()}
-        self._num_good += 1.0 if result.is_bad is None else 1.0 - result.is_bad
+        is_bad = result.is_bad > 0
+        values = {name: value.masked_fill(is_bad, 0.0) for name, value in values.items()}
+        self._num_good += 1.0 - result.is_bad
         for name, value in values.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
@@ -273,8 +270,7 @@ class Telemetry:
         self._cost.selection_flops += samples * self._flops.selection
         if not self.is_active:
             return
-        if result.is_bad is not None:
-            self._skipped_steps.add(result.is_bad)
+        self._skipped_steps.add(result.is_bad)
         self._meter.add(result, data_seconds=data_seconds)
         self._bar.update()
         step_in_epoch = done // samples - 1
