@@ -168,14 +168,7 @@ def train(
             group.barrier()
             report.folder = folder
             with logging_to(options, folder):
-                lacks = torch.device(options.device).type != device.type
-                _logger.info(
-                    "Process %d of %d on %s%s",
-                    options.rank,
-                    options.world_size,
-                    device,
-                    f", as there is no {options.device}" if lacks else "",
-                )
+                _logger.info("Process %d of %d on %s", options.rank, options.world_size, device)
                 for sentence in sentences:
                     _logger.warning("%s", sentence)
                 options.precision = supported_precision(options.precision, device)
