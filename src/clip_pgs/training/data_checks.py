@@ -117,15 +117,11 @@ def _describe_file(path: str, num_samples: int | None = None) -> str:
 
 def samples_per_step(options: TrainOptions) -> int:
     """Return the samples of one optimizer step over all processes."""
-    return options.batch_size * options.accum_freq * _num_processes()
-
-
-def _num_processes() -> int:
-    return world_info_from_env()[2]
+    return options.batch_size * options.accum_freq * world_info_from_env()[2]
 
 
 def _check_training_data(options: TrainOptions) -> None:
-    kind = training_kind(options)
+    kind, num_processes = training_kind(options), world_info_from_env()[2]
     _check_files(options, options.train_data, flag="--train-data")
     if options.dataset_resampled and kind != "webdataset":
         raise ValueError(f"--dataset-resampled draws shards; it does not apply to {kind} data")
@@ -135,9 +131,9 @@ def _check_training_data(options: TrainOptions) -> None:
         upsampling_weights(options.train_data or "", options.train_data_upsampling_factors)
     if kind == "webdataset" and not options.dataset_resampled:
         shards = expand_shards(options.train_data or "")
-        if not all(map(is_seekable, shards)) and len(shards) < _num_processes():
+        if not all(map(is_seekable, shards)) and len(shards) < num_processes:
             raise ValueError(
-                f"{len(shards)} shards cannot feed {_num_processes()} processes, as they can only "
+                f"{len(shards)} shards cannot feed {num_processes} processes, as they can only "
                 "be read from the beginning; each needs one of its own (or --dataset-resampled)"
             )
 
@@ -165,7 +161,7 @@ def _check_training_data(options: TrainOptions) -> None:
             raise ValueError(
                 f"{num_samples} training samples are less than one optimizer step, which takes "
                 f"{needed} ({prefix}batch-size {phase.batch_size} x {prefix}accum-freq "
-                f"{phase.accum_freq} x {_num_processes()} processes){damage}"
+                f"{phase.accum_freq} x {num_processes} processes){damage}"
             )
 
 

@@ -23,7 +23,7 @@ from torchvision.utils import save_image
 
 from clip_pgs.data.order import stable_seed
 from clip_pgs.figure import PANEL_SIZE, Column, draw_figure
-from clip_pgs.files import atomic_file
+from clip_pgs.files import write_bytes
 from clip_pgs.integrations.open_clip import (
     calibrate_masking,
     last_selection,
@@ -211,8 +211,7 @@ class MaskPictures:
                 # Not to the file: torch tells of a full disk as of a wrong position.
                 torch.save(images, content)
                 self._folder.mkdir(parents=True, exist_ok=True)
-                with atomic_file(path) as file:
-                    file.write(content.getbuffer())
+                write_bytes(path, content.getvalue())
             self._images = images.to(candidates.device)
 
     def draw(self, epoch: int) -> Tensor | None:
