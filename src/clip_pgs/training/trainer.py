@@ -599,7 +599,10 @@ class Trainer:
             timedelta(seconds=round(cost.seconds)),
         )
         _logger.info("Checkpoints, curves and mask pictures are in %s", self._folder)
-        _logger.info("The model is in %s; its README.md says what opens it", export)
+        opens = "OpenCLIP opens the model as local-dir:%s"
+        if self._options.mae is not None:
+            opens = "transformers opens the model as %s"
+        _logger.info(opens, export)
 
 
 class PhaseTrainer:
