@@ -53,7 +53,8 @@ def test_terminal_sets_numbers_to_the_right_and_texts_to_the_left():
 
 
 def test_csv_has_the_values_in_full():
-    assert TABLE.csv() == "model,top-1,note\na,0.5,x\nbcd,0.05,\n"
+    rows = [["a", 0.5, "x"], ["bcd", 0.05, None]]
+    assert csv_text(["model", "top-1", "note"], rows) == "model,top-1,note\na,0.5,x\nbcd,0.05,\n"
 
 
 def test_markdown_has_caption_alignment_and_notes():
@@ -74,7 +75,6 @@ def test_a_last_cell_spans_what_is_left():
     assert table.text() == "set   x  y\na     1  2\ngone  failed: no folder\n"
     assert 'colspan="2">failed: no folder' in table.html()
     assert table.markdown().splitlines()[-1] == "| gone | failed: no folder |  |"
-    assert {len(row) for row in csv.reader(io.StringIO(table.csv()))} == {2, 3}
 
 
 def test_headings_over_several_columns_stand_before_each_where_there_is_one_line():
@@ -134,14 +134,14 @@ def test_csv_whose_cells_could_be_of_another_column_is_refused(text):
 @pytest.mark.parametrize("text", ["\x1b[31mred", "a\x00b", "a\u202eb", "a\ud800b", "a\x07"])
 def test_no_form_has_a_control_character(text):
     table = Table([Column(text)], [Row([Cell(text, note=text)], facts=text)], text, [text])
-    for form in (table.text(), table.csv(), table.markdown(), table.html()):
+    for form in (table.text(), csv_text([text], [[text]]), table.markdown(), table.html()):
         assert form.encode("utf-8")
         assert all(character.isprintable() or character == "\n" for character in form)
 
 
 def test_a_cell_stays_one_line():
     table = Table.of(["a", "b"], [["x\ny", "1\r\n2"]])
-    for form in (table.text(), table.csv()):
+    for form in (table.text(), csv_text(["a", "b"], [["x\ny", "1\r\n2"]])):
         assert form.count("\n") == 2
     assert table.markdown().splitlines()[-1] == "| x y | 1 2 |"
 

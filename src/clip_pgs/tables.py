@@ -1,4 +1,4 @@
-"""One table for every place that shows it: the terminal, CSV, Markdown and HTML.
+"""One table for every place that shows it, the terminal, Markdown and HTML; and CSV.
 
 What stands in a cell may come from other people's files: names of models, data sets and classes,
 reasons of failures. Each form shows such a text as it is, on one line; in none it becomes a
@@ -147,11 +147,6 @@ class Table:
                 cells[-1] = line[-1]
             text += "  ".join(cells).rstrip() + "\n"
         return text.translate(_ASCII)
-
-    def csv(self) -> str:
-        """Return headings and values, numbers in full."""
-        values = [[cell.value for cell in row.cells] for row in self.rows]
-        return csv_text([column.heading for column in self.columns], values)
 
     def markdown(self) -> str:
         """Return caption, table and notes as Markdown."""
