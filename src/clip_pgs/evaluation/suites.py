@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,6 +68,11 @@ class Scores:
     metrics: dict[str, float | None]
     samples: int
     details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in self.metrics.items():
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"metric {name} must be a finite number or None, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
