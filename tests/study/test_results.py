@@ -169,6 +169,38 @@ def test_runs_that_are_not_what_the_file_says_by_now_are_told(study):
     )
 
 
+def test_a_run_that_is_done_and_has_lost_its_options_is_told(study):
+    fill(study, {"random": RANDOM[:1], "pgs": PGS[:1]})
+    run = study.study / "pgs/seed_0"
+    (run / "options.json").write_text("{")
+    assert main(study.argv("--report-only")) == 0
+    text = (study.study / "results.md").read_text().replace("\\", "")
+    assert re.search(r"means otherwise \(\S*options.json[^\n]*\): pgs, seed 0\.", text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spent": {"flops": "a", "seconds": None, "hardware": "a test"}},
+        {"spent": {"flops": None, "seconds": None, "hardware": 5}},
+        {"code": 5},
+        {"code": "one"},
+        {"accepted": {}},
+        {"failed": None},
+        {"evaluations": {"unmasked": {"flags": [], "code": 1, "seconds": 1.0}}},
+        {"evaluations": {"unmasked": {"flags": "", "code": "", "seconds": 1.0}}},
+        {"evaluations": {"unmasked": {"flags": [], "code": "", "seconds": "1"}}},
+        {"evaluations": {"unmasked": 3}},
+    ],
+)
+def test_a_record_of_other_types_is_damaged(study, capsys, change):
+    fill(study, {"random": RANDOM[:1], "pgs": PGS[:1]})
+    path = study.study / "pgs/seed_0/study.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert main(study.argv("--report-only")) == 2
+    assert capsys.readouterr().err.startswith(f"error: {path} is damaged: ")
+
+
 def test_what_a_study_is_about_is_no_markup(study):
     about = "# one\n| two | $3$ <script>alert(1)</script>\n\n## &lt; *four* `five` \x1b[31m"
     study.change(about=about, metrics={"a_*b*": ["zeroshot-classification/four/acc1"]})

@@ -11,6 +11,7 @@ import ast
 import hashlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -131,9 +132,27 @@ def read_record(run: Path) -> Record:
             content["spent"] = Spent(**content["spent"])
         # An earlier version held more.
         known = {part.name for part in fields(Record)}
-        return Record(**{name: said for name, said in content.items() if name in known})
+        record = Record(**{name: said for name, said in content.items() if name in known})
+        _check_types(record)
+        return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}; remove the run {run}") from None
+
+
+def _check_types(record: Record) -> None:
+    evaluated, spent = record.evaluations.values(), record.spent
+    lists = [record.code, record.accepted, *(done.flags for done in evaluated)]
+    texts = [record.version, record.model, record.failed, *record.code, *record.accepted]
+    texts += [text for done in evaluated for text in (done.code, done.data)]
+    numbers: list[Any] = [done.seconds for done in evaluated]
+    if spent is not None:
+        texts.append(spent.hardware)
+        numbers += [number for number in (spent.flops, spent.seconds) if number is not None]
+    kinds: list[tuple[Any, str, list[Any]]] = [(list, "list", lists), (str, "text", texts)]
+    for kind, word, values in [*kinds, ((int, float), "number", numbers)]:
+        for value in values:
+            if not isinstance(value, kind):
+                raise TypeError(f"it has {value!r} in the place of a {word}")
 
 
 def read_spent(run: Path) -> Spent:
@@ -203,6 +222,18 @@ def _is_text(statement: ast.stmt) -> bool:
     return isinstance(statement.value.value, str)
 
 
+def option_changes(options: TrainOptions, run: Path, *, files: list[str] | None) -> list[str]:
+    """Say how the options of a run differ from those that its study means; see `differences`."""
+    if not holds_run(run):
+        return []
+    saved, damage = read_options_file(run)
+    changes = changed_options(options, saved, files=files) + changed_recipe(options, saved)
+    # A power cut can have left a run that was only begun without them; it is trained again.
+    if damage is not None and read_record(run).spent is not None:
+        changes.append(damage)
+    return changes
+
+
 def differences(
     options: TrainOptions, run: Path, code: Code, *, files: list[str] | None
 ) -> list[str]:
@@ -222,9 +253,7 @@ def differences(
     """
     if not holds_run(run):
         return []
-    record = read_record(run)
-    saved = read_options_file(run)[0]
-    changes = changed_options(options, saved, files=files) + changed_recipe(options, saved)
+    record, changes = read_record(run), option_changes(options, run, files=files)
     if record.model != model_digest(options):
         changes.append(f"model config {record.model or 'unknown'} -> {model_digest(options)}")
     if code.training not in record.code:

@@ -28,16 +28,9 @@ from clip_pgs.study.plan import (
     evaluate_formula,
     read_options,
 )
-from clip_pgs.study.record import Record, Spent, read_record, read_spent
+from clip_pgs.study.record import Record, Spent, option_changes, read_record, read_spent
 from clip_pgs.study.statistics import MIN_SEEDS, Mean, holm, mean_with_interval, sign_flip_p
 from clip_pgs.tables import Cell, Table, counted, csv_text, percent, scaled
-from clip_pgs.training.options import TrainOptions
-from clip_pgs.training.run_folder import (
-    changed_options,
-    changed_recipe,
-    holds_run,
-    read_options_file,
-)
 
 # What a study remembers of its runs, by arm and seed.
 Records = Mapping[tuple[str, int], Record]
@@ -288,27 +281,17 @@ def _notes(
         notes.append(f"Evaluated with other flags than the study's: {_named(otherwise)}.")
     # What was run may be older than the study's file, and nobody asked about it yet.
     options = read_options(study)
-    kept = {
-        (arm, seed): ", ".join(
-            dict.fromkeys([*said.accepted, *_changes(study, options, arm, seed)])
-        )
-        for (arm, seed), said in by_run.items()
-    }
+    kept = {}
+    for (arm, seed), said in by_run.items():
+        meant = replace(options[arm], seed=seed)
+        changes = option_changes(meant, study.run(arm, seed), files=None)
+        kept[arm, seed] = ", ".join(dict.fromkeys([*said.accepted, *changes]))
     notes += [
         f"Kept although the study means otherwise ({changes}): {_named(runs)}."
         for changes, runs in _grouped(kept).items()
         if changes
     ]
     return notes
-
-
-def _changes(study: Study, options: Mapping[str, TrainOptions], arm: str, seed: int) -> list[str]:
-    """Return how the options of a run that is there differ from the study's."""
-    run = study.run(arm, seed)
-    if not holds_run(run):
-        return []
-    said, saved = replace(options[arm], seed=seed), read_options_file(run)[0]
-    return changed_options(said, saved, files=None) + changed_recipe(said, saved)
 
 
 _Run = tuple[str, int]  # an arm, or one of its evaluations, and a seed
