@@ -162,7 +162,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--inference-merge",
         metavar="GROUPS",
-        help="merge what it drops, as --merge does in training; run merges as the run did",
+        help="merge what it drops, as --merge does in training (default: nothing, for the masking "
+        "run what the run merged)",
     )
     add(
         "--inference-merge-counts",
