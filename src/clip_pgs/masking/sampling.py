@@ -25,6 +25,9 @@ def draw_noise(inputs: PatchInputs, generator: Generator | None) -> Tensor:
     if inputs.noise is not None:
         return inputs.noise
     size = (inputs.batch_size, inputs.num_patches)
+    if generator is None:
+        # With a generator, also with None, a compiled model cannot draw for batches that vary.
+        return torch.rand(size, device=inputs.device, dtype=torch.float32)
     return torch.rand(size, generator=generator, device=inputs.device, dtype=torch.float32)
 
 

@@ -404,6 +404,18 @@ def test_the_tower_compiles_into_one_graph(build, options):
 
 
 @pytest.mark.slow
+def test_a_compiled_tower_takes_batches_of_any_size():
+    model = apply_masking(small_clip(), "pgs").train()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.visual, backend="eager")
+    for batch_size in (4, 3, 2):
+        torch.manual_seed(0)
+        expected = model.visual(image_batch(batch_size))
+        torch.manual_seed(0)
+        torch.testing.assert_close(compiled(image_batch(batch_size)), expected)
+
+
+@pytest.mark.slow
 def test_progress_recompiles_a_few_times_and_then_no_more():
     model = apply_masking(small_clip(), "pgs", mask_ratio=0.5).train()
     torch._dynamo.reset()
