@@ -1,15 +1,24 @@
+import io
 import json
 import shutil
+import tarfile
 
 import pytest
 
+from clip_pgs.data.shards import expand_shards
+from clip_pgs.data.tar import index_shards
 from clip_pgs.data.words import WordFrequencies, write_word_frequencies
 from clip_pgs.training.__main__ import main
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.data_checks import training_files
 from clip_pgs.training.option_warnings import option_warnings
 from clip_pgs.training.options import parse_options
-from clip_pgs.training.run_folder import changed_options, read_options_file, save_options
+from clip_pgs.training.run_folder import (
+    changed_options,
+    read_options_file,
+    save_indexes,
+    save_options,
+)
 from support.options import SYNTHETIC, VALID, write_shards
 from support.runs import write_csv
 from support.runs import write_shards as write_samples
@@ -313,6 +322,67 @@ def test_other_shards_below_a_pattern_are_refused_by_name(trained, tmp_path, cha
     with pytest.raises(ValueError, match="--accept-changes") as refused:
         trained()
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("has_sizes", [False, True])
+def test_a_shard_of_other_pairs_but_the_same_size_is_refused_by_name(
+    trained, tmp_path, has_sizes, monkeypatch
+):
+    shards = sorted((tmp_path / "train").glob("*.tar"))
+    if has_sizes:
+        sizes = {shard.name: 2 for shard in shards}
+        (tmp_path / "train" / "sizes.json").write_text(json.dumps(sizes))
+    # As in a new process, which has indexed nothing before its stream does.
+    monkeypatch.setattr("clip_pgs.data.tar._counted", {})
+    options = parse_options(resumed("train/*.tar")[:-2])
+    folder = tmp_path / "logs" / "demo"
+    save_options(options, folder, files=training_files(options))
+    index_shards(expand_shards("train/*.tar"))
+    save_indexes(options, folder)
+    trained()
+
+    content = shards[1].read_bytes()
+    for other in (other_names(content), longer_caption(content)):
+        assert len(other) == len(content)
+        shards[1].write_bytes(other)
+        with pytest.raises(ValueError, match="--accept-changes") as refused:
+            trained()
+        assert "train_data 00001.tar: list of members " in str(refused.value)
+        assert "00000.tar" not in str(refused.value)
+    shards[1].write_bytes(content)
+    trained()
+    saved = json.loads((folder / "options.json").read_text())
+    # A run of before has no digests and goes on.
+    del saved["train_indexes"]
+    (folder / "options.json").write_text(json.dumps(saved))
+    shards[1].write_bytes(other)
+    trained()
+
+
+def rewritten(content, change):
+    """Return an archive with each member changed."""
+    file = io.BytesIO()
+    with (
+        tarfile.open(fileobj=io.BytesIO(content)) as old,
+        tarfile.open(fileobj=file, mode="w") as new,
+    ):
+        for member in old:
+            data = change(member, old.extractfile(member).read())
+            member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+def other_names(content):
+    def change(member, data):
+        member.name = f"x{member.name[1:]}"
+        return data
+
+    return rewritten(content, change)
+
+
+def longer_caption(content):
+    return rewritten(content, lambda m, data: data + b"s" * m.name.endswith(".txt"))
 
 
 @pytest.mark.parametrize("pattern", ["train/{00000..00002}.tar", "{}/train/*.tar", "moved/*.tar"])

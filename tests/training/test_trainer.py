@@ -40,6 +40,9 @@ def test_a_run_leaves_what_its_folder_promises(finished_run):
     assert {"out.log", "params.txt", "env.json", "checkpoints", "tensorboard"} <= found
     assert {"masks", "export", "metrics.jsonl"} <= found
     assert "masking: pgs\n" in (finished_run / "params.txt").read_text()
+    options = json.loads((finished_run / "options.json").read_text())
+    assert len(options["train_files"]) == len(options["train_indexes"]) > 0
+    assert all(options["train_indexes"])
     masks = {path.name for path in (finished_run / "masks").glob("*.png")}
     assert masks == {"epoch_0.png", "epoch_1.png", "epoch_2.png"}
 

@@ -75,7 +75,8 @@ _MAX_OPEN = MAX_LANES + 64
 _SECONDS_ALONE = 2.0
 _SECONDS_BETWEEN_REPORTS = 10.0
 # A run asks for the same shards again in its checks and in each of its phases.
-_counted: dict[tuple[str, int, int, int], tuple[int, Skip | None]] = {}
+_counted: dict[tuple[str, int, int, int], tuple[int, Skip | None, str]] = {}
+_SHOWN = 12  # of the digits of a digest, as much as tells shards apart
 
 
 def read_shard(
@@ -160,6 +161,14 @@ class ShardIndex:
             and bool((np.diff(self.ends, prepend=0, append=len(self.members)) >= 0).all())
             and bool(((kinds >= 0) & (kinds < len(self.suffixes))).all())
         )
+
+    def digest(self) -> str:
+        """Return what tells this index from that of other pairs: by their names, places, sizes."""
+        digest = hashlib.sha256("/".join(self.suffixes).encode("utf-8", "surrogateescape"))
+        for part in (self.keys, self.ends, self.members):
+            digest.update(f"{part.dtype.str} {part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()[:_SHOWN]
 
     def read(
         self, file: BinaryIO, number: int, *, repeat: int = 0, use_json: bool = False
@@ -267,7 +276,7 @@ def index_shards(shards: list[str], *, start: int = 0) -> dict[str, tuple[int, S
         Samples of each shard, and what is wrong with it.
     """
     order = list(dict.fromkeys([*shards[start:], *shards[:start]]))
-    found: dict[str, tuple[int, Skip | None]] = {}
+    found: dict[str, tuple[int, Skip | None, str]] = {}
     begun = reported = monotonic()
     while len(found) < len(order) and monotonic() - begun < _SECONDS_ALONE:
         shard = order[len(found)]
@@ -288,15 +297,21 @@ def index_shards(shards: list[str], *, start: int = 0) -> dict[str, tuple[int, S
         finally:
             executor.shutdown(cancel_futures=True)
     _counted.update((_state_of(shard), counted) for shard, counted in found.items())
-    return found
+    return {shard: (size, failure) for shard, (size, failure, _) in found.items()}
 
 
-def _count(shard: str) -> tuple[int, Skip | None]:
+def index_digests(shards: list[str]) -> list[str | None]:
+    """Return a digest of the index of each shard that `index_shards` has seen as it is now."""
+    known = (_counted.get(_state_of(shard)) for shard in shards)
+    return [None if counted is None else counted[2] for counted in known]
+
+
+def _count(shard: str) -> tuple[int, Skip | None, str]:
     state = _state_of(shard)
     if state in _counted:
         return _counted[state]
     index = index_shard(shard)
-    return len(index), index.failure
+    return len(index), index.failure, index.digest()
 
 
 def _state_of(shard: str) -> tuple[str, int, int, int]:

@@ -24,7 +24,7 @@ from clip_pgs.data.shards import (
     is_seekable,
     upsampling_weights,
 )
-from clip_pgs.data.tar import size_shards
+from clip_pgs.data.tar import index_digests, index_shards, size_shards
 from clip_pgs.training.build import input_size
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.phases import phase_options
@@ -90,6 +90,25 @@ def training_files(options: TrainOptions) -> list[str]:
         return [_describe_file(shard) for shard in shards]
     sizes, _ = size_shards(shards)
     return [_describe_file(shard, size) for shard, size in zip(shards, sizes, strict=True)]
+
+
+def training_indexes(options: TrainOptions, *, make: bool = False) -> list[str | None]:
+    """Return digests of the lists of members of the training data's shards.
+
+    Args:
+        options: The run's.
+        make: Index the shards. Else a digest is known of those alone that this process has indexed
+            before, as it has all of them once the stream is built.
+
+    Returns:
+        A digest, or None, for each shard; nothing where the data is no shards.
+    """
+    if not has_training_data(options) or training_kind(options) != "webdataset":
+        return []
+    shards = expand_shards(options.train_data or "")
+    if make:
+        index_shards(shards)
+    return index_digests(shards)
 
 
 def _describe_folder(table: PairTable) -> str:

@@ -39,7 +39,7 @@ from clip_pgs.files import (
 )
 from clip_pgs.tables import counted
 from clip_pgs.training.build import model_digest
-from clip_pgs.training.data_checks import has_training_data, training_kind
+from clip_pgs.training.data_checks import has_training_data, training_indexes, training_kind
 from clip_pgs.training.export import open_clip_config, tokenizer_source
 from clip_pgs.training.loggers import BestEffort
 from clip_pgs.training.options import (
@@ -54,7 +54,7 @@ from clip_pgs.training.stop import LAUNCH_FOLDER
 
 _logger = logging.getLogger(__name__)
 
-_FILES, _CONTENTS = "train_files", "contents"
+_FILES, _INDEXES, _CONTENTS = "train_files", "train_indexes", "contents"
 # Of a model's folder: its config, and what tokenizers read.
 _READ_ENDINGS = (".json", ".txt", ".model")
 _MAX_NAMED = 4
@@ -204,8 +204,17 @@ def save_options(options: TrainOptions, folder: Path, *, files: Sequence[str] = 
         name: getattr(options, name)
         for name in (*names_of(IDENTITY), *names_of(RECIPE), "train_data")
     }
-    saved |= {_FILES: list(files), _CONTENTS: named_contents(options), "launch": _launch()}
+    saved |= {_FILES: list(files), _INDEXES: training_indexes(options)}
+    saved |= {_CONTENTS: named_contents(options), "launch": _launch()}
     write_json(folder / OPTIONS_NAME, saved)
+
+
+def save_indexes(options: TrainOptions, folder: Path) -> None:
+    """Add to `folder/options.json` what the shards hold, which is known once they are indexed."""
+    saved, _ = read_options_file(folder)
+    indexes = training_indexes(options)
+    if saved and saved.get(_INDEXES) != indexes:
+        write_json(folder / OPTIONS_NAME, {**saved, _INDEXES: indexes})
 
 
 def read_options_file(folder: Path) -> tuple[dict[str, Any], str | None]:
@@ -222,8 +231,9 @@ def read_options_file(folder: Path) -> tuple[dict[str, Any], str | None]:
 def named_contents(options: TrainOptions) -> list[str]:
     """Return digests of what table, model and text masking are read from, file by file.
 
-    Weights are left out: a run that goes on has its own. So are shards and pictures, of which names
-    and sizes are compared: a table that is only sorted anew keeps both.
+    Weights are left out: a run that goes on has its own. So are pictures, of which names and sizes
+    are compared, and shards, of which their indexes are, too: a table that is only sorted anew
+    keeps both.
 
     Raises:
         OSError: If a file cannot be read.
@@ -266,6 +276,8 @@ def changed_options(
     if files is not None and not isinstance(saved.get(_FILES), list):
         # A run of before, which kept the pattern alone.
         changes += _changes(options, saved, ["train_data"])
+    if files is not None and saved.get(_FILES) == list(files):
+        changes += _changed_indexes(options, saved.get(_INDEXES), files)
     return changes
 
 
@@ -278,6 +290,22 @@ def _changed_files(saved: Sequence[str], now: Sequence[str]) -> list[str]:
     if len(changes) > _MAX_NAMED:
         changes = [*changes[:_MAX_NAMED], f"and {len(changes) - _MAX_NAMED} files more"]
     return changes
+
+
+def _changed_indexes(options: TrainOptions, saved: Any, files: Sequence[str]) -> list[str]:
+    """Return which shards of the names and sizes of before hold other pairs."""
+    # A run of before has none, and shards that are read as streams have no index.
+    if not isinstance(saved, list) or len(saved) != len(files) or not any(saved):
+        return []
+    before, now = (
+        [
+            f"train_data {file.partition(': ')[0]}: list of members {digest}"
+            for file, digest, is_known in zip(files, digests, saved, strict=True)
+            if is_known
+        ]
+        for digests in (saved, training_indexes(options, make=True))
+    )
+    return _changed_files(before, now)
 
 
 def changed_recipe(options: TrainOptions, saved: Mapping[str, Any]) -> list[str]:

@@ -82,6 +82,7 @@ from clip_pgs.training.run_folder import (
     describe_run,
     keeps_logs,
     run_folder,
+    save_indexes,
     warn_of_changes,
     write_run_files,
 )
@@ -284,6 +285,9 @@ class Trainer:
                 self._measured = [entry for entry in entries if entry.get("kind") == "val"]
             samples = self._phases[0].stream.num_samples
             self._record = describe_run(options, self._parts.model, device, num_samples=samples)
+            # The stream has indexed all shards.
+            with writing("the run's folder"):
+                save_indexes(options, self._folder)
             self._run_files = RunFiles(self._folder)
             self._store = CheckpointStore(
                 self._folder / CHECKPOINTS_NAME,
