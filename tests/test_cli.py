@@ -122,6 +122,47 @@ def test_what_nobody_reads_is_no_fault_and_a_full_disk_is_told(command, place, c
     assert (done.stdout, done.stderr, done.returncode) == ("", said, code)
 
 
+NOISY = """
+import logging, sys
+from clip_pgs import cli
+def run(argv):
+    logging.basicConfig()
+    for _ in range(3):
+        logging.warning("odd")
+        print("so far", file=sys.stderr, flush=True)
+    if argv:
+        raise RuntimeError("a fault of the program")
+    print("done")
+    return 7
+cli._function = lambda name: run
+sys.exit(cli.main(["data", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize(("argument", "said", "code"), [("", "done\n", 7), ("fail", "", 1)])
+@pytest.mark.parametrize("place", ["2>/dev/full", "2>&-", "2>&$PIPE"])
+def test_a_stderr_that_takes_nothing_changes_neither_work_nor_exit_code(
+    place, argument, said, code
+):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "$NOISY" {argument} {place}'],
+        stdout=subprocess.PIPE,
+        text=True,
+        pass_fds=[writer],
+        env={
+            **ENVIRONMENT,
+            "PYTHONPATH": str(ROOT / "src"),
+            "PIPE": str(writer),
+            "NOISY": NOISY,
+        },
+        timeout=60,
+    )
+    os.close(writer)
+    assert (done.stdout, done.returncode) == (said, code)
+
+
 class Unwritable(io.StringIO):
     def __init__(self, number):
         super().__init__()
@@ -129,6 +170,11 @@ class Unwritable(io.StringIO):
 
     def write(self, text):
         raise OSError(self.number, os.strerror(self.number))
+
+
+def test_a_refusal_is_one_where_stderr_takes_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Unwritable(errno.ENOSPC))
+    assert main(["no-command"]) == 2
 
 
 @pytest.mark.parametrize("command", ["--help", "completion bash", "study --help"])

@@ -83,10 +83,17 @@ class OutputError(BaseException):
 
 
 class _Output:
-    """A text stream, most likely standard output, that raises `OutputError` alone, and once."""
+    """A text stream, most likely a standard one, that raises no error of the system.
 
-    def __init__(self, stream: Any) -> None:
+    Args:
+        stream: The stream.
+        is_needed: Raise `OutputError`, once, where it cannot be written. Else what is written is
+            dropped, and all that comes after it.
+    """
+
+    def __init__(self, stream: Any, *, is_needed: bool) -> None:
         self._stream = stream
+        self._is_needed = is_needed
 
     def write(self, text: str) -> int:
         """Write a text."""
@@ -107,17 +114,19 @@ class _Output:
         try:
             return method(*given)
         except OSError as error:
-            is_process_wide = self._stream is sys.__stdout__
+            is_process_wide = self._stream in (sys.__stdout__, sys.__stderr__)
             if is_process_wide:
                 # Else Python fails again, at its end, at what it could not write.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            raise OutputError from error
+            if self._is_needed:
+                raise OutputError from error
 
 
 def run_program(main: Callable[[], int | None]) -> int:
     """Run a command line, whatever becomes of what it prints.
 
-    Where standard output or stderr is closed, what would be printed is dropped.
+    Where standard output or stderr is closed, what would be printed is dropped, and so is what
+    stderr cannot take: a full disk behind it, or a pipe that nobody reads, changes no exit code.
 
     Returns:
         The program's exit code; or, where standard output cannot be written, 1 after a sentence,
@@ -132,9 +141,12 @@ def run_program(main: Callable[[], int | None]) -> int:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     with ExitStack() as stack:
         nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-        if sys.stderr is None:
-            stack.enter_context(redirect_stderr(nowhere))
-        output: Any = _Output(nowhere if sys.stdout is None else sys.stdout)
+        errors: Any = _Output(nowhere if sys.stderr is None else sys.stderr, is_needed=False)
+        if sys.stderr is not None and sys.stderr is sys.__stderr__:
+            # A traceback that it cannot take would change the exit code at Python's end.
+            atexit.register(errors.flush)
+        stack.enter_context(redirect_stderr(errors))
+        output: Any = _Output(nowhere if sys.stdout is None else sys.stdout, is_needed=True)
         stack.enter_context(redirect_stdout(output))
         try:
             try:

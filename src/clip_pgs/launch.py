@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from clip_pgs.common import INTERRUPTED, PREEMPTED, catching, one_sentence, refuse
+from clip_pgs.common import INTERRUPTED, PREEMPTED, catching, one_sentence, refuse, run_program
 from clip_pgs.integrations import MAE_TYPE
 from clip_pgs.training.stop import LAUNCH_FOLDER, leave
 
@@ -331,4 +331,4 @@ def share_cores(num_processes: int) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_quietly(sys.argv[1:]))
+    sys.exit(run_program(lambda: run_quietly(sys.argv[1:])))
