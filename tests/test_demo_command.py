@@ -224,6 +224,13 @@ def test_asking_what_a_fresh_demo_would_do_removes_nothing(demo, flag):
     assert contents(Path("logs")) == before
 
 
+def test_flags_that_need_what_the_demo_makes_first_are_no_fault(demo):
+    words = ["--text-masking", "frequency", "--text-tokens", "8"]
+    words += ["--text-masking-option", "frequencies=data/demo/words.json"]
+    _, calls = demo("--fresh", *words)
+    assert modules(calls) == ["data", "training", *PARTS[1:]]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -235,6 +242,12 @@ def test_asking_what_a_fresh_demo_would_do_removes_nothing(demo, flag):
         (["--epochs", "x"], "--epochs"),
         (["--masking", "nosuch"], "--masking"),
         (["--nproc", "2"], "--nproc"),
+        (["--opt", "nosuch"], "--opt"),
+        (["--pretrained", "nosuch"], "--pretrained"),
+        (["--report-to", "nosuch"], "--report-to"),
+        (["--device", "cuda:99"], "--device"),
+        (["--model-config", "nosuch.json"], "--model-config"),
+        (["--force-patch-dropout", "0.5"], "--force-patch-dropout"),
     ],
 )
 def test_flags_that_a_fresh_demo_cannot_obey_are_refused_first(demo, flags, said):

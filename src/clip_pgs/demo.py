@@ -109,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _check_flags(flags: Sequence[str]) -> None:
-    """Refuse what can be told to be wrong without torch and the world, before one is made.
+    """Refuse what can be told to be wrong without the world, before one is made.
 
     Raises:
         ValueError: In one sentence.
@@ -118,9 +118,15 @@ def _check_flags(flags: Sequence[str]) -> None:
         if flag in _OWN_FLAGS:
             raise ValueError(f"{flag} is the demo's own; clip-pgs train demo takes it")
     if flags and not _QUESTIONS & set(flags):
-        from clip_pgs.training.options import check_values, read_options
+        from clip_pgs.training.options import check_values, read_options, register_model_config
 
-        check_values(read_options([*_CONFIG, *flags]))
+        options = read_options([*_CONFIG, *flags])
+        check_values(options)
+        # It imports torch, which takes seconds.
+        from clip_pgs.training.checks import check_options
+
+        register_model_config(options)
+        check_options(options, has_files=False)
 
 
 def _prepare(is_fresh: bool, flags: Sequence[str]) -> None:

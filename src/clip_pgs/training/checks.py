@@ -88,11 +88,13 @@ _LEAST_CONTEXT = 3
 _TRIED_SIZE = 32
 
 
-def check_options(options: TrainOptions) -> nn.Module:
+def check_options(options: TrainOptions, *, has_files: bool = True) -> nn.Module:
     """Refuse options that could not make a run.
 
     Args:
         options: From `parse_options`.
+        has_files: Whether the data, and what is counted on it, can be there already; else they are
+            not looked at, nor is the run's folder.
 
     Returns:
         The model as the run will make it, masked and, as a rule, on the device "meta".
@@ -106,11 +108,13 @@ def check_options(options: TrainOptions) -> nn.Module:
         model, optimizer = _check_model(options)
         _check_masking(options, model)
         _check_inference_masking(options, model)
+        _check_device(options)
+        _check_reports(options)
+        if not has_files:
+            return model
         _check_text_masking(options)
         check_data(options)
         check_shared_memory(options)
-        _check_device(options)
-        _check_reports(options)
         _check_folder(options)
         _check_resumed(options, model, optimizer)
     except OSError as error:
