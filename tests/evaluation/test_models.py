@@ -38,6 +38,29 @@ def test_run_export_and_checkpoint_give_the_same_model(finished_run):
     assert all(torch.equal(feature, features[0]) for feature in features)
 
 
+def test_a_run_that_trained_on_since_its_export_is_told(run, caplog):
+    load_model(run)
+    assert caplog.messages == []
+    path = run / "checkpoints/epoch_2.pt"
+    content = torch.load(run / "checkpoints/epoch_1.pt", weights_only=True)
+    # The same weights: the times of copies tell nothing.
+    torch.save({**content, "epoch": 2}, path)
+    load_model(run)
+    assert caplog.messages == []
+    content["state_dict"]["logit_scale"] += 1
+    torch.save({**content, "epoch": 2}, path)
+    for source in (run, run / "export"):
+        load_model(source)
+        (sentence,) = caplog.messages
+        assert f"{path} is newer" in sentence
+        assert f"clip-pgs export {run}" in sentence
+        caplog.clear()
+    # As if it were exported again.
+    (run / "export/open_clip_model.safetensors").touch()
+    load_model(run)
+    assert caplog.messages == []
+
+
 def test_model_of_a_run_is_what_open_clip_opens_itself(finished_run):
     loaded = load_model(finished_run)
     plain, _, _ = open_clip.create_model_and_transforms(f"local-dir:{finished_run / 'export'}")

@@ -9,6 +9,7 @@ import os
 import tempfile
 import textwrap
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from clip_pgs.checkpoint_reading import (
     newest_checkpoint,
     read_checkpoint,
 )
-from clip_pgs.common import explained, literal, silenced
+from clip_pgs.common import explained, is_first_process, literal, silenced
 from clip_pgs.evaluation.masked_inference import InferenceMasking, choose_masking
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
@@ -43,6 +44,8 @@ from clip_pgs.integrations.open_clip.model_config import (
     check_preprocessing,
     register_model_config,
 )
+
+logger = logging.getLogger(__name__)
 
 # What open_clip looks for beside an export's config.
 _EXPORT_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
@@ -116,6 +119,8 @@ def load_model(
     build, origin, _ = _resolve(source, model, model_config, pretrained)
     masking = choose_masking(inference_masking, inference_options, weights=origin)
     built, transform, tokenizer = build()
+    if Path(origin).name == EXPORT_NAME and is_first_process():
+        _warn_of_later_training(Path(origin).parent, built)
     built = built.to(device).eval()
     if masking is not None:
         # Whether the tower can be masked shows before any image is read.
@@ -232,7 +237,7 @@ def _export_folder(path: Path) -> Path:
     for folder in (path, path / EXPORT_NAME):
         if (folder / MODEL_CONFIG_NAME).is_file():
             _check_export_folder(folder)
-            weights = [path for ending in _EXPORT_ENDINGS for path in folder.glob(f"*{ending}")]
+            weights = _weight_files(folder)
             if not weights or not all(map(Path.is_file, weights)):
                 raise ValueError(f"{folder} holds {MODEL_CONFIG_NAME} but no file of weights")
             return folder
@@ -240,6 +245,47 @@ def _export_folder(path: Path) -> Path:
     if newest is not None:
         raise ValueError(f"{path} has no export yet; evaluate a checkpoint, such as {newest}")
     raise ValueError(f"{path} is no run and no export: it holds no {MODEL_CONFIG_NAME}")
+
+
+def _weight_files(export: Path) -> list[Path]:
+    return [path for ending in _EXPORT_ENDINGS for path in export.glob(f"*{ending}")]
+
+
+def _warn_of_later_training(run: Path, exported: nn.Module) -> None:
+    """Say where a run has trained on since it was exported.
+
+    Args:
+        run: The run's folder.
+        exported: The model of its export.
+    """
+    export = run / EXPORT_NAME
+    # A run that trains may remove a checkpoint meanwhile.
+    with suppress(OSError):
+        exported_at = max(path.stat().st_mtime for path in _weight_files(export))
+        later = [
+            path
+            for path in (run / CHECKPOINTS_NAME).glob("*.pt")
+            if path.stat().st_mtime > exported_at
+        ]
+        newest = None
+        if later:
+            newest = newest_checkpoint(run / CHECKPOINTS_NAME, on_damage=lambda path, error: None)
+        # Copies of the two have any times.
+        if newest in later and not _holds_weights(newest, exported):
+            logger.warning(
+                "%s has trained on since it was exported: %s is evaluated, and %s is newer; "
+                "`clip-pgs export %s` exports it",
+                *(run, export, newest, run),
+            )
+
+
+def _holds_weights(checkpoint: Path, model: nn.Module) -> bool:
+    try:
+        given = fit_weights(read_checkpoint(checkpoint, use_mmap=True)["state_dict"], model)
+    except ValueError:
+        return False
+    own = model.state_dict()
+    return all(torch.equal(tensor.to(own[name]), own[name]) for name, tensor in given.items())
 
 
 def _create(name: str, **options: Any) -> Built:
