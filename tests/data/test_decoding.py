@@ -17,6 +17,8 @@ from clip_pgs.data.bad_samples import StalledDataError
 from clip_pgs.data.decoding import (
     PixelNormalizer,
     RandomCrop,
+    UnreadableImageError,
+    check_resized,
     faster_transform,
     pixel_normalizer,
     rgb_pixels,
@@ -168,6 +170,30 @@ def test_a_file_cut_short_is_refused_as_pillow_refuses_it():
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
 CPU = torch.device("cpu")
 LEVELS = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).expand(3, 16, 16)
+
+
+@pytest.mark.parametrize("sides", [(400, 9), (9, 400), (30, 30)])
+@pytest.mark.parametrize("size", [64, (64, 96), (96, 64)])
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+def test_an_image_is_refused_where_resizing_makes_it_too_large(monkeypatch, sides, size, mode):
+    image = Image.new("RGB", sides)
+    resizing = open_clip.image_transform(size, is_train=False, resize_mode=mode)
+    num_pixels = np.prod(resizing.transforms[0](image).size)
+    monkeypatch.setattr("clip_pgs.data.decoding.MAX_RESIZED_PIXELS", num_pixels)
+    check_resized(image, resizing)
+    monkeypatch.setattr("clip_pgs.data.decoding.MAX_RESIZED_PIXELS", num_pixels - 1)
+    if mode == "shortest" and sides != (30, 30):
+        with pytest.raises(UnreadableImageError, match=f"{num_pixels} of {sides[0]} x {sides[1]}"):
+            check_resized(image, resizing)
+    else:
+        # It is about as large as the input itself.
+        check_resized(image, resizing)
+
+
+@pytest.mark.parametrize("sides", [(400, 400), (600, 400), (100, 800), (1600, 100)])
+@pytest.mark.parametrize("size", [224, 448, 1024, 4096])
+def test_photographs_and_panoramas_are_resized_for_any_usual_input(sides, size):
+    check_resized(Image.new("RGB", sides), open_clip.image_transform(size, is_train=False))
 
 
 def test_a_timer_of_somebody_elses_goes_on_after_a_limit():

@@ -4,6 +4,7 @@ import io
 import random
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -44,6 +45,13 @@ def test_palette_with_transparency_keeps_its_colours():
     image = Image.new("RGB", (4, 4), (200, 30, 60)).quantize(4)
     decoded = decode_image(raw(encode(image, transparency=1)))
     assert decoded.getpixel((0, 0)) == (200, 30, 60)
+
+
+def test_an_image_that_its_transform_makes_too_large_is_a_bad_sample():
+    transform = open_clip.image_transform(4096, is_train=False)
+    decoder = SampleDecoder(transform, lambda texts: torch.zeros(len(texts), 2), seed=1)
+    with pytest.raises(BadSampleError, match="600 x 6"):
+        decoder(raw(encode(Image.new("RGB", (600, 6))), b"a line"), epoch=0)
 
 
 def test_cmyk_jpeg_becomes_rgb():

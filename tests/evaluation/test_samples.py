@@ -7,9 +7,11 @@ import pickle
 import shutil
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from clip_benchmark.datasets.builder import build_dataset
@@ -183,6 +185,15 @@ def test_a_sample_that_is_not_as_it_should_be_is_named_with_its_shard(
     assert result.status == "failed"
     assert all(part in result.error for part in parts), result.error
     assert "\n" not in result.error
+
+
+def test_a_picture_that_resizing_makes_too_large_is_named(color_model, tmp_path):
+    large = replace(color_model, transform=open_clip.image_transform(4096, is_train=False))
+    line = saved(lambda stream, size: Image.new("RGB", size).save(stream, "PNG"), (600, 6))
+    folder = make_set(tmp_path / "set", replaced=[("0.png", line)])
+    result = score(large, folder)
+    assert result.status == "failed"
+    assert all(part in result.error for part in ("'0' of test/0.tar", "600 x 6"))
 
 
 @pytest.mark.parametrize("captions", [b"", b" \n\n", b"\xff\xfe"])

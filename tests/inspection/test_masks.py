@@ -59,6 +59,9 @@ def test_a_picture_whose_resizing_would_fill_the_memory_is_refused_however_it_co
     for picture in (tmp_path / "line.png", str(tmp_path / "line.png"), line, to_pil_image(line)):
         with pytest.raises(ValueError, match="100"):
             draw_masks([picture], strategies, model_input=SMALL)
+    large = ModelInput(image_size=(4096, 4096), patch_size=(64, 64))
+    with pytest.raises(ValueError, match="600 x 6"):
+        draw_masks([Image.new("RGB", (600, 6))], strategies, model_input=large)
     panorama = Image.new("RGB", (1000, 100))
     assert draw_masks([panorama], strategies, model_input=SMALL)
 

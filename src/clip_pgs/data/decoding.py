@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,13 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms import Compose, InterpolationMode, Normalize, RandomResizedCrop
+from torchvision.transforms import (
+    Compose,
+    InterpolationMode,
+    Normalize,
+    RandomResizedCrop,
+    Resize,
+)
 from torchvision.transforms.functional import pil_to_tensor
 
 from clip_pgs.common import one_sentence
@@ -53,6 +60,9 @@ MAX_SCANNED_PIXELS = 2**31
 # A model's transform brings the shorter side to the input's, and the longer one grows with it, all
 # of it before the crop: 30,000 x 1 pixels become 6,720,000 x 224.
 MAX_ASPECT_RATIO = 100
+# Of a large input less is left: so many pixels before the crop, or so many times the input's.
+MAX_RESIZED_PIXELS = 2**28
+_MAX_SURPLUS = 4
 # Of processor time, where a decoder gets lost between its blocks.
 MAX_DECODING_SECONDS = 20.0
 _SECONDS_BETWEEN_SIGNALS = 0.5
@@ -153,6 +163,35 @@ def check_aspect_ratio(image: Image.Image) -> None:
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         rule = f"a side can be at most {MAX_ASPECT_RATIO} times the other"
         raise UnreadableImageError(f"{rule}, got {image.width} x {image.height} pixels")
+
+
+def check_resized(image: Image.Image, transform: Any) -> None:
+    """Refuse an image that a transform would make too large before it crops.
+
+    Args:
+        image: Its size alone is looked at.
+        transform: OpenCLIP's for evaluation, or any other; of a `Compose` alone the steps are seen.
+
+    Raises:
+        UnreadableImageError: If it would have more than `MAX_RESIZED_PIXELS`, and more than four
+            times the pixels of the model's input.
+    """
+    for step in getattr(transform, "transforms", ()):
+        if isinstance(step, Resize) and isinstance(step.size, int):
+            rows = columns = step.size
+        elif getattr(step, "longest", None) == 0:
+            rows, columns = step.size
+        else:
+            # Others crop, or make nothing larger than the input.
+            continue
+        scale = max(rows / image.height, columns / image.width)
+        num_pixels = round(image.height * scale) * round(image.width * scale)
+        most = max(MAX_RESIZED_PIXELS, _MAX_SURPLUS * rows * columns)
+        if num_pixels > most:
+            raise UnreadableImageError(
+                f"resized for an input of {rows} x {columns} pixels, an image can have at most "
+                f"{most}, got {num_pixels} of {image.width} x {image.height} pixels"
+            )
 
 
 def _check_scans(data: bytes, num_pixels: int) -> None:

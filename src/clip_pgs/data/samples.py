@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from clip_pgs.data.bad_samples import BadSampleError
 from clip_pgs.data.decoding import (
     RandomCrop,
     UnreadableImageError,
+    check_resized,
     opened_image,
     rgb_pixels,
     to_rgb,
@@ -104,7 +106,7 @@ class SampleDecoder:
         if isinstance(self.transform, RandomCrop):
             pixels = decode_crop(raw, self.transform)
         else:
-            pixels = self.transform(decode_image(raw))
+            pixels = self.transform(decode_image(raw, self.transform))
         _seed_generators(stable_seed("text", *place))
         return pixels, self.tokenize([caption[:_MAX_CHARACTERS]])[0]
 
@@ -144,15 +146,20 @@ def decode_captions(raw: RawSample, *, caption_key: str | None = None) -> list[s
     return captions
 
 
-def decode_image(raw: RawSample) -> Image.Image:
+def decode_image(raw: RawSample, transform: Any = None) -> Image.Image:
     """Decode the image of a pair to 8-bit RGB.
 
     Transparency is dropped, as OpenCLIP drops it. 16-bit gray is scaled to 8 bits.
 
+    Args:
+        raw: The pair.
+        transform: What it is for, if that is known.
+
     Raises:
-        BadSampleError: If it is missing, damaged or cut short.
+        BadSampleError: If it is missing, damaged or cut short, or too large for the transform.
     """
     with _reading(raw) as (image, _):
+        check_resized(image, transform)
         image.load()
         return to_rgb(image)
 

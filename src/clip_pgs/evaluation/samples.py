@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from tqdm import tqdm
 
 from clip_pgs.common import explained, is_first_process, one_sentence
-from clip_pgs.data.decoding import open_image
+from clip_pgs.data.decoding import check_resized, open_image
 from clip_pgs.data.tar import regular_members, stream_tar
 from clip_pgs.evaluation.datasets import (
     CLASS_NAMES,
@@ -208,7 +208,9 @@ class _Pictures(Dataset):
 def _decode(content: bytes | Path, reading: Reading, what: str) -> Tensor:
     # Pictures of odd sizes make a transform raise anything.
     with explained(f"the picture {what} cannot be decoded", Exception, as_kind=DamagedDataError):
-        return reading.transform(open_image(content).convert("RGB"))
+        image = open_image(content)
+        check_resized(image, reading.transform)
+        return reading.transform(image.convert("RGB"))
 
 
 def _refuse(key: str, shard: str, reason: str) -> NoReturn:

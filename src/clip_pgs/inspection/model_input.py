@@ -16,7 +16,13 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import normalize, pil_to_tensor, to_pil_image
 
 from clip_pgs.common import explained, literal
-from clip_pgs.data.decoding import IMAGE_FORMATS, check_aspect_ratio, open_image, to_rgb
+from clip_pgs.data.decoding import (
+    IMAGE_FORMATS,
+    check_aspect_ratio,
+    check_resized,
+    open_image,
+    to_rgb,
+)
 from clip_pgs.files import CHECKPOINTS_NAME, EXPORT_NAME, MODEL_CONFIG_NAME, read_json_object
 from clip_pgs.masking import (
     MaskingStrategy,
@@ -137,6 +143,9 @@ class ModelInput:
         """Resize and crop an image as OpenCLIP's own transform for evaluation does.
 
         Colors are those that training sees; see `clip_pgs.data.decoding.to_rgb`.
+
+        Raises:
+            ValueError: If it would take unusual memory; see `clip_pgs.data.decoding.check_resized`.
         """
         return self._fit(to_rgb(image))
 
@@ -156,6 +165,7 @@ class ModelInput:
             interpolation=self.interpolation,
             resize_mode=self.resize_mode,
         )
+        check_resized(image, transform)
         # The last three are colors, tensor and normalization.
         for step in transform.transforms[:-3]:
             if interpolation is not None and hasattr(step, "interpolation"):
