@@ -121,7 +121,7 @@ def apply_masking(
     if image_size is not None:
         grid = _smaller_grid(kind, grid, image_size)
     is_resized = grid != kind.patch_grid(tower)
-    _check_fit(model, strategy, merging, grid, is_resized=is_resized)
+    _check_fit(model, strategy, merging, grid)
 
     remove_masking(model)
     tower.__class__ = kind
@@ -211,12 +211,7 @@ def _smaller_grid(
 
 
 def _check_fit(
-    model: nn.Module,
-    strategy: MaskingStrategy,
-    merge: Merge | None,
-    grid: PatchGrid,
-    *,
-    is_resized: bool,
+    model: nn.Module, strategy: MaskingStrategy, merge: Merge | None, grid: PatchGrid
 ) -> None:
     tower, kind = image_tower(model)
     if merge is not None:
@@ -230,7 +225,7 @@ def _check_fit(
                 f"{type(strategy).__name__} reads the attention of the class token or of the query "
                 f"that makes the image feature, and {reason}; pgs and random need neither"
             )
-        if is_resized:
+        if grid != kind.patch_grid(tower):
             raise ValueError(
                 f"{type(strategy).__name__} has a teacher, which looks at images of the tower's "
                 "own size; leave out image_size"

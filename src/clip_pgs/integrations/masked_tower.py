@@ -338,14 +338,33 @@ class MaskedTower:
         if rotations is not None:
             rotations = _keep_rotations(rotations, placed.shape[1], selection, weights_BGN)
         x = self.add_prefix(patches)
-        key_mask = key_bias = None
+        weighs_counts = merge is not None and merge.counts
+        key_mask: Tensor | None = None
+        layout: Tensor | PackedTokens | None = None
         if valid is not None:
             # Class token and registers stand first and are always valid.
             num_prefix = x.shape[1] - patches.shape[1]
             key_mask = functional.pad(valid, (num_prefix, 0), value=True)[:, None, None, :]
-            if merge is not None and merge.counts:
-                key_bias = _count_bias(counts_BG, key_mask, x.dtype)
-        return self._run_blocks(x, selection, key_mask, key_bias, rotations)
+            layout = _count_bias(counts_BG, key_mask, x.dtype) if weighs_counts else key_mask
+        is_first_enough = self.reads_first_token()
+        if selection.similar is not None:
+            num_heads = self.num_heads()
+            layout = released_attention_bias(selection.similar, num_heads=num_heads, dtype=x.dtype)
+            is_first_enough = False
+        elif selection.valid is not None and not weighs_counts and self._packs_tokens(x):
+            assert key_mask is not None
+            layout = PackedTokens.of(key_mask[:, 0, 0])
+            x = layout.pack(x)
+            rotations = None if rotations is None else layout.pack(rotations)
+        *others, (last, rotation) = self.turned_blocks(rotations)
+        for block, its_rotation in others:
+            x = self._run(self._run_block, block, x, layout, its_rotation)
+        parts = self.block_parts(last)
+        is_first_enough = is_first_enough and parts is not None and parts.is_all
+        x = self._run(self._run_block, last, x, layout, rotation, is_first_enough)
+        if is_first_enough:
+            return x.reshape(len(placed), 1, -1), None
+        return layout.unpack(x) if isinstance(layout, PackedTokens) else x, key_mask
 
     # What a kind of tower says of itself follows; without it there is nothing to run. No abstract
     # methods: those are looked at when an object is made, and none ever is.
@@ -532,43 +551,6 @@ class MaskedTower:
             return [(block, None) for block in blocks]
         every = rotations.unbind(-3)
         return list(zip(blocks, every if len(every) > 1 else every * len(blocks), strict=True))
-
-    def _run_blocks(
-        self,
-        x: Tensor,
-        selection: PatchSelection,
-        key_mask: Tensor | None,
-        key_bias: Tensor | None,
-        rotations: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the blocks over padded tokens (B, T, D), with the bias, if any, for the mask.
-
-        Rotations, if any, have the shape (B, T, L, H, R); see `rotations`.
-
-        Returns:
-            As `run_kept` does.
-        """
-        batch_size = len(x)
-        layout: Tensor | PackedTokens | None = key_mask if key_bias is None else key_bias
-        is_first_enough = self.reads_first_token()
-        if selection.similar is not None:
-            num_heads = self.num_heads()
-            layout = released_attention_bias(selection.similar, num_heads=num_heads, dtype=x.dtype)
-            is_first_enough = False
-        elif selection.valid is not None and key_bias is None and self._packs_tokens(x):
-            assert key_mask is not None
-            layout = PackedTokens.of(key_mask[:, 0, 0])
-            x = layout.pack(x)
-            rotations = None if rotations is None else layout.pack(rotations)
-        *others, (last, rotation) = self.turned_blocks(rotations)
-        for block, its_rotation in others:
-            x = self._run(self._run_block, block, x, layout, its_rotation)
-        parts = self.block_parts(last)
-        is_first_enough = is_first_enough and parts is not None and parts.is_all
-        x = self._run(self._run_block, last, x, layout, rotation, is_first_enough)
-        if is_first_enough:
-            return x.reshape(batch_size, 1, -1), None
-        return layout.unpack(x) if isinstance(layout, PackedTokens) else x, key_mask
 
     def _packs_tokens(self, x: Tensor) -> bool:
         wanted = self.masking.pack_tokens

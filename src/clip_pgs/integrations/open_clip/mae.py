@@ -53,6 +53,7 @@ _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermedia
 # What transformers writes beside a model's options.
 _NOTES = ("_name_or_path", "torch_dtype", "transformers_version")
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}
+_PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 
 
 class MaeTower(nn.Module):
@@ -335,26 +336,17 @@ def mae_config(
     return config
 
 
-def mae_record(
-    config: Mapping[str, Any],
-    *,
-    mean: Any = None,
-    std: Any = None,
-    interpolation: str | None = None,
-    resize_mode: str | None = None,
-) -> dict[str, Any]:
-    """Return what rebuilds an autoencoder, as plain types; None is OpenCLIP's default.
+def mae_record(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """Return what rebuilds an autoencoder, as plain types.
 
     Args:
         config: From `mae_config`.
-        mean: Of the pixels' three colors.
-        std: Their deviation.
-        interpolation: How images are resized: "bicubic" or "bilinear".
-        resize_mode: "shortest" (and cropped) or "squash".
+        **given: Of `_PREPROCESSING`: mean and deviation ("std") of the pixels' three colors, how
+            images are resized ("bicubic" or "bilinear"; "shortest", and cropped, or "squash"). None
+            is OpenCLIP's default.
     """
-    given = {"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode}
     known = PreprocessCfg(**{name: value for name, value in given.items() if value is not None})
-    preprocess = {name: getattr(known, name) for name in given}
+    preprocess = {name: getattr(known, name) for name in _PREPROCESSING}
     return json.loads(json.dumps({"model_cfg": dict(config), "preprocess_cfg": preprocess}))
 
 
@@ -428,9 +420,8 @@ def build_mae(
     """
     preprocess = record.get("preprocess_cfg", {})
     check_preprocessing(preprocess, what=what)
-    names = ("mean", "std", "interpolation", "resize_mode")
     config = mae_config(record["model_cfg"], what=what)
-    model = MaeModel(mae_record(config, **{name: preprocess.get(name) for name in names}))
+    model = MaeModel(mae_record(config, **{name: preprocess.get(name) for name in _PREPROCESSING}))
     with explained(f"{what} does not fit its config"):
         model.load_state_dict(fit_weights(state_dict, model))
     return model
