@@ -162,9 +162,6 @@ class StreamingBatches(IterableDataset[Batch]):
         return shuffled_stream(
             self._read(zip(drawn, repeats, strict=True)),
             stable_seed("mix", seed, epoch, *place),
-            buffer_size=_BUFFER_SIZE,
-            initial_size=_INITIAL_SIZE,
-            max_bytes=_BUFFER_BYTES,
             size_of=_num_bytes,
         )
 
@@ -274,21 +271,21 @@ def shuffled_stream(
     items: Iterable[T],
     seed: int,
     *,
-    buffer_size: int,
-    initial_size: int,
-    max_bytes: int,
     size_of: Callable[[T], int],
+    buffer_size: int = _BUFFER_SIZE,
+    initial_size: int = _INITIAL_SIZE,
+    max_bytes: int = _BUFFER_BYTES,
 ) -> Iterator[T]:
     """Shuffle a stream through a buffer.
 
     Args:
         items: The stream.
         seed: What the order depends on, alone.
+        size_of: Bytes of an item.
         buffer_size: Items held at most.
         initial_size: Items read before the first comes out; from there the buffer grows by one
             with each that does, so that a run need not wait for a full one.
         max_bytes: What they may have together, but for one item that is larger.
-        size_of: Bytes of an item.
     """
     rng = random.Random(seed)
     buffer: list[T] = []
