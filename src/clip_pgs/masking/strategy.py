@@ -810,7 +810,7 @@ def interpolate(points: tuple[tuple[float, float], ...], position: Number) -> Nu
     # Without a branch, a compiled model need not tell the lines apart.
     for end, high in rest:
         if isinstance(position, Tensor):
-            reached: float | Tensor = position.clamp(start, end)
+            reached: Any = position.clamp(start, end)
         else:
             reached = min(max(position, start), end)
         height = height + (high - low) * ((reached - start) / (end - start))
