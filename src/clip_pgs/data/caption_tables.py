@@ -132,7 +132,8 @@ def _read_columns(path: Path, keys: tuple[str, ...], separator: str | None) -> l
                 f"table {str(path)!r} is no text file in UTF-8; to train on a tar archive, write "
                 "--dataset-type webdataset"
             )
-    separator = separator or ("\t" if path.suffix.lower() == ".tsv" else ",")
+    if separator is None:
+        separator = "\t" if path.suffix.lower() == ".tsv" else ","
     return _read_once(path, keys, separator, file_state(path.stat()))
 
 
