@@ -62,6 +62,18 @@ def test_worker_that_dies_is_named_with_what_it_was_reading(args):
         read_from(stream)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError])
+def test_worker_that_dies_while_its_batch_is_fetched_is_told(args, error):
+    def fetch():
+        yield from ()
+        raise error
+
+    stream = open_stream(args)
+    stream._loader = fetch()
+    with pytest.raises(StalledDataError, match="a data worker died"):
+        read_from(stream)
+
+
 def test_worker_that_dies_between_samples_is_told_without_one(args):
     stream = open_stream(args)
     assert str(stream._stalled("a data worker died")) == (
