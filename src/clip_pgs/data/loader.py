@@ -141,8 +141,8 @@ class SampleStream:
                 if found is None:
                     raise
                 what = timed_out if found[1] == "timed out" else "a data worker died"
-            # The worker's end of what its batch comes through is gone. torch hears of its death by a
-            # signal, and would raise an error anywhere.
+            # The worker's end of what its batch comes through is gone. torch hears of its death by
+            # a signal, and would raise an error anywhere.
             except (ConnectionError, EOFError):
                 with suppress(RuntimeError):
                     time.sleep(_LEAVE_SECONDS)
