@@ -30,6 +30,14 @@ from clip_pgs.integrations.open_clip.conv import MaskedConvNeXt
 from clip_pgs.integrations.varlen_tokens import BlockParts, logit_mask, query_attention
 
 _TRUNKS = (VisionTransformer, VisionTransformerDistilled, Eva)
+# What the most usual of the others lack.
+_WOULD_NEED = {
+    "FastVit": "squeeze-excitation and attention over what is visible of a convolution's map",
+    "NaFlexVit": "positions apart from its patch embedding",
+    "ResNet": "its blocks with normalization over what is visible, as OpenCLIP's own ResNet has",
+    "SwinTransformer": "windows over what is left of the grid",
+    "VisionTransformerRelPos": "relative positions gathered for each image",
+}
 
 
 class MaskedTimmModel(MaskedTower, TimmModel):
@@ -49,9 +57,11 @@ class MaskedTimmModel(MaskedTower, TimmModel):
         trunk = tower.trunk
         # A subclass may have a forward pass of its own, which masking would undo without a word.
         if type(trunk) not in _TRUNKS:
+            kind = type(trunk).__name__
+            needed = _WOULD_NEED.get(kind, "blocks that take any subset of the patches")
             return (
-                f"the image tower is timm's {type(trunk).__name__}; of timm's models masking "
-                f"supports {', '.join(kind.__name__ for kind in _TRUNKS)} and ConvNeXt"
+                f"the image tower is timm's {kind}, and masking would need {needed}; of timm's "
+                f"models it supports {', '.join(kind.__name__ for kind in _TRUNKS)} and ConvNeXt"
             )
         embed = trunk.patch_embed
         if type(embed) not in (PatchEmbed, HybridEmbed) or embed.dynamic_img_pad:
