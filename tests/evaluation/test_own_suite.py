@@ -45,15 +45,16 @@ def test_suite_outside_the_package_is_scored_and_shown(
     assert rows[0].split() == ["six", f"{100 * apart:.1f}", "12"]
 
 
-def test_a_score_that_is_no_number_is_a_failed_set(
-    module, color_model, dataset_list, data_root, tmp_path
+@pytest.mark.parametrize("factor", ["float('nan')", "1000"])
+def test_a_score_out_of_range_is_a_failed_set(
+    factor, module, color_model, dataset_list, data_root, tmp_path
 ):
     suite = tmp_path / "their_suites.py"
-    suite.write_text(MODULE.replace("1 - float(", "float('nan') * float("))
+    suite.write_text(MODULE.replace("1 - float(", f"{factor} + float("))
     eval_sets = load_suite(module, datasets=str(dataset_list), data_root=str(data_root))
     result = evaluate(color_model, eval_sets[:1], workers=0)[0]
     assert result.status == "failed"
-    assert "metric spread must be a finite number" in result.error
+    assert "metric spread must be in [0, 1]" in result.error
 
 
 def test_suite_that_declares_too_little_is_refused():

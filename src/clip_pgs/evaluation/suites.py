@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,8 +70,9 @@ class Scores:
 
     def __post_init__(self) -> None:
         for name, value in self.metrics.items():
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"metric {name} must be a finite number or None, got {value}")
+            # Rounding may lead out of it.
+            if value is not None and not -1e-6 <= value <= 1 + 1e-6:
+                raise ValueError(f"metric {name} must be in [0, 1] or None, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
