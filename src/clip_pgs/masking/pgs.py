@@ -4,7 +4,8 @@ A few random candidate patches are drawn, edges protect the objects, and the sim
 patch to the candidates, balanced by optimal transport, decides what is masked. This module puts the
 steps together in the order in which they happen: edges, candidates, similarity and transport,
 score, selection. `edges.py`, `similarity.py` and `sinkhorn.py` hold the mathematics of one step
-each. What goes beyond the method stands below it. docs/method.md sets each equation beside its
+each. What goes beyond the method is computed by the functions below
+it, which the steps call where an option asks for it. docs/method.md sets each equation beside its
 function, and says where the authors' released code (`pgs_released.py`) computes something else.
 """
 
@@ -228,9 +229,9 @@ def balanced_similarity(
     Returns:
         Redundancy in [-1, 1] up to rounding, shape (B, N), float32.
     """
-    similarity_BCN = reached_similarity(inputs, candidate_index, options.neighborhood)
     if options.neighborhood is not None:
-        return _balanced_in_reach(similarity_BCN, options)
+        return _balanced_in_reach(inputs, candidate_index, options)
+    similarity_BCN = mixed_similarity(inputs, candidate_index, name="pgs")
     if not options.transport:
         return similarity_BCN.amax(dim=1)
     return plan_average(similarity_BCN, **options.sinkhorn())
@@ -379,7 +380,7 @@ class PGSMasking(CalibratedMasking):
         num_patches = scores.shape[1]
         num_mask_min, num_mask_max = self._bounds(num_patches)
         if num_mask_min == num_mask_max:
-            keys_BN = _share_at_random(scores + bonus_BN, noise, num_mask_max, progress, options)
+            keys_BN = _some_at_random(scores + bonus_BN, noise, num_mask_max, progress, options)
             return mask_top(keys_BN, num_mask=num_mask_max)
         threshold: float | Tensor | None = self.threshold
         if threshold is None:
@@ -388,7 +389,7 @@ class PGSMasking(CalibratedMasking):
             )
         scores_BN = scores.scatter(1, candidate_index, torch.inf)
         num_mask_B = self.masked_counts(scores_BN, threshold)
-        keys_BN = _share_at_random(scores + bonus_BN, noise, num_mask_B, progress, options)
+        keys_BN = _some_at_random(scores + bonus_BN, noise, num_mask_B, progress, options)
         return mask_top_counts(keys_BN, num_mask=num_mask_B, num_mask_min=num_mask_min)
 
     def _bounds(self, num_patches: int) -> tuple[int, int]:
@@ -491,8 +492,9 @@ def reached_similarity(
     return similarity_BCN.masked_fill(~is_near_BCN, -torch.inf)
 
 
-def _balanced_in_reach(similarity_BCN: Tensor, options: PGSOptions) -> Tensor:
+def _balanced_in_reach(inputs: PatchInputs, candidate_index: Tensor, options: PGSOptions) -> Tensor:
     """Balance similarities inside windows; a patch that no candidate reaches takes no part."""
+    similarity_BCN = reached_similarity(inputs, candidate_index, options.neighborhood)
     is_near_BCN = similarity_BCN > -torch.inf
     if options.transport:
         plan_BCN = sinkhorn_plan(similarity_BCN, **options.sinkhorn())
@@ -528,7 +530,7 @@ def _prefer_border(keys_BN: Tensor, inputs: PatchInputs, options: PGSOptions) ->
     return keys_BN - below_all * ~is_outer_N
 
 
-def _share_at_random(
+def _some_at_random(
     scores_BN: Tensor,
     noise_BN: Tensor,
     num_mask: int | Tensor,

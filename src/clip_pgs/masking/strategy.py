@@ -752,6 +752,8 @@ def lower_bound(mask_ratio: float, mask_ratio_min: float | None) -> float:
 
 def keeps_different_counts(strategy: MaskingStrategy) -> bool:
     """Return whether a strategy may keep different numbers of patches in different images."""
+    if getattr(strategy, "keeps_one_count", False):
+        return False
     ratio = getattr(strategy, "mask_ratio", None)
     return getattr(strategy, "mask_ratio_min", None) not in (None, ratio)
 

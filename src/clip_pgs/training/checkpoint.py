@@ -12,8 +12,8 @@ wrapped it while training. "epoch" counts completed epochs, "step" the run's opt
 lies the run's record, from which `clip_pgs.training.export` makes an export without the run, under
 "masking_state" what a masking learned beside the weights.
 
-At every moment `latest` names a file that loads: a file is written beside its place, synced,
-read, listed in SHA256SUMS, put into its place, and only then named in `latest`; only after that
+At every moment `latest` names a file that loads: a file is written beside its place, read,
+listed in SHA256SUMS, synced, put into its place, and only then named in `latest`; only after that
 are older ones removed. The run waits for a copy in memory, a thread for the disk.
 """
 
