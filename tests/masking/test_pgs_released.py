@@ -7,6 +7,7 @@ import torch
 
 from clip_pgs import MaskingStrategy, PatchInputs, create_masking, sinkhorn_plan
 from clip_pgs.masking.pgs_released import NUM_BALANCING_PASSES, balance
+from clip_pgs.masking.strategy import keeps_different_counts
 from masking import oracle
 from support.images import make_inputs
 
@@ -175,9 +176,11 @@ def test_without_edges_random_numbers_choose_the_candidates():
 
 @pytest.mark.parametrize(("options", "expected"), [({}, 98), ({"mask_ratio_min": 0.3}, 137)])
 def test_it_keeps_98_or_137_of_196_patches(options, expected):
-    selection = create_masking("pgs-released", **options)(make_inputs(2, grid_size=(14, 14)))
+    strategy = create_masking("pgs-released", **options)
+    selection = strategy(make_inputs(2, grid_size=(14, 14)))
     assert selection.index.shape == (2, expected)
     assert selection.valid is None
+    assert not keeps_different_counts(strategy)
 
 
 def test_too_few_unmasked_patches_are_filled_up_with_masked_ones():
