@@ -215,3 +215,15 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert message in error
     assert error.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["table.csv", "0.tar", "sub/../1.tar"])
+def test_what_is_counted_is_not_replaced_by_the_counts(shards, capsys, name):
+    (shards / "sub").mkdir()
+    (shards / "table.csv").write_text("title\na dog\n")
+    path = shards / name
+    before = path.read_bytes()
+    given = path if name.endswith(".csv") else shards / "{0,1}.tar"
+    assert main(["words", str(given), "-o", str(path), "--min-count", "1"]) == 2
+    assert str(path) in capsys.readouterr().err
+    assert path.read_bytes() == before

@@ -173,11 +173,14 @@ def _run_words(shards: str, out: Path, min_count: int, workers: int, **columns: 
         write_word_frequencies,
     )
 
-    if shards.lower().endswith((".csv", ".tsv")):
+    is_table = shards.lower().endswith((".csv", ".tsv"))
+    names = [shards] if is_table else expand_shards(shards)
+    if out.resolve() in (Path(name).resolve() for name in names):
+        raise ValueError(f"the output {out} is what the words are to be counted in")
+    if is_table:
         columns["caption_key"] = columns["caption_key"] or "title"
         count = count_table(Path(shards), **columns)
     else:
-        names = expand_shards(shards)
         with tqdm(total=len(names), unit="shard", disable=not sys.stderr.isatty()) as bar:
             key = columns["caption_key"]
             count = count_shards(names, caption_key=key, num_workers=workers, progress=bar.update)
