@@ -202,6 +202,14 @@ def write_csv(results: Iterable[Result], path: Path) -> None:
     write_text(path, csv_text(header, [[row.get(name) for name in header] for row in cells]))
 
 
+def is_table(path: Path) -> bool:
+    """Return whether a file is a table as `write_csv` writes it."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.readline().startswith(",".join(_FIRST_COLUMNS).encode())
+
+
 def read_csv(path: Path) -> list[Result]:
     """Read what `write_csv` wrote; what only the JSON files tell stays blank.
 

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from clip_pgs.evaluation.report.command import write_report
 from clip_pgs.evaluation.report.gather import gather_runs, group_by_seed
 from clip_pgs.evaluation.results import write_csv
 from support.reports import demo_results, make_result, save_checkpoint, save_results, save_run
@@ -29,6 +30,18 @@ def test_a_folder_with_a_table_alone_is_read(tmp_path):
     write_csv(demo_results(), tmp_path / "results.csv")
     (run,) = gather_runs([tmp_path])
     assert len(run.results) == len(demo_results())
+
+
+@pytest.mark.parametrize("has_files", [True, False])
+def test_a_report_does_not_replace_the_table_of_an_evaluation(tmp_path, has_files):
+    table = tmp_path / "results.csv"
+    write_csv(demo_results(), table)
+    if has_files:
+        save_results(tmp_path, demo_results())
+    before = table.read_bytes()
+    with pytest.raises(ValueError, match=r"holds an evaluation, whose results\.csv"):
+        write_report([tmp_path], tmp_path)
+    assert table.read_bytes() == before
 
 
 @pytest.mark.parametrize("status", ["weird", "", "DONE"])

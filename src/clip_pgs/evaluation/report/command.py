@@ -16,7 +16,7 @@ from clip_pgs.evaluation.report import results_table, scores
 from clip_pgs.evaluation.report.gather import Model, Run, gather_runs, group_by_seed
 from clip_pgs.evaluation.report.published import Paper, read_paper
 from clip_pgs.evaluation.report.scores import AXES, Axis, Entry, Family
-from clip_pgs.evaluation.results import CSV_NAME, DONE
+from clip_pgs.evaluation.results import CSV_NAME, DONE, is_table
 from clip_pgs.files import write_text
 from clip_pgs.tables import counted, markdown_text, percent, plain
 
@@ -74,8 +74,8 @@ def write_report(results: Sequence[str | Path], output: str | Path = "report") -
         The folder.
 
     Raises:
-        ValueError: If there are no results, one cannot be read, `output` is a file, or a package
-            is missing that draws or writes.
+        ValueError: If there are no results, one cannot be read, `output` is a file or the folder
+            of an evaluation, or a package is missing that draws or writes.
         OSError: If a file cannot be written.
     """
     try:
@@ -92,6 +92,11 @@ def write_report(results: Sequence[str | Path], output: str | Path = "report") -
         raise ValueError(f"the output {folder} is not a folder")
     if not results:
         raise ValueError("a report needs results, got none")
+    if is_table(folder / CSV_NAME):
+        raise ValueError(
+            f"the output {folder} holds an evaluation, whose {CSV_NAME} the report's would "
+            "replace; name another folder"
+        )
 
     runs, paper = gather_runs(results), read_paper()
     models = group_by_seed(runs)
