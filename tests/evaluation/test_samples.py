@@ -320,6 +320,22 @@ def test_class_names_that_are_none_are_refused(color_model, tmp_path, text):
     assert "classnames.txt" in result.error
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c", "\x1e"])
+def test_a_class_name_of_two_lines_does_not_move_the_labels_of_the_others(
+    color_model, tmp_path, mark
+):
+    folder = make_set(tmp_path / "set")
+    path = folder / "classnames.txt"
+    text = path.read_text()
+    path.write_bytes(text.replace("\n", "\r\n").encode())
+    assert score(color_model, folder).status == "done"
+    path.write_text(text.replace(" 1", f"{mark}1"), encoding="utf-8")
+    result = score(color_model, folder)
+    assert result.status == "failed"
+    assert "line 2 of" in result.error
+    assert "classnames.txt" in result.error
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_name_or_caption(color_model, tmp_path):
     plain = make_set(tmp_path / "plain")
     marked = make_set(tmp_path / "marked")

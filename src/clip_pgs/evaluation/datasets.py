@@ -249,13 +249,21 @@ def read_class_names(location: str) -> list[str] | None:
 
     Raises:
         OSError: If they cannot be read.
-        DamagedDataError: If there is none, a line is empty, or more than a twentieth of them are
-            names of other classes; ImageNet's have two such.
+        DamagedDataError: If there is none, a line is empty or broken by another character than a
+            line feed, or more than a twentieth of them are names of other classes; ImageNet's
+            have two such.
     """
     text = read_metadata(location, CLASS_NAMES)
     if text is None:
         return None
     names = [line.strip() for line in text.splitlines()]
+    # clip_benchmark ends a line at each of Unicode's line boundaries, which moves all later labels.
+    for number, line in enumerate(re.split(r"\r\n?|\n", text), start=1):
+        if len(line.splitlines()) > 1:
+            raise DamagedDataError(
+                f"line {number} of {location}/{CLASS_NAMES} must be one line without other line "
+                f"breaks, got {line[:80]!r}"
+            )
     _check_lengths(names, f"{location}/{CLASS_NAMES}")
     if not names or not all(names):
         line = names.index("") + 1 if names else 1
