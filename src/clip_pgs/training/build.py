@@ -349,10 +349,11 @@ def optimizer_misfit(optimizer: torch.optim.Optimizer, state: Any) -> str | None
         return "it holds no state of an optimizer"
     own = [group for group in optimizer.param_groups if group["params"]]
     trained = [parameter for group in own for parameter in group["params"]]
-    sizes = [len(group["params"]) for group in groups]
-    if sizes != [len(group["params"]) for group in own]:
+    sizes, own_sizes = ([len(group["params"]) for group in some] for some in (groups, own))
+    if sizes != own_sizes:
+        of_groups = "+".join(map(str, sizes)), "+".join(map(str, own_sizes))
         return (
-            f"its optimizer trained {len(numbers)} parameters, and not the {len(trained)} of this "
+            f"its optimizer trained {of_groups[0]} parameters, and not the {of_groups[1]} of this "
             "run (--opt, --lock-image and --lock-text with their groups must be as they were; "
             "--pretrained takes the weights alone)"
         )
@@ -361,7 +362,14 @@ def optimizer_misfit(optimizer: torch.optim.Optimizer, state: Any) -> str | None
             # Switches came with versions of torch.
             if name != "params" and _kind(group.get(name)) != _kind(value) != "switch":
                 return f"its optimizer's {name} is {group.get(name)!r}, where {value!r} could stand"
+    is_adam = type(optimizer) is torch.optim.AdamW
+    if is_adam and not any(entries):
+        return "its optimizer holds no state of any parameter"
     for number, entry, parameter in zip(numbers, entries, trained, strict=True):
+        # A parameter that never had a gradient has no state.
+        lacking = {"step", "exp_avg", "exp_avg_sq"} - entry.keys() if is_adam and entry else ()
+        if lacking:
+            return f"its optimizer's state of parameter {number} lacks {min(lacking)}"
         # NovoGrad has one second moment for a layer.
         shapes = {"exp_avg": [parameter.shape], "exp_avg_sq": [parameter.shape, torch.Size()]}
         for name, value in entry.items():

@@ -172,6 +172,8 @@ def test_a_begun_run_without_its_optimizer_does_not_go_on(model, content):
         ("step of parameter 0 is str", lambda group, entry: entry.update(step="3")),
         ("exp_avg of parameter 0", lambda group, entry: entry.update(exp_avg=None)),
         ("exp_avg_sq of parameter 0", lambda group, entry: entry.update(exp_avg_sq=torch.ones(7))),
+        ("state of parameter 0 lacks step", lambda group, entry: entry.pop("step")),
+        ("state of parameter 0 lacks exp_avg_sq", lambda group, entry: entry.pop("exp_avg_sq")),
     ],
 )
 def test_an_optimizer_that_could_not_take_a_step_is_refused_by_name(model, part, change):
@@ -181,6 +183,15 @@ def test_an_optimizer_that_could_not_take_a_step_is_refused_by_name(model, part,
     assert f"its optimizer's {part}" in refusal(
         *argv, "--resume", save(weights.state_dict(), **content)
     )
+
+
+def test_an_optimizer_that_lost_what_it_had_gathered_does_not_begin_anew_in_silence(model):
+    argv, weights = model
+    content = begun(weights)
+    content["optimizer"]["state"] = {}
+    path = save(weights.state_dict(), **content)
+    assert "its optimizer holds no state of any parameter" in refusal(*argv, "--resume", path)
+    accept(*argv, "--pretrained", path)
 
 
 @pytest.mark.parametrize(
