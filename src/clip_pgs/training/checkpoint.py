@@ -460,14 +460,7 @@ def find_latest(folder: Path) -> Path | None:
     damaged: dict[Path, ValueError] = {}
     newest = newest_checkpoint(folder, on_damage=damaged.__setitem__)
     if newest is None:
-        aside = [path.name for path in sorted(folder.glob(f"*.pt{DAMAGED_ENDING}"))]
-        if damaged or aside:
-            reason = next(iter(damaged.values()), "they were set aside before")
-            names = ", ".join([path.name for path in damaged] + aside)
-            raise ValueError(
-                f"no checkpoint in {folder} is whole ({names}): {reason}; put back a copy, or "
-                "remove the folder to begin anew"
-            )
+        refuse_all_damaged(folder, damaged)
         return None
     for path, damage in damaged.items():
         os.replace(path, path.with_name(path.name + DAMAGED_ENDING))
@@ -478,6 +471,26 @@ def find_latest(folder: Path) -> Path | None:
             _logger.warning("%s is gone: going on from %s", named, newest.name)
         name_latest(newest)
     return newest
+
+
+def refuse_all_damaged(folder: Path, damaged: Mapping[Path, ValueError]) -> None:
+    """Refuse a folder in which no checkpoint is whole, where there is any.
+
+    Args:
+        folder: A run's checkpoint folder.
+        damaged: What is wrong with each of its files that was read.
+
+    Raises:
+        ValueError: If there are checkpoints; all are damaged.
+    """
+    aside = [path.name for path in sorted(folder.glob(f"*.pt{DAMAGED_ENDING}"))]
+    if damaged or aside:
+        reason = next(iter(damaged.values()), "they were set aside before")
+        names = ", ".join([path.name for path in damaged] + aside)
+        raise ValueError(
+            f"no checkpoint in {folder} is whole ({names}): {reason}; put back a copy, or remove "
+            "the folder to begin anew"
+        )
 
 
 def trained_steps(folder: Path) -> tuple[int, bool]:

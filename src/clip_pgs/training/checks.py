@@ -58,7 +58,12 @@ from clip_pgs.training.build import (
     optimizer_misfit,
     read_model_config,
 )
-from clip_pgs.training.checkpoint import DAMAGED_ENDING, damaged_entry, trained_steps
+from clip_pgs.training.checkpoint import (
+    DAMAGED_ENDING,
+    damaged_entry,
+    refuse_all_damaged,
+    trained_steps,
+)
 from clip_pgs.training.data_checks import (
     check_data,
     check_shared_memory,
@@ -441,8 +446,10 @@ def _check_resumed(
     if options.resume == "latest":
         folder = run_folder(options)
         assert folder is not None
-        path = newest_checkpoint(folder / CHECKPOINTS_NAME, on_damage=lambda path, error: None)
+        damaged: dict[Path, ValueError] = {}
+        path = newest_checkpoint(folder / CHECKPOINTS_NAME, on_damage=damaged.__setitem__)
         if path is None:
+            refuse_all_damaged(folder / CHECKPOINTS_NAME, damaged)
             _check_none_lost(folder, trains=has_training_data(options))
             return
     else:
@@ -463,10 +470,7 @@ def _check_resumed(
 
 
 def _check_none_lost(folder: Path, *, trains: bool) -> None:
-    """Refuse to begin a run anew that is done, or had saved: what it has would be lost.
-
-    One whose checkpoints are all damaged is refused by what reads them.
-    """
+    """Refuse to begin a run anew that is done, or had saved: what it has would be lost."""
     checkpoints = folder / CHECKPOINTS_NAME
     names = [path.name.removesuffix(DAMAGED_ENDING) for path in checkpoints.glob("*.pt*")]
     if any(map(RUN_FILE.fullmatch, names)):

@@ -1,6 +1,7 @@
 """Weights and checkpoints that do not fit are found out before anything is created."""
 
 import contextlib
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -192,6 +193,16 @@ def test_an_optimizer_that_lost_what_it_had_gathered_does_not_begin_anew_in_sile
     path = save(weights.state_dict(), **content)
     assert "its optimizer holds no state of any parameter" in refusal(*argv, "--resume", path)
     accept(*argv, "--pretrained", path)
+
+
+def test_check_only_refuses_a_run_whose_checkpoints_are_all_damaged(model, tmp_path, capsys):
+    argv, _ = model
+    folder = tmp_path / "logs/run/checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "epoch_1.pt").write_bytes(b"PK")
+    assert main([*argv, "--name", "run", "--resume", "latest", "--check-only"]) == 2
+    assert f"no checkpoint in {Path('logs/run/checkpoints')} is whole" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["epoch_1.pt"]
 
 
 @pytest.mark.parametrize(
