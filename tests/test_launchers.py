@@ -116,6 +116,10 @@ def test_bad_input_ends_with_code_2_one_sentence_and_nothing_made(
             "NODE_RANK must be a whole number in [0, 1], got '2'",
         ),
         *(
+            ({name: "two"}, f"{name} must be a whole number in [0, 1000000], got 'two'")
+            for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS")
+        ),
+        *(
             (
                 {
                     "NNODES": "2",

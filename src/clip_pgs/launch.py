@@ -63,6 +63,7 @@ def train(argv: Sequence[str], *, wants_autoencoder: bool = False) -> int:
                 f"clip-pgs mae trains a masked autoencoder, and {options.model} is none; give "
                 f"--model-config FILE.json with the model_type {MAE_TYPE}"
             )
+        _check_launcher()
         # In torchrun's hands this is one of its processes.
         is_worker = "RANK" in os.environ
         processes = Processes(1) if is_worker else Processes.of_environment(nproc)
@@ -85,6 +86,7 @@ def evaluate(argv: Sequence[str]) -> int:
     """
     try:
         arguments, nproc = _take_nproc(argv)
+        _check_launcher()
         is_alone = not arguments or arguments[0] in ("sets", "report", "-h", "--help")
         processes = Processes(1) if is_alone else Processes.of_environment(nproc, num_nodes="1")
     except ValueError as error:
@@ -299,6 +301,13 @@ def _take_nproc(argv: Sequence[str]) -> tuple[list[str], str | None]:
         else:
             rest.append(word)
     return rest, nproc
+
+
+def _check_launcher() -> None:
+    """Refuse what no launcher sets, before open_clip and torch read it."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_NTASKS"):
+        if name in os.environ:
+            _whole_number(name, os.environ[name])
 
 
 def _whole_number(name: str, text: str, low: int = 0, high: int = 10**6) -> int:

@@ -141,6 +141,16 @@ def test_bad_input_gives_exit_code_2_one_sentence_and_no_files(run, capsys, argu
     assert sorted(Path().rglob("*")) == before
 
 
+def test_processes_that_nobody_started_are_one_sentence(run, options, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([str(run), *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the processes that WORLD_SIZE announces")
+    assert "RANK" in said
+    assert said.count("\n") == 1
+    assert not (run / "eval").exists()
+
+
 def test_weights_with_nan_give_exit_code_2_and_no_files(run, options, capsys):
     path = run / "checkpoints/epoch_1.pt"
     content = torch.load(path, weights_only=True)

@@ -63,3 +63,17 @@ def test_help_leaves_with_0(capsys):
     with pytest.raises(SystemExit) as left:
         main(["-h"])
     assert left.value.code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment",
+    [{"WORLD_SIZE": "2", "RANK": "0"}, {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}],
+)
+def test_processes_that_nobody_started_are_one_sentence(tmp_path, environment):
+    done = run(tmp_path, *VALID, "--name", "demo", **environment)
+    assert done.returncode == 2
+    assert "WORLD_SIZE or SLURM_NTASKS" in done.stderr
+    assert "MASTER_ADDR" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "logs").exists()

@@ -21,6 +21,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,8 +221,9 @@ def _evaluate_all(args: argparse.Namespace) -> int:
         return _complain(error)
     from clip_pgs.evaluation.runner import join_ranks
 
-    with join_ranks() as ranks:
+    with ExitStack() as stack:
         try:
+            ranks = stack.enter_context(join_ranks())
             device = choose_device(
                 args.device, world_size=ranks.world_size, local_rank=ranks.local_rank
             )

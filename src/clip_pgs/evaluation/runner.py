@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 import clip_pgs
-from clip_pgs.common import one_sentence
+from clip_pgs.common import explained, one_sentence
 from clip_pgs.evaluation.datasets import (
     CLASS_NAMES,
     TEMPLATES,
@@ -101,13 +101,17 @@ def join_ranks() -> Iterator[Ranks]:
 
     Yields:
         This process among them; the only one where there was no torchrun.
+
+    Raises:
+        ValueError: If the environment tells of processes, and not how to reach them.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         yield Ranks()
         return
     # Ranks meet at the end alone, and the largest data set may take hours longer than the rest.
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    with explained("the processes that WORLD_SIZE announces cannot be joined"):
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         yield Ranks(dist.get_rank(), world_size, int(os.environ.get("LOCAL_RANK", "0")))
     finally:

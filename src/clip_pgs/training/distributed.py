@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from clip_pgs.common import explained
 from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.training.options import TrainOptions
+from clip_pgs.training.stop import as_bad_input
 
 # Each is sharded by itself; what lies outside of any is gathered as one.
 _BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock, Block)
@@ -47,7 +49,9 @@ def join_processes(options: TrainOptions) -> Iterator[tuple[torch.device, Proces
         # It warns of what the run's log says: which device it fell back to.
         warnings.simplefilter("ignore")
         openclip = options.openclip
-        device = init_distributed_device(openclip)
+        what = "the processes that WORLD_SIZE or SLURM_NTASKS announces cannot be joined"
+        with as_bad_input(), explained(what):
+            device = init_distributed_device(openclip)
     for name in ("distributed", "rank", "local_rank", "world_size", "device"):
         setattr(options, name, getattr(openclip, name))
     if device.type == "cuda":
