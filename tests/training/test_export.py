@@ -193,6 +193,14 @@ def test_a_repository_of_no_such_name_is_refused_before_any_work(tmp_path, capsy
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["", "mit\nlibrary_name: x", "<b>", "a b"])
+def test_a_license_of_no_such_name_is_refused_before_any_work(tmp_path, capsys, name):
+    assert export_command.main([str(tmp_path / "no"), "--license", name]) == 2
+    said = capsys.readouterr().err
+    assert "--license" in said
+    assert repr(name) in said
+
+
 def test_an_upload_that_fails_is_one_sentence_and_the_export_stays(
     tmp_path, finished_run, monkeypatch, capsys
 ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if repository is not None:
             _check_repository(repository)
+        if arguments.license is not None and not re.fullmatch(
+            r"\w[\w.+-]{0,99}", arguments.license
+        ):
+            raise ValueError(
+                "--license takes a name as the Hub has them, such as cc-by-4.0, got "
+                f"{arguments.license!r}"
+            )
         if not (arguments.run / CHECKPOINTS_NAME).is_dir():
             raise ValueError(f"{str(arguments.run)!r} has no checkpoint to export")
         if arguments.suite is not None:
