@@ -194,7 +194,7 @@ def timm_clip_of_another_pool():
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda: timm_clip("test_resnet"), "timm's ResNet; of timm's models masking supports"),
+        (lambda: timm_clip("test_resnet"), "timm's ResNet, and masking would need its blocks"),
         (lambda: timm_clip("vit_relpos_small_patch16_224"), "timm's VisionTransformerRelPos"),
         (
             lambda: small_timm_clip(embed_layer=OverlappingPatches),

@@ -309,7 +309,8 @@ def mae_config(
         "num_channels": (lambda v: v == 3, "3"),
         "return_dict": (lambda v: v is True, "true"),
     }
-    check_values(rules, content, what=what)
+    needed = ("image_size", "patch_size", "num_channels", *sizes)
+    check_values(rules, content, what=what, never_null=needed)
     written = {**content, "architectures": ["ViTMAEForPreTraining"], "return_dict": True}
     # Also what transformers' own checks of types raise, which is no ValueError.
     with explained(what, Exception):

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import open_clip
@@ -83,6 +85,7 @@ _MODEL: dict[str, Rule] = {
     "init_logit_scale": _NUMBER,
     "init_logit_bias": _NUMBER,
 }
+_CAN_BE_NULL = {"init_logit_scale", "init_logit_bias"}
 _PREPROCESSING: dict[str, Rule] = {
     "size": (whole_number(1, _MAX_SIZE, length=2)[0], "a size or two"),
     "mode": (lambda value: value == "RGB", "RGB"),
@@ -104,8 +107,6 @@ _BUILDING: dict[str, Rule] = {
 def check_model_config(config: Any, *, what: str) -> None:
     """Refuse a model config that open_clip could not build, or should not.
 
-    What is null is left to building.
-
     Args:
         config: What the JSON of an OpenCLIP model config holds.
         what: What to call it in messages.
@@ -121,7 +122,7 @@ def check_model_config(config: Any, *, what: str) -> None:
     is_coca = "multimodal_cfg" in config
     for key in _TOWERS.keys() & config.keys():
         _check_tower(config.pop(key), _TOWERS[key], what=f"{what}: {key}")
-    check_values(_MODEL, config, what=what)
+    check_values(_MODEL, config, what=what, never_null=_MODEL.keys() - _CAN_BE_NULL)
     if is_coca and not config.get("custom_text"):
         raise ValueError(f"{what}: multimodal_cfg needs custom_text to be true")
 
@@ -167,8 +168,20 @@ def check_build_options(options: Mapping[str, Any], *, what: str) -> None:
     check_values(_BUILDING, {key: options.get(key) for key in _BUILDING}, what=what)
 
 
-def check_values(rules: Mapping[str, Rule], options: Mapping[str, Any], *, what: str) -> None:
-    """Refuse options without a rule, and values against theirs; null is left to building.
+def check_values(
+    rules: Mapping[str, Rule],
+    options: Mapping[str, Any],
+    *,
+    what: str,
+    never_null: Collection[str] = (),
+) -> None:
+    """Refuse options without a rule, and values against theirs.
+
+    Args:
+        rules: Of each option.
+        options: Their values.
+        what: What to call the file in messages.
+        never_null: Options that a null does not fit; for others it stands for their default.
 
     Raises:
         ValueError: "WHAT: OPTION takes ..."
@@ -177,15 +190,26 @@ def check_values(rules: Mapping[str, Rule], options: Mapping[str, Any], *, what:
         if key not in rules:
             raise ValueError(f"{what} has no option {key!r}")
         is_good, kind = rules[key]
-        if value is not None and not is_good(value):
+        is_left_out = value is None and key not in never_null
+        if not is_left_out and not is_good(value):
             raise ValueError(f"{what}: {key} takes {kind}, got {value!r}")
 
 
 def _check_tower(tower: Any, tower_class: Any, *, what: str) -> None:
     if not isinstance(tower, dict):
         raise ValueError(f"{what} must be a JSON object, got {type(tower).__name__}")
-    rules = {key: _rule(key, hint) for key, hint in get_type_hints(tower_class).items()}
-    check_values(rules, tower, what=what)
+    hints = get_type_hints(tower_class)
+    # open_clip's own configs have these: no patches in a ResNet, no projection in timm's towers.
+    has_no_patches = isinstance(tower.get("layers"), list) or "timm_model_name" in tower
+    never_null = [
+        field.name
+        for field in fields(tower_class)
+        if field.default is not None and hints[field.name] is not str
+        if NoneType not in get_args(hints[field.name])
+        if not (field.name == "patch_size" and has_no_patches)
+    ]
+    rules = {key: _rule(key, hint) for key, hint in hints.items()}
+    check_values(rules, tower, what=what, never_null=never_null)
     for option in tower.get("tokenizer_kwargs") or ():
         if option not in _TOKENIZER_OPTIONS:
             choices = ", ".join(_TOKENIZER_OPTIONS)
