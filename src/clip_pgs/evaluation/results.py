@@ -176,7 +176,7 @@ def _is_sound(result: Result, path: Path) -> bool:
     counts["samples"] = result.samples
     if result.flops_per_image is not None:
         counts["flops_per_image"] = result.flops_per_image
-    odd = [f"{name} {value}" for name, value in shares.items() if not -1e-6 <= value <= 1 + 1e-6]
+    odd = [f"{name} {value}" for name, value in shares.items() if not is_share(value)]
     odd += [f"{name} {value}" for name, value in counts.items() if amount(value) is None]
     if result.status not in STATUSES:
         odd.append(f"status {result.status!r}")
@@ -185,6 +185,11 @@ def _is_sound(result: Result, path: Path) -> bool:
             "left out %s: it says %s", one_sentence(str(path)), one_sentence(", ".join(odd))
         )
     return not odd
+
+
+def is_share(value: float) -> bool:
+    """Return whether a metric's value is in [0, 1], but for what rounding adds."""
+    return -1e-6 <= value <= 1 + 1e-6
 
 
 def amount(value: Any) -> float | None:

@@ -38,6 +38,7 @@ from clip_pgs.evaluation.datasets import (
     read_class_names,
     read_templates,
 )
+from clip_pgs.evaluation.results import is_share
 from clip_pgs.registry import Registry
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ class Scores:
 
     def __post_init__(self) -> None:
         for name, value in self.metrics.items():
-            # Rounding may lead out of it.
-            if value is not None and not -1e-6 <= value <= 1 + 1e-6:
+            if value is not None and not is_share(value):
                 raise ValueError(f"metric {name} must be in [0, 1] or None, got {value}")
 
 

@@ -4,9 +4,9 @@ A few random candidate patches are drawn, edges protect the objects, and the sim
 patch to the candidates, balanced by optimal transport, decides what is masked. This module puts the
 steps together in the order in which they happen: edges, candidates, similarity and transport,
 score, selection. `edges.py`, `similarity.py` and `sinkhorn.py` hold the mathematics of one step
-each. What goes beyond the method is computed by the functions below
-it, which the steps call where an option asks for it. docs/method.md sets each equation beside its
-function, and says where the authors' released code (`pgs_released.py`) computes something else.
+each. What goes beyond the method is computed by the functions below it, which the steps call where
+an option asks for it. docs/method.md sets each equation beside its function, and says where the
+authors' released code (`pgs_released.py`) computes something else.
 """
 
 from __future__ import annotations
