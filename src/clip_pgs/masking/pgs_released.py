@@ -73,9 +73,6 @@ class PGSReleasedMasking(MaskingStrategy):
         ValueError: If an option is out of its range.
     """
 
-    # `mask_ratio_min` is no bound here.
-    keeps_one_count = True
-
     def __init__(
         self,
         *,

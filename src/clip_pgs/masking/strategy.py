@@ -312,6 +312,7 @@ class MaskingStrategy(nn.Module):
 
     Attributes:
         requires: Optional inputs it reads: "tokens" once `progress` > 0, "attention" always.
+        adaptive: Whether a `mask_ratio_min` below `mask_ratio` lets images keep different counts.
         keeps_all: True for the strategy that masks nothing; a tower then skips masking.
         attention_bias: True asks the tower for the attention bias of the released CLIP-PGS code.
         weighs_candidates: Whether it gives the `candidate_weights` of a selection.
@@ -321,6 +322,7 @@ class MaskingStrategy(nn.Module):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
+    adaptive: ClassVar[bool] = True
     keeps_all: ClassVar[bool] = False
     keeps_window: ClassVar[bool] = False
     attention_bias: bool = False
@@ -557,6 +559,7 @@ def register_masking(
     def register(strategy_class: StrategyClass) -> StrategyClass:
         declared = MaskingDeclaration(name, options or strategy_class, **declaration)
         strategy_class.requires = frozenset(declared.requires)
+        strategy_class.adaptive = declared.adaptive
         return _REGISTRY.register(name, declared=declared)(strategy_class)
 
     return register
@@ -752,10 +755,8 @@ def lower_bound(mask_ratio: float, mask_ratio_min: float | None) -> float:
 
 def keeps_different_counts(strategy: MaskingStrategy) -> bool:
     """Return whether a strategy may keep different numbers of patches in different images."""
-    if getattr(strategy, "keeps_one_count", False):
-        return False
     ratio = getattr(strategy, "mask_ratio", None)
-    return getattr(strategy, "mask_ratio_min", None) not in (None, ratio)
+    return strategy.adaptive and getattr(strategy, "mask_ratio_min", None) not in (None, ratio)
 
 
 def check_range(
