@@ -102,3 +102,21 @@ def test_what_lost_its_weights_is_exported_again_or_fails(finished, started, cap
     assert main(finished.argv()) == 0
     assert finished.record("random", 0)["failed"] == ""
     assert started == again
+
+
+def test_a_run_that_hung_is_named_by_its_reason_and_not_by_its_stacks(
+    finished, capsys, monkeypatch
+):
+    lost = finished.study / "pgs/seed_1"
+    (lost / EXPORT).unlink()
+    monkeypatch.setattr(runner, "newest_checkpoint", lambda folder: folder / "1.pt")
+
+    def start(command, *, stdout, **_):
+        reason = "rank 0 hangs in the data loader"
+        (lost / "exit.json").write_text(json.dumps({"code": 1, "reason": reason}))
+        stdout.write(b'Thread 0x1:\n  File "trainer.py", line 9 in step\n')
+        return subprocess.Popen(["false"])
+
+    monkeypatch.setattr(runner, "start_child", start)
+    assert main(finished.argv()) == 1
+    assert "pgs, seed 1: failed: rank 0 hangs in the data loader" in capsys.readouterr().out

@@ -15,11 +15,18 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import clip_pgs
 from clip_pgs.checkpoint_reading import newest_checkpoint
 from clip_pgs.evaluation.results import DONE, read_results
-from clip_pgs.files import CHECKPOINTS_NAME, regular_file, write_text
+from clip_pgs.files import (
+    CHECKPOINTS_NAME,
+    EXIT_NAME,
+    read_json_object,
+    regular_file,
+    write_text,
+)
 from clip_pgs.launch import Processes, share_cores
 from clip_pgs.launch import start as start_child
 from clip_pgs.study.plan import CONFIG_NAME, Study, data_digest, evaluated_sets
@@ -288,6 +295,7 @@ class Runner:
 
     def _launch(self, command: str, arguments: list[str], run: Path) -> tuple[int, str]:
         """Run `clip-pgs train` or `test`; return its exit code, and its last words."""
+        ended_before = _read_exit(run)
         with regular_file(run / OUTPUT_NAME).open("ab") as output:
             start = output.tell()
             with self._lock:
@@ -308,7 +316,8 @@ class Runner:
                 self._children.discard(child)
         if code < 0:
             return code, f"it was ended by {signal.Signals(-code).name}"
-        return code, _last_words(run / OUTPUT_NAME, start)
+        ended = _read_exit(run)
+        return code, _last_words(run, start, ended if ended != ended_before else {})
 
     def _note_accepted(self, pair: Pair, changes: list[str]) -> None:
         run = self.study.run(pair.arm, pair.seed)
@@ -337,10 +346,23 @@ class Runner:
         sys.stdout.flush()
 
 
-def _last_words(path: Path, start: int) -> str:
-    """Return the last error that a process wrote from a place in a file on, or its last line."""
-    with path.open("rb") as file:
+def _read_exit(run: Path) -> dict[str, Any]:
+    """Return what a run wrote of its last end, empty if nothing readable."""
+    try:
+        return read_json_object(run / EXIT_NAME, what="it")
+    except ValueError:
+        return {}
+
+
+def _last_words(run: Path, start: int, ended: dict[str, Any]) -> str:
+    """Return why a process failed: its last error in the study's log, from a place on.
+
+    Without one it is the reason that a run left, since one that hangs writes stacks behind it, else
+    its last line.
+    """
+    with (run / OUTPUT_NAME).open("rb") as file:
         file.seek(start)
         lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return plain((errors or lines or ["it said nothing"])[-1])
+    reasons = [str(ended["reason"])] if ended.get("code") and "reason" in ended else []
+    return plain((errors or reasons or lines or ["it said nothing"])[-1])
