@@ -299,7 +299,7 @@ def check_room(path: Path, num_bytes: int) -> None:
     place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if num_bytes > (free := shutil.disk_usage(place).free):
         raise ValueError(
-            f"{path} needs {num_bytes / 1e9:,.1f} GB, and its disk has {free / 1e9:,.1f} GB free"
+            f"{path} needs {num_bytes / 1e9:.3g} GB, and its disk has {free / 1e9:.3g} GB free"
         )
 
 

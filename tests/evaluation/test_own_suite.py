@@ -14,6 +14,7 @@ from clip_pgs.evaluation.suites import SUITES, register_suite
 
 PAGE = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
 MODULE = re.search(r"```python\n# their_suites.py\n(.*?)```", PAGE, re.DOTALL)[1]
+LAST_LINE = MODULE.strip().splitlines()[-1].strip()
 
 
 @pytest.fixture
@@ -45,16 +46,43 @@ def test_suite_outside_the_package_is_scored_and_shown(
     assert rows[0].split() == ["six", f"{100 * apart:.1f}", "12"]
 
 
-@pytest.mark.parametrize("factor", ["float('nan')", "1000"])
-def test_a_score_out_of_range_is_a_failed_set(
-    factor, module, color_model, dataset_list, data_root, tmp_path
-):
-    suite = tmp_path / "their_suites.py"
-    suite.write_text(MODULE.replace("1 - float(", f"{factor} + float("))
-    eval_sets = load_suite(module, datasets=str(dataset_list), data_root=str(data_root))
-    result = evaluate(color_model, eval_sets[:1], workers=0)[0]
+@pytest.fixture
+def evaluate_with(module, color_model, dataset_list, data_root, tmp_path):
+    """Return the result of a set by the suite with another last line."""
+
+    def run(line):
+        changed = MODULE.replace(LAST_LINE, line)
+        assert changed != MODULE
+        (tmp_path / "their_suites.py").write_text(changed)
+        eval_sets = load_suite(module, datasets=str(dataset_list), data_root=str(data_root))
+        return evaluate(color_model, eval_sets[:1], workers=0, output=tmp_path / "out")[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('return Scores({"spread": float("nan")}, 12)', "metric spread must be in [0, 1]"),
+        ('return Scores({"spread": 1000}, 12)', "metric spread must be in [0, 1]"),
+        ('return Scores({"spread": 0.5}, -1)', "samples must not be negative, got -1"),
+        ('return Scores({"spread": 0.5}, "12")', "'str' object cannot be interpreted as"),
+        ('return Scores({"spread": 0.5}, 12, {"why": object()})', "object is not JSON"),
+        ('return {"spread": 0.5}', "a suite must return Scores, got dict"),
+        ("pass", "a suite must return Scores, got NoneType"),
+    ],
+)
+def test_scores_that_are_none_are_a_failed_set(line, reason, evaluate_with):
+    result = evaluate_with(line)
     assert result.status == "failed"
-    assert "metric spread must be in [0, 1]" in result.error
+    assert reason in result.error
+
+
+def test_scores_may_be_tensors_and_arrays(evaluate_with, tmp_path):
+    scores = 'Scores({"spread": images_ND.new_tensor(0.5)}, numpy.int64(3))'
+    evaluate_with(f"import numpy; return {scores}")
+    content = json.loads((tmp_path / "out/spread_six.json").read_text())
+    assert (content["metrics"], content["samples"]) == ({"spread": 0.5}, 3)
 
 
 def test_suite_that_declares_too_little_is_refused():

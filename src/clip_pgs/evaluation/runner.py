@@ -283,7 +283,10 @@ class _Evaluation:
             kept = None if self._is_forced else self._kept(eval_set, identity)
             if kept is not None:
                 return kept, False
-            scores = SUITES.get(eval_set.suite)(self._encoder, eval_set)
+            returned = SUITES.get(eval_set.suite)(self._encoder, eval_set)
+            if not isinstance(returned, Scores):
+                raise TypeError(f"a suite must return Scores, got {type(returned).__name__}")
+            scores = returned
         except NonFiniteFeaturesError:
             raise
         except FileNotFoundError as error:

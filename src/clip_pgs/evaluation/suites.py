@@ -10,11 +10,13 @@ Help and lists take no torch, so that what scores is imported when it does.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,9 +62,14 @@ class Scores:
     """What a model reaches on a data set.
 
     Attributes:
-        metrics: In [0, 1]; None where one is not defined.
+        metrics: In [0, 1], by name; None where one is not defined. A tensor or an array of one
+            number becomes that number.
         samples: Number of images scored, or of caption pairs.
-        details: What explains the numbers.
+        details: What explains the numbers, as JSON holds it.
+
+    Raises:
+        TypeError: If a metric or `samples` is no number, or the details are not what JSON holds.
+        ValueError: If one is out of its range.
     """
 
     metrics: dict[str, float | None]
@@ -71,8 +78,14 @@ class Scores:
 
     def __post_init__(self) -> None:
         for name, value in self.metrics.items():
-            if value is not None and not is_share(value):
+            if value is not None and not is_share(float(value)):
                 raise ValueError(f"metric {name} must be in [0, 1] or None, got {value}")
+        metrics = {str(name): v if v is None else float(v) for name, v in self.metrics.items()}
+        object.__setattr__(self, "metrics", metrics)
+        object.__setattr__(self, "samples", index(self.samples))
+        if self.samples < 0:
+            raise ValueError(f"samples must not be negative, got {self.samples}")
+        json.dumps(self.details)
 
 
 @dataclass(frozen=True, kw_only=True)
