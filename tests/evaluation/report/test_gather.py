@@ -81,6 +81,16 @@ def test_two_weights_of_one_name_are_two_models_told_apart(tmp_path):
     assert {run.name for run in gather_runs([tmp_path])} == {"demo @aaaaaa", "demo @bbbbbb"}
 
 
+def test_runs_of_one_name_in_folders_of_arms_are_called_by_both(tmp_path):
+    runs = [(arm, number) for arm in ("random", "pgs") for number in (0, 1)]
+    for place, (arm, number) in enumerate(runs):
+        name = f"demo_{number}"
+        result = make_result("shape", model=name, weights_digest=f"{place}" * 8)
+        save_run(tmp_path / arm, number, results=[result])
+    found = gather_runs([tmp_path / arm / f"demo_{number}" for arm, number in runs])
+    assert [run.name for run in found] == [f"{arm}/demo_{number}" for arm, number in runs]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

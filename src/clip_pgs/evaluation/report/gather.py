@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -205,15 +205,18 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
                 if earlier is None or earlier.date <= result.date:
                     by_set[result.suite, result.dataset] = result
                 folders.setdefault(result.model_key, place)
-    digests: dict[str, set[str]] = {}
-    for (digest, _), by_set in found.items():
-        digests.setdefault(next(iter(by_set.values())).model, set()).add(digest)
+    places = {key: run_of_results(folder) for key, folder in folders.items()}
+    names = {key: next(iter(by_set.values())).model for key, by_set in found.items()}
+    for key in _alike(names):
+        if (run := places[key]) is not None and run.name == names[key]:
+            # As the runs of a study: its seeds have one name in the folder of every arm.
+            names[key] = f"{run.parent.name}/{run.name}"
+    for key in _alike(names):
+        names[key] += f" @{key[0][:6]}"
     runs = []
     for key, by_set in found.items():
-        (digest, mask), first = key, next(iter(by_set.values()))
-        name = first.model if len(digests[first.model]) == 1 else f"{first.model} @{digest[:6]}"
-        name += _through(mask)
-        run = run_of_results(folders[key])
+        mask, first, run = key[1], next(iter(by_set.values())), places[key]
+        name = names[key] + _through(mask)
         # Other checkpoints of a run have results elsewhere; the curve belongs to the run itself.
         epochs = {} if run is None else _read_epochs(run, mask)
         training = read_training_facts(run, first.pretrained)
@@ -221,6 +224,14 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
         masks = b"" if run is None else _read_masks(run / MASKS_NAME)
         runs.append(Run(name, tuple(by_set.values()), training, epochs, measured, masks))
     return runs
+
+
+def _alike(names: Mapping[tuple[str, str], str]) -> list[tuple[str, str]]:
+    """Return the models, by weights and mask, whose name those of other weights have, too."""
+    weights: dict[str, set[str]] = {}
+    for (digest, _), name in names.items():
+        weights.setdefault(name, set()).add(digest)
+    return [key for key, name in names.items() if len(weights[name]) > 1]
 
 
 def group_by_seed(runs: Sequence[Run]) -> list[Model]:
