@@ -5,9 +5,11 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,7 @@ from clip_pgs.training.stop import StoppedError, StopRequest, StopSignals
 from clip_pgs.training.trainer import Trainer
 from support.disk import files_limited_to
 from support.ranks import output, train_together
+from support.resuming import last_checkpoint
 from support.runs import flags, holding, run, write_shards
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
@@ -159,6 +162,38 @@ def test_an_evaluation_that_cannot_write_ends_no_run(tmp_path, world, capfd):
     said = capfd.readouterr().err
     assert "evaluation after epoch 1 could not be finished" in said
     assert re.search(r"After epoch 1:\n\n.*\nclip_val_loss +\d", said)
+    assert (folder / "export").is_dir()
+
+
+def test_held_out_data_that_is_damaged_for_an_epoch_ends_no_run(tmp_path, world, capfd):
+    whole = Path(world.val_data).parent
+    shards = tmp_path / "val"
+    shutil.copytree(whole, shards)
+
+    def evaluate(*, epoch, **_):
+        for shard in shards.glob("*.tar"):
+            shard.write_bytes(b"" if epoch == 1 else (whole / shard.name).read_bytes())
+        return {"accuracy": epoch / 4}
+
+    val_data = str(shards / Path(world.val_data).name)
+    data = {"train_data": world.train_data, "val_data": val_data}
+    folder = run(tmp_path, **data, epochs=3, evaluate=evaluate)
+    assert "The validation after epoch 2 could not be finished" in capfd.readouterr().err
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if line["kind"] == "val"]
+    assert [line["accuracy"] for line in measured] == [0.25, 0.5, 0.75]
+    assert ["clip_val_loss" in line for line in measured] == [True, False, True]
+
+
+def test_an_evaluation_that_fails_ends_the_run_with_its_epoch_saved(tmp_path, world):
+    def evaluate(**_):
+        raise RuntimeError("no such metric")
+
+    with pytest.raises(RuntimeError, match="no such metric"):
+        run(tmp_path, train_data=world.train_data, epochs=2, evaluate=evaluate)
+    checkpoint = last_checkpoint(tmp_path / "logs" / "run")
+    assert (checkpoint["epoch"], checkpoint["step"]) == (1, 4)
+    folder = run(tmp_path, train_data=world.train_data, epochs=2, resume="latest")
     assert (folder / "export").is_dir()
 
 

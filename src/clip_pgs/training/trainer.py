@@ -542,6 +542,9 @@ class Trainer:
                     self._measure(self._validation, epoch + 1, epochs)
             except StopRequest:
                 is_done = False
+            # Whatever it is, the epoch is saved first.
+            except Exception as error:
+                self._error = error
         is_done = self._group.broadcast(is_done)
         if is_done:
             self._save(phase_trainer, (epoch + 1, 0), *self._epoch_names(phase_trainer, epoch + 1))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from open_clip_train.data import get_imagenet
 from open_clip_train.train import evaluate as evaluate_with_open_clip
 from torch import nn
 
+from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
 from clip_pgs.data.build import build_val_stream
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.files import CHECKPOINTS_NAME, append_line
@@ -100,23 +102,19 @@ class Validation:
         # We report by ourselves, and the model is not wrapped.
         changes |= {"distributed": False, "save_logs": False, "wandb": False}
         options = argparse.Namespace(**{**vars(self._options.openclip), **changes})
-        metrics = evaluate_with_open_clip(
-            model, self._data, epoch, options, tokenizer=self._parts.tokenize
-        )
+        metrics: dict[str, Any] = {}
+        with _going_on("validation", epoch):
+            metrics |= evaluate_with_open_clip(
+                model, self._data, epoch, options, tokenizer=self._parts.tokenize
+            )
         is_due = epoch % self._options.eval_every == 0 or epoch == epochs
         if self._evaluate is not None and is_due:
-            try:
+            with _going_on("evaluation", epoch):
                 metrics |= self._evaluate(
                     model=model,
                     transform=self._parts.val_transform,
                     tokenize=self._parts.tokenize,
                     epoch=epoch,
-                )
-            except OSError as error:
-                _logger.warning(
-                    "The evaluation after epoch %d could not be finished: %s; the run goes on",
-                    epoch,
-                    error,
                 )
         return {
             name: value if isinstance(value, int) else float(value)
@@ -127,6 +125,17 @@ class Validation:
         """End the processes that load the held-out data."""
         if self._stream is not None:
             self._stream.close()
+
+
+@contextmanager
+def _going_on(what: str, epoch: int) -> Iterator[None]:
+    """Warn of held-out data that is gone or a full disk, which must not end a run."""
+    try:
+        yield
+    except (OSError, UnusableDataError, StalledDataError) as error:
+        _logger.warning(
+            "The %s after epoch %d could not be finished: %s; the run goes on", what, epoch, error
+        )
 
 
 def metrics_table(measured: Sequence[Mapping[str, Any]]) -> str:
