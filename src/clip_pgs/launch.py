@@ -28,7 +28,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from clip_pgs.common import INTERRUPTED, PREEMPTED, catching, one_sentence, refuse, run_program
+from clip_pgs.common import (
+    FAILED,
+    INTERRUPTED,
+    PREEMPTED,
+    catching,
+    one_sentence,
+    refuse,
+    run_program,
+)
 from clip_pgs.integrations import MAE_TYPE
 from clip_pgs.training.stop import LAUNCH_FOLDER, leave
 
@@ -37,6 +45,8 @@ _GPU_TOOLS = ("nvidia-smi", "rocm-smi")
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
+# In the folder of a launch, which process ended first and how, where no signal asked it to.
+_LOST_NAME = "lost"
 
 
 def train_autoencoder(argv: Sequence[str]) -> int:
@@ -95,6 +105,10 @@ def evaluate(argv: Sequence[str]) -> int:
         from clip_pgs.evaluation.__main__ import main
 
         return main(arguments)
+    from clip_pgs.evaluation.command import make_parser
+
+    # It ends here with its usage, once, where they are wrong.
+    make_parser().parse_args(arguments)
     return _Launch().evaluate(arguments, processes)
 
 
@@ -207,11 +221,19 @@ def run_quietly(argv: Sequence[str]) -> int:
         main(list(argv))
     except SignalException as error:
         return 128 + int(error.sigval)
-    except ChildFailedError:
+    except ChildFailedError as error:
         folder = os.environ.get(LAUNCH_FOLDER)
-        if folder is None or not any(Path(folder).glob("exit.*")):
+        if folder is None:
             raise
-        return 1
+        rank, failure = error.get_first_failure()
+        is_killed = failure.exitcode < 0
+        if failure.exitcode not in (PREEMPTED, INTERRUPTED):
+            name = failure.signal_name()
+            end = f"was ended by {name}" if is_killed else f"ended with code {failure.exitcode}"
+            Path(folder, _LOST_NAME).write_text(f"process {rank} {end}", encoding="utf-8")
+        if not is_killed and not any(Path(folder).glob("exit.*")):
+            raise
+        return FAILED
     return 0
 
 
@@ -247,12 +269,10 @@ class _Launch:
 
     def evaluate(self, arguments: Sequence[str], processes: Processes) -> int:
         with catching(self._note, *_PASSED_ON), tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "exit")
-            command = processes.torchrun(EVALUATION, [*arguments, "--exit-code-file", str(file)])
-            status = self._run(command, share_cores(processes.per_node))
-            if self.stopped:
-                return self._code_of_signal()
-            return int(file.read_text("utf-8")) if status == 0 else status
+            command = [*arguments, "--exit-code-file", f"{folder}/exit.0000"]
+            variables = {LAUNCH_FOLDER: folder, **share_cores(processes.per_node)}
+            status = self._run(processes.torchrun(EVALUATION, command), variables)
+            return self._explained(status, Path(folder))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.stopped.append(number)
@@ -277,11 +297,18 @@ class _Launch:
         return status if status >= 0 else 128 - status
 
     def _explained(self, status: int, folder: Path) -> int:
-        """Return the exit code that the run left, after its reason on stderr."""
-        files = sorted(folder.glob("exit.*"))
-        if files:
-            code, _, reason = files[-1].read_text("utf-8").partition("\n")
+        """Return the exit code that the processes left, after its reason on stderr."""
+        files, lost = sorted(folder.glob("exit.*")), folder / _LOST_NAME
+        text = files[-1].read_text("utf-8") if files else ""
+        code, _, reason = text.partition("\n")
+        # torchrun tells the others to leave where it lost one.
+        is_told = not files or int(code) in (PREEMPTED, INTERRUPTED)
+        if lost.is_file() and is_told and not self.stopped:
+            sys.stderr.write(f"error: {lost.read_text('utf-8')}\n")
+            return FAILED
+        if reason.strip():
             sys.stderr.write(f"{one_sentence(reason)}\n")
+        if files:
             return int(code)
         # A signal came before there was anything to save.
         return self._code_of_signal() if self.stopped else status

@@ -1,7 +1,10 @@
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,61 @@ def test_two_processes_share_the_sets_and_one_tells_the_result(
     }
     table = (tmp_path / "out/results.csv").read_text()
     assert len(table.splitlines()) == 1 + 5
+
+
+SLOW_SUITE = """
+import os, time
+from clip_pgs.evaluation import Scores, register_suite
+
+@register_suite("slow", title="Slow", summary="", task="slow", types=("classification",),
+                metrics={"acc": "acc"}, main_metrics=("acc",), unit="percent")
+def score(encoder, eval_set):
+    with open(f"rank_{os.environ['RANK']}", "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(120)
+    return Scores({"acc": 0.5}, 1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("who", "number", "code", "sentence"),
+    [
+        ("launch", signal.SIGTERM, 85, "stopped by SIGTERM; the same command continues"),
+        ("launch", signal.SIGINT, 130, "interrupted; the same command continues"),
+        ("rank_1", signal.SIGTERM, 85, "stopped by SIGTERM; the same command continues"),
+        ("rank_1", signal.SIGKILL, 1, "error: process 1 was ended by SIGKILL"),
+    ],
+)
+def test_what_ends_one_of_two_processes_is_told_once(
+    who, number, code, sentence, finished_run, data_root, tmp_path
+):
+    (tmp_path / "slow_suite.py").write_text(SLOW_SUITE)
+    (tmp_path / "sets.txt").write_text("six\nshapes\n")
+    shutil.copytree(data_root / "six", tmp_path / "data/six")
+    shutil.copytree(data_root / "six", tmp_path / "data/shapes")
+    command = [sys.executable, "-m", "clip_pgs.cli", "test", str(finished_run), "--nproc", "2"]
+    command += ["--suite", "slow_suite:score", "--datasets", "sets.txt", "--data-root", "data"]
+    command += ["--output", "out", "--workers", "0", "--no-report"]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as launch:
+        pids = [tmp_path / f"rank_{rank}" for rank in (0, 1)]
+        while not all(path.is_file() and path.read_text() for path in pids):
+            assert launch.poll() is None, launch.stderr.read()
+            time.sleep(0.1)
+        os.kill(launch.pid if who == "launch" else int((tmp_path / who).read_text()), number)
+        said = launch.communicate(timeout=60)[1]
+    assert launch.returncode == code
+    assert said.splitlines()[-1] == sentence
+    assert "Traceback" not in said
+    assert said.count("stopped by") + said.count("interrupted") == (code != 1)
 
 
 def test_a_number_of_processes_that_is_none_is_refused(tmp_path):

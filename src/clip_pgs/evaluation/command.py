@@ -75,7 +75,9 @@ def run(argv: Sequence[str]) -> int:
         argv: Arguments.
 
     Returns:
-        The exit code, see `__main__`. With `--exit-code-file` it is written there, and 0 returned.
+        The exit code, see `__main__`. With `--exit-code-file` it is written there, and 0 returned;
+        where a signal ended it, the sentence stands below it, and the code is returned, too, so
+        that what started several processes ends the others.
     """
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -84,8 +86,12 @@ def run(argv: Sequence[str]) -> int:
         exit_code = _evaluate_all(args)
     except (KeyboardInterrupt, AskedToLeaveError) as error:
         sentence, exit_code = early_end(error)
-        if is_first_process():
-            sys.stderr.write(f"{sentence}; the same command continues\n")
+        sentence = f"{sentence}; the same command continues\n"
+        if args.exit_code_file is not None:
+            Path(args.exit_code_file).write_text(f"{exit_code}\n{sentence}", encoding="utf-8")
+        elif is_first_process():
+            sys.stderr.write(sentence)
+        return exit_code
     if args.exit_code_file is None:
         return exit_code
     if is_first_process():

@@ -60,6 +60,8 @@ FEATURES_NAME = "features"
 ERRORS_NAME = "errors.log"
 # Raise it when a suite's rules change, or what a result tells, so that older ones are redone.
 _RULES = 3
+# torchrun looks after its processes several times a second.
+_LOST_SECONDS = 10
 _PACKAGES = ("open_clip_torch", "torch", "torchvision", "numpy", "pillow")
 
 
@@ -91,7 +93,12 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError:
+            # Where a process is gone, what started them asks the others to leave.
+            time.sleep(_LOST_SECONDS)
+            raise
         return values
 
 
