@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 
 import pytest
 
-from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
+from clip_pgs.data.bad_samples import Skip, SkipAccount, StalledDataError, UnusableDataError
 from support.streams import AUGMENT, numbers, open_stream, read_from, with_options
 
 
@@ -111,11 +112,26 @@ def test_share_above_the_limit_stops_the_run_in_one_sentence(
     with_options(args, train_data=path, max_bad_share=0.2, batch_size=10, workers=workers)
     with pytest.raises(UnusableDataError) as error:
         read_from(open_stream(args))
-    assert str(error.value).startswith(
-        "21 of 100 samples are bad, more than --max-bad-share 0.2 allows: "
-        "21 skipped (unreadable image: 21); the first is "
+    assert re.match(
+        r"21 of \d+ samples are bad, more than --max-bad-share 0.2 allows: "
+        r"21 skipped \(unreadable image: 21\); the first is ",
+        str(error.value),
     )
     assert "\n" not in str(error.value)
+
+
+def test_a_run_ends_as_soon_as_an_epoch_is_certain_to_have_too_many_bad_samples(
+    args, make_tar, make_image, tmp_path
+):
+    path = spoil(make_tar, make_image, tmp_path, num_bad=80)
+    with_options(args, train_data=path, max_bad_share=0.5, batch_size=10)
+    with pytest.raises(UnusableDataError) as error:
+        read_from(open_stream(args))
+    found = re.match(r"(\d+) of (\d+) samples are bad", str(error.value))
+    num_bad, num_tried = int(found[1]), int(found[2])
+    # By the sample after half of the epoch, though not by a share of fewer.
+    assert 50 < num_bad <= 60
+    assert num_bad <= num_tried < 90
 
 
 def test_share_at_the_limit_goes_on(args, make_tar, make_image, tmp_path):
@@ -125,16 +141,16 @@ def test_share_at_the_limit_goes_on(args, make_tar, make_image, tmp_path):
         assert len(numbers(read_from(stream, epoch))) == 100
 
 
-def test_share_is_judged_over_a_thousand_samples_of_a_long_epoch(
-    args, make_tar, make_image, tmp_path
-):
-    path = spoil(make_tar, make_image, tmp_path, num_bad=1200, size=2400)
-    with_options(args, train_data=path, max_bad_share=0.1, batch_size=100)
-    batches = iter(open_stream(args))
-    for _ in range(9):
-        next(batches)
-    with pytest.raises(UnusableDataError, match="of 1000 samples are bad"):
-        next(batches)
+def test_a_burst_in_a_long_epoch_is_judged_with_the_thousand_samples_around_it():
+    burst = [Skip("0.tar", f"{number}", "no caption") for number in range(100)]
+    account = SkipAccount(max_bad_share=0.1, epoch_size=2400)
+    account.add(burst, num_tried=100)
+    account.add([], num_tried=899)
+    with pytest.raises(UnusableDataError, match="101 of 1000 samples are bad"):
+        account.add(burst[:1], num_tried=1)
+    account = SkipAccount(max_bad_share=0.1, epoch_size=2400)
+    with pytest.raises(UnusableDataError, match="101 of 101 samples are bad"):
+        account.add([*burst, *burst[:1]], num_tried=101)
 
 
 def test_without_a_limit_anything_but_nothing_goes(args, make_tar, make_image, tmp_path):

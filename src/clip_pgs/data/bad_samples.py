@@ -12,7 +12,7 @@ from clip_pgs.common import BAD_INPUT, FAILED, one_sentence
 logger = logging.getLogger(__name__)
 
 _MAX_LOGGED = 10
-# Below this a share says little. Shorter epochs are judged as a whole.
+# Below this a share says little. Shorter epochs are judged as a whole, either once it is certain.
 _MIN_TRIED = 1000
 
 
@@ -126,11 +126,12 @@ class SkipAccount:
             return
         self._num_tried += num_tried
         self._num_bad += len(skips)
-        if self._num_tried < self._judge_at:
-            return
-        self._judge_at += self._judge_every
+        # Were all that come before the next judgment good, these would still be too many.
+        num_judged = max(self._num_tried, self._judge_at)
+        if self._num_tried >= self._judge_at:
+            self._judge_at += self._judge_every
         allowed = self.max_bad_share
-        if allowed is not None and self._num_bad > allowed * self._num_tried:
+        if allowed is not None and self._num_bad > allowed * num_judged:
             raise UnusableDataError(
                 f"{self._num_bad} of {self._num_tried} samples are bad, more than "
                 f"--max-bad-share {allowed:g} allows: {self.describe()}"
