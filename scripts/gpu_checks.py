@@ -52,6 +52,8 @@ _compile = torch.compile
 Rows = list[dict[str, Any]]
 Parts = Iterator[tuple[str, Callable[[], Rows]]]  # a name, and what measures it
 
+# Folders of the study's pictures.
+PARTS = ("train", "test")
 ADAPTIVE = ("--masking", "pgs", "--mask-ratio-min", 0.3)
 # More than a precision rounds off, less than a wrong mask does. Gradients may have three times it.
 TOLERANCES = {"fp32": 1e-4, "amp_bf16": 4e-2, "amp": 1e-2}
@@ -267,7 +269,7 @@ def compare_resumed(sizes: Sizes) -> Rows:
 
 def study(sizes: Sizes) -> Parts:
     """Train three arms with each seed, pictures in the GPU's memory; nothing without data."""
-    shards = {part: sorted(sizes.data.glob(f"{part}/*.tar")) for part in ("train", "test")}
+    shards = {part: sorted(sizes.data.glob(f"{part}/*.tar")) for part in PARTS}
     if not all(shards.values()):
         print(f"{sizes.data} has no train/*.tar and test/*.tar: the study is left out", flush=True)
         return

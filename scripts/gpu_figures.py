@@ -1,15 +1,16 @@
 """Measure on one GPU what docs/speed.md has no figures of; `gpu_figures.sh` says how to run it.
 
 Each stage is a process with a time limit, the most valuable first, and writes OUT/STAGE.json after
-each of its parts. A second call measures the parts that are missing. OUT/log.txt holds what the
-stages said, OUT/tables.md the tables. Weights, pictures and tokens are random.
+each of its parts. A second call measures the parts that are missing; an OUT that another machine,
+another version of the code or other options filled is refused. OUT/log.txt holds what the stages
+said, OUT/tables.md the tables. Weights, pictures and tokens are random.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
+import hashlib
 import multiprocessing
 import os
 import platform
@@ -19,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -32,16 +34,16 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import open_clip
 import torch
 import torchvision
-from gpu_checks import Parts, Rows, Sizes, correctness, study
+from gpu_checks import PARTS, Parts, Rows, Sizes, correctness, study
 from open_clip.loss import ClipLoss
 from open_clip_train.params import parse_args as parse_open_clip
 from open_clip_train.train import train_one_epoch
 from torch import Tensor
 from torchvision.io import decode_jpeg, encode_jpeg
 
-from clip_pgs.common import one_sentence
+from clip_pgs.common import one_sentence, refuse
 from clip_pgs.data.decoding import PixelNormalizer
-from clip_pgs.files import write_json, write_text
+from clip_pgs.files import read_json_object, write_json, write_text
 from clip_pgs.inspection.cost.data import measure_data_speed
 from clip_pgs.inspection.cost.step import (
     Benchmark,
@@ -288,9 +290,7 @@ STAGES: dict[str, tuple[float, Callable[[Sizes], Parts]]] = {
 def run_stage(name: str, sizes: Sizes) -> None:
     """Measure the parts of a stage that its file lacks; the file is whole after each."""
     path, found = sizes.out / f"{name}.json", facts(sizes)
-    record = read_record(path) or {"facts": found, "parts": {}, "failed": {}}
-    if record["facts"] | {"date": ""} != found | {"date": ""}:
-        raise ValueError(f"{path} was measured with {record['facts']}, and this is {found}")
+    record = checked_record(path, found) or {"facts": found, "parts": {}, "failed": {}}
     for part, measure in STAGES[name][1](sizes):
         if part in record["parts"]:
             continue
@@ -310,8 +310,35 @@ def run_stage(name: str, sizes: Sizes) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Return what a stage has measured so far."""
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    """Return what a stage has measured so far.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+    if not path.is_file():
+        return None
+    record = read_json_object(path, what=str(path))
+    for key in ("facts", "parts", "failed"):
+        if not isinstance(record.get(key), dict):
+            raise ValueError(f"{path} holds no figures: it has no {key}; remove it")
+    return record
+
+
+def checked_record(path: Path, found: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a stage has measured so far under the facts of this run, whatever the date.
+
+    Raises:
+        ValueError: If other facts hold of it, or the file holds something else.
+    """
+    record = read_record(path)
+    for key, value in found.items() if record else ():
+        known = record["facts"].get(key, "unknown")
+        if known != value and key != "date":
+            raise ValueError(
+                f"{path} was measured with {key} {known}, and this is {value}; name another OUT, "
+                "or remove the figures in this one"
+            )
+    return record
 
 
 def facts(sizes: Sizes) -> dict[str, Any]:
@@ -330,8 +357,24 @@ def facts(sizes: Sizes) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "model": Path(sizes.model).stem,
         "precision": sizes.precision,
+        "code": code_digest(),
+        "data": describe_data(sizes.data),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+def code_digest() -> str:
+    """Return what changes with the code that measures and that is measured."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted([*root.glob("scripts/gpu_*.py"), *root.glob("src/clip_pgs/**/*.py")]):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def describe_data(folder: Path) -> str:
+    """Return how much the study has to read, wherever it lies."""
+    sizes = [path.stat().st_size for part in PARTS for path in folder.glob(f"{part}/*.tar")]
+    return f"{len(sizes)} shards of {sum(sizes)} bytes"
 
 
 def run_in_child(name: str, sizes: Sizes, seconds: float) -> None:
@@ -407,8 +450,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data", type=Path, default=goods, help="for stage d: a folder with train/ and test/*.tar")
     add("--tiny", action="store_true", help="try everything on a CPU, in seconds")
     args = parser.parse_args(argv)
-    sizes = (Sizes.tiny if args.tiny else Sizes)(args.out, args.data)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        sizes = (Sizes.tiny if args.tiny else Sizes)(args.out, args.data)
+        args.out.mkdir(parents=True, exist_ok=True)
+        # Not here: CUDA, once it has started, does not follow into the stages' processes.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
+            found = child.submit(facts, sizes).result()
+        for name in STAGES:
+            checked_record(args.out / f"{name}.json", found)
+    except (ValueError, RuntimeError, OSError) as error:
+        return refuse(error)
     ends, are_done = time.monotonic() + 60 * args.minutes, []
     for name in args.stages:
         path = args.out / f"{name}.json"

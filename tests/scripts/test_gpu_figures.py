@@ -87,6 +87,47 @@ def test_figures_of_another_machine_are_not_mixed(script, tmp_path, monkeypatch)
         script.run_stage("c", script.Sizes(tmp_path, tmp_path, device="cpu", precision="fp32"))
 
 
+@pytest.mark.parametrize("fact", ["device", "torch", "model", "code", "data"])
+def test_done_figures_of_something_else_are_refused(script, tmp_path, monkeypatch, capsys, fact):
+    monkeypatch.setattr(script, "STAGES", {"c": stage_of(one=lambda: [{"n": 1}])})
+    options = [str(tmp_path), "--tiny", "--data", str(tmp_path / "none")]
+    assert script.main(options) == 0
+    record = json.loads((tmp_path / "c.json").read_text())
+    assert script.main(options) == 0
+    assert json.loads((tmp_path / "c.json").read_text()) == record
+    record["facts"][fact] = "another"
+    (tmp_path / "c.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert script.main(options) == 2
+    printed = capsys.readouterr()
+    assert f"c.json was measured with {fact} another" in printed.err
+    assert "done" not in printed.out
+
+
+def test_data_that_grew_and_code_that_changed_are_facts(script, tmp_path, goods, monkeypatch):
+    before = script.describe_data(goods)
+    assert before.startswith("2 shards of ")
+    (goods / "test" / "0.tar").rename(goods / "test" / "1.tar")
+    assert script.describe_data(goods) == before
+    (goods / "test" / "1.tar").unlink()
+    assert script.describe_data(goods) != before
+    digest = script.code_digest()
+    (tmp_path / "scripts").mkdir()
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "scripts" / "gpu_figures.py"))
+    assert script.code_digest() != digest
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"facts": 1, "parts": {}, "failed": {}}'])
+def test_damaged_figures_are_one_sentence(script, tmp_path, capsys, text):
+    (tmp_path / "a.json").write_text(text)
+    assert script.main([str(tmp_path), "--tiny", "--stages", "c"]) == 2
+    error = capsys.readouterr().err
+    assert "a.json" in error
+    assert len(error.splitlines()) == 1
+    assert (tmp_path / "a.json").read_text() == text
+    assert not (tmp_path / "tables.md").exists()
+
+
 @pytest.mark.slow
 def test_a_stage_that_takes_too_long_is_ended_and_keeps_what_it_has(script, tmp_path, monkeypatch):
     slow = stage_of(quick=lambda: [{"n": 1}], endless=lambda: time.sleep(600))
