@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from clip_pgs.checkpoint_reading import load_checkpoint
+from clip_pgs.common import refuse
 from clip_pgs.training.checkpoint import CheckpointStore, find_latest
 
 STEPS_PER_EPOCH = 5
@@ -96,6 +97,9 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where; a temporary folder by default")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.folder is not None and args.folder.is_dir() and any(args.folder.iterdir()):
+        # Its checkpoints would be counted as those of this trial.
+        return refuse(f"--folder must be new or empty, got {args.folder}")
     # A child of fork cannot use its parent's threads.
     torch.set_num_threads(1)
     delays = random.Random(args.seed)

@@ -20,6 +20,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 import tarfile
 import time
 from collections import Counter
@@ -35,6 +36,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
+from clip_pgs.common import refuse
 from clip_pgs.data.order import SampleRef, ShardPlan
 from clip_pgs.data.preflight import preflight
 from clip_pgs.data.shards import write_shard as write_pairs
@@ -54,7 +56,18 @@ CALLS = ("openat", "lseek", "read", "pread64")
 
 
 def write_shards(folder: Path, num_shards: int, num_pairs: int) -> list[str]:
-    """Write sparse shards with their indexes, and `sizes.json`; those that are there stay."""
+    """Write sparse shards with their indexes, and `sizes.json`; those that are there stay.
+
+    Raises:
+        ValueError: If the folder holds shards of another number or size, which stay as they are.
+    """
+    paths = [folder / f"{number:05d}.tar" for number in range(num_shards)]
+    size = num_pairs * STRIDE + 1024
+    for path in sorted(folder.glob("*.tar")):
+        if path not in paths or path.stat().st_size != size:
+            raise ValueError(
+                f"{path} is none of {num_shards} shards of {num_pairs} pairs; name another folder"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     image = io.BytesIO()
     Image.new("RGB", (64, 64), "teal").save(image, "jpeg")
@@ -67,13 +80,13 @@ def write_shards(folder: Path, num_shards: int, num_pairs: int) -> list[str]:
     table[0::2, 1], table[0::2, 2] = starts + 512, IMAGE_BYTES
     table[1::2, 0], table[1::2, 1], table[1::2, 2] = 1, starts + STRIDE - 512, CAPTION_BYTES
     ends = 2 * np.arange(1, num_pairs + 1, dtype=np.int64)
-    paths = [folder / f"{number:05d}.tar" for number in range(num_shards)]
     for path in paths:
-        if path.is_file():
+        # One that was copied, or left half-written, has lost its index.
+        if path.is_file() and len(index_shard(str(path))) == num_pairs:
             continue
         with path.open("wb") as file:
             file.write(head)
-            file.truncate(num_pairs * STRIDE + 1024)
+            file.truncate(size)
         state = [_CACHE_VERSION, *file_state(path.stat())]
         with cache_paths(str(path))[0].open("wb") as file:
             arrays = {"keys": keys, "ends": ends, "members": table, "suffixes": "jpg/txt"}
@@ -235,7 +248,11 @@ def main() -> None:
     add("--samples", type=int, default=65536, help="that a worker reads (default: 65536)")
     add("--steps", type=int, default=640, help="that mixing looks at (default: 640)")
     args = parser.parse_args()
-    shards, sizes = write_shards(args.folder, args.shards, args.pairs), [args.pairs] * args.shards
+    try:
+        shards = write_shards(args.folder, args.shards, args.pairs)
+    except (ValueError, OSError) as error:
+        sys.exit(refuse(error))
+    sizes = [args.pairs] * args.shards
 
     def row(what: str, found: dict[str, float]) -> list[Any]:
         return [what, f"{found['seconds']:.3g}", f"{found['processor']:.3g}", round(found["mb"])]
