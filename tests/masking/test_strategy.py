@@ -51,7 +51,7 @@ def test_grid_follows_the_image_and_the_patch():
         ({"noise": torch.full((2, 6), torch.nan)}, r"noise must lie in \[0, 1\), got nan to nan"),
         ({"noise": torch.tensor([0.5, 1]).tile(2, 3)}, r"noise must lie in \[0, 1\), got 0.5 to 1"),
         ({"noise": torch.full((2, 6), -0.1)}, r"noise must lie in \[0, 1\), got -0.1 to -0.1"),
-        ({"progress": "x"}, r"progress must be in \[0, 1\], got x"),
+        ({"progress": "x"}, r"progress must be in \[0, 1\], got 'x'"),
         ({"attention": torch.zeros(6)}, r"attention must .* \(B, N\) = \(2, 6\)"),
     ],
 )

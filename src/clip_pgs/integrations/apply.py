@@ -25,7 +25,7 @@ from clip_pgs.integrations.masked_tower import (
 from clip_pgs.integrations.teacher import START_MOMENTUM, Teacher, teacher_momentum
 from clip_pgs.masking import MaskingStrategy, PatchSelection
 from clip_pgs.masking.merge import Merge
-from clip_pgs.masking.strategy import as_strategy, check_range, patch_sides
+from clip_pgs.masking.strategy import as_strategy, check_range, patch_sides, plain_number
 
 # What `integrations.open_clip` and `integrations.transformers` export.
 __all__ = [
@@ -303,16 +303,15 @@ def set_masking_progress(model: nn.Module, progress: float) -> None:
 
     Args:
         model: A masked model, also wrapped by DDP or `torch.compile`.
-        progress: Completed share of the masked training steps, in [0, 1].
+        progress: Completed share of the masked training steps, in [0, 1]; a number, or a tensor of
+            one.
 
     Raises:
         ValueError: If the model is not masked or `progress` is out of its range.
     """
-    try:
-        progress = float(progress)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"progress must be in [0, 1], got {progress!r}") from None
+    progress = plain_number(progress)
     check_range(progress, name="progress", low=0, high=1)
+    progress = float(progress)
     masking, (tower, kind) = tower_masking(model), image_tower(model)
     masking.progress = progress
     masking.progress_tensor = torch.full_like(
@@ -325,13 +324,13 @@ def set_mask_ratio(model: nn.Module, mask_ratio: float) -> None:
 
     Args:
         model: A masked model, also wrapped.
-        mask_ratio: Share of patches dropped from now on, in [0, 1).
+        mask_ratio: Share of patches dropped from now on, in [0, 1); a number, or a tensor of one.
 
     Raises:
         ValueError: If the model is not masked, its strategy has no mask ratio, or the ratio is
             out of its range.
     """
-    tower_masking(model).strategy.set_mask_ratio(mask_ratio)
+    tower_masking(model).strategy.set_mask_ratio(plain_number(mask_ratio))
 
 
 def set_masking_noise(model: nn.Module, noise: Tensor | None) -> None:

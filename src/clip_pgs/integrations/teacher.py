@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from clip_pgs.common import explained
-from clip_pgs.masking.strategy import check_range
+from clip_pgs.masking.strategy import check_range, plain_number
 
 # As in A-CLIP and BYOL.
 START_MOMENTUM = 0.996
@@ -39,6 +39,7 @@ def teacher_momentum(start: float, *, step: int, total_steps: int) -> float:
     Raises:
         ValueError: If a number is out of its range.
     """
+    step, total_steps = plain_number(step), plain_number(total_steps)
     check_range(step, name="step", low=0, high=math.inf)
     check_range(total_steps, name="total_steps", low=1, high=math.inf)
     done = min(step, total_steps) / total_steps
@@ -145,4 +146,7 @@ def _float_weights(tower: nn.Module) -> list[Tensor]:
 def _precision_of(pixels: Tensor) -> AbstractContextManager:
     if pixels.dtype == torch.float32:
         return nullcontext()
+    if pixels.dtype not in (torch.float16, torch.bfloat16):
+        # float64, to which autocast says that it does not support it.
+        return torch.autocast(pixels.device.type, enabled=False)
     return torch.autocast(pixels.device.type, dtype=pixels.dtype)

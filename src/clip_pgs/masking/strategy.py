@@ -11,6 +11,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Collection, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from types import NoneType
@@ -733,7 +734,7 @@ def check_mask_ratio(mask_ratio: float, *, name: str = "mask_ratio") -> None:
         ValueError: If it is.
     """
     if not isinstance(mask_ratio, Real) or not 0.0 <= mask_ratio < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {mask_ratio}")
+        raise ValueError(f"{name} must be in [0, 1), got {mask_ratio!r}")
 
 
 def lower_bound(mask_ratio: float, mask_ratio_min: float | None) -> float:
@@ -757,6 +758,15 @@ def keeps_different_counts(strategy: MaskingStrategy) -> bool:
     """Return whether a strategy may keep different numbers of patches in different images."""
     ratio = getattr(strategy, "mask_ratio", None)
     return strategy.adaptive and getattr(strategy, "mask_ratio_min", None) not in (None, ratio)
+
+
+def plain_number(value: Any) -> Any:
+    """Return the number that a tensor or array of one element holds, and anything else as it is."""
+    if getattr(value, "shape", None) is not None and math.prod(value.shape) == 1:
+        # One on the meta device holds none.
+        with suppress(RuntimeError):
+            return value.item()
+    return value
 
 
 def check_range(
@@ -788,7 +798,7 @@ def check_range(
     is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if not (is_number and low <= value <= high):
         kind = "a whole number " if whole and not is_number else ""
-        raise ValueError(f"{name} must be {kind}in [{low:g}, {high:g}], got {value}")
+        raise ValueError(f"{name} must be {kind}in [{low:g}, {high:g}], got {value!r}")
 
 
 def check_share(share: float, *, name: str) -> None:
@@ -798,7 +808,7 @@ def check_share(share: float, *, name: str) -> None:
         ValueError: If it is.
     """
     if not isinstance(share, Real) or not 0.0 < share <= 1.0:
-        raise ValueError(f"{name} must be in (0, 1], got {share}")
+        raise ValueError(f"{name} must be in (0, 1], got {share!r}")
 
 
 def interpolate(points: tuple[tuple[float, float], ...], position: Number) -> Number:

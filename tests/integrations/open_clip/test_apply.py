@@ -1,6 +1,7 @@
 import copy
 from functools import partial
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -275,6 +276,36 @@ def test_plain_models_have_no_masking_to_set():
 def test_progress_outside_its_range_is_refused(progress):
     with pytest.raises(ValueError, match=r"progress must be in \[0, 1\], got "):
         set_masking_progress(apply_masking(small_clip(), "pgs"), progress)
+
+
+SETTERS = {
+    "progress": (set_masking_progress, lambda masking: masking.progress),
+    "mask_ratio": (set_mask_ratio, lambda masking: masking.strategy.mask_ratio),
+}
+
+
+@pytest.mark.parametrize("name", SETTERS)
+@pytest.mark.parametrize(
+    "number",
+    [torch.tensor(0.5), torch.tensor([0.5]), np.float32(0.5), np.array(0.5)],
+    ids=["tensor", "one element", "scalar", "array"],
+)
+def test_a_number_is_taken_out_of_a_tensor_or_array_of_one(name, number):
+    model = apply_masking(small_clip(), "pgs", mask_ratio=0.25).train()
+    setter, getter = SETTERS[name]
+    setter(model, number)
+    assert getter(model.visual.masking) == 0.5
+    assert isinstance(getter(model.visual.masking), float)
+    model.visual(image_batch())
+
+
+@pytest.mark.parametrize("name", SETTERS)
+@pytest.mark.parametrize("number", ["0.5", b"0.5", np.array("0.5"), torch.empty(1, device="meta")])
+def test_what_is_no_number_is_refused_with_what_it_is(name, number):
+    model = apply_masking(small_clip(), "pgs", mask_ratio=0.25)
+    with pytest.raises(ValueError, match=rf"^{name} must be in \[0, 1[])], got [^0]"):
+        SETTERS[name][0](model, number)
+    assert SETTERS[name][1](model.visual.masking) in (0.0, 0.25)
 
 
 @pytest.mark.parametrize("masking", [5, None, MaskingStrategy])

@@ -1,5 +1,6 @@
 import copy
 import math
+import warnings
 from functools import partial
 
 import pytest
@@ -64,6 +65,7 @@ def test_momentum_rises_to_one_along_a_cosine():
         ({"step": -1, "total_steps": 2}, "step"),
         ({"step": math.nan, "total_steps": 2}, "step"),
         ({"step": None, "total_steps": 2}, "step"),
+        ({"step": "0", "total_steps": 2}, "step"),
         ({"step": 0, "total_steps": 0}, "total_steps"),
         ({"step": 0, "total_steps": math.nan}, "total_steps"),
     ],
@@ -92,6 +94,20 @@ def test_the_teacher_is_the_moving_average_of_the_weights():
             mine[name] = keep * mine[name] + (1 - keep) * weight.double()
     for name, weight in model.visual.masking.teacher.tower.state_dict().items():
         torch.testing.assert_close(weight.double(), mine[name], atol=1e-6, rtol=1e-6)
+
+
+def test_steps_may_be_counted_by_tensors():
+    got = teacher_momentum(0.5, step=torch.tensor(1), total_steps=torch.tensor([6]))
+    assert got == teacher_momentum(0.5, step=1, total_steps=6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_no_dtype_warns(dtype):
+    model = attentive(small_clip()).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.visual(image_batch().to(dtype))
+    assert last_selection(model).index.shape == (3, 8)
 
 
 def test_a_selection_changes_between_steps_and_never_within_one():
