@@ -78,6 +78,32 @@ def test_lone_checkpoint_opens_with_a_model_name(lone_checkpoint, finished_run):
     assert weights_digest(loaded.model) == weights_digest(load_model(finished_run).model)
 
 
+def test_lone_checkpoint_opens_with_the_folder_of_an_export(lone_checkpoint, finished_run):
+    content = torch.load(lone_checkpoint, weights_only=True)
+    for weight in content["state_dict"].values():
+        weight += 1
+    torch.save(content, lone_checkpoint)
+    export = f"local-dir:{finished_run / 'export'}"
+    loaded, exported = load_model(lone_checkpoint, model=export), load_model(export)
+    assert check_source(str(lone_checkpoint), model=export)
+    for name, weight in loaded.model.state_dict().items():
+        assert torch.equal(weight, content["state_dict"][name])
+    assert str(loaded.transform) == str(exported.transform)
+    texts = ["a red square", "two"]
+    assert torch.equal(loaded.tokenizer(texts), exported.tokenizer(texts))
+
+
+def test_checkpoint_of_a_run_on_the_folder_of_an_export_opens_from_its_recorded_parameters(
+    lone_checkpoint, finished_run, tmp_path
+):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    lone_checkpoint.rename(run / "checkpoints/epoch_7.pt")
+    (run / "params.txt").write_text(f"model: local-dir:{finished_run / 'export'}\n")
+    loaded = load_model(run / "checkpoints/epoch_7.pt")
+    assert weights_digest(loaded.model) == weights_digest(load_model(finished_run).model)
+
+
 def test_checkpoint_of_this_trainer_needs_nothing_beside_it(lone_checkpoint, finished_run):
     content = torch.load(lone_checkpoint, weights_only=True)
     config = json.loads((finished_run / "export/open_clip_config.json").read_text())
@@ -175,6 +201,9 @@ def test_checkpoint_of_a_siglip_run_keeps_its_bias(lone_checkpoint, model_config
         ("{tmp}", {}, "is no run and no export"),
         ("{tmp}/epoch_7.pt", {}, "architecture of .*epoch_7.pt is unknown; give --model NAME"),
         ("{tmp}/epoch_7.pt", {"model": "ViT-Z-99"}, "open_clip knows no model 'ViT-Z-99'"),
+        ("{tmp}/epoch_7.pt", {"model": "local-dir:none"}, "no model 'local-dir:none'"),
+        ("{tmp}/epoch_7.pt", {"model": "local-dir:" + "a" * 5000}, "no model 'local-dir:aaa"),
+        ("{tmp}/epoch_7.pt", {"model": "hf-hub:a/b"}, "no model 'hf-hub:a/b'"),
         ("{tmp}/epoch_7.pt", {"model": "ViT-B-32"}, "does not fit ViT-B-32: "),
         ("{tmp}/epoch_7.pt", {"model_config": "none.json"}, "cannot read the model config"),
         ("ViT-B-32", {}, "needs published weights, --pretrained TAG"),

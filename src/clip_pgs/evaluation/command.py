@@ -155,7 +155,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="RUN_OR_CHECKPOINT",
         help="a run folder, an export, a checkpoint file, hf-hub:OWNER/NAME or an open_clip model",
     )
-    add("--model", metavar="NAME", help="architecture of a checkpoint, if no run tells it")
+    add("--model", metavar="NAME", help="architecture of a checkpoint, also local-dir:FOLDER")
     add("--model-config", metavar="FILE", help="the same, as an OpenCLIP model config (JSON)")
     add("--pretrained", metavar="TAG", help="published weights of an open_clip model")
     _add_data_flags(parser)

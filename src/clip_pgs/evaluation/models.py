@@ -102,8 +102,8 @@ def load_model(
         source: A run folder (its `export`), a folder with `open_clip_config.json` or of a ViT-MAE
             of transformers, a checkpoint file, `local-dir:PATH`, `hf-hub:OWNER/NAME`, or the name
             of an open_clip model.
-        model: Architecture of a checkpoint file, by its open_clip name. By default it is what
-            the file or its run records.
+        model: Architecture of a checkpoint file: its open_clip name, or `local-dir:FOLDER` of an
+            export, whose weights are not read. By default it is what the file or its run records.
         model_config: The same as an OpenCLIP model config, a JSON file.
         pretrained: open_clip's tag of published weights, for `source` an open_clip model.
         device: Where the model goes.
@@ -352,8 +352,11 @@ def _find_architecture(
     if model_config is not None:
         return register_model_config(Path(model_config)), {}
     if model is not None:
-        if model not in open_clip.list_models():
-            raise ValueError(f"open_clip knows no model {model!r}; give a model config instead")
+        if not _is_known(model):
+            raise ValueError(
+                f"open_clip knows no model {model!r}, and it is no local-dir:FOLDER with "
+                f"{MODEL_CONFIG_NAME}; give a model config instead"
+            )
         return model, {}
     if checkpoint.config is not None:
         return _from_config(checkpoint.config, what=f"the model config in {checkpoint.path}")
@@ -367,6 +370,18 @@ def _find_architecture(
     if params_path.is_file():
         return _from_params(params_path)
     raise ValueError(f"the architecture of {checkpoint.path} is unknown; give --model NAME")
+
+
+def _is_known(model: str) -> bool:
+    """Return whether open_clip can build a model of a name, or of local-dir:FOLDER."""
+    if not model.startswith("local-dir:"):
+        return model in open_clip.list_models()
+    folder = Path(model.removeprefix("local-dir:"))
+    # os.path: a name that is too long is that of no file.
+    if not os.path.isfile(folder / MODEL_CONFIG_NAME):
+        return False
+    _check_export_folder(folder)
+    return True
 
 
 def _check_export_folder(folder: Path) -> None:
@@ -411,7 +426,7 @@ def _from_params(path: Path) -> _Architecture:
     if config and os.path.isfile(config):
         register_model_config(Path(config))
     model = str(params.get("model"))
-    if model not in open_clip.list_models():
+    if not _is_known(model):
         raise ValueError(f"{path} names a model {model!r} unknown here; give its --model-config")
     options = {name: params[name] for name in _BUILD_FLAGS if params.get(name)}
     match options.get("force_image_size"):
