@@ -345,6 +345,8 @@ def facts(sizes: Sizes) -> dict[str, Any]:
     """Return what must be known to read figures."""
     driver = "none"
     if sizes.device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("this machine has no CUDA device; --tiny tries everything on a CPU")
         ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
     return {

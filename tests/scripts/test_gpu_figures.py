@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from PIL import Image
 
 from clip_pgs.data.shards import write_shard
@@ -102,6 +103,12 @@ def test_done_figures_of_something_else_are_refused(script, tmp_path, monkeypatc
     printed = capsys.readouterr()
     assert f"c.json was measured with {fact} another" in printed.err
     assert "done" not in printed.out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_machine_without_a_gpu_is_one_sentence(script, tmp_path, capsys):
+    assert script.main([str(tmp_path / "out")]) == 2
+    assert "--tiny" in capsys.readouterr().err
 
 
 def test_data_that_grew_and_code_that_changed_are_facts(script, tmp_path, goods, monkeypatch):
