@@ -7,8 +7,9 @@ import json
 import pytest
 
 from clip_pgs.data.__main__ import main
-from clip_pgs.data.bad_samples import UnusableDataError
+from clip_pgs.data.bad_samples import BadSampleError, UnusableDataError
 from clip_pgs.data.preflight import preflight
+from clip_pgs.data.samples import RawSample, decode_captions
 from support.streams import numbers, open_stream, read_from, same, with_options
 
 
@@ -170,3 +171,25 @@ def test_check_and_words_take_the_key(write, tmp_path, capsys):
     assert json.loads(out.read_text())["num_captions"] == 36
     assert main(["check", path, "--caption-key", "nothing"]) == 1
     assert "it has 'caption', 'several', 'url'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("record", "key", "words"),
+    [
+        ({"caption": None}, "caption", "--caption-key caption leads to null in the JSON"),
+        ({"a": None, "b": "x"}, "a,c", "leads to null in the JSON: 'a'"),
+        ({"a": "x"}, "caption", "is no field of the JSON; it has 'a'"),
+        ({"caption": 5}, "caption", "leads to a number"),
+        ({"caption": True}, "caption", "leads to true"),
+        ({"caption": {"en": "x"}}, "caption", "leads to an object"),
+        ({"caption": [["x"]]}, "caption", "leads to a list"),
+        ({"caption": ["x", None]}, "caption", "leads to null"),
+        (["x"], "caption", "a list in place of an object"),
+        (None, "caption", "null in place of an object"),
+    ],
+)
+def test_a_field_that_holds_no_caption_is_told_by_what_it_holds(record, key, words):
+    raw = RawSample("0.tar", "0", b"", (json.dumps(record).encode(),))
+    with pytest.raises(BadSampleError) as error:
+        decode_captions(raw, caption_key=key)
+    assert words in error.value.detail

@@ -197,22 +197,32 @@ def _json_captions(data: bytes, keys: list[str]) -> list[str]:
     except (ValueError, RecursionError) as error:
         raise BadSampleError("unreadable JSON", f".{JSON_SUFFIX} member: {error}") from error
     if not isinstance(record, dict):
-        raise BadSampleError("unreadable JSON", f"a {type(record).__name__} in place of an object")
+        detail = f"{_json_kind(record)} in place of an object"
+        raise BadSampleError("unreadable JSON", detail)
     found = [record[key] for key in keys if record.get(key) is not None]
     if not found:
-        names = [repr(name)[:_MAX_NAME] for name in list(record)[:_MAX_NAMED]]
-        fields = ", ".join(names) or "none at all"
-        raise BadSampleError(
-            "no caption", f"--caption-key {','.join(keys)} is no field of the JSON; it has {fields}"
-        )
+        nulls = [key for key in keys if key in record]
+        fields = [repr(name)[:_MAX_NAME] for name in list(record)[:_MAX_NAMED]]
+        reason = f"is no field of the JSON; it has {', '.join(fields) or 'none at all'}"
+        if nulls:
+            reason = f"leads to null in the JSON: {', '.join(map(repr, nulls))}"
+        raise BadSampleError("no caption", f"--caption-key {','.join(keys)} {reason}")
     captions = [text for value in found for text in (value if isinstance(value, list) else [value])]
     for caption in captions:
         if not isinstance(caption, str):
-            kind = type(caption).__name__
-            raise BadSampleError("caption is no text", f"--caption-key leads to a {kind}")
+            detail = f"--caption-key leads to {_json_kind(caption)}"
+            raise BadSampleError("caption is no text", detail)
         if not caption.isascii() and any("\ud800" <= letter <= "\udfff" for letter in caption):
             raise BadSampleError("caption is not UTF-8", "the JSON escapes half a character")
     return captions
+
+
+def _json_kind(value: object) -> str:
+    """Return what JSON calls a value, with its article."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    kinds: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "a number")
 
 
 def _missing(raw: RawSample, wanted: str, hint: str = "") -> str:
