@@ -126,6 +126,22 @@ def test_shard_that_disappears_while_it_is_open_is_read_to_its_end(stated_args):
         open_stream(stated_args)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shard_that_is_overwritten_while_a_run_trains_is_named_and_not_trained_on(
+    stated_args, make_shards, caplog, workers
+):
+    other = make_shards([10], folder="other", first=40) / "0.tar"
+    shard = folder_of(stated_args) / "1.tar"
+    stream = open_stream(with_options(stated_args, workers=workers))
+    assert sorted(numbers(read_from(stream))) == [*range(30)]
+    shard.write_bytes(other.read_bytes())
+    seen = numbers(read_from(stream, epoch=1))
+    assert len(seen) == 30
+    assert {*seen} == {*range(10), *range(20, 30)}
+    assert stream.skipped == {"changed shard": 10}
+    assert f"skipped {shard}: sample" in caplog.text
+
+
 def test_shard_that_is_cut_short_while_it_is_open_loses_what_was_cut(stated_args):
     expected = numbers(read_from(open_stream(stated_args)))
     stream = open_stream(with_options(stated_args, workers=0))

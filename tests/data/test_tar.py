@@ -363,18 +363,27 @@ def test_index_of_a_shard_that_changed_is_made_anew(large, change):
     assert cached.read_bytes() != before or len(by_index(large)) < 3
 
 
-def test_a_shard_that_is_written_anew_while_it_is_open_gives_its_new_pairs(tmp_path):
+@pytest.mark.parametrize("is_indexed", [False, True])
+def test_a_shard_that_gets_other_members_while_it_is_in_use_is_bad(tmp_path, is_indexed):
     path = tmp_path / "0.tar"
     write(path, PAIRS)
+    expected = list(read_shard(str(path)))
+    if is_indexed:
+        size_shards([str(path)], use_stated=False)
     source = ShardSource([str(path)])
-    before = source.read(SampleRef(0, 0))
+    if not is_indexed:
+        assert source.read(SampleRef(0, 0)) == expected[0]
     write(path, PAIRS[::-1])
     os.utime(path, (1, 1))
-    after = [source.read(SampleRef(0, number)) for number in range(6)]
-    assert after == list(read_shard(str(path)))
-    assert before in after[1:]
+    after = [source.read(SampleRef(0, number)) for number in range(len(expected))]
+    assert {(skip.shard, skip.reason) for skip in after} == {(str(path), "changed shard")}
+    # The same members again, or only another time of the file.
+    write(path, PAIRS)
+    for time in (2, 3):
+        os.utime(path, (time, time))
+        assert [source.read(SampleRef(0, number)) for number in range(len(expected))] == expected
     path.unlink()
-    assert source.read(SampleRef(0, 0)) == after[0]
+    assert source.read(SampleRef(0, 0)) == expected[0]
 
 
 def test_index_that_is_damaged_or_of_another_version_is_made_anew(large, monkeypatch):

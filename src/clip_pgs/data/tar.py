@@ -200,6 +200,8 @@ class ShardIndex:
 class ShardSource:
     """The samples of local shards, in any order; shards in use stay open, with their indexes.
 
+    A shard that gets other members meanwhile, or others than `index_shards` found before, is bad.
+
     Args:
         shards: Expanded local shards that are not compressed.
         use_json: Take the side-car JSON for the caption.
@@ -209,6 +211,8 @@ class ShardSource:
         self.shards = shards
         self.use_json = use_json
         self._open: OrderedDict[int, tuple[ShardIndex, BinaryIO, tuple[int, int]]] = OrderedDict()
+        # Of each shard's index when it was first seen.
+        self._digests = index_digests(shards)
         # Others in this process need files too.
         self._max_open = min(_MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
@@ -229,12 +233,18 @@ class ShardSource:
 
     def _opened(self, number: int) -> tuple[ShardIndex, BinaryIO]:
         if number in self._open and _stamp(self._open[number][1]) != self._open[number][2]:
-            # Somebody writes into it: its members lie elsewhere.
+            # Somebody writes into it: its members may lie elsewhere.
             self._open.pop(number)[1].close()
         if number not in self._open:
             while len(self._open) >= self._max_open:
                 self._open.popitem(last=False)[1][1].close()
             index, file = _open_shard(self.shards[number])
+            digest = self._digests[number] or index.digest()
+            self._digests[number] = digest
+            # What is left of a damaged one is what it was.
+            if index.failure is None and index.digest() != digest:
+                detail = "its members are others than at first; a run keeps to its data"
+                index = _to_index(index.shard, [Skip(index.shard, "", "changed shard", detail)])
             self._open[number] = index, file, _stamp(file)
         self._open.move_to_end(number)
         return self._open[number][:2]
