@@ -5,11 +5,13 @@ import gzip
 import io
 import lzma
 import os
+import re
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from clip_pgs.data.build import read_table
 from clip_pgs.data.caption_tables import TableSource, read_pairs
 from clip_pgs.data.order import SampleRef
 from clip_pgs.data.shards import expand_shards
@@ -71,11 +73,42 @@ def test_a_table_is_read_as_one_whatever_its_name(tmp_path, ending):
 
 
 @pytest.mark.parametrize("name", ["0.tar", "pairs.csv"])
-def test_a_shard_is_no_table(tmp_path, make_tar, make_image, name):
+def test_a_shard_is_no_table_and_training_says_how_to_read_it(
+    tmp_path, make_tar, make_image, make_args, name
+):
     make_tar(tmp_path / name, [(f"{n:04d}.jpg", make_image(0)) for n in range(50)])
-    with pytest.raises(ValueError, match="--dataset-type webdataset") as error:
+    with pytest.raises(ValueError, match="is a tar archive") as error:
         read_pairs(tmp_path / name, **KEYS)
+    # Packing and counting words have no such option.
+    assert "--dataset-type" not in str(error.value)
+    with pytest.raises(ValueError, match=r"a tar archive.* --dataset-type webdataset") as error:
+        read_table(make_args(), str(tmp_path / name))
     assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("separator", [",", "::"])
+@pytest.mark.parametrize("caption", ["one", "\u4e00\u4e00\u4e00"])
+def test_a_table_in_utf_16_is_told_by_its_encoding_with_the_cure(
+    tmp_path, encoding, separator, caption
+):
+    path = tmp_path / "pairs.csv"
+    text = f"filepath{separator}title\r\na.jpg{separator}{caption}\r\n"
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError, match=r"pairs.csv' is a text file in UTF-16") as error:
+        read_pairs(path, **{**KEYS, "separator": separator})
+    named = re.search(r"iconv -f (\S+) -t UTF-8", str(error.value))
+    assert path.read_bytes().decode(named[1]).startswith("filepath")
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("row", [0, 3, 100_000])
+def test_a_nul_in_a_text_is_told_by_its_line(tmp_path, ending, row):
+    path = tmp_path / "pairs.csv"
+    rows = [f"{n}.jpg,caption {n}{chr(0) * (n == row)}" for n in range(row + 2)]
+    path.write_bytes(ending.join(["filepath,title", *rows, ""]).encode())
+    with pytest.raises(ValueError, match=rf"NUL character in line {row + 2},"):
+        read_pairs(path, **KEYS)
 
 
 def test_a_sentence_names_so_many_columns_and_no_more(tmp_path):
@@ -119,20 +152,44 @@ def test_separator_that_is_none_is_refused_by_name(tmp_path, separator):
 
 
 @pytest.mark.parametrize(
-    "rows", ["0,a.jpg,one\n1,b.jpg,two\n", "a.jpg,one,5\nb.jpg,two,6\n", "0,0,a.jpg,one\n"]
+    ("rows", "first"),
+    [
+        ("0,a.jpg,one\n1,b.jpg,two\n", 1),
+        ("a.jpg,one,5\nb.jpg,two,6\n", 1),
+        ("0,0,a.jpg,one\n", 1),
+        ("a.jpg,one\nb.jpg,two, three\n", 2),
+        # Rows that end with a separator, some of whose captions hold one.
+        ("a.jpg,a dog, running,\nb.jpg,a cat,\n", 1),
+        ("a.jpg,a cat,\nb.jpg,a dog, running,\n", 2),
+        ("a.jpg,a dog, running,\nb.jpg,a car, parked,\n", 1),
+        ("a.jpg,a cat,\nb.jpg,a dog, running\n", 2),
+        # A further column, whose cells are empty.
+        ("note: a.jpg,a dog, running,\nb.jpg,a cat,\n", 1),
+        ("note: a.jpg,a cat,\nb.jpg,a dog, running,\n", 2),
+        # Only some rows end with one, so that it may be a caption's.
+        ("a.jpg,a cat,\nb.jpg,a dog\n", 1),
+        ("a.jpg,a cat\nb.jpg,a dog,\n", 2),
+    ],
 )
-def test_cells_without_a_name_are_refused(tmp_path, rows):
+@pytest.mark.parametrize("separator", [",", "::"])
+def test_cells_without_a_name_are_refused(tmp_path, rows, first, separator):
     path = tmp_path / "pairs.csv"
-    path.write_text(f"filepath,title\n{rows}")
-    with pytest.raises(ValueError, match="more cells than its header has names"):
-        read_pairs(path, **KEYS)
+    header = "filepath,title,note" if rows.startswith("note: ") else "filepath,title"
+    path.write_text(f"{header}\n{rows.removeprefix('note: ')}".replace(",", separator))
+    with pytest.raises(ValueError, match="more cells than its header has names") as error:
+        read_pairs(path, **{**KEYS, "separator": separator})
+    assert f"the first is row {first}," in str(error.value) or (
+        f"the first is line {first + 1}," in str(error.value)
+    )
 
 
-def test_separator_at_the_end_of_each_row_is_no_cell(tmp_path):
+@pytest.mark.parametrize("separator", [",", "::"])
+def test_separator_at_the_end_of_each_row_is_no_cell_and_no_warning(tmp_path, recwarn, separator):
     path = tmp_path / "pairs.csv"
-    path.write_text("filepath,title\na.jpg,one,\nb.jpg,two,\n")
-    table = read_pairs(path, **KEYS)
-    assert (table.images, table.captions) == (["a.jpg", "b.jpg"], ["one", "two"])
+    path.write_text("filepath,title\n007,one,\n1,two,\n".replace(",", separator))
+    table = read_pairs(path, **{**KEYS, "separator": separator})
+    assert (table.images, table.captions) == (["007", "1"], ["one", "two"])
+    assert not recwarn.list
 
 
 def test_column_whose_name_is_empty_changes_nothing(tmp_path):
@@ -143,11 +200,14 @@ def test_column_whose_name_is_empty_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("separator", [",", "\t"])
 @pytest.mark.parametrize("quoted", [{3}, {3, 20}, {0, 1}])
-def test_captions_that_begin_with_an_unpaired_quote_swallow_no_row(tmp_path, separator, quoted):
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_captions_that_begin_with_an_unpaired_quote_swallow_no_row(
+    tmp_path, separator, quoted, ending
+):
     path = tmp_path / "pairs"
     captions = [f"{chr(34) * (row in quoted)}caption {row}" for row in range(40)]
     rows = [f"{row}.jpg{separator}{caption}" for row, caption in enumerate(captions)]
-    path.write_text("\n".join([f"filepath{separator}title", *rows]) + "\n")
+    path.write_bytes(ending.join([f"filepath{separator}title", *rows, ""]).encode())
     keys = {**KEYS, "separator": separator}
     if len(quoted) % 2:
         # pandas, and so OpenCLIP, has no reading of an odd number of them.
@@ -183,11 +243,14 @@ def test_captions_that_are_quoted_are_read_as_pandas_reads_them(tmp_path):
     assert read_pairs(path, **KEYS).captions == ['one, "two"', 'three "four" five']
 
 
-def test_cell_of_several_lines_is_kept_and_told_by_its_row(tmp_path, caplog):
+@pytest.mark.parametrize("inside", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_cell_of_several_lines_is_kept_and_told_by_its_row(tmp_path, caplog, ending, inside):
     path = tmp_path / "pairs.csv"
-    path.write_text('filepath,title\na.jpg,one\nb.jpg,"two\nlines, and a comma"\nc.jpg,three\n')
-    assert read_pairs(path, **KEYS).captions == ["one", "two\nlines, and a comma", "three"]
-    assert "of several lines in 1 rows: row 2;" in caplog.text
+    lines = ["filepath,title", "a.jpg,one", f'b.jpg,"two{inside}lines, and a comma"', "c.jpg,three"]
+    path.write_bytes(ending.join([*lines, ""]).encode())
+    assert read_pairs(path, **KEYS).captions == ["one", f"two{inside}lines, and a comma", "three"]
+    assert "of several lines in 1 row: row 2;" in caplog.text
 
 
 def test_several_columns_of_a_name_are_refused_where_it_is_read(tmp_path):

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 
 from clip_pgs.data.__main__ import main
@@ -79,9 +83,18 @@ def test_brackets_and_escaped_braces_are_part_of_a_name(tmp_path, monkeypatch):
         expand_shards("{x.tar")
 
 
-def test_folder_is_refused_with_advice(folder):
+@pytest.mark.parametrize("name", ["shards", "d {1}", "e:f"])
+def test_folder_is_refused_with_a_pattern_that_names_its_shards(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
     with pytest.raises(ValueError, match=r"is a folder; name the shards"):
-        expand_shards(str(folder))
+        expand_shards(re.sub(r"([{}])", r"\\\1", name))
+    for number in range(2):
+        Path(name, f"{number}.tar").touch()
+    with pytest.raises(ValueError, match=r"is a folder; for the shards in it write") as error:
+        expand_shards(re.sub(r"([{}])", r"\\\1", name))
+    pattern = ast.literal_eval(str(error.value).rpartition(" write ")[2])
+    assert [Path(shard).name for shard in expand_shards(pattern)] == ["0.tar", "1.tar"]
 
 
 @pytest.mark.parametrize("pattern", ["", "a.tar::", "a{0.tar"])

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -280,6 +281,17 @@ def test_clip_takes_no_folder_of_images_and_no_sign(tmp_path, images):
         check_options(parse_options(flags(tmp_path, train_data=images)))
     with pytest.raises(ValueError, match="--mae-sign needs"):
         check_options(parse_options(flags(tmp_path, train_data=images, mae_sign="hide")))
+
+
+@pytest.mark.parametrize("mae", [{}, {"masking": "pgs", "mae_sign": "hide"}])
+def test_a_folder_of_shards_is_told_with_the_pattern_that_names_them(tmp_path, mae):
+    pattern = write_shards(tmp_path / "i2d", num_shards=2)
+    (tmp_path / "i2d" / "0_stats.json").write_text("{}")
+    folder, written = str(tmp_path / "i2d"), f"write '{tmp_path}/i2d/*.tar'"
+    options = mae_options(tmp_path, folder, **mae) if mae else {"train_data": folder}
+    with pytest.raises(ValueError, match=f"is a folder; .*{re.escape(written)}"):
+        check_options(parse_options(flags(tmp_path, **options)))
+    assert pattern.startswith(f"{folder}/")
 
 
 def test_the_command_refuses_what_is_no_autoencoder_with_exit_code_2(tmp_path, images, capsys):

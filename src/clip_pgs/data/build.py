@@ -19,7 +19,7 @@ from PIL import Image
 
 from clip_pgs.data.bad_samples import OnSkip, Skip, SkipAccount
 from clip_pgs.data.batches import Batching, PlannedBatches, Source
-from clip_pgs.data.caption_tables import PairTable, TableSource, list_images, read_pairs
+from clip_pgs.data.caption_tables import PairTable, TableSource, is_tar, list_images, read_pairs
 from clip_pgs.data.decoding import RandomCrop, faster_transform
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.order import (
@@ -31,7 +31,13 @@ from clip_pgs.data.order import (
     ShardPlan,
 )
 from clip_pgs.data.samples import RawSample, SampleDecoder, Tokenize, Transform
-from clip_pgs.data.shards import count_samples, expand_shards, is_seekable, upsampling_weights
+from clip_pgs.data.shards import (
+    count_samples,
+    expand_shards,
+    folder_of_shards,
+    is_seekable,
+    upsampling_weights,
+)
 from clip_pgs.data.streaming import StreamingBatches
 from clip_pgs.data.tar import ShardSource, index_shards, size_shards
 from clip_pgs.data.text_masking import create_text_masking
@@ -160,15 +166,19 @@ def read_table(args: argparse.Namespace, path: str) -> PairTable:
     """Read a table by the names of its columns, or list a folder of images without captions.
 
     Raises:
-        ValueError: See `read_pairs` and `list_images`; or if captions are needed.
+        ValueError: See `read_pairs` and `list_images`; or if captions are needed; or if it is a
+            shard, or a folder of shards.
     """
     if os.path.isdir(path):
         if args.mae is None:
             raise ValueError(
-                f"{path!r} is a folder, whose images have no captions; a masked autoencoder alone "
-                "trains without (clip-pgs mae)"
+                folder_of_shards(Path(path))
+                or f"{path!r} is a folder, whose images have no captions; a masked autoencoder "
+                "alone trains without (clip-pgs mae)"
             )
         return list_images(Path(path))
+    if os.path.isfile(path) and is_tar(Path(path)):
+        raise ValueError(f"{path!r} is a tar archive; for a shard write --dataset-type webdataset")
     return read_pairs(
         Path(path),
         image_key=args.csv_img_key,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import logging
 import os
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,13 +19,19 @@ from clip_pgs.data.bad_samples import Skip
 from clip_pgs.data.decoding import read_image_file, time_limit
 from clip_pgs.data.order import SampleRef
 from clip_pgs.data.samples import IMAGE_SUFFIXES, RawSample
-from clip_pgs.data.shards import is_remote
+from clip_pgs.data.shards import folder_of_shards, is_remote
 from clip_pgs.files import absence, file_state
+from clip_pgs.tables import counted
 
 logger = logging.getLogger(__name__)
 
 _MAX_NAMED, _MAX_COLUMNS = 5, 20
-_HEAD_BYTES = 512
+_HEAD_BYTES, _CHUNK_BYTES = 512, 2**20
+# The word that tar writes at byte 257 of a header.
+_TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
+# What no text holds, but workbooks, archives and what is compressed do.
+_CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f]")
+_TOO_MANY = re.compile(r"Expected \d+ fields in line (\d+)")
 # Many times what it takes to part a table's columns by an expression.
 _LEAST_SECONDS, _BYTES_PER_SECOND = 10.0, 2**18
 
@@ -113,7 +121,10 @@ def _list_once(folder: Path, inode: int, mtime_ns: int) -> PairTable:
         if Path(name).suffix[1:].lower() in IMAGE_SUFFIXES
     )
     if not images:
-        raise ValueError(f"folder {str(folder)!r} holds no .{', .'.join(IMAGE_SUFFIXES)} file")
+        raise ValueError(
+            folder_of_shards(folder)
+            or f"folder {str(folder)!r} holds no .{', .'.join(IMAGE_SUFFIXES)} file"
+        )
     return PairTable(folder, images, [""] * len(images))
 
 
@@ -125,13 +136,6 @@ def read_captions(path: Path, *, caption_key: str, separator: str | None) -> lis
 def _read_columns(path: Path, keys: tuple[str, ...], separator: str | None) -> list[list[str]]:
     if not path.is_file():
         raise ValueError(f"table {str(path)!r} {absence(path)}")
-    with path.open("rb") as file:
-        # Archives, workbooks and what is compressed hold such bytes.
-        if b"\0" in file.read(_HEAD_BYTES):
-            raise ValueError(
-                f"table {str(path)!r} is no text file in UTF-8; to train on a tar archive, write "
-                "--dataset-type webdataset"
-            )
     if separator is None:
         separator = "\t" if path.suffix.lower() == ".tsv" else ","
     return _read_once(path, keys, separator, file_state(path.stat()))
@@ -142,18 +146,16 @@ def _read_columns(path: Path, keys: tuple[str, ...], separator: str | None) -> l
 def _read_once(
     path: Path, keys: tuple[str, ...], separator: str, state: tuple[int, int, int]
 ) -> list[list[str]]:
+    _check_text(path)
     # A shell hands over a backslash and a t, which OpenCLIP takes for a regular expression.
     separator = {"\\t": "\t"}.get(separator, separator)
     # A separator may be an expression.
     with explained(f"table {str(path)!r} cannot be read with separator {separator!r}", Exception):
-        frame = _read_frame(path, separator)
         # pandas gives further columns of a name another.
         names = _read_frame(path, separator, header=None, nrows=1).iloc[0].tolist()
-        if not isinstance(frame.index, pd.RangeIndex) and (frame.iloc[:, -1] == "").all():
-            # Each row ends with a separator.
-            frame = _read_frame(path, separator, index_col=False)
+        frame, longer = _read_rows(path, separator, names)
         # In a cell of whichever column.
-        is_broken = frame.apply(lambda cells: cells.str.contains("\n", regex=False)).any(axis=1)
+        is_broken = frame.apply(_has_line_break).any(axis=1)
         if is_broken.any():
             frame = _without_swallowed_rows(path, frame, is_broken, separator)
     columns = ", ".join(f"{str(column)!r:.60}" for column in names[:_MAX_COLUMNS])
@@ -166,14 +168,94 @@ def _read_once(
                 f"table {str(path)!r} has {found} {key!r}; with separator {separator!r} it has "
                 f"{columns}"
             )
+    if longer:
+        raise ValueError(
+            f"table {str(path)!r} has rows of more cells than its header has names ({columns}), "
+            f"the first is {longer}, so that it is not known which cell is which; name every "
+            "column, and quote each cell that holds a separator"
+        )
     if frame.empty:
         raise ValueError(f"table {str(path)!r} has no rows")
-    if not isinstance(frame.index, pd.RangeIndex):
-        raise ValueError(
-            f"table {str(path)!r} has rows of more cells than its header has names ({columns}), so "
-            "that it is not known which cell is which; name every column"
-        )
     return [frame[key].tolist() for key in keys]
+
+
+def is_tar(path: Path) -> bool:
+    """Return whether a file begins as a tar archive does."""
+    with path.open("rb") as file:
+        return file.read(_HEAD_BYTES).startswith(_TAR_MAGIC, _TAR_MAGIC_AT)
+
+
+def _check_text(path: Path) -> None:
+    """Refuse what is no text in UTF-8, as far as its NUL characters show it, by what it is."""
+    if is_tar(path):
+        raise ValueError(f"table {str(path)!r} is a tar archive, no text file")
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+        file.seek(0)
+        num_lines = 1
+        while chunk := file.read(_CHUNK_BYTES):
+            before, nul, _ = chunk.partition(b"\0")
+            num_lines += len(re.findall(rb"\r\n?|\n", before))
+            if nul:
+                break
+        else:
+            if not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                return
+    if (encoding := _wide_encoding(head)) is not None:
+        raise ValueError(
+            f"table {str(path)!r} is a text file in {encoding}, not in UTF-8; turn it into one: "
+            f"iconv -f {encoding} -t UTF-8 OLD > NEW, or save it anew as CSV UTF-8"
+        )
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+        is_text = _CONTROL.search(head) is None and any(head)
+    except UnicodeDecodeError:
+        is_text = False
+    if not is_text:
+        raise ValueError(f"table {str(path)!r} is no text file in UTF-8")
+    raise ValueError(
+        f"table {str(path)!r} holds a NUL character in line {num_lines}, which no text has; "
+        "remove it, or write the table anew"
+    )
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """Return the encoding of a text of two bytes a letter, by its mark or its first letters."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    # The header line names columns, in letters of ASCII as a rule.
+    first, second = head[:16:2], head[1:16:2]
+    if any(first) != any(second) and all(max(first, second)):
+        return "UTF-16LE" if any(first) else "UTF-16BE"
+    return None
+
+
+def _has_line_break(cells: pd.Series) -> pd.Series:
+    return cells.str.contains("\n", regex=False) | cells.str.contains("\r", regex=False)
+
+
+def _read_rows(path: Path, separator: str, names: list[str]) -> tuple[pd.DataFrame, str]:
+    """Return the rows, and the first that has more cells than there are names, or ""."""
+    try:
+        frame = _read_frame(path, separator)
+        # It takes the first cells of longer rows for an index.
+        if len(separator) == 1 and isinstance(frame.index, pd.RangeIndex):
+            return frame, ""
+        # The other engine tells an empty cell from one that is not there.
+        places = range(len(names) + 1)
+        frame = _read_frame(path, separator, header=None, names=places, engine="python")
+    except pd.errors.ParserError as error:
+        if (found := _TOO_MANY.search(str(error))) is None:
+            raise
+        return pd.DataFrame(columns=names, dtype=str), f"line {found[1]}"
+    frame = frame.iloc[1:].reset_index(drop=True)
+    extra = frame.pop(len(names))
+    # Each row may end with a separator, or none.
+    is_longer = extra.notna() if extra.isna().any() else extra != ""
+    frame.columns = names
+    longer = row_name(int(is_longer.argmax())) if is_longer.any() else ""
+    # What this engine misses in a short row is NaN, whatever is asked for.
+    return frame.fillna(""), longer
 
 
 def _read_frame(path: Path, separator: str, **options: Any) -> pd.DataFrame:
@@ -190,10 +272,8 @@ def _read_frame(path: Path, separator: str, **options: Any) -> pd.DataFrame:
             dtype=str,
             keep_default_na=False,
             na_filter=False,
-            engine="c" if len(separator) == 1 else "python",
-            **options,
-            # What the python engine misses in a short row is NaN whatever is asked for.
-        ).fillna("")
+            **{"engine": "python" if is_expression else "c", **options},
+        )
 
 
 def _without_swallowed_rows(
@@ -212,10 +292,10 @@ def _without_swallowed_rows(
         return _read_frame(path, separator, quoting=csv.QUOTE_NONE)
     rows = [row_name(number) for number in is_broken.to_numpy().nonzero()[0].tolist()]
     logger.warning(
-        "%s: quotes make one cell of several lines in %d rows: %s; where that is not meant, rows "
+        "%s: quotes make one cell of several lines in %s: %s; where that is not meant, rows "
         "are lost: a quotation mark that begins a cell must be doubled and quoted",
         path,
-        len(rows),
+        counted(len(rows), "row"),
         ", ".join(rows[:_MAX_NAMED]) + (" ..." if len(rows) > _MAX_NAMED else ""),
     )
     return frame

@@ -81,6 +81,14 @@ def shard_pattern(folder: Path, names: list[str]) -> str:
     return f"{place}/{first if first == last else f'{{{first}..{last}}}'}.tar"
 
 
+def folder_of_shards(folder: Path) -> str:
+    """Say what to write in place of a folder that holds shards; "" of one that holds none."""
+    if not any(folder.glob("*.tar")):
+        return ""
+    pattern = shard_pattern(folder, ["*.tar"])
+    return f"{str(folder)!r} is a folder; for the shards in it write {pattern!r}"
+
+
 def upsampling_weights(pattern: str, factors: str) -> list[float]:
     """Return the drawing weight of each shard of a pattern.
 
@@ -230,7 +238,10 @@ def _expand_source(source: str) -> list[str]:
             continue
         path = re.sub(r"^file:(//)?", "", candidate)
         if os.path.isdir(path):
-            raise ValueError(f"{path!r} is a folder; name the shards in it, for example '*.tar'")
+            raise ValueError(
+                folder_of_shards(Path(path))
+                or f"{path!r} is a folder; name the shards in it, for example '*.tar'"
+            )
         if os.path.isfile(path):
             shards.append(_as_local(path))
         elif "*" in path or "?" in path:
