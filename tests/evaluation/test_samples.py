@@ -386,7 +386,42 @@ def test_classes_that_cannot_be_told_apart_or_never_occur_are_told(color_model, 
     (folder / "classnames.txt").write_text("\n".join(names))
     assert score(color_model, folder).status == "done"
     assert "share a name: 3 of number 3" in caplog.text
-    assert "has the labels 0 to 3 and names 21 classes" in caplog.text
+    assert "has no picture of 17 of its 21 classes, the first is number 4" in caplog.text
+
+
+def test_a_class_without_pictures_between_others_is_told(color_model, tmp_path, caplog):
+    folder = tmp_path / "set"
+    write_dataset(folder, [(0, 0), (2, 2)], kind="classification", num_classes=12)
+    assert score(color_model, folder).status == "done"
+    assert "has no picture of 10 of its 12 classes, the first is number 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("samples", "kind", "num_classes", "words"),
+    [
+        ([(0, 0), (1, 0)], "classification", 1, "classnames.txt must name two classes"),
+        ([(0, ["it is 0"])], "retrieval", 0, "must have two pictures or more"),
+    ],
+)
+def test_a_set_that_each_model_solves_has_no_score(
+    color_model, tmp_path, samples, kind, num_classes, words
+):
+    folder = tmp_path / "set"
+    write_dataset(folder, samples, kind=kind, num_classes=num_classes)
+    result = score(color_model, folder, suite=f"zeroshot-{kind}")
+    assert result.status == "failed"
+    assert words in result.error
+
+
+@pytest.mark.parametrize("num_repeated", [1, 6])
+def test_captions_that_are_repeated_are_told(color_model, tmp_path, caplog, num_repeated):
+    captions = [f"it is {number if number >= num_repeated else 0}" for number in range(12)]
+    folder = tmp_path / "set"
+    write_dataset(folder, [(n, [c]) for n, c in enumerate(captions)], kind="retrieval")
+    assert score(color_model, folder, suite="zeroshot-retrieval").status == "done"
+    is_told = "captions of set are repeated" in caplog.text
+    assert is_told == (num_repeated > 1)
+    assert "'it is 0'" in caplog.text or not is_told
 
 
 @pytest.mark.parametrize("names", [["a"] * 12, ["cat", "Cat"], [*"abcdefghijklmnopqrs", "a"] * 2])

@@ -52,7 +52,7 @@ from clip_pgs.evaluation.results import (
 )
 from clip_pgs.evaluation.suites import SUITES, Scores
 from clip_pgs.files import regular_file
-from clip_pgs.tables import duration
+from clip_pgs.tables import counted, duration
 
 logger = logging.getLogger(__name__)
 
@@ -424,7 +424,7 @@ def _outcome(result: Result, is_new: bool, seconds: float, left: float | None) -
         return "done before"
     rate = result.samples / max(seconds, 1e-9)
     rest = "" if left is None else f", {duration(left)} left"
-    return f"{result.samples} samples in {seconds:.1f} s, {rate:.0f}/s{rest}"
+    return f"{counted(result.samples, 'sample')} in {seconds:.1f} s, {rate:.0f}/s{rest}"
 
 
 def divide(

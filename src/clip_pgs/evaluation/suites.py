@@ -26,9 +26,11 @@ from clip_pgs.evaluation.datasets import (
     CLASS_NAMES,
     DATA_TYPES,
     IMAGE_FOLDER,
+    MAX_EQUAL_SHARE,
     PAIRS_TYPE,
     DamagedDataError,
     EvalSet,
+    as_prompt,
     clean_name,
     declared_type,
     equal_names,
@@ -42,6 +44,7 @@ from clip_pgs.evaluation.datasets import (
 )
 from clip_pgs.evaluation.results import is_share
 from clip_pgs.registry import Registry
+from clip_pgs.tables import counted
 
 if TYPE_CHECKING:
     from clip_pgs.evaluation.features import Encoder
@@ -213,19 +216,34 @@ def score_classification(encoder: Encoder, eval_set: EvalSet) -> Scores:
     twice = equal_names(classes)
     if twice:
         logger.warning("classes of %s share a name: %s", eval_set.name, ", ".join(twice[:5]))
-    largest = int(features.labels.max())
-    if features.labels.ndim == 1 and largest < len(classes) - 1:
-        told = (eval_set.name, largest, len(classes))
-        logger.warning("%s has the labels 0 to %d and names %d classes", *told)
-    if features.labels.ndim == 1 and largest >= len(classes):
-        raise DamagedDataError(
-            f"{eval_set.location}/{CLASS_NAMES} must name a class for each label, got "
-            f"{len(classes)} names and the label {largest}"
-        )
+    if features.labels.ndim == 1:
+        _check_labels(features.labels.tolist(), len(classes), eval_set)
     classes_CD = encoder.classes(classes, read_templates(eval_set.location))
     logits_NC = zeroshot_logits(features.images, classes_CD)
     metrics = classification_metrics(logits_NC, features.labels)
     return Scores(metrics, len(features.images), {"classes": len(classes)})
+
+
+def _check_labels(labels: list[int], num_classes: int, eval_set: EvalSet) -> None:
+    if max(labels) >= num_classes:
+        raise DamagedDataError(
+            f"{eval_set.location}/{CLASS_NAMES} must name a class for each label, got "
+            f"{counted(num_classes, 'name')} and the label {max(labels)}"
+        )
+    if num_classes == 1:
+        raise DamagedDataError(
+            f"{eval_set.location}/{CLASS_NAMES} must name two classes or more: of one, each model "
+            "is right"
+        )
+    absent = sorted(set(range(num_classes)) - set(labels))
+    if absent:
+        logger.warning(
+            "%s has no picture of %d of its %d classes, the first is number %d",
+            eval_set.name,
+            len(absent),
+            num_classes,
+            absent[0],
+        )
 
 
 _RECALLS = {
@@ -257,7 +275,19 @@ def score_retrieval(encoder: Encoder, eval_set: EvalSet) -> Scores:
     if features.captions is None:
         raise DamagedDataError(f"{eval_set.name} has classes, no captions")
     image_of_text = [number for number, captions in enumerate(features.captions) for _ in captions]
-    texts_TD = encoder.texts([text for captions in features.captions for text in captions])
+    if len(features.images) == 1:
+        raise DamagedDataError(
+            f"{eval_set.name} must have two pictures or more: of one, each model finds it"
+        )
+    texts = [text for captions in features.captions for text in captions]
+    twice = equal_names(texts)
+    if len(texts) - len(set(map(as_prompt, texts))) > MAX_EQUAL_SHARE * len(texts):
+        logger.warning(
+            "captions of %s are repeated, and one counts for its own picture alone: %s",
+            eval_set.name,
+            ", ".join(f"{text[:80]!r}" for text in twice[:5]),
+        )
+    texts_TD = encoder.texts(texts)
     metrics = retrieval_metrics(features.images, texts_TD, torch.tensor(image_of_text))
     return Scores(metrics, len(features.images), {"captions": len(image_of_text)})
 
