@@ -138,6 +138,20 @@ def test_a_tower_that_is_wrapped_alone_is_reached():
     assert torch.equal(model.encode_image(image_batch()), plain.encode_image(image_batch()))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@torch.no_grad()
+def test_a_masked_model_is_exported_and_traced_in_eval_mode_and_scripted_when_plain():
+    plain, images = small_clip().eval(), image_batch()
+    expected = plain.visual(images)
+    tower = apply_masking(copy.deepcopy(plain), "pgs").visual
+    exported = torch.export.export(tower, (images,)).module()
+    traced = torch.jit.trace(tower, (images,))
+    scripted = torch.jit.script(remove_masking(apply_masking(plain, "pgs")).visual)
+    for graph in (exported, traced, scripted):
+        torch.testing.assert_close(graph(images), expected)
+
+
 def test_num_patches_counts_the_grid():
     assert num_patches(small_clip()) == 16
     assert num_patches(small_clip(image_size=[64, 32])) == 8
