@@ -1,6 +1,8 @@
 """Losses and gradients that are not finite: what a run does about them."""
 
 import json
+import shutil
+from time import sleep
 
 import pytest
 import torch
@@ -74,6 +76,39 @@ def test_a_run_without_a_single_good_step_is_no_success(tmp_path, world, spoil):
     with pytest.raises(BadNumbersError, match="not finite in any of the 4 steps"):
         run(tmp_path, train_data=world.train_data, epochs=1)
     assert not (tmp_path / "logs" / "run" / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("last", "way_back"),
+    [
+        ("saved", "--resume latest trains again from step_2.pt on"),
+        ("none", "--resume latest trains again from the beginning"),
+        ("removed", "no checkpoint is left to go on from"),
+    ],
+)
+def test_a_last_step_that_breaks_the_weights_says_what_a_resume_would_do(
+    tmp_path, world, monkeypatch, last, way_back
+):
+    folder = tmp_path / "logs" / "run"
+    train_step = PhaseTrainer.train_step
+
+    def break_weights(self, batches):
+        result = train_step(self, batches)
+        if self.steps_left == 0:
+            self.model.logit_scale.data.fill_(torch.nan)
+            if last == "removed":
+                while not (folder / "checkpoints" / "latest").exists():
+                    sleep(0.01)
+                shutil.rmtree(folder / "checkpoints")
+        return result
+
+    monkeypatch.setattr(PhaseTrainer, "train_step", break_weights)
+    options = {} if last == "none" else {"save_every_steps": 2}
+    with pytest.raises(BadNumbersError) as ended:
+        run(tmp_path, train_data=world.train_data, epochs=1, **options)
+    said = "no model is exported: state_dict/logit_scale holds 1 NaN or infinite values of 1; "
+    assert str(ended.value) == said + way_back
+    assert not (folder / "export").exists()
 
 
 @pytest.mark.parametrize("is_fused", [True, False])

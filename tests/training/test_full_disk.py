@@ -50,7 +50,7 @@ def test_logs_curves_and_pictures_that_cannot_be_written_are_named_once(tmp_path
     assert code == 1
     assert said.splitlines()[-1].startswith("error: the export cannot be written: ")
     assert said.splitlines()[-1].endswith(
-        "; nor could the last checkpoint be; --resume latest makes both"
+        "; nor could the last checkpoint be; --resume latest trains again from the beginning"
     )
     end = json.loads((tmp_path / "logs" / "run" / "exit.json").read_text())
     assert end["reason"] in said.splitlines()[-1]

@@ -23,7 +23,12 @@ from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 from torch import Tensor
 
-from clip_pgs.checkpoint_reading import MOST_RECENT_NAME, named_tensors
+from clip_pgs.checkpoint_reading import (
+    MOST_RECENT_NAME,
+    find_non_finite,
+    named_tensors,
+    newest_checkpoint,
+)
 from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
 from clip_pgs.data.decoding import pixel_normalizer
 from clip_pgs.data.order import stable_seed
@@ -54,6 +59,7 @@ from clip_pgs.training.checkpoint import (
     pack_checkpoint,
     restore,
     restore_optimizer,
+    trained_steps,
 )
 from clip_pgs.training.data_checks import has_training_data, training_files
 from clip_pgs.training.distributed import (
@@ -587,12 +593,15 @@ class Trainer:
                 "the loss or its gradient was not finite in any of the "
                 f"{counted(cost.steps, 'step')}; no weight was changed, and no model is exported"
             )
+        trouble = find_non_finite({"state_dict": checkpoint["state_dict"]})
+        if trouble is not None:
+            raise BadNumbersError(f"no model is exported: {trouble}; {self._way_back()}")
         try:
             export = write_export(checkpoint, self._folder / EXPORT_NAME)
         except (OSError, ValueError) as error:
             cure = f"clip-pgs export {self._folder} makes it from the checkpoint"
             if not is_saved:
-                cure = "nor could the last checkpoint be; --resume latest makes both"
+                cure = f"nor could the last checkpoint be; {self._way_back()}"
             raise UnwrittenError(f"the export cannot be written: {error}; {cure}") from error
         if not self._store.close():
             raise UnwrittenError(
@@ -610,6 +619,16 @@ class Trainer:
         if self._options.mae is not None:
             opens = "transformers opens the model as %s"
         _logger.info(opens, export)
+
+    def _way_back(self) -> str:
+        """Say from where `--resume latest` would make what could not be saved."""
+        assert self._folder is not None
+        newest = newest_checkpoint(self._folder / CHECKPOINTS_NAME)
+        if newest is not None:
+            return f"--resume latest trains again from {newest.name} on"
+        if trained_steps(self._folder)[1]:
+            return "no checkpoint is left to go on from"
+        return "--resume latest trains again from the beginning"
 
 
 class PhaseTrainer:
