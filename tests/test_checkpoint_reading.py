@@ -1,4 +1,5 @@
 import random
+import re
 import zipfile
 
 import numpy as np
@@ -104,6 +105,109 @@ def test_a_torchscript_file_is_named_as_one_with_the_way_to_go(tmp_path):
         read_checkpoint(tmp_path / "ViT-B-32.pt")
 
 
+VIEWS = {
+    "of one number": torch.zeros(1).expand(2**45),
+    "of one row": torch.zeros(1, 4).expand(2, 4),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("use_mmap", [True, False])
+@pytest.mark.parametrize("part", ["state_dict", "optimizer", "masking_state", "clip_pgs", "other"])
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_a_view_of_more_than_the_file_holds_is_refused_by_name(
+    tmp_path, view, part, use_mmap, is_zip
+):
+    content = {"state_dict": {"a": torch.zeros(2)}}
+    content.setdefault(part, {})["large"] = view
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
+    said = f"cannot be read: {part}/large stands for {view.numel()} elements"
+    with pytest.raises(ValueError, match=said):
+        read_checkpoint(tmp_path / "a.pt", use_mmap=use_mmap)
+
+
+def test_views_that_the_file_holds_whole_are_read(tmp_path):
+    whole = torch.arange(12.0).reshape(3, 4)
+    weights = {"whole": whole, "tied": whole, "turned": whole.T, "part": whole[1:, ::2]}
+    torch.save(weights | {"row": whole[0].expand(1, 4), "none": torch.zeros(0)}, tmp_path / "a.pt")
+    read = read_checkpoint(tmp_path / "a.pt", use_mmap=True)["state_dict"]
+    for name, weight in weights.items():
+        assert torch.equal(read[name], weight)
+
+
+def test_lists_that_refer_to_one_another_without_end_are_refused(tmp_path):
+    nested = []
+    for _ in range(60):
+        nested = [nested, nested]
+    with pytest.raises(ValueError, match="more often than it has bytes"):
+        read_checkpoint(save(tmp_path / "a.pt", clip_pgs=nested))
+
+
+EXOTIC = [
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn_x2")
+    if hasattr(torch, name)
+]
+
+
+@pytest.mark.parametrize("dtype", EXOTIC, ids=str)
+@pytest.mark.parametrize("part", ["state_dict", "optimizer"])
+def test_floats_that_no_training_computes_with_are_refused_by_name(tmp_path, dtype, part):
+    content = {"state_dict": {"a": torch.zeros(2)}}
+    content.setdefault(part, {})["odd"] = torch.zeros(2, dtype=torch.uint8).view(dtype)
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=f"{part}/odd is no dense tensor .*{dtype}"):
+        read_checkpoint(tmp_path / "a.pt", use_mmap=True)
+
+
+def pack_anew(path, change):
+    """Write the parts of an archive again, each as `change` makes it."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data, compress_type=change(name))
+
+
+@pytest.mark.parametrize("use_mmap", [True, False])
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+@pytest.mark.parametrize("which", ["", "data/0", "data.pkl"])
+def test_a_compressed_archive_is_called_so(tmp_path, use_mmap, method, which):
+    path = save(tmp_path / "a.pt", other=torch.zeros(10_000))
+    pack_anew(path, lambda name: method if name.endswith(which) else zipfile.ZIP_STORED)
+    with pytest.raises(ValueError, match=r"compressed zip archive.*writes it plain"):
+        read_checkpoint(path, use_mmap=use_mmap)
+
+
+def test_an_archive_that_was_packed_anew_without_compression_is_read(tmp_path):
+    path = save(tmp_path / "a.pt", other=torch.arange(100))
+    pack_anew(path, lambda name: zipfile.ZIP_STORED)
+    assert torch.equal(read_checkpoint(path, use_mmap=True)["other"], torch.arange(100))
+
+
+def test_an_archive_with_one_part_under_many_names_is_refused(tmp_path):
+    path = save(tmp_path / "a.pt", other=torch.zeros(10_000))
+    with zipfile.ZipFile(path, "a") as archive:
+        part = next(info for info in archive.infolist() if info.file_size >= 40_000)
+        archive.filelist += [part] * 9
+        archive._didModify = True
+    with pytest.raises(ValueError, match="more bytes than the file has"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["epoch_2.pt", "step_7.pt", "epoch_latest.pt"])
+def test_what_only_names_the_newest_says_which_file_to_give(tmp_path, name):
+    (tmp_path / "latest").write_text(f"{name}\n")
+    said = f"only names a checkpoint; give {str(tmp_path / name)!r}"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        read_checkpoint(tmp_path / "latest")
+
+
+def test_a_checkpoint_may_be_called_latest(tmp_path):
+    assert read_checkpoint(save(tmp_path / "latest", epoch=3))["epoch"] == 3
+
+
 @pytest.mark.parametrize("name", ["a.ckpt", "a", "a.pt", "a.safetensors", "a.model"])
 @pytest.mark.parametrize("form", ["zip", "safetensors"])
 def test_a_file_is_taken_for_what_it_holds_not_for_its_name(tmp_path, name, form):
@@ -123,6 +227,25 @@ def test_weights_of_a_plain_clip_fit_its_custom_text_model(custom_text):
     model = small_clip(custom_text=custom_text, seed=1)
     model.load_state_dict(fit_weights(weights, model))
     assert torch.equal(model.visual.proj, weights["visual.proj"])
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("name", ["logit_scale", "ln_final.weight", "visual.conv1.weight"])
+def test_integers_in_place_of_floats_are_refused_by_name(name, dtype, custom_text):
+    weights = small_clip().state_dict()
+    weights[name] = weights[name].to(dtype)
+    with pytest.raises(ValueError, match=rf"{name} is {str(dtype)[6:]} in the file, float32"):
+        fit_weights(weights, small_clip(custom_text=custom_text))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floats_of_another_width_and_integers_of_the_models_own_fit(dtype):
+    model = torch.nn.BatchNorm1d(2)
+    weights = {
+        n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()
+    }
+    model.load_state_dict(fit_weights(weights, model))
 
 
 def test_weights_that_do_not_fit_are_named():

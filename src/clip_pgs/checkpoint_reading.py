@@ -36,6 +36,7 @@ RUN_FILE = re.compile(r"epoch_latest\.pt|(epoch|step)_(\d+)\.pt")
 
 _SUM_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 _CHUNK_BYTES = 1 << 20
+_MAX_NAME_BYTES = 256
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 # What OpenCLIP's CLIP has itself and its CustomTextCLIP has in a module of its own.
@@ -47,6 +48,7 @@ _TEXT_TOWER = (
     "ln_final",
 )
 _BATCH_COUNTER = ".num_batches_tracked"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _COUNTS = ("epoch", "step", "position")
 # Further than any run counts.
 _MAX_COUNT = 2**53
@@ -62,6 +64,10 @@ _NUMPY: list[Any] = [
 _logger = logging.getLogger(__name__)
 
 
+class _RefusedFileError(ValueError):
+    """A file that is whole, and is not read for what it holds."""
+
+
 def read_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; nothing in it is run.
 
@@ -75,12 +81,16 @@ def read_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, An
         weights are the plain model's, whatever wrapped it; numbers of numpy's are plain ones.
 
     Raises:
-        ValueError: If the file is missing, damaged, holds anything but tensors and plain types,
-            or no weights.
+        ValueError: If the file is missing, damaged, compressed, holds anything but tensors and
+            plain types, or no weights, or if a tensor stands for more than the file holds of it.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {str(path)!r} {absence(path)}")
+    if path.name == LATEST_NAME:
+        named = named_latest(path.parent)
+        if named is not None and RUN_FILE.fullmatch(named.name):
+            raise ValueError(f"{str(path)!r} only names a checkpoint; give {str(named)!r}")
     with explained(f"checkpoint {str(path)!r} cannot be read"):
         try:
             content = _read(path, use_mmap=use_mmap)
@@ -95,11 +105,8 @@ def read_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, An
         for name, weight in weights.items():
             if not isinstance(name, str) or not isinstance(weight, Tensor):
                 raise ValueError("it holds no state dict")
-            # First: where models are only tried, a sparse one is read to the meta device.
-            is_dense = weight.layout == torch.strided
-            if not is_dense or weight.is_meta or weight.is_complex() or weight.is_quantized:
-                what = f"{weight.layout}, {weight.dtype} on {weight.device}"
-                raise ValueError(f"{name} is no dense tensor of real numbers, got {what}")
+        for name, tensor in named_tensors(content):
+            _check_tensor(name[1:], tensor)
         for name in _COUNTS:
             count = content.get(name, 0)
             if type(count) is not int or not 0 <= count <= _MAX_COUNT:
@@ -125,11 +132,46 @@ def _read(path: Path, *, use_mmap: bool) -> Any:
     if path.suffix == ".safetensors" or head[8:] == b"{":
         return load_file(path)
     # Files from before torch 1.6 are no zip archives and cannot be mapped.
-    use_mmap = use_mmap and zipfile.is_zipfile(path)
+    is_archive = zipfile.is_zipfile(path)
+    if is_archive:
+        _check_archive(path)
+    use_mmap = use_mmap and is_archive
     with warnings.catch_warnings(), torch.serialization.safe_globals(_NUMPY):
         # What is wrong with a file is told by the caller.
         warnings.simplefilter("ignore")
-        return _plain(torch.load(path, map_location="cpu", weights_only=True, mmap=use_mmap))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=use_mmap)
+    # Each entry, also one that is there already, takes a byte and more.
+    return _plain(content, iter(range(path.stat().st_size)))
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive whose parts are not what lies in the file.
+
+    Mapped into memory, a compressed part would be taken for numbers.
+    """
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    # TorchScript, which is refused as such, compresses its code alone.
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts if "/data" in part.filename):
+        raise _RefusedFileError(
+            "it is a compressed zip archive, which torch.save never writes; "
+            "torch.save(torch.load(OLD, weights_only=True), NEW) writes it plain"
+        )
+    if sum(part.file_size for part in parts) > path.stat().st_size:
+        raise _RefusedFileError("its parts take more bytes than the file has")
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor of no use here, and a view of which the file holds only a part."""
+    # First: where models are only tried, a sparse one is read to the meta device.
+    is_dense = tensor.layout == torch.strided and not tensor.is_meta
+    is_exotic = tensor.is_floating_point() and tensor.dtype not in _FLOATS
+    if not is_dense or is_exotic or tensor.is_quantized:
+        what = f"{tensor.layout}, {tensor.dtype} on {tensor.device}"
+        raise ValueError(f"{name} is no dense tensor of plain numbers, got {what}")
+    held = tensor.untyped_storage().nbytes() // tensor.element_size()
+    if tensor.numel() > held:
+        raise ValueError(f"{name} stands for {tensor.numel()} elements, and the file has {held}")
 
 
 def newest_checkpoint(
@@ -169,7 +211,9 @@ def named_latest(folder: Path) -> Path | None:
     pointer = folder / LATEST_NAME
     if not pointer.is_file():
         return None
-    return folder / Path(pointer.read_text(encoding="utf-8", errors="replace").strip()).name
+    with pointer.open("rb") as file:
+        text = file.read(_MAX_NAME_BYTES).decode("utf-8", errors="replace")
+    return folder / Path(text.strip()).name
 
 
 def find_checkpoint(path: Path | str) -> Path:
@@ -205,8 +249,7 @@ def fit_weights(given: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tens
         ValueError: If they do not fit, with the first weight that does not.
     """
     own = model.state_dict()
-    if "positional_embedding" in given and "positional_embedding" not in own:
-        given = {f"text.{n}" if n.startswith(_TEXT_TOWER) else n: t for n, t in given.items()}
+    given = _own_names(given, own)
     counters = {name: t for name, t in own.items() if name.endswith(_BATCH_COUNTER)}
     used = {n: t for n, t in given.items() if n in own or not n.endswith(_BATCH_COUNTER)}
     given = {**counters, **used}
@@ -219,17 +262,47 @@ def fit_weights(given: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tens
         if own[name].shape != weight.shape and not is_one_number:
             shapes = f"{tuple(weight.shape)} in the file, {tuple(own[name].shape)} in the model"
             raise ValueError(f"{name} has shape {shapes}")
+    check_kinds(given, model)
     return {name: t.reshape(own[name].shape) if t.numel() == 1 else t for name, t in given.items()}
 
 
-def _plain(value: Any) -> Any:
-    """Return numbers of numpy's, as older trainers saved them, as Python's."""
+def check_kinds(given: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse integers, booleans and complex numbers where a model has floats.
+
+    Args:
+        given: A state dict from `read_checkpoint`; names that the model lacks are left alone.
+        model: The plain model.
+
+    Raises:
+        ValueError: With the first weight that is refused.
+    """
+    own = model.state_dict()
+    for name, weight in _own_names(given, own).items():
+        if name in own and own[name].is_floating_point() and not weight.is_floating_point():
+            kinds = f"{weight.dtype} in the file, {own[name].dtype} in the model"
+            raise ValueError(f"{name} is {kinds}".replace("torch.", ""))
+
+
+def _own_names(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return weights under the names of a model with a text tower of its own, if it has one."""
+    if "positional_embedding" not in given or "positional_embedding" in own:
+        return given
+    return {f"text.{n}" if n.startswith(_TEXT_TOWER) else n: t for n, t in given.items()}
+
+
+def _plain(value: Any, left: Iterator[int]) -> Any:
+    """Return numbers of numpy's, as older trainers saved them, as Python's.
+
+    Lists in lists may refer to the same ones again and again; `left` ends where that never would.
+    """
+    if next(left, None) is None:
+        raise _RefusedFileError("it refers to its entries more often than it has bytes")
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, left) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_plain, value))
+        return type(value)([_plain(item, left) for item in value])
     return value
 
 
@@ -244,6 +317,8 @@ def _plain_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def _reason(error: BaseException) -> str:
     """Say why a file was not read; torch's own words advise to run what is in it."""
     text = str(error)
+    if isinstance(error, _RefusedFileError):
+        return text
     forbidden = re.search(r"GLOBAL ([\w.]+)", text)
     if isinstance(error, UnpicklingError) and forbidden:
         return f"it holds {forbidden[1]}, which is no tensor or plain type; nothing in it was run"

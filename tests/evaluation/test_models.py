@@ -5,6 +5,7 @@ import re
 import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from clip_pgs.evaluation import load_model, weights_digest
 from clip_pgs.evaluation.models import check_source, model_name
@@ -215,6 +216,20 @@ def test_source_that_cannot_be_opened_is_told_in_a_sentence(
 ):
     with pytest.raises(ValueError, match=sentence):
         load_model(source.format(tmp=tmp_path), **options)
+
+
+@pytest.mark.parametrize("source", ["checkpoints/epoch_1.pt", "export", "."])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+def test_integers_in_place_of_floats_are_not_scored(run, source, dtype):
+    checkpoint = run / "checkpoints/epoch_1.pt"
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["visual.proj"] = content["state_dict"]["visual.proj"].to(dtype)
+    torch.save(content, checkpoint)
+    checkpoint.with_name("SHA256SUMS").unlink(missing_ok=True)
+    save_file(content["state_dict"], run / "export/open_clip_model.safetensors")
+    said = rf"visual\.proj is {str(dtype)[6:]} in the file, float32 in the model"
+    with pytest.raises(ValueError, match=said):
+        load_model(run / source)
 
 
 def test_position_embedding_is_never_resized(lone_checkpoint, finished_run, tmp_path):

@@ -9,7 +9,7 @@ import os
 import tempfile
 import textwrap
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from clip_pgs.files import (
     read_json_object,
 )
 from clip_pgs.integrations import is_mae_config
-from clip_pgs.integrations.open_clip.compat import no_foreign_code
+from clip_pgs.integrations.open_clip.compat import no_foreign_code, weights_read_by
 from clip_pgs.integrations.open_clip.model_config import (
     check_build_options,
     check_buildable,
@@ -281,7 +281,7 @@ def _warn_of_later_training(run: Path, exported: nn.Module) -> None:
 
 def _holds_weights(checkpoint: Path, model: nn.Module) -> bool:
     try:
-        given = fit_weights(read_checkpoint(checkpoint, use_mmap=True)["state_dict"], model)
+        given = fit_weights(_read_weights(str(checkpoint)), model)
     except ValueError:
         return False
     own = model.state_dict()
@@ -289,14 +289,25 @@ def _holds_weights(checkpoint: Path, model: nn.Module) -> bool:
 
 
 def _create(name: str, **options: Any) -> Built:
+    # Of a folder; what the Hub has is as its author trained it.
+    is_local = name.startswith("local-dir:")
+    reading = weights_read_by(_read_weights, _say_misfit) if is_local else nullcontext()
     try:
-        with no_foreign_code():
+        with no_foreign_code(), reading:
             model, _, transform = open_clip.create_model_and_transforms(name, **options)
             return model, transform, open_clip.get_tokenizer(name)
     # open_clip reports unreachable, absent and unfitting weights alike, as these.
     except (RuntimeError, OSError, ValueError) as error:
         reason = textwrap.shorten(str(error), 300)
         raise ValueError(f"open_clip cannot open {name}: {reason}") from error
+
+
+def _read_weights(path: str) -> dict[str, Tensor]:
+    return read_checkpoint(path, use_mmap=True)["state_dict"]
+
+
+def _say_misfit(model: nn.Module, path: str, error: Exception) -> str:
+    return str(error)
 
 
 @dataclass(frozen=True)

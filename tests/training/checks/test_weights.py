@@ -318,6 +318,10 @@ ODD_WEIGHTS = {
     "complex": lambda weight: weight.to(torch.complex64),
     "NaN": lambda weight: weight * torch.nan,
     "infinite": lambda weight: weight / 0.0,
+    "integers": lambda weight: weight.long(),
+    "booleans": lambda weight: weight.bool(),
+    "float8": lambda weight: weight.to(torch.float8_e4m3fn),
+    "a view": lambda weight: torch.zeros(1).expand(2**45),
 }
 
 
@@ -334,6 +338,31 @@ def test_weights_that_are_no_finite_numbers_are_refused_by_name(model, flag, cha
     argv, weights = model
     path = save(with_weight(weights.state_dict(), change))
     assert "visual.class_embedding" in refusal(*argv, flag, path)
+
+
+def test_integers_under_the_names_of_a_plain_clip_start_no_custom_text_model(model):
+    argv, weights = model
+    state = {**weights.state_dict(), "ln_final.weight": torch.ones(32, dtype=torch.int64)}
+    message = refusal(*argv, "--pretrained", save(state), "--force-custom-text")
+    assert "ln_final.weight is int64 in the file" in message
+
+
+@pytest.mark.parametrize(
+    "moment", [torch.zeros(1).expand(2**45), torch.zeros(3).to(torch.float8_e5m2)]
+)
+def test_a_moment_that_cannot_be_looked_at_is_refused_by_name(model, moment):
+    argv, weights = model
+    content = begun(weights)
+    content["optimizer"]["state"][0]["exp_avg"] = moment
+    message = refusal(*argv, "--resume", save(weights.state_dict(), **content))
+    assert "optimizer/state/0/exp_avg" in message
+
+
+@pytest.mark.parametrize("flag", ["--pretrained", "--resume"])
+def test_the_file_that_latest_names_is_said(model, flag):
+    argv, _ = model
+    Path("latest").write_text("epoch_1.pt\n")
+    assert "give 'epoch_1.pt'" in refusal(*argv, flag, "./latest")
 
 
 @pytest.mark.parametrize(

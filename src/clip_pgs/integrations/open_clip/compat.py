@@ -13,6 +13,8 @@ import open_clip.tokenizer
 from open_clip.tokenizer import get_reduction_mask_fn, syntax_mask_tokenize
 from torch import Tensor, nn
 
+from clip_pgs.checkpoint_reading import check_kinds
+from clip_pgs.common import explained
 from clip_pgs.integrations.open_clip.model_config import MISFITS
 
 
@@ -29,12 +31,21 @@ def weights_read_by(
         explain: From a model, the path and what loading raised to one sentence.
 
     Raises:
-        ValueError: If the weights do not fit, as `explain` says it.
+        ValueError: If the weights do not fit, as `explain` says it, or are no floats where the
+            model has floats.
     """
     factory = open_clip.factory
     load, read_theirs = factory.load_checkpoint, factory.load_state_dict
 
     def load_or_explain(model: nn.Module, path: str, **options: Any) -> Any:
+        def read_fitting(path: str, **_: Any) -> dict[str, Tensor]:
+            weights = read(str(path))
+            # torch would copy them into floats in silence.
+            with explained(f"{path} does not fit"):
+                check_kinds(weights, model)
+            return weights
+
+        factory.load_state_dict = read_fitting
         try:
             return load(model, path, **options)
         # Assertions, too: open_clip's of a position embedding's width.
