@@ -276,7 +276,7 @@ def test_each_skip_is_a_line_and_the_totals_are_logged(tmp_path):
 @pytest.mark.slow
 def test_too_many_bad_samples_end_the_run_with_code_2_after_it_saved(tmp_path, capfd):
     data = write_shards(tmp_path / "train")
-    spoil_shard(tmp_path / "train" / "00001.tar", num_good=2)
+    spoil_shard(tmp_path / "train" / "00001.tar", num_good=10)
     assert main(flags(tmp_path, train_data=data, epochs=4)) == 2
     assert "more than --max-bad-share 0.1 allows" in capfd.readouterr().err
     folder = tmp_path / "logs" / "run"
