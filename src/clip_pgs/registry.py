@@ -6,6 +6,7 @@ docstrings, and a package imports a module when one of its names is asked for.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import re
@@ -122,6 +123,15 @@ class Registry(Generic[Entry]):
             ValueError: See `name`.
         """
         return self._declarations[self.name(name)]
+
+
+def own_code(module_name: str) -> str:
+    """Return a digest of the file of a module outside this package, "" of one within."""
+    if module_name.partition(".")[0] == __name__.partition(".")[0]:
+        return ""
+    path = getattr(importlib.import_module(module_name), "__file__", None)
+    # As where a notebook defines it.
+    return "" if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
 def late_names(package: str, names: Collection[str], *modules: str) -> Callable[[str], Any]:

@@ -85,6 +85,14 @@ def test_scores_may_be_tensors_and_arrays(evaluate_with, tmp_path):
     assert (content["metrics"], content["samples"]) == ({"spread": 0.5}, 3)
 
 
+def test_a_suite_whose_code_changed_is_scored_again(evaluate_with):
+    line = 'return Scores({"spread": 0.25}, 12)'
+    assert evaluate_with(line).metrics == {"spread": 0.25}
+    sys.modules.pop("their_suites")
+    SUITES._entries.pop("spread")
+    assert evaluate_with(line.replace("0.25", "0.75")).metrics == {"spread": 0.75}
+
+
 def test_suite_that_declares_too_little_is_refused():
     with pytest.raises(TypeError, match="main_metrics"):
         register_suite("half", title="Half", summary="", task="", types=(), metrics={}, unit="")

@@ -1,13 +1,17 @@
 import io
 import json
+import re
 import shutil
+import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 
 from clip_pgs.data.shards import expand_shards
 from clip_pgs.data.tar import index_shards
 from clip_pgs.data.words import WordFrequencies, write_word_frequencies
+from clip_pgs.masking.strategy import _REGISTRY
 from clip_pgs.training.__main__ import main
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.data_checks import training_files
@@ -130,6 +134,53 @@ def test_other_words_under_the_same_name_are_refused(tmp_path, monkeypatch):
     ):
         check_options(parse_options(argv))
     check_options(parse_options([*argv, "--accept-changes"]))
+
+
+@pytest.fixture
+def own_masking(tmp_path, monkeypatch):
+    """The file of the masking in docs/own_strategy.md, outside the package."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    page = (Path(__file__).parents[2] / "docs/own_strategy.md").read_text(encoding="utf-8")
+    path = tmp_path / "bright.py"
+    path.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    yield path
+    sys.modules.pop("bright")
+    _REGISTRY._entries.pop("bright")
+
+
+def test_other_code_of_a_masking_of_ones_own_is_refused(own_masking, tmp_path):
+    argv = [*VALID, "--name", "demo", "--masking", "bright:BrightMasking", "--resume", "latest"]
+    folder = tmp_path / "logs/demo"
+    folder.mkdir(parents=True)
+    save_options(parse_options(argv), folder)
+    check_options(parse_options(argv))
+    own_masking.write_text(f"{own_masking.read_text()}# other\n")
+    with pytest.raises(
+        ValueError, match=r"\(code of masking: \w+ is gone, code of .* is new\); use"
+    ):
+        check_options(parse_options(argv))
+    check_options(parse_options([*argv, "--accept-changes"]))
+    saved = json.loads((folder / "options.json").read_text())
+    # A run of before has no code of its own and goes on.
+    saved["contents"] = []
+    (folder / "options.json").write_text(json.dumps(saved))
+    check_options(parse_options(argv))
+
+
+def test_a_resume_from_a_run_of_other_options_and_data_warns_of_each(demo, tmp_path):
+    checkpoint = demo / "checkpoints" / "epoch_1.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    data = ["--train-data", write_shards(tmp_path / "train"), "--dataset-type", "auto"]
+    argv = [*VALID, *data, "--name", "other", "--masking", "random", "--seed", "7"]
+    (warning,) = (
+        sentence
+        for sentence in option_warnings(parse_options([*argv, "--resume", str(checkpoint)]))
+        if "other options or data" in sentence
+    )
+    for change in ("masking 'pgs' -> 'random'", "seed 0 -> 7", "train_data 00000.tar"):
+        assert change in warning
 
 
 def test_what_lies_in_a_models_folder_is_compared_but_for_its_weights(tmp_path):

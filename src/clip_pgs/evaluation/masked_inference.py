@@ -11,10 +11,8 @@ within, or the file's name. Batch size, processes and order change no mask.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +36,7 @@ from clip_pgs.integrations.open_clip import (
 from clip_pgs.masking import create_masking, describe_masking, masking_options
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.schedule import scheduled_ratio
+from clip_pgs.registry import own_code
 
 # What stands for the strategy that a model was trained with.
 AS_TRAINED = "run"
@@ -102,10 +101,9 @@ class InferenceMasking:
 
     def description(self) -> str:
         """Return a text that is equal where equal images get equal masks."""
+        module = type(create_masking(self.name, **self.options)).__module__
         # The code of a strategy outside of this package has no version here.
-        module = sys.modules[type(create_masking(self.name, **self.options)).__module__]
-        is_ours = module.__name__.startswith("clip_pgs.")
-        code = clip_pgs.__version__ if is_ours else inspect.getsource(module)
+        code = own_code(module) or clip_pgs.__version__
         parts = [self.label, code, self.progress, self.seed, _digest(self.state)]
         return json.dumps(parts, default=str)
 

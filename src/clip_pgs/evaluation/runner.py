@@ -52,6 +52,7 @@ from clip_pgs.evaluation.results import (
 )
 from clip_pgs.evaluation.suites import SUITES, Scores
 from clip_pgs.files import regular_file
+from clip_pgs.registry import own_code
 from clip_pgs.tables import counted, duration
 
 logger = logging.getLogger(__name__)
@@ -385,17 +386,19 @@ class _Evaluation:
 def data_identity(eval_set: EvalSet) -> list[Any]:
     """Return what tells the content of a data set from another, wherever it lies.
 
-    Of one on a server it is the address and the small files.
+    Of one on a server it is the address and the small files. The code of a suite of one's own goes
+    with it, since it says what is read.
 
     Raises:
         OSError: If a file cannot be read.
     """
-    location = eval_set.location
+    location, code = eval_set.location, own_code(SUITES.get(eval_set.suite).__module__)
+    own = [code] if code else []
     if not is_remote(location):
-        return [files_fingerprint(Path(location), local_files(eval_set))]
+        return [files_fingerprint(Path(location), local_files(eval_set)), *own]
     counts = (f"{split}/nshards.txt" for split in eval_set.splits)
     small_files = (CLASS_NAMES, TEMPLATES, *counts)
-    return [location, *(read_metadata(location, name) for name in small_files)]
+    return [location, *(read_metadata(location, name) for name in small_files), *own]
 
 
 def _origin(eval_set: EvalSet) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from clip_pgs.checkpoint_reading import find_checkpoint
 from clip_pgs.data.build import dataset_kind
 from clip_pgs.data.shards import expand_shards, is_seekable
 from clip_pgs.masking import create_masking
@@ -13,6 +14,7 @@ from clip_pgs.training.data_checks import (
     has_training_data,
     num_training_samples,
     samples_per_step,
+    training_files,
 )
 from clip_pgs.training.options import (
     EVALUATION,
@@ -24,7 +26,13 @@ from clip_pgs.training.options import (
     released_flags,
 )
 from clip_pgs.training.phases import phase_options
-from clip_pgs.training.run_folder import changed_recipe, keeps_logs, read_options_file, run_folder
+from clip_pgs.training.run_folder import (
+    changed_options,
+    changed_recipe,
+    keeps_logs,
+    read_options_file,
+    run_folder,
+)
 
 
 def option_warnings(options: TrainOptions) -> list[str]:
@@ -154,12 +162,31 @@ def warmup_warnings(options: TrainOptions) -> list[str]:
 
 def _resume_warnings(options: TrainOptions) -> list[str]:
     folder = run_folder(options)
-    if options.resume != "latest" or folder is None:
+    if options.resume not in (None, "latest"):
+        return _differing_source(options, options.resume)
+    if options.resume is None or folder is None:
         return []
     saved, damage = read_options_file(folder)
     sentences = [] if damage is None else [f"{damage}; no option is compared with the run's"]
     changes = changed_recipe(options, saved)
     return sentences + [f"run {folder} continues with {change}" for change in changes]
+
+
+def _differing_source(options: TrainOptions, source: str) -> list[str]:
+    """Return a sentence where a checkpoint is that of a run of other options or data."""
+    try:
+        run = find_checkpoint(source).parent.parent
+    # What it cannot be is told by who reads it.
+    except ValueError:
+        return []
+    saved = read_options_file(run)[0]
+    files = training_files(options) if has_training_data(options) else None
+    changes = changed_options(options, saved, files=files) if saved else []
+    if not changes:
+        return []
+    return [
+        f"--resume {source} goes on from a run with other options or data: {', '.join(changes)}"
+    ]
 
 
 def _text_warnings(options: TrainOptions) -> list[str]:

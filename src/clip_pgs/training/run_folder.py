@@ -37,6 +37,7 @@ from clip_pgs.files import (
     write_json,
     write_text,
 )
+from clip_pgs.registry import own_code
 from clip_pgs.tables import counted
 from clip_pgs.training.build import model_digest
 from clip_pgs.training.data_checks import has_training_data, training_indexes, training_kind
@@ -55,6 +56,8 @@ from clip_pgs.training.stop import LAUNCH_FOLDER
 _logger = logging.getLogger(__name__)
 
 _FILES, _INDEXES, _CONTENTS = "train_files", "train_indexes", "contents"
+# Before the name of an option in the contents: the code of a masking of one's own.
+_CODE = "code of"
 # Of a model's folder: its config, and what tokenizers read.
 _READ_ENDINGS = (".json", ".txt", ".model")
 _MAX_NAMED = 4
@@ -229,7 +232,7 @@ def read_options_file(folder: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def named_contents(options: TrainOptions) -> list[str]:
-    """Return digests of what table, model and text masking are read from, file by file.
+    """Return digests of what table, model and maskings are read from, file by file.
 
     Weights are left out: a run that goes on has its own. So are pictures, of which names and sizes
     are compared, and shards, of which their indexes are, too: a table that is only sorted anew
@@ -253,6 +256,10 @@ def named_contents(options: TrainOptions) -> list[str]:
     found = {name: file_digest(path)[:12] for name, path in files.items() if os.path.isfile(path)}
     if options.model.startswith("hf-hub:"):
         found["model config"] = model_digest(options)
+    for name in ("masking", "text_masking"):
+        module, is_own, _ = getattr(options, name).partition(":")
+        if is_own:
+            found[f"{_CODE} {name}"] = own_code(module)
     return [f"{name}: {digest}" for name, digest in found.items()]
 
 
@@ -272,7 +279,11 @@ def changed_options(
     for key, what in ((_CONTENTS, ""), (_FILES, "train_data ")):
         # A run of before has none, as one without data.
         if isinstance(before := saved.get(key), list) and (after := now[key]) is not None:
-            changes += [what + change for change in _changed_files(list(map(str, before)), after)]
+            before = list(map(str, before))
+            if not any(each.startswith(_CODE) for each in before):
+                # A run of before, which did not keep it.
+                after = [each for each in after if not each.startswith(_CODE)]
+            changes += [what + change for change in _changed_files(before, after)]
     if files is not None and not isinstance(saved.get(_FILES), list):
         # A run of before, which kept the pattern alone.
         changes += _changes(options, saved, ["train_data"])
@@ -384,6 +395,7 @@ def warn_of_changes(options: TrainOptions, record: dict[str, Any], *, is_ordered
         is_ordered: Whether the order of the samples is the same for any of them.
     """
     earlier = {**record.get("recipe", {}), "world_size": record.get("world_size")}
+    is_ordered = is_ordered and earlier.get("seed") in (None, options.seed)
     changes = [
         f"{name} {earlier[name]} -> {getattr(options, name)}"
         for name in ("batch_size", "accum_freq", "world_size")
