@@ -358,7 +358,7 @@ def test_filling_prefers_words_as_the_released_code_ranks_them(make_masking):
         ({"threshold": 0.0}, r"threshold must be in \(0, 1\], got 0.0"),
         ({"threshold": 1.5}, r"threshold must be in \(0, 1\], got 1.5"),
         ({"threshold": float("nan")}, r"threshold must be in \(0, 1\], got nan"),
-        ({"threshold": "low"}, "threshold must be in .*, got low"),
+        ({"threshold": "low"}, "threshold must be in .*, got 'low'"),
         ({"fill": 1}, "fill must be true or false, got 1"),
         ({"fill": True}, "give one with --text-tokens"),
     ],
