@@ -185,6 +185,14 @@ def test_held_out_data_that_is_damaged_for_an_epoch_ends_no_run(tmp_path, world,
     assert ["clip_val_loss" in line for line in measured] == [True, False, True]
 
 
+def test_damaged_data_of_an_evaluation_without_training_is_an_error(tmp_path, world):
+    shutil.copytree(Path(world.val_data).parent, tmp_path / "val")
+    for shard in (tmp_path / "val").glob("*.tar"):
+        shard.write_bytes(b"")
+    with pytest.raises(UnusableDataError, match="no usable sample"):
+        run(tmp_path, val_data=str(tmp_path / "val" / Path(world.val_data).name))
+
+
 def test_an_evaluation_that_fails_ends_the_run_with_its_epoch_saved(tmp_path, world):
     def evaluate(**_):
         raise RuntimeError("no such metric")

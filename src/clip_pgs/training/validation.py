@@ -24,6 +24,7 @@ from clip_pgs.files import CHECKPOINTS_NAME, append_line
 from clip_pgs.tables import Cell, Table
 from clip_pgs.training.build import ModelParts, build_model
 from clip_pgs.training.checkpoint import Cost, load_start, restore
+from clip_pgs.training.data_checks import has_training_data
 from clip_pgs.training.distributed import ProcessGroup
 from clip_pgs.training.loggers import MetricLoggers
 from clip_pgs.training.options import TrainOptions
@@ -94,7 +95,12 @@ class Validation:
             epochs: Epochs of the whole run; everything is due after the last.
 
         Returns:
-            Values by OpenCLIP's names, empty where nothing was due.
+            Values by OpenCLIP's names, empty where nothing was due, or where it failed and there is
+            training to go on with.
+
+        Raises:
+            UnusableDataError, StalledDataError, OSError: If the held-out data lets it down and
+                nothing is trained.
         """
         model = self._parts.model
         model.eval()
@@ -103,13 +109,15 @@ class Validation:
         changes |= {"distributed": False, "save_logs": False, "wandb": False}
         options = argparse.Namespace(**{**vars(self._options.openclip), **changes})
         metrics: dict[str, Any] = {}
-        with _going_on("validation", epoch):
+        is_training = has_training_data(self._options)
+        data_errors = (UnusableDataError, StalledDataError, OSError) if is_training else ()
+        with _going_on("validation", epoch, data_errors):
             metrics |= evaluate_with_open_clip(
                 model, self._data, epoch, options, tokenizer=self._parts.tokenize
             )
         is_due = epoch % self._options.eval_every == 0 or epoch == epochs
         if self._evaluate is not None and is_due:
-            with _going_on("evaluation", epoch):
+            with _going_on("evaluation", epoch, (OSError, *data_errors)):
                 metrics |= self._evaluate(
                     model=model,
                     transform=self._parts.val_transform,
@@ -128,11 +136,11 @@ class Validation:
 
 
 @contextmanager
-def _going_on(what: str, epoch: int) -> Iterator[None]:
-    """Warn of held-out data that is gone or a full disk, which must not end a run."""
+def _going_on(what: str, epoch: int, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Warn of errors that must not end a run, as of held-out data that is gone or a full disk."""
     try:
         yield
-    except (OSError, UnusableDataError, StalledDataError) as error:
+    except errors as error:
         _logger.warning(
             "The %s after epoch %d could not be finished: %s; the run goes on", what, epoch, error
         )
