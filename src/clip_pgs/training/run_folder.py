@@ -275,15 +275,15 @@ def changed_options(
             leaves the data out.
     """
     changes = _changes(options, saved, names_of(IDENTITY))
-    now = {_CONTENTS: named_contents(options), _FILES: files}
+    contents, kept = named_contents(options), saved.get(_CONTENTS)
+    if isinstance(kept, list) and not any(str(each).startswith(_CODE) for each in kept):
+        # A run of before, which did not keep it.
+        contents = [each for each in contents if not each.startswith(_CODE)]
+    now = {_CONTENTS: contents, _FILES: files}
     for key, what in ((_CONTENTS, ""), (_FILES, "train_data ")):
         # A run of before has none, as one without data.
         if isinstance(before := saved.get(key), list) and (after := now[key]) is not None:
-            before = list(map(str, before))
-            if not any(each.startswith(_CODE) for each in before):
-                # A run of before, which did not keep it.
-                after = [each for each in after if not each.startswith(_CODE)]
-            changes += [what + change for change in _changed_files(before, after)]
+            changes += [what + change for change in _changed_files(list(map(str, before)), after)]
     if files is not None and not isinstance(saved.get(_FILES), list):
         # A run of before, which kept the pattern alone.
         changes += _changes(options, saved, ["train_data"])
