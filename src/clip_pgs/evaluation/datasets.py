@@ -49,7 +49,7 @@ _HUB_TIMEOUT_S, _NUM_RETRIES = 20, 5
 _MAX_TEXT_BYTES, _MAX_PAIRS_BYTES = 2**24, 2**26
 # Many times what a text tower takes. A tokenizer's time grows with the square of a word's length.
 MAX_TEXT = 2000
-MAX_EQUAL_SHARE, _MAX_SHOWN = 0.05, 5
+_MAX_EQUAL_SHARE, _MAX_SHOWN = 0.05, 5
 _PAIR_KEYS = ("filename", "caption", "negative_caption")
 
 
@@ -268,12 +268,11 @@ def read_class_names(location: str) -> list[str] | None:
     if not names or not all(names):
         line = names.index("") + 1 if names else 1
         raise DamagedDataError(f"line {line} of {location}/{CLASS_NAMES} must name a class")
-    twice = equal_names(names)
-    num_lost = len(names) - len(set(map(as_prompt, names)))
-    if num_lost > MAX_EQUAL_SHARE * len(names):
+    if num_lost := too_many_equal(names):
         raise DamagedDataError(
             f"{location}/{CLASS_NAMES} must give {len(names)} classes names of their own, got "
-            f"{', '.join(map(repr, twice[:_MAX_SHOWN]))} more than once ({num_lost} too many)"
+            f"{', '.join(map(repr, equal_names(names)[:_MAX_SHOWN]))} more than once ({num_lost} "
+            "too many)"
         )
     return names
 
@@ -283,12 +282,17 @@ def equal_names(names: Sequence[str]) -> list[str]:
 
     Tokenizers pass over case and the width of spaces.
     """
-    counts = Counter(map(as_prompt, names))
+    counts = Counter(map(_as_prompt, names))
     return [name for name, count in counts.items() if count > 1]
 
 
-def as_prompt(name: str) -> str:
-    """Return a text as tokenizers see it."""
+def too_many_equal(names: Sequence[str]) -> int:
+    """Return how many names repeat another's prompt, 0 where those are few."""
+    num_lost = len(names) - len(set(map(_as_prompt, names)))
+    return num_lost if num_lost > _MAX_EQUAL_SHARE * len(names) else 0
+
+
+def _as_prompt(name: str) -> str:
     return " ".join(name.lower().split())
 
 

@@ -26,11 +26,9 @@ from clip_pgs.evaluation.datasets import (
     CLASS_NAMES,
     DATA_TYPES,
     IMAGE_FOLDER,
-    MAX_EQUAL_SHARE,
     PAIRS_TYPE,
     DamagedDataError,
     EvalSet,
-    as_prompt,
     clean_name,
     declared_type,
     equal_names,
@@ -41,6 +39,7 @@ from clip_pgs.evaluation.datasets import (
     read_caption_pairs,
     read_class_names,
     read_templates,
+    too_many_equal,
 )
 from clip_pgs.evaluation.results import is_share
 from clip_pgs.registry import Registry
@@ -280,12 +279,11 @@ def score_retrieval(encoder: Encoder, eval_set: EvalSet) -> Scores:
             f"{eval_set.name} must have two pictures or more: of one, each model finds it"
         )
     texts = [text for captions in features.captions for text in captions]
-    twice = equal_names(texts)
-    if len(texts) - len(set(map(as_prompt, texts))) > MAX_EQUAL_SHARE * len(texts):
+    if too_many_equal(texts):
         logger.warning(
             "captions of %s are repeated, and one counts for its own picture alone: %s",
             eval_set.name,
-            ", ".join(f"{text[:80]!r}" for text in twice[:5]),
+            ", ".join(f"{text[:80]!r}" for text in equal_names(texts)[:5]),
         )
     texts_TD = encoder.texts(texts)
     metrics = retrieval_metrics(features.images, texts_TD, torch.tensor(image_of_text))
