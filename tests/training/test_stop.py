@@ -15,7 +15,7 @@ import pytest
 
 from clip_pgs.data import preflight
 from clip_pgs.data.bad_samples import Skip, UnusableDataError
-from clip_pgs.training import stop
+from clip_pgs.training import stop, validation
 from clip_pgs.training.__main__ import main
 from clip_pgs.training.loggers import SkipLog
 from clip_pgs.training.stop import StoppedError, StopRequest, StopSignals
@@ -185,10 +185,16 @@ def test_held_out_data_that_is_damaged_for_an_epoch_ends_no_run(tmp_path, world,
     assert ["clip_val_loss" in line for line in measured] == [True, False, True]
 
 
-def test_damaged_data_of_an_evaluation_without_training_is_an_error(tmp_path, world):
+def test_damaged_data_of_an_evaluation_without_training_is_an_error(tmp_path, world, monkeypatch):
     shutil.copytree(Path(world.val_data).parent, tmp_path / "val")
-    for shard in (tmp_path / "val").glob("*.tar"):
-        shard.write_bytes(b"")
+    measure = validation.evaluate_with_open_clip
+
+    def damage_and_measure(*args, **options):
+        for shard in (tmp_path / "val").glob("*.tar"):
+            shard.write_bytes(b"")
+        return measure(*args, **options)
+
+    monkeypatch.setattr(validation, "evaluate_with_open_clip", damage_and_measure)
     with pytest.raises(UnusableDataError, match="no usable sample"):
         run(tmp_path, val_data=str(tmp_path / "val" / Path(world.val_data).name))
 
