@@ -63,6 +63,46 @@ def test_a_command_that_is_told_to_leave_says_so(monkeypatch, capsys, command, e
     assert capsys.readouterr().err == f"{said}\n"
 
 
+IMPORT = """
+import os, signal, sys
+from clip_pgs import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def run(argv):
+    try:
+        import module
+    except BaseException:
+        print("cut short", file=sys.stderr)
+    import time
+    time.sleep(60)
+cli._function = lambda name: run
+sys.exit(cli.main([sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 85), ("SIGINT", 130)])
+def test_a_signal_waits_for_the_end_of_an_import(tmp_path, name, code):
+    module = f"import os, signal\nos.kill(os.getpid(), signal.{name})\nprint('whole')\n"
+    (tmp_path / "module.py").write_text(module)
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path}"}
+    command = [sys.executable, "-c", IMPORT, "data"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=50)
+    assert (done.returncode, done.stdout) == (code, "whole\n")
+    assert done.stderr == ("interrupted\n" if name == "SIGINT" else f"stopped by {name}\n")
+
+
+def test_a_signal_that_an_import_outlasts_does_not_meet_what_comes_after(tmp_path):
+    module = "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n"
+    (tmp_path / "module.py").write_text(module)
+    code = (
+        "from clip_pgs.common import catching\nimport signal, time\n"
+        "with catching(lambda *_: print('handled'), signal.SIGTERM):\n    import module\n"
+        "time.sleep(0.5)\n"
+    )
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=50)
+    assert done.returncode == 0
+
+
 TWICE = """
 import atexit, os, signal, sys
 from clip_pgs import cli, common

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -91,6 +92,8 @@ def _run(argv: Sequence[str]) -> int:
     # Where another program has one of two cores, that keeps the awaited thread from running.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Where the home folder cannot be written, it warns of its cache at each call.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     # A strategy of one's own is found beside oneself, as with `python -m`.
     sys.path.append("")
     try:

@@ -42,6 +42,9 @@ CONFIGS = next(p / "configs" for p in (_PACKAGE, _PACKAGE.parents[1]) if (p / "c
 
 # `timeout`, launchers and managers signal a process and its group; a human is slower.
 ECHO_SECONDS = 1.0
+# The longest that an import keeps a signal waiting.
+_IMPORT_SECONDS = 10.0
+_POLL_SECONDS = 0.05
 _HEAD, _TAIL = 1500, 300
 # Before a slash or the end, after `--flag=`, `KEY=`, both, or the `::` of several data sources.
 _TILDE = re.compile(r"(?:^(?:--[\w-]+=)?(?:\w+=)?|::)~(?=/|$|::)")
@@ -188,18 +191,58 @@ class AskedToLeaveError(BaseException):
 def catching(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
     """Hand signals to a handler within the block; a thread other than the main one catches none.
 
-    What whoever started us wants ignored (nohup) stays ignored.
+    What whoever started us wants ignored (nohup) stays ignored. A signal that comes while a module
+    is imported waits for its end.
     """
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in numbers} if is_main else {}
+    careful = _AfterImports(handler)
     for number, earlier in before.items():
         if earlier is not signal.SIG_IGN:
-            signal.signal(number, handler)
+            signal.signal(number, careful)
     try:
         yield
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+        careful.close()
+
+
+class _AfterImports:
+    """A handler of signals that has another one called, never in the midst of an import.
+
+    An error that is raised there can meet extensions in C++, which abort, or code that swallows it.
+    """
+
+    def __init__(self, handler: Callable[[int, FrameType | None], None]) -> None:
+        self.handler = handler
+        self._since = 0.0
+        self._timer: threading.Timer | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not _is_importing(frame) or (self._since and now - self._since > _IMPORT_SECONDS):
+            self.handler(number, frame)
+            return
+        self._since = self._since or now
+        if self._timer is None or not self._timer.is_alive():
+            again = (threading.get_ident(), number)
+            self._timer = threading.Timer(_POLL_SECONDS, signal.pthread_kill, again)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def close(self) -> None:
+        """Forget a signal that still waits: what it was to end has ended."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Leave:
@@ -232,7 +275,7 @@ def leaving_when_told() -> AbstractContextManager[None]:
 
     Within ECHO_SECONDS of the first, others are its echo. Such a block in another one does nothing.
     """
-    current = signal.getsignal(signal.SIGTERM)
+    current = getattr(signal.getsignal(signal.SIGTERM), "handler", None)
     if isinstance(current, _Leave) and not current.since:
         return nullcontext()
     return catching(_Leave(), signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
