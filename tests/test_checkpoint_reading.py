@@ -1,3 +1,5 @@
+import io
+import os
 import random
 import re
 import zipfile
@@ -254,3 +256,17 @@ def test_weights_that_do_not_fit_are_named():
         fit_weights({"logit_scale": weights["logit_scale"]}, small_clip())
     with pytest.raises(ValueError, match="only the"):
         fit_weights(weights, small_clip())
+
+
+@pytest.mark.parametrize("use_mmap", [False, True])
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_a_folder_whose_name_is_no_text_is_read_from(tmp_path, name, use_mmap):
+    path = tmp_path / os.fsdecode(b"caf\xe9") / name
+    path.parent.mkdir()
+    weights = {"a": torch.arange(3.0)}
+    data = io.BytesIO()
+    torch.save(weights, data)
+    whole = data.getvalue() if name == "a.pt" else safetensors.torch.save(weights)
+    path.write_bytes(whole)
+    read = read_checkpoint(path, use_mmap=use_mmap)["state_dict"]
+    assert read["a"].tolist() == [0, 1, 2]

@@ -14,7 +14,6 @@ import contextlib
 import copy
 import inspect
 import math
-import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -795,8 +794,10 @@ def check_values(options: TrainOptions) -> None:
         if getattr(options, place) == "":
             raise ValueError(f"{flag_of(place)} must name something, got an empty text")
     name = options.name
-    # A byte that is no letter of the locale's is a surrogate here.
-    text = "run" if name is None else re.sub("[\udc80-\udcff]", "_", name)
+    text = "run" if name is None else name
+    # In a locale without them, letters beyond ASCII are surrogates here, one a byte.
+    with contextlib.suppress(UnicodeEncodeError):
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
     is_path = text in ("", ".", "..") or "/" in text or "\\" in text
     if is_path or not text.isprintable() or len(text.encode()) > _LONGEST_NAME:
         raise ValueError(

@@ -89,6 +89,7 @@ def test_numbers_out_of_their_range_are_refused(flag, value, rule):
         (["--resume", "latest", "--name", "a", "--logs", "none"], "needs the run's --logs"),
         (["--name", "../a"], "--name must be one folder name"),
         (["--name", "x" * 256], "--name must be one folder name"),
+        (["--name", "z\udcfc"], "--name must be one folder name"),
         (["--name", "\u00e9" * 128], "--name must be one folder name"),
         (["--dist-backend", "carrier-pigeon"], "--dist-backend must be one of"),
         (["--dist-url", "nowhere"], "--dist-url must be like"),
