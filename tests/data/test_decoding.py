@@ -23,6 +23,7 @@ from clip_pgs.data.decoding import (
     pixel_normalizer,
     rgb_pixels,
     time_limit,
+    to_rgb,
 )
 from support.images import smooth_images
 
@@ -222,6 +223,15 @@ def test_a_batch_gives_the_bits_of_its_images():
     normalize = PixelNormalizer(MEAN, STD, device=CPU)
     batch = torch.stack([LEVELS, LEVELS.flip(1), LEVELS // 2])
     assert torch.equal(normalize(batch), torch.stack([normalize(image) for image in batch]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "expected"),
+    [(np.int32, 90, 90), (np.int32, 90 * 256, 90), (np.uint16, 90, 0), (np.uint16, 23130, 90)],
+)
+def test_wide_gray_is_scaled_by_what_it_holds(dtype, value, expected):
+    image = to_rgb(Image.fromarray(np.full((2, 3), value, dtype)))
+    assert (image.mode, image.getpixel((0, 0))) == ("RGB", (expected,) * 3)
 
 
 def test_the_bytes_stay_as_they_are():

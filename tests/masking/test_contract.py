@@ -274,6 +274,18 @@ def test_half_precision_images_give_a_full_selection(name, options, dtype):
 
 
 @every_strategy
+def test_a_default_of_float64_changes_nothing(name, options):
+    strategy, inputs = create_masking(name, **options), make_inputs(batch_size=2)
+    expected = rows(select(strategy, inputs))
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = rows(select(create_masking(name, **options), inputs))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == expected
+
+
+@every_strategy
 def test_autocast_changes_nothing(name, options):
     strategy, inputs = create_masking(name, **options), make_inputs(progress=0.5)
     plain = rows(select(strategy, inputs))

@@ -351,11 +351,15 @@ def rgb_pixels(image: Image.Image, data: bytes, *, reduction: int = 1) -> Tensor
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a decoded image to 8-bit RGB.
 
-    Transparency is dropped, as OpenCLIP drops it. 16-bit gray is scaled to 8 bits.
+    Transparency is dropped, as OpenCLIP drops it. 16-bit gray is scaled to 8 bits; 32-bit gray is
+    taken for 16-bit gray where a pixel is above 255.
     """
     if image.mode == "I" or image.mode.startswith("I;16"):
+        pixels = np.asarray(image)
         # Pillow's own conversion clips at 255, which makes nearly every 16-bit image white.
-        pixels = (np.asarray(image) >> 8).clip(0, 255)
+        if image.mode != "I" or pixels.max(initial=0) > 255:
+            pixels = pixels >> 8
+        pixels = pixels.clip(0, 255)
         return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")

@@ -112,9 +112,19 @@ class Teacher:
             name: weight.detach().cpu().clone() for name, weight in self.tower.state_dict().items()
         }
 
-    def start_from(self, tower: nn.Module, _incompatible_keys: Any = None) -> None:
-        """Take the weights that were loaded into the tower, as a hook on its loading does."""
-        self.tower.load_state_dict(tower.state_dict())
+    def start_from(self, tower: nn.Module, incompatible_keys: Any = None) -> None:
+        """Take the weights that were loaded into the tower, as a hook on its loading does.
+
+        Args:
+            tower: The trained tower.
+            incompatible_keys: What loading found to be missing; where that is all of the tower, as
+                of a model whose text tower alone was loaded, the teacher stays.
+        """
+        weights = tower.state_dict()
+        missing = [] if incompatible_keys is None else incompatible_keys.missing_keys
+        if missing and all(any(_ends(name, weight) for name in missing) for weight in weights):
+            return
+        self.tower.load_state_dict(weights)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take weights that `state` returned.
@@ -150,3 +160,8 @@ def _precision_of(pixels: Tensor) -> AbstractContextManager:
         # float64, to which autocast says that it does not support it.
         return torch.autocast(pixels.device.type, enabled=False)
     return torch.autocast(pixels.device.type, dtype=pixels.dtype)
+
+
+def _ends(name: str, weight: str) -> bool:
+    """Return whether a model's name of a weight may be that of a tower's."""
+    return name == weight or name.endswith(f".{weight}")

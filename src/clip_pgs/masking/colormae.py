@@ -82,7 +82,7 @@ def _blur(images_BHW: Tensor, sigma: float) -> Tensor:
 def _circular_gaussian(size: int, sigma: float, device: torch.device) -> Tensor:
     """Return the weights with which lines of a ring are averaged, symmetric, shape (size, size)."""
     place = torch.arange(size, device=device)
-    distance = (place[:, None] - place).abs()
+    distance = (place[:, None] - place).abs().float()
     distance = torch.minimum(distance, size - distance)
     weights = torch.exp(-0.5 * (distance / sigma) ** 2)
     return weights / weights.sum(dim=1, keepdim=True)

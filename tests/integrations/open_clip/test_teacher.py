@@ -400,3 +400,18 @@ def test_a_tower_without_a_class_token_or_a_query_is_refused(model, reason):
     with pytest.raises(ValueError, match=f"the image feature, and {reason}"):
         apply_masking(model, "attentive")
     assert type(model.visual) is before
+
+
+def test_loading_a_text_tower_alone_leaves_the_teacher_as_it_is():
+    model = attentive(small_clip())
+    take_step(model, 0)
+    teacher = model.visual.masking.teacher
+    before = teacher.state()
+    text = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
+    model.load_state_dict(text, strict=False)
+    assert all(torch.equal(before[name], weight) for name, weight in teacher.state().items())
+    one = {"visual.conv1.weight": model.state_dict()["visual.conv1.weight"]}
+    model.load_state_dict(one, strict=False)
+    tower = model.visual.state_dict()
+    assert all(torch.equal(tower[name], weight) for name, weight in teacher.state().items())
+    assert not all(torch.equal(before[name], tower[name]) for name in tower)
