@@ -59,6 +59,11 @@ def test_what_is_said_is_what_the_run_takes(tmp_path, world, capsys, monkeypatch
         ({"masking": "cluster"}, "at most 12 of 16 patches"),
         ({"masking": "random", "merge": "2x2"}, "8 of 16 patches"),
         ({}, "all patches"),
+        ({"precision": "pure_bf16"}, "all patches"),
+        *(
+            ({"masking": "pgs", "precision": name}, "8 of 16 patches")
+            for name in ("pure_bf16", "bf16", "fp16", "pure_fp16", "amp")
+        ),
     ],
 )
 def test_each_kind_of_masking_is_counted_without_data(tmp_path, world, capsys, options, tokens):

@@ -84,9 +84,12 @@ def test_a_stopped_run_goes_on_bit_by_bit_and_on_four_processes_and_one(tmp_path
 
 
 @pytest.mark.slow
-def test_half_precision_is_near_single(tmp_path, world):
-    options = {"train_data": world.train_data, "masking": "pgs", "fsdp": True}
+@pytest.mark.parametrize("masking", ["pgs", "none"])
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_half_precision_is_near_single(tmp_path, world, masking, checkpoints):
+    options = {"train_data": world.train_data, "masking": masking, "fsdp": True}
     single = train(tmp_path, name="single", precision="fp32", **options)
+    options["grad_checkpointing"] = checkpoints
     half = train(tmp_path, name="half", precision="amp_bf16", **options)
     assert all(weight.dtype == torch.float32 for weight in half["state_dict"].values())
     assert relative_difference(half["state_dict"], single["state_dict"]) <= 1e-2

@@ -78,7 +78,7 @@ class ClusterMasking(CalibratedMasking):
         threshold: Similarity above which a patch is masked. None starts from `default_threshold`
             and asks for calibration; a number stays as it is.
         random_share: Share of the kept patches that is drawn uniformly from all but those most
-            unlike the anchors, in [0, 1] (ours; see `share_at_random`).
+            unlike the anchors, in [0, 1] (ours); see `share_at_random`.
         random_share_end: The random share at the end of training, in [0, 1], reached in five
             equal levels. None keeps it constant.
 

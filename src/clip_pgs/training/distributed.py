@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,6 +163,16 @@ def _lay_out_buckets(parallel: DistributedDataParallel) -> None:
     parallel.zero_grad(set_to_none=True)
 
 
+def _cast(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Give a module floating-point tensors of one type, as a hook before its forward pass."""
+
+    def cast(value: Any) -> Any:
+        is_number = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if is_number else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+
+
 class ShardedModel(nn.Module):
     """A model of which each process holds a shard; called as the model is.
 
@@ -192,6 +203,9 @@ class ShardedModel(nn.Module):
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
         for block in [module for module in model.modules() if isinstance(module, _BLOCKS)]:
             fully_shard(block, mesh=mesh, mp_policy=policy)
+            if half is not None:
+                # FSDP casts what a block is given, too, but not where checkpointing runs it again.
+                block.register_forward_pre_hook(partial(_cast, half), with_kwargs=True)
         fully_shard(self, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
         own = sum(p.to_local().numel() for p in model.parameters())
         _logger.info("FSDP: this process holds %d of %d weights", own, num_weights)

@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from open_clip import get_input_dtype
 from open_clip_train.distributed import world_info_from_env
 from torch import Tensor, nn
 
@@ -47,7 +48,8 @@ def estimate(options: TrainOptions, model: nn.Module) -> Table:
     """
     rows = [("parameters", _parameters(model))]
     if all(parameter.is_meta for parameter in model.parameters()):
-        images = torch.empty((2, 3, *input_size(options)), device="meta")
+        dtype = get_input_dtype(options.precision)
+        images = torch.empty((2, 3, *input_size(options)), device="meta", dtype=dtype)
         length = options.text_tokens or context_length(options)
         texts = torch.zeros((2, length), dtype=torch.int64, device="meta")
         masking = masking_or_none(model)
