@@ -208,14 +208,23 @@ def test_captions_that_begin_with_an_unpaired_quote_swallow_no_row(
     captions = [f"{chr(34) * (row in quoted)}caption {row}" for row in range(40)]
     rows = [f"{row}.jpg{separator}{caption}" for row, caption in enumerate(captions)]
     path.write_bytes(ending.join([f"filepath{separator}title", *rows, ""]).encode())
-    keys = {**KEYS, "separator": separator}
-    if len(quoted) % 2:
-        # pandas, and so OpenCLIP, has no reading of an odd number of them.
-        with pytest.raises(ValueError, match="EOF inside string"):
-            read_pairs(path, **keys)
-        return
-    table = read_pairs(path, **keys)
+    table = read_pairs(path, **{**KEYS, "separator": separator})
     assert (len(table), table.captions) == (40, captions)
+
+
+def test_quotes_that_end_a_caption_swallow_no_row_either(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    captions = ['"foo', "bar", '""baz""', 'last "x"']
+    lines = [f"{row}.jpg\t{caption}\n" for row, caption in enumerate(captions)]
+    path.write_text("filepath\ttitle\n" + "".join(lines))
+    assert read_pairs(path, **{**KEYS, "separator": "\t"}).captions == captions
+
+
+def test_a_quote_that_is_never_closed_is_told_with_what_to_write(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text('filepath,title\na.jpg,"one, two\nb.jpg,three\n')
+    with pytest.raises(ValueError, match=r"EOF inside string .* must be doubled and quoted$"):
+        read_pairs(path, **KEYS)
 
 
 @pytest.mark.parametrize("place", [0, 2])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -191,6 +192,11 @@ def test_a_run_that_is_done_and_has_lost_its_options_is_told(study):
         {"evaluations": {"unmasked": {"flags": "", "code": "", "seconds": 1.0}}},
         {"evaluations": {"unmasked": {"flags": [], "code": "", "seconds": "1"}}},
         {"evaluations": {"unmasked": 3}},
+        {"evaluations": {"unmasked": {}}},
+        {"evaluations": []},
+        {"accepted": 5},
+        {"spent": {"flops": -5, "seconds": 1.0, "hardware": "a test"}},
+        {"spent": {"flops": 5, "seconds": math.nan, "hardware": "a test"}},
     ],
 )
 def test_a_record_of_other_types_is_damaged(study, capsys, change):
@@ -198,7 +204,10 @@ def test_a_record_of_other_types_is_damaged(study, capsys, change):
     path = study.study / "pgs/seed_0/study.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert main(study.argv("--report-only")) == 2
-    assert capsys.readouterr().err.startswith(f"error: {path} is damaged: ")
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {path} is damaged: it")
+    assert "remove that file and go on with --accept-changes" in said
+    assert all(word not in said for word in ("iterable", "attribute", "__init__"))
 
 
 def test_what_a_study_is_about_is_no_markup(study):

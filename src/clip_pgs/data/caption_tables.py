@@ -26,6 +26,7 @@ from clip_pgs.tables import counted
 logger = logging.getLogger(__name__)
 
 _MAX_NAMED, _MAX_COLUMNS = 5, 20
+_ADVICE = "a quotation mark that begins a cell must be doubled and quoted"
 _HEAD_BYTES, _CHUNK_BYTES = 512, 2**20
 # The word that tar writes at byte 257 of a header.
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
@@ -153,7 +154,15 @@ def _read_once(
     with explained(f"table {str(path)!r} cannot be read with separator {separator!r}", Exception):
         # pandas gives further columns of a name another.
         names = _read_frame(path, separator, header=None, nrows=1).iloc[0].tolist()
-        frame, longer = _read_rows(path, separator, names)
+        try:
+            frame, longer = _read_rows(path, separator, names)
+        except pd.errors.ParserError as error:
+            # A quote that begins a cell, and none that ends it.
+            if "inside string" not in str(error):
+                raise
+            if not _needs_no_quotes(path, separator, len(names)):
+                raise ValueError(f"{str(error).partition(': ')[2]}; {_ADVICE}") from error
+            frame, longer = _read_frame(path, separator, quoting=csv.QUOTE_NONE), ""
         # In a cell of whichever column.
         is_broken = frame.apply(_has_line_break).any(axis=1)
         if is_broken.any():
@@ -280,22 +289,33 @@ def _without_swallowed_rows(
     path: Path, frame: pd.DataFrame, is_broken: pd.Series, separator: str
 ) -> pd.DataFrame:
     """Read a table whose quotes seem to hold line breaks anew, or say where they do."""
-    counts: set[int] = set()
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            cells = line.rstrip("\n").split(separator) if line.strip() else []
-            # A quote that ends a cell of several lines.
-            closes = any(cell.endswith('"') and not cell.startswith('"') for cell in cells)
-            counts |= {-1 if closes else len(cells)} if cells else set()
-    if counts == {len(frame.columns)} != {1}:
-        logger.info("the quotes in %s are part of its text: no line needs them", path)
+    if _needs_no_quotes(path, separator, len(frame.columns)):
         return _read_frame(path, separator, quoting=csv.QUOTE_NONE)
     rows = [row_name(number) for number in is_broken.to_numpy().nonzero()[0].tolist()]
     logger.warning(
         "%s: quotes make one cell of several lines in %s: %s; where that is not meant, rows "
-        "are lost: a quotation mark that begins a cell must be doubled and quoted",
+        "are lost: %s",
         path,
         counted(len(rows), "row"),
         ", ".join(rows[:_MAX_NAMED]) + (" ..." if len(rows) > _MAX_NAMED else ""),
+        _ADVICE,
     )
     return frame
+
+
+def _needs_no_quotes(path: Path, separator: str, num_columns: int) -> bool:
+    """Return whether each line has all cells, and none ends a quote that an earlier one began."""
+    counts: set[int] = set()
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            cells = line.rstrip("\n").split(separator) if line.strip() else []
+            # Within what is quoted, quotes come in pairs.
+            closes = any(
+                cell.endswith('"') and not cell.startswith('"') and cell.count('"') % 2
+                for cell in cells
+            )
+            counts |= {-1 if closes else len(cells)} if cells else set()
+    if counts != {num_columns} or num_columns == 1:
+        return False
+    logger.info("the quotes in %s are part of its text: no line needs them", path)
+    return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,11 @@ def read_record(run: Path) -> Record:
         _check_types(record)
         return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}; remove the run {run}") from None
+        said = error if isinstance(error, OSError | ValueError) else "its parts are no record's"
+        raise ValueError(
+            f"{path} is damaged: {said}; remove that file and go on with --accept-changes, or "
+            f"remove the run {run}, which is then made anew"
+        ) from None
 
 
 def _check_types(record: Record) -> None:
@@ -152,7 +157,10 @@ def _check_types(record: Record) -> None:
     for kind, word, values in [*kinds, ((int, float), "number", numbers)]:
         for value in values:
             if not isinstance(value, kind):
-                raise TypeError(f"it has {value!r} in the place of a {word}")
+                raise ValueError(f"it has {value!r} in the place of a {word}")
+    for number in numbers:
+        if not 0 <= number < math.inf:
+            raise ValueError(f"it has {number!r} in the place of a number of seconds or FLOPs")
 
 
 def read_spent(run: Path) -> Spent:
