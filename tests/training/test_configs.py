@@ -100,10 +100,10 @@ def test_every_strategy_has_a_config_on_the_demo_world():
             {"mask_ratio": 0.5, "random_images": 0.5},
         ),
         (
-            "vit_b16_pgs05_to_random_cc12m",
+            "vit_b16_pgs_growing_cc12m",
             "ViT-B-16",
             "pgs",
-            {"mask_ratio": 0.5, "random_share": 0.0, "random_share_end": 1.0},
+            {"mask_ratio": 0.66, "random_share": 0.0, "random_share_end": 1.0},
         ),
         ("vit_b16_attentive05_cc12m", "ViT-B-16", "attentive", {"mask_ratio": 0.5}),
         (
