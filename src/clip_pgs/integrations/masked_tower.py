@@ -291,8 +291,7 @@ class MaskedTower:
         is_right = x.is_floating_point()
         if is_right and weight.ndim == 4 and x.dtype != weight.dtype and not self.casts_images:
             # Autocast leaves float64 as it is, and there is none on "meta".
-            device = x.device.type
-            is_right = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+            is_right = not x.is_meta and torch.is_autocast_enabled(x.device.type)
             is_right = is_right and x.dtype != torch.float64
         if not is_right:
             raise ValueError(f"images must be {weight.dtype}, as the weights are, got {x.dtype}")
