@@ -10,7 +10,6 @@ Nothing in a file is ever run, whatever its name: a file is taken for what its f
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import re
@@ -128,29 +127,22 @@ def load_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, An
 
 
 def _read(path: Path, *, use_mmap: bool) -> Any:
-    # Neither library opens a path with bytes that are no letters, as in folders of old disks.
+    # Neither library maps a file whose path has bytes that are no letters, as on old disks.
     is_utf8 = not any("\ud800" <= character <= "\udfff" for character in str(path))
     with path.open("rb") as file:
         head = file.read(9)
     # The length of a header, then the header, which is JSON.
-    is_safetensors = path.suffix == ".safetensors" or head[8:] == b"{"
-    if is_safetensors and is_utf8:
-        return load_file(path)
-    if is_safetensors:
-        return load_bytes(path.read_bytes())
+    if path.suffix == ".safetensors" or head[8:] == b"{":
+        return load_file(path) if is_utf8 else load_bytes(path.read_bytes())
     # Files from before torch 1.6 are no zip archives and cannot be mapped.
     is_archive = zipfile.is_zipfile(path)
     if is_archive:
         _check_archive(path)
     use_mmap = use_mmap and is_archive and is_utf8
-    with (
-        warnings.catch_warnings(),
-        torch.serialization.safe_globals(_NUMPY),
-        contextlib.nullcontext(path) if is_utf8 else path.open("rb") as source,
-    ):
+    with warnings.catch_warnings(), torch.serialization.safe_globals(_NUMPY):
         # What is wrong with a file is told by the caller.
         warnings.simplefilter("ignore")
-        content = torch.load(source, map_location="cpu", weights_only=True, mmap=use_mmap)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=use_mmap)
     # Each entry, also one that is there already, takes a byte and more.
     return _plain(content, iter(range(path.stat().st_size)))
 

@@ -226,15 +226,21 @@ class _AfterImports:
             return
         self._since = self._since or now
         if self._timer is None or not self._timer.is_alive():
-            again = (threading.get_ident(), number)
-            self._timer = threading.Timer(_POLL_SECONDS, signal.pthread_kill, again)
-            self._timer.daemon = True
-            self._timer.start()
+            self._timer = signal_later(number, _POLL_SECONDS)
 
     def close(self) -> None:
         """Forget a signal that still waits: what it was to end has ended."""
         if self._timer is not None:
             self._timer.cancel()
+
+
+def signal_later(number: int, seconds: float) -> threading.Timer:
+    """Send a signal to this thread in some seconds, unless what is returned is canceled."""
+    target = (threading.get_ident(), number)
+    timer = threading.Timer(seconds, signal.pthread_kill, target)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def _is_importing(frame: FrameType | None) -> bool:

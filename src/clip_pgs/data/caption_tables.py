@@ -160,9 +160,10 @@ def _read_once(
             # A quote that begins a cell, and none that ends it.
             if "inside string" not in str(error):
                 raise
-            if not _needs_no_quotes(path, separator, len(names)):
+            as_text, longer = _read_as_text(path, separator, len(names)), ""
+            if as_text is None:
                 raise ValueError(f"{str(error).partition(': ')[2]}; {_ADVICE}") from error
-            frame, longer = _read_frame(path, separator, quoting=csv.QUOTE_NONE), ""
+            frame = as_text
         # In a cell of whichever column.
         is_broken = frame.apply(_has_line_break).any(axis=1)
         if is_broken.any():
@@ -289,8 +290,8 @@ def _without_swallowed_rows(
     path: Path, frame: pd.DataFrame, is_broken: pd.Series, separator: str
 ) -> pd.DataFrame:
     """Read a table whose quotes seem to hold line breaks anew, or say where they do."""
-    if _needs_no_quotes(path, separator, len(frame.columns)):
-        return _read_frame(path, separator, quoting=csv.QUOTE_NONE)
+    if (as_text := _read_as_text(path, separator, len(frame.columns))) is not None:
+        return as_text
     rows = [row_name(number) for number in is_broken.to_numpy().nonzero()[0].tolist()]
     logger.warning(
         "%s: quotes make one cell of several lines in %s: %s; where that is not meant, rows "
@@ -303,8 +304,11 @@ def _without_swallowed_rows(
     return frame
 
 
-def _needs_no_quotes(path: Path, separator: str, num_columns: int) -> bool:
-    """Return whether each line has all cells, and none ends a quote that an earlier one began."""
+def _read_as_text(path: Path, separator: str, num_columns: int) -> pd.DataFrame | None:
+    """Read a table with its quotes as text, None where a line needs them.
+
+    None does that has all cells and ends no quote that an earlier one began.
+    """
     counts: set[int] = set()
     with path.open(encoding="utf-8") as file:
         for line in file:
@@ -316,6 +320,6 @@ def _needs_no_quotes(path: Path, separator: str, num_columns: int) -> bool:
             )
             counts |= {-1 if closes else len(cells)} if cells else set()
     if counts != {num_columns} or num_columns == 1:
-        return False
+        return None
     logger.info("the quotes in %s are part of its text: no line needs them", path)
-    return True
+    return _read_frame(path, separator, quoting=csv.QUOTE_NONE)

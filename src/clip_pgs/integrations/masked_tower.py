@@ -291,8 +291,8 @@ class MaskedTower:
         is_right = x.is_floating_point()
         if is_right and weight.ndim == 4 and x.dtype != weight.dtype and not self.casts_images:
             # Autocast leaves float64 as it is, and there is none on "meta".
-            is_right = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-            is_right = is_right and x.dtype != torch.float64
+            is_left = x.is_meta or x.dtype == torch.float64
+            is_right = not is_left and torch.is_autocast_enabled(x.device.type)
         if not is_right:
             raise ValueError(f"images must be {weight.dtype}, as the weights are, got {x.dtype}")
 

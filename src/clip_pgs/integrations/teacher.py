@@ -122,7 +122,8 @@ class Teacher:
         """
         weights = tower.state_dict()
         missing = [] if incompatible_keys is None else incompatible_keys.missing_keys
-        if missing and all(any(_ends(name, weight) for name in missing) for weight in weights):
+        # They have the whole model's names.
+        if all(any(f".{name}".endswith(f".{own}") for name in missing) for own in weights):
             return
         self.tower.load_state_dict(weights)
 
@@ -160,8 +161,3 @@ def _precision_of(pixels: Tensor) -> AbstractContextManager:
         # float64, to which autocast says that it does not support it.
         return torch.autocast(pixels.device.type, enabled=False)
     return torch.autocast(pixels.device.type, dtype=pixels.dtype)
-
-
-def _ends(name: str, weight: str) -> bool:
-    """Return whether a model's name of a weight may be that of a tower's."""
-    return name == weight or name.endswith(f".{weight}")

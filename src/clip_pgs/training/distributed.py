@@ -200,11 +200,11 @@ class ShardedModel(nn.Module):
         # As autocast has it, blocks compute in half precision; what lies outside of them, and sums
         # of gradients, stay float32.
         half = torch.bfloat16 if options.precision.startswith("amp_bf") else None
-        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+        # FSDP would not cast what a block is given where checkpointing runs it again.
+        policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
         for block in [module for module in model.modules() if isinstance(module, _BLOCKS)]:
             fully_shard(block, mesh=mesh, mp_policy=policy)
             if half is not None:
-                # FSDP casts what a block is given, too, but not where checkpointing runs it again.
                 block.register_forward_pre_hook(partial(_cast, half), with_kwargs=True)
         fully_shard(self, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
         own = sum(p.to_local().numel() for p in model.parameters())

@@ -41,6 +41,7 @@ from clip_pgs.common import (
     OutputError,
     catching,
     explained,
+    signal_later,
 )
 from clip_pgs.files import EXIT_NAME, LOCK_NAME
 
@@ -206,11 +207,7 @@ class StopSignals:
             return
         self._cancel_reminder()
         # Not a second Ctrl-C, whichever signal this is.
-        reminder = (threading.get_ident(), signal.SIGTERM)
-        seconds = left if left > 0 else _AGAIN_SECONDS
-        self._reminder = threading.Timer(seconds, signal.pthread_kill, reminder)
-        self._reminder.daemon = True
-        self._reminder.start()
+        self._reminder = signal_later(signal.SIGTERM, left if left > 0 else _AGAIN_SECONDS)
         if left <= 0:
             raise StopRequest(self.name)
 
