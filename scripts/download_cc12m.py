@@ -37,6 +37,7 @@ from clip_pgs.common import (
     AskedToLeaveError,
     SentenceParser,
     early_end,
+    explained,
     leaving_when_told,
     one_sentence,
     run_program,
@@ -205,9 +206,13 @@ def list_shards(repo: str) -> list[Shard]:
             shards[name.casefold()] = Shard(name, int(match[1]), size, sha256)
     except NETWORK_ERRORS as error:
         raise OSError(f"{hub.endpoint} did not list {repo}: {one_sentence(error)}") from error
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
-        raise OSError(f"{hub.endpoint} gave no list of the files of {repo}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise OSError(_no_list(hub.endpoint, repo)) from error
     return sorted(shards.values(), key=lambda shard: (shard.number, shard.name))
+
+
+def _no_list(endpoint: str, repo: str) -> str:
+    return f"{endpoint} gave no list of the files of {repo}"
 
 
 def list_files(endpoint: str, repo: str) -> list[dict[str, Any]]:
@@ -224,7 +229,9 @@ def list_files(endpoint: str, repo: str) -> list[dict[str, Any]]:
     for _ in range(MAX_PAGES):
         seen.add(url)
         page, links = read_page(url, repo)
-        entries += json.loads(page)
+        # No JSON, a number of thousands of digits, or too deep a nesting.
+        with explained(_no_list(endpoint, repo), ValueError, RecursionError, as_kind=OSError):
+            entries += json.loads(page)
         if len(entries) > MAX_LISTED:
             raise ValueError(f"{repo} lists more than {MAX_LISTED:,} files")
         if "next" not in links:

@@ -479,13 +479,17 @@ def test_a_hub_that_fails_is_told_at_once(hub, download, tmp_path):
 
 @pytest.mark.parametrize(
     "listing",
-    [b"<html>sign in</html>", b"{}", b"[1]", b"1", b'[{"type": "file"}]', b"[" * 100_000],
+    [
+        *(b"<html>sign in</html>", b"{}", b"[1]", b"1", b'[{"type": "file"}]', b"[" * 100_000),
+        b'[{"type": "file", "path": "a-train-0001.tar", "size": ' + b"9" * 5000 + b"}]",
+    ],
 )
 def test_what_is_no_list_of_files_is_told_in_one_sentence(hub, download, tmp_path, listing):
     hub.listing = listing
     done = download(tmp_path / "cc12m")
     assert done.returncode in (1, 2)
     assert_refused(done, code=done.returncode)
+    assert "pixparse/cc12m-wds" in done.stderr
     assert not (tmp_path / "cc12m").exists()
 
 

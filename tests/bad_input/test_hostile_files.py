@@ -1,5 +1,6 @@
 """Files of a stranger run no code and write nowhere but into the run's folder."""
 
+import copy
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from clip_pgs.inspection.__main__ import main as inspection
 from clip_pgs.training.__main__ import main as training
 from support.fuzzing import run_command, snapshot
 from support.options import MODEL_CONFIG
-from support.runs import flags
+from support.runs import COCA, flags, write_model
 
 SYNTHETIC = ["--dataset-type", "synthetic", "--train-num-samples", "1000", "--device", "cpu"]
 VALID = ["--model", "ViT-B-32", *SYNTHETIC]
@@ -84,6 +85,15 @@ HOSTILE_MODELS = [
     ("vision_cfg", {"depth": 3}, "has no option 'depth'"),
     ("text_cfg", {"vocab_size": 100}, "less than the 49408 tokens of OpenCLIP's tokenizer"),
 ]
+
+
+@pytest.mark.parametrize("tower", ["vision_cfg", "text_cfg"])
+def test_a_coca_whose_towers_give_no_tokens_is_told_the_switch(capsys, tower):
+    config = copy.deepcopy(COCA)
+    del config[tower]["output_tokens"]
+    path = write_model(Path(), config=config)
+    part = f"multimodal_cfg needs {tower}.output_tokens to be true"
+    assert part in refusal(training, ["--model-config", str(path), *SYNTHETIC], capsys)
 
 
 @pytest.mark.parametrize(("tower", "options", "part"), HOSTILE_MODELS)

@@ -88,3 +88,13 @@ def test_a_byte_order_mark_and_a_row_that_is_there_again_change_nothing(tmp_path
     path.write_text(f"\ufeff{header}\n{row}\n{row}\n", encoding="utf-8")
     (result,) = read_csv(path)
     assert (result.suite, result.metrics) == ("zeroshot-classification", {"acc1": 0.5})
+
+
+def test_a_row_of_a_table_that_cannot_be_is_named_and_the_others_count(tmp_path, caplog):
+    path = tmp_path / "results.csv"
+    write_csv([make_result(name, metrics={"acc1": 0.5}) for name in ("shape", "color")], path)
+    path.write_text(path.read_text().replace("color,done,", "color,gone,"))
+    (result,) = read_csv(path)
+    assert result.dataset == "shape"
+    said = "left out the row of color (zeroshot-classification) in "
+    assert f"{said}{path}: it says status 'gone'" in caplog.text

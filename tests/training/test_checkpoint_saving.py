@@ -217,6 +217,14 @@ def test_a_checkpoint_that_is_not_finite_is_never_written(tmp_path, caplog, valu
     assert f"epoch_2.pt (epoch 2, step 0) was not saved: {part}/w holds 1 NaN" in caplog.text
 
 
+def test_older_checkpoints_are_spoken_of_where_there_are_some(tmp_path, caplog):
+    store = CheckpointStore(tmp_path)
+    store.save(content(state_dict={"w": torch.tensor(float("nan"))}), "epoch_0.pt")
+    assert not store.close()
+    assert "was not saved" in caplog.text
+    assert "older" not in caplog.text
+
+
 def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path):
     record = {"loss": np.float64(0.5), "seen": np.int64(3), "rate": np.float32(0.25)}
     save_all(CheckpointStore(tmp_path), content(clip_pgs=record))
@@ -248,7 +256,10 @@ def test_a_disk_that_is_full_loses_nothing_older_and_saving_goes_on(tmp_path, ca
     with files_limited_to(1_000_000):
         store.save(large, "step_2.pt")
         assert not store.wait()
-    assert "step_2.pt (epoch 0, step 2) was not saved: File too large" in caplog.text
+    assert (
+        "step_2.pt (epoch 0, step 2) was not saved: File too large; older checkpoints are untouched"
+        in caplog.text
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["SHA256SUMS", "latest", "step_1.pt"]
     assert (tmp_path / "latest").read_text() == "step_1.pt\n"
     store.save(large, "step_2.pt")

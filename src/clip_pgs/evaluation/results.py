@@ -152,7 +152,7 @@ def read_result(path: Path) -> Result | None:
     if _FORMER in details:
         details["regularization"] = details.pop(_FORMER)
     result = Result(**{c.name: content[c.name] for c in fields(Result) if c.name in content})
-    return result if _is_sound(result, path) else None
+    return result if _is_sound(result, str(path)) else None
 
 
 def _holds(content: dict[str, Any], column: Field) -> bool:
@@ -169,7 +169,7 @@ def _is_a(kind: str, value: Any) -> bool:
     return isinstance(value, _KINDS.get(kind, dict)) and not isinstance(value, bool)
 
 
-def _is_sound(result: Result, path: Path) -> bool:
+def _is_sound(result: Result, place: str) -> bool:
     """Say whether one can compute with a result, and warn where one cannot."""
     shares = {name: value for name, value in result.metrics.items() if value is not None}
     counts = {name: result.details[name] for name in _COUNTS if name in result.details}
@@ -181,9 +181,7 @@ def _is_sound(result: Result, path: Path) -> bool:
     if result.status not in STATUSES:
         odd.append(f"status {result.status!r}")
     if odd:
-        logger.warning(
-            "left out %s: it says %s", one_sentence(str(path)), one_sentence(", ".join(odd))
-        )
+        logger.warning("left out %s: it says %s", one_sentence(place), one_sentence(", ".join(odd)))
     return not odd
 
 
@@ -245,7 +243,11 @@ def read_csv(path: Path) -> list[Result]:
                 f"{path} has two rows of {result.model} on {result.dataset} ({result.suite}) that "
                 "differ; keep one"
             )
-    return [result for result in by_set.values() if _is_sound(result, path)]
+    return [
+        result
+        for result in by_set.values()
+        if _is_sound(result, f"the row of {result.dataset} ({result.suite}) in {path}")
+    ]
 
 
 def ordered_metrics(results: Iterable[Result]) -> list[str]:

@@ -382,6 +382,8 @@ def optimizer_misfit(optimizer: torch.optim.Optimizer, state: Any) -> str | None
                     f"its optimizer's {name} of parameter {number} has not the shape "
                     f"{tuple(parameter.shape)} of this run's"
                 )
+            if name in shapes and not value.is_floating_point():
+                return f"its optimizer's {name} of parameter {number} is {value.dtype}, no float"
     return None
 
 

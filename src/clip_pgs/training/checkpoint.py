@@ -281,7 +281,9 @@ class CheckpointStore:
         except ValueError as error:
             trouble = str(error)
         if trouble is not None:
-            _logger.error("%s was not saved: %s; older checkpoints are untouched", what, trouble)
+            has_older = any(self._folder.glob("*.pt"))
+            rest = "; older checkpoints are untouched" if has_older else ""
+            _logger.error("%s was not saved: %s%s", what, trouble, rest)
             return False
         _logger.info(
             "Saved %s: held the run for %.3f s, written in %.3f s",

@@ -220,7 +220,8 @@ def check_shared_memory(options: TrainOptions) -> None:
     """Refuse batches of which the workers' cannot be kept in shared memory at the same time."""
     if options.workers == 0 or not SHARED_MEMORY.is_dir():
         return
-    needed, free = _num_shared_bytes(options), shutil.disk_usage(SHARED_MEMORY).free
+    is_writable = os.access(SHARED_MEMORY, os.W_OK)
+    needed, free = _num_shared_bytes(options), shutil.disk_usage(SHARED_MEMORY).free * is_writable
     if needed > free:
         raise ValueError(
             f"the batches on their way from --workers {options.workers} need {_size(needed)} of "

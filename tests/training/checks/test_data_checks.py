@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import pytest
@@ -91,6 +92,16 @@ def test_little_shared_memory_is_told_in_kilobytes(monkeypatch):
     sizes = ["--force-image-size", "32", "--workers", "8"]
     message = refusal("--model", "ViT-B-32", *data, *sizes)
     assert "need 104 kB of shared memory, and /dev/shm has 64 kB" in message
+
+
+def test_shared_memory_that_cannot_be_written_is_none(monkeypatch):
+    allows = os.access
+    monkeypatch.setattr(
+        data_checks.os, "access", lambda path, mode: str(path) != "/dev/shm" and allows(path, mode)
+    )
+    data = ["--dataset-type", "synthetic", "--train-num-samples", "50", "--batch-size", "8"]
+    message = refusal("--model", "ViT-B-32", *data, "--workers", "1")
+    assert "/dev/shm has 0 kB" in message
 
 
 def test_held_out_images_count_as_floats(tmp_path, monkeypatch):

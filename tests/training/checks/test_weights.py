@@ -173,6 +173,10 @@ def test_a_begun_run_without_its_optimizer_does_not_go_on(model, content):
         ("step of parameter 0 is str", lambda group, entry: entry.update(step="3")),
         ("exp_avg of parameter 0", lambda group, entry: entry.update(exp_avg=None)),
         ("exp_avg_sq of parameter 0", lambda group, entry: entry.update(exp_avg_sq=torch.ones(7))),
+        (
+            "exp_avg of parameter 0 is torch.int64",
+            lambda group, entry: entry.update(exp_avg=entry["exp_avg"].long()),
+        ),
         ("state of parameter 0 lacks step", lambda group, entry: entry.pop("step")),
         ("state of parameter 0 lacks exp_avg_sq", lambda group, entry: entry.pop("exp_avg_sq")),
     ],

@@ -117,14 +117,18 @@ def check_model_config(config: Any, *, what: str) -> None:
     """
     if not isinstance(config, dict) or any(key not in config for key in _REQUIRED):
         raise ValueError(f"{what} must hold {', '.join(_REQUIRED)}")
-    config = dict(config)
-    check_vision_config(config.pop("vision_cfg"), what=what)
-    is_coca = "multimodal_cfg" in config
-    for key in _TOWERS.keys() & config.keys():
-        _check_tower(config.pop(key), _TOWERS[key], what=f"{what}: {key}")
-    check_values(_MODEL, config, what=what, never_null=_MODEL.keys() - _CAN_BE_NULL)
-    if is_coca and not config.get("custom_text"):
-        raise ValueError(f"{what}: multimodal_cfg needs custom_text to be true")
+    towers = {key: config[key] for key in ("vision_cfg", *_TOWERS) if key in config}
+    check_vision_config(towers["vision_cfg"], what=what)
+    for key in towers.keys() & _TOWERS.keys():
+        _check_tower(towers[key], _TOWERS[key], what=f"{what}: {key}")
+    rest = {key: value for key, value in config.items() if key not in towers}
+    check_values(_MODEL, rest, what=what, never_null=_MODEL.keys() - _CAN_BE_NULL)
+    if "multimodal_cfg" in towers:
+        if not config.get("custom_text"):
+            raise ValueError(f"{what}: multimodal_cfg needs custom_text to be true")
+        for key in ("vision_cfg", "text_cfg"):
+            if not towers[key].get("output_tokens"):
+                raise ValueError(f"{what}: multimodal_cfg needs {key}.output_tokens to be true")
 
 
 def check_vision_config(vision: Any, *, what: str) -> None:
