@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -50,17 +54,43 @@ def test_an_option_at_its_default_is_not_set():
         assert set_reach(near, nothing) == {"edges": False}
 
 
-@pytest.fixture
-def url():
+@pytest.mark.parametrize("index", ["/etc/hostname", -1, 10_000, None, 1.5, [0]])
+def test_a_scene_that_there_is_not_cannot_be_chosen(index):
+    app = pytest.importorskip("clip_pgs.inspection.app", exc_type=ModuleNotFoundError)
+    with pytest.raises(app.gr.Error, match="no such scene"):
+        app._chosen(SimpleNamespace(index=index))
+    assert app._chosen(SimpleNamespace(index=2)) == (2, None)
+
+
+@contextmanager
+def serving(folder):
+    """Serve the page, with `folder` for temporary files, and yield its address."""
     pytest.importorskip("gradio")
     command = [sys.executable, "-m", "clip_pgs.inspection", "app"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         try:
             yield server.stdout.readline().split()[0]
             server.send_signal(signal.SIGINT)
             assert server.wait(timeout=60) == 0
         finally:
             server.kill()
+
+
+def test_what_is_uploaded_goes_with_the_page(tmp_path):
+    httpx = pytest.importorskip("httpx")
+    with serving(tmp_path) as url:
+        answer = httpx.post(f"{url}gradio_api/upload", files={"files": ("a.txt", b"mine")})
+        (place,) = answer.json()
+        assert Path(place).is_relative_to(tmp_path)
+        assert Path(place).read_bytes() == b"mine"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def url(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("temporary")) as url:
+        yield url
 
 
 @pytest.fixture

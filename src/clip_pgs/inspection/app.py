@@ -3,14 +3,22 @@
 It asks no other machine for anything, and sends nothing anywhere.
 """
 
+# ruff: noqa: E402  (gradio is told its folder before it is imported)
+
 from __future__ import annotations
 
 import argparse
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
+
+# Gradio's own folder is one for all users of a machine, of whom the first alone can write it, and
+# what is uploaded stays there; this one goes with the process.
+_uploads = tempfile.TemporaryDirectory(prefix="clip-pgs-")
+os.environ["GRADIO_TEMP_DIR"] = _uploads.name
 
 import gradio as gr
 
@@ -136,7 +144,10 @@ def build_page(playground: Playground) -> gr.Blocks:
 
 
 def _chosen(event: gr.SelectData) -> tuple[int, None]:
-    return event.index, None
+    # Whoever sends it may send the name of a file in its place.
+    if event.index not in range(len(SCENES)):
+        raise gr.Error("there is no such scene")
+    return int(event.index), None
 
 
 def _field(option: MaskingOption) -> Any:

@@ -268,7 +268,7 @@ def read_model_config(options: TrainOptions) -> dict[str, Any]:
     what = f"the config of --model {name}"
     if name.startswith("local-dir:"):
         path = Path(name.removeprefix("local-dir:"), MODEL_CONFIG_NAME)
-        content = read_json_object(path, what=f"{what}, {path},")
+        content = read_json_object(path, what=f"{what} ({path})")
         config = content.get("model_cfg", content)
         check_preprocessing(content.get("preprocess_cfg", {}), what=what)
     else:
