@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+from operator import methodcaller
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -75,6 +76,30 @@ def test_validation_is_drawn_against_epochs_and_samples(events):
     by_epoch = [point.step for point in events.Scalars("val/clip_val_loss")]
     by_samples = [point.step for point in events.Scalars("val_by_samples/clip_val_loss")]
     assert (by_epoch, by_samples) == ([1, 2], [32, 64])
+
+
+def test_curves_against_samples_and_operations_outlive_a_resume(tmp_path):
+    options = SimpleNamespace(report_to="tensorboard")
+    for first_step, epochs in ((0, (1, 2)), (8, (3,))):
+        loggers = MetricLoggers(options, tmp_path, first_step=first_step)
+        for epoch in epochs:
+            cost = {"steps": 4 * epoch, "samples": 32 * epoch, "flops": 9e9 * epoch, "seconds": 1}
+            values = {"loss": float(epoch)}
+            loggers.each(methodcaller("validation", values, epoch=epoch, cost=cost))
+        loggers.each(methodcaller("close"))
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"kind": "val", "step": 7, "samples": 1e300, "flops": 1, "seconds": 1}\n')
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    drawn = {
+        tag: [(point.step, point.value) for point in events.Scalars(f"{tag}/loss")]
+        for tag in ("val", "val_by_samples", "val_by_gflops")
+    }
+    assert drawn == {
+        "val": [(1, 1), (2, 2), (3, 3)],
+        "val_by_samples": [(32, 1), (64, 2), (96, 3)],
+        "val_by_gflops": [(9, 1), (18, 2), (27, 3)],
+    }
 
 
 class StubOfWeightsAndBiases(ModuleType):

@@ -35,6 +35,9 @@ _FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
 _DATE_FORMAT = "%Y-%m-%d,%H:%M:%S"
 _CHATTY = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "PIL", "fsspec")
 
+# What a line of a validation tells of its cost.
+_COSTS = ("samples", "flops", "seconds")
+
 Numbers = Mapping[str, float]
 
 _logger = logging.getLogger(__name__)
@@ -106,7 +109,7 @@ class JsonLines(MetricLogger):
     def validation(self, values: Numbers, *, epoch: int, cost: Numbers) -> None:
         """Append a line of kind "val"; its step is the last one taken."""
         entry = {"kind": "val", "epoch": epoch, "step": int(cost["steps"]) - 1}
-        spent = {name: cost[name] for name in ("samples", "flops", "seconds")}
+        spent = {name: cost[name] for name in _COSTS}
         self._append({**entry, **spent, **values})
 
     def _append(self, entry: dict[str, Any]) -> None:
@@ -119,13 +122,22 @@ class TensorBoard(MetricLogger):
     Args:
         folder: Where event files go.
         first_step: The step this launch starts at; later points of an earlier launch are hidden.
+        measured: `metrics.jsonl` without what this launch repeats.
     """
 
-    def __init__(self, folder: Path, *, first_step: int) -> None:
+    def __init__(self, folder: Path, *, first_step: int, measured: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         purge_step = first_step if first_step > 0 else None
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        # Points whose number of samples or operations is above that step are hidden with it.
+        for line in read_json_lines(measured) if purge_step else ():
+            numbers = {k: v for k, v in (line or {}).items() if type(v) in (int, float)}
+            # The file may have been edited; TensorBoard counts in 64 bits.
+            is_whole = all(0 <= numbers.get(name, -1) < 2**63 for name in _COSTS)
+            if is_whole and line is not None and line.get("kind") == "val":
+                values = {k: v for k, v in numbers.items() if k not in (*_COSTS, "step")}
+                self._draw_costs(values, numbers)
 
     def train(self, values: Numbers, *, epoch: int, step: int) -> None:
         """Write `train/...` against steps."""
@@ -136,8 +148,7 @@ class TensorBoard(MetricLogger):
         """Write `val/...` against epochs, as OpenCLIP does, samples and 10**9 operations."""
         for name, value in values.items():
             self._writer.add_scalar(f"val/{name}", value, epoch)
-            self._writer.add_scalar(f"val_by_samples/{name}", value, int(cost["samples"]))
-            self._writer.add_scalar(f"val_by_gflops/{name}", value, int(cost["flops"] / 1e9))
+        self._draw_costs(values, cost)
 
     def picture(self, name: str, pixels: Tensor, *, step: int) -> None:
         """Write a picture."""
@@ -146,6 +157,11 @@ class TensorBoard(MetricLogger):
     def close(self) -> None:
         """Write out what is left."""
         self._writer.close()
+
+    def _draw_costs(self, values: Numbers, cost: Numbers) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"val_by_samples/{name}", value, int(cost["samples"]))
+            self._writer.add_scalar(f"val_by_gflops/{name}", value, int(cost["flops"] / 1e9))
 
 
 class WeightsAndBiases(MetricLogger):
@@ -210,7 +226,7 @@ class MetricLoggers:
         }
         if targets & {"tensorboard", "all"}:
             makers["tensorboard"] = lambda: TensorBoard(
-                folder / "tensorboard", first_step=first_step
+                folder / "tensorboard", first_step=first_step, measured=folder / METRICS_NAME
             )
         if targets & {"wandb", "all"}:
             makers["wandb"] = lambda: WeightsAndBiases(options, folder / PARAMS_NAME)
