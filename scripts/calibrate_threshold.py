@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_pgs import create_masking
+from clip_pgs.common import explained
 from clip_pgs.data.decoding import open_image, to_rgb
 from clip_pgs.data.tar import read_shard
 from clip_pgs.evaluation.models import load_model
@@ -33,13 +34,15 @@ from clip_pgs.masking.strategy import mask_count
 MASK_RATIO, MASK_RATIO_MIN = 0.5, 0.3
 
 
-def read_images(pattern: str) -> Iterator[bytes]:
-    """Yield the image files that a glob pattern names, also those inside tar files."""
+def read_images(pattern: str) -> Iterator[tuple[str, bytes]]:
+    """Yield the image files that a glob pattern names, also those inside tar files, by name."""
     for path in sorted(glob.glob(pattern)):
         if path.endswith(".tar"):
-            yield from (pair.image for pair in read_shard(path) if getattr(pair, "image", None))
+            for pair in read_shard(path):
+                if getattr(pair, "image", None):
+                    yield f"{pair.key} of {path}", pair.image
         else:
-            yield Path(path).read_bytes()
+            yield path, Path(path).read_bytes()
 
 
 def load_images(pattern: str, transform: Callable[[Any], Tensor], limit: int) -> Tensor:
@@ -49,8 +52,9 @@ def load_images(pattern: str, transform: Callable[[Any], Tensor], limit: int) ->
         ValueError: If there is none, or one cannot be read.
     """
     images = []
-    for content in read_images(pattern):
-        images.append(transform(to_rgb(open_image(content))))
+    for name, content in read_images(pattern):
+        with explained(name):
+            images.append(transform(to_rgb(open_image(content))))
         if len(images) == limit:
             break
     if not images:

@@ -32,6 +32,11 @@ def test_a_model_config_gives_image_and_patch_size(tmp_path):
     assert (model_input.image_size, model_input.patch_size) == ((64, 64), (8, 8))
 
 
+def test_a_config_of_the_package_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_model_input("configs/models/demo_vit.json").image_size == (64, 64)
+
+
 @pytest.mark.parametrize("place", ["run/export", "run"])
 def test_a_run_or_its_export_gives_sizes_and_normalisation(tmp_path, place):
     preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "resize_mode": "squash"}

@@ -73,3 +73,10 @@ def test_models_and_images_that_are_not_there_are_named(monkeypatch, capsys, tmp
         code, rows, error = calibrate(monkeypatch, capsys, *arguments)
         assert (code, rows) == (2, [])
         assert sentence in error
+
+
+def test_a_picture_that_cannot_be_read_is_named(monkeypatch, capsys, tmp_path, model):
+    (tmp_path / "broken.png").write_bytes(b"")
+    code, _, error = calibrate(monkeypatch, capsys, f"mine={tmp_path}/*.png", "--model", model)
+    assert code == 2
+    assert f"{tmp_path / 'broken.png'}: no JPEG" in error

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import normalize, pil_to_tensor, to_pil_image
 
-from clip_pgs.common import explained, literal
+from clip_pgs.common import explained, find_config, literal
 from clip_pgs.data.decoding import (
     IMAGE_FORMATS,
     check_aspect_ratio,
@@ -271,7 +271,9 @@ def read_config(source: str) -> dict[str, Any]:
     path, folder = Path(source), _export_folder(Path(source))
     if folder is not None:
         path = folder / MODEL_CONFIG_NAME
-    elif path.suffix != ".json" or path.is_dir():
+    elif path.suffix == ".json" and not path.is_dir():
+        path = Path(find_config(source, "models"))
+    else:
         if source not in open_clip.list_models():
             raise ValueError(
                 f"{source!r} is no run, no folder with {MODEL_CONFIG_NAME}, no checkpoint, no "
