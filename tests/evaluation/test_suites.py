@@ -1,6 +1,8 @@
 import errno
 import http.server
+import io
 import shutil
+import tarfile
 import threading
 from functools import partial
 from pathlib import Path
@@ -183,20 +185,93 @@ def forbid(monkeypatch, path):
     monkeypatch.setattr(Path, "open", refusing)
 
 
-def test_sets_are_read_over_http(color_model, dataset_list, data_root, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    handler = partial(QuietHandler, directory=str(data_root))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        root = f"http://127.0.0.1:{server.server_port}/{{dataset_cleaned}}"
-        eval_sets = load_suite(datasets=str(dataset_list), data_root=root)
-        results = evaluate(color_model, eval_sets, workers=0)
-        server.shutdown()
+def test_sets_are_read_over_http(color_model, dataset_list, served):
+    eval_sets = load_suite(datasets=str(dataset_list), data_root=served.root)
+    results = evaluate(color_model, eval_sets, workers=0)
     assert [result.status for result in results] == ["done", "done"]
     assert results[0].metrics["acc1"] == 0.75
 
 
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
+def test_a_set_that_changed_on_its_server_is_scored_again(
+    color_model, dataset_list, served, tmp_path, caplog
+):
+    def score():
+        caplog.clear()
+        eval_sets = load_suite(datasets=str(dataset_list), data_root=served.root)
+        with caplog.at_level("INFO"):
+            classified, _ = evaluate(color_model, eval_sets, workers=0, output=tmp_path / "out")
+        return classified.samples, caplog.text.count("done before")
+
+    assert score() == (12, 0)
+    assert score() == (12, 2)
+    shard = served.folder / "six/test/0.tar"
+    with tarfile.open(shard) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]
+    with tarfile.open(shard, "w") as tar:
+        for member, content in members[:-2]:
+            tar.addfile(member, io.BytesIO(content))
+    num_samples, num_kept = score()
+    assert num_samples < 12
+    assert num_kept == 1
+
+
+@pytest.mark.parametrize("file_name", ["classnames.txt", "dataset_type.txt", "test/0.tar"])
+@pytest.mark.parametrize("fault", ["cut", "coded", 429, 500])
+def test_an_answer_that_cannot_be_read_fails_one_set_alone(
+    color_model, dataset_list, served, fault, file_name
+):
+    served.faults[f"/six/{file_name}"] = fault
+    names = {"six": "zeroshot-classification", "pairs": "zeroshot-retrieval"}
+    dataset_list.write_text("".join(f"{suite}: {name}\n" for name, suite in names.items()))
+    eval_sets = load_suite(datasets=str(dataset_list), data_root=served.root)
+    classified, retrieved = evaluate(color_model, eval_sets, workers=0)
+    assert retrieved.status == "done"
+    if file_name == "dataset_type.txt":
+        # Which many do not have.
+        return
+    assert classified.status == "failed"
+    assert f"six/{file_name} cannot be read: " in classified.error
+    assert "damaged" not in classified.error
+    if file_name == "classnames.txt":
+        presence = check_presence(eval_sets[0])
+        assert (presence.state, presence.reason) == ("missing", classified.error)
+
+
+class Served(http.server.ThreadingHTTPServer):
+    """A server of a folder, and `faults`: how it answers what is asked for at a path."""
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+        self.folder, self.faults = folder, {}
+        self.root = f"http://127.0.0.1:{self.server_port}/{{dataset_cleaned}}"
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self):
+        fault = self.server.faults.get(self.path)
+        if fault is None:
+            super().do_GET()
+        elif isinstance(fault, int):
+            self.send_error(fault)
+        else:
+            self.send_response(200)
+            if fault == "coded":
+                self.send_header("Content-Encoding", "gzip")
+            content = Path(self.translate_path(self.path)).read_bytes()
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
+
     def log_message(self, *args):
         pass
+
+
+@pytest.fixture
+def served(tmp_path, data_root, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder = shutil.copytree(data_root, tmp_path / "served")
+    with Served(folder) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()

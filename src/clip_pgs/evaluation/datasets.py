@@ -21,7 +21,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -55,6 +55,10 @@ _PAIR_KEYS = ("filename", "caption", "negative_caption")
 
 class DamagedDataError(ValueError):
     """A data set that is there and cannot be scored, told in one sentence."""
+
+
+class ServerError(OSError):
+    """A server that refuses a file, breaks off or says nothing, told in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ def open_file(location: str, file_name: str, *, is_text: bool = False) -> Iterat
 
     Raises:
         FileNotFoundError: If there is no such file.
-        OSError: If it cannot be read, or the server cannot be reached.
+        OSError: If it cannot be read, of a server as a `ServerError`.
     """
     if not is_remote(location):
         with regular_file(Path(location, file_name)).open("rb") as file:
@@ -197,11 +201,8 @@ def open_file(location: str, file_name: str, *, is_text: bool = False) -> Iterat
     import requests
     from requests.adapters import HTTPAdapter, Retry
 
-    if "huggingface.co" in location:
-        # The hub serves plain files under `raw`, and what is large under `resolve`.
-        location = location.replace("/tree/", "/raw/" if is_text else "/resolve/", 1)
-    url = f"{location}/{file_name}"
-    with requests.Session() as session:
+    url = _url_of(location, file_name, is_text=is_text)
+    with _telling_of_server(url), requests.Session() as session:
         retries = Retry(_NUM_RETRIES, backoff_factor=0.5, status_forcelist=(429, 502, 503, 504))
         session.mount("https://", HTTPAdapter(max_retries=0 if is_text else retries))
         with session.get(url, timeout=_HUB_TIMEOUT_S, stream=True) as response:
@@ -211,6 +212,51 @@ def open_file(location: str, file_name: str, *, is_text: bool = False) -> Iterat
             response.raise_for_status()
             response.raw.decode_content = True
             yield response.raw
+
+
+def server_versions(location: str, file_names: Iterable[str]) -> list[list[str | None]]:
+    """Return what a server tells of the present content of files: their tag or date, and size.
+
+    Args:
+        location: URL of the data set.
+        file_names: Such as "test/0.tar"; after the first that the server does not tell of, no
+            other is asked for.
+
+    Raises:
+        ServerError: If it cannot be reached.
+    """
+    import requests
+
+    versions = []
+    with _telling_of_server(location), requests.Session() as session:
+        for file_name in file_names:
+            url = _url_of(location, file_name)
+            answer = session.head(url, timeout=_HUB_TIMEOUT_S, allow_redirects=True)
+            if not answer.ok:
+                break
+            headers = answer.headers
+            tag = headers.get("ETag", headers.get("Last-Modified"))
+            versions.append([tag, headers.get("Content-Length")])
+    return versions
+
+
+@contextlib.contextmanager
+def _telling_of_server(url: str) -> Iterator[None]:
+    import requests
+    import urllib3
+
+    try:
+        yield
+    # While an answer is read, urllib3's own errors come through.
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        raise ServerError(f"{url} cannot be read: {one_sentence(error)}") from error
+
+
+def _url_of(location: str, file_name: str, *, is_text: bool = False) -> str:
+    if "huggingface.co" in location:
+        # The hub serves plain files under `raw`, and what is large under `resolve`.
+        location = location.replace("/tree/", "/raw/" if is_text else "/resolve/", 1)
+    return f"{location}/{file_name}"
 
 
 def declared_type(location: str) -> str | None:
@@ -344,7 +390,8 @@ def count_shards(location: str, split: str = "test") -> int:
     try:
         text = read_metadata(location, f"{split}/nshards.txt")
     except OSError as error:
-        raise FileNotFoundError(f"cannot reach {location} ({type(error).__name__})") from error
+        kind = type(error.__cause__ or error).__name__
+        raise FileNotFoundError(f"cannot reach {location} ({kind})") from error
     if text is None:
         raise FileNotFoundError(f"{location} has no {split}/nshards.txt")
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
@@ -456,7 +503,7 @@ def check_presence(eval_set: EvalSet) -> Presence:
     """
     try:
         require(eval_set)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         location = eval_set.location
         is_known = is_remote(location) or not os.path.isdir(location)
         return Presence(MISSING if is_known else INCOMPLETE, str(error))

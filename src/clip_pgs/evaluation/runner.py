@@ -11,10 +11,11 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,13 @@ from clip_pgs.evaluation.datasets import (
     TEMPLATES,
     DamagedDataError,
     EvalSet,
+    ServerError,
+    count_shards,
     is_remote,
     local_files,
     read_metadata,
     require,
+    server_versions,
 )
 from clip_pgs.evaluation.features import (
     Encoder,
@@ -51,7 +55,7 @@ from clip_pgs.evaluation.results import (
     write_result,
 )
 from clip_pgs.evaluation.suites import SUITES, Scores
-from clip_pgs.files import regular_file
+from clip_pgs.files import folder_lock, regular_file
 from clip_pgs.registry import own_code
 from clip_pgs.tables import counted, duration
 
@@ -63,6 +67,8 @@ ERRORS_NAME = "errors.log"
 _RULES = 3
 # torchrun looks after its processes several times a second.
 _LOST_SECONDS = 10
+# Shards of a set that a server is asked about.
+_MAX_COMPARED = 1000
 _PACKAGES = ("open_clip_torch", "torch", "torchvision", "numpy", "pillow")
 
 
@@ -178,10 +184,18 @@ def evaluate(
         folder=folder / FEATURES_NAME if folder is not None and keep_features else None,
     )
     evaluation = _Evaluation(encoder, folder, is_forced=force)
-    share, complaint = evaluation.run(eval_sets, ranks)
-    gathered = ranks.gather((share, complaint))
-    if ranks.is_main:
-        evaluation.write_csv()
+    with ExitStack() as stack:
+        if folder is not None and ranks.is_main:
+            # What the disk refuses is told of the first result.
+            with suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+            busy = "waiting for another process, which evaluates into %s"
+            stack.enter_context(folder_lock(folder, on_busy=lambda: logger.warning(busy, folder)))
+        ranks.gather(None)
+        share, complaint = evaluation.run(eval_sets, ranks)
+        gathered = ranks.gather((share, complaint))
+        if ranks.is_main:
+            evaluation.write_csv()
     for _, complaint in gathered:
         if complaint is not None:
             raise ValueError(complaint)
@@ -302,7 +316,7 @@ class _Evaluation:
         # Anything may be wrong with other people's files, and the rest must run. What asks the
         # process to leave is no Exception, and ends the evaluation.
         except Exception as error:
-            is_told = isinstance(error, DamagedDataError)
+            is_told = isinstance(error, (DamagedDataError, ServerError))
             kind = "" if is_told else f"{type(error).__name__}: "
             status, reason = FAILED, f"{kind}{one_sentence(error)}"
             if not self._keep_traceback(eval_set) and not is_told:
@@ -386,7 +400,8 @@ class _Evaluation:
 def data_identity(eval_set: EvalSet) -> list[Any]:
     """Return what tells the content of a data set from another, wherever it lies.
 
-    Of one on a server it is the address and the small files. The code of a suite of one's own goes
+    Of one on a server it is the address, the small files, and what the server tells of the shards.
+    The code of a suite of one's own goes
     with it, since it says what is read.
 
     Raises:
@@ -398,7 +413,13 @@ def data_identity(eval_set: EvalSet) -> list[Any]:
         return [files_fingerprint(Path(location), local_files(eval_set)), *own]
     counts = (f"{split}/nshards.txt" for split in eval_set.splits)
     small_files = (CLASS_NAMES, TEMPLATES, *counts)
-    return [location, *(read_metadata(location, name) for name in small_files), *own]
+    shards = (
+        f"{split}/{number}.tar"
+        for split in eval_set.splits
+        for number in range(count_shards(location, split))
+    )
+    versions = server_versions(location, islice(shards, _MAX_COMPARED))
+    return [location, *(read_metadata(location, name) for name in small_files), versions, *own]
 
 
 def _origin(eval_set: EvalSet) -> dict[str, Any]:

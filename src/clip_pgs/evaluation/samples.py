@@ -32,6 +32,7 @@ from clip_pgs.data.tar import regular_members, stream_tar
 from clip_pgs.evaluation.datasets import (
     CLASS_NAMES,
     DamagedDataError,
+    ServerError,
     declared_type,
     is_remote,
     open_file,
@@ -235,7 +236,7 @@ def _read_members(
                 content = tar.extractfile(member)
                 assert content is not None
                 yield key, suffix, content.read()
-    except DamagedDataError:
+    except (DamagedDataError, ServerError):
         raise
     # A damaged archive makes tarfile and the decompressors raise anything.
     except Exception as error:
