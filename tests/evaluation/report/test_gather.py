@@ -55,11 +55,23 @@ def test_a_result_of_an_unknown_status_is_left_out_and_named(tmp_path, caplog, s
     assert caplog.text.count(f"status {status!r}") == 2
 
 
-def test_later_result_replaces_an_earlier_one_of_the_same_weights(tmp_path):
+def test_later_result_replaces_an_earlier_one_of_the_same_weights_and_says_so(tmp_path, caplog):
     for folder, date, acc1 in (("old", "2026-01-01", 0.1), ("new", "2026-02-01", 0.2)):
         save_results(tmp_path / folder, [make_result("shape", metrics={"acc1": acc1}, date=date)])
     (run,) = gather_runs([tmp_path / "new", tmp_path / "old"])
     assert [result.metrics for result in run.results] == [{"acc1": 0.2}]
+    assert f"{tmp_path / 'old'} has other scores of demo on shape" in caplog.text
+    assert "those of 2026-02-01 count" in caplog.text
+
+
+def test_models_that_were_scored_on_other_numbers_of_samples_are_told(tmp_path, caplog):
+    save_results(tmp_path / "a", [make_result("shape"), make_result("color")])
+    other = [make_result("shape", samples=36, weights_digest="d1")]
+    save_results(tmp_path / "b", [*other, make_result("color", weights_digest="d1")])
+    assert len(gather_runs([tmp_path / "a", tmp_path / "b"])) == 2
+    said = "shape (zeroshot-classification) was scored with 36 and 600 samples"
+    assert said in caplog.text
+    assert len(caplog.messages) == 1
 
 
 def test_results_of_weights_that_a_run_has_no_more_are_left_out(tmp_path):

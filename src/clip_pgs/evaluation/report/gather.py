@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 from clip_pgs.common import one_sentence
 from clip_pgs.evaluation.results import (
     CSV_NAME,
+    DONE,
     Result,
     amount,
     epoch_folders,
@@ -204,7 +205,16 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
                 earlier = by_set.get((result.suite, result.dataset))
                 if earlier is None or earlier.date <= result.date:
                     by_set[result.suite, result.dataset] = result
+                if earlier is not None and earlier.metrics != result.metrics:
+                    logger.warning(
+                        "%s has other scores of %s on %s (%s) than a source before it; those of %s "
+                        "count",
+                        *map(one_sentence, (str(place), result.model)),
+                        *map(one_sentence, (result.dataset, result.suite)),
+                        one_sentence(max(earlier.date, result.date)),
+                    )
                 folders.setdefault(result.model_key, place)
+    _tell_other_sizes(found.values())
     places = {key: run_of_results(folder) for key, folder in folders.items()}
     names = {key: next(iter(by_set.values())).model for key, by_set in found.items()}
     for key in _alike(names):
@@ -224,6 +234,22 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
         masks = b"" if run is None else _read_masks(run / MASKS_NAME)
         runs.append(Run(name, tuple(by_set.values()), training, epochs, measured, masks))
     return runs
+
+
+def _tell_other_sizes(models: Iterable[Mapping[tuple[str, str], Result]]) -> None:
+    sizes: dict[tuple[str, str], set[int]] = {}
+    for by_set in models:
+        for key, result in by_set.items():
+            if result.status == DONE:
+                sizes.setdefault(key, set()).add(result.samples)
+    for key, counts in sizes.items():
+        if len(counts) > 1:
+            suite, dataset = map(one_sentence, key)
+            told = " and ".join(f"{count:,}" for count in sorted(counts))
+            logger.warning(
+                "%s (%s) was scored with %s samples: those are not the same data",
+                *(dataset, suite, told),
+            )
 
 
 def _alike(names: Mapping[tuple[str, str], str]) -> list[tuple[str, str]]:
