@@ -142,8 +142,10 @@ def compare(study: Study, rows: Sequence[Row]) -> list[Comparison]:
         for metric in study.metrics:
             compared = []
             for row in others:
+                # Of scores that are equal, single precision leaves a difference of 1e-9; + 0.0
+                # takes the sign of zero.
                 differences = {
-                    seed: row.values[seed][metric] - reference.values[seed][metric]
+                    seed: round(row.values[seed][metric] - reference.values[seed][metric], 7) + 0.0
                     for seed in row.values
                     if seed in reference.values
                 }
