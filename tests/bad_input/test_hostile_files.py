@@ -92,8 +92,46 @@ def test_a_coca_whose_towers_give_no_tokens_is_told_the_switch(capsys, tower):
     config = copy.deepcopy(COCA)
     del config[tower]["output_tokens"]
     path = write_model(Path(), config=config)
-    part = f"multimodal_cfg needs {tower}.output_tokens to be true"
+    part = f"{tower}.output_tokens must be true with multimodal_cfg"
     assert part in refusal(training, ["--model-config", str(path), *SYNTHETIC], capsys)
+
+
+def test_towers_that_give_tokens_without_a_decoder_are_told_the_switch(capsys):
+    path = write_config(Path("clip.json"), vision_cfg={"output_tokens": True})
+    part = "vision_cfg.output_tokens must be true with multimodal_cfg, and only with it"
+    assert part in refusal(training, ["--model-config", path, *SYNTHETIC], capsys)
+
+
+def test_a_decoder_that_is_shorter_than_its_captions_is_told_both_lengths(capsys):
+    config = {**COCA, "multimodal_cfg": {**COCA["multimodal_cfg"], "context_length": 5}}
+    path = write_model(Path(), config=config)
+    part = f"must be at least that of text_cfg, {COCA['text_cfg']['context_length']}, got 5"
+    assert part in refusal(training, ["--model-config", str(path), *SYNTHETIC], capsys)
+
+
+def test_a_name_that_changes_the_tokenizer_is_refused_in_training_and_evaluation(capsys):
+    path = write_config(Path("my_siglip.json"))
+    for main, argv in (
+        (training, ["--model-config", path, *SYNTHETIC]),
+        (evaluation, ["weights.pt", "--model-config", path, "--data-root", "."]),
+    ):
+        assert "rename it for OpenCLIP's own tokenizer" in refusal(main, argv, capsys)
+
+
+def test_a_timm_tower_of_another_size_is_refused_where_it_is_masked(capsys):
+    config = {
+        **json.loads(Path(write_config(Path("plain.json"))).read_text()),
+        "vision_cfg": {
+            "timm_model_name": "test_vit2",
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "linear",
+            "image_size": 64,
+        },
+    }
+    argv = ["--model-config", str(write_model(Path(), config=config)), *SYNTHETIC]
+    part = "is made for images of 160 x 160, and its image_size is 64 x 64"
+    assert part in refusal(training, [*argv, "--masking", "pgs"], capsys)
 
 
 @pytest.mark.parametrize(("tower", "options", "part"), HOSTILE_MODELS)

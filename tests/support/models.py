@@ -86,15 +86,15 @@ def small_convnext_clip(*, seed=0, **trunk):
     return model
 
 
-def small_coca(*, seed=0, **vision):
-    """Return a CoCa with 16 patches; `vision` changes its image tower's config."""
+def small_coca(*, seed=0, text=None, **vision):
+    """Return a CoCa with 16 patches; `text` and `vision` change its towers' configs."""
     torch.manual_seed(seed)
     pooling = {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2}
-    text = {**TEXT, "width": 64}
+    tower = {**TEXT, "width": 64}
     model = CoCa(
         64,
-        multimodal_cfg=text,
-        text_cfg={**text, "embed_cls": True, "output_tokens": True},
+        multimodal_cfg=tower,
+        text_cfg={**tower, "embed_cls": True, "output_tokens": True, **(text or {})},
         vision_cfg={**VISION, **pooling, "output_tokens": True, **vision},
     )
     # OpenCLIP leaves this parameter as the memory it finds.

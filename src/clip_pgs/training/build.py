@@ -249,7 +249,7 @@ def make_tokenizer(options: TrainOptions) -> Callable:
 
         return no_tokens
     what = f"the tokenizer of --model {options.model} cannot be read"
-    with explained(what, *MISFITS, OSError), no_foreign_code():
+    with explained(what, *MISFITS, OSError, ImportError), no_foreign_code():
         return open_clip.get_tokenizer(
             options.model, cache_dir=options.cache_dir, context_length=options.force_context_length
         )

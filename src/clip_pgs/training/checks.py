@@ -37,6 +37,7 @@ from clip_pgs.files import (
     read_json_object,
 )
 from clip_pgs.integrations import MAE_TYPE
+from clip_pgs.integrations.apply import patch_grid
 from clip_pgs.integrations.open_clip import apply_masking, masked_inference
 from clip_pgs.integrations.open_clip.model_config import (
     MISFITS,
@@ -173,7 +174,7 @@ def _check_model(options: TrainOptions) -> tuple[nn.Module, torch.optim.Optimize
         )
     has_other_tokenizer = text.get("hf_tokenizer_name") or is_text_of_hub
     num_tokens = text.get("vocab_size", _NUM_TOKENS)
-    if num_tokens < _NUM_TOKENS and not has_other_tokenizer and "siglip" not in name.lower():
+    if num_tokens < _NUM_TOKENS and not has_other_tokenizer:
         raise ValueError(
             f"the config of --model {name} has a vocab_size of {num_tokens}, less than the "
             f"{_NUM_TOKENS} tokens of OpenCLIP's tokenizer"
@@ -325,6 +326,13 @@ def _check_masking(options: TrainOptions, model: nn.Module) -> None:
             merge=options.merge,
             merge_counts=options.merge_counts,
             image_size=options.train_image_size,
+        )
+    grid, size = patch_grid(model), input_size(options)
+    if tuple(side // patch for side, patch in zip(size, grid.patch_size, strict=True)) != grid.size:
+        own = [count * patch for count, patch in zip(grid.size, grid.patch_size, strict=True)]
+        raise ValueError(
+            f"the image tower of {options.model} is made for images of {own[0]} x {own[1]}, and "
+            f"its image_size is {size[0]} x {size[1]}"
         )
 
 

@@ -764,10 +764,12 @@ def register_model_config(options: TrainOptions) -> None:
         return
     import open_clip
 
-    from clip_pgs.integrations.open_clip.model_config import check_model_config
+    from clip_pgs.integrations.open_clip.model_config import check_model_config, check_model_name
 
     path, what = Path(options.model_config), f"--model-config {options.model_config}"
-    check_model_config(read_json_object(path, what=what), what=what)
+    config = read_json_object(path, what=what)
+    check_model_config(config, what=what)
+    check_model_name(config, path)
     open_clip.add_model_config(path.resolve())
 
 

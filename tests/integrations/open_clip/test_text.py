@@ -137,13 +137,14 @@ def test_a_caption_without_an_end_keeps_the_features_it_has():
     "model",
     [
         small_coca(),
+        small_coca(text={"embed_cls": False}),
         small_clip(custom_text=True, text={**CAUSAL, "no_causal_mask": True, "pool_type": "last"}),
         small_clip(custom_text=True, text={**CAUSAL, "no_causal_mask": True}),
         small_clip(text={**CAUSAL, "pool_type": "last"}),
         small_clip(custom_text=True, text={**CAUSAL, "pool_type": "first"}),
         torch.nn.Linear(2, 2),
     ],
-    ids=["CoCa", "SigLIP", "bidirectional", "last", "first", "no CLIP"],
+    ids=["CoCa", "CoCa without class token", "SigLIP", "bidirectional", "last", "first", "no CLIP"],
 )
 def test_no_trimming_where_padding_reaches_the_features(model):
     assert caption_trimmer(model) is None

@@ -28,6 +28,7 @@ from clip_pgs.files import read_json_object
 _REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
 _TOWERS = {"text_cfg": CLIPTextCfg, "multimodal_cfg": MultimodalCfg}
 # Everything else of transformers' tokenizers stays shut, "trust_remote_code" above all.
+_LENGTH = CLIPTextCfg().context_length
 _TOKENIZER_OPTIONS = ("clean", "strip_sep_token", "language")
 
 _MAX_LAYERS = 1000
@@ -126,9 +127,17 @@ def check_model_config(config: Any, *, what: str) -> None:
     if "multimodal_cfg" in towers:
         if not config.get("custom_text"):
             raise ValueError(f"{what}: multimodal_cfg needs custom_text to be true")
-        for key in ("vision_cfg", "text_cfg"):
-            if not towers[key].get("output_tokens"):
-                raise ValueError(f"{what}: multimodal_cfg needs {key}.output_tokens to be true")
+        longest = [towers[key].get("context_length", _LENGTH) for key in _TOWERS]
+        if longest[0] > longest[1] and not towers["text_cfg"].get("hf_model_name"):
+            raise ValueError(
+                f"{what}: multimodal_cfg.context_length must be at least that of text_cfg, "
+                f"{longest[0]}, got {longest[1]}"
+            )
+    for key in ("vision_cfg", "text_cfg"):
+        if bool(towers[key].get("output_tokens")) != ("multimodal_cfg" in towers):
+            raise ValueError(
+                f"{what}: {key}.output_tokens must be true with multimodal_cfg, and only with it"
+            )
 
 
 def check_vision_config(vision: Any, *, what: str) -> None:
@@ -258,8 +267,25 @@ def check_buildable(config: Any, *, name: str) -> None:
     check_model_config(config, what=name)
     model = build_on_meta(config, name=name)
     if not config["text_cfg"].get("hf_model_name"):
-        length = config["text_cfg"].get("context_length", open_clip.CLIPTextCfg().context_length)
+        length = config["text_cfg"].get("context_length", _LENGTH)
         check_model_runs(model, name=name, context_length=length)
+
+
+def check_model_name(config: dict[str, Any], path: Path) -> None:
+    """Refuse a name for which open_clip has a tokenizer that no checkpoint or export would tell.
+
+    Args:
+        config: A model config that `check_model_config` takes.
+        path: Its file.
+
+    Raises:
+        ValueError: If it is of SigLIP, and the config names no tokenizer.
+    """
+    if "siglip" in path.stem.lower() and not config["text_cfg"].get("hf_tokenizer_name"):
+        raise ValueError(
+            f"open_clip takes SigLIP's tokenizer for any model of this name: give {path} "
+            "text_cfg.hf_tokenizer_name, or rename it for OpenCLIP's own tokenizer"
+        )
 
 
 def register_model_config(path: Path) -> str:
@@ -271,6 +297,7 @@ def register_model_config(path: Path) -> str:
     """
     config = read_json_object(path, what=f"the model config {path}")
     check_buildable(config, name=f"the model config {path}")
+    check_model_name(config, path)
     known = open_clip.get_model_config(path.stem)
     if known is None:
         open_clip.add_model_config(path)

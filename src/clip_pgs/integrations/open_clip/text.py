@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from open_clip import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import TextTransformer, Transformer, text_global_pool
 from torch import Tensor, nn
@@ -72,11 +73,12 @@ def caption_trimmer(
         shares: See `CaptionTrimmer`.
 
     Returns:
-        None where trimming would change features (`is_text_trimming_lossless`).
+        None where trimming would change features (`is_text_trimming_lossless`), and for CoCa,
+        whose decoder takes the tokens of a batch as one tensor.
     """
-    if not is_text_trimming_lossless(model):
-        return None
     plain: Any = unwrap(model)
+    if isinstance(plain, CoCa) or not is_text_trimming_lossless(model):
+        return None
     if isinstance(plain, CLIP):
         return CaptionTrimmer(plain.text_pool_type, plain.text_eos_id, shares=shares)
     return CaptionTrimmer(plain.text.pool_type, plain.text.eos_id, shares=shares)
