@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from clip_pgs.data.batches import decode_item
 from clip_pgs.data.build import read_table
 from clip_pgs.data.caption_tables import TableSource, read_pairs
 from clip_pgs.data.order import SampleRef
+from clip_pgs.data.samples import SampleDecoder
 from clip_pgs.data.shards import expand_shards
 
 KEYS = {"image_key": "filepath", "caption_key": "title", "separator": ","}
@@ -293,6 +295,16 @@ def test_image_that_is_no_file_or_has_no_end_is_skipped_and_never_waited_for(tmp
     assert "no regular file" in skips[0].detail
     assert "fifo.png" in skips[0].detail
     assert f"{2**42} bytes, more than" in skips[2].detail
+
+
+def test_a_picture_that_cannot_be_decoded_is_named_by_its_file(tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    (tmp_path / "pairs.csv").write_text(f"filepath,title\n{tmp_path / 'bad.jpg'},one\n")
+    source = TableSource(read_pairs(tmp_path / "pairs.csv", **KEYS))
+    decode = SampleDecoder(lambda image: image, lambda captions: captions, seed=0)
+    skip = decode_item(source.read(SampleRef(0, 0)), decode, 0)
+    assert (skip.key, skip.reason) == ("row 1", "unreadable image")
+    assert skip.detail.startswith(f"'{tmp_path / 'bad.jpg'}': no JPEG")
 
 
 def test_url_in_place_of_a_path_is_told_as_it_is_written(tmp_path):

@@ -224,7 +224,7 @@ def decode_item(item: RawSample | Skip, decode: SampleDecoder, epoch: int) -> Ex
     try:
         return decode(item, epoch=epoch)
     except BadSampleError as error:
-        return Skip(item.shard, item.key, error.reason, error.detail)
+        return item.skip(error)
 
 
 def collate(examples: list[Example], num_tried: int, skips: list[Skip]) -> Batch:

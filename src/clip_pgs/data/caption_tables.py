@@ -70,7 +70,8 @@ class TableSource:
             reason = "image is a URL" if is_remote(path) else "unreadable image file"
             detail = f"{path!r}; img2dataset makes shards of it" if is_remote(path) else str(error)
             return Skip(table, key, reason, detail)
-        return RawSample(table, key, image, (self.table.captions[ref.number].encode(),), ref.repeat)
+        caption = self.table.captions[ref.number].encode()
+        return RawSample(table, key, image, (caption,), ref.repeat, path=path)
 
     def describe(self, shard: int, number: int) -> str:
         """Return the row and its image's path."""

@@ -190,7 +190,7 @@ def _check_sample(raw: RawSample, report: ShardReport, caption_key: str | None) 
         report.num_captions += 1
     except BadSampleError as error:
         problems.append(error)
-    return [Skip(raw.shard, raw.key, each.reason, each.detail) for each in problems]
+    return list(map(raw.skip, problems))
 
 
 def check_shards(

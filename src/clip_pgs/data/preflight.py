@@ -117,15 +117,16 @@ def _look(
     """Decode samples up to the first that can be used."""
     skips: list[Skip] = []
     for item in items:
-        try:
-            if isinstance(item, RawSample):
-                if with_captions:
-                    decode_captions(item, caption_key=caption_key)
-                decode_image(item)
-                return True, skips
+        if isinstance(item, Skip):
             skips.append(item)
+            continue
+        try:
+            if with_captions:
+                decode_captions(item, caption_key=caption_key)
+            decode_image(item)
+            return True, skips
         except BadSampleError as error:
-            skips.append(Skip(item.shard, item.key, error.reason, error.detail))
+            skips.append(item.skip(error))
     return False, skips
 
 

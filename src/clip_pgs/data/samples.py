@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_pgs.data.bad_samples import BadSampleError
+from clip_pgs.data.bad_samples import BadSampleError, Skip
 from clip_pgs.data.decoding import (
     RandomCrop,
     UnreadableImageError,
@@ -50,6 +50,7 @@ class RawSample:
         captions: UTF-8 texts, of which one is drawn each epoch; or one side-car JSON.
         repeat: How often this epoch came to the shard before; tells repetitions apart.
         suffixes: What members there are in a shard, for messages: ".jpg .txt".
+        path: The image's file, where it is one of its own.
     """
 
     shard: str
@@ -58,6 +59,12 @@ class RawSample:
     captions: tuple[bytes, ...]
     repeat: int = 0
     suffixes: str = ""
+    path: str = ""
+
+    def skip(self, error: BadSampleError) -> Skip:
+        """Return what tells that it cannot be used, and why."""
+        detail = ": ".join(filter(None, (self.path and repr(self.path), error.detail)))
+        return Skip(self.shard, self.key, error.reason, detail)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from clip_pgs.data.shards import (
     upsampling_weights,
 )
 from clip_pgs.data.tar import index_digests, index_shards, size_shards
+from clip_pgs.tables import counted
 from clip_pgs.training.build import input_size
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.phases import phase_options
@@ -178,9 +179,9 @@ def _check_training_data(options: TrainOptions) -> None:
             )
         if num_samples < needed:
             raise ValueError(
-                f"{num_samples} training samples are less than one optimizer step, which takes "
-                f"{needed} ({prefix}batch-size {phase.batch_size} x {prefix}accum-freq "
-                f"{phase.accum_freq} x {num_processes} processes){damage}"
+                f"{counted(num_samples, 'training sample')}: less than one optimizer step, which "
+                f"takes {needed} ({prefix}batch-size {phase.batch_size} x {prefix}accum-freq "
+                f"{phase.accum_freq} x {num_processes} process{'es' * (num_processes > 1)}){damage}"
             )
 
 

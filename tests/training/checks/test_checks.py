@@ -98,7 +98,7 @@ def test_numbers_out_of_their_range_are_refused(flag, value, rule):
         (["--opt", "timm/adahessian", "--lr", "1"], "--opt timm/adahessian needs second"),
         (["--opt", "timm/lookahead_adahessian", "--lr", "1"], "needs second derivatives"),
         (["--imagenet-val", "nowhere"], "--imagenet-val 'nowhere' is not a folder"),
-        (["--batch-size", "1001"], "1000 training samples are less than one optimizer step"),
+        (["--batch-size", "1001"], "1000 training samples: less than one optimizer step"),
         (["--batch-size", "500", "--accum-freq", "3"], "takes 1500"),
     ],
 )

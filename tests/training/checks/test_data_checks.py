@@ -28,7 +28,7 @@ def test_shards_without_sizes_are_counted(tmp_path):
     pattern = write_shards(tmp_path / "train")
     (tmp_path / "train" / "sizes.json").unlink()
     argv = ["--model", "ViT-B-16", "--train-data", pattern]
-    assert "0 training samples are less than one optimizer step" in refusal(*argv)
+    assert "0 training samples: less than one optimizer step" in refusal(*argv)
 
 
 def test_commands_need_the_number_of_samples():
