@@ -58,6 +58,8 @@ def test_an_entry_of_another_module_is_found_by_its_import_path(registry, tmp_pa
         "no_such_pets:Cow": "cannot import pet 'no_such_pets:Cow': ModuleNotFoundError",
         ":Cow": "cannot import pet ':Cow': ValueError",
         "..a:Cow": "cannot import pet '..a:Cow': ",
+        "./my_pets.py:Cow": "a pet of one's own is MODULE:CLASS, such as my_pets:Cow",
+        "my_pets.py:Cow": "such as my_pets:Cow",
         "my_pets:": "cannot import pet 'my_pets:': AttributeError",
     }.items():
         with pytest.raises(ValueError, match=reason):

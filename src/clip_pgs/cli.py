@@ -94,8 +94,6 @@ def _run(argv: Sequence[str]) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # Where the home folder cannot be written, it warns of its cache at each call.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    # A strategy of one's own is found beside oneself, as with `python -m`.
-    sys.path.append("")
     try:
         with leaving_when_told():
             return _function(COMMANDS[command][0])(rest[:-1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import re
 import sys
@@ -95,8 +96,14 @@ class Registry(Generic[Entry]):
                 raise ValueError(f"unknown {self.kind} {name!r}; choose from {choices}")
             return name
         module_name, _, attribute = name.partition(":")
+        if "/" in module_name or module_name.endswith(".py"):
+            example = f"{Path(module_name).stem}:{attribute or 'Class'}"
+            raise ValueError(
+                f"a {self.kind} of one's own is MODULE:CLASS, such as {example}, with the module "
+                f"in the working directory or on PYTHONPATH, got {name!r}"
+            )
         try:
-            entry = getattr(importlib.import_module(module_name), attribute)
+            entry = getattr(_import_own(module_name), attribute)
         # A stranger's module can raise anything.
         except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {one_sentence(error)}"
@@ -123,6 +130,17 @@ class Registry(Generic[Entry]):
             ValueError: See `name`.
         """
         return self._declarations[self.name(name)]
+
+
+def _import_own(module_name: str) -> Any:
+    """Import a module that a user names, from the working directory if it is nowhere else.
+
+    That joins the path for such a module alone: libraries try to import what need not be there, and
+    would run files of those names in a folder that somebody else has filled.
+    """
+    if importlib.util.find_spec(module_name.partition(".")[0]) is None and "" not in sys.path:
+        sys.path.append("")
+    return importlib.import_module(module_name)
 
 
 def own_code(module_name: str) -> str:

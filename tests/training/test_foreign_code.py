@@ -2,6 +2,10 @@
 
 import io
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,3 +93,43 @@ def test_code_that_a_config_trusts(evil):
 
     with no_foreign_code(), pytest.raises(ValueError, match="code, which is never run"):
         AutoTokenizer.from_pretrained(str(evil), trust_remote_code=True)
+
+
+TRAPS = ("wandb", "pyarrow", "defusedxml", "apex", "horovod", "brotli", "h2", "olefile")
+
+
+@pytest.fixture
+def trap(tmp_path, monkeypatch):
+    """A working directory with files under the names of modules that libraries try to import."""
+    folder = tmp_path / "trap"
+    folder.mkdir()
+    for name in (*TRAPS, "torch", "numpy", "yaml", "tqdm"):
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'harmed')!r}, 'a').write('x')")
+    monkeypatch.chdir(folder)
+    yield folder
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize("by_module", [False, True])
+@pytest.mark.parametrize("command", ["data check", "train demo --check-only --train-data"])
+def test_files_of_the_working_directory_stand_for_no_module(trap, world, command, by_module):
+    # As the installed command starts: without a folder of its own on the path.
+    script = "import sys; sys.path.pop(0); from clip_pgs.cli import main; sys.exit(main())"
+    start = ["-m", "clip_pgs.cli"] if by_module else ["-c", script]
+    argv = [sys.executable, *start, *command.split(), world.train_data]
+    if "train" in command:
+        argv += ["--val-data", world.val_data, "--warmup", "1", "--batch-size", "8"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_masking_beside_oneself_is_found_all_the_same(trap, world):
+    page = (Path(__file__).parents[2] / "docs/own_strategy.md").read_text(encoding="utf-8")
+    (trap / "bright.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    for name in TRAPS:
+        (trap / f"{name}.py").unlink()
+    argv = ["train", "--model", "ViT-B-32", "--masking", "bright:BrightMasking", "--check-only"]
+    data = ["--dataset-type", "synthetic", "--train-num-samples", "64", "--warmup", "1"]
+    start = [sys.executable, "-m", "clip_pgs.cli", *argv, *data]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr

@@ -395,7 +395,9 @@ def _check_reports(options: TrainOptions) -> None:
     """Refuse loggers that are not installed."""
     for target in filter(None, map(str.strip, options.report_to.split(","))):
         for package in ("tensorboard", "wandb") if target == "all" else (target,):
-            if importlib.util.find_spec(package) is None:
+            spec = importlib.util.find_spec(package)
+            # A folder of that name, as wandb makes one, is a package without a file.
+            if spec is None or (spec.origin is None and spec.submodule_search_locations):
                 raise ValueError(
                     f"--report-to {options.report_to} needs the package {package}, which is not "
                     "installed"

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 from support.options import VALID
@@ -156,3 +158,10 @@ def test_the_default_device_may_be_absent():
 def test_a_logger_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "needs the package wandb" in refusal(*VALID, "--report-to", "wandb,tensorboard")
+
+
+def test_a_folder_that_a_logger_made_is_no_logger(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "wandb" / "run-1").mkdir(parents=True)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert "needs the package wandb" in refusal(*VALID, "--report-to", "wandb")
