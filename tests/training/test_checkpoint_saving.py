@@ -225,6 +225,17 @@ def test_older_checkpoints_are_spoken_of_where_there_are_some(tmp_path, caplog):
     assert "older" not in caplog.text
 
 
+def test_a_copy_that_does_not_fit_is_named_and_the_checkpoint_counts(tmp_path, caplog):
+    store = CheckpointStore(tmp_path)
+    # A folder in its place refuses the copy, as a full disk would.
+    (tmp_path / "epoch_latest.pt").mkdir()
+    store.save(content(epoch=1), "epoch_1.pt", "epoch_latest.pt")
+    assert store.close()
+    assert load_checkpoint(tmp_path / "epoch_1.pt")["epoch"] == 1
+    assert "epoch_latest.pt (epoch 1, step 0) was not saved: " in caplog.text
+    assert caplog.messages[0].endswith("; epoch_1.pt, which has the same, was")
+
+
 def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path):
     record = {"loss": np.float64(0.5), "seen": np.int64(3), "rate": np.float32(0.25)}
     save_all(CheckpointStore(tmp_path), content(clip_pgs=record))

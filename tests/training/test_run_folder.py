@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from clip_pgs.data.shards import expand_shards
 from clip_pgs.data.tar import index_shards
@@ -174,13 +175,29 @@ def test_a_resume_from_a_run_of_other_options_and_data_warns_of_each(demo, tmp_p
     checkpoint.touch()
     data = ["--train-data", write_shards(tmp_path / "train"), "--dataset-type", "auto"]
     argv = [*VALID, *data, "--name", "other", "--masking", "random", "--seed", "7"]
+    argv += ["--image-mean", "0.5", "0.5", "0.5"]
     (warning,) = (
         sentence
         for sentence in option_warnings(parse_options([*argv, "--resume", str(checkpoint)]))
         if "other options or data" in sentence
     )
-    for change in ("masking 'pgs' -> 'random'", "seed 0 -> 7", "train_data 00000.tar"):
+    changes = ("masking 'pgs' -> 'random'", "seed 0 -> 7", "image_mean None -> [0.5, 0.5, 0.5]")
+    for change in (*changes, "train_data 00000.tar"):
         assert change in warning
+
+
+def test_weights_that_were_trained_on_other_images_are_told(finished_run, tmp_path):
+    config = next(finished_run.parent.parent.rglob("tiny.json"))
+    argv = ["--model-config", str(config), *SYNTHETIC, "--pretrained"]
+    for source in (finished_run, finished_run / "checkpoints" / "epoch_2.pt"):
+        assert option_warnings(parse_options([*argv, str(source)])) == []
+        other = ["--force-quick-gelu", "--image-std", "0.5", "0.5", "0.5"]
+        (warning,) = option_warnings(parse_options([*argv, str(source), *other]))
+        assert warning.startswith(f"--pretrained {source} was trained with other settings: ")
+        assert "quick_gelu False -> True, image_std [0.2" in warning
+    weights = tmp_path / "weights.pt"
+    torch.save({"state_dict": {}}, weights)
+    assert option_warnings(parse_options([*argv, str(weights)])) == []
 
 
 def test_what_lies_in_a_models_folder_is_compared_but_for_its_weights(tmp_path):

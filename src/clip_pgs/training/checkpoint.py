@@ -269,22 +269,25 @@ class CheckpointStore:
 
     def _write(self, content: dict[str, Any], names: tuple[str, ...], held: float) -> bool:
         started = perf_counter()
-        what = f"{names[0]} (epoch {content['epoch']}, step {content['step']})"
-        trouble = find_non_finite(content)
+        place = f"(epoch {content['epoch']}, step {content['step']})"
+        what = f"{names[0]} {place}"
+        is_saved, name, trouble = False, names[0], find_non_finite(content)
         try:
             for name in () if trouble else names:
                 write_checkpoint(content, self._folder / name)
                 if name == names[0]:
                     name_latest(self._folder / name)
+                    is_saved = True
         except OSError as error:
             trouble = error.strerror or str(error)
         except ValueError as error:
             trouble = str(error)
         if trouble is not None:
-            has_older = any(self._folder.glob("*.pt"))
-            rest = "; older checkpoints are untouched" if has_older else ""
-            _logger.error("%s was not saved: %s%s", what, trouble, rest)
-            return False
+            others = {path.name for path in self._folder.glob("*.pt")} - {name}
+            rest = "; older checkpoints are untouched" if others else ""
+            rest = f"; {names[0]}, which has the same, was" if is_saved else rest
+            _logger.error("%s %s was not saved: %s%s", name, place, trouble, rest)
+            return is_saved
         _logger.info(
             "Saved %s: held the run for %.3f s, written in %.3f s",
             what,

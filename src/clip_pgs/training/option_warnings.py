@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from clip_pgs.checkpoint_reading import find_checkpoint
+import torch
+from open_clip.transform import PreprocessCfg
+
+from clip_pgs.checkpoint_reading import find_checkpoint, read_checkpoint
 from clip_pgs.data.build import dataset_kind
 from clip_pgs.data.shards import expand_shards, is_seekable
+from clip_pgs.files import MODEL_CONFIG_NAME, read_json_object
 from clip_pgs.masking import create_masking
 from clip_pgs.masking.strategy import keeps_different_counts
-from clip_pgs.training.build import context_length, read_model_config
+from clip_pgs.training.build import context_length, image_size, read_model_config
 from clip_pgs.training.data_checks import (
     has_training_data,
     num_training_samples,
@@ -29,6 +35,7 @@ from clip_pgs.training.phases import phase_options
 from clip_pgs.training.run_folder import (
     changed_options,
     changed_recipe,
+    changed_values,
     keeps_logs,
     read_options_file,
     run_folder,
@@ -55,6 +62,7 @@ def option_warnings(options: TrainOptions) -> list[str]:
         *idle,
         *warmup_warnings(options),
         *_resume_warnings(options),
+        *_weight_warnings(options),
         *_text_warnings(options),
     ]
 
@@ -172,6 +180,46 @@ def _resume_warnings(options: TrainOptions) -> list[str]:
     return sentences + [f"run {folder} continues with {change}" for change in changes]
 
 
+def _weight_warnings(options: TrainOptions) -> list[str]:
+    """Return a sentence where weights of this trainer saw images, or were activated, otherwise."""
+    source = options.pretrained
+    if source is None or options.mae is not None or not Path(source).exists():
+        return []
+    try:
+        record = read_checkpoint(find_checkpoint(source), use_mmap=True).get("clip_pgs") or {}
+        trained = _seen_images(record["open_clip_config"])
+    # That it cannot be read is told by who reads it; other trainers' files do not tell.
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return []
+    folder = Path(options.model.removeprefix("local-dir:"), MODEL_CONFIG_NAME)
+    has_folder = options.model.startswith("local-dir:")
+    own = read_json_object(folder, what=str(folder)) if has_folder else {}
+    config = {"model_cfg": read_model_config(options), "preprocess_cfg": own.get("preprocess_cfg")}
+    now = _seen_images(config)
+    if options.force_quick_gelu:
+        now["quick_gelu"] = True
+    if (size := image_size(options)) is not None:
+        now["image_size"] = size
+    for name in ("image_mean", "image_std", "image_interpolation", "image_resize_mode"):
+        now[name] = getattr(options, name) or now[name]
+    changes = changed_values(trained, now)
+    if not changes:
+        return []
+    return [f"--pretrained {source} was trained with other settings: {', '.join(changes)}"]
+
+
+def _seen_images(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a model of an `open_clip_config.json` sees images, by the names of options."""
+    model, preprocess = config["model_cfg"], config.get("preprocess_cfg") or {}
+    usual = PreprocessCfg()
+    names = ("mean", "std", "interpolation", "resize_mode")
+    return {
+        "quick_gelu": bool(model.get("quick_gelu")),
+        "image_size": model["vision_cfg"].get("image_size", 224),
+        **{f"image_{name}": preprocess.get(name, getattr(usual, name)) for name in names},
+    }
+
+
 def _differing_source(options: TrainOptions, source: str) -> list[str]:
     """Return a sentence where a checkpoint is that of a run of other options or data."""
     try:
@@ -182,6 +230,7 @@ def _differing_source(options: TrainOptions, source: str) -> list[str]:
     saved = read_options_file(run)[0]
     files = training_files(options) if has_training_data(options) else None
     changes = changed_options(options, saved, files=files) if saved else []
+    changes += changed_recipe(options, saved)
     if not changes:
         return []
     return [

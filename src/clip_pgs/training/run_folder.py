@@ -325,9 +325,14 @@ def changed_recipe(options: TrainOptions, saved: Mapping[str, Any]) -> list[str]
 
 
 def _changes(options: TrainOptions, saved: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return changed_values(saved, {name: getattr(options, name) for name in names})
+
+
+def changed_values(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """Return the changes of what was saved, as JSON has it, such as "lr 0.1 -> 0.2"."""
     changes = []
-    for name in names:
-        now = _plain(getattr(options, name))
+    for name, value in present.items():
+        now = _plain(value)
         if name in saved and saved[name] != now:
             before, after = _differing(saved[name], now)
             changes.append(f"{name} {before!r} -> {after!r}")
