@@ -198,7 +198,7 @@ def test_words_of_a_table_are_counted(tmp_path, name, separator, options):
     [
         ("none.tar", [], "matches no file"),
         ("0.tar", ["--min-count", "0"], "--min-count must be >= 1, got 0"),
-        ("0.tar", ["--min-count", "4"], "--min-count must be at most 3, the count of the most"),
+        ("0.tar", ["--min-count", "4"], "lower --min-count to at most 3, the count of the most"),
         ("0.tar", ["--workers", "0"], "--workers must be >= 1, got 0"),
         ("0.tar", ["-o", "{folder}"], "it is a folder"),
         ("empty.tar", [], "there is no caption to count: 1 left out (no caption: 1)"),

@@ -1,6 +1,6 @@
 import pytest
 
-from clip_pgs.evaluation.report.scores import averages
+from clip_pgs.evaluation.report.scores import averages, chance_results
 from support import reports
 
 ROBUSTNESS = ("imagenet1k", "imagenetv2", "imagenet-a", "imagenet-r", "imagenet-o")
@@ -141,3 +141,16 @@ def test_data_set_that_comes_twice_is_refused():
     results = [make_result("robustness", "a", {"acc1": 0.1}) for _ in range(2)]
     with pytest.raises(ValueError, match="robustness need each data set once, got a, a"):
         averages(results)
+
+
+def test_chance_is_averaged_as_the_models_are_where_the_set_that_others_vary_failed():
+    plain = make_result("robustness", "plain", {}, status="failed", is_reference=True)
+    others = [
+        make_result("robustness", name, {"acc1": 0.5}, classes=classes)
+        for name, classes in (("noise", 4), ("blur", 10))
+    ]
+    for results in ([plain, *others], [*others, plain]):
+        of_models, of_chance = (by_name(averages(r)) for r in (results, chance_results(results)))
+        assert of_chance.keys() == of_models.keys() >= {"id_average", "ood_average"}
+        assert of_chance["id_average"].value == pytest.approx((1 / 4 + 1 / 10) / 2)
+        assert of_chance["id_average"].missing == ("plain",)

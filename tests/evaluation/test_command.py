@@ -115,6 +115,28 @@ def test_checkpoint_without_a_run_goes_to_eval_results(run, options):
     assert Path("eval_results/lone/results.csv").is_file()
 
 
+def test_results_of_another_model_of_the_name_stay_unless_they_are_to_go(run, options, capsys):
+    arguments = ["--model", "tiny-eval-vit", "--suite", "zeroshot-retrieval", *options]
+    for place in ("a", "b"):
+        Path(place).mkdir()
+        shutil.copy(run / "checkpoints/epoch_1.pt", f"{place}/lone.pt")
+    assert main(["a/lone.pt", *arguments]) == 0
+    # The same weights, from wherever.
+    assert main(["b/lone.pt", *arguments]) == 0
+    content = torch.load("b/lone.pt", weights_only=True)
+    content["state_dict"]["visual.proj"] += 1
+    torch.save(content, "c.pt")
+    shutil.move("c.pt", "a/lone.pt")
+    before = Path("eval_results/lone/results.csv").read_bytes()
+    capsys.readouterr()
+    assert main(["a/lone.pt", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: eval_results/lone holds results of b/lone.pt; name another")
+    assert Path("eval_results/lone/results.csv").read_bytes() == before
+    assert main(["a/lone.pt", *arguments, "--force"]) == 0
+    assert Path("eval_results/lone/results.csv").read_bytes() != before
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -96,3 +96,12 @@ def test_bad_request_gives_exit_code_2_and_one_sentence(capsys):
     message = capsys.readouterr().err
     assert message.startswith("error: unknown suite 'robust'")
     assert message.count("\n") == 1
+
+
+def test_a_set_that_declares_no_type_there_is_is_not_present(run, sets):
+    (sets / "six/dataset_type.txt").write_text("zeroshot_classification")
+    code, output = run("zeroshot-classification: six")
+    assert code == 1
+    _, state, told = row(output, "six")
+    assert state == "incomplete"
+    assert "dataset_type.txt must hold one of classification, multilabel, retrieval" in told

@@ -167,8 +167,8 @@ class CaptionCount:
         if not common:
             most = max(self.words.values(), default=0)
             raise ValueError(
-                f"--min-count must be at most {most}, the count of the most common word, "
-                f"got {min_count}"
+                f"no word occurs {min_count} times; lower --min-count to at most {most}, the count "
+                "of the most common word"
             )
         ordered = sorted(common.items(), key=lambda item: (-item[1], item[0]))
         return WordFrequencies(dict(ordered), self.words.total(), self.num_captions, min_count)

@@ -45,13 +45,21 @@ from clip_pgs.evaluation.datasets import (
 )
 from clip_pgs.evaluation.report.command import HTML_NAME, write_report
 from clip_pgs.evaluation.report.results_table import format_table
-from clip_pgs.evaluation.results import CSV_NAME, DONE, MISSING, Result, result_files
+from clip_pgs.evaluation.results import (
+    CSV_NAME,
+    DONE,
+    MISSING,
+    Result,
+    read_results,
+    result_files,
+)
 from clip_pgs.evaluation.suites import load_suite, suites
 from clip_pgs.files import EVAL_NAME, EXPORT_NAME, check_writable
 from clip_pgs.tables import Table, plain, scaled
 
 # Here: torch takes seconds, and help, lists and most refusals have no need of it.
 if TYPE_CHECKING:
+    from clip_pgs.evaluation.models import LoadedModel
     from clip_pgs.evaluation.runner import Ranks
 
 logger = logging.getLogger(__name__)
@@ -349,7 +357,9 @@ def _output_folders(args: argparse.Namespace) -> dict[str, Path]:
             raise ValueError(f"the output {folder} is not a folder")
         check_writable(folder / CSV_NAME)
         if folder in folders.values():
-            raise ValueError(f"two models would write to {folder}; evaluate them apart")
+            raise ValueError(
+                f"two models would write to {folder}; evaluate them apart, each with its --output"
+            )
         folders[source] = folder
     for name, kind in KIND_OF.items():
         value = getattr(args, name)
@@ -371,6 +381,8 @@ def _evaluate_source(
     from clip_pgs.evaluation.runner import ERRORS_NAME, evaluate
 
     loaded = load_model(source, device=device, **_model_choice(args))
+    if not args.force and output != Path(source, EVAL_NAME):
+        _keep_others(output, loaded)
     if ranks.is_main:
         where = device if ranks.world_size == 1 else f"{ranks.world_size} processes"
         logger.info("Evaluating %s on %s", loaded.source, where)
@@ -393,6 +405,22 @@ def _evaluate_source(
             sys.stdout.write(f"What failed is told in full in {output / ERRORS_NAME}\n")
         sys.stdout.flush()
     return results
+
+
+def _keep_others(output: Path, loaded: LoadedModel) -> None:
+    """Refuse a folder with results of a model from another place; a run's own are its newest."""
+    from clip_pgs.evaluation.models import weights_digest
+
+    others = [result for result in read_results(output) if result.pretrained != loaded.source]
+    if not others:
+        return
+    digest = weights_digest(loaded.model)
+    for result in others:
+        if result.weights_digest != digest:
+            raise ValueError(
+                f"{output} holds results of {result.pretrained}; name another folder with "
+                f"--output for those of {loaded.source}, or replace them with --force"
+            )
 
 
 def _cost(results: Sequence[Result]) -> str:

@@ -525,6 +525,7 @@ def require(eval_set: EvalSet) -> None:
             raise FileNotFoundError(f"no folder {eval_set.location}")
         image_paths(Path(eval_set.location), eval_set.splits[0])
         return
+    declared_type(eval_set.location)
     for split in eval_set.splits:
         count_shards(eval_set.location, split)
     if eval_set.task == "zeroshot_classification":

@@ -312,12 +312,14 @@ def chance_results(results: Iterable[Result]) -> list[Result]:
     """
     guesses: dict[tuple[str, str], Result] = {}
     for result in results:
-        if result.status == DONE:
-            guess = replace(result, metrics={}, weights_digest="", inference_masking="")
-            guess = guesses.setdefault((result.suite, result.dataset), guess)
+        key = result.suite, result.dataset
+        # The set that others vary decides which averages there are, also where it failed.
+        if result.status == DONE or (key not in guesses and result.details.get("is_reference")):
+            if key not in guesses or guesses[key].status != DONE:
+                guesses[key] = replace(result, metrics={}, weights_digest="", inference_masking="")
             # A table of results does not tell the classes, and the next model's files may.
-            guess.metrics.update(_chance_metrics(result))
-    return [guess for guess in guesses.values() if guess.metrics]
+            guesses[key].metrics.update(_chance_metrics(result))
+    return [guess for guess in guesses.values() if guess.metrics or guess.status != DONE]
 
 
 def split_families(results: Iterable[Result], paper: Paper) -> dict[str, list[Result]]:
