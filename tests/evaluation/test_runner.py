@@ -149,7 +149,7 @@ def test_features_that_are_not_finite_stop_the_model(color_model, eval_sets, tmp
     color_model.model.encode_image = lambda pixels: pixels.mean(dim=(2, 3)) / 0.0
     with pytest.raises(ValueError, match="features of colors on six are not finite"):
         evaluate(color_model, eval_sets, workers=0, output=tmp_path / "out")
-    assert not list(tmp_path.glob("out/*.json"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_knows_one_class_only_is_at_chance(color_model, eval_sets):

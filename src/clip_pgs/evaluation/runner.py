@@ -186,11 +186,12 @@ def evaluate(
     evaluation = _Evaluation(encoder, folder, is_forced=force)
     with ExitStack() as stack:
         if folder is not None and ranks.is_main:
-            # What the disk refuses is told of the first result.
+            # What the disk refuses is told of the first result, and a folder without one goes.
             with suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
             busy = "waiting for another process, which evaluates into %s"
             stack.enter_context(folder_lock(folder, on_busy=lambda: logger.warning(busy, folder)))
+            stack.callback(_remove_if_empty, folder)
         ranks.gather(None)
         share, complaint = evaluation.run(eval_sets, ranks)
         gathered = ranks.gather((share, complaint))
@@ -201,6 +202,11 @@ def evaluate(
             raise ValueError(complaint)
     results = {number: result for share, _ in gathered for number, result in share.items()}
     return [results[number] for number in range(len(eval_sets))]
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 class _Evaluation:
@@ -290,6 +296,8 @@ class _Evaluation:
             return
         digest = self._record["weights_digest"]
         results = [r for r in read_results(self._folder) if r.weights_digest == digest]
+        if not results:
+            return
         try:
             write_csv(results, self._folder / CSV_NAME)
         except OSError as error:

@@ -185,6 +185,8 @@ def _weight_warnings(options: TrainOptions) -> list[str]:
     source = options.pretrained
     if source is None or options.mae is not None or not Path(source).exists():
         return []
+    if options.model.startswith("hf-hub:"):
+        return []
     try:
         record = read_checkpoint(find_checkpoint(source), use_mmap=True).get("clip_pgs") or {}
         trained = _seen_images(record["open_clip_config"])
