@@ -1,8 +1,10 @@
 """A registry gives what was registered by its name, or by where it can be imported."""
 
+import sys
+
 import pytest
 
-from clip_pgs.registry import Registry
+from clip_pgs.registry import Registry, own_code
 
 
 @pytest.fixture
@@ -64,3 +66,16 @@ def test_an_entry_of_another_module_is_found_by_its_import_path(registry, tmp_pa
     }.items():
         with pytest.raises(ValueError, match=reason):
             registry.get(name)
+
+
+def test_code_of_ones_own_is_found_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "my_lonely_pets.py").write_text("1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    assert len(own_code("my_lonely_pets")) == 12
+    del sys.modules["my_lonely_pets"]
+
+
+def test_a_module_of_another_file_than_was_meant_is_named(registry):
+    with pytest.raises(ValueError, match=r"has no attribute 'Cow' \(.*queue\.py\)"):
+        registry.get("queue:Cow")

@@ -102,12 +102,15 @@ class Registry(Generic[Entry]):
                 f"a {self.kind} of one's own is MODULE:CLASS, such as {example}, with the module "
                 f"in the working directory or on PYTHONPATH, got {name!r}"
             )
+        module: Any = None
         try:
-            entry = getattr(_import_own(module_name), attribute)
+            module = _import_own(module_name)
+            entry = getattr(module, attribute)
         # A stranger's module can raise anything.
         except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {one_sentence(error)}"
-            raise ValueError(f"cannot import {self.kind} {name!r}: {reason}") from error
+            where = "" if module is None else f" ({getattr(module, '__file__', 'built in')})"
+            raise ValueError(f"cannot import {self.kind} {name!r}: {reason}{where}") from error
         for registered, other in self._entries.items():
             if other is entry:
                 return registered
@@ -147,7 +150,7 @@ def own_code(module_name: str) -> str:
     """Return a digest of the file of a module outside this package, "" of one within."""
     if module_name.partition(".")[0] == __name__.partition(".")[0]:
         return ""
-    path = getattr(importlib.import_module(module_name), "__file__", None)
+    path = getattr(_import_own(module_name), "__file__", None)
     # As where a notebook defines it.
     return "" if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 

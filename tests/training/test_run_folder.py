@@ -169,6 +169,21 @@ def test_other_code_of_a_masking_of_ones_own_is_refused(own_masking, tmp_path):
     check_options(parse_options(argv))
 
 
+def test_other_code_of_a_masking_that_a_package_offers_is_refused(own_masking, tmp_path):
+    package = tmp_path / "offers"
+    package.mkdir()
+    (package / "__init__.py").write_text("from bright import BrightMasking\n")
+    argv = [*VALID, "--name", "demo", "--masking", "offers:BrightMasking", "--resume", "latest"]
+    folder = tmp_path / "logs/demo"
+    folder.mkdir(parents=True)
+    save_options(parse_options(argv), folder)
+    check_options(parse_options(argv))
+    own_masking.write_text(f"{own_masking.read_text()}# other\n")
+    with pytest.raises(ValueError, match=r"code of masking: \w+ is gone"):
+        check_options(parse_options(argv))
+    sys.modules.pop("offers")
+
+
 def test_a_resume_from_a_run_of_other_options_and_data_warns_of_each(demo, tmp_path):
     checkpoint = demo / "checkpoints" / "epoch_1.pt"
     checkpoint.parent.mkdir()

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -249,6 +250,27 @@ def test_a_run_that_trains_is_left_alone(tmp_path, world, holder, monkeypatch, c
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "is being trained" in line]
     assert f"{folder} is being trained by process {holder.pid} on " in line
     assert contents(folder) == before
+
+
+@pytest.mark.slow
+def test_a_name_that_another_launch_took_meanwhile_is_refused(tmp_path, world, holder, capfd):
+    folder = tmp_path / "logs" / "run"
+
+    def finish():
+        (folder / "options.json").write_text("{}")
+        holder.kill()
+
+    timer = threading.Timer(8, finish)
+    timer.start()
+    try:
+        assert main(flags(tmp_path, train_data=world.train_data)) == 2
+    finally:
+        timer.join()
+    said = capfd.readouterr().err
+    assert f"run {folder} exists; use --resume latest" in said
+    assert sorted(path.name for path in folder.iterdir() if path.suffix == ".json") == [
+        "options.json"
+    ]
 
 
 @pytest.mark.slow

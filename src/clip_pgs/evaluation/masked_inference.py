@@ -36,6 +36,7 @@ from clip_pgs.integrations.open_clip import (
 from clip_pgs.masking import create_masking, describe_masking, masking_options
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.schedule import scheduled_ratio
+from clip_pgs.masking.strategy import masking_class
 from clip_pgs.registry import own_code
 
 # What stands for the strategy that a model was trained with.
@@ -101,9 +102,8 @@ class InferenceMasking:
 
     def description(self) -> str:
         """Return a text that is equal where equal images get equal masks."""
-        module = type(create_masking(self.name, **self.options)).__module__
         # The code of a strategy outside of this package has no version here.
-        code = own_code(module) or clip_pgs.__version__
+        code = own_code(masking_class(self.name).__module__) or clip_pgs.__version__
         parts = [self.label, code, self.progress, self.seed, _digest(self.state)]
         return json.dumps(parts, default=str)
 

@@ -583,6 +583,18 @@ def describe_masking(name: str) -> MaskingDeclaration:
     return _REGISTRY.declaration(name)["declared"]
 
 
+def masking_class(name: str) -> type[MaskingStrategy]:
+    """Return a strategy's class.
+
+    Args:
+        name: A registered name, or "package.module:Class".
+
+    Raises:
+        ValueError: If there is no such strategy.
+    """
+    return _REGISTRY.get(name)
+
+
 def masking_options(name: str) -> dict[str, Any]:
     """Return a strategy's options and their defaults, in the order of its constructor.
 

@@ -108,8 +108,8 @@ def _say_cost(args: TrainOptions, model: Any) -> int:
 
     Where another run has the name, they are valid but for that, and it is that of bad input.
     """
-    from clip_pgs.training.checks import taken_name
     from clip_pgs.training.estimate import estimate, trial
+    from clip_pgs.training.run_folder import taken_name
 
     with as_bad_input():
         table = trial(args) if args.trial else estimate(args, model)

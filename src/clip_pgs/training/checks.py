@@ -86,6 +86,7 @@ from clip_pgs.training.run_folder import (
     keeps_logs,
     read_options_file,
     run_folder,
+    taken_name,
 )
 
 # OpenCLIP's byte-pair vocabulary, of which the last token ends every caption.
@@ -402,14 +403,6 @@ def _check_reports(options: TrainOptions) -> None:
                     f"--report-to {options.report_to} needs the package {package}, which is not "
                     "installed"
                 )
-
-
-def taken_name(options: TrainOptions) -> str | None:
-    """Say that another run has the name of this one, which does not continue it; else None."""
-    folder = run_folder(options)
-    if folder is None or options.resume == "latest" or not holds_run(folder):
-        return None
-    return f"run {folder} exists; use --resume latest to continue it or another --name"
 
 
 def _check_folder(options: TrainOptions) -> None:

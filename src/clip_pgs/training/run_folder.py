@@ -26,6 +26,7 @@ from torch import nn
 
 import clip_pgs
 from clip_pgs.checkpoint_reading import file_digest
+from clip_pgs.data.text_masking import TEXT_MASKINGS
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
     ENVIRONMENT_NAME,
@@ -37,6 +38,7 @@ from clip_pgs.files import (
     write_json,
     write_text,
 )
+from clip_pgs.masking.strategy import masking_class
 from clip_pgs.registry import own_code
 from clip_pgs.tables import counted
 from clip_pgs.training.build import model_digest
@@ -201,6 +203,14 @@ class RunFiles:
                 write_text(path, self._contents[path])
 
 
+def taken_name(options: TrainOptions) -> str | None:
+    """Say that another run has the name of this one, which does not continue it; else None."""
+    folder = run_folder(options)
+    if folder is None or options.resume == "latest" or not holds_run(folder):
+        return None
+    return f"run {folder} exists; use --resume latest to continue it or another --name"
+
+
 def save_options(options: TrainOptions, folder: Path, *, files: Sequence[str] = ()) -> None:
     """Write the options that a resumed run is compared with to `folder/options.json`."""
     saved = {
@@ -256,10 +266,12 @@ def named_contents(options: TrainOptions) -> list[str]:
     found = {name: file_digest(path)[:12] for name, path in files.items() if os.path.isfile(path)}
     if options.model.startswith("hf-hub:"):
         found["model config"] = model_digest(options)
-    for name in ("masking", "text_masking"):
-        module, is_own, _ = getattr(options, name).partition(":")
-        if is_own:
-            found[f"{_CODE} {name}"] = own_code(module)
+    # Of the module that defines it, from wherever a package offers it.
+    if ":" in options.masking:
+        found[f"{_CODE} masking"] = own_code(masking_class(options.masking).__module__)
+    if ":" in options.text_masking:
+        text_masking: Any = TEXT_MASKINGS.get(options.text_masking)
+        found[f"{_CODE} text_masking"] = own_code(text_masking.__module__)
     return [f"{name}: {digest}" for name, digest in found.items()]
 
 

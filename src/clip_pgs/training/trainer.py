@@ -89,12 +89,14 @@ from clip_pgs.training.run_folder import (
     keeps_logs,
     run_folder,
     save_indexes,
+    taken_name,
     warn_of_changes,
     write_run_files,
 )
 from clip_pgs.training.step import Batch, StepResult, Texts, compute_gradients, update_weights
 from clip_pgs.training.stop import (
     FAILED,
+    BadInputError,
     BadNumbersError,
     ExitReport,
     OtherProcessError,
@@ -166,6 +168,9 @@ def train(
         lock = RunLock(folder) if folder is not None and is_main else None
         with lock or nullcontext():
             if folder is not None and is_main:
+                # Another process may have trained there since that was checked.
+                if (taken := taken_name(options)) is not None:
+                    raise BadInputError(taken)
                 report.folder = folder
                 report.forget()
                 files = training_files(options) if has_training_data(options) else []
