@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from clip_pgs.evaluation import load_model
 from clip_pgs.evaluation.__main__ import main
+from clip_pgs.files import folder_lock
 from support.disk import files_limited_to
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +138,33 @@ def test_results_of_another_model_of_the_name_stay_unless_they_are_to_go(run, op
     assert Path("eval_results/lone/results.csv").read_bytes() == before
     assert main(["a/lone.pt", *arguments, "--force"]) == 0
     assert Path("eval_results/lone/results.csv").read_bytes() != before
+
+
+def test_a_call_that_waited_keeps_the_results_of_the_one_before(run, options, capsys, caplog):
+    arguments = ["--model", "tiny-eval-vit", "--suite", "zeroshot-retrieval", *options]
+    shutil.copy(run / "checkpoints/epoch_1.pt", "a.pt")
+    content = torch.load("a.pt", weights_only=True)
+    content["state_dict"]["visual.proj"] += 1
+    torch.save(content, "b.pt")
+    assert main(["a.pt", *arguments, "--output", "of_a"]) == 0
+    Path("out").mkdir()
+
+    def finish_a():
+        with folder_lock(Path("out"), on_busy=lambda: None):
+            is_held.set()
+            time.sleep(5)
+            shutil.copytree("of_a", "out", dirs_exist_ok=True)
+
+    is_held = threading.Event()
+    other = threading.Thread(target=finish_a)
+    other.start()
+    assert is_held.wait(60)
+    capsys.readouterr()
+    assert main(["b.pt", *arguments, "--output", "out"]) == 2
+    other.join()
+    assert "waiting for another process, which evaluates into out" in caplog.text
+    assert "out holds results of a.pt; name another folder" in capsys.readouterr().err
+    assert Path("out/results.csv").read_bytes() == Path("of_a/results.csv").read_bytes()
 
 
 @pytest.mark.parametrize(

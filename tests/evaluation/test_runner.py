@@ -3,9 +3,7 @@ import json
 import math
 import shutil
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 
 import pytest
@@ -255,12 +253,3 @@ def labelled_images(folder):
             if name.endswith(".png"):
                 label = int(contents[name.replace(".png", ".cls")])
                 yield Image.open(io.BytesIO(contents[name])), label
-
-
-def test_two_calls_on_one_folder_come_one_after_the_other(color_model, eval_sets, tmp_path, caplog):
-    score = partial(evaluate, color_model, eval_sets, workers=0, output=tmp_path)
-    with ThreadPoolExecutor(2) as pool, caplog.at_level("INFO"):
-        first, second = (called.result() for called in [pool.submit(score), pool.submit(score)])
-    assert first == second
-    assert f"waiting for another process, which evaluates into {tmp_path}" in caplog.text
-    assert caplog.text.count("done before") == 2

@@ -1,6 +1,8 @@
 import errno
 import http.server
 import io
+import json
+import os
 import shutil
 import tarfile
 import threading
@@ -217,24 +219,52 @@ def test_a_set_that_changed_on_its_server_is_scored_again(
 
 @pytest.mark.parametrize("file_name", ["classnames.txt", "dataset_type.txt", "test/0.tar"])
 @pytest.mark.parametrize("fault", ["cut", "coded", 429, 500])
-def test_an_answer_that_cannot_be_read_fails_one_set_alone(
-    color_model, dataset_list, served, fault, file_name
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_answer_that_cannot_be_read_takes_one_set_alone(
+    color_model, dataset_list, served, fault, file_name, workers
 ):
     served.faults[f"/six/{file_name}"] = fault
     names = {"six": "zeroshot-classification", "pairs": "zeroshot-retrieval"}
     dataset_list.write_text("".join(f"{suite}: {name}\n" for name, suite in names.items()))
     eval_sets = load_suite(datasets=str(dataset_list), data_root=served.root)
-    classified, retrieved = evaluate(color_model, eval_sets, workers=0)
+    classified, retrieved = evaluate(color_model, eval_sets, workers=workers)
     assert retrieved.status == "done"
-    if file_name == "dataset_type.txt":
-        # Which many do not have.
-        return
-    assert classified.status == "failed"
+    assert classified.status == "missing"
     assert f"six/{file_name} cannot be read: " in classified.error
-    assert "damaged" not in classified.error
+    assert not {"damaged", "Traceback"} & set(classified.error.replace("(", " ").split())
     if file_name == "classnames.txt":
         presence = check_presence(eval_sets[0])
         assert (presence.state, presence.reason) == ("missing", classified.error)
+
+
+def test_a_number_outlives_a_server_that_fails_and_one_that_tells_nothing_redoes_it(
+    color_model, dataset_list, served, tmp_path, caplog
+):
+    def score():
+        caplog.clear()
+        eval_sets = load_suite(datasets=str(dataset_list), data_root=served.root)
+        with caplog.at_level("INFO"):
+            evaluate(color_model, eval_sets, workers=0, output=tmp_path / "out")
+        content = json.loads((tmp_path / "out/zeroshot_classification_six.json").read_text())
+        return content["status"], caplog.text.count("done before")
+
+    assert score() == ("done", 0)
+    os.utime(served.folder / "six/test/1.tar", (1, 1))
+    for fault in ("cut", 404, 503):
+        served.faults["/six/test/1.tar"] = fault
+        assert score() == ("done", 1)
+    served.faults.clear()
+    assert score() == ("done", 1)
+    assert score() == ("done", 2)
+    served.has_head = False
+    assert score() == ("done", 0)
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated(dataset_list):
+    root = "http://me:s3cret@127.0.0.1/{dataset}"
+    with pytest.raises(ValueError, match="no user name or password") as error:
+        load_suite(datasets=str(dataset_list), data_root=root)
+    assert "s3cret" not in str(error.value)
 
 
 class Served(http.server.ThreadingHTTPServer):
@@ -242,11 +272,17 @@ class Served(http.server.ThreadingHTTPServer):
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-        self.folder, self.faults = folder, {}
+        self.folder, self.faults, self.has_head = folder, {}, True
         self.root = f"http://127.0.0.1:{self.server_port}/{{dataset_cleaned}}"
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
+    def do_HEAD(self):
+        if self.server.has_head:
+            super().do_HEAD()
+        else:
+            self.send_error(405)
+
     def do_GET(self):
         fault = self.server.faults.get(self.path)
         if fault is None:
@@ -275,3 +311,16 @@ def served(tmp_path, data_root, monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
+
+
+def test_a_damaged_picture_fails_the_splits_that_show_it_alone(
+    color_model, tmp_path, data_root, dataset_list
+):
+    root = shutil.copytree(data_root, tmp_path / "sets")
+    (root / "sugar_crepe/val2017/5.png").write_bytes(b"junk")
+    dataset_list.write_text("sugar_crepe/add_att\nsugar_crepe/swap_obj\n")
+    eval_sets = load_suite("compositionality", datasets=str(dataset_list), data_root=str(root))
+    results = {result.dataset: result for result in evaluate(color_model, eval_sets, workers=0)}
+    assert results["sugar_crepe/add_att"].metrics == {"acc": 0.75}
+    assert results["sugar_crepe/swap_obj"].status == "failed"
+    assert "5.png cannot be decoded" in results["sugar_crepe/swap_obj"].error

@@ -20,8 +20,8 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ from clip_pgs.evaluation.results import (
     result_files,
 )
 from clip_pgs.evaluation.suites import load_suite, suites
-from clip_pgs.files import EVAL_NAME, EXPORT_NAME, check_writable
+from clip_pgs.files import EVAL_NAME, EXPORT_NAME, check_writable, folder_lock
 from clip_pgs.tables import Table, plain, scaled
 
 # Here: torch takes seconds, and help, lists and most refusals have no need of it.
@@ -249,7 +249,8 @@ def _evaluate_all(args: argparse.Namespace) -> int:
         scored: list[tuple[Path, list[Result]]] = []
         for source, output in outputs.items():
             try:
-                results = _evaluate_source(source, eval_sets, output, device, ranks, args)
+                with _holding(output, ranks):
+                    results = _evaluate_source(source, eval_sets, output, device, ranks, args)
             except ValueError as error:
                 exit_code = _complain(error)
                 continue
@@ -405,6 +406,29 @@ def _evaluate_source(
             sys.stdout.write(f"What failed is told in full in {output / ERRORS_NAME}\n")
         sys.stdout.flush()
     return results
+
+
+@contextmanager
+def _holding(output: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep other calls out of a folder, which goes at the end if nothing was written to it."""
+    with ExitStack() as stack:
+        if ranks.is_main:
+            for folder in (*reversed(output.parents), output):
+                if not folder.exists():
+                    stack.callback(_remove_if_empty, folder)
+            # What the disk refuses is told of the first result.
+            with suppress(OSError):
+                output.mkdir(parents=True, exist_ok=True)
+            busy = "waiting for another process, which evaluates into %s"
+            stack.enter_context(folder_lock(output, on_busy=lambda: logger.warning(busy, output)))
+        # The others begin when it is held.
+        ranks.gather(None)
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _keep_others(output: Path, loaded: LoadedModel) -> None:

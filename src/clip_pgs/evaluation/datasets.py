@@ -259,23 +259,27 @@ def _url_of(location: str, file_name: str, *, is_text: bool = False) -> str:
     return f"{location}/{file_name}"
 
 
-def declared_type(location: str) -> str | None:
+def declared_type(location: str, *, is_there: bool = False) -> str | None:
     """Return the type a data set declares, one of `DATA_TYPES`.
 
     Args:
         location: Folder or URL of the data set.
+        is_there: Whether the data set is known to be there.
 
     Returns:
         The type, or None if the data set is not there or declares none, as many on the hub do.
 
     Raises:
         DamagedDataError: If it declares something else, or may not be read.
+        OSError: If a data set that is there cannot be read.
     """
     try:
         declared = read_metadata(location, "dataset_type.txt")
     except PermissionError as error:
         raise DamagedDataError(one_sentence(error)) from error
     except OSError:
+        if is_there:
+            raise
         return None
     if not declared:
         return None
@@ -525,9 +529,9 @@ def require(eval_set: EvalSet) -> None:
             raise FileNotFoundError(f"no folder {eval_set.location}")
         image_paths(Path(eval_set.location), eval_set.splits[0])
         return
-    declared_type(eval_set.location)
     for split in eval_set.splits:
         count_shards(eval_set.location, split)
+    declared_type(eval_set.location, is_there=True)
     if eval_set.task == "zeroshot_classification":
         for file_name in (CLASS_NAMES, TEMPLATES):
             if read_metadata(eval_set.location, file_name) is None:

@@ -11,11 +11,10 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ from clip_pgs.evaluation.results import (
     write_result,
 )
 from clip_pgs.evaluation.suites import SUITES, Scores
-from clip_pgs.files import folder_lock, regular_file
+from clip_pgs.files import regular_file
 from clip_pgs.registry import own_code
 from clip_pgs.tables import counted, duration
 
@@ -67,7 +66,7 @@ ERRORS_NAME = "errors.log"
 _RULES = 3
 # torchrun looks after its processes several times a second.
 _LOST_SECONDS = 10
-# Shards of a set that a server is asked about.
+# Shards of a split that a server is asked about.
 _MAX_COMPARED = 1000
 _PACKAGES = ("open_clip_torch", "torch", "torchvision", "numpy", "pillow")
 
@@ -184,29 +183,15 @@ def evaluate(
         folder=folder / FEATURES_NAME if folder is not None and keep_features else None,
     )
     evaluation = _Evaluation(encoder, folder, is_forced=force)
-    with ExitStack() as stack:
-        if folder is not None and ranks.is_main:
-            # What the disk refuses is told of the first result, and a folder without one goes.
-            with suppress(OSError):
-                folder.mkdir(parents=True, exist_ok=True)
-            busy = "waiting for another process, which evaluates into %s"
-            stack.enter_context(folder_lock(folder, on_busy=lambda: logger.warning(busy, folder)))
-            stack.callback(_remove_if_empty, folder)
-        ranks.gather(None)
-        share, complaint = evaluation.run(eval_sets, ranks)
-        gathered = ranks.gather((share, complaint))
-        if ranks.is_main:
-            evaluation.write_csv()
+    share, complaint = evaluation.run(eval_sets, ranks)
+    gathered = ranks.gather((share, complaint))
+    if ranks.is_main:
+        evaluation.write_csv()
     for _, complaint in gathered:
         if complaint is not None:
             raise ValueError(complaint)
     results = {number: result for share, _ in gathered for number, result in share.items()}
     return [results[number] for number in range(len(eval_sets))]
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
 
 
 class _Evaluation:
@@ -319,12 +304,13 @@ class _Evaluation:
             scores = returned
         except NonFiniteFeaturesError:
             raise
-        except FileNotFoundError as error:
-            status, reason = MISSING, str(error)
+        # A server that is silent today is a disk that is not mounted.
+        except (FileNotFoundError, ServerError) as error:
+            status, reason = MISSING, one_sentence(error)
         # Anything may be wrong with other people's files, and the rest must run. What asks the
         # process to leave is no Exception, and ends the evaluation.
         except Exception as error:
-            is_told = isinstance(error, (DamagedDataError, ServerError))
+            is_told = isinstance(error, DamagedDataError)
             kind = "" if is_told else f"{type(error).__name__}: "
             status, reason = FAILED, f"{kind}{one_sentence(error)}"
             if not self._keep_traceback(eval_set) and not is_told:
@@ -348,6 +334,8 @@ class _Evaluation:
         if self._encoder.cache.transform is None:
             return ""
         data = data_identity(eval_set)
+        if data is None:
+            return ""
         return content_digest([*self._model_identity, eval_set.task, eval_set.splits, data])
 
     def _kept(self, eval_set: EvalSet, identity: str) -> Result | None:
@@ -405,12 +393,14 @@ class _Evaluation:
         return True
 
 
-def data_identity(eval_set: EvalSet) -> list[Any]:
+def data_identity(eval_set: EvalSet) -> list[Any] | None:
     """Return what tells the content of a data set from another, wherever it lies.
 
     Of one on a server it is the address, the small files, and what the server tells of the shards.
-    The code of a suite of one's own goes
-    with it, since it says what is read.
+    The code of a suite of one's own goes with it, since it says what is read.
+
+    Returns:
+        Plain types; None for a server that tells nothing of a shard.
 
     Raises:
         OSError: If a file cannot be read.
@@ -421,12 +411,14 @@ def data_identity(eval_set: EvalSet) -> list[Any]:
         return [files_fingerprint(Path(location), local_files(eval_set)), *own]
     counts = (f"{split}/nshards.txt" for split in eval_set.splits)
     small_files = (CLASS_NAMES, TEMPLATES, *counts)
-    shards = (
+    shards = [
         f"{split}/{number}.tar"
         for split in eval_set.splits
-        for number in range(count_shards(location, split))
-    )
-    versions = server_versions(location, islice(shards, _MAX_COMPARED))
+        for number in range(min(count_shards(location, split), _MAX_COMPARED))
+    ]
+    versions = server_versions(location, shards)
+    if len(versions) < len(shards) or not all(map(any, versions)):
+        return None
     return [location, *(read_metadata(location, name) for name in small_files), versions, *own]
 
 

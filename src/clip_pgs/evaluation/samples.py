@@ -41,6 +41,8 @@ from clip_pgs.evaluation.datasets import (
 from clip_pgs.files import regular_file
 
 PICTURE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
+# Errors that are sentences; the last is that of a shard which its server does not have.
+_TOLD = (DamagedDataError, ServerError, FileNotFoundError)
 _TARGET_SUFFIXES = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 _LABEL = re.compile(rb"\s*([0-9]{1,9})\s*")
 _MAX_PICTURE_BYTES, _MAX_TARGET_BYTES = 2**28, 2**20
@@ -136,7 +138,7 @@ class _Shards(IterableDataset):
                 pictures, targets, places = map(list, zip(*batch, strict=True))
                 is_text = self.target_suffix == "txt"
                 yield torch.stack(pictures), targets if is_text else torch.stack(targets), places
-        except DamagedDataError as error:
+        except _TOLD as error:
             yield error
 
     def _read_shard(self, number: int) -> Iterator[tuple[Tensor, Any, tuple[int, int]]]:
@@ -236,7 +238,7 @@ def _read_members(
                 content = tar.extractfile(member)
                 assert content is not None
                 yield key, suffix, content.read()
-    except (DamagedDataError, ServerError):
+    except _TOLD:
         raise
     # A damaged archive makes tarfile and the decompressors raise anything.
     except Exception as error:
@@ -266,7 +268,7 @@ def _load(dataset: Dataset, workers: int, title: str, total: int | None) -> Iter
             collate_fn=_to_hand_over,
             multiprocessing_context=context,
         ):
-            if isinstance(parts, DamagedDataError):
+            if isinstance(parts, _TOLD):
                 raise parts
             batch = [torch.from_numpy(p) if isinstance(p, np.ndarray) else p for p in parts]
             yield batch[0] if len(batch) == 1 else tuple(batch)
@@ -275,7 +277,7 @@ def _load(dataset: Dataset, workers: int, title: str, total: int | None) -> Iter
 
 def _to_hand_over(batch: Any) -> Any:
     """Take a batch apart for the main process; runs in the worker."""
-    if isinstance(batch, DamagedDataError):
+    if isinstance(batch, _TOLD):
         return batch
     return [_shared(part) for part in ([batch] if isinstance(batch, Tensor) else batch)]
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 from clip_pgs.common import CONFIGS, explained
 from clip_pgs.evaluation.datasets import (
@@ -354,16 +355,22 @@ def score_caption_pairs(encoder: Encoder, eval_set: EvalSet) -> Scores:
     from clip_pgs.evaluation.metrics import count_right
 
     folder, split = Path(eval_set.location), eval_set.splits[0]
-    num_images = len(image_paths(folder, split))
+    own = image_paths(folder, split)
     pairs = read_caption_pairs(folder, split)
-    # All splits at once, as they share most images.
-    paths = _paths_of_all_splits(folder)
+    try:
+        # All splits at once, as they share most images.
+        paths = _paths_of_all_splits(folder)
+        encoded_ND = encoder.pictures(paths, folder)
+    except DamagedDataError:
+        # Where it is a picture of another split alone, this one can be scored.
+        paths = own
+        encoded_ND = encoder.pictures(paths, folder)
     row_of = {path.name: row for row, path in enumerate(paths)}
-    images_ND = encoder.pictures(paths, folder)[[row_of[pair.file_name] for pair in pairs]]
+    images_ND = encoded_ND[[row_of[pair.file_name] for pair in pairs]]
     texts = [pair.caption for pair in pairs] + [pair.negative for pair in pairs]
     true_ND, false_ND = encoder.texts(texts, batch_size=encoder.reading.batch_size).chunk(2)
     num_right, num_ties = count_right(images_ND, true_ND, false_ND)
-    details = {"items": len(pairs), "ties": num_ties, "images": num_images}
+    details = {"items": len(pairs), "ties": num_ties, "images": len(own)}
     return Scores({"acc": num_right / len(pairs)}, len(pairs), details)
 
 
@@ -416,6 +423,12 @@ def load_suite(
     elif not (data_root == "hub" or is_template(data_root) or Path(data_root).is_dir()):
         raise ValueError(
             f"data root {data_root} is not a folder; make it, or name the one that has the sets"
+        )
+
+    if is_template(data_root) and "@" in urlsplit(data_root).netloc:
+        raise ValueError(
+            "the data root must hold no user name or password, which results and reports would "
+            "show; put them into ~/.netrc"
         )
 
     eval_sets: list[EvalSet] = []

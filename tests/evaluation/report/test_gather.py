@@ -64,6 +64,16 @@ def test_later_result_replaces_an_earlier_one_of_the_same_weights_and_says_so(tm
     assert "those of 2026-02-01 count" in caplog.text
 
 
+def test_what_is_done_counts_before_a_later_try_that_failed(tmp_path, caplog):
+    save_results(tmp_path / "old", [make_result("shape", metrics={"acc1": 0.1}, date="2026-01-01")])
+    failed = make_result("shape", status="failed", samples=0, date="2026-02-01")
+    save_results(tmp_path / "new", [failed])
+    for sources in (("old", "new"), ("new", "old")):
+        (run,) = gather_runs([tmp_path / source for source in sources])
+        assert [result.status for result in run.results] == ["done"]
+    assert not caplog.messages
+
+
 def test_models_that_were_scored_on_other_numbers_of_samples_are_told(tmp_path, caplog):
     save_results(tmp_path / "a", [make_result("shape"), make_result("color")])
     other = [make_result("shape", samples=36, weights_digest="d1")]

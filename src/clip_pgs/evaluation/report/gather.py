@@ -185,8 +185,8 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
     Args:
         sources: Run folders (their `eval`), folders of result files, folders of such folders,
             result files (JSON) or tables (`results.csv`, also one alone in a folder). Where two
-            hold a result of the same weights, masked alike, on the same data set, the later date
-            counts.
+            hold a result of the same weights, masked alike, on the same data set, one that is done
+            counts, and of those the later.
 
     Returns:
         One run per set of weights and mask at inference, in the order of the sources. What a run
@@ -203,9 +203,12 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
             for result in results:
                 by_set = found.setdefault(result.model_key, {})
                 earlier = by_set.get((result.suite, result.dataset))
-                if earlier is None or earlier.date <= result.date:
+                # What is done counts, also where a later try failed; then the later.
+                rank = (result.status == DONE, result.date)
+                if earlier is None or (earlier.status == DONE, earlier.date) <= rank:
                     by_set[result.suite, result.dataset] = result
-                if earlier is not None and earlier.metrics != result.metrics:
+                both = {result.status, earlier.status if earlier else ""}
+                if earlier is not None and both == {DONE} and earlier.metrics != result.metrics:
                     logger.warning(
                         "%s has other scores of %s on %s (%s) than a source before it; those of %s "
                         "count",
