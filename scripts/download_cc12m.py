@@ -43,7 +43,7 @@ from clip_pgs.common import (
     run_program,
 )
 from clip_pgs.data.shards import read_sizes
-from clip_pgs.files import check_room, unfinished_path, write_text
+from clip_pgs.files import check_room, folder_lock, unfinished_path, write_text
 
 SIZES_NAME = "sizes.json"
 MAX_WORKERS = 64
@@ -141,7 +141,8 @@ def download(arguments: argparse.Namespace) -> int:
     if not shards:
         which = "training shards" if wanted is None else f"shard {arguments.shards}"
         raise ValueError(f"{arguments.repo} has no {which}")
-    sizes = known_sizes(out / SIZES_NAME, shards)
+    # What cannot be true is told before anything is fetched.
+    known_sizes(out / SIZES_NAME, shards)
 
     verify = arguments.verify
     missing = [shard for shard in shards if not shard.is_intact(out / shard.name, checksum=verify)]
@@ -153,6 +154,21 @@ def download(arguments: argparse.Namespace) -> int:
 
     check_room(out, sum(shard.size for shard in missing))
     out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(out, on_busy=refuse_second):
+        # Another process may have fetched some meanwhile.
+        missing = [s for s in missing if not s.is_intact(out / s.name, checksum=verify)]
+        return complete(shards, missing, arguments)
+
+
+def refuse_second() -> None:
+    """Refuse a folder that another process fetches into."""
+    raise ValueError("another process fetches shards into this folder; wait for its end")
+
+
+def complete(shards: list[Shard], missing: list[Shard], arguments: argparse.Namespace) -> int:
+    """Fetch what is missing, count the pairs, and return 0."""
+    out = arguments.out
+    sizes = known_sizes(out / SIZES_NAME, shards)
     # Before the first of them is replaced, as an interruption may come between shard and count.
     stale = sizes.keys() & {shard.name for shard in missing}
     if stale:

@@ -23,6 +23,8 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub import HfApi
 
+from clip_pgs.files import folder_lock
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "download_cc12m.py"
 REPO = "/datasets/pixparse/cc12m-wds"
 
@@ -555,3 +557,12 @@ def test_an_odd_sizes_file_is_named_before_anything_is_fetched(hub, download, tm
     assert "sizes.json" in done.stderr
     assert (tmp_path / "sizes.json").read_bytes() == content
     assert hub.fetched == []
+
+
+def test_a_second_process_does_not_fetch_into_the_same_folder(hub, download, tmp_path):
+    with folder_lock(tmp_path, on_busy=lambda: None):
+        done = download(tmp_path)
+    assert_refused(done, code=2)
+    assert "another process fetches shards into this folder" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert download(tmp_path).returncode == 0

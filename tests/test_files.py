@@ -127,3 +127,23 @@ def test_lines_that_are_no_json_objects_are_none(tmp_path):
     assert read_json_lines(path) == []
     path.write_bytes(b'{"step": 1}\n[1]\n{"st')
     assert read_json_lines(path) == [{"step": 1}, None, None]
+
+
+def test_a_folder_that_another_process_is_about_to_write_is_refused_and_left(tmp_path):
+    place = tmp_path / "new"
+    with atomic_folder(place) as unfinished:
+        (unfinished / "one").write_text("1")
+        said = "new is being written by another process"
+        with pytest.raises(ValueError, match=said), atomic_folder(place):
+            pass
+    assert [path.name for path in place.iterdir()] == ["one"]
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_what_a_killed_process_left_is_no_part_of_a_folder(tmp_path):
+    for name in (".new.unfinished", ".new.replaced"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+        (tmp_path / name / "half").write_text("1")
+    with atomic_folder(tmp_path / "new") as unfinished:
+        assert list(unfinished.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -97,6 +97,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: If it cannot be written, or something is there that is no folder, as a link, or a
             mount point; what was there is still there.
+        ValueError: If another process is about to write it.
     """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise NotADirectoryError(errno.ENOTDIR, "it is no folder of its own", str(path))
@@ -104,20 +105,29 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         reason = "it is a mount point, whose place no folder can take; name one below it"
         raise OSError(errno.EBUSY, reason, str(path))
     unfinished, replaced = unfinished_path(path), path.with_name(f".{path.name}.replaced")
-    for leftover in (unfinished, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        with naming(path):
-            yield unfinished
-        # A folder cannot take another's place: between the two there is none, but never half.
-        if path.exists():
-            os.replace(path, replaced)
-        os.replace(unfinished, path)
-        sync(path.parent)
-    finally:
-        for leftover in (unfinished, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+
+    def refuse_second() -> None:
+        raise ValueError(f"{path} is being written by another process; wait for its end")
+
+    if unfinished.is_symlink():
+        unfinished.unlink()
+    unfinished.mkdir(parents=True, exist_ok=True)
+    with folder_lock(unfinished, on_busy=refuse_second):
+        try:
+            # What a killed process left.
+            for leftover in (*unfinished.iterdir(), replaced):
+                shutil.rmtree(leftover, ignore_errors=True)
+                leftover.unlink(missing_ok=True)
+            with naming(path):
+                yield unfinished
+            # A folder cannot take another's place: between the two there is none, but never half.
+            if path.exists():
+                os.replace(path, replaced)
+            os.replace(unfinished, path)
+            sync(path.parent)
+        finally:
+            for folder in (unfinished, replaced):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

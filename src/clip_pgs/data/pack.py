@@ -60,8 +60,7 @@ def pack_pairs(
     """
     if shard_size < 1:
         raise ValueError(f"--shard-size must be >= 1, got {shard_size}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{str(out)!r} exists and is no empty folder; name a new one")
+    _check_new(out)
     shard_pattern(out, ["00000.tar"])
     keys = {"image_key": image_key, "caption_key": caption_key}
     pairs = read_pairs(table, **keys, separator=separator)
@@ -93,6 +92,8 @@ def pack_pairs(
     sizes: dict[str, int] = {}
     rows = list(suffixes)
     with atomic_folder(out) as folder:
+        # Another process may have made it while rows were checked.
+        _check_new(out)
         for start in range(0, len(rows), shard_size):
             name = f"{start // shard_size:05d}.tar"
             shard_rows = rows[start : start + shard_size]
@@ -100,6 +101,11 @@ def pack_pairs(
             sizes[name] = len(shard_rows)
         (folder / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     return sizes, len(bad_rows)
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{str(out)!r} exists and is no empty folder; name a new one")
 
 
 def _check_row(table: PairTable, row: int) -> str:
