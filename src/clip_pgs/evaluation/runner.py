@@ -286,7 +286,8 @@ class _Evaluation:
         try:
             write_csv(results, self._folder / CSV_NAME)
         except OSError as error:
-            logger.warning("%s cannot be written: %s", self._folder / CSV_NAME, error)
+            path = self._folder / CSV_NAME
+            logger.warning("%s cannot be written: %s", path, one_sentence(error))
 
     def _result_of(self, eval_set: EvalSet) -> tuple[Result, bool]:
         """Return a data set's result, and whether it was computed now."""

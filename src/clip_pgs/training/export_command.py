@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, NotADirectoryError) as error:
         return refuse(error)
     except OSError as error:
-        sys.stderr.write(f"error: the export cannot be written: {error}\n")
+        sys.stderr.write(f"error: the export cannot be written: {one_sentence(error)}\n")
         return FAILED
     _logger.info("export: %s", folder)
     if repository:

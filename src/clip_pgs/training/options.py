@@ -648,7 +648,10 @@ def read_options(argv: Sequence[str], *, is_autoencoder: bool = False) -> TrainO
         said = _parse(parser, [*configured, *argv])
 
     if "nproc" in said:
-        raise ValueError("--nproc is for `clip-pgs train`, which starts processes; this is one")
+        raise ValueError(
+            "--nproc is for `clip-pgs train`, which starts processes; the demo, and a process "
+            "that a launcher started, trains alone"
+        )
     obeyed = {f.name for f in fields(TrainOptions) if is_theirs(f)}
     upstream = {action.dest: action.default for action in trainer_actions().values()}
     for name in sorted(said.keys() & upstream.keys() - obeyed - {"model"}):

@@ -29,6 +29,7 @@ from clip_pgs.checkpoint_reading import (
     named_tensors,
     newest_checkpoint,
 )
+from clip_pgs.common import one_sentence
 from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
 from clip_pgs.data.decoding import pixel_normalizer
 from clip_pgs.data.order import stable_seed
@@ -607,7 +608,8 @@ class Trainer:
             cure = f"clip-pgs export {self._folder} makes it from the checkpoint"
             if not is_saved:
                 cure = f"nor could the last checkpoint be; {self._way_back()}"
-            raise UnwrittenError(f"the export cannot be written: {error}; {cure}") from error
+            reason = f"the export cannot be written: {one_sentence(error)}"
+            raise UnwrittenError(f"{reason}; {cure}") from error
         if not self._store.close():
             raise UnwrittenError(
                 f"the last checkpoint could not be written or is gone; the export is in {export}"
