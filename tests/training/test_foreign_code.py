@@ -110,8 +110,10 @@ def trap(tmp_path, monkeypatch):
     assert not (tmp_path / "harmed").exists()
 
 
-@pytest.mark.parametrize("by_module", [False, True])
-@pytest.mark.parametrize("command", ["data check", "train demo --check-only --train-data"])
+@pytest.mark.parametrize(
+    ("command", "by_module"),
+    [("data check", False), ("train demo --check-only --train-data", True)],
+)
 def test_files_of_the_working_directory_stand_for_no_module(trap, world, command, by_module):
     # As the installed command starts: without a folder of its own on the path.
     script = "import sys; sys.path.pop(0); from clip_pgs.cli import main; sys.exit(main())"

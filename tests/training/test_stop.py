@@ -260,7 +260,7 @@ def test_a_name_that_another_launch_took_meanwhile_is_refused(tmp_path, world, h
         (folder / "options.json").write_text("{}")
         holder.kill()
 
-    timer = threading.Timer(8, finish)
+    timer = threading.Timer(3, finish)
     timer.start()
     try:
         assert main(flags(tmp_path, train_data=world.train_data)) == 2
