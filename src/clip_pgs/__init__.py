@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
 import os
-import re
 import sys
 
 # Whoever checks types takes it as true. Python's own takes as long to import as all the rest here.
@@ -52,17 +50,22 @@ def _leave_working_directory() -> None:
 
     Its files would stand for modules of libraries; see `registry`, which imports those of a user.
     """
-    with contextlib.suppress(OSError):
+    try:
         here = os.getcwd()
-        if sys.path[:1] in ([here], [""]) and not os.path.isdir(os.path.join(here, "clip_pgs")):
-            del sys.path[0]
+    except OSError:
+        return
+    if sys.path[:1] in ([here], [""]) and not os.path.isdir(os.path.join(here, "clip_pgs")):
+        del sys.path[0]
 
 
 # A command imports this first, and what it needs before it can catch anything.
 if os.path.basename((sys.argv or [""])[0]) in ("-m", "clip-pgs", "download_cc12m.py"):
     sys.excepthook = _say_interrupted
     # Another package that imports this one while Python looks for its module stays where it is.
-    if re.search(r"\0-m\0clip_pgs\b", "\0".join(sys.orig_argv)):
+    if any(
+        flag == "-m" and name.partition(".")[0] == "clip_pgs"
+        for flag, name in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+    ):
         _leave_working_directory()
     # What the locale cannot show is escaped, as on stderr, and no error.
     if isinstance(sys.stdout, io.TextIOWrapper):

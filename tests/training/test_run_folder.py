@@ -150,12 +150,18 @@ def own_masking(tmp_path, monkeypatch):
     _REGISTRY._entries.pop("bright")
 
 
-def test_other_code_of_a_masking_of_ones_own_is_refused(own_masking, tmp_path):
-    argv = [*VALID, "--name", "demo", "--masking", "bright:BrightMasking", "--resume", "latest"]
-    folder = tmp_path / "logs/demo"
+def begin(folder, masking):
+    """Begin a run with a masking in `folder`, and return the arguments that go on with it."""
+    argv = [*VALID, "--name", "demo", "--masking", masking, "--resume", "latest"]
     folder.mkdir(parents=True)
     save_options(parse_options(argv), folder)
     check_options(parse_options(argv))
+    return argv
+
+
+def test_other_code_of_a_masking_of_ones_own_is_refused(own_masking, tmp_path):
+    folder = tmp_path / "logs/demo"
+    argv = begin(folder, "bright:BrightMasking")
     own_masking.write_text(f"{own_masking.read_text()}# other\n")
     with pytest.raises(
         ValueError, match=r"\(code of masking: \w+ is gone, code of .* is new\); use"
@@ -173,11 +179,7 @@ def test_other_code_of_a_masking_that_a_package_offers_is_refused(own_masking, t
     package = tmp_path / "offers"
     package.mkdir()
     (package / "__init__.py").write_text("from bright import BrightMasking\n")
-    argv = [*VALID, "--name", "demo", "--masking", "offers:BrightMasking", "--resume", "latest"]
-    folder = tmp_path / "logs/demo"
-    folder.mkdir(parents=True)
-    save_options(parse_options(argv), folder)
-    check_options(parse_options(argv))
+    argv = begin(tmp_path / "logs/demo", "offers:BrightMasking")
     own_masking.write_text(f"{own_masking.read_text()}# other\n")
     with pytest.raises(ValueError, match=r"code of masking: \w+ is gone"):
         check_options(parse_options(argv))

@@ -410,17 +410,17 @@ def data_identity(eval_set: EvalSet) -> list[Any] | None:
     own = [code] if code else []
     if not is_remote(location):
         return [files_fingerprint(Path(location), local_files(eval_set)), *own]
-    counts = (f"{split}/nshards.txt" for split in eval_set.splits)
-    small_files = (CLASS_NAMES, TEMPLATES, *counts)
+    counts = {split: count_shards(location, split) for split in eval_set.splits}
     shards = [
         f"{split}/{number}.tar"
-        for split in eval_set.splits
-        for number in range(min(count_shards(location, split), _MAX_COMPARED))
+        for split, count in counts.items()
+        for number in range(min(count, _MAX_COMPARED))
     ]
     versions = server_versions(location, shards)
     if len(versions) < len(shards) or not all(map(any, versions)):
         return None
-    return [location, *(read_metadata(location, name) for name in small_files), versions, *own]
+    texts = [read_metadata(location, name) for name in (CLASS_NAMES, TEMPLATES)]
+    return [location, *texts, counts, versions, *own]
 
 
 def _origin(eval_set: EvalSet) -> dict[str, Any]:

@@ -270,7 +270,6 @@ class CheckpointStore:
     def _write(self, content: dict[str, Any], names: tuple[str, ...], held: float) -> bool:
         started = perf_counter()
         place = f"(epoch {content['epoch']}, step {content['step']})"
-        what = f"{names[0]} {place}"
         is_saved, name, trouble = False, names[0], find_non_finite(content)
         try:
             for name in () if trouble else names:
@@ -283,14 +282,17 @@ class CheckpointStore:
         except ValueError as error:
             trouble = str(error)
         if trouble is not None:
-            others = {path.name for path in self._folder.glob("*.pt")} - {name}
-            rest = "; older checkpoints are untouched" if others else ""
-            rest = f"; {names[0]}, which has the same, was" if is_saved else rest
+            rest = ""
+            if is_saved:
+                rest = f"; {names[0]}, which has the same, was"
+            elif any(path.name != name for path in self._folder.glob("*.pt")):
+                rest = "; older checkpoints are untouched"
             _logger.error("%s %s was not saved: %s%s", name, place, trouble, rest)
             return is_saved
         _logger.info(
-            "Saved %s: held the run for %.3f s, written in %.3f s",
-            what,
+            "Saved %s %s: held the run for %.3f s, written in %.3f s",
+            names[0],
+            place,
             held,
             perf_counter() - started,
         )

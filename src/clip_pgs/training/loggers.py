@@ -132,10 +132,11 @@ class TensorBoard(MetricLogger):
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
         # Points whose number of samples or operations is above that step are hidden with it.
         for line in read_json_lines(measured) if purge_step else ():
-            numbers = {k: v for k, v in (line or {}).items() if type(v) in (int, float)}
+            if line is None or line.get("kind") != "val":
+                continue
+            numbers = {k: v for k, v in line.items() if type(v) in (int, float)}
             # The file may have been edited; TensorBoard counts in 64 bits.
-            is_whole = all(0 <= numbers.get(name, -1) < 2**63 for name in _COSTS)
-            if is_whole and line is not None and line.get("kind") == "val":
+            if all(0 <= numbers.get(name, -1) < 2**63 for name in _COSTS):
                 values = {k: v for k, v in numbers.items() if k not in (*_COSTS, "step")}
                 self._draw_costs(values, numbers)
 

@@ -183,9 +183,9 @@ def _resume_warnings(options: TrainOptions) -> list[str]:
 def _weight_warnings(options: TrainOptions) -> list[str]:
     """Return a sentence where weights of this trainer saw images, or were activated, otherwise."""
     source = options.pretrained
-    if source is None or options.mae is not None or not Path(source).exists():
-        return []
-    if options.model.startswith("hf-hub:"):
+    # What a model of the Hub or an autoencoder sees stands elsewhere.
+    is_elsewhere = options.mae is not None or options.model.startswith("hf-hub:")
+    if source is None or is_elsewhere or not Path(source).exists():
         return []
     try:
         record = read_checkpoint(find_checkpoint(source), use_mmap=True).get("clip_pgs") or {}

@@ -202,19 +202,16 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
         for place, results in _read_source(Path(source)):
             for result in results:
                 by_set = found.setdefault(result.model_key, {})
-                earlier = by_set.get((result.suite, result.dataset))
+                key = result.suite, result.dataset
+                earlier = by_set.get(key, result)
                 # What is done counts, also where a later try failed; then the later.
-                rank = (result.status == DONE, result.date)
-                if earlier is None or (earlier.status == DONE, earlier.date) <= rank:
-                    by_set[result.suite, result.dataset] = result
-                both = {result.status, earlier.status if earlier else ""}
-                if earlier is not None and both == {DONE} and earlier.metrics != result.metrics:
+                by_set[key] = max(result, earlier, key=lambda r: (r.status == DONE, r.date))
+                if earlier.status == result.status == DONE and earlier.metrics != result.metrics:
+                    said = (str(place), result.model, result.dataset, result.suite)
                     logger.warning(
                         "%s has other scores of %s on %s (%s) than a source before it; those of %s "
                         "count",
-                        *map(one_sentence, (str(place), result.model)),
-                        *map(one_sentence, (result.dataset, result.suite)),
-                        one_sentence(max(earlier.date, result.date)),
+                        *map(one_sentence, (*said, by_set[key].date)),
                     )
                 folders.setdefault(result.model_key, place)
     _tell_other_sizes(found.values())
@@ -249,10 +246,8 @@ def _tell_other_sizes(models: Iterable[Mapping[tuple[str, str], Result]]) -> Non
         if len(counts) > 1:
             suite, dataset = map(one_sentence, key)
             told = " and ".join(f"{count:,}" for count in sorted(counts))
-            logger.warning(
-                "%s (%s) was scored with %s samples: those are not the same data",
-                *(dataset, suite, told),
-            )
+            said = "%s (%s) was scored with %s samples: those are not the same data"
+            logger.warning(said, dataset, suite, told)
 
 
 def _alike(names: Mapping[tuple[str, str], str]) -> list[tuple[str, str]]:

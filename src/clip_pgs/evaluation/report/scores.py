@@ -314,9 +314,11 @@ def chance_results(results: Iterable[Result]) -> list[Result]:
     for result in results:
         key = result.suite, result.dataset
         # The set that others vary decides which averages there are, also where it failed.
-        if result.status == DONE or (key not in guesses and result.details.get("is_reference")):
-            if key not in guesses or guesses[key].status != DONE:
-                guesses[key] = replace(result, metrics={}, weights_digest="", inference_masking="")
+        if result.status != DONE and not result.details.get("is_reference"):
+            continue
+        if key not in guesses or guesses[key].status != DONE:
+            guesses[key] = replace(result, metrics={}, weights_digest="", inference_masking="")
+        if result.status == DONE:
             # A table of results does not tell the classes, and the next model's files may.
             guesses[key].metrics.update(_chance_metrics(result))
     return [guess for guess in guesses.values() if guess.metrics or guess.status != DONE]
