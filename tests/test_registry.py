@@ -1,6 +1,7 @@
 """A registry gives what was registered by its name, or by where it can be imported."""
 
 import sys
+from types import ModuleType
 
 import pytest
 
@@ -79,3 +80,10 @@ def test_code_of_ones_own_is_found_in_the_working_directory(tmp_path, monkeypatc
 def test_a_module_of_another_file_than_was_meant_is_named(registry):
     with pytest.raises(ValueError, match=r"has no attribute 'Cow' \(.*queue\.py\)"):
         registry.get("queue:Cow")
+
+
+def test_code_of_a_notebook_whose_module_has_no_spec_is_that_of_no_file(monkeypatch):
+    notebook = ModuleType("__main__")
+    assert notebook.__spec__ is None
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    assert own_code("__main__") == ""

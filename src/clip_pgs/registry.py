@@ -141,7 +141,9 @@ def _import_own(module_name: str) -> Any:
     That joins the path for such a module alone: libraries try to import what need not be there, and
     would run files of those names in a folder that somebody else has filled.
     """
-    if importlib.util.find_spec(module_name.partition(".")[0]) is None and "" not in sys.path:
+    top = module_name.partition(".")[0]
+    # Of what is imported, such as a notebook's own module, there may be no spec to find.
+    if top not in sys.modules and importlib.util.find_spec(top) is None and "" not in sys.path:
         sys.path.append("")
     return importlib.import_module(module_name)
 
