@@ -357,9 +357,9 @@ def score_caption_pairs(encoder: Encoder, eval_set: EvalSet) -> Scores:
     folder, split = Path(eval_set.location), eval_set.splits[0]
     own = image_paths(folder, split)
     pairs = read_caption_pairs(folder, split)
+    # All splits at once, as they share most images.
+    paths = _paths_of_all_splits(folder)
     try:
-        # All splits at once, as they share most images.
-        paths = _paths_of_all_splits(folder)
         encoded_ND = encoder.pictures(paths, folder)
     except DamagedDataError:
         # Where it is a picture of another split alone, this one can be scored.

@@ -273,13 +273,13 @@ def read_config(source: str) -> dict[str, Any]:
         path = folder / MODEL_CONFIG_NAME
     elif path.suffix == ".json" and not path.is_dir():
         path = Path(find_config(source, "models"))
-    else:
-        if source not in open_clip.list_models():
-            raise ValueError(
-                f"{source!r} is no run, no folder with {MODEL_CONFIG_NAME}, no checkpoint, no "
-                "model config and no model that open_clip knows"
-            )
+    elif source in open_clip.list_models():
         return open_clip.get_model_config(source)
+    else:
+        raise ValueError(
+            f"{source!r} is no run, no folder with {MODEL_CONFIG_NAME}, no checkpoint, no "
+            "model config and no model that open_clip knows"
+        )
     return read_json_object(path, what=f"the model config {path}")
 
 

@@ -27,8 +27,8 @@ from clip_pgs.files import read_json_object
 
 _REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
 _TOWERS = {"text_cfg": CLIPTextCfg, "multimodal_cfg": MultimodalCfg}
-# Everything else of transformers' tokenizers stays shut, "trust_remote_code" above all.
 _LENGTH = CLIPTextCfg().context_length
+# Everything else of transformers' tokenizers stays shut, "trust_remote_code" above all.
 _TOKENIZER_OPTIONS = ("clean", "strip_sep_token", "language")
 
 _MAX_LAYERS = 1000
