@@ -10,7 +10,7 @@ if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash scripts/setup.sh train,eval,transformers,dev,docs
+bash scripts/setup.sh train,eval,wandb,transformers,dev,docs
 export PATH="$PWD/.venv/bin:$PATH"
 # A process a core, of one thread each: small tensors do not repay what threads wait for each other.
 export OMP_NUM_THREADS=1

@@ -1,12 +1,12 @@
 """What a run measures of itself, and where it goes."""
 
-import importlib.machinery
 import io
 import json
+import os
 import re
 import sys
 from operator import methodcaller
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from clip_pgs.figure import GAP, MARGIN
 from clip_pgs.integrations.open_clip.flops import SampleFlops
 from clip_pgs.training.checkpoint import Cost
+from clip_pgs.training.checks import check_options
 from clip_pgs.training.loggers import JsonLines, MetricLoggers
+from clip_pgs.training.options import parse_options
 from clip_pgs.training.step import StepResult
 from clip_pgs.training.telemetry import Telemetry, WindowMeter
-from support.runs import run
+from support.runs import flags, run
 
 OPEN_CLIP_TAGS = {
     "train/loss",
@@ -102,46 +104,66 @@ def test_curves_against_samples_and_operations_outlive_a_resume(tmp_path):
     }
 
 
-class StubOfWeightsAndBiases(ModuleType):
-    """Takes rows as wandb does: one of an earlier step than the last is lost."""
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """Weights & Biases itself, without a login, in a folder of its own."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name, folder in (("HOME", "home"), ("WANDB_DIR", "curves")):
+        (tmp_path / folder).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    import wandb
 
-    def __init__(self):
-        super().__init__("wandb")
-        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-        self.rows, self.saved, self.is_finished = {}, [], False
-        self.save = self.saved.append
-        self.Image, self.Table = lambda pixels: pixels, lambda columns, data: (columns, data)
-
-    def init(self, **options):
-        self.options = options
-        return self
-
-    def log(self, row, *, step):
-        if step >= max(self.rows, default=0):
-            self.rows.setdefault(step, {}).update(row)
-
-    def finish(self):
-        self.is_finished = True
+    yield wandb
+    wandb.teardown()
 
 
 @pytest.mark.slow
-def test_weights_and_biases_gets_curves_masks_and_tables(tmp_path, world, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", stub := StubOfWeightsAndBiases())
+def test_weights_and_biases_gets_curves_masks_and_tables(tmp_path, world, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
     options = {"train_data": world.train_data, "val_data": world.val_data, "masking": "pgs"}
-    folder = run(tmp_path, report_to="wandb", name="mine", **options)
+    # No id of theirs holds a "#".
+    folder = run(tmp_path, report_to="wandb", name="lr #1", **options)
     assert not (folder / "tensorboard").exists()
-    assert (stub.options["name"], stub.options["config"]["masking"]) == ("mine", "pgs")
-    assert stub.saved == [str(folder / "params.txt")]
-    assert stub.is_finished
-    steps = {step for step, row in stub.rows.items() if "train/loss" in row}
-    assert steps == set(range(8))
-    for epoch, step in ((1, 4), (2, 8)):
-        row = stub.rows[step]
-        assert (row["epoch"], row["steps"], row["samples"]) == (epoch, step, 8 * step)
-        assert row["masks"].shape[0] == 3
-        columns, data = row["measured"]
-        assert columns == ["measurement", "value"]
-        assert dict(data)["clip_val_loss"] == row["val/clip_val_loss"]
+    (stored,) = (tmp_path / "curves" / "wandb").glob("offline-run-*")
+    (curves,) = stored.glob("*.wandb")
+    for name in ("train/loss", "val/clip_val_loss", "lr #1"):
+        assert name.encode() in curves.read_bytes()
+    # It takes no row of an earlier step than the last, and says so.
+    assert "ignoring" not in (stored / "logs" / "debug-internal.log").read_text()
+    assert {path.name[:8] for path in stored.glob("files/media/images/*.png")} == {
+        "masks_0_",
+        "masks_3_",
+        "masks_7_",
+    }
+    tables = [json.loads(path.read_text()) for path in stored.glob("files/media/table/*.json")]
+    assert all(table["columns"] == ["measurement", "value"] for table in tables)
+    losses = {dict(table["data"])["clip_val_loss"] for table in tables}
+    assert losses == {entry["clip_val_loss"] for entry in entries(folder, "val")}
+
+
+def test_runs_of_one_name_are_two_and_a_resumed_one_is_one(tmp_path, wandb, monkeypatch):
+    asked = []
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options))
+    monkeypatch.setattr(wandb, "save", lambda path: None)
+    options = parse_options(flags(tmp_path, report_to="wandb", train_data="x"))
+    for arm in ("plain", "pgs", "pgs"):
+        (tmp_path / arm).mkdir(exist_ok=True)
+        MetricLoggers(options, tmp_path / arm, first_step=0)
+    ids = [said["id"] for said in asked]
+    assert ids[0] != ids[1] == ids[2]
+    assert [said["resume"] for said in asked] == [None, None, "allow"]
+
+
+def test_without_a_login_a_new_run_is_refused_and_a_resumed_one_goes_on(tmp_path, wandb, caplog):
+    argv = flags(tmp_path, report_to="wandb", dataset_type="synthetic", train_num_samples=64)
+    with pytest.raises(ValueError, match=r"--report-to wandb .* WANDB_MODE=offline"):
+        check_options(parse_options(argv))
+    assert not (tmp_path / "logs").exists()
+    loggers = MetricLoggers(parse_options(argv), tmp_path, first_step=0)
+    loggers.each(methodcaller("train", {"loss": 1.0}, epoch=0, step=0))
+    assert "wandb cannot be written: No API key" in caplog.text
+    assert len(entries(tmp_path, "train")) == 1
 
 
 def test_metrics_file_counts_samples_and_flops(finished_run):

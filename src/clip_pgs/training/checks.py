@@ -26,7 +26,7 @@ from clip_pgs.checkpoint_reading import (
     load_checkpoint,
     newest_checkpoint,
 )
-from clip_pgs.common import check_choice, explained, is_first_process, silenced
+from clip_pgs.common import check_choice, explained, is_first_process, one_sentence, silenced
 from clip_pgs.data.text_masking import create_text_masking
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
@@ -393,7 +393,7 @@ def _check_device(options: TrainOptions) -> None:
 
 
 def _check_reports(options: TrainOptions) -> None:
-    """Refuse loggers that are not installed."""
+    """Refuse loggers that are not installed, and Weights & Biases without a login."""
     for target in filter(None, map(str.strip, options.report_to.split(","))):
         for package in ("tensorboard", "wandb") if target == "all" else (target,):
             spec = importlib.util.find_spec(package)
@@ -403,6 +403,21 @@ def _check_reports(options: TrainOptions) -> None:
                     f"--report-to {options.report_to} needs the package {package}, which is not "
                     "installed"
                 )
+            # A run that goes on must not end because a server is away meanwhile.
+            if package == "wandb" and options.resume is None and is_first_process():
+                _check_wandb_login()
+
+
+def _check_wandb_login() -> None:
+    import wandb
+
+    try:
+        wandb.login()
+    except (wandb.Error, ValueError) as error:
+        raise ValueError(
+            f"--report-to wandb must be able to log in: {one_sentence(error)}; call `wandb login`, "
+            "or set WANDB_API_KEY, or WANDB_MODE=offline"
+        ) from None
 
 
 def _check_folder(options: TrainOptions) -> None:

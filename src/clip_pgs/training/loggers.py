@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,12 +19,14 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from clip_pgs.common import one_sentence
 from clip_pgs.data.bad_samples import Skip
 from clip_pgs.files import (
     LOG_NAME,
     METRICS_NAME,
     PARAMS_NAME,
     SKIPPED_NAME,
+    WANDB_ID_NAME,
     append_line,
     read_json_lines,
     regular_file,
@@ -166,26 +169,37 @@ class TensorBoard(MetricLogger):
 
 
 class WeightsAndBiases(MetricLogger):
-    """OpenCLIP's names in one Weights & Biases run.
+    """OpenCLIP's names in one Weights & Biases run, which the run's folder names.
 
     Args:
-        options: The run's; its name is its id.
-        params_file: `params.txt`, stored with the run.
+        options: The run's.
+        folder: The run's folder: its `params.txt` is stored with the run.
+
+    Raises:
+        OSError: If nothing can be logged, as without a network.
     """
 
-    def __init__(self, options: TrainOptions, params_file: Path) -> None:
+    def __init__(self, options: TrainOptions, folder: Path) -> None:
         import wandb
 
         self._wandb = wandb
-        self._run = wandb.init(
-            project=options.wandb_project_name,
-            name=options.name,
-            id=options.name,
-            notes=options.wandb_notes,
-            resume="auto" if options.resume else None,
-            config=options.values(),
-        )
-        wandb.save(str(params_file))
+        # Runs of one name, as the seeds of a study's arms, must not become one.
+        id_file = folder / WANDB_ID_NAME
+        is_known = id_file.is_file()
+        if not is_known:
+            write_text(id_file, secrets.token_hex(8))
+        try:
+            self._run = wandb.init(
+                project=options.wandb_project_name,
+                name=options.name,
+                id=id_file.read_text(encoding="utf-8", errors="replace"),
+                notes=options.wandb_notes,
+                resume="allow" if is_known else None,
+                config=options.values(),
+            )
+        except wandb.Error as error:
+            raise OSError(one_sentence(error)) from None
+        wandb.save(str(folder / PARAMS_NAME))
 
     def train(self, values: Numbers, *, epoch: int, step: int) -> None:
         """Log `train/...` at a step."""
@@ -230,7 +244,7 @@ class MetricLoggers:
                 folder / "tensorboard", first_step=first_step, measured=folder / METRICS_NAME
             )
         if targets & {"wandb", "all"}:
-            makers["wandb"] = lambda: WeightsAndBiases(options, folder / PARAMS_NAME)
+            makers["wandb"] = lambda: WeightsAndBiases(options, folder)
         for name, make in makers.items():
             with BestEffort(name):
                 self._loggers.append((make(), BestEffort(name)))

@@ -161,7 +161,7 @@ def test_a_logger_that_is_not_installed_is_refused(monkeypatch):
 
 
 def test_a_folder_that_a_logger_made_is_no_logger(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
     (tmp_path / "wandb" / "run-1").mkdir(parents=True)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     assert "needs the package wandb" in refusal(*VALID, "--report-to", "wandb")
