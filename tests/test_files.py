@@ -104,6 +104,12 @@ def test_a_full_disk_is_told_by_the_system_itself(tmp_path):
     assert one_sentence(caught.value) == f"{tmp_path / 'a.txt'}: File too large"
 
 
+def test_an_error_names_the_file_and_not_what_is_written_in_its_place(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        write_text(tmp_path / "missing" / "a.txt", "new")
+    assert one_sentence(caught.value).startswith(f"{tmp_path / 'missing' / 'a.txt'}: ")
+
+
 @pytest.mark.parametrize("place", ["folder", "file/new", "file/new/newer", "n" * 300, "a\0b"])
 def test_a_file_that_cannot_be_written_is_told_beforehand(tmp_path, place):
     (tmp_path / "folder").mkdir()

@@ -47,11 +47,15 @@ _MAX_JSON_BYTES = 2**20
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an error of the block say which file a disk had no room for; the system does not."""
+    """Let an error of the block name the file that a user knows.
+
+    The system names none where a disk has no room, and else the one that is being written.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno in DISK_FULL:
+        is_disk_full = error.filename is None and error.errno in DISK_FULL
+        if is_disk_full or error.filename == str(unfinished_path(path)):
             error.filename = str(path)
         raise
 
