@@ -1,5 +1,7 @@
 import gc
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,14 @@ def pytest_collection_modifyitems(items):
     """Run files with slow tests first: one that starts last keeps a process busy by itself."""
     first = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in first)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _lean_processes():
+    """Start processes as clip-train.sh sets up: open_clip takes seconds to import these two."""
+    lean = str(Path(__file__).parent / "support" / "lean")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [lean, os.environ.get("PYTHONPATH")]))
+    os.environ["HIDDEN_PACKAGES"] = "transformers wandb"
 
 
 @pytest.fixture(autouse=True)

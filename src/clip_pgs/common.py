@@ -10,6 +10,7 @@ import argparse
 import ast
 import atexit
 import errno
+import gc
 import logging
 import os
 import re
@@ -142,6 +143,8 @@ def run_program(main: Callable[[], int | None]) -> int:
         except OSError:
             # The next file that is opened would take its place, and what others print.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    # Python would end by looking for garbage among all modules, for a second.
+    atexit.register(gc.freeze)
     with ExitStack() as stack:
         nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         errors: Any = _Output(nowhere if sys.stderr is None else sys.stderr, is_needed=False)
