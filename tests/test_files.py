@@ -108,6 +108,10 @@ def test_an_error_names_the_file_and_not_what_is_written_in_its_place(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         write_text(tmp_path / "missing" / "a.txt", "new")
     assert one_sentence(caught.value).startswith(f"{tmp_path / 'missing' / 'a.txt'}: ")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError) as caught, atomic_folder(tmp_path / "file" / "new"):
+        pytest.fail("the folder is to be filled")
+    assert one_sentence(caught.value).startswith(f"{tmp_path / 'file' / 'new'}: ")
 
 
 @pytest.mark.parametrize("place", ["folder", "file/new", "file/new/newer", "n" * 300, "a\0b"])

@@ -116,7 +116,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     if unfinished.is_symlink():
         unfinished.unlink()
-    unfinished.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        unfinished.mkdir(parents=True, exist_ok=True)
     with folder_lock(unfinished, on_busy=refuse_second):
         try:
             # What a killed process left.

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from clip_pgs.training.export import export_run, push_to_hub
 
         folder = export_run(arguments.run, license_name=arguments.license)
-    except (ValueError, NotADirectoryError) as error:
+    except (ValueError, NotADirectoryError, PermissionError) as error:
         return refuse(error)
     except OSError as error:
         sys.stderr.write(f"error: the export cannot be written: {one_sentence(error)}\n")
