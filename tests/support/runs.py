@@ -45,7 +45,8 @@ COCA = {
     },
     "text_cfg": {**MODEL["text_cfg"], "embed_cls": True, "output_tokens": True},
     "multimodal_cfg": {
-        "context_length": 12,
+        # The least that OpenCLIP can train: the decoder never sees the last token.
+        "context_length": 11,
         "vocab_size": 49408,
         "width": 32,
         "heads": 2,

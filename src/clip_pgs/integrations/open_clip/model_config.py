@@ -128,10 +128,11 @@ def check_model_config(config: Any, *, what: str) -> None:
         if not config.get("custom_text"):
             raise ValueError(f"{what}: multimodal_cfg needs custom_text to be true")
         longest = [towers[key].get("context_length", _LENGTH) for key in _TOWERS]
-        if longest[0] > longest[1] and not towers["text_cfg"].get("hf_model_name"):
+        # The decoder predicts each token from those before it, so that it never sees the last.
+        if longest[0] - 1 > longest[1] and not towers["text_cfg"].get("hf_model_name"):
             raise ValueError(
-                f"{what}: multimodal_cfg.context_length must be at least that of text_cfg, "
-                f"{longest[0]}, got {longest[1]}"
+                f"{what}: multimodal_cfg.context_length must be at least that of text_cfg less "
+                f"one, {longest[0] - 1}, got {longest[1]}"
             )
     for key in ("vision_cfg", "text_cfg"):
         if bool(towers[key].get("output_tokens")) != ("multimodal_cfg" in towers):
