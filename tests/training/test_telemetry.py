@@ -85,8 +85,8 @@ def test_curves_against_samples_and_operations_outlive_a_resume(tmp_path):
     for first_step, epochs in ((0, (1, 2)), (8, (3,))):
         loggers = MetricLoggers(options, tmp_path, first_step=first_step)
         for epoch in epochs:
-            cost = {"steps": 4 * epoch, "samples": 32 * epoch, "flops": 9e9 * epoch, "seconds": 1}
-            values = {"loss": float(epoch)}
+            cost = {"steps": 4 * epoch, "samples": 32 * epoch, "flops": 9e18 * epoch, "seconds": 1}
+            values = {"loss": float(epoch), "epoch": epoch}
             loggers.each(methodcaller("validation", values, epoch=epoch, cost=cost))
         loggers.each(methodcaller("close"))
         with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -97,10 +97,11 @@ def test_curves_against_samples_and_operations_outlive_a_resume(tmp_path):
         tag: [(point.step, point.value) for point in events.Scalars(f"{tag}/loss")]
         for tag in ("val", "val_by_samples", "val_by_gflops")
     }
+    assert "val_by_samples/epoch" not in events.Tags()["scalars"]
     assert drawn == {
         "val": [(1, 1), (2, 2), (3, 3)],
         "val_by_samples": [(32, 1), (64, 2), (96, 3)],
-        "val_by_gflops": [(9, 1), (18, 2), (27, 3)],
+        "val_by_gflops": [(9 * 10**9, 1), (18 * 10**9, 2), (27 * 10**9, 3)],
     }
 
 

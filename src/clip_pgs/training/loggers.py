@@ -40,6 +40,7 @@ _CHATTY = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "
 
 # What a line of a validation tells of its cost.
 _COSTS = ("samples", "flops", "seconds")
+_DRAWN_FLOPS = 1e9
 
 Numbers = Mapping[str, float]
 
@@ -139,7 +140,8 @@ class TensorBoard(MetricLogger):
                 continue
             numbers = {k: v for k, v in line.items() if type(v) in (int, float)}
             # The file may have been edited; TensorBoard counts in 64 bits.
-            if all(0 <= numbers.get(name, -1) < 2**63 for name in _COSTS):
+            spent = (numbers.get("samples", -1), numbers.get("flops", -1) / _DRAWN_FLOPS)
+            if all(0 <= amount < 2**63 for amount in spent):
                 values = {k: v for k, v in numbers.items() if k not in (*_COSTS, "step")}
                 self._draw_costs(values, numbers)
 
@@ -163,9 +165,10 @@ class TensorBoard(MetricLogger):
         self._writer.close()
 
     def _draw_costs(self, values: Numbers, cost: Numbers) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(f"val_by_samples/{name}", value, int(cost["samples"]))
-            self._writer.add_scalar(f"val_by_gflops/{name}", value, int(cost["flops"] / 1e9))
+        for name in values.keys() - {"epoch"}:
+            samples, flops = int(cost["samples"]), int(cost["flops"] / _DRAWN_FLOPS)
+            self._writer.add_scalar(f"val_by_samples/{name}", values[name], samples)
+            self._writer.add_scalar(f"val_by_gflops/{name}", values[name], flops)
 
 
 class WeightsAndBiases(MetricLogger):
