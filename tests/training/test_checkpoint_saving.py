@@ -226,14 +226,21 @@ def test_older_checkpoints_are_spoken_of_where_there_are_some(tmp_path, caplog):
 
 
 def test_a_copy_that_does_not_fit_is_named_and_the_checkpoint_counts(tmp_path, caplog):
-    store = CheckpointStore(tmp_path)
+    caplog.set_level("INFO")
+    store = CheckpointStore(tmp_path, delete_previous=True)
+    store.save(content(epoch=1), "epoch_1.pt")
+    store.wait()
     # A folder in its place refuses the copy, as a full disk would.
     (tmp_path / "epoch_latest.pt").mkdir()
-    store.save(content(epoch=1), "epoch_1.pt", "epoch_latest.pt")
+    store.save(content(epoch=2), "epoch_2.pt", "epoch_latest.pt")
     assert store.close()
-    assert load_checkpoint(tmp_path / "epoch_1.pt")["epoch"] == 1
-    assert "epoch_latest.pt (epoch 1, step 0) was not saved: " in caplog.text
-    assert caplog.messages[0].endswith("; epoch_1.pt, which has the same, was")
+    assert load_checkpoint(tmp_path / "epoch_2.pt")["epoch"] == 2
+    _, said, saved = caplog.messages
+    assert said.startswith("epoch_latest.pt (epoch 2, step 0) was not saved: ")
+    assert said.endswith("; epoch_2.pt, which has the same, was")
+    assert saved.startswith("Saved epoch_2.pt (epoch 2, step 0)")
+    # Else there would be room for none of those to come.
+    assert not (tmp_path / "epoch_1.pt").exists()
 
 
 def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path):

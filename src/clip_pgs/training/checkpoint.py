@@ -288,7 +288,8 @@ class CheckpointStore:
             elif any(path.name != name for path in self._folder.glob("*.pt")):
                 rest = "; older checkpoints are untouched"
             _logger.error("%s %s was not saved: %s%s", name, place, trouble, rest)
-            return is_saved
+        if not is_saved:
+            return False
         _logger.info(
             "Saved %s %s: held the run for %.3f s, written in %.3f s",
             names[0],
