@@ -69,12 +69,24 @@ def test_an_entry_of_another_module_is_found_by_its_import_path(registry, tmp_pa
             registry.get(name)
 
 
-def test_code_of_ones_own_is_found_in_the_working_directory(tmp_path, monkeypatch):
-    (tmp_path / "my_lonely_pets.py").write_text("1")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
-    assert len(own_code("my_lonely_pets")) == 12
-    del sys.modules["my_lonely_pets"]
+@pytest.mark.parametrize("module", ["my_lonely_pets", "my_shared.pets"])
+def test_code_of_ones_own_is_found_in_the_working_directory(
+    registry, tmp_path, monkeypatch, module
+):
+    # Several packages may share a folder's name, as those of google do.
+    (tmp_path / "installed" / "my_shared").mkdir(parents=True)
+    path = tmp_path / "here" / f"{module.replace('.', '/')}.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("1")
+    monkeypatch.chdir(tmp_path / "here")
+    places = [place for place in sys.path if place]
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "installed"), *places])
+    with pytest.raises(ValueError, match=rf"no attribute 'Cow' \({path}\)"):
+        registry.get(f"{module}:Cow")
+    assert len(own_code(module)) == 12
+    del sys.modules[module]
+    # As where a loader of plugins keeps it to itself.
+    assert own_code(module) == ""
 
 
 def test_a_module_of_another_file_than_was_meant_is_named(registry):

@@ -142,17 +142,19 @@ def _import_own(module_name: str) -> Any:
     would run files of those names in a folder that somebody else has filled.
     """
     top = module_name.partition(".")[0]
-    # Of what is imported, such as a notebook's own module, there may be no spec to find.
-    if top not in sys.modules and importlib.util.find_spec(top) is None and "" not in sys.path:
+    # Of what is imported, such as a notebook's own module, there may be no spec to find; folders of
+    # one name, as several packages have them, are one package without an origin.
+    spec = None if top in sys.modules else importlib.util.find_spec(top)
+    if top not in sys.modules and getattr(spec, "origin", None) is None and "" not in sys.path:
         sys.path.append("")
     return importlib.import_module(module_name)
 
 
 def own_code(module_name: str) -> str:
-    """Return a digest of the file of a module outside this package, "" of one within."""
+    """Return a digest of the file of an imported module outside this package, "" of one within."""
     if module_name.partition(".")[0] == __name__.partition(".")[0]:
         return ""
-    path = getattr(_import_own(module_name), "__file__", None)
+    path = getattr(sys.modules.get(module_name), "__file__", None)
     # As where a notebook defines it.
     return "" if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
