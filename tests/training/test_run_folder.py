@@ -207,11 +207,17 @@ def test_weights_that_were_trained_on_other_images_are_told(finished_run, tmp_pa
     config = next(finished_run.parent.parent.rglob("tiny.json"))
     argv = ["--model-config", str(config), *SYNTHETIC, "--pretrained"]
     for source in (finished_run, finished_run / "checkpoints" / "epoch_2.pt"):
-        assert option_warnings(parse_options([*argv, str(source)])) == []
+        for same in ([], ["--force-image-size", "32", "32"]):
+            assert option_warnings(parse_options([*argv, str(source), *same])) == []
         other = ["--force-quick-gelu", "--image-std", "0.5", "0.5", "0.5"]
         (warning,) = option_warnings(parse_options([*argv, str(source), *other]))
         assert warning.startswith(f"--pretrained {source} was trained with other settings: ")
         assert "quick_gelu False -> True, image_std [0.2" in warning
+    # An export brings weights of its own.
+    argv[:2] = ["--model", f"local-dir:{finished_run / 'export'}"]
+    (warning,) = option_warnings(parse_options([*argv, str(source), *other]))
+    assert warning.startswith("--pretrained has no effect on local-dir:")
+    argv[:2] = ["--model-config", str(config)]
     weights = tmp_path / "weights.pt"
     torch.save({"state_dict": {}}, weights)
     assert option_warnings(parse_options([*argv, str(weights)])) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from open_clip.transform import PreprocessCfg
 from clip_pgs.checkpoint_reading import find_checkpoint, read_checkpoint
 from clip_pgs.data.build import dataset_kind
 from clip_pgs.data.shards import expand_shards, is_seekable
-from clip_pgs.files import MODEL_CONFIG_NAME, read_json_object
 from clip_pgs.masking import create_masking
 from clip_pgs.masking.strategy import keeps_different_counts
 from clip_pgs.training.build import context_length, image_size, read_model_config
@@ -183,8 +182,8 @@ def _resume_warnings(options: TrainOptions) -> list[str]:
 def _weight_warnings(options: TrainOptions) -> list[str]:
     """Return a sentence where weights of this trainer saw images, or were activated, otherwise."""
     source = options.pretrained
-    # What a model of the Hub or an autoencoder sees stands elsewhere.
-    is_elsewhere = options.mae is not None or options.model.startswith("hf-hub:")
+    # What an autoencoder sees stands elsewhere; a folder and the Hub bring weights of their own.
+    is_elsewhere = options.mae is not None or options.model.startswith(MODEL_SCHEMAS)
     if source is None or is_elsewhere or not Path(source).exists():
         return []
     try:
@@ -193,15 +192,11 @@ def _weight_warnings(options: TrainOptions) -> list[str]:
     # That it cannot be read is told by who reads it; other trainers' files do not tell.
     except (ValueError, LookupError, TypeError, AttributeError):
         return []
-    folder = Path(options.model.removeprefix("local-dir:"), MODEL_CONFIG_NAME)
-    has_folder = options.model.startswith("local-dir:")
-    own = read_json_object(folder, what=str(folder)) if has_folder else {}
-    config = {"model_cfg": read_model_config(options), "preprocess_cfg": own.get("preprocess_cfg")}
-    now = _seen_images(config)
+    now = _seen_images({"model_cfg": read_model_config(options)})
     if options.force_quick_gelu:
         now["quick_gelu"] = True
     if (size := image_size(options)) is not None:
-        now["image_size"] = size
+        now["image_size"] = _one_side(size)
     for name in ("image_mean", "image_std", "image_interpolation", "image_resize_mode"):
         now[name] = getattr(options, name) or now[name]
     changes = changed_values(trained, now)
@@ -217,9 +212,14 @@ def _seen_images(config: Mapping[str, Any]) -> dict[str, Any]:
     names = ("mean", "std", "interpolation", "resize_mode")
     return {
         "quick_gelu": bool(model.get("quick_gelu")),
-        "image_size": model["vision_cfg"].get("image_size", 224),
+        "image_size": _one_side(model["vision_cfg"].get("image_size", 224)),
         **{f"image_{name}": preprocess.get(name, getattr(usual, name)) for name in names},
     }
+
+
+def _one_side(size: int | Sequence[int]) -> int | Sequence[int]:
+    """Return the side of a square that is told by both of its sides."""
+    return size[0] if isinstance(size, (list, tuple)) and len(set(size)) == 1 else size
 
 
 def _differing_source(options: TrainOptions, source: str) -> list[str]:
