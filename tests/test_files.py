@@ -3,10 +3,12 @@
 import errno
 import os
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from clip_pgs import files
 from clip_pgs.common import one_sentence, refusal_code
 from clip_pgs.files import atomic_file, atomic_folder, check_writable, read_json_lines, write_text
 from support.disk import files_limited_to
@@ -147,6 +149,21 @@ def test_a_folder_that_another_process_is_about_to_write_is_refused_and_left(tmp
         with pytest.raises(ValueError, match=said), atomic_folder(place):
             pass
     assert [path.name for path in place.iterdir()] == ["one"]
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_folder_begun_once_the_one_before_has_its_place_is_left(tmp_path, monkeypatch):
+    with ExitStack() as second:
+
+        def begin(_):
+            monkeypatch.undo()
+            (second.enter_context(atomic_folder(tmp_path / "new")) / "two").write_text("2")
+
+        monkeypatch.setattr(files, "sync", begin)
+        with atomic_folder(tmp_path / "new") as unfinished:
+            (unfinished / "one").write_text("1")
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["one"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["two"]
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 

@@ -131,9 +131,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 os.replace(path, replaced)
             os.replace(unfinished, path)
             sync(path.parent)
+        except BaseException:
+            # Once it has its place, another process may begin one of that name.
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
         finally:
-            for folder in (unfinished, replaced):
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
