@@ -119,6 +119,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     with naming(path):
         unfinished.mkdir(parents=True, exist_ok=True)
     with folder_lock(unfinished, on_busy=refuse_second):
+        if not unfinished.is_dir():
+            # The one before took its place meanwhile.
+            refuse_second()
         try:
             # What a killed process left.
             for leftover in (*unfinished.iterdir(), replaced):

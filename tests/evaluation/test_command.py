@@ -118,7 +118,9 @@ def test_checkpoint_without_a_run_goes_to_eval_results(run, options):
     assert Path("eval_results/lone/results.csv").is_file()
 
 
-def test_results_of_another_model_of_the_name_stay_unless_they_are_to_go(run, options, capsys):
+def test_results_of_another_model_of_the_name_stay_unless_they_are_to_go(
+    run, options, capsys, monkeypatch
+):
     arguments = ["--model", "tiny-eval-vit", "--suite", "zeroshot-retrieval", *options]
     for place in ("a", "b"):
         Path(place).mkdir()
@@ -134,10 +136,15 @@ def test_results_of_another_model_of_the_name_stay_unless_they_are_to_go(run, op
     capsys.readouterr()
     assert main(["a/lone.pt", *arguments]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: eval_results/lone holds results of b/lone.pt; name another")
+    assert said.startswith(f"error: eval_results/lone holds results of {Path.cwd()}/b/lone.pt; na")
     assert Path("eval_results/lone/results.csv").read_bytes() == before
     assert main(["a/lone.pt", *arguments, "--force"]) == 0
     assert Path("eval_results/lone/results.csv").read_bytes() != before
+    # One of the same name in another folder.
+    arguments += ["--output", str(Path.cwd() / "out")]
+    for place, code in (("a", 0), ("../b", 2)):
+        monkeypatch.chdir(place)
+        assert main(["lone.pt", *arguments]) == code
 
 
 def test_a_call_that_waited_keeps_the_results_of_the_one_before(run, options, capsys, caplog):
@@ -163,7 +170,7 @@ def test_a_call_that_waited_keeps_the_results_of_the_one_before(run, options, ca
     assert main(["b.pt", *arguments, "--output", "out"]) == 2
     other.join()
     assert "waiting for another process, which evaluates into out" in caplog.text
-    assert "out holds results of a.pt; name another folder" in capsys.readouterr().err
+    assert f"out holds results of {Path.cwd()}/a.pt; name another" in capsys.readouterr().err
     assert Path("out/results.csv").read_bytes() == Path("of_a/results.csv").read_bytes()
 
 

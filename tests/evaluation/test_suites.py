@@ -257,8 +257,35 @@ def test_a_number_outlives_a_server_that_fails_and_one_that_tells_nothing_redoes
     served.faults.clear()
     assert (score(), kept(tmp_path, "status")) == (1, "done")
     assert (score(), kept(tmp_path, "status")) == (2, "done")
-    served.has_head = False
+    served.head_fault = 405
     assert (score(), kept(tmp_path, "status")) == (0, "done")
+
+
+@pytest.mark.parametrize("fault", [429, 503])
+def test_a_server_without_time_for_a_question_takes_no_number_away(score, served, tmp_path, fault):
+    assert (score(), kept(tmp_path, "status")) == (0, "done")
+    served.head_fault = fault
+    score()
+    assert kept(tmp_path, "status") == "done"
+    served.head_fault = None
+    assert score() == 2
+    # It fails when the set is read, after it was found and compared.
+    os.utime(served.folder / "pairs/test/0.tar", (1, 1))
+    faults = served.faults["/pairs/dataset_type.txt"] = [None, None, fault]
+    assert score() == 1
+    assert faults == []
+    assert json.loads((tmp_path / "out/zeroshot_retrieval_pairs.json").read_text())["samples"] > 0
+
+
+def test_a_set_is_not_scored_as_one_of_a_type_that_was_guessed(dataset_list, served):
+    served.faults["/pairs/dataset_type.txt"] = 503
+    with pytest.raises(
+        ValueError, match=r"type of pairs is unknown, .* like 'zeroshot-retrieval: "
+    ):
+        load_suite(datasets=str(dataset_list), data_root=served.root)
+    dataset_list.write_text("zeroshot-retrieval: pairs\n")
+    (pairs,) = load_suite(datasets=str(dataset_list), data_root=served.root)
+    assert pairs.suite == "zeroshot-retrieval"
 
 
 def test_a_password_in_the_address_is_refused_and_not_repeated(dataset_list):
@@ -269,23 +296,28 @@ def test_a_password_in_the_address_is_refused_and_not_repeated(dataset_list):
 
 
 class Served(http.server.ThreadingHTTPServer):
-    """A server of a folder, and `faults`: how it answers what is asked for at a path."""
+    """A server of a folder, and `faults`: how it answers what is asked for at a path.
+
+    A list of them is taken one by one; `head_fault` is how it answers who asks what there is.
+    """
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-        self.folder, self.faults, self.has_head = folder, {}, True
+        self.folder, self.faults, self.head_fault = folder, {}, None
         self.root = f"http://127.0.0.1:{self.server_port}/{{dataset_cleaned}}"
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
     def do_HEAD(self):
-        if self.server.has_head:
+        if self.server.head_fault is None:
             super().do_HEAD()
         else:
-            self.send_error(405)
+            self.send_error(self.server.head_fault)
 
     def do_GET(self):
         fault = self.server.faults.get(self.path)
+        if isinstance(fault, list):
+            fault = fault.pop(0) if fault else None
         if fault is None:
             super().do_GET()
         elif isinstance(fault, int):

@@ -435,7 +435,8 @@ def _keep_others(output: Path, loaded: LoadedModel) -> None:
     """Refuse a folder with results of a model from another place; a run's own are its newest."""
     from clip_pgs.evaluation.models import weights_digest
 
-    others = [result for result in read_results(output) if result.pretrained != loaded.source]
+    done = [result for result in read_results(output) if result.status == DONE]
+    others = [result for result in done if result.pretrained != loaded.source]
     if not others:
         return
     digest = weights_digest(loaded.model)

@@ -223,7 +223,7 @@ def server_versions(location: str, file_names: Iterable[str]) -> list[list[str |
             other is asked for.
 
     Raises:
-        ServerError: If it cannot be reached.
+        ServerError: If it cannot be reached, or has no time for it now.
     """
     import requests
 
@@ -232,6 +232,8 @@ def server_versions(location: str, file_names: Iterable[str]) -> list[list[str |
         for file_name in file_names:
             url = _url_of(location, file_name)
             answer = session.head(url, timeout=_HUB_TIMEOUT_S, allow_redirects=True)
+            if answer.status_code == 429 or answer.status_code >= 500:
+                answer.raise_for_status()
             if not answer.ok:
                 break
             headers = answer.headers
@@ -272,11 +274,14 @@ def declared_type(location: str, *, is_there: bool = False) -> str | None:
     Raises:
         DamagedDataError: If it declares something else, or may not be read.
         OSError: If a data set that is there cannot be read.
+        ServerError: If its server does not say whether it declares one.
     """
     try:
         declared = read_metadata(location, "dataset_type.txt")
     except PermissionError as error:
         raise DamagedDataError(one_sentence(error)) from error
+    except ServerError:
+        raise
     except OSError:
         if is_there:
             raise

@@ -172,6 +172,8 @@ def _resolve(
     path = Path(source.removeprefix("local-dir:"))
     # os.path: a name that is too long is that of none.
     if os.path.isfile(path):
+        # Results may be looked at from another folder, and hold files of one name apart.
+        source = os.path.abspath(path)
         checkpoint = _read(path)
         recorded = checkpoint.config if isinstance(checkpoint.config, dict) else {}
         if is_mae_config(recorded.get("model_cfg")) and model is None and model_config is None:

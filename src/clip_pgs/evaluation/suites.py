@@ -30,6 +30,7 @@ from clip_pgs.evaluation.datasets import (
     PAIRS_TYPE,
     DamagedDataError,
     EvalSet,
+    ServerError,
     clean_name,
     declared_type,
     equal_names,
@@ -525,10 +526,19 @@ def _type_of(line: ListLine, data_root: str) -> str:
     if is_caption_pairs(line.name):
         return PAIRS_TYPE
     name, location = locate(line.name, data_root)
-    # What is wrong with a set is told when its turn comes.
-    with contextlib.suppress(DamagedDataError):
+    try:
         if (declared := declared_type(location)) is not None:
             return declared
+    # What is wrong with a set is told when its turn comes.
+    except DamagedDataError:
+        pass
+    except ServerError as error:
+        # A guess would score it as another set.
+        if line.suite is None:
+            raise ValueError(
+                f"the type of {name} is unknown, and its line has no mark like "
+                f"'zeroshot-retrieval: {line.name}': {error}"
+            ) from error
     # One that is not there is reported under the suite of its mark, or that its name suggests.
     by_name = "retrieval" if name in _RETRIEVAL_NAMES else "classification"
     fits = DATA_TYPES if line.suite is None else get_suite(line.suite).types

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,6 +63,17 @@ def test_later_result_replaces_an_earlier_one_of_the_same_weights_and_says_so(tm
     assert [result.metrics for result in run.results] == [{"acc1": 0.2}]
     assert f"{tmp_path / 'old'} has other scores of demo on shape" in caplog.text
     assert "those of 2026-02-01 count" in caplog.text
+
+
+def test_a_table_has_no_other_scores_than_the_files_it_was_made_from(tmp_path, caplog):
+    results = [make_result("shape", metrics={"acc1": 0.1, "acc5": None})]
+    save_results(tmp_path / "files", results)
+    write_csv(results, tmp_path / "results.csv")
+    gather_runs([tmp_path / "files", tmp_path / "results.csv"])
+    assert caplog.text == ""
+    write_csv([replace(results[0], metrics={"acc1": 0.2})], tmp_path / "results.csv")
+    gather_runs([tmp_path / "files", tmp_path / "results.csv"])
+    assert f"{tmp_path / 'results.csv'} has other scores of demo on shape" in caplog.text
 
 
 def test_what_is_done_counts_before_a_later_try_that_failed(tmp_path, caplog):

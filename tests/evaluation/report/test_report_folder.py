@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from clip_pgs import plots
 from clip_pgs.evaluation.__main__ import main
 from clip_pgs.evaluation.report.command import write_report
+from clip_pgs.files import folder_lock
 from support.disk import files_limited_to
 from support.reports import make_result, save_results, save_run
 
@@ -45,6 +47,23 @@ def test_figures_that_a_second_report_does_not_show_are_removed(folder, fewer):
     stem = "zeroshot-classification_other"
     assert names(folder / "figures") == {f"{stem}.png", f"{stem}.svg"}
     assert names(folder) == {"report.html", "report.md", "results.csv", "figures"}
+
+
+def test_two_reports_into_one_folder_come_one_after_the_other(folder, fewer, monkeypatch):
+    write_figures = plots.write_figures
+
+    def write(*args):
+        with pytest.raises(ValueError, match="busy"), folder_lock(folder, on_busy=refuse):
+            pass
+        write_figures(*args)
+
+    def refuse():
+        raise ValueError("busy")
+
+    monkeypatch.setattr(plots, "write_figures", write)
+    write_report([fewer], folder)
+    with folder_lock(folder, on_busy=refuse):
+        pass
 
 
 def test_files_of_others_stay(folder, fewer):

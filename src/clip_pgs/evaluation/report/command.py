@@ -17,7 +17,7 @@ from clip_pgs.evaluation.report.gather import Model, Run, gather_runs, group_by_
 from clip_pgs.evaluation.report.published import Paper, read_paper
 from clip_pgs.evaluation.report.scores import AXES, Axis, Entry, Family
 from clip_pgs.evaluation.results import CSV_NAME, DONE, is_table
-from clip_pgs.files import write_text
+from clip_pgs.files import folder_lock, write_text
 from clip_pgs.tables import counted, markdown_text, percent, plain
 
 MARKDOWN_NAME, HTML_NAME, FIGURES_NAME = "report.md", "report.html", "figures"
@@ -137,13 +137,16 @@ def write_report(results: Sequence[str | Path], output: str | Path = "report") -
     names = (MARKDOWN_NAME, HTML_NAME)
     markdown, page = (templates.get_template(f"{n}.jinja").render(report=content) for n in names)
 
-    for path in (folder / FIGURES_NAME).glob("*"):
-        if path.stem not in [figure.name for figure in drawn] and figures.is_own_figure(path):
-            path.unlink()
-    plots.write_figures(drawn, folder / FIGURES_NAME)
-    write_text(folder / CSV_NAME, results_table.scores_csv(models, families, paper))
-    write_text(folder / MARKDOWN_NAME, re.sub(r"\n{3,}", "\n\n", markdown).rstrip() + "\n")
-    write_text(folder / HTML_NAME, page)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Evaluations that end at one time report one after the other.
+    with folder_lock(folder, on_busy=lambda: None):
+        for path in (folder / FIGURES_NAME).glob("*"):
+            if path.stem not in [figure.name for figure in drawn] and figures.is_own_figure(path):
+                path.unlink()
+        plots.write_figures(drawn, folder / FIGURES_NAME)
+        write_text(folder / CSV_NAME, results_table.scores_csv(models, families, paper))
+        write_text(folder / MARKDOWN_NAME, re.sub(r"\n{3,}", "\n\n", markdown).rstrip() + "\n")
+        write_text(folder / HTML_NAME, page)
     return folder
 
 

@@ -206,8 +206,9 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
                 earlier = by_set.get(key, result)
                 # What is done counts, also where a later try failed; then the later.
                 by_set[key] = max(result, earlier, key=lambda r: (r.status == DONE, r.date))
-                if earlier.status == result.status == DONE and earlier.metrics != result.metrics:
-                    said = (str(place), result.model, result.dataset, result.suite)
+                if earlier.status == result.status == DONE and _scores(earlier) != _scores(result):
+                    where = source if Path(source).is_file() else place
+                    said = (str(where), result.model, result.dataset, result.suite)
                     logger.warning(
                         "%s has other scores of %s on %s (%s) than a source before it; those of %s "
                         "count",
@@ -234,6 +235,11 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
         masks = b"" if run is None else _read_masks(run / MASKS_NAME)
         runs.append(Run(name, tuple(by_set.values()), training, epochs, measured, masks))
     return runs
+
+
+def _scores(result: Result) -> dict[str, float | None]:
+    """Return the metrics that have a value: a table has none of the others."""
+    return {name: value for name, value in result.metrics.items() if value is not None}
 
 
 def _tell_other_sizes(models: Iterable[Mapping[tuple[str, str], Result]]) -> None:
