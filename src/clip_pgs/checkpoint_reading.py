@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clip_pgs.common import explained
-from clip_pgs.files import CHECKPOINTS_NAME, absence
+from clip_pgs.files import CHECKPOINTS_NAME, EXPORT_NAME, WEIGHTS_NAME, absence
 
 LATEST_NAME = "latest"
 MOST_RECENT_NAME = "epoch_latest.pt"
@@ -235,6 +235,24 @@ def find_checkpoint(path: Path | str) -> Path:
     if newest is None:
         raise ValueError(f"{str(path)!r} is a folder that holds no checkpoint")
     return newest
+
+
+def find_weights(path: Path | str) -> Path:
+    """Return the file of weights that a user means: as `find_checkpoint`, else that of an export.
+
+    Args:
+        path: A file, the folder of a run, of its checkpoints, or of an export.
+
+    Raises:
+        ValueError: If it is a folder without any.
+    """
+    try:
+        return find_checkpoint(path)
+    except ValueError:
+        for folder in (Path(path), Path(path, EXPORT_NAME)):
+            if (folder / WEIGHTS_NAME).is_file():
+                return folder / WEIGHTS_NAME
+        raise
 
 
 def fit_weights(given: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -128,6 +128,7 @@ def save_run_files(run: Path, model: torch.nn.Module) -> None:
     save_file(state_dict, export / "open_clip_model.safetensors")
     (run / "checkpoints").mkdir(exist_ok=True)
     torch.save({"epoch": 1, "state_dict": state_dict}, run / "checkpoints/epoch_1.pt")
+    (run / "checkpoints/latest").write_text("epoch_1.pt\n")
 
 
 @pytest.fixture

@@ -43,8 +43,9 @@ def test_a_run_that_trained_on_since_its_export_is_told(run, caplog):
     load_model(run)
     assert caplog.messages == []
     path = run / "checkpoints/epoch_2.pt"
+    (run / "checkpoints/latest").write_text("epoch_2.pt\n")
     content = torch.load(run / "checkpoints/epoch_1.pt", weights_only=True)
-    # The same weights: the times of copies tell nothing.
+    # The same weights.
     torch.save({**content, "epoch": 2}, path)
     load_model(run)
     assert caplog.messages == []
@@ -56,8 +57,13 @@ def test_a_run_that_trained_on_since_its_export_is_told(run, caplog):
         assert f"{path} is newer" in sentence
         assert f"clip-pgs export {run}" in sentence
         caplog.clear()
-    # As if it were exported again.
-    (run / "export/open_clip_model.safetensors").touch()
+    # As where the folder was copied: times tell nothing.
+    weights = run / "export/open_clip_model.safetensors"
+    weights.touch()
+    load_model(run)
+    assert f"{path} is newer" in caplog.text
+    caplog.clear()
+    save_file(content["state_dict"], weights)
     load_model(run)
     assert caplog.messages == []
 

@@ -235,6 +235,11 @@ def test_what_lies_in_a_models_folder_is_compared_but_for_its_weights(tmp_path):
     (folder / "open_clip_model.safetensors").write_text("Others.")
     saved, _ = read_options_file(tmp_path)
     assert changed_options(options, saved) == []
+    # Wherever it lies.
+    folder = folder.rename(tmp_path / "moved")
+    options = parse_options(["--model", f"local-dir:{folder}", *SYNTHETIC])
+    assert changed_options(options, saved) == []
+    assert changed_options(parse_options(["--model", "ViT-B-32", *SYNTHETIC]), saved) != []
     (folder / "vocab.json").write_text('{"a": 1}')
     (folder / "merges.txt").unlink()
     (folder / "added_tokens.json").write_text("[]")
@@ -245,6 +250,65 @@ def test_what_lies_in_a_models_folder_is_compared_but_for_its_weights(tmp_path):
         ("added_tokens.json:", "new"),
         ("vocab.json:", "new"),
     ]
+
+
+def test_files_are_the_same_by_what_they_hold_and_weights_by_their_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("else").mkdir()
+    words, other = (
+        WordFrequencies({"a": n}, num_words=n, num_captions=9, min_count=1) for n in (2, 3)
+    )
+    for path, content in (("words.json", words), ("else/words.json", words), ("other.json", other)):
+        write_word_frequencies(content, Path(path))
+
+    def options(frequencies, weights):
+        text = [
+            "--text-masking",
+            "frequency",
+            "--text-masking-option",
+            f"frequencies={frequencies}",
+        ]
+        return parse_options([*VALID, *text, "--pretrained", weights])
+
+    save_options(options("words.json", "pre.pt"), tmp_path)
+    saved, _ = read_options_file(tmp_path)
+    assert changed_options(options("else/words.json", "./else/pre.pt"), saved) == []
+    (gone, new) = changed_options(options("other.json", "pre.pt"), saved)
+    assert gone.startswith("text_masking_option frequencies: ")
+    assert new.startswith("text_masking_option frequencies: ")
+    assert changed_options(options("words.json", "openai"), saved) == [
+        "pretrained 'pre.pt' -> 'openai'"
+    ]
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(tmp_path, finished_run):
+    config = next(finished_run.parent.parent.rglob("tiny.json"))
+    folder = shutil.copytree(finished_run, tmp_path / "logs" / "run")
+    weights = shutil.copy(folder / "checkpoints" / "epoch_1.pt", tmp_path / "start.pt")
+    argv = ["--model-config", str(config), *SYNTHETIC, "--logs", str(tmp_path / "logs")]
+    argv += ["--pretrained", str(weights), "--accept-changes", "--epochs", "3", "--name"]
+    check_options(parse_options([*argv, "run", "--resume", "latest"]))
+    Path(weights).unlink()
+    check_options(parse_options([*argv, "run", "--resume", "latest"]))
+    # Not one that begins.
+    for other in (["other"], ["other", "--resume", "latest"]):
+        with pytest.raises(ValueError, match=r"start\.pt' is neither a file nor a tag"):
+            check_options(parse_options([*argv, *other]))
+
+
+def test_weights_of_a_run_are_those_of_its_export_where_nothing_else_is_left(
+    tmp_path, finished_run
+):
+    config = next(finished_run.parent.parent.rglob("tiny.json"))
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    # As a study leaves it.
+    shutil.rmtree(folder / "checkpoints")
+    argv = ["--model-config", str(config), *SYNTHETIC, "--pretrained"]
+    for source in (folder, folder / "export"):
+        check_options(parse_options([*argv, str(source)]))
+    (folder / "export" / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        check_options(parse_options([*argv, str(folder)]))
 
 
 def test_a_model_of_the_hub_that_became_another_is_named(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from clip_pgs.checkpoint_reading import (
     check_sum,
     find_non_finite,
     fit_weights,
+    named_latest,
     newest_checkpoint,
     read_checkpoint,
 )
@@ -260,20 +261,10 @@ def _warn_of_later_training(run: Path, exported: nn.Module) -> None:
         run: The run's folder.
         exported: The model of its export.
     """
-    export = run / EXPORT_NAME
-    # A run that trains may remove a checkpoint meanwhile.
-    with suppress(OSError):
-        exported_at = max(path.stat().st_mtime for path in _weight_files(export))
-        later = [
-            path
-            for path in (run / CHECKPOINTS_NAME).glob("*.pt")
-            if path.stat().st_mtime > exported_at
-        ]
-        newest = None
-        if later:
-            newest = newest_checkpoint(run / CHECKPOINTS_NAME, on_damage=lambda path, error: None)
-        # Copies of the two have any times.
-        if newest in later and not _holds_weights(newest, exported):
+    export, newest = run / EXPORT_NAME, named_latest(run / CHECKPOINTS_NAME)
+    # A run that trains may remove a checkpoint meanwhile. Of copies no time tells which is later.
+    with suppress(OSError, ValueError):
+        if newest is not None and newest.is_file() and not _holds_weights(newest, exported):
             logger.warning(
                 "%s has trained on since it was exported: %s is evaluated, and %s is newer; "
                 "`clip-pgs export %s` exports it",
@@ -282,10 +273,7 @@ def _warn_of_later_training(run: Path, exported: nn.Module) -> None:
 
 
 def _holds_weights(checkpoint: Path, model: nn.Module) -> bool:
-    try:
-        given = fit_weights(_read_weights(str(checkpoint)), model)
-    except ValueError:
-        return False
+    given = fit_weights(_read_weights(str(checkpoint)), model)
     own = model.state_dict()
     return all(torch.equal(tensor.to(own[name]), own[name]) for name, tensor in given.items())
 

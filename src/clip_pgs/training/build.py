@@ -21,13 +21,14 @@ from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 from torch import Tensor, nn
 
 from clip_pgs.checkpoint_reading import (
-    find_checkpoint,
+    RUN_FILE,
     find_non_finite,
+    find_weights,
     fit_weights,
     load_checkpoint,
 )
 from clip_pgs.common import explained
-from clip_pgs.files import MODEL_CONFIG_NAME, read_json_object
+from clip_pgs.files import CHECKPOINTS_NAME, MODEL_CONFIG_NAME, read_json_object
 from clip_pgs.integrations.open_clip import (
     CaptionTrimmer,
     allow_short_text,
@@ -178,9 +179,9 @@ def create_model(options: TrainOptions, device: torch.device) -> tuple[Any, Call
             autoencoder = MaeModel(_mae_record(options))
         train_transform = autoencoder.transform(is_train=True, aug_cfg=dict(options.aug_cfg))
         return autoencoder, train_transform, autoencoder.transform(is_train=False)
-    pretrained = options.pretrained
+    pretrained = first_weights(options)
     if pretrained and Path(pretrained).is_dir():
-        pretrained = str(find_checkpoint(pretrained))
+        pretrained = str(find_weights(pretrained))
     on_meta = device if device.type == "meta" else contextlib.nullcontext()
     is_random = contextlib.nullcontext() if pretrained else random_weights()
     with weights_read_by(_read_weights, _explain_misfit), on_meta, is_random, no_foreign_code():
@@ -217,6 +218,23 @@ def create_model(options: TrainOptions, device: torch.device) -> tuple[Any, Call
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
     return model, train_transform, val_transform
+
+
+def first_weights(options: TrainOptions) -> str | None:
+    """Return the tag, file or folder that `--pretrained` names.
+
+    None also where nothing is there any more and the run goes on from a checkpoint of its own: a
+    job that is queued again must not need what was cleared away meanwhile.
+    """
+    named = options.pretrained
+    if named is None or Path(named).exists() or options.resume is None:
+        return named
+    if open_clip.get_pretrained_cfg(options.model, named):
+        return named
+    files = Path(options.logs, options.name or "", CHECKPOINTS_NAME).glob("*.pt")
+    if options.resume == "latest" and not any(RUN_FILE.fullmatch(path.name) for path in files):
+        return named
+    return None
 
 
 def _read_weights(path: str) -> dict[str, Tensor]:

@@ -53,6 +53,7 @@ from clip_pgs.training.build import (
     build_optimizer,
     context_length,
     create_model,
+    first_weights,
     image_size,
     input_size,
     make_tokenizer,
@@ -197,18 +198,18 @@ def _check_model(options: TrainOptions) -> tuple[nn.Module, torch.optim.Optimize
         )
         if not is_text_of_hub:
             check_model_runs(model, name=name, context_length=context_length(options))
-    is_tag = open_clip.get_pretrained_cfg(name, options.pretrained)
-    if options.pretrained and not (brings_weights or is_tag or Path(options.pretrained).exists()):
+    pretrained = first_weights(options)
+    is_tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if pretrained and not (brings_weights or is_tag or Path(pretrained).exists()):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise ValueError(
-            f"--pretrained {options.pretrained!r} is neither a file nor a tag of {name} "
-            f"(tags: {tags})"
+            f"--pretrained {pretrained!r} is neither a file nor a tag of {name} (tags: {tags})"
         )
     _check_batch(options)
     _check_augmentation(options)
     # On the device "meta" transformers makes no model with its weights, and open_clip freezes no
     # BatchNorm.
-    needs_memory = (is_text_of_hub and not (options.pretrained or brings_weights)) or (
+    needs_memory = (is_text_of_hub and not (pretrained or brings_weights)) or (
         options.lock_image and options.lock_image_freeze_bn_stats
     )
     return _try_model(options, torch.device("cpu" if needs_memory else "meta"))
@@ -237,7 +238,8 @@ def _try_model(
     """Make the model with everything that has to be read or fetched for it."""
     # What libraries say of a model that is only tried, they say again in the run.
     with silenced(logging.CRITICAL):
-        weights = f" with --pretrained {options.pretrained}" if options.pretrained else ""
+        pretrained = first_weights(options)
+        weights = f" with --pretrained {pretrained}" if pretrained else ""
         with explained(f"open_clip cannot make {options.model}{weights}", *MISFITS, OSError):
             model, _, _ = create_model(options, device)
         make_tokenizer(options)

@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +32,7 @@ from clip_pgs.files import (
     ENVIRONMENT_NAME,
     LOG_NAME,
     MAX_RUN_FILE_BYTES,
+    MODEL_CONFIG_NAME,
     OPTIONS_NAME,
     PARAMS_NAME,
     read_json_object,
@@ -123,7 +124,7 @@ def follow_restart(options: TrainOptions) -> None:
     Args:
         options: `name` and `resume` are set where a launcher restarted this run.
     """
-    kinds = [kind for kind, name in _RESTARTS.items() if int(os.environ.get(name, "0")) > 0]
+    kinds = [kind for kind, name in _RESTARTS.items() if int(os.environ.get(name) or "0") > 0]
     if not kinds or not keeps_logs(options):
         return
     name_file = _launch_name_file()
@@ -286,22 +287,48 @@ def changed_options(
         files: The training data, file by file: its name, without the folder, comes first; None
             leaves the data out.
     """
-    changes = _changes(options, saved, names_of(IDENTITY))
     contents, kept = named_contents(options), saved.get(_CONTENTS)
+    lists = (contents, kept if isinstance(kept, list) else [])
+    told, told_before = ({str(each).rpartition(": ")[0] for each in some} for some in lists)
+    now = {name: getattr(options, name) for name in names_of(IDENTITY)}
+    before, now = (_without_places(values, told & told_before) for values in (saved, now))
+    changes = changed_values(before, now)
     if isinstance(kept, list) and not any(str(each).startswith(_CODE) for each in kept):
         # A run of before, which did not keep it.
         contents = [each for each in contents if not each.startswith(_CODE)]
-    now = {_CONTENTS: contents, _FILES: files}
-    for key, what in ((_CONTENTS, ""), (_FILES, "train_data ")):
+    for key, what, after in ((_CONTENTS, "", contents), (_FILES, "train_data ", files)):
         # A run of before has none, as one without data.
-        if isinstance(before := saved.get(key), list) and (after := now[key]) is not None:
-            changes += [what + change for change in _changed_files(list(map(str, before)), after)]
+        if isinstance(earlier := saved.get(key), list) and after is not None:
+            changes += [what + change for change in _changed_files(list(map(str, earlier)), after)]
     if files is not None and not isinstance(saved.get(_FILES), list):
         # A run of before, which kept the pattern alone.
         changes += _changes(options, saved, ["train_data"])
     if files is not None and saved.get(_FILES) == list(files):
         changes += _changed_indexes(options, saved.get(_INDEXES), files)
     return changes
+
+
+def _without_places(values: Mapping[str, Any], named: Collection[str]) -> dict[str, Any]:
+    """Return options without where the files lie of which the content is compared.
+
+    Of weights, which only a run that begins reads, the name is compared.
+
+    Args:
+        values: Options by name.
+        named: What is compared by its content, as `named_contents` names it.
+    """
+    values = dict(values)
+    if isinstance(texts := values.get("text_masking_options"), dict):
+        values["text_masking_options"] = {
+            name: value
+            for name, value in texts.items()
+            if f"text_masking_option {name}" not in named
+        }
+    if f"model {MODEL_CONFIG_NAME}" in named:
+        values.pop("model", None)
+    if isinstance(weights := values.get("pretrained"), str):
+        values["pretrained"] = Path(weights).name
+    return values
 
 
 def _changed_files(saved: Sequence[str], now: Sequence[str]) -> list[str]:
