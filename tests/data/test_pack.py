@@ -157,7 +157,7 @@ def test_bad_samples_are_named_with_their_reason(tmp_path, make_tar, make_image)
         "e: caption is not UTF-8",
     ):
         assert f"bad: {tmp_path}/0.tar: {line}" in text
-    assert text.endswith("--train-num-samples 1\n")
+    assert text.endswith("--train-num-samples 5\n")
 
 
 def test_damaged_shard_and_wrong_sizes_are_bad(make_shards):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
 
 import pytest
 
+from clip_pgs.data.pack import check_shards
 from clip_pgs.data.preflight import preflight
 from support.streams import with_options
 
@@ -96,6 +98,21 @@ def test_sizes_that_are_wrong_are_told(args):
 def test_number_of_samples_is_compared(args, wanted, part):
     (warning,) = preflight(with_options(args, train_num_samples=wanted))
     assert warning == f"--train-num-samples {wanted} is not what --train-data holds, 30: {part}"
+
+
+@pytest.mark.parametrize("damage", [b" \n", b"\xff", None])
+def test_the_number_that_check_prints_is_the_one_that_training_wants(
+    tmp_path, make_tar, make_image, make_args, damage
+):
+    members = [("0.jpg", make_image(0)), ("0.txt", b"good"), ("1.jpg", make_image(1))]
+    members += [] if damage is None else [("1.txt", damage)]
+    make_tar(tmp_path / "0.tar", [*members, ("2.json", b"{}"), ("3.jpg", b"?"), ("3.txt", b"c")])
+    text = io.StringIO()
+    check_shards([str(tmp_path / "0.tar")], text.write)
+    flag, number = text.getvalue().split()[-2:]
+    assert flag == "--train-num-samples"
+    args = make_args(train_data=f"{tmp_path}/0.tar", train_num_samples=int(number))
+    assert preflight(args) == []
 
 
 def test_commands_are_tried(args):

@@ -225,7 +225,8 @@ def check_shards(
         write(f"bad: {skip}\n")
     if len(total.bad) > _MAX_BAD_NAMED:
         write(f"bad: {len(total.bad) - _MAX_BAD_NAMED} more\n")
-    write(f"\n--train-num-samples {total.num_usable}\n")
+    # Bad samples keep their places in an epoch, in which others stand in for them.
+    write(f"\n--train-num-samples {total.num_samples}\n")
     return total
 
 
