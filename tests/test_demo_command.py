@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from clip_pgs.demo import main
+from clip_pgs.files import write_json
+from clip_pgs.training.options import IDENTITY, RECIPE, names_of, read_options
 from support.scripts import write_executable
 
 # Leaves behind what each part of the demo would, and writes down its arguments.
@@ -213,6 +215,46 @@ def test_a_second_demo_in_one_folder_is_refused(demo, arguments):
     assert error.count("\n") == 1
     assert calls == []
     demo()
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_compared"),
+    [
+        ([], True),
+        (["--workers", "2"], True),
+        (["--epochs", "1"], False),
+        (["--seed", "1"], False),
+        (["--mask-ratio", "0.75"], False),
+        (["--train-data", "data/other.tar"], False),
+    ],
+)
+def test_the_figures_of_random_patches_stand_beside_a_run_of_the_same_recipe_alone(
+    demo, flags, is_compared
+):
+    demo()
+    record(flags)
+    finished, _ = demo()
+    assert ("zero-shot shape 16.3" in finished) == is_compared
+    Path("logs/demo/eval/table.txt").unlink()
+    stopped, _ = demo()
+    assert ("zero-shot shape 16.3" in stopped) == is_compared
+
+
+@pytest.mark.parametrize("content", [None, "[]", "{"])
+def test_a_run_that_does_not_say_its_recipe_is_compared_with_none(demo, content):
+    demo()
+    if content is not None:
+        Path("logs/demo/options.json").write_text(content)
+    output, _ = demo()
+    assert "the table" in output
+    assert "16.3" not in output
+
+
+def record(flags):
+    """Write the options that training with such flags leaves behind."""
+    options = read_options(["--config", "demo", *flags])
+    names = [*names_of(IDENTITY), *names_of(RECIPE), "train_data"]
+    write_json(Path("logs/demo/options.json"), {name: getattr(options, name) for name in names})
 
 
 @pytest.mark.parametrize("flag", ["--help", "--check-only"])

@@ -8,6 +8,7 @@ trained is never removed, and there is one demo at a time in a folder.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import shutil
 import signal
@@ -26,7 +27,17 @@ from clip_pgs.common import (
     refuse,
     run_program,
 )
-from clip_pgs.files import EVAL_NAME, EXPORT_NAME, LOCK_NAME, LOG_NAME, folder_lock, write_text
+from clip_pgs.files import (
+    EVAL_NAME,
+    EXPORT_NAME,
+    LOCK_NAME,
+    LOG_NAME,
+    MAX_RUN_FILE_BYTES,
+    OPTIONS_NAME,
+    folder_lock,
+    read_json_object,
+    write_text,
+)
 from clip_pgs.launch import start
 from clip_pgs.training.stop import lock_holder, take_lock
 
@@ -171,7 +182,7 @@ def _demo(flags: Sequence[str]) -> None:
         write_text(_TABLE, table)
     if not has_picture:
         _PICTURE.touch()
-    if not flags:
+    if _is_as_configured():
         _say(_RANDOM)
 
     _heading("4 of 4: what PGS keeps of six scenes")
@@ -191,6 +202,22 @@ def _demo(flags: Sequence[str]) -> None:
     }
     for place, meaning in places.items():
         _say(f"{place:34} {meaning}")
+
+
+def _is_as_configured() -> bool:
+    """Return whether the run was trained as the config says, whatever this call was told."""
+    from clip_pgs.training.options import IDENTITY, RECIPE, names_of, read_options
+
+    options = read_options(_CONFIG)
+    names = [*names_of(IDENTITY), *names_of(RECIPE), "train_data"]
+    # As JSON gives them back.
+    wanted = json.loads(json.dumps({name: getattr(options, name) for name in names}, default=str))
+    path = _RUN / OPTIONS_NAME
+    try:
+        saved = read_json_object(path, what=str(path), max_bytes=MAX_RUN_FILE_BYTES)
+    except ValueError:
+        return False
+    return all(saved.get(name) == value for name, value in wanted.items())
 
 
 def _call(module: str, *arguments: str, output: int | None = None) -> str:
