@@ -123,13 +123,14 @@ def wandb(tmp_path, monkeypatch):
 def test_weights_and_biases_gets_curves_masks_and_tables(tmp_path, world, wandb, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     options = {"train_data": world.train_data, "val_data": world.val_data, "masking": "pgs"}
-    # No id of theirs holds a "#".
-    folder = run(tmp_path, report_to="wandb", name="lr #1", **options)
+    # No id of theirs holds a "#", and brackets are a pattern's.
+    folder = run(tmp_path, report_to="wandb", name="lr #[1]", **options)
     assert not (folder / "tensorboard").exists()
     (stored,) = (tmp_path / "curves" / "wandb").glob("offline-run-*")
     (curves,) = stored.glob("*.wandb")
-    for name in ("train/loss", "val/clip_val_loss", "lr #1"):
+    for name in ("train/loss", "val/clip_val_loss", "lr #[1]"):
         assert name.encode() in curves.read_bytes()
+    assert list(stored.glob("files/**/params.txt"))
     # It takes no row of an earlier step than the last, and says so.
     assert "ignoring" not in (stored / "logs" / "debug-internal.log").read_text()
     assert {path.name[:8] for path in stored.glob("files/media/images/*.png")} == {
@@ -165,6 +166,25 @@ def test_without_a_login_a_new_run_is_refused_and_a_resumed_one_goes_on(tmp_path
     loggers.each(methodcaller("train", {"loss": 1.0}, epoch=0, step=0))
     assert "wandb cannot be written: No API key" in caplog.text
     assert len(entries(tmp_path, "train")) == 1
+
+
+@pytest.mark.parametrize("name", ["a/b:c", "a#b", "100%", "x" * 129])
+@pytest.mark.parametrize("resume", [[], ["--resume", "latest", "--name", "here"]])
+def test_a_project_that_wandb_does_not_take_is_refused(tmp_path, wandb, monkeypatch, name, resume):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    argv = flags(tmp_path, report_to="wandb", dataset_type="synthetic", train_num_samples=64)
+    with pytest.raises(ValueError, match=r"--wandb-project-name: .*name '"):
+        check_options(parse_options([*argv, "--wandb-project-name", name, *resume]))
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_resumed_run_goes_on_where_wandb_does_not_take_its_environment(
+    tmp_path, wandb, monkeypatch, caplog
+):
+    monkeypatch.setenv("WANDB_RESUME", "perhaps")
+    options = parse_options(flags(tmp_path, report_to="wandb", train_data="x", resume="latest"))
+    MetricLoggers(options, tmp_path, first_step=0)
+    assert "wandb cannot be written: 1 validation error" in caplog.text
 
 
 def test_metrics_file_counts_samples_and_flops(finished_run):

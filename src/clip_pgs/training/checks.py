@@ -395,7 +395,7 @@ def _check_device(options: TrainOptions) -> None:
 
 
 def _check_reports(options: TrainOptions) -> None:
-    """Refuse loggers that are not installed, and Weights & Biases without a login."""
+    """Refuse loggers that are not installed, and what Weights & Biases does not take."""
     for target in filter(None, map(str.strip, options.report_to.split(","))):
         for package in ("tensorboard", "wandb") if target == "all" else (target,):
             spec = importlib.util.find_spec(package)
@@ -405,14 +405,18 @@ def _check_reports(options: TrainOptions) -> None:
                     f"--report-to {options.report_to} needs the package {package}, which is not "
                     "installed"
                 )
-            # A run that goes on must not end because a server is away meanwhile.
-            if package == "wandb" and options.resume is None and is_first_process():
-                _check_wandb_login()
+            if package == "wandb" and is_first_process():
+                _check_wandb(options)
 
 
-def _check_wandb_login() -> None:
+def _check_wandb(options: TrainOptions) -> None:
     import wandb
 
+    with explained("--wandb-project-name", wandb.Error):
+        wandb.Settings(project=options.wandb_project_name)
+    if options.resume is not None:
+        # A run that goes on must not end because a server is away meanwhile.
+        return
     try:
         wandb.login()
     except (wandb.Error, ValueError) as error:

@@ -5,6 +5,7 @@ A disk that is full ends none of it: what only tells of a run is written as far 
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import secrets
@@ -200,9 +201,10 @@ class WeightsAndBiases(MetricLogger):
                 resume="allow" if is_known else None,
                 config=options.values(),
             )
-        except wandb.Error as error:
+        except (wandb.Error, ValueError) as error:
             raise OSError(one_sentence(error)) from None
-        wandb.save(str(folder / PARAMS_NAME))
+        # It takes a pattern.
+        wandb.save(glob.escape(str(folder / PARAMS_NAME)))
 
     def train(self, values: Numbers, *, epoch: int, step: int) -> None:
         """Log `train/...` at a step."""
