@@ -2,10 +2,14 @@
 # Train on several nodes with Slurm. From the repository root, on a file system all nodes share:
 #   sbatch --nodes=2 --gpus-per-node=8 scripts/slurm_train.sh configs/train/NAME.yaml --name RUN
 # sbatch's own options win over the requests below; your cluster may want --partition and --account.
+# Without GPUs: --gpus-per-node=0 --cpus-per-task=N.
 # The arguments, and OMP_NUM_THREADS and NPROC_PER_NODE where set, are those of clip-train.sh.
 #
-# Two minutes before its time is up, and when it is preempted, the job saves and queues itself
-# again; it goes on at that step, given a --name. MAX_RESTARTS=3 lets it survive dying processes.
+# Two minutes before its time is up (Slurm may say so a minute earlier), and when it is preempted,
+# the job saves and queues itself again; it goes on at that step, given a --name. You say so with
+#   scancel --signal=USR1 JOB      to save and queue again
+#   scancel JOB                    to save and end
+# MAX_RESTARTS=3 lets it survive dying processes.
 #SBATCH --job-name=clip-pgs
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -18,7 +22,12 @@
 #SBATCH --output=slurm-%j.out
 set -euo pipefail
 # Slurm runs a copy of this file, so its own place says nothing about the repository's.
-cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch from the repository root}"
+root="${SLURM_SUBMIT_DIR:-}"
+if [[ ! -f "$root/scripts/environment.sh" ]]; then
+    echo "error: submit this script from the repository root with sbatch, got folder '$root'" >&2
+    exit 2
+fi
+cd "$root"
 
 # Set up here, once, before all nodes look for the same .venv.
 # shellcheck source=scripts/environment.sh
@@ -32,14 +41,36 @@ MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 export NNODES MASTER_ADDR MASTER_PORT SRUN_CPUS_PER_TASK
 
+# On one node of the run. Slurm may signal this shell alone, so it passes the signals on.
+# srun ends the other nodes when one fails; they save, leave with 85, and the highest code counts.
+# So the codes of a failure, 1 and 2, go above 85 here, and back below.
+# shellcheck disable=SC2016  # Each node expands this by itself.
+on_node='
+    NODE_RANK="$SLURM_NODEID" bash clip-train.sh "$@" &
+    trap "kill -TERM $!" TERM
+    trap "kill -USR1 $!" USR1
+    while kill -0 "$!" 2>/dev/null; do wait "$!"; done
+    wait "$!"
+    code=$?
+    ((code == 1 || code == 2)) && code=$((code + 100))
+    exit "$code"'
+
 # Slurm sends SIGTERM to this shell as well; it waits for the run to save.
 trap ':' TERM
 status=0
-# shellcheck disable=SC2016  # SLURM_NODEID differs from node to node, so each expands its own.
-srun --ntasks-per-node=1 --kill-on-bad-exit=1 \
-    bash -c 'NODE_RANK="$SLURM_NODEID" exec bash clip-train.sh "$@"' clip-train "$@" || status=$?
+srun --ntasks="$NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    bash -c "$on_node" clip-train "$@" || status=$?
+((status == 101 || status == 102)) && status=$((status - 100))
 
+# Its time limit, a preemption or SIGUSR1 queue a job again; scancel alone ends it.
 if ((status == 85)); then
-    scontrol requeue "$SLURM_JOB_ID"
+    # A task of an array may have the array's own id as well, which would mean all tasks.
+    job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
+    job="${job:-$SLURM_JOB_ID}"
+    case "$(scontrol show job --oneliner "$job")" in
+    *" JobState=RUNNING "* | *" Reason=TimeLimit "* | *" PreemptTime="[0-9]*)
+        scontrol requeue "$job"
+        ;;
+    esac
 fi
 exit "$status"

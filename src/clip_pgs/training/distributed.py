@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,8 @@ def join_processes(options: TrainOptions) -> Iterator[tuple[torch.device, Proces
         warnings.simplefilter("ignore")
         openclip = options.openclip
         what = "the processes that WORLD_SIZE or SLURM_NTASKS announces cannot be joined"
+        if "SLURM_NTASKS" in os.environ:
+            what += " (scripts/slurm_train.sh starts them)"
         with as_bad_input(), explained(what):
             device = init_distributed_device(openclip)
     for name in ("distributed", "rank", "local_rank", "world_size", "device"):

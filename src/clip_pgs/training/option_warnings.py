@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def option_warnings(options: TrainOptions) -> list[str]:
     ]
     return [
         *_released_notes(options),
+        *_slurm_notes(options),
         *idle,
         *warmup_warnings(options),
         *_resume_warnings(options),
@@ -76,6 +78,13 @@ def _released_notes(options: TrainOptions) -> list[str]:
         f"--force-patch-dropout beside {', '.join(flags)} is taken as the command line of "
         f"CLIP-PGS's released code, which is --masking {RELEASED_MASKING} here, with {meaning}"
     ]
+
+
+def _slurm_notes(options: TrainOptions) -> list[str]:
+    """Return what a job of Slurm lacks to go on where it stopped."""
+    if "SLURM_JOB_ID" not in os.environ or "name" in options.given or not keeps_logs(options):
+        return []
+    return ["without --name this run begins anew when Slurm starts its job again"]
 
 
 def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:

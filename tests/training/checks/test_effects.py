@@ -54,6 +54,16 @@ def test_settings_with_an_effect_do_not_warn(argv):
 
 
 @pytest.mark.parametrize(
+    ("argv", "is_told"),
+    [([], True), (["--name", "run"], False), (["--logs", "none"], False)],
+)
+def test_a_job_of_slurm_that_will_not_find_its_run_again_is_told(argv, is_told, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    told = warnings_of(*VALID, *argv)
+    assert told == is_told * ["without --name this run begins anew when Slurm starts its job again"]
+
+
+@pytest.mark.parametrize(
     ("argv", "named"),
     [
         (["--val-data", "{shards}", "--val-num-samples", "5"], ["--val-num-samples"]),
