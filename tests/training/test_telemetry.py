@@ -147,7 +147,7 @@ def test_weights_and_biases_gets_curves_masks_and_tables(tmp_path, world, wandb,
 def test_runs_of_one_name_are_two_and_a_resumed_one_is_one(tmp_path, wandb, monkeypatch):
     asked = []
     monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options))
-    monkeypatch.setattr(wandb, "save", lambda path: None)
+    monkeypatch.setattr(wandb, "save", lambda path, base_path: None)
     options = parse_options(flags(tmp_path, report_to="wandb", train_data="x"))
     for arm in ("plain", "pgs", "pgs"):
         (tmp_path / arm).mkdir(exist_ok=True)

@@ -414,8 +414,9 @@ def _check_wandb(options: TrainOptions) -> None:
 
     with explained("--wandb-project-name", wandb.Error):
         wandb.Settings(project=options.wandb_project_name)
-    if options.resume is not None:
-        # A run that goes on must not end because a server is away meanwhile.
+    is_away = wandb.setup().settings.mode in ("offline", "dryrun", "disabled")
+    # A run that goes on must not end because a server is away meanwhile.
+    if is_away or options.resume is not None:
         return
     try:
         wandb.login()

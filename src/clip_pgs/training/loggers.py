@@ -204,7 +204,8 @@ class WeightsAndBiases(MetricLogger):
         except (wandb.Error, ValueError) as error:
             raise OSError(one_sentence(error)) from None
         # It takes a pattern.
-        wandb.save(glob.escape(str(folder / PARAMS_NAME)))
+        place = glob.escape(str(folder.resolve()))
+        wandb.save(f"{place}/{PARAMS_NAME}", base_path=place)
 
     def train(self, values: Numbers, *, epoch: int, step: int) -> None:
         """Log `train/...` at a step."""
