@@ -420,6 +420,24 @@ def named_tensors(content: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from named_tensors(item, f"{path}/{key}")
 
 
+def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
+    """Return a digest of weights: SHA-256 over name, type, shape and bytes, by the names' order.
+
+    Args:
+        state_dict: A model's, the whole one.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for key, tensor in sorted(state_dict.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        raw_bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        raw: Any = raw_bytes.numpy()
+        digest.update(memoryview(raw))
+    return digest.hexdigest()
+
+
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file, 64 hexadecimal digits.
 

@@ -15,6 +15,7 @@ import torch
 
 from clip_pgs.evaluation import load_model
 from clip_pgs.evaluation.__main__ import main
+from clip_pgs.evaluation.report.gather import gather_runs
 from clip_pgs.files import folder_lock
 from support.disk import files_limited_to
 
@@ -301,3 +302,33 @@ def test_shell_command_hands_over_arguments_and_exit_code(run, options, dataset_
     assert "tiny_run" in done.stdout
     assert "[1/2]" in done.stderr
     assert load_model(run).name in done.stdout
+
+
+def test_results_tell_the_training_of_their_weights_after_the_run_trained_on(
+    run, options, save_run, tmp_path
+):
+    shared = [*options[:-1], "--no-report", "--suite", "zeroshot-retrieval"]
+    model = load_model(run).model
+    sources = {"run": str(run), "file": str(run / "checkpoints/epoch_1.pt")}
+    for samples in (100, 300):
+        with torch.no_grad():
+            model.logit_scale.add_(0.5)
+        save_run(run, model)
+        (run / "checkpoints/latest").write_text("epoch_1.pt\n")
+        path = run / "checkpoints/epoch_1.pt"
+        record = {"recipe": {"seed": 3}, "cost": {"samples": samples}, "metrics": {}}
+        torch.save({**torch.load(path), "clip_pgs": record}, path)
+        for name, source in sources.items():
+            assert main([source, *shared, "--output", f"{name}_{samples}"]) == 0
+    found = gather_runs([f"{name}_{samples}" for samples in (100, 300) for name in sources])
+    assert [(each.training.samples, each.training.seed) for each in found] == [(100, 3), (300, 3)]
+    # What an earlier version found is told its training where it is asked for again.
+    result = Path("run_300/zeroshot_retrieval_pairs.json")
+    content = json.loads(result.read_text())
+    seconds = content["seconds"]
+    del content["training"]
+    result.write_text(json.dumps({**content, "seconds": seconds + 1}))
+    assert main([sources["run"], *shared, "--output", "run_300"]) == 0
+    content = json.loads(result.read_text())
+    assert content["training"]["cost"] == {"samples": 300}
+    assert content["seconds"] == seconds + 1

@@ -1,9 +1,11 @@
 """Runs and results made up for reports, with numbers that can be followed by hand."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import torch
 
+from clip_pgs.checkpoint_reading import weights_digest
 from clip_pgs.evaluation import Result
 from clip_pgs.evaluation.results import write_result
 
@@ -37,7 +39,7 @@ def save_results(folder, results):
 
 
 def save_checkpoint(run, *, seed=0, masking="pgs", samples=60_000, **record):
-    """Write a checkpoint as training does, with a weight or two."""
+    """Write a checkpoint as training does, with a weight or two, and return their digest."""
     cost = {"steps": 900, "samples": samples, "flops": 4.4e13, "seconds": 185.0}
     record = {
         "version": "0.1.0",
@@ -52,8 +54,10 @@ def save_checkpoint(run, *, seed=0, masking="pgs", samples=60_000, **record):
         **record,
     }
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    content = {"epoch": 5, "state_dict": {"weight": torch.zeros(2)}, "clip_pgs": record}
+    weights = {"weight": torch.tensor([seed, samples], dtype=torch.float32)}
+    content = {"epoch": 5, "state_dict": weights, "clip_pgs": record}
     torch.save(content, run / "checkpoints/epoch_5.pt")
+    return weights_digest(weights)
 
 
 def demo_results(number=0, **changes):
@@ -95,9 +99,12 @@ def demo_results(number=0, **changes):
 
 
 def save_run(logs, number=0, results=None, **checkpoint):
+    """Write a run and results that tell its training, under digests that can be read."""
     run = logs / f"demo_{number}"
     save_checkpoint(run, seed=number, **checkpoint)
-    save_results(run / "eval", demo_results(number) if results is None else results)
+    record = torch.load(run / "checkpoints/epoch_5.pt")["clip_pgs"]
+    results = demo_results(number) if results is None else results
+    save_results(run / "eval", [replace(result, training=record) for result in results])
     return run
 
 

@@ -10,7 +10,7 @@ import tempfile
 import textwrap
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from clip_pgs import checkpoint_reading
 from clip_pgs.checkpoint_reading import (
     check_sum,
     find_non_finite,
@@ -53,6 +54,8 @@ _EXPORT_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 # Which kind of source each of these arguments of `load_model` is about.
 _CHECKPOINT, _NAME = "checkpoint file", "open_clip model"
 KIND_OF = {"model": _CHECKPOINT, "model_config": _CHECKPOINT, "pretrained": _NAME}
+# Each result has a copy; of a long mixture of shards a record takes some kilobytes.
+_MAX_RECORD = 2**20
 # Flags of the trainer, as params.txt names them, that change what open_clip builds.
 _BUILD_FLAGS = (
     "force_quick_gelu",
@@ -77,6 +80,8 @@ class LoadedModel:
         name: A short name, for tables and folders.
         source: Where the weights came from, for the record.
         masking: How images are masked before they are encoded; None leaves them whole.
+        training: What this trainer's checkpoint of just these weights says of its run; {} where
+            nothing is known.
     """
 
     model: nn.Module
@@ -85,6 +90,7 @@ class LoadedModel:
     name: str
     source: str
     masking: InferenceMasking | None = None
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 def load_model(
@@ -117,18 +123,21 @@ def load_model(
             the weights do not fit it, or its images cannot be masked so.
     """
     source = str(source)
-    build, origin, _ = _resolve(source, model, model_config, pretrained)
+    build, origin, kind = _resolve(source, model, model_config, pretrained)
     masking = choose_masking(inference_masking, inference_options, weights=origin)
     built, transform, tokenizer = build()
-    if Path(origin).name == EXPORT_NAME and is_first_process():
-        _warn_of_later_training(Path(origin).parent, built)
+    training: dict[str, Any] = {}
+    if kind == _CHECKPOINT:
+        training = _plain_record(read_checkpoint(origin, use_mmap=True))
+    elif Path(origin).name == EXPORT_NAME:
+        training = _training_of_export(Path(origin).parent, built)
     built = built.to(device).eval()
     if masking is not None:
         # Whether the tower can be masked shows before any image is read.
         with masking.applied(built):
             pass
     name = model_name(source, pretrained=pretrained)
-    return LoadedModel(built, transform, tokenizer, name, origin, masking)
+    return LoadedModel(built, transform, tokenizer, name, origin, masking, training)
 
 
 def check_source(
@@ -254,8 +263,8 @@ def _weight_files(export: Path) -> list[Path]:
     return [path for ending in _EXPORT_ENDINGS for path in export.glob(f"*{ending}")]
 
 
-def _warn_of_later_training(run: Path, exported: nn.Module) -> None:
-    """Say where a run has trained on since it was exported.
+def _training_of_export(run: Path, exported: nn.Module) -> dict[str, Any]:
+    """Return what a run's newest checkpoint says, or say that the run has trained on since.
 
     Args:
         run: The run's folder.
@@ -264,18 +273,37 @@ def _warn_of_later_training(run: Path, exported: nn.Module) -> None:
     export, newest = run / EXPORT_NAME, named_latest(run / CHECKPOINTS_NAME)
     # A run that trains may remove a checkpoint meanwhile. Of copies no time tells which is later.
     with suppress(OSError, ValueError):
-        if newest is not None and newest.is_file() and not _holds_weights(newest, exported):
-            logger.warning(
-                "%s has trained on since it was exported: %s is evaluated, and %s is newer; "
-                "`clip-pgs export %s` exports it",
-                *(run, export, newest, run),
-            )
+        if newest is not None and newest.is_file():
+            checkpoint = read_checkpoint(newest, use_mmap=True)
+            if _are_weights(checkpoint["state_dict"], exported):
+                return _plain_record(checkpoint)
+            if is_first_process():
+                logger.warning(
+                    "%s has trained on since it was exported: %s is evaluated, and %s is newer; "
+                    "`clip-pgs export %s` exports it",
+                    *(run, export, newest, run),
+                )
+    return {}
 
 
-def _holds_weights(checkpoint: Path, model: nn.Module) -> bool:
-    given = fit_weights(_read_weights(str(checkpoint)), model)
+def _are_weights(given: Mapping[str, Tensor], model: nn.Module) -> bool:
     own = model.state_dict()
-    return all(torch.equal(tensor.to(own[name]), own[name]) for name, tensor in given.items())
+    fitted = fit_weights(given, model)
+    return all(torch.equal(tensor.to(own[name]), own[name]) for name, tensor in fitted.items())
+
+
+def _plain_record(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint says of its run, as results keep it; {} where it has no record."""
+    record = checkpoint.get("clip_pgs")
+    if not isinstance(record, dict) or "recipe" not in record:
+        return {}
+    kept = {name: value for name, value in record.items() if name != "metrics"}
+    try:
+        text = json.dumps(kept, default=str)
+    # Of a file that somebody made up.
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    return json.loads(text) if len(text) <= _MAX_RECORD else {}
 
 
 def _create(name: str, **options: Any) -> Built:
@@ -462,12 +490,6 @@ def weights_digest(model: nn.Module) -> str:
         model: The model to be scored.
 
     Returns:
-        SHA-256, 64 hexadecimal digits, over name, type, shape and bytes of every entry of the
-        state dict, in the order of the names.
+        SHA-256, 64 hexadecimal digits; see `clip_pgs.checkpoint_reading.weights_digest`.
     """
-    digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        raw_bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(memoryview(raw_bytes.numpy()))
-    return digest.hexdigest()
+    return checkpoint_reading.weights_digest(model.state_dict())

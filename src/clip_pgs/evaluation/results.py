@@ -73,6 +73,8 @@ class Result:
         inference_masking: The mask that images were encoded through, such as "pgs 0.5"; "" for
             whole images.
         flops_per_image: Floating-point operations of encoding an image; None where unknown.
+        training: What the checkpoint of these weights said of its run; {} where unknown, as in
+            tables.
     """
 
     suite: str
@@ -95,6 +97,7 @@ class Result:
     language: str = "en"
     inference_masking: str = ""
     flops_per_image: float | None = None
+    training: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model_key(self) -> tuple[str, str]:

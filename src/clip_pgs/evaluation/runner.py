@@ -225,6 +225,7 @@ class _Evaluation:
             "weights_digest": weights_digest(loaded.model),
             "inference_masking": "" if masking is None else masking.label,
             "flops_per_image": encoder.flops_per_image(),
+            "training": loaded.training,
             "settings": {
                 "device": str(encoder.device),
                 "amp": encoder.amp,
@@ -350,6 +351,7 @@ class _Evaluation:
             **_origin(eval_set),
             **{name: self._record[name] for name in ("model", "pretrained", "flops_per_image")},
             details={**details, **_role(eval_set)},
+            training=self._record["training"] or kept.training,
         )
         return kept if present == kept else self._write(present, eval_set)
 

@@ -1,6 +1,7 @@
 """What a report makes of the evaluations that runs made of themselves in training."""
 
 import pytest
+import torch
 
 from clip_pgs.evaluation.report.command import write_report
 from clip_pgs.evaluation.report.figures import make_panel
@@ -15,7 +16,7 @@ def save_epochs(run, *, scores, **changes):
         common = {"model": place, "pretrained": f"{run} after {epoch} epochs", **changes}
         digest = f"{run.name} {epoch}"
         results = [
-            make_result(name, metrics={"acc1": value}, weights_digest=digest, **common)
+            make_result(name, metrics={"acc1": value}, **{"weights_digest": digest, **common})
             for name, value in zip(("shape", "color"), values, strict=False)
         ]
         save_results(run / "eval" / place, results)
@@ -34,8 +35,13 @@ def test_epochs_of_an_evaluated_run_are_no_models_of_their_own(tmp_path, inside)
 @pytest.mark.parametrize("inside", ["", "eval", ".."])
 def test_the_last_epoch_stands_for_a_run_that_was_not_evaluated_since(tmp_path, inside):
     run = tmp_path / "logs" / "mine"
-    save_checkpoint(run, seed=3)
-    save_epochs(run, scores={1: (0.1, 0.2), 10: (0.5, 0.6), 9: (0.4, 0.5)})
+    digest = save_checkpoint(run, seed=3)
+    save_epochs(run, scores={1: (0.1, 0.2), 4: (0.4, 0.5)})
+    save_epochs(run, scores={5: (0.5, 0.6)}, weights_digest=digest)
+    # Where it was told to leave, after it was evaluated.
+    checkpoint = torch.load(run / "checkpoints/epoch_5.pt")
+    later = {**checkpoint, "state_dict": {"weight": torch.ones(2)}, "step": 7}
+    torch.save(later, run / "checkpoints/step_7.pt")
     (found,) = gather_runs([run / inside])
     assert (found.name, found.training.seed) == ("mine", 3)
     scores = {result.dataset: result.metrics["acc1"] for result in found.results}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from clip_pgs.evaluation.report.command import write_report
-from clip_pgs.evaluation.report.gather import gather_runs, group_by_seed
+from clip_pgs.evaluation.report.gather import TrainingFacts, gather_runs, group_by_seed
 from clip_pgs.evaluation.results import write_csv
 from support.reports import demo_results, make_result, save_checkpoint, save_results, save_run
 
@@ -186,23 +186,52 @@ def test_facts_come_from_the_logs_where_the_checkpoint_is_gone(tmp_path):
     assert found.training.masking == "pgs 0.3-0.5 edges=False merge=2x2"
 
 
-def facts_of_weights(tmp_path, name):
-    """Return what is told of weights of a run that holds epoch_5.pt, after 12,000 samples."""
-    save_checkpoint(tmp_path / "run", samples=12_000)
-    weights = tmp_path / "run/checkpoints" / name
-    save_results(tmp_path / "elsewhere", demo_results(pretrained=str(weights)))
-    (found,) = gather_runs([tmp_path / "elsewhere"])
-    return found.training
+@pytest.mark.parametrize("place", ["run/checkpoints/epoch_5.pt", "run/export"])
+def test_facts_are_those_of_the_weights_that_were_scored_alone(tmp_path, caplog, place):
+    weights = {"pretrained": str(tmp_path / place)}
+    digest = save_checkpoint(tmp_path / "run", samples=12_000)
+    (tmp_path / "run/export").mkdir()
+    save_results(tmp_path / "elsewhere", demo_results(weights_digest=digest, **weights))
+    # A table tells nothing of the training.
+    (tmp_path / "theirs").mkdir()
+    write_csv(demo_results(weights_digest="0", **weights), tmp_path / "theirs/results.csv")
+    (mine,) = gather_runs([tmp_path / "elsewhere"])
+    assert (mine.training.samples, mine.training.seed) == (12_000, 0)
+    assert not caplog.messages
+    (theirs,) = gather_runs([tmp_path / "theirs"])
+    assert theirs.training == TrainingFacts()
+    # The run trains on, into the same file.
+    save_checkpoint(tmp_path / "run", samples=36_000)
+    (mine,) = gather_runs([tmp_path / "elsewhere"])
+    assert mine.training == TrainingFacts()
+    assert len(caplog.messages) == 2
+    assert all(weights["pretrained"] in message for message in caplog.messages)
 
 
-def test_facts_of_an_evaluated_checkpoint_are_its_own(tmp_path):
-    assert facts_of_weights(tmp_path, "epoch_5.pt").samples == 12_000
+def test_results_of_a_run_that_trained_on_are_not_told_its_later_training(tmp_path):
+    digest = save_checkpoint(tmp_path / "run", samples=12_000)
+    save_results(tmp_path / "run/eval", demo_results(weights_digest=digest))
+    save_checkpoint(tmp_path / "run", samples=36_000)
+    (found,) = gather_runs([tmp_path / "run"])
+    assert found.training.samples is None
+
+
+def test_a_result_tells_its_training_whatever_became_of_the_weights(tmp_path, caplog):
+    run = save_run(tmp_path, samples=12_000)
+    save_checkpoint(run, samples=36_000)
+    (found,) = gather_runs([run])
+    assert found.training.samples == 12_000
+    (run / "checkpoints/epoch_5.pt").unlink()
+    assert gather_runs([run])[0].training == found.training
+    assert not caplog.messages
 
 
 def test_a_checkpoint_that_is_gone_took_not_what_another_did(tmp_path):
-    facts = facts_of_weights(tmp_path, "epoch_2.pt")
-    assert (facts.samples, facts.flops, facts.seconds) == (None, None, None)
-    assert facts.masking == "pgs 0.5"
+    save_checkpoint(tmp_path / "run", samples=12_000)
+    weights = str(tmp_path / "run/checkpoints/epoch_2.pt")
+    save_results(tmp_path / "elsewhere", demo_results(pretrained=weights))
+    (found,) = gather_runs([tmp_path / "elsewhere"])
+    assert found.training == TrainingFacts()
 
 
 def test_checkpoint_of_another_trainer_leaves_blanks(tmp_path):
@@ -242,8 +271,8 @@ def test_runs_that_differ_in_more_are_two_models(tmp_path, change):
 def test_repetition_with_the_same_seed_is_no_second_seed(tmp_path):
     save_run(tmp_path, 0)
     run = tmp_path / "demo_1"
-    save_checkpoint(run, seed=0)
-    save_results(run / "eval", demo_results(1))
+    digest = save_checkpoint(run, seed=0, device="another")
+    save_results(run / "eval", demo_results(1, weights_digest=digest))
     assert models_of(tmp_path) == [("demo_0", [0]), ("demo_1", [0])]
 
 
@@ -259,8 +288,9 @@ def test_runs_of_unknown_recipe_are_never_merged(tmp_path):
 )
 def test_model_is_named_by_what_its_runs_have_in_common(tmp_path, names, common):
     for number, name in enumerate(names):
-        save_checkpoint(tmp_path / name, seed=number)
-        save_results(tmp_path / name / "eval", demo_results(number, model=name))
+        digest = save_checkpoint(tmp_path / name, seed=number)
+        results = demo_results(number, model=name, weights_digest=digest)
+        save_results(tmp_path / name / "eval", results)
     assert [name for name, _ in models_of(tmp_path)] == [common]
 
 

@@ -1,9 +1,10 @@
 """What a report is about: results, the runs behind them, and the models that the runs are.
 
-Results lie in run folders, evaluation folders, single files and tables of them. What is known of
-a run's training stands in the record inside a checkpoint of this trainer; without one,
-`options.json` and `metrics.jsonl` of the run say most of it, and any other checkpoint leaves
-blanks. A file that is damaged is left out, and a warning names it.
+Results lie in run folders, evaluation folders, single files and tables of them. A result tells how
+its weights were trained. Where it does not, as in tables and of before, the checkpoint that it
+names does if it still holds the weights that were scored; without a record in one, `options.json`
+and `metrics.jsonl` of the run say most of it, and else there are blanks. A file that is damaged is
+left out, and a warning names it.
 """
 
 from __future__ import annotations
@@ -230,7 +231,12 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
         name = names[key] + _through(mask)
         # Other checkpoints of a run have results elsewhere; the curve belongs to the run itself.
         epochs = {} if run is None else _read_epochs(run, mask)
-        training = read_training_facts(run, first.pretrained)
+        told = next((result.training for result in by_set.values() if result.training), None)
+        training = (
+            _from_record(told, f"the training of {name}")
+            if told is not None
+            else read_training_facts(run, first.pretrained, digest=key[0])
+        )
         measured = () if run is None else tuple(_measurements(run / METRICS_NAME))
         masks = b"" if run is None else _read_masks(run / MASKS_NAME)
         runs.append(Run(name, tuple(by_set.values()), training, epochs, measured, masks))
@@ -297,37 +303,68 @@ def group_by_seed(runs: Sequence[Run]) -> list[Model]:
     return [Model(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
 
 
-def read_training_facts(run: Path | None, weights: str) -> TrainingFacts:
-    """Read what is known of the training behind some results.
+def read_training_facts(run: Path | None, weights: str, *, digest: str = "") -> TrainingFacts:
+    """Read what is known of the training behind some results that do not tell it.
 
     Args:
         run: The run that the results lie in, None if they lie in none.
         weights: Where the results say that the weights came from: a checkpoint file or a folder.
+        digest: Of the weights that were scored; facts are those of no others. "" takes any.
     """
     try:
-        run = run or run_of_weights(weights)
-        checkpoint: Path | None = None
         is_file = Path(weights).suffix == ".pt"
         is_gone = is_file and not Path(weights).is_file()
-        if is_file and not is_gone:
-            checkpoint = Path(weights)
-        elif run is not None:
+        holder = run or run_of_weights(weights)
+        checkpoint = Path(weights) if is_file and not is_gone else None
+        if checkpoint is None and holder is not None:
             # Here: results without their run take no torch.
             from clip_pgs.checkpoint_reading import newest_checkpoint
 
-            checkpoint = newest_checkpoint(run / CHECKPOINTS_NAME)
-        record = None if checkpoint is None else _read_record(checkpoint)
-        facts = TrainingFacts()
-        if checkpoint is not None and record is not None:
-            facts = _from_record(record, checkpoint)
+            checkpoint = newest_checkpoint(holder / CHECKPOINTS_NAME)
+        if checkpoint is not None:
+            facts = _of_checkpoint(checkpoint, digest, run=holder)
+            if facts is not None:
+                return facts
         elif run is not None and (run / OPTIONS_NAME).is_file():
             facts = _from_logs(run)
-        # What the run spent until another checkpoint, or its end, is not what this one took.
-        return replace(facts, samples=None, flops=None, seconds=None) if is_gone else facts
+            # What the run spent until its end is not what a checkpoint before took.
+            if is_gone:
+                return replace(facts, samples=None, flops=None, seconds=None, recipe="")
+            return facts
+        elif holder is None or not (holder / OPTIONS_NAME).is_file():
+            return TrainingFacts()
+        logger.warning(
+            "the training behind the results of %s is not told: the weights there are not those "
+            "that were scored",
+            one_sentence(weights or str(run)),
+        )
     except OSError as error:
         # Results tell any path, also one that cannot be looked up here.
         _warn(weights, f"cannot be read ({error.strerror})")
     return TrainingFacts()
+
+
+def _of_checkpoint(path: Path, digest: str, *, run: Path | None) -> TrainingFacts | None:
+    """Return the facts of a checkpoint's weights; None where they have another digest."""
+    from clip_pgs.checkpoint_reading import read_checkpoint, weights_digest
+
+    try:
+        content = read_checkpoint(path, use_mmap=True)
+    except ValueError:
+        return TrainingFacts()
+    record, facts = content.get("clip_pgs"), TrainingFacts()
+    if isinstance(record, dict) and "recipe" in record:
+        facts = _from_record(record, path)
+    elif run is not None and (run / OPTIONS_NAME).is_file():
+        facts = _from_logs(run)
+    if not digest or facts == TrainingFacts():
+        return facts
+    # Models are scored in float32.
+    weights = {
+        name: weight.float() if weight.is_floating_point() else weight
+        for name, weight in content["state_dict"].items()
+    }
+    return facts if weights_digest(weights) == digest else None
 
 
 def _read_source(source: Path) -> list[tuple[Path, list[Result]]]:
@@ -359,9 +396,11 @@ def _read_source(source: Path) -> list[tuple[Path, list[Result]]]:
 
 
 def _read_folder(folder: Path) -> list[Result]:
+    if is_epoch_folder(folder):
+        return _of_epoch(folder)
     results = read_results(folder)
     run = run_of_results(folder)
-    if run is None or is_epoch_folder(folder):
+    if run is None:
         return results
     if not results and folder.resolve() == run / EVAL_NAME:
         epochs = _read_epochs(run)
@@ -381,12 +420,21 @@ def _read_epochs(run: Path, mask: str | None = None) -> dict[int, list[Result]]:
     epochs = {
         epoch: [
             replace(result, model=run.name)
-            for result in read_results(folder)
+            for result in _of_epoch(folder)
             if mask in (None, result.inference_masking)
         ]
         for epoch, folder in epoch_folders(run).items()
     }
     return {epoch: results for epoch, results in epochs.items() if results}
+
+
+def _of_epoch(folder: Path) -> list[Result]:
+    """Return what a run scored after an epoch, with the checkpoint of it where there is one."""
+    checkpoint = folder.parent.parent / CHECKPOINTS_NAME / f"{folder.name}.pt"
+    results = read_results(folder)
+    if not checkpoint.is_file():
+        return results
+    return [replace(result, pretrained=str(checkpoint)) for result in results]
 
 
 def _read_masks(folder: Path) -> bytes:
@@ -420,21 +468,10 @@ def _warn(path: Path | str, what: str) -> None:
     logger.warning("left out %s: it %s", one_sentence(str(path)), one_sentence(what))
 
 
-def _read_record(checkpoint: Path) -> dict[str, Any] | None:
-    """Return the record of a checkpoint of this trainer; weights are left on the disk."""
-    from clip_pgs.checkpoint_reading import read_checkpoint
-
-    try:
-        record = read_checkpoint(checkpoint, use_mmap=True).get("clip_pgs")
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and "recipe" in record else None
-
-
-def _from_record(record: dict[str, Any], checkpoint: Path) -> TrainingFacts:
+def _from_record(record: dict[str, Any], place: Path | str) -> TrainingFacts:
     parts = {name: record.get(name, {}) for name in ("recipe", "data", "cost")}
     if not all(isinstance(part, dict) for part in parts.values()):
-        _warn(checkpoint, "has a record of another shape")
+        _warn(place, "has a record of another shape")
         return TrainingFacts()
     recipe, data, cost = parts.values()
     # A run stopped half way is another experiment than one that went to its end.
