@@ -1,4 +1,4 @@
-"""What commands share: arguments, errors of one sentence, exit codes and the signals that end them.
+"""What commands share: arguments, their changes, errors of one sentence, exit codes and signals.
 
 An error reaches a terminal as one line on stderr, with exit code 2 for bad input. What is printed
 may go to a full disk, to a pipe that nobody reads, or nowhere; see `run_program`.
@@ -11,6 +11,7 @@ import ast
 import atexit
 import errno
 import gc
+import json
 import logging
 import os
 import re
@@ -19,7 +20,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -420,3 +421,30 @@ def explained(
         yield
     except kinds as error:
         raise as_kind(f"{what}: {one_sentence(error)}") from error
+
+
+def changed_values(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """Return the changes of what was saved, as JSON has it, such as "lr 0.1 -> 0.2"."""
+    changes = []
+    for name, value in present.items():
+        now = as_plain(value)
+        if name in saved and saved[name] != now:
+            before, after = _differing(saved[name], now)
+            changes.append(f"{name} {before!r} -> {after!r}")
+    return changes
+
+
+def _differing(before: Any, after: Any) -> tuple[Any, Any]:
+    """Return two values without the entries in which they are the same."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return before, after
+    left = {k: v for k, v in before.items() if k not in after or after[k] != v}
+    right = {k: v for k, v in after.items() if k not in before or before[k] != v}
+    for key in left.keys() & right.keys():
+        left[key], right[key] = _differing(left[key], right[key])
+    return left, right
+
+
+def as_plain(value: Any) -> Any:
+    """Return a value as JSON gives it back: tuples become lists, what else there is its text."""
+    return json.loads(json.dumps(value, default=str))

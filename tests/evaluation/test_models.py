@@ -120,6 +120,54 @@ def test_checkpoint_of_this_trainer_needs_nothing_beside_it(lone_checkpoint, fin
     assert loaded.transform.transforms[-1].mean == of_run.transform.transforms[-1].mean
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"vision_cfg": {"head_width": 16}}, "vision_cfg.head_width 8 -> 16"),
+        ({"text_cfg": {"heads": 1}}, "text_cfg.heads 2 -> 1"),
+        ({"quick_gelu": True}, "quick_gelu False -> True"),
+        ({"vision_cfg": {"image_size": [16, 16], "pool_type": "tok"}}, None),
+    ],
+)
+def test_checkpoint_evaluated_as_a_model_that_computes_something_else_is_told_once(
+    lone_checkpoint, model_config, tmp_path, caplog, monkeypatch, changed, told
+):
+    content = torch.load(lone_checkpoint, weights_only=True)
+    config = json.loads(model_config.read_text())
+    record = {"model_cfg": config, "preprocess_cfg": {"interpolation": "bicubic"}}
+    torch.save({**content, "clip_pgs": {"open_clip_config": record}}, lone_checkpoint)
+    for key, value in changed.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    digest = hashlib.sha256(str(changed).encode()).hexdigest()[:8]
+    other = tmp_path / f"other-{digest}.json"
+    other.write_text(json.dumps(config))
+    check_source(str(lone_checkpoint), model_config=other)
+    load_model(lone_checkpoint)
+    assert caplog.messages == []
+    load_model(lone_checkpoint, model_config=other)
+    assert [m.partition(": ")[2] for m in caplog.messages] == ([told] if told else [])
+    if told:
+        assert f"{lone_checkpoint} was trained" in caplog.text
+        assert other.stem in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("RANK", "1")
+    load_model(lone_checkpoint, model_config=other)
+    assert caplog.messages == []
+
+
+def test_checkpoint_evaluated_on_images_of_another_normalization_is_told(
+    lone_checkpoint, model_config, finished_run, caplog
+):
+    content = torch.load(lone_checkpoint, weights_only=True)
+    config = json.loads((finished_run / "export/open_clip_config.json").read_text())
+    torch.save({**content, "clip_pgs": {"open_clip_config": config}}, lone_checkpoint)
+    load_model(lone_checkpoint, model=f"local-dir:{finished_run / 'export'}")
+    assert caplog.messages == []
+    load_model(lone_checkpoint, model_config=model_config)
+    (sentence,) = caplog.messages
+    assert ": image_mean [0.5, 0.5, 0.5] -> [0.48" in sentence
+
+
 def test_checkpoint_of_an_unfinished_run_opens_from_its_recorded_parameters(
     lone_checkpoint, model_config, tmp_path
 ):

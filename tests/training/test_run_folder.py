@@ -25,7 +25,7 @@ from clip_pgs.training.run_folder import (
     save_options,
 )
 from support.options import SYNTHETIC, VALID, write_shards
-from support.runs import write_csv
+from support.runs import MODEL, write_csv, write_model
 from support.runs import write_shards as write_samples
 
 RUN = (*VALID, "--name", "demo", "--masking", "pgs", "--mask-ratio", "0.5")
@@ -203,6 +203,48 @@ def test_a_resume_from_a_run_of_other_options_and_data_warns_of_each(demo, tmp_p
         assert change in warning
 
 
+@pytest.mark.parametrize(
+    ("tower", "changed"),
+    [
+        ("vision_cfg", {"head_width": 32}),
+        ("vision_cfg", {"pool_type": "avg"}),
+        ("vision_cfg", {"act_kwargs": {"approximate": "tanh"}}),
+        ("text_cfg", {"heads": 1}),
+        ("text_cfg", {"no_causal_mask": True}),
+        ("text_cfg", {"hf_tokenizer_name": "a/b"}),
+    ],
+)
+def test_weights_of_a_model_that_computes_something_else_are_told(
+    finished_run, tmp_path, tower, changed
+):
+    config = {**MODEL, tower: {**MODEL[tower], **changed}}
+    (key,) = changed
+    model = write_model(tmp_path, name=f"other-{key}", config=config)
+    argv = ["--model-config", str(model), *SYNTHETIC, "--pretrained", str(finished_run)]
+    (warning,) = option_warnings(parse_options(argv))
+    assert f"other settings: {tower}.{key} " in warning
+    assert warning.count(" -> ") == 1
+
+
+def test_weights_of_a_model_that_is_only_written_otherwise_are_not_told(finished_run, tmp_path):
+    vision = {**MODEL["vision_cfg"], "image_size": [32, 32], "patch_size": [8, 8]}
+    vision |= {"pool_type": "tok", "mlp_ratio": 4, "patch_dropout": 0.5, "act_kwargs": {}}
+    text = {**MODEL["text_cfg"], "pool_type": "argmax"}
+    config = {**MODEL, "vision_cfg": vision, "text_cfg": text, "quick_gelu": False}
+    config |= {"custom_text": True, "init_logit_scale": 3}
+    model = write_model(tmp_path, name="written", config=config)
+    argv = ["--model-config", str(model), *SYNTHETIC, "--pretrained", str(finished_run)]
+    assert option_warnings(parse_options(argv)) == []
+    (warning,) = option_warnings(parse_options([*argv, "--force-image-size", "64"]))
+    assert warning.endswith("was trained with other settings: vision_cfg.image_size 32 -> 64")
+
+
+def test_no_weights_are_compared_where_none_are_named(finished_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(finished_run)
+    model = write_model(tmp_path, name="none-named", config={**MODEL, "quick_gelu": True})
+    assert option_warnings(parse_options(["--model-config", str(model), *SYNTHETIC])) == []
+
+
 def test_weights_that_were_trained_on_other_images_are_told(finished_run, tmp_path):
     config = next(finished_run.parent.parent.rglob("tiny.json"))
     argv = ["--model-config", str(config), *SYNTHETIC, "--pretrained"]
@@ -375,8 +417,8 @@ def test_a_run_that_had_saved_does_not_begin_anew_where_its_checkpoints_are_gone
         (demo / name).parent.mkdir(exist_ok=True)
         (demo / name).write_text(text)
     before = sorted(demo.rglob("*"))
-    for flags in ([], ["--check-only"]):
-        assert main([*RUN, "--resume", "latest", *flags]) == 2
+    for also in ([], ["--check-only"]):
+        assert main([*RUN, "--resume", "latest", *also]) == 2
         (sentence,) = capsys.readouterr().err.splitlines()
         assert "run logs/demo had saved" in sentence
         assert steps in sentence

@@ -41,6 +41,7 @@ from clip_pgs.files import (
 from clip_pgs.integrations import is_mae_config
 from clip_pgs.integrations.open_clip.compat import no_foreign_code, weights_read_by
 from clip_pgs.integrations.open_clip.model_config import (
+    changed_model,
     check_build_options,
     check_buildable,
     check_preprocessing,
@@ -364,6 +365,15 @@ def _build_checkpoint(checkpoint: _Checkpoint, architecture: _Architecture) -> B
     with explained(f"{checkpoint.path} does not fit {name}"):
         state_dict = fit_weights(state_dict, model)
     model.load_state_dict(state_dict)
+    visual: Any = model.visual
+    model_cfg = open_clip.get_model_config(name)
+    present = {"model_cfg": model_cfg, "preprocess_cfg": visual.preprocess_cfg}
+    changes = changed_model(checkpoint.config, present)
+    if changes and is_first_process():
+        logger.warning(
+            "%s was trained with other settings than those of %s, which is evaluated: %s",
+            *(checkpoint.path, name, ", ".join(changes)),
+        )
     return model, transform, tokenizer
 
 

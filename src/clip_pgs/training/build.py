@@ -136,11 +136,11 @@ def build_masking(options: TrainOptions) -> MaskingStrategy:
     from clip_pgs.integrations.open_clip.mae import create_mae_masking
 
     rest = {name: value for name, value in options.masking_options.items() if name != "mask_ratio"}
-    config = _mae_record(options)["model_cfg"]
+    config = autoencoder_record(options)["model_cfg"]
     return create_mae_masking(options.masking, config, sign=options.mae_sign, **rest)
 
 
-def _mae_record(options: TrainOptions) -> dict[str, Any]:
+def autoencoder_record(options: TrainOptions) -> dict[str, Any]:
     """Return what rebuilds the masked autoencoder of a run."""
     from clip_pgs.integrations.open_clip.mae import mae_config, mae_record
 
@@ -176,7 +176,7 @@ def create_model(options: TrainOptions, device: torch.device) -> tuple[Any, Call
         from clip_pgs.integrations.open_clip.mae import MaeModel
 
         with device:
-            autoencoder = MaeModel(_mae_record(options))
+            autoencoder = MaeModel(autoencoder_record(options))
         train_transform = autoencoder.transform(is_train=True, aug_cfg=dict(options.aug_cfg))
         return autoencoder, train_transform, autoencoder.transform(is_train=False)
     pretrained = first_weights(options)
@@ -280,7 +280,7 @@ def read_model_config(options: TrainOptions) -> dict[str, Any]:
         ValueError: If there is none, or it cannot be read.
     """
     if options.mae is not None:
-        config = _mae_record(options)["model_cfg"]
+        config = autoencoder_record(options)["model_cfg"]
         return {**config, "vision_cfg": config, "text_cfg": {}}
     name = options.model
     what = f"the config of --model {name}"

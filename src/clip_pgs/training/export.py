@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import open_clip
 import safetensors.torch
 from huggingface_hub import EvalResult, ModelCardData
 from open_clip.tokenizer import HFTokenizer
+from open_clip.transform import PreprocessCfg
 
 from clip_pgs.checkpoint_reading import (
     RUN_FILE,
@@ -45,11 +47,11 @@ from clip_pgs.files import (
 )
 from clip_pgs.integrations import is_mae_config
 from clip_pgs.integrations.open_clip.compat import no_foreign_code
-from clip_pgs.integrations.open_clip.model_config import MISFITS
+from clip_pgs.integrations.open_clip.model_config import IMAGE_SETTINGS, MISFITS
 from clip_pgs.tables import percent
-from clip_pgs.training.build import logit_options
+from clip_pgs.training.build import autoencoder_record, logit_options
 from clip_pgs.training.checkpoint import damaged_entry
-from clip_pgs.training.options import TrainOptions
+from clip_pgs.training.options import MODEL_SCHEMAS, TrainOptions
 
 CARD_NAME = "README.md"
 _TEMPLATE_NAME = "model_card.md.jinja"
@@ -70,17 +72,17 @@ _TASKS = {
 _logger = logging.getLogger(__name__)
 
 
-def open_clip_config(options: TrainOptions, model: Any) -> dict[str, Any]:
-    """Return the config that rebuilds a model as the options built it, as plain types.
+def open_clip_config(options: TrainOptions, model: Any = None) -> dict[str, Any]:
+    """Return the config that rebuilds a model as the options build it, as plain types.
 
     That of a masked autoencoder has transformers' config in place of OpenCLIP's.
 
     Args:
         options: The run's options.
-        model: The plain model.
+        model: The plain model. Without it, how published weights see images is left out.
     """
     if options.mae is not None:
-        return dict(model.record)
+        return autoencoder_record(options)
     config = copy.deepcopy(open_clip.get_model_config(options.model))
     config.update(logit_options(options))
     if options.force_quick_gelu:
@@ -96,8 +98,16 @@ def open_clip_config(options: TrainOptions, model: Any) -> dict[str, Any]:
     for tower, key in (("vision_cfg", "timm_model"), ("text_cfg", "hf_model")):
         if f"{key}_name" in config[tower]:
             config[tower][f"{key}_pretrained"] = False
-    used = model.visual.preprocess_cfg
-    preprocess = {key: used[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+    if model is not None:
+        used = model.visual.preprocess_cfg
+    else:
+        brings_own = options.model.startswith(MODEL_SCHEMAS) or open_clip.get_pretrained_cfg(
+            options.model, options.pretrained
+        )
+        used = {} if brings_own else asdict(PreprocessCfg())
+        given = {key: getattr(options, f"image_{key}") for key in IMAGE_SETTINGS}
+        used |= {key: value for key, value in given.items() if value is not None}
+    preprocess = {key: used[key] for key in IMAGE_SETTINGS if key in used}
     return json.loads(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
 
 

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from open_clip.transform import PreprocessCfg
 
 from clip_pgs.checkpoint_reading import find_checkpoint, read_checkpoint
 from clip_pgs.data.build import dataset_kind
 from clip_pgs.data.shards import expand_shards, is_seekable
+from clip_pgs.integrations.open_clip.model_config import changed_model
 from clip_pgs.masking import create_masking
 from clip_pgs.masking.strategy import keeps_different_counts
-from clip_pgs.training.build import context_length, image_size, read_model_config
+from clip_pgs.training.build import context_length, read_model_config
 from clip_pgs.training.data_checks import (
     has_training_data,
     num_training_samples,
     samples_per_step,
     training_files,
 )
+from clip_pgs.training.export import open_clip_config
 from clip_pgs.training.options import (
     EVALUATION,
     MODEL_SCHEMAS,
@@ -35,7 +34,6 @@ from clip_pgs.training.phases import phase_options
 from clip_pgs.training.run_folder import (
     changed_options,
     changed_recipe,
-    changed_values,
     keeps_logs,
     read_options_file,
     run_folder,
@@ -189,46 +187,20 @@ def _resume_warnings(options: TrainOptions) -> list[str]:
 
 
 def _weight_warnings(options: TrainOptions) -> list[str]:
-    """Return a sentence where weights of this trainer saw images, or were activated, otherwise."""
+    """Return a sentence where weights of this trainer were trained to compute something else."""
     source = options.pretrained
-    # What an autoencoder sees stands elsewhere; a folder and the Hub bring weights of their own.
-    is_elsewhere = options.mae is not None or options.model.startswith(MODEL_SCHEMAS)
-    if source is None or is_elsewhere or not Path(source).exists():
+    if not source or not _reads_pretrained(options) or not Path(source).exists():
         return []
     try:
-        record = read_checkpoint(find_checkpoint(source), use_mmap=True).get("clip_pgs") or {}
-        trained = _seen_images(record["open_clip_config"])
-    # That it cannot be read is told by who reads it; other trainers' files do not tell.
-    except (ValueError, LookupError, TypeError, AttributeError):
+        record = read_checkpoint(find_checkpoint(source), use_mmap=True).get("clip_pgs")
+    # That it cannot be read is told by who reads it.
+    except ValueError:
         return []
-    now = _seen_images({"model_cfg": read_model_config(options)})
-    if options.force_quick_gelu:
-        now["quick_gelu"] = True
-    if (size := image_size(options)) is not None:
-        now["image_size"] = _one_side(size)
-    for name in ("image_mean", "image_std", "image_interpolation", "image_resize_mode"):
-        now[name] = getattr(options, name) or now[name]
-    changes = changed_values(trained, now)
+    recorded = record.get("open_clip_config") if isinstance(record, dict) else None
+    changes = changed_model(recorded, open_clip_config(options))
     if not changes:
         return []
     return [f"--pretrained {source} was trained with other settings: {', '.join(changes)}"]
-
-
-def _seen_images(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a model of an `open_clip_config.json` sees images, by the names of options."""
-    model, preprocess = config["model_cfg"], config.get("preprocess_cfg") or {}
-    usual = PreprocessCfg()
-    names = ("mean", "std", "interpolation", "resize_mode")
-    return {
-        "quick_gelu": bool(model.get("quick_gelu")),
-        "image_size": _one_side(model["vision_cfg"].get("image_size", 224)),
-        **{f"image_{name}": preprocess.get(name, getattr(usual, name)) for name in names},
-    }
-
-
-def _one_side(size: int | Sequence[int]) -> int | Sequence[int]:
-    """Return the side of a square that is told by both of its sides."""
-    return size[0] if isinstance(size, (list, tuple)) and len(set(size)) == 1 else size
 
 
 def _differing_source(options: TrainOptions, source: str) -> list[str]:
@@ -247,6 +219,11 @@ def _differing_source(options: TrainOptions, source: str) -> list[str]:
     return [
         f"--resume {source} goes on from a run with other options or data: {', '.join(changes)}"
     ]
+
+
+def _reads_pretrained(options: TrainOptions) -> bool:
+    """Return whether `--pretrained` has an effect: a folder and the Hub bring weights of theirs."""
+    return options.mae is None and not options.model.startswith(MODEL_SCHEMAS)
 
 
 def _text_warnings(options: TrainOptions) -> list[str]:

@@ -7,7 +7,6 @@ being told to, and nobody else may.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -26,6 +25,7 @@ from torch import nn
 
 import clip_pgs
 from clip_pgs.checkpoint_reading import file_digest
+from clip_pgs.common import as_plain, changed_values
 from clip_pgs.data.text_masking import TEXT_MASKINGS
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
@@ -367,33 +367,6 @@ def _changes(options: TrainOptions, saved: Mapping[str, Any], names: Sequence[st
     return changed_values(saved, {name: getattr(options, name) for name in names})
 
 
-def changed_values(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """Return the changes of what was saved, as JSON has it, such as "lr 0.1 -> 0.2"."""
-    changes = []
-    for name, value in present.items():
-        now = _plain(value)
-        if name in saved and saved[name] != now:
-            before, after = _differing(saved[name], now)
-            changes.append(f"{name} {before!r} -> {after!r}")
-    return changes
-
-
-def _differing(before: Any, after: Any) -> tuple[Any, Any]:
-    """Return two values without the entries in which they are the same."""
-    if not (isinstance(before, dict) and isinstance(after, dict)):
-        return before, after
-    left = {k: v for k, v in before.items() if k not in after or after[k] != v}
-    right = {k: v for k, v in after.items() if k not in before or before[k] != v}
-    for key in left.keys() & right.keys():
-        left[key], right[key] = _differing(left[key], right[key])
-    return left, right
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON gives it back: tuples become lists, what else there is its text."""
-    return json.loads(json.dumps(value, default=str))
-
-
 def describe_run(
     options: TrainOptions, model: nn.Module, device: torch.device, *, num_samples: int | None
 ) -> dict[str, Any]:
@@ -421,10 +394,10 @@ def describe_run(
         "open_clip_config": open_clip_config(options, model),
         "tokenizer": tokenizer_source(options),
         "masking": options.masking,
-        "masking_options": _plain(options.masking_options),
+        "masking_options": as_plain(options.masking_options),
         "text_masking": options.text_masking,
-        "data": _plain({**data, "samples per epoch": num_samples}),
-        "recipe": _plain({name: getattr(options, name) for name in recipe}),
+        "data": as_plain({**data, "samples per epoch": num_samples}),
+        "recipe": as_plain({name: getattr(options, name) for name in recipe}),
         "device": device_name(device),
         "world_size": options.world_size,
     }

@@ -11,7 +11,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -22,7 +22,7 @@ import torch
 from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-from clip_pgs.common import explained
+from clip_pgs.common import as_plain, changed_values, explained
 from clip_pgs.files import read_json_object
 
 _REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
@@ -47,6 +47,22 @@ MISFITS = (
     LookupError,
     ArithmeticError,
 )
+# What trained weights do not depend on: what they started from, what training alone does, and the
+# classes that hold them.
+_NOT_COMPUTED = (
+    "init_logit_scale",
+    "init_logit_bias",
+    "nonscalar_logit_scale",
+    "custom_text",
+    "mask_ratio",
+    "patch_dropout",
+    "timm_drop",
+    "timm_drop_path",
+    "timm_model_pretrained",
+    "hf_model_pretrained",
+)
+# Of a `preprocess_cfg`, beside the size, which the tower has.
+IMAGE_SETTINGS = ("mean", "std", "interpolation", "resize_mode")
 # It takes the place of a text tower that would have to be fetched.
 _TINY_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 _BYTES = 4
@@ -248,6 +264,47 @@ def _rule(key: str, hint: Any) -> Rule:
         return lambda value: isinstance(value, dict), "a JSON object"
     most = _MAX_LAYERS if key == "layers" else _MAX_SIZE
     return whole_number(0 if key in _CAN_BE_ZERO else 1, most, length=_LISTS.get(key))
+
+
+def changed_model(recorded: Any, present: Mapping[str, Any]) -> list[str]:
+    """Return what a model computes otherwise than the one that a file records.
+
+    Args:
+        recorded: What should be the content of an `open_clip_config.json`; anything else tells of
+            no change.
+        present: The same of the model. What either does not say of its images is not compared.
+
+    Returns:
+        Such as "vision_cfg.head_width 32 -> 16", with OpenCLIP's defaults filled in.
+    """
+    try:
+        before = _computed(as_plain(recorded))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return []
+    return changed_values(before, _computed(present))
+
+
+def _computed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return by name what decides what a model makes of an image or text beside its weights."""
+    model, preprocess = config["model_cfg"], config.get("preprocess_cfg") or {}
+    towers = {"vision_cfg": CLIPVisionCfg, **_TOWERS}
+    computed = {"quick_gelu": False, **{k: v for k, v in model.items() if k not in towers}}
+    for key, tower_class in towers.items():
+        if key in model:
+            tower = {**asdict(tower_class()), **model[key]}
+            computed |= {f"{key}.{name}": value for name, value in tower.items()}
+    computed |= {f"image_{k}": preprocess[k] for k in IMAGE_SETTINGS if k in preprocess}
+    return {
+        name: _as_written_once(name, value)
+        for name, value in computed.items()
+        if name.rpartition(".")[2] not in _NOT_COMPUTED
+    }
+
+
+def _as_written_once(name: str, value: Any) -> Any:
+    """Return a square as its side, and no options as none."""
+    is_size = name.endswith((".image_size", ".patch_size")) and isinstance(value, list | tuple)
+    return value[0] if is_size and len(set(value)) == 1 else (value if value != {} else None)
 
 
 # ------------------------------------------------------------------------------------------------
