@@ -178,7 +178,10 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def newest_checkpoint(
-    folder: Path, *, on_damage: Callable[[Path, ValueError], None] | None = None
+    folder: Path,
+    *,
+    on_damage: Callable[[Path, ValueError], None] | None = None,
+    is_checked: bool = True,
 ) -> Path | None:
     """Return the checkpoint that got furthest among those of a run that are whole.
 
@@ -186,6 +189,7 @@ def newest_checkpoint(
         folder: A run's checkpoint folder, of this trainer or of OpenCLIP's.
         on_damage: Is told of files that cannot be read or whose checksum is wrong. By default
             they are named in a warning.
+        is_checked: Compare checksums; without, damage that leaves a file readable goes unseen.
 
     Returns:
         The file, None where there is none.
@@ -201,7 +205,8 @@ def newest_checkpoint(
             progress[path] = (content.get("epoch", 0), content.get("step", 0))
     for path in sorted(progress, key=lambda path: progress[path], reverse=True):
         try:
-            check_sum(path)
+            if is_checked:
+                check_sum(path)
         except ValueError as error:
             on_damage(path, error)
         else:
@@ -219,11 +224,12 @@ def named_latest(folder: Path) -> Path | None:
     return folder / Path(text.strip()).name
 
 
-def find_checkpoint(path: Path | str) -> Path:
+def find_checkpoint(path: Path | str, *, is_checked: bool = True) -> Path:
     """Return the file that a user means: a file, or the newest whole one of a run's folder.
 
     Args:
         path: A file, which is returned as it is, the folder of a run, or its checkpoint folder.
+        is_checked: As `newest_checkpoint` takes it.
 
     Raises:
         ValueError: If it is a folder without any.
@@ -231,7 +237,9 @@ def find_checkpoint(path: Path | str) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    newest = newest_checkpoint(path / CHECKPOINTS_NAME) or newest_checkpoint(path)
+    places = (path / CHECKPOINTS_NAME, path)
+    found = (newest_checkpoint(place, is_checked=is_checked) for place in places)
+    newest = next(filter(None, found), None)
     if newest is None:
         raise ValueError(f"{str(path)!r} is a folder that holds no checkpoint")
     return newest

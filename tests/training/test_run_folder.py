@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from clip_pgs.data.shards import expand_shards
 from clip_pgs.data.tar import index_shards
@@ -25,7 +26,7 @@ from clip_pgs.training.run_folder import (
     save_options,
 )
 from support.options import SYNTHETIC, VALID, write_shards
-from support.runs import MODEL, write_csv, write_model
+from support.runs import MODEL, flags, write_csv, write_model
 from support.runs import write_shards as write_samples
 
 RUN = (*VALID, "--name", "demo", "--masking", "pgs", "--mask-ratio", "0.5")
@@ -203,6 +204,76 @@ def test_a_resume_from_a_run_of_other_options_and_data_warns_of_each(demo, tmp_p
         assert change in warning
 
 
+def test_a_resume_from_a_file_outside_of_its_run_compares_the_record_in_it(
+    finished_run, finished_options, tmp_path
+):
+    source = tmp_path / "e2.pt"
+    shutil.copy(finished_run / "checkpoints" / "epoch_2.pt", source)
+
+    def warnings(**changed):
+        return option_warnings(parse_options(flags(tmp_path, **finished_options | changed)))
+
+    assert warnings(resume=source) == []
+    # On a CPU the default trains in fp32, which the record says.
+    assert warnings(resume=source, precision="amp") == []
+    vision = {**MODEL["vision_cfg"], "head_width": 32}
+    model = write_model(tmp_path, name="heads", config={**MODEL, "vision_cfg": vision})
+    other = {"model": model, "masking": "random", "mask_ratio_min": None, "seed": 5}
+    other |= {"train_data": write_shards(tmp_path / "other"), "image_mean": [0.5] * 3}
+    parts = {"text_tokens": 8, "unmasked_epochs": 1, "merge": "2x2"}
+    (warning,) = warnings(resume=source, precision="bf16", **other, **parts)
+    assert warning.startswith(f"--resume {source} goes on from a run with other options or data: ")
+    for change in (
+        "model 'tiny' -> 'heads'",
+        "vision_cfg.head_width 16 -> 32",
+        "image_mean [0.48",
+        "masking 'pgs' -> 'random'",
+        "masking_options {",
+        "seed 0 -> 5",
+        f"train_data '{finished_options['train_data']}' -> ",
+        "precision 'fp32' -> 'bf16'",
+        "text_masking 'none' -> 'truncate'",
+        "merge 'none' -> '2x2'",
+        "unmasked_epochs 0 -> 1",
+    ):
+        assert warning.count(change) == 1
+    # What is beside the file tells more.
+    (tmp_path / "options.json").write_text('{"seed": 3}')
+    (tmp_path / "checkpoints").mkdir()
+    moved = source.rename(tmp_path / "checkpoints" / source.name)
+    assert warnings(resume=moved) == [
+        f"--resume {moved} goes on from a run with other options or data: seed 3 -> 0"
+    ]
+
+
+@pytest.mark.parametrize("record", [7, {}, {"data": {}, "recipe": {}, "open_clip_config": {}}])
+def test_a_record_that_is_none_is_not_compared(finished_options, tmp_path, record):
+    source = tmp_path / "e.pt"
+    torch.save({"epoch": 1, "state_dict": {"a": torch.zeros(1)}, "clip_pgs": record}, source)
+    for flag in ("resume", "pretrained"):
+        argv = flags(tmp_path, **finished_options, **{flag: source})
+        assert option_warnings(parse_options(argv)) == []
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "open_clip_model.safetensors"])
+def test_a_resume_from_weights_alone_says_that_it_begins_anew(
+    finished_run, finished_options, tmp_path, name
+):
+    source = tmp_path / name
+    weights = {"state_dict": {"a": torch.zeros(1)}}
+    save_file(weights["state_dict"], source) if source.suffix == ".safetensors" else torch.save(
+        weights, source
+    )
+    options = {**finished_options, "resume": source}
+    (warning,) = option_warnings(parse_options(flags(tmp_path, **options)))
+    assert "at step 0, with a fresh optimizer and warmup" in warning
+    assert f"--pretrained {source} is" in warning
+    # Of weights that are only evaluated there is nothing to say, and one's own run has a place.
+    for changed in ({"train_data": None}, {"resume": finished_run}):
+        sentences = option_warnings(parse_options(flags(tmp_path, **options | changed)))
+        assert not any("step 0" in sentence for sentence in sentences)
+
+
 @pytest.mark.parametrize(
     ("tower", "changed"),
     [
@@ -243,6 +314,17 @@ def test_no_weights_are_compared_where_none_are_named(finished_run, tmp_path, mo
     monkeypatch.chdir(finished_run)
     model = write_model(tmp_path, name="none-named", config={**MODEL, "quick_gelu": True})
     assert option_warnings(parse_options(["--model-config", str(model), *SYNTHETIC])) == []
+
+
+def test_no_checkpoint_is_hashed_for_a_warning(
+    finished_run, finished_options, tmp_path, monkeypatch
+):
+    hashed = []
+    monkeypatch.setattr("clip_pgs.checkpoint_reading.file_digest", hashed.append)
+    for flag in ("resume", "pretrained"):
+        argv = flags(tmp_path, **finished_options, **{flag: finished_run})
+        option_warnings(parse_options(argv))
+    assert hashed == []
 
 
 def test_weights_that_were_trained_on_other_images_are_told(finished_run, tmp_path):

@@ -337,6 +337,11 @@ def supported_precision(precision: str, device: torch.device) -> str:
     return precision
 
 
+def is_on_cpu(options: TrainOptions) -> bool:
+    """Return whether a run trains on a CPU, as it was told to or for want of a GPU."""
+    return options.device == "cpu" or not torch.cuda.is_available()
+
+
 def create_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | None:
     """Return the loss scaler that float16 autocast needs, or None for any other precision."""
     return torch.amp.GradScaler(device.type) if precision == "amp" else None

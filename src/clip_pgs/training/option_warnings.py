@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from clip_pgs.checkpoint_reading import find_checkpoint, read_checkpoint
 from clip_pgs.data.build import dataset_kind
@@ -13,7 +13,7 @@ from clip_pgs.data.shards import expand_shards, is_seekable
 from clip_pgs.integrations.open_clip.model_config import changed_model
 from clip_pgs.masking import create_masking
 from clip_pgs.masking.strategy import keeps_different_counts
-from clip_pgs.training.build import context_length, read_model_config
+from clip_pgs.training.build import context_length, is_on_cpu, read_model_config
 from clip_pgs.training.data_checks import (
     has_training_data,
     num_training_samples,
@@ -34,6 +34,7 @@ from clip_pgs.training.phases import phase_options
 from clip_pgs.training.run_folder import (
     changed_options,
     changed_recipe,
+    changed_record,
     keeps_logs,
     read_options_file,
     run_folder,
@@ -99,8 +100,8 @@ def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
     is_coca = "multimodal_cfg" in config or "coca" in model.lower()
     has_timm = "timm_model_name" in config["vision_cfg"]
     brings_weights = model.startswith(MODEL_SCHEMAS)
-    is_on_cpu = options.device == "cpu" or not torch.cuda.is_available()
-    is_full_on_gpu = not is_on_cpu and options.precision == "fp32"
+    on_cpu = is_on_cpu(options)
+    is_full_on_gpu = not on_cpu and options.precision == "fp32"
     has_imagenet = options.imagenet_val is not None or options.imagenet_v2 is not None
     reports_to_wandb = bool({"wandb", "all"} & set(options.report_to.split(",")))
     opt, scheduler = options.opt, options.lr_scheduler
@@ -120,7 +121,7 @@ def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
         (masking == "none", f"{ratios} pack_tokens", "with --masking none"),
         (keeps_as_many, "pack_tokens", as_many),
         (options.merge_counts, "pack_tokens", "with --merge-counts"),
-        (is_on_cpu and options.torchcompile, "pack_tokens", "with --torchcompile on a CPU"),
+        (on_cpu and options.torchcompile, "pack_tokens", "with --torchcompile on a CPU"),
         (is_full_on_gpu, "pack_tokens", full),
         (
             options.mask_schedule == "constant",
@@ -177,7 +178,7 @@ def warmup_warnings(options: TrainOptions) -> list[str]:
 def _resume_warnings(options: TrainOptions) -> list[str]:
     folder = run_folder(options)
     if options.resume not in (None, "latest"):
-        return _differing_source(options, options.resume)
+        return _source_warnings(options, options.resume)
     if options.resume is None or folder is None:
         return []
     saved, damage = read_options_file(folder)
@@ -191,11 +192,7 @@ def _weight_warnings(options: TrainOptions) -> list[str]:
     source = options.pretrained
     if not source or not _reads_pretrained(options) or not Path(source).exists():
         return []
-    try:
-        record = read_checkpoint(find_checkpoint(source), use_mmap=True).get("clip_pgs")
-    # That it cannot be read is told by who reads it.
-    except ValueError:
-        return []
+    record = _read_source(source)[1].get("clip_pgs")
     recorded = record.get("open_clip_config") if isinstance(record, dict) else None
     changes = changed_model(recorded, open_clip_config(options))
     if not changes:
@@ -203,27 +200,48 @@ def _weight_warnings(options: TrainOptions) -> list[str]:
     return [f"--pretrained {source} was trained with other settings: {', '.join(changes)}"]
 
 
-def _differing_source(options: TrainOptions, source: str) -> list[str]:
-    """Return a sentence where a checkpoint is that of a run of other options or data."""
-    try:
-        run = find_checkpoint(source).parent.parent
-    # What it cannot be is told by who reads it.
-    except ValueError:
-        return []
-    saved = read_options_file(run)[0]
-    files = training_files(options) if has_training_data(options) else None
-    changes = changed_options(options, saved, files=files) if saved else []
-    changes += changed_recipe(options, saved)
-    if not changes:
-        return []
-    return [
-        f"--resume {source} goes on from a run with other options or data: {', '.join(changes)}"
-    ]
+def _source_warnings(options: TrainOptions, source: str) -> list[str]:
+    """Return what `--resume` finds in a checkpoint of no run, or of one of other options or data.
+
+    What lies beside the file tells more than its record, and is there in a run's folder alone.
+    """
+    path, content = _read_source(source)
+    trains = has_training_data(options)
+    sentences = []
+    if trains and content and not (content.get("epoch") or content.get("position")):
+        sentence = (
+            f"--resume {source} goes on from no place in a run: training begins at step 0, with a "
+            "fresh optimizer and warmup"
+        )
+        if _reads_pretrained(options):
+            sentence += f"; --pretrained {source} is the option that means it"
+        sentences = [sentence]
+    saved, record = read_options_file(path.parent.parent)[0], content.get("clip_pgs")
+    if saved:
+        files = training_files(options) if trains else None
+        changes = changed_options(options, saved, files=files) + changed_recipe(options, saved)
+    else:
+        changes = changed_record(options, record) if isinstance(record, dict) else []
+    if changes:
+        sentences.append(
+            f"--resume {source} goes on from a run with other options or data: {', '.join(changes)}"
+        )
+    return sentences
 
 
 def _reads_pretrained(options: TrainOptions) -> bool:
     """Return whether `--pretrained` has an effect: a folder and the Hub bring weights of theirs."""
     return options.mae is None and not options.model.startswith(MODEL_SCHEMAS)
+
+
+def _read_source(source: str) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint that a source stands for, and what is in it, where it can be read."""
+    path = Path(source)
+    # That it cannot be read is told by who reads it.
+    with suppress(ValueError):
+        path = find_checkpoint(source, is_checked=False)
+        return path, read_checkpoint(path, use_mmap=True)
+    return path, {}
 
 
 def _text_warnings(options: TrainOptions) -> list[str]:

@@ -39,10 +39,11 @@ from clip_pgs.files import (
     write_json,
     write_text,
 )
+from clip_pgs.integrations.open_clip.model_config import changed_model
 from clip_pgs.masking.strategy import masking_class
 from clip_pgs.registry import own_code
 from clip_pgs.tables import counted
-from clip_pgs.training.build import model_digest
+from clip_pgs.training.build import is_on_cpu, model_digest
 from clip_pgs.training.data_checks import has_training_data, training_indexes, training_kind
 from clip_pgs.training.export import open_clip_config, tokenizer_source
 from clip_pgs.training.loggers import BestEffort
@@ -361,6 +362,31 @@ def _changed_indexes(options: TrainOptions, saved: Any, files: Sequence[str]) ->
 def changed_recipe(options: TrainOptions, saved: Mapping[str, Any]) -> list[str]:
     """Return the changes of schedule, batch, precision and the like, such as "lr 0.1 -> 0.2"."""
     return _changes(options, saved, names_of(RECIPE))
+
+
+def changed_record(options: TrainOptions, record: Mapping[str, Any]) -> list[str]:
+    """Return the changes of model, options and data, as far as a checkpoint's record tells them.
+
+    Args:
+        options: The run's.
+        record: From `describe_run`.
+    """
+    data, recipe = record.get("data"), record.get("recipe")
+    if not (isinstance(data, dict) and isinstance(recipe, dict)):
+        return []
+    # A record leaves out the parts that its run does not have.
+    parts = (*_MASK_SCHEDULE, *_MERGE, *_TEXT, "train_image_size", "mae_sign")
+    defaults = {n: getattr(TrainOptions, n, {}) for n in (*parts, *names_below(UNMASKED))}
+    saved = {**defaults, **record, **data, **recipe}
+    # It says in which precision the run trained.
+    if (saved.get("precision"), options.precision) == ("fp32", "amp") and is_on_cpu(options):
+        del saved["precision"]
+    names = [*names_of(IDENTITY), *names_of(RECIPE)]
+    names += ["train_data"] if has_training_data(options) else []
+    now = {name: getattr(options, name) for name in names}
+    named = [f"model {MODEL_CONFIG_NAME}"] if options.model.startswith("local-dir:") else []
+    model = changed_model(record.get("open_clip_config"), open_clip_config(options))
+    return model + changed_values(_without_places(saved, named), _without_places(now, named))
 
 
 def _changes(options: TrainOptions, saved: Mapping[str, Any], names: Sequence[str]) -> list[str]:
