@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,27 @@ def test_a_checkpoint_of_open_clip_under_ddp_continues_here(tmp_path, world, fin
     torch.save(theirs, tmp_path / "theirs.pt")
     folder = run(tmp_path, train_data=world.train_data, resume=tmp_path / "theirs.pt")
     assert sorted(path.name for path in (folder / "checkpoints").glob("*.pt")) == ["epoch_2.pt"]
+    # Nobody measured what theirs cost, but its samples are as many as its steps say.
+    done = (folder / "out.log").read_text().partition("Done: ")[2].partition("\n")[0]
+    assert re.fullmatch(
+        r"8 steps, 64 samples, \S+ FLOPs in \S+, both without the first 4 steps", done
+    )
+    card = (folder / "export" / "README.md").read_text()
+    assert "| samples seen | 64 |" in card
+    for name in ("floating-point operations", "wall time"):
+        assert re.search(rf"\| {name} \| [\w.+:]+, without the first 4 steps \|", card)
+
+
+def test_samples_before_a_checkpoint_of_open_clip_are_those_of_their_phase(
+    tmp_path, world, finished_run
+):
+    ours = torch.load(finished_run / "checkpoints" / "epoch_2.pt", weights_only=True)
+    theirs = {name: ours[name] for name in ("epoch", "name", "state_dict", "optimizer")}
+    torch.save(theirs, tmp_path / "a.pt")
+    # Four steps of 8 samples, sixteen of 2, and the one epoch that is left.
+    options = {"epochs": 1, "unmasked_epochs": 2, "unmasked_batch_size": 2, "masking": "random"}
+    folder = run(tmp_path, train_data=world.train_data, resume=tmp_path / "a.pt", **options)
+    assert "Done: 36 steps, 96 samples" in (folder / "out.log").read_text()
 
 
 @pytest.mark.slow

@@ -106,6 +106,9 @@ _logger = logging.getLogger(__name__)
 class Cost:
     """What a run has spent since its very beginning, resumed launches included.
 
+    A checkpoint of OpenCLIP's trainer does not say what it took: steps and samples of its epochs
+    are counted, as this run's options have them, and operations and time are not.
+
     Args:
         steps: Optimizer steps.
         samples: Image-caption pairs over all ranks.
@@ -114,6 +117,8 @@ class Cost:
         seconds: Wall time.
         skipped_steps: Steps that changed nothing, as their numbers were not finite.
         skipped_samples: Samples that could not be used.
+        unmeasured_steps: Of the steps the first, whose `flops`, `selection_flops` and `seconds`
+            are not known and not counted.
     """
 
     steps: int = 0
@@ -123,6 +128,7 @@ class Cost:
     seconds: float = 0.0
     skipped_steps: int = 0
     skipped_samples: int = 0
+    unmeasured_steps: int = 0
 
 
 def pack_checkpoint(

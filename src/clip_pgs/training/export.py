@@ -48,7 +48,7 @@ from clip_pgs.files import (
 from clip_pgs.integrations import is_mae_config
 from clip_pgs.integrations.open_clip.compat import no_foreign_code
 from clip_pgs.integrations.open_clip.model_config import IMAGE_SETTINGS, MISFITS
-from clip_pgs.tables import percent
+from clip_pgs.tables import counted, percent
 from clip_pgs.training.build import autoencoder_record, logit_options
 from clip_pgs.training.checkpoint import damaged_entry
 from clip_pgs.training.options import MODEL_SCHEMAS, TrainOptions
@@ -229,6 +229,8 @@ def write_model_card(
     )
     environment.filters["cell"] = _cell
     template = environment.from_string(Path(__file__).with_name(_TEMPLATE_NAME).read_text("utf-8"))
+    unmeasured = cost.get("unmeasured_steps", 0)
+    left_out = f", without the first {counted(unmeasured, 'step')}" if unmeasured else ""
     options = {f"masking option `{key}`": v for key, v in record["masking_options"].items()}
     return template.render(
         name=name,
@@ -244,9 +246,9 @@ def write_model_card(
             "hardware": f"{record['world_size']} x {record['device']}",
             "samples seen": f"{cost['samples']:,}",
             "optimizer steps": f"{cost['steps']:,}",
-            "floating-point operations": f"{cost['flops']:.3g}",
+            "floating-point operations": f"{cost['flops']:.3g}{left_out}",
             "of them to choose patches": _share(cost.get("selection_flops", 0), cost["flops"]),
-            "wall time": str(timedelta(seconds=round(cost["seconds"]))),
+            "wall time": f"{timedelta(seconds=round(cost['seconds']))}{left_out}",
         },
         metrics={
             key: f"{percent(value)} %" if _SHARES.fullmatch(key) else value

@@ -277,9 +277,13 @@ class Trainer:
         )
         self._validation = Validation(options, self._parts, evaluate=evaluate) if is_main else None
         if cost.steps == 0 and self._first_epoch > 0:
-            # OpenCLIP's checkpoints do not say how many steps they took.
-            begun = [phase for phase in self._phases if phase.first_epoch < self._first_epoch]
-            cost.steps = begun[-1].steps_before(self._first_epoch)
+            # OpenCLIP's checkpoints do not say what they took.
+            for phase in self._phases:
+                if phase.first_epoch < self._first_epoch:
+                    end = min(phase.end_epoch, self._first_epoch)
+                    cost.steps = phase.steps_before(end)
+                    cost.samples += (cost.steps - phase.first_step) * phase.samples_per_step
+            cost.unmeasured_steps = cost.steps
         self._telemetry = Telemetry(
             options,
             MetricLoggers(options, self._folder, first_step=cost.steps),
@@ -594,6 +598,7 @@ class Trainer:
         if self._lock is not None:
             self._lock.keep()
         cost = self._telemetry.cost
+        unmeasured = cost.unmeasured_steps
         if 0 < cost.steps == cost.skipped_steps:
             raise BadNumbersError(
                 "the loss or its gradient was not finite in any of the "
@@ -615,11 +620,12 @@ class Trainer:
                 f"the last checkpoint could not be written or is gone; the export is in {export}"
             )
         _logger.info(
-            "Done: %s, %s, %.3g FLOPs in %s",
+            "Done: %s, %s, %.3g FLOPs in %s%s",
             counted(cost.steps, "step"),
             counted(cost.samples, "sample"),
             cost.flops,
             timedelta(seconds=round(cost.seconds)),
+            f", both without the first {counted(unmeasured, 'step')}" if unmeasured else "",
         )
         _logger.info("Checkpoints, curves and mask pictures are in %s", self._folder)
         opens = "OpenCLIP opens the model as local-dir:%s"

@@ -276,6 +276,16 @@ def test_repetition_with_the_same_seed_is_no_second_seed(tmp_path):
     assert models_of(tmp_path) == [("demo_0", [0]), ("demo_1", [0])]
 
 
+def test_a_run_whose_first_steps_nobody_measured_does_not_look_cheap(tmp_path):
+    spent = {"steps": 900, "samples": 60_000, "flops": 1e10, "seconds": 1.0}
+    for number, unmeasured in enumerate((0, 450)):
+        save_run(tmp_path, number, cost={**spent, "unmeasured_steps": unmeasured})
+    (whole,), (continued,) = (gather_runs([tmp_path / f"demo_{number}"]) for number in range(2))
+    assert (whole.training.flops, whole.training.seconds) == (1e10, 1.0)
+    assert (continued.training.flops, continued.training.seconds) == (None, None)
+    assert continued.training.samples == 60_000
+
+
 def test_runs_of_unknown_recipe_are_never_merged(tmp_path):
     for number in range(2):
         save_results(tmp_path / f"demo_{number}", demo_results(number))

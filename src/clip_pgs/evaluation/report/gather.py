@@ -502,6 +502,9 @@ def _facts(
 ) -> TrainingFacts:
     shards = data.get("train_data") or data.get("dataset_type") or ""
     seed = recipe.get("seed")
+    if spent.get("unmeasured_steps"):
+        # Of a run that went on from OpenCLIP's, and is not to look cheap beside others.
+        spent = {"samples": spent.get("samples")}
     return TrainingFacts(
         architecture=str(choices.get("model") or ""),
         data=" + ".join(map(str, shards)) if isinstance(shards, list) else str(shards),
