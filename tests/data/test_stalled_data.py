@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import time
 
 import pytest
 
 from clip_pgs.data.bad_samples import Skip, SkipAccount, StalledDataError, UnusableDataError
+from clip_pgs.data.loader import hear_parent_alone
 from support.streams import AUGMENT, numbers, open_stream, read_from, with_options
 
 
@@ -160,3 +164,22 @@ def test_without_a_limit_anything_but_nothing_goes(args, make_tar, make_image, t
     spoil(make_tar, make_image, tmp_path, num_bad=100)
     with pytest.raises(UnusableDataError):
         read_from(open_stream(args))
+
+
+def test_a_worker_that_hangs_leaves_for_its_parent_and_for_nobody_else():
+    begun = multiprocessing.Event()
+
+    def hang():
+        hear_parent_alone(0)
+        begun.set()
+        time.sleep(60)
+
+    worker = multiprocessing.get_context("fork").Process(target=hang)
+    worker.start()
+    assert begun.wait(10)
+    subprocess.run(["bash", "-c", f"kill -TERM {worker.pid}"], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0

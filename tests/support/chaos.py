@@ -123,10 +123,16 @@ class Launch:
                 found.setdefault(ranks[0] if ranks else alone, child)
         return found
 
+    def signal_everything(self, number):
+        """Signal all processes of the launch at once; return how many there were."""
+        processes = [self.process.pid, *_descendants(self.process.pid)]
+        for process in processes:
+            _kill(process, number)
+        return len(processes)
+
     def kill_everything(self):
         """End all processes of the launch at once, as a machine that loses its power."""
-        for child in [self.process.pid, *_descendants(self.process.pid)]:
-            _kill(child, signal.SIGKILL)
+        self.signal_everything(signal.SIGKILL)
         self.process.wait()
 
 

@@ -21,9 +21,10 @@ from clip_pgs.training.__main__ import main
 from clip_pgs.training.loggers import SkipLog
 from clip_pgs.training.stop import StoppedError, StopRequest, StopSignals
 from clip_pgs.training.trainer import Trainer
+from support.chaos import Launch, num_steps
 from support.disk import files_limited_to
 from support.ranks import output, train_together
-from support.resuming import last_checkpoint
+from support.resuming import differences, last_checkpoint
 from support.runs import flags, holding, run, write_shards
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
@@ -92,6 +93,22 @@ def test_a_run_that_only_evaluates_with_workers_ends_with_0(tmp_path, world):
     argv = flags(tmp_path, val_data=world.val_data, workers=2, batch_size=4)
     assert train_together(tmp_path, argv, num_processes=1) == [0], output(tmp_path)
     assert "Traceback" not in output(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_run_and_its_workers_saves_where_it_is(tmp_path, world):
+    # As where Slurm signals each process of a job, or systemd each of a service.
+    options = {"train_data": world.train_data, "epochs": 8, "save_frequency": 8, "workers": 1}
+    folder = tmp_path / "logs" / "run"
+    launch = Launch(tmp_path, flags(tmp_path, **options))
+    assert launch.wait_until(lambda: num_steps(folder) >= 3)
+    assert launch.signal_everything(signal.SIGTERM) > 1
+    assert launch.wait() == 85, launch.output()
+    assert launch.output().splitlines()[-1].startswith("stopped by SIGTERM at sample ")
+    assert last_checkpoint(folder)["step"] == num_steps(folder) < 32
+    run(tmp_path, **options, resume="latest")
+    whole = run(tmp_path, **options, name="whole")
+    assert differences(last_checkpoint(folder), last_checkpoint(whole)) == []
 
 
 def swallow(**_):

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import random
 import re
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -172,15 +174,34 @@ class SampleStream:
             persistent_workers=self.num_workers > 0,
             timeout=self.timeout if self.num_workers > 0 else 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_process_group,
+            worker_init_fn=hear_parent_alone,
             # The loader draws a number at each start; not from the stream of the run.
             generator=torch.Generator().manual_seed(0),
         )
 
 
-def _leave_process_group(worker: int) -> None:
-    # torchrun signals whole groups; what the run still needs to save must not lose its workers.
+def hear_parent_alone(worker: int) -> None:
+    """Let SIGTERM end this loading process only where its parent sends it, as torch does.
+
+    torchrun signals whole groups of processes, and Slurm all of a job; what the run still needs to
+    save must not lose its workers.
+
+    Args:
+        worker: Which one it is, as a DataLoader tells it.
+    """
     os.setpgid(0, 0)
+    # Not known to macOS.
+    if hasattr(signal, "sigwaitinfo"):
+        # Ignored, it would not end a worker that hangs. In a thread of its own, as no handler is
+        # told who sent a signal.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        continue
+    os._exit(0)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from clip_pgs.common import explained, is_first_process, one_sentence
 from clip_pgs.data.decoding import check_resized, open_image
+from clip_pgs.data.loader import hear_parent_alone
 from clip_pgs.data.tar import regular_members, stream_tar
 from clip_pgs.evaluation.datasets import (
     CLASS_NAMES,
@@ -267,6 +268,7 @@ def _load(dataset: Dataset, workers: int, title: str, total: int | None) -> Iter
             num_workers=workers,
             collate_fn=_to_hand_over,
             multiprocessing_context=context,
+            worker_init_fn=hear_parent_alone,
         ):
             if isinstance(parts, _TOLD):
                 raise parts
