@@ -424,6 +424,19 @@ def test_captions_that_are_repeated_are_told(color_model, tmp_path, caplog, num_
     assert "'it is 0'" in caplog.text or not is_told
 
 
+def test_blank_captions_are_told_and_change_no_score(color_model, tmp_path, caplog):
+    captions = [[f"it is {number}", f"number {number}"] for number in range(6)]
+    write_dataset(tmp_path / "set", list(enumerate(captions)), kind="retrieval")
+    expected = score(color_model, tmp_path / "set", suite="zeroshot-retrieval").metrics
+    assert "blank" not in caplog.text
+    captions[1].insert(1, " ")
+    captions[4].insert(0, "")
+    write_dataset(tmp_path / "blanks", list(enumerate(captions)), kind="retrieval")
+    result = score(color_model, tmp_path / "blanks", suite="zeroshot-retrieval")
+    assert result.metrics == expected
+    assert "blanks leaves out 2 blank captions" in caplog.text
+
+
 @pytest.mark.parametrize("names", [["a"] * 12, ["cat", "Cat"], [*"abcdefghijklmnopqrs", "a"] * 2])
 def test_classes_of_which_many_share_a_name_are_no_set(color_model, tmp_path, names):
     folder = make_set(tmp_path / "set")

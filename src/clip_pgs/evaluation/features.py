@@ -17,7 +17,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from clip_pgs.evaluation.samples import Reading, open_pictures, open_samples
 from clip_pgs.files import file_state, regular_file
 from clip_pgs.integrations.open_clip import num_patches, set_masking_noise
 from clip_pgs.integrations.open_clip.flops import count_image_flops
+from clip_pgs.tables import counted
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,22 @@ class Features:
     images: Tensor
     labels: Tensor | None = None
     captions: list[list[str]] | None = None
+
+
+def _without_blank_captions(features: Features, name: str) -> Features:
+    """Leave out captions that name nothing, and say so: clip_benchmark scores them."""
+    if features.captions is None:
+        return features
+    captions = [list(filter(str.strip, texts)) for texts in features.captions]
+    num_blank = sum(map(len, features.captions)) - sum(map(len, captions))
+    if num_blank == 0:
+        return features
+    logger.warning(
+        "%s leaves out %s, which clip_benchmark scores as any other",
+        name,
+        counted(num_blank, "blank caption"),
+    )
+    return replace(features, captions=captions)
 
 
 class Encoder:
@@ -127,7 +144,8 @@ class Encoder:
                 return Features(images_ND, labels=torch.cat(targets))
             return Features(images_ND, captions=list(itertools.chain.from_iterable(targets)))
 
-        return self.cache.get_or_make(key, encode, is_known=data is not None)
+        features = self.cache.get_or_make(key, encode, is_known=data is not None)
+        return _without_blank_captions(features, eval_set.name)
 
     def pictures(self, paths: Sequence[Path], folder: Path) -> Tensor:
         """Encode picture files, or find them in the cache.

@@ -168,8 +168,8 @@ class _Shards(IterableDataset):
 
     def _read_target(self, content: bytes) -> Any:
         if self.target_suffix == "txt":
-            captions = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
-            if not captions:
+            captions = content.decode("utf-8-sig").splitlines()
+            if not any(map(str.strip, captions)):
                 raise ValueError("there is no caption")
             return captions
         if self.target_suffix == "npy":
