@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 import tarfile
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,19 +14,22 @@ from safetensors.torch import save_file
 from clip_pgs.data.shards import expand_shards
 from clip_pgs.data.tar import index_shards
 from clip_pgs.data.words import WordFrequencies, write_word_frequencies
+from clip_pgs.files import experiment_of
 from clip_pgs.masking.strategy import _REGISTRY
 from clip_pgs.training.__main__ import main
+from clip_pgs.training.build import build_model
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.data_checks import training_files
 from clip_pgs.training.option_warnings import option_warnings
-from clip_pgs.training.options import parse_options
+from clip_pgs.training.options import IDENTITY, RECIPE, TrainOptions, names_of, parse_options
 from clip_pgs.training.run_folder import (
     changed_options,
+    describe_run,
     read_options_file,
     save_indexes,
     save_options,
 )
-from support.options import SYNTHETIC, VALID, write_shards
+from support.options import SYNTHETIC, VALID, write_model_config, write_shards
 from support.runs import MODEL, flags, write_csv, write_model
 from support.runs import write_shards as write_samples
 
@@ -40,6 +44,58 @@ def demo(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     save_options(parse_options(RUN), folder)
     return folder
+
+
+def experiment_with(folder, **changes):
+    """Return what a checkpoint keeps of a run's options, after some of them were set."""
+    options = parse_options(RUN)
+    for name, value in changes.items():
+        setattr(options, name, value)
+    save_options(options, folder)
+    return experiment_of(read_options_file(folder)[0])
+
+
+def test_a_checkpoint_tells_each_option_of_the_experiment_but_seed_and_places(tmp_path):
+    plain = experiment_with(tmp_path)
+    parts = {*names_of(IDENTITY), *names_of(RECIPE)} - {"seed"}
+    others = {field.name for field in fields(TrainOptions)} - parts - {"train_data"}
+    for name in parts - {"masking_options", "text_masking_options", "dataset_type"}:
+        assert experiment_with(tmp_path, **{name: "another"}) != plain, name
+    for name in others:
+        assert experiment_with(tmp_path, **{name: None}) == plain, name
+    for place in (tmp_path / "a", tmp_path / "other/b"):
+        place.mkdir(parents=True)
+        told = experiment_with(
+            tmp_path,
+            model=f"local-dir:{place}",
+            pretrained=f"{place}/run/checkpoints/epoch_5.pt",
+            train_data=f"{place}/data/train/0.tar",
+        )
+        assert told["model"] == "local-dir:"
+        assert told["pretrained"] == "run/checkpoints/epoch_5.pt"
+        assert told["train_data"] == "train/0.tar"
+
+
+def test_a_checkpoint_tells_what_a_run_was_before_it_was_resumed_with_other_options(tmp_path):
+    config = write_model_config(tmp_path / "vit_resumed.json")
+    options = parse_options(["--model-config", config, *SYNTHETIC, "--masking", "pgs"])
+    model = build_model(options, torch.device("cpu")).model
+
+    def record_of(earlier, **changes):
+        for name, value in changes.items():
+            setattr(options, name, value)
+        save_options(options, tmp_path)
+        saved = read_options_file(tmp_path)[0]
+        cpu = torch.device("cpu")
+        told = describe_run(options, model, cpu, num_samples=9, saved=saved, earlier=earlier)
+        return {**told, "cost": {"steps": 7}}
+
+    first = record_of({}, epochs=1)
+    assert "changes" not in record_of(first)["options"]
+    resumed = record_of(first, epochs=3)
+    assert resumed["options"]["changes"] == [[7, {"epochs": 1}]]
+    assert record_of(resumed)["options"]["changes"] == [[7, {"epochs": 1}]]
+    assert record_of({})["options"] == {**first["options"], "epochs": 3}
 
 
 def test_a_run_that_exists_is_refused_with_the_two_ways_out(demo):

@@ -35,6 +35,7 @@ from clip_pgs.files import (
     MODEL_CONFIG_NAME,
     OPTIONS_NAME,
     PARAMS_NAME,
+    experiment_of,
     read_json_object,
     write_json,
     write_text,
@@ -394,7 +395,13 @@ def _changes(options: TrainOptions, saved: Mapping[str, Any], names: Sequence[st
 
 
 def describe_run(
-    options: TrainOptions, model: nn.Module, device: torch.device, *, num_samples: int | None
+    options: TrainOptions,
+    model: nn.Module,
+    device: torch.device,
+    *,
+    num_samples: int | None,
+    saved: Mapping[str, Any] | None = None,
+    earlier: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what a checkpoint says of its run: enough to export and describe it, in plain types.
 
@@ -403,7 +410,22 @@ def describe_run(
         model: The plain model.
         device: This process's device.
         num_samples: Samples of an epoch.
+        saved: Its `options.json`.
+        earlier: The record of the checkpoint that it goes on from.
     """
+    experiment = experiment_of(saved or {})
+    earlier_options = (earlier or {}).get("options")
+    if isinstance(earlier_options, dict):
+        was = {
+            name: value
+            for name, value in earlier_options.items()
+            # Where the data lies may change; its files may not.
+            if name in experiment and value != experiment[name] and name != "train_data"
+        }
+        kept = earlier_options.get("changes")
+        changes = [*kept] if isinstance(kept, list) else []
+        changes += [[(earlier or {}).get("cost", {}).get("steps"), was]] if was else []
+        experiment |= {"changes": changes} if changes else {}
     recipe = [
         *(_MASK_SCHEDULE if options.mask_schedule != "constant" else ()),
         *(_MERGE if options.merge != "none" else ()),
@@ -424,6 +446,7 @@ def describe_run(
         "text_masking": options.text_masking,
         "data": as_plain({**data, "samples per epoch": num_samples}),
         "recipe": as_plain({name: getattr(options, name) for name in recipe}),
+        "options": as_plain(experiment),
         "device": device_name(device),
         "world_size": options.world_size,
     }

@@ -88,6 +88,7 @@ from clip_pgs.training.run_folder import (
     default_name,
     describe_run,
     keeps_logs,
+    read_options_file,
     run_folder,
     save_indexes,
     taken_name,
@@ -300,7 +301,14 @@ class Trainer:
                 entries = keep_lines_before(self._folder / METRICS_NAME, cost.steps)
                 self._measured = [entry for entry in entries if entry.get("kind") == "val"]
             samples = self._phases[0].stream.num_samples
-            self._record = describe_run(options, self._parts.model, device, num_samples=samples)
+            self._record = describe_run(
+                options,
+                self._parts.model,
+                device,
+                num_samples=samples,
+                saved=read_options_file(self._folder)[0],
+                earlier=earlier,
+            )
             # The stream has indexed all shards.
             with writing("the run's folder"):
                 save_indexes(options, self._folder)

@@ -268,6 +268,46 @@ def test_runs_that_differ_in_more_are_two_models(tmp_path, change):
     assert models_of(tmp_path) == [("demo_0", [0]), ("demo_1", [1])]
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_one"),
+    [
+        ([{"open_clip_config": {"model_cfg": {"embed_dim": n}}} for n in (8, 16)], False),
+        ([{"options": {"beta2": n}} for n in (0.9, 0.98)], False),
+        ([{"options": {"train_files": n}} for n in "ab"], False),
+        ([{"options": {"changes": [[9, {"epochs": 1}]]}}, {"options": {"epochs": 5}}], True),
+        # What one of an earlier version does not tell is not known to differ.
+        ([{"options": {"beta2": 0.9}}, {}], True),
+        ([{"options": {"train_data": n, "train_files": "same"}} for n in "ab"], True),
+        ([{"data": {"train_data": f"/{n}/data/train/{{0..9}}.tar"}} for n in "ab"], True),
+        ([{"data": {"train_data": "s3://x/t/0.tar", "pretrained": n}} for n in "ab"], False),
+        ([{"data": {"train_data": f"s3://{n}/t/0.tar"}} for n in "ab"], False),
+        ([{"device": n} for n in ("CPU", "GPU")], True),
+    ],
+)
+def test_runs_are_one_model_where_all_that_they_tell_but_the_seed_and_places_is_equal(
+    tmp_path, changes, is_one
+):
+    for number, change in enumerate(changes):
+        save_run(tmp_path, number, **change)
+    assert len(models_of(tmp_path)) == 2 - is_one
+
+
+def test_options_of_runs_count_where_their_checkpoints_tell_less(tmp_path):
+    for number in range(2):
+        run = save_run(tmp_path, number)
+        saved = {"seed": number, "batch_size": 64, "train_data": f"/{number}/a.tar", "launch": {}}
+        (run / "options.json").write_text(json.dumps({**saved, "train_files": ["a.tar: 9 bytes"]}))
+    assert len(models_of(tmp_path)) == 1
+    saved = {"grad_clip_norm": 0.1, "batch_size": 64}
+    for number in range(2):
+        path = tmp_path / f"demo_{number}/options.json"
+        path.write_text(json.dumps({**saved, "grad_clip_norm": 0.1 * number}))
+    assert len(models_of(tmp_path)) == 2
+    # It went on with other options since.
+    path.write_text(json.dumps({**saved, "batch_size": 128, "grad_clip_norm": 0.2}))
+    assert len(models_of(tmp_path)) == 1
+
+
 def test_repetition_with_the_same_seed_is_no_second_seed(tmp_path):
     save_run(tmp_path, 0)
     run = tmp_path / "demo_1"

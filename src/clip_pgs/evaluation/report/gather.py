@@ -41,6 +41,7 @@ from clip_pgs.files import (
     METRICS_NAME,
     OPTIONS_NAME,
     absence,
+    experiment_of,
     read_json_lines,
     read_json_object,
 )
@@ -65,8 +66,9 @@ class TrainingFacts:
         seconds: Wall time.
         hardware: Such as "8 x NVIDIA H200".
         seed: Of the run.
-        recipe: Everything that makes it this experiment except for the seed, as one text; runs
-            with the same text differ in their seed alone.
+        recipe: What any checkpoint tells of this experiment, but for the seed, as one text; ""
+            where it is not known.
+        options: All else that makes it this experiment, as far as it is known.
     """
 
     architecture: str = ""
@@ -78,6 +80,19 @@ class TrainingFacts:
     hardware: str = ""
     seed: int | None = None
     recipe: str = field(default="", repr=False)
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def is_seed_of(self, other: TrainingFacts) -> bool:
+        """Return whether this run and another differ in their seeds alone, as far as is known."""
+        shared = self.options.keys() & other.options.keys()
+        if "train_files" in shared:
+            shared -= {"train_data"}
+        return (
+            bool(self.recipe)
+            and self.recipe == other.recipe
+            and self.seed != other.seed
+            and all(self.options[name] == other.options[name] for name in shared)
+        )
 
     @property
     def short_data(self) -> str:
@@ -233,7 +248,7 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
         epochs = {} if run is None else _read_epochs(run, mask)
         told = next((result.training for result in by_set.values() if result.training), None)
         training = (
-            _from_record(told, f"the training of {name}")
+            _from_record(told, f"the training of {name}", run or run_of_weights(first.pretrained))
             if told is not None
             else read_training_facts(run, first.pretrained, digest=key[0])
         )
@@ -285,9 +300,8 @@ def group_by_seed(runs: Sequence[Run]) -> list[Model]:
         fitting = [
             group
             for group in groups
-            if training.recipe and training.recipe == group[0].training.recipe
             if mask == group[0].inference_masking
-            if training.seed not in [other.training.seed for other in group]
+            if all(training.is_seed_of(other.training) for other in group)
         ]
         if fitting:
             fitting[0].append(run)
@@ -354,7 +368,7 @@ def _of_checkpoint(path: Path, digest: str, *, run: Path | None) -> TrainingFact
         return TrainingFacts()
     record, facts = content.get("clip_pgs"), TrainingFacts()
     if isinstance(record, dict) and "recipe" in record:
-        facts = _from_record(record, path)
+        facts = _from_record(record, path, run)
     elif run is not None and (run / OPTIONS_NAME).is_file():
         facts = _from_logs(run)
     if not digest or facts == TrainingFacts():
@@ -468,19 +482,38 @@ def _warn(path: Path | str, what: str) -> None:
     logger.warning("left out %s: it %s", one_sentence(str(path)), one_sentence(what))
 
 
-def _from_record(record: dict[str, Any], place: Path | str) -> TrainingFacts:
+def _from_record(record: dict[str, Any], place: Path | str, run: Path | None) -> TrainingFacts:
     parts = {name: record.get(name, {}) for name in ("recipe", "data", "cost")}
     if not all(isinstance(part, dict) for part in parts.values()):
         _warn(place, "has a record of another shape")
         return TrainingFacts()
     recipe, data, cost = parts.values()
+    by_place = {"text_masking_options": recipe.get("text_masking_options")}
+    by_place |= {name: data.get(name) for name in ("train_data", "pretrained")}
+    options = record.get("options")
+    if not isinstance(options, dict) or not options:
+        options = experiment_of({**by_place, **_options_of(run, recipe)})
     # A run stopped half way is another experiment than one that went to its end.
-    same = {name: record.get(name) for name in ("model", "masking", "masking_options", "data")}
+    same = {name: record.get(name) for name in ("masking", "masking_options", "open_clip_config")}
+    same["model"] = experiment_of({"model": record.get("model")})["model"]
+    same |= {name: part for name, part in data.items() if name not in by_place}
+    same |= {n: part for n, part in recipe.items() if n not in ("seed", *by_place)}
     hardware = f"{record.get('world_size', 1)} x {record['device']}" if "device" in record else ""
     facts = _facts(record, data=data, spent=cost, recipe=recipe)
-    return replace(
-        facts, hardware=hardware, recipe=_as_text([same, facts.recipe, cost.get("steps")])
-    )
+    recipe_text = _as_text([same, cost.get("steps")])
+    return replace(facts, hardware=hardware, recipe=recipe_text, options=options)
+
+
+def _options_of(run: Path | None, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `options.json` of a run whose recipe a checkpoint of before tells; {} if none."""
+    try:
+        if run is None or not (run / OPTIONS_NAME).is_file():
+            return {}
+        saved = read_json_object(run / OPTIONS_NAME, what="it", max_bytes=MAX_RUN_FILE_BYTES)
+    except (OSError, ValueError):
+        return {}
+    # The run may have gone on otherwise since.
+    return saved if all(saved.get(n, value) == value for n, value in recipe.items()) else {}
 
 
 def _from_logs(run: Path) -> TrainingFacts:
@@ -494,7 +527,8 @@ def _from_logs(run: Path) -> TrainingFacts:
     told = [e for e in _measurements(run / METRICS_NAME) if amount(e.get("samples")) is not None]
     spent = told[-1] if told else {}
     facts = _facts(options, data=options, spent=spent, recipe=options)
-    return replace(facts, recipe=_as_text([facts.recipe, spent.get("samples")]))
+    known = experiment_of(options)
+    return replace(facts, recipe=_as_text(["logs", spent.get("samples")]), options=known)
 
 
 def _facts(
@@ -513,7 +547,6 @@ def _facts(
         flops=amount(spent.get("flops")),
         seconds=amount(spent.get("seconds")),
         seed=seed if isinstance(seed, int) else None,
-        recipe=_as_text({name: value for name, value in recipe.items() if name != "seed"}),
     )
 
 
