@@ -88,19 +88,47 @@ def test_a_shard_is_no_table_and_training_says_how_to_read_it(
     assert len(str(error.value)) < 300
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+)
 @pytest.mark.parametrize("separator", [",", "::"])
 @pytest.mark.parametrize("caption", ["one", "\u4e00\u4e00\u4e00"])
-def test_a_table_in_utf_16_is_told_by_its_encoding_with_the_cure(
+def test_a_table_of_wide_letters_is_told_by_its_encoding_with_the_cure(
     tmp_path, encoding, separator, caption
 ):
     path = tmp_path / "pairs.csv"
     text = f"filepath{separator}title\r\na.jpg{separator}{caption}\r\n"
     path.write_bytes(text.encode(encoding))
-    with pytest.raises(ValueError, match=r"pairs.csv' is a text file in UTF-16") as error:
+    with pytest.raises(
+        ValueError, match=rf"pairs.csv' is a text file in {encoding[:6].upper()}"
+    ) as error:
         read_pairs(path, **{**KEYS, "separator": separator})
     named = re.search(r"iconv -f (\S+) -t UTF-8", str(error.value))
     assert path.read_bytes().decode(named[1]).startswith("filepath")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+@pytest.mark.parametrize("separator", [",", "::"])
+@pytest.mark.parametrize("row", [0, 60_000])
+def test_a_table_of_letters_of_one_byte_is_told_by_its_line_with_the_cure(
+    tmp_path, encoding, separator, row
+):
+    path = tmp_path / "pairs.csv"
+    rows = [f"{n}.jpg{separator}a long caption {chr(0xFC) * (n == row)}" for n in range(row + 1)]
+    text = "\n".join([f"filepath{separator}title", *rows])
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError, match=rf"line {row + 2} holds byte 0xfc.* iconv") as error:
+        read_pairs(path, **{**KEYS, "separator": separator})
+    assert "cannot be read with separator" not in str(error.value)
+    named = re.search(r"iconv -f (\S+) -t UTF-8", str(error.value))
+    assert path.read_bytes().decode(named[1]) == text
+
+
+def test_a_table_that_is_cut_short_within_a_letter_is_told_by_its_line(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_bytes("filepath,title\na.jpg,caf\xe9".encode()[:-1])
+    with pytest.raises(ValueError, match="line 2 holds byte 0xc3"):
+        read_pairs(path, **KEYS)
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])

@@ -197,47 +197,66 @@ def is_tar(path: Path) -> bool:
 
 
 def _check_text(path: Path) -> None:
-    """Refuse what is no text in UTF-8, as far as its NUL characters show it, by what it is."""
+    """Refuse what is no text in UTF-8, by what it is."""
     if is_tar(path):
         raise ValueError(f"table {str(path)!r} is a tar archive, no text file")
+    decoder, misfit, num_lines = codecs.getincrementaldecoder("utf-8")(), None, 1
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
         file.seek(0)
-        num_lines = 1
         while chunk := file.read(_CHUNK_BYTES):
             before, nul, _ = chunk.partition(b"\0")
+            try:
+                decoder.decode(before)
+            except UnicodeDecodeError as error:
+                before, misfit = error.object[: error.start], error.object[error.start]
             num_lines += len(re.findall(rb"\r\n?|\n", before))
-            if nul:
+            if nul or misfit is not None:
                 break
         else:
-            if not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            # Of a letter that the end cuts short.
+            rest, _ = decoder.getstate()
+            if not rest:
                 return
+            misfit = rest[0]
     if (encoding := _wide_encoding(head)) is not None:
         raise ValueError(
-            f"table {str(path)!r} is a text file in {encoding}, not in UTF-8; turn it into one: "
-            f"iconv -f {encoding} -t UTF-8 OLD > NEW, or save it anew as CSV UTF-8"
+            f"table {str(path)!r} is a text file in {encoding}, not in UTF-8; "
+            f"{_conversion(encoding)}"
         )
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-        is_text = _CONTROL.search(head) is None and any(head)
-    except UnicodeDecodeError:
-        is_text = False
-    if not is_text:
+    # The last letter may be cut short.
+    is_broken = 0 in head and "\ufffd" in head.decode("utf-8", "replace")[:-1]
+    if _CONTROL.search(head) is not None or not any(head) or is_broken:
         raise ValueError(f"table {str(path)!r} is no text file in UTF-8")
+    if misfit is not None:
+        raise ValueError(
+            f"table {str(path)!r} is no text file in UTF-8: line {num_lines} holds byte "
+            f"0x{misfit:02x}; if it is one in CP1252 (or Latin-1), {_conversion('CP1252')}"
+        )
     raise ValueError(
         f"table {str(path)!r} holds a NUL character in line {num_lines}, which no text has; "
         "remove it, or write the table anew"
     )
 
 
+def _conversion(encoding: str) -> str:
+    return f"turn it into one: iconv -f {encoding} -t UTF-8 OLD > NEW, or save it anew as CSV UTF-8"
+
+
 def _wide_encoding(head: bytes) -> str | None:
-    """Return the encoding of a text of two bytes a letter, by its mark or its first letters."""
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "UTF-16"
-    # The header line names columns, in letters of ASCII as a rule.
-    first, second = head[:16:2], head[1:16:2]
-    if any(first) != any(second) and all(max(first, second)):
-        return "UTF-16LE" if any(first) else "UTF-16BE"
+    """Return the encoding of a text of 2 or 4 bytes a letter, by its mark or first letters."""
+    # The mark of UTF-32 begins with that of UTF-16.
+    for name, width, marks in (
+        ("UTF-32", 4, (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
+        ("UTF-16", 2, (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
+    ):
+        if head.startswith(marks):
+            return name
+        # The header line names columns, in letters of ASCII as a rule.
+        places = [head[place:16:width] for place in range(width)]
+        filled = [place for place, values in enumerate(places) if any(values)]
+        if filled in ([0], [width - 1]) and all(places[filled[0]]):
+            return f"{name}{'LE' if filled == [0] else 'BE'}"
     return None
 
 
