@@ -425,7 +425,9 @@ def describe_run(
         kept = earlier_options.get("changes")
         changes = [*kept] if isinstance(kept, list) else []
         changes += [[(earlier or {}).get("cost", {}).get("steps"), was]] if was else []
-        experiment |= {"changes": changes} if changes else {}
+        experiment["changes"] = changes
+    elif saved and not earlier:
+        experiment["changes"] = []
     recipe = [
         *(_MASK_SCHEDULE if options.mask_schedule != "constant" else ()),
         *(_MERGE if options.merge != "none" else ()),

@@ -274,7 +274,7 @@ def test_runs_that_differ_in_more_are_two_models(tmp_path, change):
         ([{"open_clip_config": {"model_cfg": {"embed_dim": n}}} for n in (8, 16)], False),
         ([{"options": {"beta2": n}} for n in (0.9, 0.98)], False),
         ([{"options": {"train_files": n}} for n in "ab"], False),
-        ([{"options": {"changes": [[9, {"epochs": 1}]]}}, {"options": {"epochs": 5}}], True),
+        ([{"options": {"changes": n}} for n in ([], [[9, {"epochs": 1}]])], False),
         # What one of an earlier version does not tell is not known to differ.
         ([{"options": {"beta2": 0.9}}, {}], True),
         ([{"options": {"train_data": n, "train_files": "same"}} for n in "ab"], True),
