@@ -6,6 +6,8 @@ import logging
 
 import pytest
 
+from clip_pgs.data.caption_tables import TableSource, read_pairs
+from clip_pgs.data.order import SampleRef
 from clip_pgs.data.pack import check_shards, pack_pairs
 from clip_pgs.data.samples import MAX_CAPTION_BYTES
 from clip_pgs.data.shards import count_samples, expand_shards
@@ -54,6 +56,16 @@ def test_keys_and_separator_can_be_chosen(table, tmp_path):
     table.write_text(text)
     options = {"image_key": "image", "caption_key": "text", "separator": ";"}
     assert pack_pairs(table, tmp_path / "out", **options)[0] == {"00000.tar": 5}
+
+
+@pytest.mark.parametrize("scheme", ["file://", "FILE://"])
+def test_a_file_url_is_the_file(table, tmp_path, scheme):
+    (tmp_path / "images/a b.jpg").write_bytes((tmp_path / "images/3").read_bytes())
+    append(table, f"{scheme}{tmp_path}/images/a%20b.jpg,one")
+    append(table, f"{scheme}{tmp_path}/images/4,two")
+    assert pack_pairs(table, tmp_path / "out")[0] == {"00000.tar": 7}
+    pairs = read_pairs(table, image_key="filepath", caption_key="title", separator=",")
+    assert TableSource(pairs).read(SampleRef(0, 5)).image == (tmp_path / "images/3").read_bytes()
 
 
 def test_bad_rows_stop_before_anything_is_written(table, tmp_path, caplog):

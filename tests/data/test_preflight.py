@@ -5,9 +5,10 @@ import json
 import os
 from pathlib import Path
 
+import pandas
 import pytest
 
-from clip_pgs.data.pack import check_shards
+from clip_pgs.data.pack import check_shards, pack_pairs
 from clip_pgs.data.preflight import preflight
 from support.streams import with_options
 
@@ -132,3 +133,29 @@ def test_table_whose_images_are_missing_stops_by_name(tmp_path, make_args, make_
     (tmp_path / "0.jpg").write_bytes(make_image(0))
     (warning,) = preflight(args)
     assert "unreadable image file: 63" in warning
+
+
+@pytest.mark.parametrize(
+    ("caption", "is_list"),
+    [
+        ("['a dog', 'two']", True),
+        ('["a dog", "it\'s"]', True),
+        ("['a dog'\n 'two']", True),
+        ("[a dog]", False),
+        ("'a dog'", False),
+        ("[1] 'a dog'", False),
+    ],
+)
+def test_captions_that_are_lists_are_told_by_their_row(
+    tmp_path, make_args, make_image, caplog, caption, is_list
+):
+    (tmp_path / "0.jpg").write_bytes(make_image(0))
+    rows = [{"filepath": f"{tmp_path}/0.jpg", "title": text} for text in ("one", caption, caption)]
+    pandas.DataFrame(rows).to_csv(tmp_path / "pairs.csv", index=False)
+    args = make_args(train_data=f"{tmp_path}/pairs.csv", csv_separator=",")
+    warnings = [text for text in preflight(args) if "look like lists" in text]
+    pack_pairs(tmp_path / "pairs.csv", tmp_path / "out")
+    for told in (warnings, [text for text in caplog.messages if "look like lists" in text]):
+        assert len(told) == is_list
+        assert all("2 captions" in text and "row 2" in text for text in told)
+    assert preflight(with_options(args, mae={})) == []

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pandas as pd
 
@@ -32,6 +33,8 @@ _HEAD_BYTES, _CHUNK_BYTES = 512, 2**20
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 # What no text holds, but workbooks, archives and what is compressed do.
 _CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f]")
+# Texts in quotes and brackets, as Python, JSON and numpy write them.
+_LIST = re.compile(r"""\[\s*(?:'.*'|".*")\s*\]""", re.DOTALL)
 _TOO_MANY = re.compile(r"Expected \d+ fields in line (\d+)")
 # Many times what it takes to part a table's columns by an expression.
 _LEAST_SECONDS, _BYTES_PER_SECOND = 10.0, 2**18
@@ -98,7 +101,24 @@ def read_pairs(path: Path, *, image_key: str, caption_key: str, separator: str |
             has more cells than columns, or has no rows.
     """
     images, captions = _read_columns(path, (image_key, caption_key), separator)
-    return PairTable(path, images, captions)
+    return PairTable(path, list(map(_local_path, images)), captions)
+
+
+def _local_path(image: str) -> str:
+    """Return the path that a file:/// URL stands for, and what else there is as it is."""
+    is_url = image[:8].lower() == "file:///"
+    return unquote(image[len("file://") :]) if is_url else image
+
+
+def listed_captions(table: PairTable) -> str:
+    """Say which captions look like lists of texts, as pandas writes them; "" where none does."""
+    rows = [row for row, text in enumerate(table.captions) if _LIST.fullmatch(text.strip())]
+    if not rows:
+        return ""
+    return (
+        f"{table.path} has {counted(len(rows), 'caption')} that look like lists, and are taken as "
+        f"one text each; the first is {row_name(rows[0])}: {table.captions[rows[0]]!r:.80}"
+    )
 
 
 def list_images(folder: Path) -> PairTable:

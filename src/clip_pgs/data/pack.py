@@ -12,7 +12,12 @@ from statistics import median
 
 from clip_pgs.common import explained, one_sentence
 from clip_pgs.data.bad_samples import BadSampleError, Skip
-from clip_pgs.data.caption_tables import PairTable, read_pairs, row_name
+from clip_pgs.data.caption_tables import (
+    PairTable,
+    listed_captions,
+    read_pairs,
+    row_name,
+)
 from clip_pgs.data.decoding import opened_image
 from clip_pgs.data.samples import MAX_CAPTION_BYTES, RawSample, decode_captions, decode_image
 from clip_pgs.data.shards import is_remote, read_sizes, shard_pattern, write_shard
@@ -64,6 +69,8 @@ def pack_pairs(
     shard_pattern(out, ["00000.tar"])
     keys = {"image_key": image_key, "caption_key": caption_key}
     pairs = read_pairs(table, **keys, separator=separator)
+    if odd := listed_captions(pairs):
+        logger.warning("%s", odd)
 
     suffixes: dict[int, str] = {}
     bad_rows: dict[int, str] = {}

@@ -20,7 +20,7 @@ from clip_pgs.data.bad_samples import (
     describe_reasons,
 )
 from clip_pgs.data.build import dataset_kind, read_table
-from clip_pgs.data.caption_tables import TableSource
+from clip_pgs.data.caption_tables import TableSource, listed_captions
 from clip_pgs.data.decoding import time_limit
 from clip_pgs.data.order import SampleRef
 from clip_pgs.data.samples import RawSample, decode_captions, decode_image
@@ -63,7 +63,10 @@ def preflight(args: argparse.Namespace) -> list[str]:
         kind = dataset_kind(args.dataset_type, path, flag=flag)
         with explained(flag):
             if kind == "csv":
-                warnings += _judge(_look_at_rows(TableSource(read_table(args, path)), args), flag)
+                table = read_table(args, path)
+                warnings += _judge(_look_at_rows(TableSource(table), args), flag)
+                if args.mae is None and (odd := listed_captions(table)):
+                    warnings.append(f"{flag}: {odd}")
             elif kind == "webdataset":
                 shards = expand_shards(path)
                 warnings += _judge(_look_at_shards(shards, args), flag)
