@@ -36,6 +36,19 @@ def test_output_that_is_a_file_is_one_sentence_and_code_2(tmp_path, capsys):
     assert (tmp_path / "report").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["results.csv", "report.md", "report.html"])
+def test_a_file_of_ones_own_is_not_replaced(tmp_path, monkeypatch, capsys, name):
+    logs = save_run(tmp_path / "logs")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("mine\n")
+    assert run([str(logs), "-o", "."]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {name} is not of an earlier report")
+    assert error.count("\n") == 1
+    assert (tmp_path / name).read_text() == "mine\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"logs", name}
+
+
 def test_missing_arguments_are_code_2(capsys):
     with pytest.raises(SystemExit) as caught:
         run([])

@@ -23,6 +23,15 @@ from clip_pgs.tables import counted, markdown_text, percent, plain
 MARKDOWN_NAME, HTML_NAME, FIGURES_NAME = "report.md", "report.html", "figures"
 EXIT_DONE = 0
 
+_TITLE = "CLIP-PGS evaluation report"
+# What is in the first bytes of each file of a report, also of earlier versions.
+_MARKS = {
+    MARKDOWN_NAME: f"# {_TITLE}",
+    HTML_NAME: f"<title>{_TITLE}",
+    CSV_NAME: ",".join(results_table.CSV_COLUMNS[:5]),
+}
+_HEAD_BYTES = 1000
+
 _DESCRIPTION = """\
 Report where models stand: report.html (one file that opens without a network), report.md,
 results.csv and figures/. Published figures of the CLIP-PGS paper stand beside results on its data
@@ -74,8 +83,9 @@ def write_report(results: Sequence[str | Path], output: str | Path = "report") -
         The folder.
 
     Raises:
-        ValueError: If there are no results, one cannot be read, `output` is a file or the folder
-            of an evaluation, or a package is missing that draws or writes.
+        ValueError: If there are no results, one cannot be read, `output` is a file, the folder of
+            an evaluation or one with another file of a report's name, or a package is missing that
+            draws or writes.
         OSError: If a file cannot be written.
     """
     try:
@@ -97,6 +107,12 @@ def write_report(results: Sequence[str | Path], output: str | Path = "report") -
             f"the output {folder} holds an evaluation, whose {CSV_NAME} the report's would "
             "replace; name another folder"
         )
+    for name, mark in _MARKS.items():
+        if (folder / name).exists() and not _has_mark(folder / name, mark):
+            raise ValueError(
+                f"{folder / name} is not of an earlier report, and this one would replace it; name "
+                "another folder"
+            )
 
     runs, paper = gather_runs(results), read_paper()
     models = group_by_seed(runs)
@@ -148,6 +164,14 @@ def write_report(results: Sequence[str | Path], output: str | Path = "report") -
         write_text(folder / MARKDOWN_NAME, re.sub(r"\n{3,}", "\n\n", markdown).rstrip() + "\n")
         write_text(folder / HTML_NAME, page)
     return folder
+
+
+def _has_mark(path: Path, mark: str) -> bool:
+    """Return whether a file is one of a report's, by its first bytes."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return mark.encode() in file.read(_HEAD_BYTES)
 
 
 def page_templates(*packages: str) -> Any:
