@@ -8,7 +8,6 @@ trained is never removed, and there is one demo at a time in a folder.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import signal
@@ -23,6 +22,7 @@ from clip_pgs.common import (
     BAD_INPUT,
     AskedToLeaveError,
     SentenceParser,
+    as_plain,
     early_end,
     refuse,
     run_program,
@@ -210,8 +210,7 @@ def _is_as_configured() -> bool:
 
     options = read_options(_CONFIG)
     names = [*names_of(IDENTITY), *names_of(RECIPE), "train_data"]
-    # As JSON gives them back.
-    wanted = json.loads(json.dumps({name: getattr(options, name) for name in names}, default=str))
+    wanted = as_plain({name: getattr(options, name) for name in names})
     path = _RUN / OPTIONS_NAME
     try:
         saved = read_json_object(path, what=str(path), max_bytes=MAX_RUN_FILE_BYTES)

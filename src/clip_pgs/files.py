@@ -7,14 +7,12 @@ regular file is: a pipe or a device may never end.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
-import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -264,47 +262,6 @@ def read_json_object(path: Path, *, what: str, max_bytes: int = _MAX_JSON_BYTES)
     if not isinstance(content, dict):
         raise ValueError(f"{what} must hold one JSON object, got {type(content).__name__}")
     return content
-
-
-def experiment_of(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what makes a run this experiment, but for its seed, and wherever its files lie.
-
-    Args:
-        saved: The run's `options.json`; what is not there stays unknown.
-    """
-    known = {n: v for n, v in saved.items() if n not in ("seed", "launch", "train_indexes")}
-    contents, files = known.pop("contents", None), known.pop("train_files", None)
-    contents = list(map(str, contents)) if isinstance(contents, list) else []
-    named = {what: digest for what, _, digest in (each.rpartition(": ") for each in contents)}
-    known |= {f"contents of {what}": digest for what, digest in named.items()}
-    place = str(known.get("train_data") or "")
-    if place:
-        # Of runs of before, which tell the pattern alone.
-        known["train_data"] = "::".join(last_parts(part, 2) for part in place.split("::"))
-    if files and isinstance(files, list) and not _is_elsewhere(place):
-        text = "\n".join(map(str, files))
-        known["train_files"] = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
-    if isinstance(known.get("pretrained"), str):
-        # As far as the run's name, which the name of a checkpoint does not tell.
-        known["pretrained"] = last_parts(known["pretrained"], 3)
-    if str(known.get("model")).startswith("local-dir:"):
-        known["model"] = "local-dir:"
-    if isinstance(texts := known.get("text_masking_options"), dict):
-        known["text_masking_options"] = {
-            name: value
-            for name, value in texts.items()
-            if f"text_masking_option {name}" not in named
-        }
-    return known
-
-
-def last_parts(path: str, count: int) -> str:
-    """Return the last parts of where a file is; an address stays whole."""
-    return path if _is_elsewhere(path) else "/".join(re.split(r"[/\\]", path)[-count:])
-
-
-def _is_elsewhere(path: str) -> bool:
-    return "://" in path or path.startswith("pipe:")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any] | None]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 
@@ -78,6 +79,16 @@ def test_a_table_that_was_changed_by_hand_is_refused_in_words(tmp_path, change, 
     header, row = path.read_text().splitlines()
     path.write_text(f"{header}\n{change(row)}\n")
     with pytest.raises(ValueError, match=sentence):
+        read_csv(path)
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_table_that_a_spreadsheet_saved_with_another_separator_says_so(tmp_path, separator):
+    path = tmp_path / "results.csv"
+    write_csv([make_result("shape", metrics={"acc1": 0.5})], path)
+    text = path.read_text().replace(",", separator).replace("0.5", "0,5")
+    path.write_text(f"\ufeff{text}", encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(f"columns are separated by {separator!r}")):
         read_csv(path)
 
 

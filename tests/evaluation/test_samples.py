@@ -271,7 +271,10 @@ def test_a_set_without_samples_says_what_it_lacks(color_model, tmp_path):
     folder = make_set(tmp_path / "set", num_samples=0, replaced=[("0.tif", b""), ("0.json", b"")])
     result = score(color_model, folder)
     assert result.status == "failed"
-    assert "no sample with a picture (webp, png, jpg, jpeg) and a .cls file" in result.error
+    assert (
+        "no sample with a picture (webp, png, jpg, jpeg) and a .cls file beside it" in result.error
+    )
+    assert "name ends at its first dot" in result.error
 
 
 @pytest.mark.parametrize(

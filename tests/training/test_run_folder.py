@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from clip_pgs.common import experiment_of
 from clip_pgs.data.shards import expand_shards
 from clip_pgs.data.tar import index_shards
 from clip_pgs.data.words import WordFrequencies, write_word_frequencies
-from clip_pgs.files import experiment_of
 from clip_pgs.masking.strategy import _REGISTRY
 from clip_pgs.training.__main__ import main
 from clip_pgs.training.build import build_model

@@ -226,6 +226,14 @@ def read_csv(path: Path) -> list[Result]:
     """
     what = f"{path} is no table of an evaluation"
     with explained(what), path.open(newline="", encoding="utf-8-sig") as file:
+        headings = file.readline().strip()
+        for separator in (";", "\t"):
+            if set(headings.replace('"', "").split(separator)) >= _REQUIRED:
+                raise ValueError(
+                    f"its columns are separated by {separator!r}; save it anew with commas, and "
+                    "points in its numbers"
+                )
+        file.seek(0)
         rows = tables.read_csv(file)
     if not rows or not rows[0].keys() >= _REQUIRED:
         raise ValueError(f"{what}; it needs a row, and the columns {', '.join(sorted(_REQUIRED))}")

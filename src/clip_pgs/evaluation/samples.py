@@ -97,7 +97,7 @@ def open_samples(
     if is_empty:
         raise DamagedDataError(
             f"{location}/{split} has no sample with a picture ({', '.join(PICTURE_SUFFIXES)}) and "
-            f"a .{suffix} file"
+            f"a .{suffix} file beside it; a sample's name ends at its first dot"
         )
 
 

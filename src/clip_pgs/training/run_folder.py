@@ -25,7 +25,7 @@ from torch import nn
 
 import clip_pgs
 from clip_pgs.checkpoint_reading import file_digest
-from clip_pgs.common import as_plain, changed_values
+from clip_pgs.common import as_plain, changed_values, experiment_of
 from clip_pgs.data.text_masking import TEXT_MASKINGS
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
@@ -35,7 +35,6 @@ from clip_pgs.files import (
     MODEL_CONFIG_NAME,
     OPTIONS_NAME,
     PARAMS_NAME,
-    experiment_of,
     read_json_object,
     write_json,
     write_text,

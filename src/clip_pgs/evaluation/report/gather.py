@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.common import one_sentence
+from clip_pgs.common import experiment_of, one_sentence
 from clip_pgs.evaluation.results import (
     CSV_NAME,
     DONE,
@@ -41,7 +41,6 @@ from clip_pgs.files import (
     METRICS_NAME,
     OPTIONS_NAME,
     absence,
-    experiment_of,
     read_json_lines,
     read_json_object,
 )
