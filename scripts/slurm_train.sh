@@ -55,8 +55,8 @@ on_node='
     ((code == 1 || code == 2)) && code=$((code + 100))
     exit "$code"'
 
-# Slurm sends SIGTERM to this shell as well; it waits for the run to save.
-trap ':' TERM
+# Slurm may signal this shell as well; it waits for the run to save.
+trap ':' TERM USR1
 status=0
 srun --ntasks="$NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
     bash -c "$on_node" clip-train "$@" || status=$?

@@ -106,6 +106,17 @@ def test_a_signal_to_a_node_reaches_its_launcher_which_is_waited_for(slurm, numb
     assert done.returncode == 85
 
 
+@pytest.mark.parametrize("number", ["TERM", "USR1"])
+def test_a_signal_to_the_job_itself_lets_the_run_save(slurm, number):
+    # The launcher is a child of a shell, which is one of srun, which is one of the script.
+    above = "process=$PPID\n" + 2 * (
+        "process=$(sed -n 's/^PPid:[[:space:]]*//p' /proc/$process/status)\n"
+    )
+    done = slurm(f"{above}kill -{number} $process; sleep 0.5; exit 85")
+    assert done.returncode == 85
+    assert done.stdout == "requeue 12345\n"
+
+
 def test_a_task_of_an_array_queues_itself_again_and_not_the_others(slurm):
     array = {"SLURM_ARRAY_JOB_ID": 12345, "SLURM_ARRAY_TASK_ID": 3}
     done = slurm("exit 85\n", "--name", "run", **array)
