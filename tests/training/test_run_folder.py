@@ -81,13 +81,14 @@ def test_a_checkpoint_tells_what_a_run_was_before_it_was_resumed_with_other_opti
     options = parse_options(["--model-config", config, *SYNTHETIC, "--masking", "pgs"])
     model = build_model(options, torch.device("cpu")).model
 
-    def record_of(earlier, **changes):
+    def record_of(earlier, *, is_fresh=True, **changes):
         for name, value in changes.items():
             setattr(options, name, value)
         save_options(options, tmp_path)
         saved = read_options_file(tmp_path)[0]
         cpu = torch.device("cpu")
-        told = describe_run(options, model, cpu, num_samples=9, saved=saved, earlier=earlier)
+        facts = {"num_samples": 9, "saved": saved, "earlier": earlier, "is_fresh": is_fresh}
+        told = describe_run(options, model, cpu, **facts)
         return {**told, "cost": {"steps": 7}}
 
     first = record_of({}, epochs=1)
@@ -98,6 +99,12 @@ def test_a_checkpoint_tells_what_a_run_was_before_it_was_resumed_with_other_opti
     assert resumed["options"]["changes"] == [[7, {"epochs": 1}]]
     assert record_of(resumed)["options"]["changes"] == [[7, {"epochs": 1}]]
     assert record_of({})["options"] == {**first["options"], "epochs": 3}
+    # A branch of another run, which had its first steps in common.
+    branch = record_of(first, seed=5)
+    assert branch["options"]["changes"] == [[7, {"epochs": 1, "seed": 0}]]
+    # Another trainer's checkpoint, or weights alone.
+    foreign = record_of({}, is_fresh=False, resume="logs/else/export/weights.pt")
+    assert foreign["options"]["changes"] == [[None, {"resume": "else/export/weights.pt"}]]
 
 
 def test_a_run_that_exists_is_refused_with_the_two_ways_out(demo):
@@ -509,6 +516,13 @@ def test_a_run_of_before_has_no_digests_and_goes_on(demo):
     assert saved.pop("contents") == []
     (demo / "options.json").write_text(json.dumps(saved))
     check_options(parse_options([*RUN, "--resume", "latest"]))
+
+
+def test_a_change_that_was_accepted_is_told_at_the_start(demo):
+    argv = [*RUN, "--resume", "latest", "--masking", "random", "--accept-changes"]
+    assert "run logs/demo continues with masking 'pgs' -> 'random'" in option_warnings(
+        parse_options(argv)
+    )
 
 
 def test_another_recipe_resumes_with_a_warning(demo):

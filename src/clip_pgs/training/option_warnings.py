@@ -184,6 +184,9 @@ def _resume_warnings(options: TrainOptions) -> list[str]:
     saved, damage = read_options_file(folder)
     sentences = [] if damage is None else [f"{damage}; no option is compared with the run's"]
     changes = changed_recipe(options, saved)
+    if options.accept_changes and saved:
+        files = training_files(options) if has_training_data(options) else None
+        changes = changed_options(options, saved, files=files) + changes
     return sentences + [f"run {folder} continues with {change}" for change in changes]
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 import clip_pgs
 from clip_pgs.checkpoint_reading import file_digest
-from clip_pgs.common import as_plain, changed_values, experiment_of
+from clip_pgs.common import as_plain, changed_values, experiment_of, last_parts
 from clip_pgs.data.text_masking import TEXT_MASKINGS
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
@@ -401,6 +401,7 @@ def describe_run(
     num_samples: int | None,
     saved: Mapping[str, Any] | None = None,
     earlier: Mapping[str, Any] | None = None,
+    is_fresh: bool = True,
 ) -> dict[str, Any]:
     """Return what a checkpoint says of its run: enough to export and describe it, in plain types.
 
@@ -411,6 +412,7 @@ def describe_run(
         num_samples: Samples of an epoch.
         saved: Its `options.json`.
         earlier: The record of the checkpoint that it goes on from.
+        is_fresh: Whether it goes on from none.
     """
     experiment = experiment_of(saved or {})
     earlier_options = (earlier or {}).get("options")
@@ -421,12 +423,16 @@ def describe_run(
             # Where the data lies may change; its files may not.
             if name in experiment and value != experiment[name] and name != "train_data"
         }
+        seed = ((earlier or {}).get("recipe") or {}).get("seed")
+        was |= {"seed": seed} if seed not in (None, options.seed) else {}
         kept = earlier_options.get("changes")
         changes = [*kept] if isinstance(kept, list) else []
         changes += [[(earlier or {}).get("cost", {}).get("steps"), was]] if was else []
         experiment["changes"] = changes
     elif saved and not earlier:
-        experiment["changes"] = []
+        # What another trainer's checkpoint, or weights alone, were trained with is not known.
+        origin = {"resume": last_parts(str(options.resume), 3)}
+        experiment["changes"] = [] if is_fresh else [[None, origin]]
     recipe = [
         *(_MASK_SCHEDULE if options.mask_schedule != "constant" else ()),
         *(_MERGE if options.merge != "none" else ()),

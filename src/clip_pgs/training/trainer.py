@@ -308,6 +308,7 @@ class Trainer:
                 num_samples=samples,
                 saved=read_options_file(self._folder)[0],
                 earlier=earlier,
+                is_fresh=self._checkpoint is None,
             )
             # The stream has indexed all shards.
             with writing("the run's folder"):
