@@ -474,13 +474,21 @@ def experiment_of(saved: Mapping[str, Any]) -> dict[str, Any]:
         known["pretrained"] = last_parts(known["pretrained"], 3)
     if str(known.get("model")).startswith("local-dir:"):
         known["model"] = "local-dir:"
-    if isinstance(texts := known.get("text_masking_options"), dict):
-        known["text_masking_options"] = {
-            name: value
-            for name, value in texts.items()
-            if f"text_masking_option {name}" not in named
-        }
-    return known
+    return without_texts(known, named)
+
+
+def without_texts(options: Mapping[str, Any], named: Collection[str]) -> dict[str, Any]:
+    """Return options without the files of a text masking of which the content is compared.
+
+    Args:
+        options: By name.
+        named: What is compared by its content, as a run's `contents` names it.
+    """
+    texts = options.get("text_masking_options")
+    if not isinstance(texts, dict):
+        return dict(options)
+    left = {n: value for n, value in texts.items() if f"text_masking_option {n}" not in named}
+    return {**options, "text_masking_options": left}
 
 
 def last_parts(path: str, count: int) -> str:

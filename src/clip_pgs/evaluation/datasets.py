@@ -280,10 +280,8 @@ def declared_type(location: str, *, is_there: bool = False) -> str | None:
         declared = read_metadata(location, "dataset_type.txt")
     except PermissionError as error:
         raise DamagedDataError(one_sentence(error)) from error
-    except ServerError:
-        raise
-    except OSError:
-        if is_there:
+    except OSError as error:
+        if is_there or isinstance(error, ServerError):
             raise
         return None
     if not declared:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -183,10 +184,9 @@ def _resume_warnings(options: TrainOptions) -> list[str]:
         return []
     saved, damage = read_options_file(folder)
     sentences = [] if damage is None else [f"{damage}; no option is compared with the run's"]
-    changes = changed_recipe(options, saved)
-    if options.accept_changes and saved:
-        files = training_files(options) if has_training_data(options) else None
-        changes = changed_options(options, saved, files=files) + changes
+    # Others than those of the recipe were refused, or accepted.
+    is_other = options.accept_changes and bool(saved)
+    changes = _all_changes(options, saved) if is_other else changed_recipe(options, saved)
     return sentences + [f"run {folder} continues with {change}" for change in changes]
 
 
@@ -221,8 +221,7 @@ def _source_warnings(options: TrainOptions, source: str) -> list[str]:
         sentences = [sentence]
     saved, record = read_options_file(path.parent.parent)[0], content.get("clip_pgs")
     if saved:
-        files = training_files(options) if trains else None
-        changes = changed_options(options, saved, files=files) + changed_recipe(options, saved)
+        changes = _all_changes(options, saved)
     else:
         changes = changed_record(options, record) if isinstance(record, dict) else []
     if changes:
@@ -230,6 +229,11 @@ def _source_warnings(options: TrainOptions, source: str) -> list[str]:
             f"--resume {source} goes on from a run with other options or data: {', '.join(changes)}"
         )
     return sentences
+
+
+def _all_changes(options: TrainOptions, saved: Mapping[str, Any]) -> list[str]:
+    files = training_files(options) if has_training_data(options) else None
+    return changed_options(options, saved, files=files) + changed_recipe(options, saved)
 
 
 def _reads_pretrained(options: TrainOptions) -> bool:

@@ -25,7 +25,13 @@ from torch import nn
 
 import clip_pgs
 from clip_pgs.checkpoint_reading import file_digest
-from clip_pgs.common import as_plain, changed_values, experiment_of, last_parts
+from clip_pgs.common import (
+    as_plain,
+    changed_values,
+    experiment_of,
+    last_parts,
+    without_texts,
+)
 from clip_pgs.data.text_masking import TEXT_MASKINGS
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
@@ -318,13 +324,7 @@ def _without_places(values: Mapping[str, Any], named: Collection[str]) -> dict[s
         values: Options by name.
         named: What is compared by its content, as `named_contents` names it.
     """
-    values = dict(values)
-    if isinstance(texts := values.get("text_masking_options"), dict):
-        values["text_masking_options"] = {
-            name: value
-            for name, value in texts.items()
-            if f"text_masking_option {name}" not in named
-        }
+    values = without_texts(values, named)
     if f"model {MODEL_CONFIG_NAME}" in named:
         values.pop("model", None)
     if isinstance(weights := values.get("pretrained"), str):
