@@ -46,9 +46,10 @@ export NNODES MASTER_ADDR MASTER_PORT SRUN_CPUS_PER_TASK
 # So the codes of a failure, 1 and 2, go above 85 here, and back below.
 # shellcheck disable=SC2016  # Each node expands this by itself.
 on_node='
+    for name in TERM USR1; do
+        trap "[[ -n \${!:-} ]] || exit 85; kill -$name \$!" "$name"
+    done
     NODE_RANK="$SLURM_NODEID" bash clip-train.sh "$@" &
-    trap "kill -TERM $!" TERM
-    trap "kill -USR1 $!" USR1
     while kill -0 "$!" 2>/dev/null; do wait "$!"; done
     wait "$!"
     code=$?

@@ -99,7 +99,7 @@ def test_a_signal_to_a_node_reaches_its_launcher_which_is_waited_for(slurm, numb
     launcher = (
         f"trap 'sleep 0.2; echo saved; exit 85' {number}\n"
         'touch "started.$NODE_RANK"\n'
-        "while :; do sleep 0.05; done\n"
+        "for _ in {1..400}; do sleep 0.05; done\n"
     )
     done = slurm(launcher, "--name", "run", SIGNAL=number)
     assert done.stdout.splitlines() == ["saved", "saved", "requeue 12345"], done.stderr
