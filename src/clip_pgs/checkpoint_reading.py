@@ -240,6 +240,11 @@ def find_checkpoint(path: Path | str, *, is_checked: bool = True) -> Path:
     places = (path / CHECKPOINTS_NAME, path)
     found = (newest_checkpoint(place, is_checked=is_checked) for place in places)
     newest = next(filter(None, found), None)
+    if newest is None and (path / WEIGHTS_NAME).is_file():
+        raise ValueError(
+            f"{str(path)!r} is an export: it holds no checkpoint but weights alone, which "
+            "--pretrained takes"
+        )
     if newest is None:
         raise ValueError(f"{str(path)!r} is a folder that holds no checkpoint")
     return newest

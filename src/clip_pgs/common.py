@@ -477,6 +477,47 @@ def experiment_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     return without_texts(known, named)
 
 
+def history_of(record: Mapping[str, Any]) -> list[str]:
+    """Return what a run's options of now do not tell: how it began, and what it had changed.
+
+    Args:
+        record: What a checkpoint says of its run.
+
+    Returns:
+        Such as "began with the weights laion2b_e16" and "had lr 0.1, seed 3 until step 40".
+    """
+    told, (data, options) = [], (record.get(part) for part in ("data", "options"))
+    known, model = data if isinstance(data, Mapping) else {}, str(record.get("model"))
+    brings_weights = model.startswith(("hf-hub:", "local-dir:"))
+    weights = model if brings_weights else known.get("pretrained")
+    if weights:
+        told.append(f"began with the weights {weights}")
+    for step, was in changes_of(options):
+        if "resume" in was:
+            told.append(f"went on from {was['resume']}, of whose training nothing is known")
+            continue
+        values = (
+            f"other {name}" if name == "train_files" or " " in name else f"{name} {value}"
+            for name, value in was.items()
+        )
+        told.append(f"had {', '.join(values)} until step {step}")
+    return told
+
+
+def changes_of(options: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """Return which options a run had until which step, as a checkpoint's record tells them.
+
+    Args:
+        options: The record's "options", of any shape.
+    """
+    changes = options.get("changes") if isinstance(options, Mapping) else None
+    return [
+        (pair[0], pair[1])
+        for pair in (changes if isinstance(changes, list) else [])
+        if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], dict)
+    ]
+
+
 def without_texts(options: Mapping[str, Any], named: Collection[str]) -> dict[str, Any]:
     """Return options without the files of a text masking of which the content is compared.
 

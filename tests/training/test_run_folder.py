@@ -495,6 +495,8 @@ def test_weights_of_a_run_are_those_of_its_export_where_nothing_else_is_left(
     argv = ["--model-config", str(config), *SYNTHETIC, "--pretrained"]
     for source in (folder, folder / "export"):
         check_options(parse_options([*argv, str(source)]))
+    with pytest.raises(ValueError, match="weights alone, which --pretrained takes"):
+        check_options(parse_options([*argv[:-1], "--resume", str(folder / "export")]))
     (folder / "export" / "open_clip_model.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no checkpoint"):
         check_options(parse_options([*argv, str(folder)]))

@@ -399,10 +399,17 @@ def test_a_name_may_be_used_again_by_the_launch_that_was_restarted(
 def test_changed_options_are_accepted_when_told_to(tmp_path, world, capfd):
     argv = flags(tmp_path, train_data=world.train_data, epochs=1)
     assert main(argv) == 0
-    more = [*argv, "--epochs", "2", "--resume", "latest", "--seed", "5"]
+    more = [*argv, "--epochs", "2", "--resume", "latest", "--seed", "5", "--masking", "random"]
     assert main(more) == 2
     assert "seed 0 -> 5" in capfd.readouterr().err
     assert main([*more, "--accept-changes"]) == 0
+    # Who reads the card learns of the options that it had before.
+    (card,) = tmp_path.rglob("export/README.md")
+    (told,) = [line for line in card.read_text().splitlines() if line.startswith("It had ")]
+    assert "masking none" in told
+    assert "epochs 1" in told
+    assert "seed 0" in told
+    assert told.endswith(" until step 4.")
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from clip_pgs.checkpoint_reading import (
     named_latest,
     newest_checkpoint,
 )
-from clip_pgs.common import explained
+from clip_pgs.common import explained, history_of
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
@@ -241,6 +241,7 @@ def write_model_card(
         folder=_FOLDER,
         command=_test_command(record),
         scores=scores,
+        history=history_of(record),
         training={"masking": record["masking"], **options, **record["data"], **record["recipe"]},
         cost={
             "hardware": f"{record['world_size']} x {record['device']}",

@@ -1,4 +1,6 @@
+import csv
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -324,6 +326,41 @@ def test_a_run_whose_first_steps_nobody_measured_does_not_look_cheap(tmp_path):
     assert (whole.training.flops, whole.training.seconds) == (1e10, 1.0)
     assert (continued.training.flops, continued.training.seconds) == (None, None)
     assert continued.training.samples == 60_000
+
+
+def test_a_report_tells_how_a_run_began_and_what_it_had_changed(tmp_path):
+    changes = [[None, {"resume": "old/epoch_3.pt"}], [9, {"masking": "random", "lr": 0.1}]]
+    run = save_run(
+        tmp_path,
+        masking="pgs",
+        masking_options={},
+        data={"train_data": "a.tar", "pretrained": "laion2b_e16"},
+        options={"changes": [*changes, [12, {"train_files": "0f", "masking_options": {"a": 1}}]]},
+    )
+    (model,) = group_by_seed(gather_runs([run]))
+    assert model.training.masking == "random a=1, then pgs a=1, then pgs"
+    folder = write_report([run], tmp_path / "report")
+    sentence = (
+        "began with the weights laion2b_e16; went on from old/epoch_3.pt, of whose training "
+        "nothing is known; had masking random, lr 0.1 until step 9; had other train_files, "
+        "masking_options {'a': 1} until step 12"
+    )
+    shown = (folder / "report.md").read_text().replace("\\", "")
+    assert f"demo_0 {sentence}." in shown
+    rows = csv.DictReader((folder / "results.csv").open())
+    assert {row["history"] for row in rows if row["kind"] == "run"} == {sentence}
+
+
+def test_runs_of_the_same_weights_are_one_and_it_is_told(tmp_path, caplog):
+    run = save_run(tmp_path)
+    shutil.copytree(run, tmp_path / "copy")
+    assert len(gather_runs([run, tmp_path / "copy"])) == 1
+    (said,) = [record.message for record in caplog.records]
+    assert said == f"{run} and {tmp_path / 'copy'} have the same weights: they are one run here"
+    caplog.clear()
+    # One run by two of its folders.
+    assert len(gather_runs([run, run / "eval"])) == 1
+    assert not caplog.records
 
 
 def test_runs_of_unknown_recipe_are_never_merged(tmp_path):

@@ -15,11 +15,11 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.common import experiment_of, one_sentence
+from clip_pgs.common import changes_of, experiment_of, history_of, one_sentence
 from clip_pgs.evaluation.results import (
     CSV_NAME,
     DONE,
@@ -59,7 +59,8 @@ class TrainingFacts:
     Attributes:
         architecture: Such as "ViT-B-16".
         data: The training data as the run names it, whole.
-        masking: Strategy and ratio, such as "pgs 0.5" or "none".
+        masking: Strategy and ratio, such as "pgs 0.5" or "none"; one after the other where they
+            were changed.
         samples: Image-caption pairs seen.
         flops: Floating-point operations over all processes.
         seconds: Wall time.
@@ -68,6 +69,7 @@ class TrainingFacts:
         recipe: What any checkpoint tells of this experiment, but for the seed, as one text; ""
             where it is not known.
         options: All else that makes it this experiment, as far as it is known.
+        history: How it began and what it had changed, as `clip_pgs.common.history_of` tells it.
     """
 
     architecture: str = ""
@@ -80,6 +82,7 @@ class TrainingFacts:
     seed: int | None = None
     recipe: str = field(default="", repr=False)
     options: dict[str, Any] = field(default_factory=dict, repr=False)
+    history: tuple[str, ...] = ()
 
     def is_seed_of(self, other: TrainingFacts) -> bool:
         """Return whether this run and another differ in their seeds alone, as far as is known."""
@@ -213,6 +216,7 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
     """
     found: dict[tuple[str, str], dict[tuple[str, str], Result]] = {}
     folders: dict[tuple[str, str], Path] = {}
+    holders: dict[tuple[str, str], dict[Path, None]] = {}
     for source in sources:
         for place, results in _read_source(Path(source)):
             for result in results:
@@ -230,6 +234,11 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
                         *map(one_sentence, (*said, by_set[key].date)),
                     )
                 folders.setdefault(result.model_key, place)
+                if (run := run_of_results(place)) is not None:
+                    holders.setdefault(result.model_key, {})[run] = None
+    for same in dict.fromkeys(tuple(runs) for runs in holders.values() if len(runs) > 1):
+        shown = one_sentence(" and ".join(map(str, same)))
+        logger.warning("%s have the same weights: they are one run here", shown)
     _tell_other_sizes(found.values())
     places = {key: run_of_results(folder) for key, folder in folders.items()}
     names = {key: next(iter(by_set.values())).model for key, by_set in found.items()}
@@ -499,8 +508,18 @@ def _from_record(record: dict[str, Any], place: Path | str, run: Path | None) ->
     same |= {n: part for n, part in recipe.items() if n not in ("seed", *by_place)}
     hardware = f"{record.get('world_size', 1)} x {record['device']}" if "device" in record else ""
     facts = _facts(record, data=data, spent=cost, recipe=recipe)
-    recipe_text = _as_text([same, cost.get("steps")])
-    return replace(facts, hardware=hardware, recipe=recipe_text, options=options)
+    maskings, choices = [facts.masking], {**recipe, **record}
+    for _, was in reversed(changes_of(options)):
+        choices |= was
+        maskings.insert(0, _masking_name(choices))
+    return replace(
+        facts,
+        masking=", then ".join(name for name, _ in groupby(maskings)),
+        hardware=hardware,
+        recipe=_as_text([same, cost.get("steps")]),
+        options=options,
+        history=tuple(history_of(record)),
+    )
 
 
 def _options_of(run: Path | None, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -526,8 +545,12 @@ def _from_logs(run: Path) -> TrainingFacts:
     told = [e for e in _measurements(run / METRICS_NAME) if amount(e.get("samples")) is not None]
     spent = told[-1] if told else {}
     facts = _facts(options, data=options, spent=spent, recipe=options)
-    known = experiment_of(options)
-    return replace(facts, recipe=_as_text(["logs", spent.get("samples")]), options=known)
+    return replace(
+        facts,
+        recipe=_as_text(["logs", spent.get("samples")]),
+        options=experiment_of(options),
+        history=tuple(history_of({**options, "data": options})),
+    )
 
 
 def _facts(

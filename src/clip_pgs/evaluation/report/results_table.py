@@ -19,7 +19,7 @@ CSV_COLUMNS = (
     *("kind", "model", "suite", "sets", "name", "is_average", "metric", "status", "value"),
     *("spread", "runs", "printed", "source", "training_data", "samples_seen", "flops"),
     *("wall_seconds", "masking", "seeds", "reason", "num_sets", "of_sets"),
-    *("inference_masking", "flops_per_image"),
+    *("inference_masking", "flops_per_image", "history"),
 )
 # Shorter, as a terminal has 80 columns.
 _SHORT_LABELS = {"acc": "acc", "acc1": "acc1", "acc5": "acc5", "mean_per_class_recall": "recall"}
@@ -179,11 +179,15 @@ def models_table(models: Sequence[Model]) -> Table:
         for model in models
         for facts in [_facts(model)]
     ]
+    told = (f"{model.name} {'; '.join(model.training.history)}." for model in models)
     return Table.of(
         [*header, "hardware", "masking", "masking at inference", "FLOP per image", "seeds"],
         rows,
         caption="What stands behind each model",
-        notes=["Runs that differ only in their seed are one row; costs are means of a run."],
+        notes=[
+            "Runs that differ only in their seed are one row; costs are means of a run.",
+            *(line for line, model in zip(told, models, strict=True) if model.training.history),
+        ],
     )
 
 
@@ -362,7 +366,8 @@ def scores_csv(models: Sequence[Model], families: Sequence[Family], paper: Paper
 def _csv_facts(model: Model) -> dict[str, Any]:
     sources = dict.fromkeys(run.results[0].pretrained for run in model.runs)
     facts = {name: cell.value for name, cell in _facts(model).items()}
-    return {"source": " ".join(sources), **facts}
+    history = "; ".join(model.training.history)
+    return {"source": " ".join(sources), **facts, "history": history}
 
 
 def _average_rows(

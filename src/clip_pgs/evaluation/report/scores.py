@@ -506,6 +506,7 @@ def _model_entry(model: Model, runs: Sequence[Sequence[Result]]) -> Entry:
         f"masking {masking}" if masking else "",
         f"evaluated through {model.inference_masking}" if model.inference_masking else "",
         counted(len(model.runs), "seed") if model.seeds else "",
+        *model.training.history,
     ]
     return Entry(
         name=model.name,
