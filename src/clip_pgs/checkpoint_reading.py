@@ -16,6 +16,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -27,7 +28,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clip_pgs.common import explained
-from clip_pgs.files import CHECKPOINTS_NAME, EXPORT_NAME, WEIGHTS_NAME, absence
+from clip_pgs.files import (
+    CHECKPOINTS_NAME,
+    EXPORT_NAME,
+    MODEL_CONFIG_NAME,
+    WEIGHTS_NAME,
+    absence,
+    read_json_object,
+)
 
 LATEST_NAME = "latest"
 MOST_RECENT_NAME = "epoch_latest.pt"
@@ -250,22 +258,39 @@ def find_checkpoint(path: Path | str, *, is_checked: bool = True) -> Path:
     return newest
 
 
-def find_weights(path: Path | str) -> Path:
+def find_weights(path: Path | str, *, is_checked: bool = True) -> Path:
     """Return the file of weights that a user means: as `find_checkpoint`, else that of an export.
 
     Args:
         path: A file, the folder of a run, of its checkpoints, or of an export.
+        is_checked: As `newest_checkpoint` takes it.
 
     Raises:
         ValueError: If it is a folder without any.
     """
     try:
-        return find_checkpoint(path)
+        return find_checkpoint(path, is_checked=is_checked)
     except ValueError:
         for folder in (Path(path), Path(path, EXPORT_NAME)):
             if (folder / WEIGHTS_NAME).is_file():
                 return folder / WEIGHTS_NAME
         raise
+
+
+def config_of(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a file of weights records of its model, or the config beside it; else None.
+
+    Args:
+        path: The file.
+        content: From `read_checkpoint`.
+    """
+    record = content.get("clip_pgs")
+    config = record.get("open_clip_config") if isinstance(record, dict) else None
+    if config is None:
+        # Of others' folders; what is wrong with it is told by who builds a model from it.
+        with suppress(OSError, ValueError):
+            config = read_json_object(path.parent / MODEL_CONFIG_NAME, what=MODEL_CONFIG_NAME)
+    return config if isinstance(config, dict) else None
 
 
 def fit_weights(given: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -80,6 +80,16 @@ def test_lone_checkpoint_opens_with_a_model_config(lone_checkpoint, model_config
     assert weights_digest(loaded.model) == weights_digest(load_model(finished_run).model)
 
 
+def test_weights_that_the_config_beside_them_describes_otherwise_are_told(
+    finished_run, model_config, caplog
+):
+    weights = finished_run / "export/open_clip_model.safetensors"
+    load_model(weights, model_config=model_config)
+    (said,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith(f"{weights} was trained with other settings than those of tiny-eval-vit")
+    assert "image_mean [0.5, 0.5, 0.5] -> [0.48" in said
+
+
 def test_lone_checkpoint_opens_with_a_model_name(lone_checkpoint, finished_run):
     loaded = load_model(lone_checkpoint, model="tiny-eval-vit")
     assert weights_digest(loaded.model) == weights_digest(load_model(finished_run).model)

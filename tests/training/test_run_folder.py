@@ -395,7 +395,8 @@ def test_no_checkpoint_is_hashed_for_a_warning(
 def test_weights_that_were_trained_on_other_images_are_told(finished_run, tmp_path):
     config = next(finished_run.parent.parent.rglob("tiny.json"))
     argv = ["--model-config", str(config), *SYNTHETIC, "--pretrained"]
-    for source in (finished_run, finished_run / "checkpoints" / "epoch_2.pt"):
+    exported = finished_run / "export" / "open_clip_model.safetensors"
+    for source in (exported, finished_run, finished_run / "checkpoints" / "epoch_2.pt"):
         for same in ([], ["--force-image-size", "32", "32"]):
             assert option_warnings(parse_options([*argv, str(source), *same])) == []
         other = ["--force-quick-gelu", "--image-std", "0.5", "0.5", "0.5"]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from clip_pgs import checkpoint_reading
 from clip_pgs.checkpoint_reading import (
     check_sum,
+    config_of,
     find_non_finite,
     fit_weights,
     named_latest,
@@ -368,7 +369,8 @@ def _build_checkpoint(checkpoint: _Checkpoint, architecture: _Architecture) -> B
     visual: Any = model.visual
     model_cfg = open_clip.get_model_config(name)
     present = {"model_cfg": model_cfg, "preprocess_cfg": visual.preprocess_cfg}
-    changes = changed_model(checkpoint.config, present)
+    recorded = checkpoint.config or config_of(checkpoint.path, {})
+    changes = changed_model(recorded, present)
     if changes and is_first_process():
         logger.warning(
             "%s was trained with other settings than those of %s, which is evaluated: %s",

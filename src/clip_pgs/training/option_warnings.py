@@ -8,7 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.checkpoint_reading import find_checkpoint, read_checkpoint
+from clip_pgs.checkpoint_reading import (
+    config_of,
+    find_checkpoint,
+    find_weights,
+    read_checkpoint,
+)
 from clip_pgs.data.build import dataset_kind
 from clip_pgs.data.shards import expand_shards, is_seekable
 from clip_pgs.integrations.open_clip.model_config import changed_model
@@ -195,8 +200,11 @@ def _weight_warnings(options: TrainOptions) -> list[str]:
     source = options.pretrained
     if not source or not _reads_pretrained(options) or not Path(source).exists():
         return []
-    record = _read_source(source)[1].get("clip_pgs")
-    recorded = record.get("open_clip_config") if isinstance(record, dict) else None
+    recorded = None
+    # That it cannot be read is told by who reads it.
+    with suppress(ValueError):
+        path = find_weights(source, is_checked=False)
+        recorded = config_of(path, read_checkpoint(path, use_mmap=True))
     changes = changed_model(recorded, open_clip_config(options))
     if not changes:
         return []
