@@ -16,6 +16,7 @@ import pytest
 from clip_pgs.demo import main
 from clip_pgs.files import write_json
 from clip_pgs.training.options import IDENTITY, RECIPE, names_of, read_options
+from support.reports import make_result, save_results
 from support.scripts import write_executable
 
 # Leaves behind what each part of the demo would, and writes down its arguments.
@@ -248,6 +249,16 @@ def test_a_run_that_does_not_say_its_recipe_is_compared_with_none(demo, content)
     output, _ = demo()
     assert "the table" in output
     assert "16.3" not in output
+
+
+def test_a_run_that_went_on_after_an_end_of_its_own_is_compared_with_none(demo):
+    demo()
+    record([])
+    for changes, is_compared in (([], True), ([[40, {"epochs": 1}]], False)):
+        told = {"options": {"changes": changes}}
+        save_results(Path("logs/demo/eval"), [make_result("shape", training=told)])
+        output, _ = demo()
+        assert ("16.3" in output) == is_compared
 
 
 def record(flags):

@@ -23,6 +23,7 @@ from clip_pgs.common import (
     AskedToLeaveError,
     SentenceParser,
     as_plain,
+    changes_of,
     early_end,
     refuse,
     run_program,
@@ -205,7 +206,8 @@ def _demo(flags: Sequence[str]) -> None:
 
 
 def _is_as_configured() -> bool:
-    """Return whether the run was trained as the config says, whatever this call was told."""
+    """Return whether the run was trained as the config says, from its first step to its last."""
+    from clip_pgs.evaluation.results import read_results
     from clip_pgs.training.options import IDENTITY, RECIPE, names_of, read_options
 
     options = read_options(_CONFIG)
@@ -216,7 +218,9 @@ def _is_as_configured() -> bool:
         saved = read_json_object(path, what=str(path), max_bytes=MAX_RUN_FILE_BYTES)
     except ValueError:
         return False
-    return all(saved.get(name) == value for name, value in wanted.items())
+    results = read_results(_RUN / EVAL_NAME)
+    is_changed = any(changes_of(result.training.get("options")) for result in results)
+    return not is_changed and all(saved.get(name) == value for name, value in wanted.items())
 
 
 def _call(module: str, *arguments: str, output: int | None = None) -> str:
