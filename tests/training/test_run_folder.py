@@ -1,19 +1,13 @@
-import io
 import json
 import re
-import shutil
 import sys
-import tarfile
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from clip_pgs.common import experiment_of
-from clip_pgs.data.shards import expand_shards
-from clip_pgs.data.tar import index_shards
 from clip_pgs.data.words import WordFrequencies, write_word_frequencies
 from clip_pgs.masking.strategy import _REGISTRY
 from clip_pgs.training.__main__ import main
@@ -26,12 +20,9 @@ from clip_pgs.training.run_folder import (
     changed_options,
     describe_run,
     read_options_file,
-    save_indexes,
     save_options,
 )
 from support.options import SYNTHETIC, VALID, write_model_config, write_shards
-from support.runs import MODEL, flags, write_csv, write_model
-from support.runs import write_shards as write_samples
 
 RUN = (*VALID, "--name", "demo", "--masking", "pgs", "--mask-ratio", "0.5")
 
@@ -269,150 +260,6 @@ def test_a_resume_from_a_run_of_other_options_and_data_warns_of_each(demo, tmp_p
         assert change in warning
 
 
-def test_a_resume_from_a_file_outside_of_its_run_compares_the_record_in_it(
-    finished_run, finished_options, tmp_path
-):
-    source = tmp_path / "e2.pt"
-    shutil.copy(finished_run / "checkpoints" / "epoch_2.pt", source)
-
-    def warnings(**changed):
-        return option_warnings(parse_options(flags(tmp_path, **finished_options | changed)))
-
-    assert warnings(resume=source) == []
-    # On a CPU the default trains in fp32, which the record says.
-    assert warnings(resume=source, precision="amp") == []
-    vision = {**MODEL["vision_cfg"], "head_width": 32}
-    model = write_model(tmp_path, name="heads", config={**MODEL, "vision_cfg": vision})
-    other = {"model": model, "masking": "random", "mask_ratio_min": None, "seed": 5}
-    other |= {"train_data": write_shards(tmp_path / "other"), "image_mean": [0.5] * 3}
-    parts = {"text_tokens": 8, "unmasked_epochs": 1, "merge": "2x2"}
-    (warning,) = warnings(resume=source, precision="bf16", **other, **parts)
-    assert warning.startswith(f"--resume {source} goes on from a run with other options or data: ")
-    for change in (
-        "model 'tiny' -> 'heads'",
-        "vision_cfg.head_width 16 -> 32",
-        "image_mean [0.48",
-        "masking 'pgs' -> 'random'",
-        "masking_options {",
-        "seed 0 -> 5",
-        f"train_data '{finished_options['train_data']}' -> ",
-        "precision 'fp32' -> 'bf16'",
-        "text_masking 'none' -> 'truncate'",
-        "merge 'none' -> '2x2'",
-        "unmasked_epochs 0 -> 1",
-    ):
-        assert warning.count(change) == 1
-    # What is beside the file tells more.
-    (tmp_path / "options.json").write_text('{"seed": 3}')
-    (tmp_path / "checkpoints").mkdir()
-    moved = source.rename(tmp_path / "checkpoints" / source.name)
-    assert warnings(resume=moved) == [
-        f"--resume {moved} goes on from a run with other options or data: seed 3 -> 0"
-    ]
-
-
-@pytest.mark.parametrize("record", [7, {}, {"data": {}, "recipe": {}, "open_clip_config": {}}])
-def test_a_record_that_is_none_is_not_compared(finished_options, tmp_path, record):
-    source = tmp_path / "e.pt"
-    torch.save({"epoch": 1, "state_dict": {"a": torch.zeros(1)}, "clip_pgs": record}, source)
-    for flag in ("resume", "pretrained"):
-        argv = flags(tmp_path, **finished_options, **{flag: source})
-        assert option_warnings(parse_options(argv)) == []
-
-
-@pytest.mark.parametrize("name", ["weights.pt", "open_clip_model.safetensors"])
-def test_a_resume_from_weights_alone_says_that_it_begins_anew(
-    finished_run, finished_options, tmp_path, name
-):
-    source = tmp_path / name
-    weights = {"state_dict": {"a": torch.zeros(1)}}
-    save_file(weights["state_dict"], source) if source.suffix == ".safetensors" else torch.save(
-        weights, source
-    )
-    options = {**finished_options, "resume": source}
-    (warning,) = option_warnings(parse_options(flags(tmp_path, **options)))
-    assert "at step 0, with a fresh optimizer and warmup" in warning
-    assert f"--pretrained {source} is" in warning
-    # Of weights that are only evaluated there is nothing to say, and one's own run has a place.
-    for changed in ({"train_data": None}, {"resume": finished_run}):
-        sentences = option_warnings(parse_options(flags(tmp_path, **options | changed)))
-        assert not any("step 0" in sentence for sentence in sentences)
-
-
-@pytest.mark.parametrize(
-    ("tower", "changed"),
-    [
-        ("vision_cfg", {"head_width": 32}),
-        ("vision_cfg", {"pool_type": "avg"}),
-        ("vision_cfg", {"act_kwargs": {"approximate": "tanh"}}),
-        ("text_cfg", {"heads": 1}),
-        ("text_cfg", {"no_causal_mask": True}),
-        ("text_cfg", {"hf_tokenizer_name": "a/b"}),
-    ],
-)
-def test_weights_of_a_model_that_computes_something_else_are_told(
-    finished_run, tmp_path, tower, changed
-):
-    config = {**MODEL, tower: {**MODEL[tower], **changed}}
-    (key,) = changed
-    model = write_model(tmp_path, name=f"other-{key}", config=config)
-    argv = ["--model-config", str(model), *SYNTHETIC, "--pretrained", str(finished_run)]
-    (warning,) = option_warnings(parse_options(argv))
-    assert f"other settings: {tower}.{key} " in warning
-    assert warning.count(" -> ") == 1
-
-
-def test_weights_of_a_model_that_is_only_written_otherwise_are_not_told(finished_run, tmp_path):
-    vision = {**MODEL["vision_cfg"], "image_size": [32, 32], "patch_size": [8, 8]}
-    vision |= {"pool_type": "tok", "mlp_ratio": 4, "patch_dropout": 0.5, "act_kwargs": {}}
-    text = {**MODEL["text_cfg"], "pool_type": "argmax"}
-    config = {**MODEL, "vision_cfg": vision, "text_cfg": text, "quick_gelu": False}
-    config |= {"custom_text": True, "init_logit_scale": 3}
-    model = write_model(tmp_path, name="written", config=config)
-    argv = ["--model-config", str(model), *SYNTHETIC, "--pretrained", str(finished_run)]
-    assert option_warnings(parse_options(argv)) == []
-    (warning,) = option_warnings(parse_options([*argv, "--force-image-size", "64"]))
-    assert warning.endswith("was trained with other settings: vision_cfg.image_size 32 -> 64")
-
-
-def test_no_weights_are_compared_where_none_are_named(finished_run, tmp_path, monkeypatch):
-    monkeypatch.chdir(finished_run)
-    model = write_model(tmp_path, name="none-named", config={**MODEL, "quick_gelu": True})
-    assert option_warnings(parse_options(["--model-config", str(model), *SYNTHETIC])) == []
-
-
-def test_no_checkpoint_is_hashed_for_a_warning(
-    finished_run, finished_options, tmp_path, monkeypatch
-):
-    hashed = []
-    monkeypatch.setattr("clip_pgs.checkpoint_reading.file_digest", hashed.append)
-    for flag in ("resume", "pretrained"):
-        argv = flags(tmp_path, **finished_options, **{flag: finished_run})
-        option_warnings(parse_options(argv))
-    assert hashed == []
-
-
-def test_weights_that_were_trained_on_other_images_are_told(finished_run, tmp_path):
-    config = next(finished_run.parent.parent.rglob("tiny.json"))
-    argv = ["--model-config", str(config), *SYNTHETIC, "--pretrained"]
-    exported = finished_run / "export" / "open_clip_model.safetensors"
-    for source in (exported, finished_run, finished_run / "checkpoints" / "epoch_2.pt"):
-        for same in ([], ["--force-image-size", "32", "32"]):
-            assert option_warnings(parse_options([*argv, str(source), *same])) == []
-        other = ["--force-quick-gelu", "--image-std", "0.5", "0.5", "0.5"]
-        (warning,) = option_warnings(parse_options([*argv, str(source), *other]))
-        assert warning.startswith(f"--pretrained {source} was trained with other settings: ")
-        assert "quick_gelu False -> True, image_std [0.2" in warning
-    # An export brings weights of its own.
-    argv[:2] = ["--model", f"local-dir:{finished_run / 'export'}"]
-    (warning,) = option_warnings(parse_options([*argv, str(source), *other]))
-    assert warning.startswith("--pretrained has no effect on local-dir:")
-    argv[:2] = ["--model-config", str(config)]
-    weights = tmp_path / "weights.pt"
-    torch.save({"state_dict": {}}, weights)
-    assert option_warnings(parse_options([*argv, str(weights)])) == []
-
-
 def test_what_lies_in_a_models_folder_is_compared_but_for_its_weights(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
@@ -469,38 +316,6 @@ def test_files_are_the_same_by_what_they_hold_and_weights_by_their_name(tmp_path
     assert changed_options(options("words.json", "openai"), saved) == [
         "pretrained 'pre.pt' -> 'openai'"
     ]
-
-
-def test_a_run_goes_on_without_the_weights_that_it_began_with(tmp_path, finished_run):
-    config = next(finished_run.parent.parent.rglob("tiny.json"))
-    folder = shutil.copytree(finished_run, tmp_path / "logs" / "run")
-    weights = shutil.copy(folder / "checkpoints" / "epoch_1.pt", tmp_path / "start.pt")
-    argv = ["--model-config", str(config), *SYNTHETIC, "--logs", str(tmp_path / "logs")]
-    argv += ["--pretrained", str(weights), "--accept-changes", "--epochs", "3", "--name"]
-    check_options(parse_options([*argv, "run", "--resume", "latest"]))
-    Path(weights).unlink()
-    check_options(parse_options([*argv, "run", "--resume", "latest"]))
-    # Not one that begins.
-    for other in (["other"], ["other", "--resume", "latest"]):
-        with pytest.raises(ValueError, match=r"start\.pt' is neither a file nor a tag"):
-            check_options(parse_options([*argv, *other]))
-
-
-def test_weights_of_a_run_are_those_of_its_export_where_nothing_else_is_left(
-    tmp_path, finished_run
-):
-    config = next(finished_run.parent.parent.rglob("tiny.json"))
-    folder = shutil.copytree(finished_run, tmp_path / "run")
-    # As a study leaves it.
-    shutil.rmtree(folder / "checkpoints")
-    argv = ["--model-config", str(config), *SYNTHETIC, "--pretrained"]
-    for source in (folder, folder / "export"):
-        check_options(parse_options([*argv, str(source)]))
-    with pytest.raises(ValueError, match="weights alone, which --pretrained takes"):
-        check_options(parse_options([*argv[:-1], "--resume", str(folder / "export")]))
-    (folder / "export" / "open_clip_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds no checkpoint"):
-        check_options(parse_options([*argv, str(folder)]))
 
 
 def test_a_model_of_the_hub_that_became_another_is_named(tmp_path, monkeypatch):
@@ -622,165 +437,3 @@ def test_a_missing_record_of_a_run_is_named(demo):
     (demo / "checkpoints").mkdir()
     (sentence,) = option_warnings(args)
     assert "options.json is not there; no option is compared" in sentence
-
-
-@pytest.fixture
-def trained(tmp_path, monkeypatch):
-    """Return a function that checks a run on shards which resumes, given the pattern of now."""
-    monkeypatch.chdir(tmp_path)
-    samples(tmp_path / "train", num_shards=3)
-    first = parse_options(resumed("train/*.tar")[:-2])
-    (tmp_path / "logs" / "demo").mkdir(parents=True)
-    save_options(first, tmp_path / "logs" / "demo", files=training_files(first))
-    return lambda pattern="train/*.tar": check_options(parse_options(resumed(pattern)))
-
-
-def samples(folder, **options):
-    write_samples(folder, samples_per_shard=2, **options)
-    (folder / "sizes.json").unlink()
-
-
-def resumed(data):
-    argv = ["--model", "ViT-B-16", "--warmup", "2", "--name", "demo", "--batch-size", "2"]
-    return [*argv, "--train-data", str(data), "--resume", "latest"]
-
-
-def remove(folder):
-    (folder / "00001.tar").unlink()
-
-
-def add(folder):
-    shutil.copy(folder / "00001.tar", folder / "00001b.tar")
-
-
-def grow(folder):
-    (folder / "00001.tar").write_bytes((folder / "00001.tar").read_bytes() + bytes(512))
-
-
-def miscount(folder):
-    (folder / "sizes.json").write_text('{"00001.tar": 1}')
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (remove, "00001.tar: 10240 bytes, 2 samples is gone"),
-        (add, "00001b.tar: 10240 bytes, 2 samples is new"),
-        (grow, "00001.tar: 10752 bytes, 2 samples is new"),
-        (miscount, "00001.tar: 10240 bytes, 1 samples is new"),
-    ],
-)
-def test_other_shards_below_a_pattern_are_refused_by_name(trained, tmp_path, change, words):
-    trained()
-    change(tmp_path / "train")
-    with pytest.raises(ValueError, match="--accept-changes") as refused:
-        trained()
-    assert words in str(refused.value)
-
-
-@pytest.mark.parametrize("has_sizes", [False, True])
-def test_a_shard_of_other_pairs_but_the_same_size_is_refused_by_name(
-    trained, tmp_path, has_sizes, monkeypatch
-):
-    shards = sorted((tmp_path / "train").glob("*.tar"))
-    if has_sizes:
-        sizes = {shard.name: 2 for shard in shards}
-        (tmp_path / "train" / "sizes.json").write_text(json.dumps(sizes))
-    # As in a new process, which has indexed nothing before its stream does.
-    monkeypatch.setattr("clip_pgs.data.tar._counted", {})
-    options = parse_options(resumed("train/*.tar")[:-2])
-    folder = tmp_path / "logs" / "demo"
-    save_options(options, folder, files=training_files(options))
-    index_shards(expand_shards("train/*.tar"))
-    save_indexes(options, folder)
-    trained()
-
-    content = shards[1].read_bytes()
-    for other in (other_names(content), longer_caption(content)):
-        assert len(other) == len(content)
-        shards[1].write_bytes(other)
-        with pytest.raises(ValueError, match="--accept-changes") as refused:
-            trained()
-        assert "train_data 00001.tar: list of members " in str(refused.value)
-        assert "00000.tar" not in str(refused.value)
-    shards[1].write_bytes(content)
-    trained()
-    saved = json.loads((folder / "options.json").read_text())
-    # A run of before has no digests and goes on.
-    del saved["train_indexes"]
-    (folder / "options.json").write_text(json.dumps(saved))
-    shards[1].write_bytes(other)
-    trained()
-
-
-def rewritten(content, change):
-    """Return an archive with each member changed."""
-    file = io.BytesIO()
-    with (
-        tarfile.open(fileobj=io.BytesIO(content)) as old,
-        tarfile.open(fileobj=file, mode="w") as new,
-    ):
-        for member in old:
-            data = change(member, old.extractfile(member).read())
-            member.size = len(data)
-            new.addfile(member, io.BytesIO(data))
-    return file.getvalue()
-
-
-def other_names(content):
-    def change(member, data):
-        member.name = f"x{member.name[1:]}"
-        return data
-
-    return rewritten(content, change)
-
-
-def longer_caption(content):
-    return rewritten(content, lambda m, data: data + b"s" * m.name.endswith(".txt"))
-
-
-@pytest.mark.parametrize("pattern", ["train/{00000..00002}.tar", "{}/train/*.tar", "moved/*.tar"])
-def test_the_same_shards_are_accepted_wherever_they_lie(trained, tmp_path, pattern):
-    shutil.copytree(tmp_path / "train", tmp_path / "moved")
-    trained(pattern.replace("{}", str(tmp_path)))
-
-
-def test_the_same_shards_in_another_order_are_refused(trained):
-    with pytest.raises(ValueError, match="another order"):
-        trained("train/00001.tar::train/00000.tar::train/00002.tar")
-
-
-@pytest.fixture
-def trained_table(tmp_path, monkeypatch):
-    """The table of a run that began in the working folder."""
-    monkeypatch.chdir(tmp_path)
-    table = write_csv(tmp_path / "pairs")
-    first = parse_options(resumed(table)[:-2])
-    (tmp_path / "logs" / "demo").mkdir(parents=True)
-    save_options(first, tmp_path / "logs" / "demo", files=training_files(first))
-    return table
-
-
-def test_a_table_with_another_row_is_refused(trained_table, tmp_path):
-    check_options(parse_options(resumed("pairs/pairs.csv")))
-    rows = trained_table.read_text()
-    trained_table.write_text(f"{rows}{tmp_path}/pairs/0.png\tred\n")
-    with pytest.raises(ValueError, match=r"16 samples is gone, .* 17 samples is new"):
-        check_options(parse_options(resumed(trained_table)))
-
-
-def test_a_table_in_another_order_is_refused(trained_table):
-    head, *rows = trained_table.read_text().splitlines(keepends=True)
-    trained_table.write_text("".join([head, *reversed(rows)]))
-    with pytest.raises(ValueError, match=r"\(train_data pairs.csv: \w+ is gone, .* is new\)"):
-        check_options(parse_options(resumed(trained_table)))
-
-
-def test_a_run_of_before_that_kept_the_pattern_alone_goes_on(trained, tmp_path):
-    path = tmp_path / "logs" / "demo" / "options.json"
-    saved = json.loads(path.read_text())
-    del saved["train_files"]
-    path.write_text(json.dumps(saved))
-    trained()
-    with pytest.raises(ValueError, match="train_data 'train"):
-        trained("train/{00000..00001}.tar")

@@ -1,0 +1,177 @@
+import io
+import json
+import shutil
+import tarfile
+
+import pytest
+
+from clip_pgs.data.shards import expand_shards
+from clip_pgs.data.tar import index_shards
+from clip_pgs.training.checks import check_options
+from clip_pgs.training.data_checks import training_files
+from clip_pgs.training.options import parse_options
+from clip_pgs.training.run_folder import save_indexes, save_options
+from support.runs import write_csv
+from support.runs import write_shards as write_samples
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Return a function that checks a run on shards which resumes, given the pattern of now."""
+    monkeypatch.chdir(tmp_path)
+    samples(tmp_path / "train", num_shards=3)
+    first = parse_options(resumed("train/*.tar")[:-2])
+    (tmp_path / "logs" / "demo").mkdir(parents=True)
+    save_options(first, tmp_path / "logs" / "demo", files=training_files(first))
+    return lambda pattern="train/*.tar": check_options(parse_options(resumed(pattern)))
+
+
+def samples(folder, **options):
+    write_samples(folder, samples_per_shard=2, **options)
+    (folder / "sizes.json").unlink()
+
+
+def resumed(data):
+    argv = ["--model", "ViT-B-16", "--warmup", "2", "--name", "demo", "--batch-size", "2"]
+    return [*argv, "--train-data", str(data), "--resume", "latest"]
+
+
+def remove(folder):
+    (folder / "00001.tar").unlink()
+
+
+def add(folder):
+    shutil.copy(folder / "00001.tar", folder / "00001b.tar")
+
+
+def grow(folder):
+    (folder / "00001.tar").write_bytes((folder / "00001.tar").read_bytes() + bytes(512))
+
+
+def miscount(folder):
+    (folder / "sizes.json").write_text('{"00001.tar": 1}')
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (remove, "00001.tar: 10240 bytes, 2 samples is gone"),
+        (add, "00001b.tar: 10240 bytes, 2 samples is new"),
+        (grow, "00001.tar: 10752 bytes, 2 samples is new"),
+        (miscount, "00001.tar: 10240 bytes, 1 samples is new"),
+    ],
+)
+def test_other_shards_below_a_pattern_are_refused_by_name(trained, tmp_path, change, words):
+    trained()
+    change(tmp_path / "train")
+    with pytest.raises(ValueError, match="--accept-changes") as refused:
+        trained()
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("has_sizes", [False, True])
+def test_a_shard_of_other_pairs_but_the_same_size_is_refused_by_name(
+    trained, tmp_path, has_sizes, monkeypatch
+):
+    shards = sorted((tmp_path / "train").glob("*.tar"))
+    if has_sizes:
+        sizes = {shard.name: 2 for shard in shards}
+        (tmp_path / "train" / "sizes.json").write_text(json.dumps(sizes))
+    # As in a new process, which has indexed nothing before its stream does.
+    monkeypatch.setattr("clip_pgs.data.tar._counted", {})
+    options = parse_options(resumed("train/*.tar")[:-2])
+    folder = tmp_path / "logs" / "demo"
+    save_options(options, folder, files=training_files(options))
+    index_shards(expand_shards("train/*.tar"))
+    save_indexes(options, folder)
+    trained()
+
+    content = shards[1].read_bytes()
+    for other in (other_names(content), longer_caption(content)):
+        assert len(other) == len(content)
+        shards[1].write_bytes(other)
+        with pytest.raises(ValueError, match="--accept-changes") as refused:
+            trained()
+        assert "train_data 00001.tar: list of members " in str(refused.value)
+        assert "00000.tar" not in str(refused.value)
+    shards[1].write_bytes(content)
+    trained()
+    saved = json.loads((folder / "options.json").read_text())
+    # A run of before has no digests and goes on.
+    del saved["train_indexes"]
+    (folder / "options.json").write_text(json.dumps(saved))
+    shards[1].write_bytes(other)
+    trained()
+
+
+def rewritten(content, change):
+    """Return an archive with each member changed."""
+    file = io.BytesIO()
+    with (
+        tarfile.open(fileobj=io.BytesIO(content)) as old,
+        tarfile.open(fileobj=file, mode="w") as new,
+    ):
+        for member in old:
+            data = change(member, old.extractfile(member).read())
+            member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+def other_names(content):
+    def change(member, data):
+        member.name = f"x{member.name[1:]}"
+        return data
+
+    return rewritten(content, change)
+
+
+def longer_caption(content):
+    return rewritten(content, lambda m, data: data + b"s" * m.name.endswith(".txt"))
+
+
+@pytest.mark.parametrize("pattern", ["train/{00000..00002}.tar", "{}/train/*.tar", "moved/*.tar"])
+def test_the_same_shards_are_accepted_wherever_they_lie(trained, tmp_path, pattern):
+    shutil.copytree(tmp_path / "train", tmp_path / "moved")
+    trained(pattern.replace("{}", str(tmp_path)))
+
+
+def test_the_same_shards_in_another_order_are_refused(trained):
+    with pytest.raises(ValueError, match="another order"):
+        trained("train/00001.tar::train/00000.tar::train/00002.tar")
+
+
+@pytest.fixture
+def trained_table(tmp_path, monkeypatch):
+    """The table of a run that began in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    table = write_csv(tmp_path / "pairs")
+    first = parse_options(resumed(table)[:-2])
+    (tmp_path / "logs" / "demo").mkdir(parents=True)
+    save_options(first, tmp_path / "logs" / "demo", files=training_files(first))
+    return table
+
+
+def test_a_table_with_another_row_is_refused(trained_table, tmp_path):
+    check_options(parse_options(resumed("pairs/pairs.csv")))
+    rows = trained_table.read_text()
+    trained_table.write_text(f"{rows}{tmp_path}/pairs/0.png\tred\n")
+    with pytest.raises(ValueError, match=r"16 samples is gone, .* 17 samples is new"):
+        check_options(parse_options(resumed(trained_table)))
+
+
+def test_a_table_in_another_order_is_refused(trained_table):
+    head, *rows = trained_table.read_text().splitlines(keepends=True)
+    trained_table.write_text("".join([head, *reversed(rows)]))
+    with pytest.raises(ValueError, match=r"\(train_data pairs.csv: \w+ is gone, .* is new\)"):
+        check_options(parse_options(resumed(trained_table)))
+
+
+def test_a_run_of_before_that_kept_the_pattern_alone_goes_on(trained, tmp_path):
+    path = tmp_path / "logs" / "demo" / "options.json"
+    saved = json.loads(path.read_text())
+    del saved["train_files"]
+    path.write_text(json.dumps(saved))
+    trained()
+    with pytest.raises(ValueError, match="train_data 'train"):
+        trained("train/{00000..00001}.tar")
