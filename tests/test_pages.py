@@ -173,6 +173,17 @@ def test_sets_of_ones_own_photographs_are_whole_and_hold_their_labels(reader, ca
         assert shard.extractfile("000001.cls").read() == b"1"
 
 
+def test_a_picture_with_several_rows_of_captions_is_one_sample_with_a_line_for_each(reader):
+    with open("photos/captions.csv", "a") as table:
+        table.write('blue/1.JPG,it is blue\nred/1.JPG,"red,\nnot blue"\n,\n./red/1.JPG,red\n')
+    exec(snippet("def write_set"), reader)
+    with tarfile.open("eval/captions/test/0.tar") as shard:
+        names = ["000000.jpg", "000000.txt", "000001.jpg", "000001.txt"]
+        assert shard.getnames() == names
+        texts = [shard.extractfile(name).read().decode() for name in names[1::2]]
+    assert texts == ["it is red\nred, not blue\nred", "it is blue"]
+
+
 @pytest.mark.parametrize(("needs", "text"), blocks("yaml"))
 def test_every_study_passes_its_checks(tmp_path, demo, monkeypatch, needs, text):
     monkeypatch.chdir(demo)

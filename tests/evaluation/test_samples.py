@@ -427,6 +427,24 @@ def test_captions_that_are_repeated_are_told(color_model, tmp_path, caplog, num_
     assert "'it is 0'" in caplog.text or not is_told
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("num_repeated", "sentence"), [(1, ""), (6, "12 samples show 7 ")])
+def test_pictures_that_are_repeated_are_told_in_each_call(
+    color_model, tmp_path, caplog, num_repeated, sentence, workers
+):
+    folder = tmp_path / "set"
+    samples = [(n if n >= num_repeated else 0, [f"it is {n}"]) for n in range(12)]
+    write_dataset(folder, samples, kind="retrieval", num_shards=2)
+    eval_sets = [get_suite("zeroshot-retrieval").eval_set("set", str(folder))]
+    # The second finds the features that the first has kept.
+    for _ in range(2):
+        caplog.clear()
+        evaluate(color_model, eval_sets, workers=workers, output=tmp_path / "out", force=True)
+        is_told = "pictures of set are repeated" in caplog.text
+        assert is_told == (num_repeated > 1)
+        assert sentence in caplog.text
+
+
 def test_blank_captions_are_told_and_change_no_score(color_model, tmp_path, caplog):
     captions = [[f"it is {number}", f"number {number}"] for number in range(6)]
     write_dataset(tmp_path / "set", list(enumerate(captions)), kind="retrieval")

@@ -59,11 +59,13 @@ class Features:
         labels: Class of each image, shape (N,), int64, or which classes it shows, shape (N, C);
             None for images with captions.
         captions: The captions of each image, or None.
+        digests: Of each image with captions what tells it from others; None where none was kept.
     """
 
     images: Tensor
     labels: Tensor | None = None
     captions: list[list[str]] | None = None
+    digests: list[str] | None = None
 
 
 def _without_blank_captions(features: Features, name: str) -> Features:
@@ -133,16 +135,20 @@ class Encoder:
                 location, split, self.reading, num_shards=num_shards, title=title
             )
             targets: list[Any] = []
+            digests: list[str] = []
 
             def pixels() -> Iterator[tuple[Tensor, Sequence[Place]]]:
                 for pixels_BCHW, target, places in samples:
                     targets.append(target)
+                    if not isinstance(target, Tensor):
+                        digests.extend(map(_pixels_digest, pixels_BCHW))
                     yield pixels_BCHW, places
 
             images_ND = self._encode_images(pixels(), title)
             if isinstance(targets[0], Tensor):
                 return Features(images_ND, labels=torch.cat(targets))
-            return Features(images_ND, captions=list(itertools.chain.from_iterable(targets)))
+            captions = list(itertools.chain.from_iterable(targets))
+            return Features(images_ND, captions=captions, digests=digests)
 
         features = self.cache.get_or_make(key, encode, is_known=data is not None)
         return _without_blank_captions(features, eval_set.name)
@@ -353,7 +359,8 @@ def _read_features(path: Path, key: str) -> Features:
 
 
 def _write_features(path: Path, key: str, features: Features) -> None:
-    texts = {} if features.captions is None else {"captions": features.captions}
+    kept = {"captions": features.captions, "digests": features.digests}
+    texts = {name: texts for name, texts in kept.items() if texts is not None}
     tensors = {"images": features.images.contiguous()}
     if features.labels is not None:
         tensors["labels"] = features.labels.contiguous()
@@ -465,6 +472,11 @@ def _file_digest(path: Path, state: tuple[int, int, int]) -> str:
                 file.seek((size - _BLOCK_BYTES) * number // (_NUM_BLOCKS - 1))
                 digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def _pixels_digest(pixels_CHW: Tensor) -> str:
+    # Features of equal images differ by rounding, or by the mask.
+    return hashlib.sha256(pixels_CHW.float().numpy()).hexdigest()
 
 
 def _is_plain(value: object) -> bool:

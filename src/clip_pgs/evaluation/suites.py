@@ -287,6 +287,16 @@ def score_retrieval(encoder: Encoder, eval_set: EvalSet) -> Scores:
             eval_set.name,
             ", ".join(f"{text[:80]!r}" for text in equal_names(texts)[:5]),
         )
+    if num_equal := too_many_equal(features.digests or []):
+        num_samples = len(features.images)
+        logger.warning(
+            "pictures of %s are repeated, and one counts for the captions of its own sample alone: "
+            "%d samples show %d different pictures; all captions of a picture belong into one "
+            "sample, a line each",
+            eval_set.name,
+            num_samples,
+            num_samples - num_equal,
+        )
     texts_TD = encoder.texts(texts)
     metrics = retrieval_metrics(features.images, texts_TD, torch.tensor(image_of_text))
     return Scores(metrics, len(features.images), {"captions": len(image_of_text)})
