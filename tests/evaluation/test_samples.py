@@ -399,6 +399,25 @@ def test_a_class_without_pictures_between_others_is_told(color_model, tmp_path, 
     assert "has no picture of 10 of its 12 classes, the first is number 1" in caplog.text
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.float32, bool])
+@pytest.mark.parametrize("absent", [[], [1], [0, 3]])
+def test_classes_that_no_picture_shows_are_told_with_what_they_do_to_map(
+    color_model, tmp_path, caplog, absent, dtype
+):
+    rows = np.eye(4, dtype=dtype)
+    rows[:, absent] = 0
+    arrays = {f"{number}.npy": saved(np.save, row) for number, row in enumerate(rows)}
+    folder = make_set(tmp_path / "set", kind="multilabel", replaced=arrays.items())
+    (folder / "classnames.txt").write_text("".join(f"number {n}\n" for n in range(4)))
+    (folder / "zeroshot_classification_templates.txt").write_text("a {c}")
+    share = 1 - len(absent) / 4
+    assert score(color_model, folder).metrics == {"mean_average_precision": share}
+    told = [text for text in caplog.messages if "has no picture of" in text]
+    assert len(told) == bool(absent)
+    first = f"{len(absent)} of its 4 classes, the first is number {min(absent, default=0)};"
+    assert all(first in text and "0 in mAP" in text for text in told)
+
+
 @pytest.mark.parametrize(
     ("samples", "kind", "num_classes", "words"),
     [

@@ -219,6 +219,10 @@ def score_classification(encoder: Encoder, eval_set: EvalSet) -> Scores:
         logger.warning("classes of %s share a name: %s", eval_set.name, ", ".join(twice[:5]))
     if features.labels.ndim == 1:
         _check_labels(features.labels.tolist(), len(classes), eval_set)
+    else:
+        shown = features.labels.any(dim=0).nonzero()[:, 0].tolist()
+        effect = "; each of them counts as 0 in mAP, as in clip_benchmark"
+        _tell_absent(shown, len(classes), eval_set, effect)
     classes_CD = encoder.classes(classes, read_templates(eval_set.location))
     logits_NC = zeroshot_logits(features.images, classes_CD)
     metrics = classification_metrics(logits_NC, features.labels)
@@ -236,14 +240,19 @@ def _check_labels(labels: list[int], num_classes: int, eval_set: EvalSet) -> Non
             f"{eval_set.location}/{CLASS_NAMES} must name two classes or more: of one, each model "
             "is right"
         )
-    absent = sorted(set(range(num_classes)) - set(labels))
+    _tell_absent(labels, num_classes, eval_set)
+
+
+def _tell_absent(shown: list[int], num_classes: int, eval_set: EvalSet, effect: str = "") -> None:
+    absent = sorted(set(range(num_classes)) - set(shown))
     if absent:
         logger.warning(
-            "%s has no picture of %d of its %d classes, the first is number %d",
+            "%s has no picture of %d of its %d classes, the first is number %d%s",
             eval_set.name,
             len(absent),
             num_classes,
             absent[0],
+            effect,
         )
 
 
