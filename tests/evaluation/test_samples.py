@@ -169,6 +169,7 @@ def eps(**_):
         ("2.png", LINE, ["'2' of test/0.tar", "30000 x 1"]),
         ("2.png", eps(), ["'2' of test/0.tar", "no JPEG, PNG"]),
         ("2.png", None, ["sample '2' of test/0.tar", "no picture"]),
+        ("3.jpg", color_png(3), ["sample '3' of test/0.tar", "a .png and a .jpg"]),
         ("2.cls", None, ["sample '2' of test/0.tar", "no .cls"]),
         ("2.cls", b"4", ["sample '2' of test/0.tar", "4 classes of classnames.txt", "got 4"]),
         ("2.cls", b"-1", ["sample '2' of test/0.tar", "b'-1'"]),

@@ -153,9 +153,11 @@ class _Shards(IterableDataset):
                 if suffix in files:
                     _refuse(key, shard, f"has two .{suffix} files")
                 files[suffix] = content
-            picture = next((files[s] for s in PICTURE_SUFFIXES if s in files), None)
-            if picture is None:
+            found = [suffix for suffix in files if suffix in PICTURE_SUFFIXES]
+            if not found:
                 _refuse(key, shard, f"has a .{self.target_suffix} file but no picture beside it")
+            if len(found) > 1:
+                _refuse(key, shard, f"must have one picture, got a .{' and a .'.join(found)} file")
             if self.target_suffix not in files:
                 _refuse(key, shard, f"has a picture but no .{self.target_suffix} file beside it")
             try:
@@ -163,7 +165,7 @@ class _Shards(IterableDataset):
             # What is in the file can be anything.
             except Exception as error:
                 _refuse(key, shard, f"has no usable .{self.target_suffix}: {one_sentence(error)}")
-            pixels_CHW = _decode(picture, self.reading, f"{key!r} of {shard}")
+            pixels_CHW = _decode(files[found[0]], self.reading, f"{key!r} of {shard}")
             yield pixels_CHW, target, (number, place)
 
     def _read_target(self, content: bytes) -> Any:
