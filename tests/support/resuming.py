@@ -1,6 +1,8 @@
 """Runs that are stopped at a step and go on, compared with one that nothing stopped."""
 
+import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -73,3 +75,16 @@ def run_with_stops(folder, steps, *, by="signal", **options):
             with pytest.raises((StoppedError, KilledError)):
                 run(folder, resume="latest", **options)
         return run(folder, resume="latest", **options)
+
+
+def curves(folder):
+    """Return what a run measured, line by line, but for its time and for FLOPs, as counted.
+
+    A launch counts operations on its first batch, of which an adaptive mask keeps its own share.
+    """
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    measured = re.compile(r"seconds|.*time|.*per_second.*|.*share|flops")
+    return [
+        {name: value for name, value in json.loads(line).items() if not measured.fullmatch(name)}
+        for line in lines
+    ]

@@ -25,7 +25,7 @@ def take_steps(trainer, *, num_steps=3):
         MetricLoggers(None, None, first_step=0),
         Cost(),
         device=torch.device("cpu"),
-        total_steps=7,
+        steps_left=7,
     )
     telemetry.start_phase(
         num_patches=trainer.masks.num_patches if trainer.masks else 0,

@@ -3,10 +3,12 @@
 import json
 import shutil
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from clip_pgs.training.phases import Phase, steps_after
 from support.runs import COCA, run, write_model
 
 EPOCHS, UNMASKED_EPOCHS = 3, 2
@@ -110,6 +112,21 @@ def test_a_teachers_cost_is_counted_and_shown(tuned):
     )
     assert cost["selection_flops"] == pytest.approx(by_hand)
     assert "% of them to choose its patches" in (tuned / "out.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("epoch", "position", "left"),
+    [(0, 0, 28), (0, 8, 27), (2, 24, 17), (3, 0, 16), (3, 4, 15), (4, 0, 8), (5, 0, 0)],
+)
+def test_the_steps_after_a_place_are_those_of_its_phase_and_of_later_ones(epoch, position, left):
+    sizes = {"batch_size": 8, "accum_freq": 1, "world_size": 1}
+    masked = SimpleNamespace(epochs=EPOCHS, **sizes)
+    tuning = SimpleNamespace(epochs=UNMASKED_EPOCHS, **{**sizes, "batch_size": 4})
+    phases = [
+        Phase("masked", masked, None, 4),
+        Phase("unmasked", tuning, None, 8, first_epoch=EPOCHS, first_step=12),
+    ]
+    assert steps_after(phases, epoch, position) == left
 
 
 def test_tuning_starts_with_a_fresh_optimizer(tuned):

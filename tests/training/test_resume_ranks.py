@@ -1,13 +1,13 @@
 """Two processes that are killed and told to leave end as two that nothing stopped."""
 
-import json
+import shutil
 import signal
 
 import pytest
 
 from support.ranks import Stop, output, train_together
-from support.resuming import differences, last_checkpoint
-from support.runs import flags
+from support.resuming import curves, differences, last_checkpoint
+from support.runs import flags, run
 
 # Of 32 samples, two at a time in each process: four steps an epoch with accumulation.
 VARIANTS = {
@@ -31,11 +31,6 @@ VARIANTS = {
 }
 
 
-def steps_and_samples(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [(entry["step"], entry["samples"]) for entry in map(json.loads, lines)]
-
-
 @pytest.mark.slow
 def test_three_processes_go_on_bit_by_bit_too(tmp_path, world):
     options = {"train_data": world.train_data, "batch_size": 2, "masking": "random", "epochs": 1}
@@ -53,7 +48,8 @@ def test_three_processes_go_on_bit_by_bit_too(tmp_path, world):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_kills_and_signals_change_no_bit(tmp_path, world, variant):
-    options = {"train_data": world.train_data, "batch_size": 2, **VARIANTS[variant]}
+    options = {"train_data": world.train_data, "batch_size": 2, "log_every_n_steps": 3}
+    options |= VARIANTS[variant]
     whole = flags(tmp_path, name="whole", **options)
     assert train_together(tmp_path, whole) == [0, 0], output(tmp_path)
 
@@ -69,4 +65,24 @@ def test_kills_and_signals_change_no_bit(tmp_path, world, variant):
 
     folders = [tmp_path / "logs" / name for name in ("run", "whole")]
     assert differences(*map(last_checkpoint, folders)) == []
-    assert steps_and_samples(folders[0]) == steps_and_samples(folders[1])
+    assert curves(folders[0]) == curves(folders[1])
+
+
+@pytest.mark.slow
+def test_a_gradient_over_twice_the_processes_is_half_as_large_and_that_is_told(tmp_path, world):
+    options = {"train_data": world.train_data, "masking": "random"}
+    begun = run(tmp_path, epochs=1, **options)
+    options |= {"resume": "latest", "epochs": 2}
+    shutil.copytree(begun, begun.with_name("alone"))
+    alone = curves(run(tmp_path, name="alone", **options))[4]
+    for name, gathers in (("apart", False), ("together", True)):
+        folder = shutil.copytree(begun, begun.with_name(name))
+        argv = flags(tmp_path, name=name, batch_size=4, gather_with_grad=gathers, **options)
+        assert train_together(tmp_path, argv) == [0, 0], output(tmp_path)
+        line = curves(folder)[4]
+        assert line["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        factor = 1 if gathers else 0.5
+        assert line["grad_norm"] == pytest.approx(factor * alone["grad_norm"], rel=1e-3)
+        said = (folder / "out.log").read_text()
+        assert "in the order that they had, in the same steps" in said
+        assert ("gradients are 0.5 times as large from here on" in said) != gathers

@@ -94,6 +94,9 @@ _RECORD: dict[str, type] = {
     "world_size": int,
 }
 
+# What the window of an epoch under way always holds, see `clip_pgs.training.telemetry`.
+_WINDOW = {"patches", "steps", "good", "epoch/loss", "epoch/steps"}
+
 _logger = logging.getLogger(__name__)
 
 
@@ -142,6 +145,7 @@ def pack_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     scaler: torch.amp.GradScaler | None = None,
     masking_state: dict[str, Any] | None = None,
+    window: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Collect a run's state as OpenCLIP names it; what is not there is left out.
 
@@ -155,6 +159,7 @@ def pack_checkpoint(
         optimizer: Its optimizer.
         scaler: The loss scaler.
         masking_state: What the masking learned and no weight holds, such as a teacher.
+        window: What the epoch under way measured and no curve has yet, as scalars.
     """
     checkpoint = {
         "epoch": epoch,
@@ -170,6 +175,8 @@ def pack_checkpoint(
         checkpoint["scaler"] = scaler.state_dict()
     if masking_state:
         checkpoint["masking_state"] = masking_state
+    if window:
+        checkpoint["window"] = window
     return checkpoint
 
 
@@ -181,7 +188,7 @@ def damaged_entry(checkpoint: Mapping[str, Any], *, is_exported: bool = False) -
         is_exported: Whether the record must be whole, as a card describes all of it.
     """
     record = checkpoint.get("clip_pgs") or {}
-    parts = ("optimizer", "scaler", "masking_state", "clip_pgs")
+    parts = ("optimizer", "scaler", "masking_state", "window", "clip_pgs")
     entries: list[tuple[str, Any, type]] = [(name, checkpoint.get(name), dict) for name in parts]
     if isinstance(record, dict):
         entries += [(f"clip_pgs/{name}", record.get(name), k) for name, k in _RECORD.items()]
@@ -197,6 +204,12 @@ def damaged_entry(checkpoint: Mapping[str, Any], *, is_exported: bool = False) -
     for name, value in (cost | metrics).items():
         if not isinstance(value, Real):
             return f"its clip_pgs record says {value!r} of {name}, which is no number"
+    window = checkpoint.get("window") or {}
+    for name in _WINDOW - window.keys() if window else ():
+        return f"its window has no {name!r}"
+    for name, value in window.items():
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            return f"its window holds no number as {name!r}"
     if is_exported and not isinstance(record.get("tokenizer"), (str, NoneType)):
         return f"its clip_pgs record says {record['tokenizer']!r} of tokenizer, which is no name"
     return None

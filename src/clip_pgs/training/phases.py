@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clip_pgs.data.bad_samples import OnSkip
@@ -71,6 +72,23 @@ class Phase:
         """
         whole = (epoch - self.first_epoch) * self.steps_per_epoch
         return self.first_step + whole + position // self.samples_per_step
+
+
+def steps_after(phases: Sequence[Phase], epoch: int, position: int) -> int:
+    """Return the optimizer steps of a run after a place in it.
+
+    Args:
+        phases: Of the run, in their order.
+        epoch: Completed epochs.
+        position: Samples of the next one, over all ranks, that are behind.
+    """
+    left = 0
+    for phase in phases:
+        if epoch < phase.end_epoch:
+            has_begun = epoch >= phase.first_epoch
+            begun = phase.steps_before(epoch, position) - phase.first_step if has_begun else 0
+            left += phase.num_steps - begun
+    return left
 
 
 def total_epochs(options: TrainOptions) -> int:

@@ -8,6 +8,7 @@ being told to, and nobody else may.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import shlex
@@ -469,17 +470,37 @@ def warn_of_changes(options: TrainOptions, record: dict[str, Any], *, is_ordered
     """
     earlier = {**record.get("recipe", {}), "world_size": record.get("world_size")}
     is_ordered = is_ordered and earlier.get("seed") in (None, options.seed)
+    names = ("batch_size", "accum_freq", "world_size")
+    now = {name: getattr(options, name) for name in names}
+    before = {name: earlier.get(name) or value for name, value in now.items()}
     changes = [
-        f"{name} {earlier[name]} -> {getattr(options, name)}"
-        for name in ("batch_size", "accum_freq", "world_size")
-        if earlier.get(name) not in (None, getattr(options, name))
+        f"{name} {before[name]} -> {now[name]}" for name in names if before[name] != now[name]
     ]
-    if changes:
-        _logger.warning(
-            "The run goes on with %s: from the same number of samples, %s, in other steps",
-            ", ".join(changes),
-            "in the order that they had" if is_ordered else "in another order",
+    if not changes:
+        return
+    is_same = math.prod(before.values()) == math.prod(now.values())
+    gradients = ""
+    if before["world_size"] != now["world_size"] and _follows_own_samples_alone(options):
+        factor = before["world_size"] / now["world_size"]
+        gradients = (
+            f"; without --gather-with-grad, gradients are {factor:.3g} times as large from here "
+            "on, and the optimizer's averages follow"
         )
+    _logger.warning(
+        "The run goes on with %s: from the same number of samples, %s, in %s steps%s",
+        ", ".join(changes),
+        "in the order that they had" if is_ordered else "in another order",
+        "the same" if is_same else "other",
+        gradients,
+    )
+
+
+def _follows_own_samples_alone(options: TrainOptions) -> bool:
+    """Return whether a process's gradient is that of its own samples' features alone.
+
+    Of OpenCLIP's loss over the batch of all; DDP then takes the mean over the processes.
+    """
+    return not (options.gather_with_grad or options.siglip or options.mae)
 
 
 def _save_environment(folder: Path, *, device: torch.device, world_size: int) -> None:

@@ -24,6 +24,8 @@ from clip_pgs.training.phases import total_epochs
 from clip_pgs.training.step import StepResult
 from clip_pgs.training.stop import BadNumbersError
 
+_BOUNDS = ("fewest kept", "most kept")
+
 _logger = logging.getLogger(__name__)
 
 
@@ -91,8 +93,33 @@ class WindowMeter:
         self._kept_bounds: tuple[Tensor, Tensor] | None = None
         self.num_steps = 0
         self._num_good: Tensor | float = 0.0
+        self._num_timed = 0
         self._data_seconds = 0.0
         self._started = time.perf_counter()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what the window measured up to now, as `restore` takes it: scalars."""
+        bounds = dict(zip(_BOUNDS, self._kept_bounds or (), strict=False))
+        counts = {"patches": self.num_patches, "steps": self.num_steps, "good": self._num_good}
+        sums = {f"sum/{name}": total for name, total in self._sums.items()}
+        return {**sums, **bounds, **{name: torch.as_tensor(n) for name, n in counts.items()}}
+
+    def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Go on with a window that an earlier launch began; its time is not counted.
+
+        That of a run which masked other patches, or none, is left.
+
+        Args:
+            state: From `state`, wherever it lies.
+            device: Where steps measure.
+        """
+        if int(state["patches"]) != self.num_patches:
+            return
+        here = {name: value.to(device) for name, value in state.items()}
+        self.num_steps, self._num_good = int(state["steps"]), here["good"]
+        self._sums = {n.removeprefix("sum/"): v for n, v in here.items() if n.startswith("sum/")}
+        if here.keys() >= set(_BOUNDS):
+            self._kept_bounds = (here[_BOUNDS[0]], here[_BOUNDS[1]])
 
     def add(self, result: StepResult, *, data_seconds: float) -> None:
         """Add one step.
@@ -102,6 +129,7 @@ class WindowMeter:
             data_seconds: How long it waited for its samples.
         """
         self.num_steps += 1
+        self._num_timed += 1
         self._data_seconds += data_seconds
         values = {**result.losses, "grad_norm": result.grad_norm}
         if result.kept_counts:
@@ -137,10 +165,10 @@ class WindowMeter:
             values["mask_ratio_min"] = 1 - most / self.num_patches
             values["mask_ratio_max"] = 1 - fewest / self.num_patches
         seconds = max(time.perf_counter() - self._started, 1e-9)
-        values["data_time"] = self._data_seconds / self.num_steps
-        values["batch_time"] = seconds / self.num_steps
+        values["data_time"] = self._data_seconds / self._num_timed
+        values["batch_time"] = seconds / self._num_timed
         values["data_wait_share"] = self._data_seconds / seconds
-        values["samples_per_second"] = self.num_steps * self.samples_per_step / seconds
+        values["samples_per_second"] = self._num_timed * self.samples_per_step / seconds
         values["samples_per_second_per_gpu"] = values["samples_per_second"] / world_size
         self.start()
         return values
@@ -155,7 +183,7 @@ class Telemetry:
         loggers: Where measurements go.
         cost: What earlier launches spent; counted on from there.
         device: Where steps measure.
-        total_steps: Optimizer steps in the run.
+        steps_left: Optimizer steps that the run still has to take.
 
     Attributes:
         is_active: Whether this rank says anything.
@@ -168,7 +196,7 @@ class Telemetry:
         cost: Cost,
         *,
         device: torch.device,
-        total_steps: int,
+        steps_left: int,
     ) -> None:
         self._flops = SampleFlops()
         self._loggers = loggers
@@ -179,16 +207,18 @@ class Telemetry:
             device, max_in_row=options.max_bad_steps, earlier=cost.skipped_steps
         )
         self._samples_per_epoch = 0
-        self._epoch_losses: list[float] = []
-        self._is_resumed = False
+        self._epoch_loss, self._epoch_steps = 0.0, 0
+        self._note = ""
         self.is_active = options.rank == 0
         self._started = time.perf_counter() - cost.seconds
         self._epoch_started = time.perf_counter()
-        self._total_steps = total_steps
+        # Those of a run that was resumed with another batch size are of both sizes.
+        self._total_steps = cost.steps + steps_left
+        self._device = device
         # Steps and seconds after this launch's first window, whose step compiles.
         self._timed_from: tuple[int, float] | None = None
         self._bar = tqdm(
-            total=total_steps,
+            total=self._total_steps,
             initial=cost.steps,
             unit="step",
             disable=not (self.is_active and sys.stderr.isatty()),
@@ -218,26 +248,43 @@ class Telemetry:
         masks = f", {100 * share:.1f} % of them to choose its patches" if share > 0 else ""
         _logger.info("One sample takes %.4g FLOPs%s", flops.total, masks)
 
-    def start_epoch(self, *, is_resumed: bool = False) -> None:
+    @property
+    def window(self) -> dict[str, Tensor]:
+        """What the epoch and the window under way measured up to now, as `start_epoch` takes it."""
+        epoch = {"loss": self._epoch_loss, "steps": self._epoch_steps}
+        tensors = {f"epoch/{n}": torch.tensor(v, dtype=torch.float64) for n, v in epoch.items()}
+        return {**self._meter.state(), **tensors}
+
+    def start_epoch(
+        self, *, is_resumed: bool = False, window: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Begin a logging window, leaving out what happened between epochs.
 
         Args:
             is_resumed: Whether an earlier launch has taken the epoch's first steps.
+            window: What that one measured; None where it does not say.
         """
-        self._epoch_losses, self._is_resumed = [], is_resumed
+        self._epoch_loss, self._epoch_steps, self._note = 0.0, 0, ""
         self._epoch_started = time.perf_counter()
         self._meter.start()
+        if is_resumed:
+            self._note = " (both since the run was resumed)"
+        if is_resumed and window:
+            self._meter.restore(window, self._device)
+            self._epoch_loss = float(window["epoch/loss"])
+            self._epoch_steps = int(window["epoch/steps"])
+            self._note = " since the run was resumed"
 
     def finish_epoch(self, epoch: int, epochs: int) -> None:
         """Say what the training of an epoch brought, the `epoch`-th of `epochs`."""
-        if self._epoch_losses:
+        if self._epoch_steps:
             _logger.info(
                 "Epoch %d of %d: mean loss %.4f, trained in %s%s",
                 epoch,
                 epochs,
-                sum(self._epoch_losses) / len(self._epoch_losses),
+                self._epoch_loss / self._epoch_steps,
                 timedelta(seconds=round(time.perf_counter() - self._epoch_started)),
-                " (both since the run was resumed)" if self._is_resumed else "",
+                self._note,
             )
 
     def step(
@@ -281,7 +328,8 @@ class Telemetry:
         num_steps = self._meter.num_steps
         values = self._meter.read(world_size=self._options.world_size)
         if math.isfinite(values["loss"]):
-            self._epoch_losses += num_steps * [values["loss"]]
+            self._epoch_loss += num_steps * values["loss"]
+            self._epoch_steps += num_steps
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         values["lr"] = lr
         if model.logit_scale is not None:

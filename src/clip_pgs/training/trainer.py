@@ -82,7 +82,7 @@ from clip_pgs.training.loggers import (
 from clip_pgs.training.masks import MaskPictures, StepMasks, seed_everything
 from clip_pgs.training.option_warnings import option_warnings
 from clip_pgs.training.options import TrainOptions
-from clip_pgs.training.phases import Phase, plan_phases, total_epochs
+from clip_pgs.training.phases import Phase, plan_phases, steps_after, total_epochs
 from clip_pgs.training.run_folder import (
     RunFiles,
     default_name,
@@ -266,6 +266,7 @@ class Trainer:
         has_begun = self._saved_place > (0, 0)
         earlier = (self._checkpoint or {}).get("clip_pgs", {}) if has_begun else {}
         self._metrics: dict[str, float] = dict(earlier.get("metrics", {}))
+        self._window = (self._checkpoint or {}).get("window")
 
         cost = Cost(**earlier.get("cost", {}))
         self._skips = SkipLog(folder, rank=options.rank, step=cost.steps)
@@ -290,7 +291,7 @@ class Trainer:
             MetricLoggers(options, self._folder, first_step=cost.steps),
             cost,
             device=device,
-            total_steps=sum(phase.num_steps for phase in self._phases),
+            steps_left=steps_after(self._phases, self._first_epoch, self._first_position),
         )
         # What was measured after each epoch.
         self._measured: list[dict[str, Any]] = []
@@ -398,7 +399,7 @@ class Trainer:
         """Yield each step's batches, and the seconds they took, once all processes have theirs."""
         position = self._first_position if epoch == self._first_epoch else 0
         phase_trainer.start_epoch(epoch, position)
-        self._telemetry.start_epoch(is_resumed=position > 0)
+        self._telemetry.start_epoch(is_resumed=position > 0, window=self._window)
         while phase_trainer.steps_left:
             is_first = not phase_trainer.has_begun
             patience = _FIRST_STEP_PATIENCE if is_first else 1.0
@@ -507,6 +508,7 @@ class Trainer:
             scaler=self._scaler,
             masking_state=masking_state(phase_trainer.model) if phase_trainer.masks else {},
             record=self._record_now() if self._store is not None else {},
+            window=self._telemetry.window if position > 0 else None,
         )
         if self._store is not None:
             if self._lock is not None:

@@ -10,6 +10,7 @@ import torch
 
 from clip_pgs.training.__main__ import main
 from clip_pgs.training.build import build_optimizer, optimizer_misfit
+from clip_pgs.training.checkpoint import _WINDOW
 from clip_pgs.training.options import parse_options
 from support.options import SYNTHETIC, VALID, write_model_config
 from support.refusals import accept, refusal
@@ -379,6 +380,9 @@ def test_the_file_that_latest_names_is_said(model, flag):
         {"clip_pgs": {"metrics": 3}},
         {"clip_pgs": {"metrics": {"top1": None}}},
         {"masking_state": [1]},
+        {"window": [1]},
+        {"window": {"steps": torch.tensor(1)}},
+        {"window": dict.fromkeys(_WINDOW, torch.zeros(2))},
         {"epoch": 10**30},
     ],
     ids=str,
