@@ -101,10 +101,31 @@ def test_other_objects_of_numpy_are_refused(tmp_path):
         read_checkpoint(path)
 
 
-def test_a_torchscript_file_is_named_as_one_with_the_way_to_go(tmp_path):
-    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT-B-32.pt")
+@pytest.mark.parametrize("use_mmap", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "is_code_large"),
+    [(torch.nn.Linear(2, 2), False), (torch.nn.TransformerEncoderLayer(8, 1, 8), True)],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_torchscript_file_is_named_as_one_with_the_way_to_go(
+    tmp_path, layer, is_code_large, use_mmap
+):
+    path = tmp_path / "ViT-B-32.pt"
+    torch.jit.script(layer).save(path)
+    # Of code, which is compressed in it, a real model has more than a layer.
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(part.file_size for part in archive.infolist())
+    assert (unpacked > path.stat().st_size) == is_code_large
     with pytest.raises(ValueError, match=r"TorchScript.*--pretrained openai"):
-        read_checkpoint(tmp_path / "ViT-B-32.pt")
+        read_checkpoint(path, use_mmap=use_mmap)
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_an_archive_of_others_is_called_so(tmp_path, write):
+    with (tmp_path / "a.npz").open("wb") as file:
+        write(file, weights=np.zeros(9000), more=np.zeros(9))
+    with pytest.raises(ValueError, match=r"a\.npz' .*: it is a zip archive that torch.save"):
+        read_checkpoint(tmp_path / "a.npz", use_mmap=True)
 
 
 VIEWS = {

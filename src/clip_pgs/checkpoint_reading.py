@@ -156,14 +156,21 @@ def _read(path: Path, *, use_mmap: bool) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse an archive whose parts are not what lies in the file.
+    """Refuse an archive that `torch.save` did not write, or whose parts are not what lies in it.
 
     Mapped into memory, a compressed part would be taken for numbers.
     """
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
-    # TorchScript, which is refused as such, compresses its code alone.
-    if any(part.compress_type != zipfile.ZIP_STORED for part in parts if "/data" in part.filename):
+    # As torch tells it, which compresses the code in it.
+    if any(part.filename.endswith("/constants.pkl") for part in parts):
+        raise _RefusedFileError(
+            "it is a TorchScript archive, which is code as well as weights; nothing in it was run "
+            "(OpenAI's own weights are --pretrained openai)"
+        )
+    if not any(part.filename.endswith("/data.pkl") for part in parts):
+        raise _RefusedFileError("it is a zip archive that torch.save did not write")
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
         raise _RefusedFileError(
             "it is a compressed zip archive, which torch.save never writes; "
             "torch.save(torch.load(OLD, weights_only=True), NEW) writes it plain"
@@ -383,11 +390,6 @@ def _reason(error: BaseException) -> str:
         return f"it holds {forbidden[1]}, which is no tensor or plain type; nothing in it was run"
     if isinstance(error, UnpicklingError):
         return "it is damaged or no checkpoint"
-    if "TorchScript" in text:
-        return (
-            "it is a TorchScript archive, which is code as well as weights; nothing in it was run "
-            "(OpenAI's own weights are --pretrained openai)"
-        )
     first = re.split(r"\. |\n", text, maxsplit=1)[0]
     detail = "".join(character for character in first if character.isprintable())
     name = type(error).__name__
