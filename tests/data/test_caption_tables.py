@@ -13,7 +13,7 @@ import pytest
 
 from clip_pgs.data.batches import decode_item
 from clip_pgs.data.build import read_table
-from clip_pgs.data.caption_tables import TableSource, read_pairs
+from clip_pgs.data.caption_tables import TableSource, read_captions, read_pairs
 from clip_pgs.data.order import SampleRef
 from clip_pgs.data.samples import SampleDecoder
 from clip_pgs.data.shards import expand_shards
@@ -274,6 +274,36 @@ def test_a_short_row_has_an_empty_caption_whatever_the_separator(tmp_path, separ
     path = tmp_path / "pairs.csv"
     path.write_text(f"filepath{separator}title\na.jpg{separator}one\nb.jpg\nc.jpg{separator}two\n")
     assert read_pairs(path, **{**KEYS, "separator": separator}).captions == ["one", "", "two"]
+
+
+@pytest.mark.parametrize(
+    ("separator", "empty"), [(",", ",\n"), (",", '"",""\n'), (",", " , \n"), ("::", ",\n")]
+)
+def test_rows_whose_cells_are_all_empty_are_left_out_and_the_others_keep_their_numbers(
+    tmp_path, separator, empty
+):
+    path = tmp_path / "pairs.csv"
+    rows = f"filepath,title\na.jpg,one\n{empty}b.jpg,\n,three\n{empty}{empty}"
+    path.write_text(rows.replace(",", separator))
+    options = {**KEYS, "separator": separator}
+    table = read_pairs(path, **options)
+    assert (table.images, table.captions) == (["a.jpg", "b.jpg", ""], ["one", "", "three"])
+    assert [table.row_name(row) for row in range(3)] == ["row 1", "row 3", "row 4"]
+    assert read_captions(path, caption_key="title", separator=separator) == table.captions
+
+
+def test_a_table_whose_rows_are_all_empty_has_none(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("filepath,title,note\n,,\n,,\n")
+    with pytest.raises(ValueError, match=r"pairs.csv' has no rows"):
+        read_pairs(path, **KEYS)
+
+
+def test_a_row_that_names_no_image_is_told_as_such(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("filepath,title\n,\n,one\n")
+    skip = TableSource(read_pairs(path, **KEYS)).read(SampleRef(0, 0))
+    assert str(skip) == f"{path}: row 2: no image (its row names none)"
 
 
 def test_captions_that_are_quoted_are_read_as_pandas_reads_them(tmp_path):

@@ -6,9 +6,11 @@ import logging
 
 import pytest
 
+from clip_pgs.data.build import read_table
 from clip_pgs.data.caption_tables import TableSource, read_pairs
 from clip_pgs.data.order import SampleRef
 from clip_pgs.data.pack import check_shards, pack_pairs
+from clip_pgs.data.preflight import preflight
 from clip_pgs.data.samples import MAX_CAPTION_BYTES
 from clip_pgs.data.shards import count_samples, expand_shards
 from clip_pgs.data.tar import read_shard
@@ -93,6 +95,20 @@ def test_bad_rows_can_be_left_out(table, tmp_path, caplog):
         sizes, num_skipped = pack_pairs(table, tmp_path / "out", skip_bad=True)
     assert (num_skipped, sum(sizes.values())) == (1, 5)
     assert "row 6" in caplog.text
+
+
+def test_cleared_rows_are_no_rows_to_pack_check_and_train(table, tmp_path, make_args, monkeypatch):
+    append(table, ",\n,\n ,")
+    assert pack_pairs(table, tmp_path / "out") == ({"00000.tar": 5}, 0)
+    monkeypatch.chdir(tmp_path)
+    args = make_args(train_data="pairs.csv", csv_separator=",")
+    assert preflight(args) == []
+    assert len(read_table(args, "pairs.csv")) == 5
+    append(table, ",a caption")
+    with pytest.raises(ValueError, match=r"1 of 6 rows are bad, .* row 9: it names no image;"):
+        pack_pairs(table, tmp_path / "other")
+    (warning,) = preflight(args)
+    assert "no image: 1; the first is pairs.csv: row 9: no image" in warning
 
 
 def test_format_that_openclip_does_not_read_is_bad(table, tmp_path, make_image):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import codecs
 import csv
 import logging
+import operator
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -48,14 +50,20 @@ class PairTable:
         path: The table's file, or a folder of images.
         images: Image paths as written there.
         captions: Captions; empty where the cell is.
+        numbers: Of the rows in the file, from 0: those whose cells are all empty are left out.
     """
 
     path: Path
     images: list[str]
     captions: list[str]
+    numbers: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def row_name(self, row: int) -> str:
+        """Name a row, which a reader of the file counts from 1 below the header."""
+        return _row_name(self.numbers[row])
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,10 @@ class TableSource:
 
     def read(self, ref: SampleRef) -> RawSample | Skip:
         """Read one row's image file."""
-        table, path, key = str(self.table.path), self.table.images[ref.number], row_name(ref.number)
+        table, path = str(self.table.path), self.table.images[ref.number]
+        key = self.table.row_name(ref.number)
+        if not path.strip():
+            return Skip(table, key, "no image", "its row names none")
         try:
             image = read_image_file(path)
         except (OSError, ValueError) as error:
@@ -78,11 +89,10 @@ class TableSource:
 
     def describe(self, shard: int, number: int) -> str:
         """Return the row and its image's path."""
-        return f"{self.table.path}: {row_name(number)} ({self.table.images[number]})"
+        return f"{self.table.path}: {self.table.row_name(number)} ({self.table.images[number]})"
 
 
-def row_name(number: int) -> str:
-    """Name a row, which a reader of the table counts from 1 below the header."""
+def _row_name(number: int) -> str:
     return f"row {number + 1}"
 
 
@@ -100,8 +110,8 @@ def read_pairs(path: Path, *, image_key: str, caption_key: str, separator: str |
         ValueError: If the file is missing, is no such table, lacks a column or has two of its name,
             has more cells than columns, or has no rows.
     """
-    images, captions = _read_columns(path, (image_key, caption_key), separator)
-    return PairTable(path, list(map(_local_path, images)), captions)
+    (images, captions), numbers = _read_columns(path, (image_key, caption_key), separator)
+    return PairTable(path, list(map(_local_path, images)), captions, numbers)
 
 
 def _local_path(image: str) -> str:
@@ -117,7 +127,7 @@ def listed_captions(table: PairTable) -> str:
         return ""
     return (
         f"{table.path} has {counted(len(rows), 'caption')} that look like lists, and are taken as "
-        f"one text each; the first is {row_name(rows[0])}: {table.captions[rows[0]]!r:.80}"
+        f"one text each; the first is {table.row_name(rows[0])}: {table.captions[rows[0]]!r:.80}"
     )
 
 
@@ -147,15 +157,18 @@ def _list_once(folder: Path, inode: int, mtime_ns: int) -> PairTable:
             folder_of_shards(folder)
             or f"folder {str(folder)!r} holds no .{', .'.join(IMAGE_SUFFIXES)} file"
         )
-    return PairTable(folder, images, [""] * len(images))
+    return PairTable(folder, images, [""] * len(images), range(len(images)))
 
 
 def read_captions(path: Path, *, caption_key: str, separator: str | None) -> list[str]:
     """Read the captions of a table; see `read_pairs`."""
-    return _read_columns(path, (caption_key,), separator)[0]
+    ((captions,), _) = _read_columns(path, (caption_key,), separator)
+    return captions
 
 
-def _read_columns(path: Path, keys: tuple[str, ...], separator: str | None) -> list[list[str]]:
+def _read_columns(
+    path: Path, keys: tuple[str, ...], separator: str | None
+) -> tuple[list[list[str]], Sequence[int]]:
     if not path.is_file():
         raise ValueError(f"table {str(path)!r} {absence(path)}")
     if separator is None:
@@ -167,7 +180,7 @@ def _read_columns(path: Path, keys: tuple[str, ...], separator: str | None) -> l
 @lru_cache(maxsize=2)
 def _read_once(
     path: Path, keys: tuple[str, ...], separator: str, state: tuple[int, int, int]
-) -> list[list[str]]:
+) -> tuple[list[list[str]], Sequence[int]]:
     _check_text(path)
     # A shell hands over a backslash and a t, which OpenCLIP takes for a regular expression.
     separator = {"\\t": "\t"}.get(separator, separator)
@@ -205,9 +218,17 @@ def _read_once(
             f"the first is {longer}, so that it is not known which cell is which; name every "
             "column, and quote each cell that holds a separator"
         )
+    frame = _without_empty_rows(frame, keys[0])
     if frame.empty:
         raise ValueError(f"table {str(path)!r} has no rows")
-    return [frame[key].tolist() for key in keys]
+    return [frame[key].tolist() for key in keys], frame.index
+
+
+def _without_empty_rows(frame: pd.DataFrame, key: str) -> pd.DataFrame:
+    """Leave out rows without any text, as a spreadsheet writes those that were cleared."""
+    bare = frame[frame[key].str.strip() == ""]
+    has_text = reduce(operator.or_, (cells.str.strip() != "" for _, cells in bare.items()))
+    return frame if has_text.all() else frame.drop(bare.index[~has_text])
 
 
 def is_tar(path: Path) -> bool:
@@ -303,7 +324,7 @@ def _read_rows(path: Path, separator: str, names: list[str]) -> tuple[pd.DataFra
     # Each row may end with a separator, or none.
     is_longer = extra.notna() if extra.isna().any() else extra != ""
     frame.columns = names
-    longer = row_name(int(is_longer.argmax())) if is_longer.any() else ""
+    longer = _row_name(int(is_longer.argmax())) if is_longer.any() else ""
     # What this engine misses in a short row is NaN, whatever is asked for.
     return frame.fillna(""), longer
 
@@ -332,7 +353,7 @@ def _without_swallowed_rows(
     """Read a table whose quotes seem to hold line breaks anew, or say where they do."""
     if (as_text := _read_as_text(path, separator, len(frame.columns))) is not None:
         return as_text
-    rows = [row_name(number) for number in is_broken.to_numpy().nonzero()[0].tolist()]
+    rows = [_row_name(number) for number in is_broken.to_numpy().nonzero()[0].tolist()]
     logger.warning(
         "%s: quotes make one cell of several lines in %s: %s; where that is not meant, rows "
         "are lost: %s",

@@ -16,7 +16,6 @@ from clip_pgs.data.caption_tables import (
     PairTable,
     listed_captions,
     read_pairs,
-    row_name,
 )
 from clip_pgs.data.decoding import opened_image
 from clip_pgs.data.samples import MAX_CAPTION_BYTES, RawSample, decode_captions, decode_image
@@ -80,13 +79,13 @@ def pack_pairs(
         except ValueError as error:
             bad_rows[row] = str(error)
     for row, reason in list(bad_rows.items())[:_MAX_NAMED]:
-        logger.warning("%s: %s", row_name(row), reason)
+        logger.warning("%s: %s", pairs.row_name(row), reason)
     if len(bad_rows) > _MAX_NAMED:
         logger.warning("... and %d rows more", len(bad_rows) - _MAX_NAMED)
     if bad_rows and not skip_bad:
         row, reason = next(iter(bad_rows.items()))
         raise ValueError(
-            f"{len(bad_rows)} of {len(pairs)} rows are bad, the first is {row_name(row)}: "
+            f"{len(bad_rows)} of {len(pairs)} rows are bad, the first is {pairs.row_name(row)}: "
             f"{reason}; mend them or leave them out with --skip-bad"
         )
     if not suffixes:
@@ -122,6 +121,8 @@ def _check_row(table: PairTable, row: int) -> str:
         ValueError: What is wrong with the row.
     """
     path, name = _image_path(table, row), repr(table.images[row])
+    if not table.images[row].strip():
+        raise ValueError("it names no image")
     if is_remote(table.images[row]):
         raise ValueError(f"image {name} is a URL; img2dataset makes shards of those")
     if not os.path.isfile(path):
