@@ -6,6 +6,7 @@ import io
 import lzma
 import os
 import re
+import shlex
 import zipfile
 from pathlib import Path
 
@@ -49,6 +50,33 @@ def test_missing_column_is_named_with_those_there_are(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("wrong", "right"),
+    [(",", "\t"), (",", ";"), (",", "|"), ("\t", ","), ("\t", ";"), ("::", ","), ("::", "\t")],
+)
+def test_a_missing_column_is_told_with_the_option_that_gives_it(tmp_path, make_args, wrong, right):
+    path = tmp_path / "pairs.csv"
+    path.write_text(f'"filepath"{right}title\na.jpg{right}one\nb.jpg{right}two\n')
+    with pytest.raises(ValueError, match=r"no column 'filepath'.* --separator") as error:
+        read_pairs(path, **{**KEYS, "separator": wrong})
+    named = shlex.split(str(error.value).partition("--separator ")[2])[0]
+    assert read_pairs(path, **{**KEYS, "separator": named}).captions == ["one", "two"]
+    args = make_args(csv_separator=wrong)
+    with pytest.raises(ValueError, match=r"no column 'filepath'.* --csv-separator") as error:
+        read_table(args, str(path))
+    named = shlex.split(str(error.value).partition("--csv-separator ")[2])[0]
+    assert read_table(make_args(csv_separator=named), str(path)).captions == ["one", "two"]
+
+
+@pytest.mark.parametrize("header", ["image\ttitle", "filepath\tcaption", "filepath title"])
+def test_no_separator_is_named_that_does_not_give_both_columns(tmp_path, header):
+    path = tmp_path / "pairs.csv"
+    path.write_text(f"{header}\na.jpg\tone\n")
+    with pytest.raises(ValueError, match="no column") as error:
+        read_pairs(path, **KEYS)
+    assert "--separator" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     "content", [b"", b"filepath,title\n", b"\x80,title\n", b"filepath\n1,2,3\n4"]
 )
 def test_file_that_is_no_table_is_refused_by_name(tmp_path, content):
@@ -65,6 +93,26 @@ def test_a_compressed_table_is_not_unpacked(tmp_path, compress, name):
     path.write_bytes(compress(b"filepath,title\na.jpg,one\n"))
     with pytest.raises(ValueError, match=r"pairs.*' is no text file"):
         read_pairs(path, **KEYS)
+
+
+def _workbook(kind):
+    if kind == "xls":
+        return b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(504) + b"\x09\x08" * 512
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        if kind == "ods":
+            archive.writestr("mimetype", "application/vnd.oasis.opendocument.spreadsheet")
+        archive.writestr("docProps/app.xml", "<a/>" * 1000)
+        archive.writestr("content.xml" if kind == "ods" else "xl/workbook.xml", "<a/>" * 1000)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["xlsx", "xls", "ods"])
+@pytest.mark.parametrize("name", ["pairs.xlsx", "pairs.csv"])
+def test_a_workbook_is_told_with_what_to_save_it_as(tmp_path, kind, name):
+    (tmp_path / name).write_bytes(_workbook(kind))
+    with pytest.raises(ValueError, match=rf"{name}' is a workbook of Excel .*as CSV \(UTF-8\)"):
+        read_pairs(tmp_path / name, **KEYS)
 
 
 @pytest.mark.parametrize("ending", ["tar", "gz", "zip", "bz2", "xz"])

@@ -184,6 +184,7 @@ def read_table(args: argparse.Namespace, path: str) -> PairTable:
         image_key=args.csv_img_key,
         caption_key=args.csv_caption_key,
         separator=args.csv_separator,
+        separator_flag="--csv-separator",
     )
 
 

@@ -8,7 +8,9 @@ import logging
 import operator
 import os
 import re
+import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from pathlib import Path
@@ -30,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 _MAX_NAMED, _MAX_COLUMNS = 5, 20
 _ADVICE = "a quotation mark that begins a cell must be doubled and quoted"
-_HEAD_BYTES, _CHUNK_BYTES = 512, 2**20
+_SEPARATORS = (",", "\t", ";", "|")
+_HEAD_BYTES, _TAIL_BYTES, _CHUNK_BYTES = 512, 2**16, 2**20
+# Of files of older Office programs.
+_OLE_MAGIC = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 # The word that tar writes at byte 257 of a header.
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 # What no text holds, but workbooks, archives and what is compressed do.
@@ -96,7 +101,14 @@ def _row_name(number: int) -> str:
     return f"row {number + 1}"
 
 
-def read_pairs(path: Path, *, image_key: str, caption_key: str, separator: str | None) -> PairTable:
+def read_pairs(
+    path: Path,
+    *,
+    image_key: str,
+    caption_key: str,
+    separator: str | None,
+    separator_flag: str = "--separator",
+) -> PairTable:
     r"""Read the image and caption columns of a table.
 
     Args:
@@ -105,12 +117,14 @@ def read_pairs(path: Path, *, image_key: str, caption_key: str, separator: str |
         caption_key: Name of the column of captions.
         separator: What stands between columns, as OpenCLIP takes it: one character, "\t" in two,
             or a regular expression. None goes by the name: a tab for `.tsv`, else a comma.
+        separator_flag: The option that gives it, for messages.
 
     Raises:
         ValueError: If the file is missing, is no such table, lacks a column or has two of its name,
             has more cells than columns, or has no rows.
     """
-    (images, captions), numbers = _read_columns(path, (image_key, caption_key), separator)
+    keys = image_key, caption_key
+    (images, captions), numbers = _read_columns(path, keys, separator, separator_flag)
     return PairTable(path, list(map(_local_path, images)), captions, numbers)
 
 
@@ -167,19 +181,26 @@ def read_captions(path: Path, *, caption_key: str, separator: str | None) -> lis
 
 
 def _read_columns(
-    path: Path, keys: tuple[str, ...], separator: str | None
+    path: Path,
+    keys: tuple[str, ...],
+    separator: str | None,
+    separator_flag: str = "--separator",
 ) -> tuple[list[list[str]], Sequence[int]]:
     if not path.is_file():
         raise ValueError(f"table {str(path)!r} {absence(path)}")
     if separator is None:
         separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    return _read_once(path, keys, separator, file_state(path.stat()))
+    return _read_once(path, keys, separator, separator_flag, file_state(path.stat()))
 
 
 # The checks of a run read the table that its phases read.
 @lru_cache(maxsize=2)
 def _read_once(
-    path: Path, keys: tuple[str, ...], separator: str, state: tuple[int, int, int]
+    path: Path,
+    keys: tuple[str, ...],
+    separator: str,
+    separator_flag: str,
+    state: tuple[int, int, int],
 ) -> tuple[list[list[str]], Sequence[int]]:
     _check_text(path)
     # A shell hands over a backslash and a t, which OpenCLIP takes for a regular expression.
@@ -210,7 +231,7 @@ def _read_once(
             found = f"{number} columns" if number else "no column"
             raise ValueError(
                 f"table {str(path)!r} has {found} {key!r}; with separator {separator!r} it has "
-                f"{columns}"
+                f"{columns}{_fitting_separator(path, keys, separator_flag)}"
             )
     if longer:
         raise ValueError(
@@ -222,6 +243,18 @@ def _read_once(
     if frame.empty:
         raise ValueError(f"table {str(path)!r} has no rows")
     return [frame[key].tolist() for key in keys], frame.index
+
+
+def _fitting_separator(path: Path, keys: tuple[str, ...], flag: str) -> str:
+    """Say which usual separator gives a table its columns; "" where none does."""
+    for separator in _SEPARATORS:
+        # What the header line is to another separator may be anything.
+        with suppress(Exception):
+            names = _read_frame(path, separator, header=None, nrows=1).iloc[0].tolist()
+            if all(names.count(key) == 1 for key in keys):
+                written = shlex.quote(separator.replace("\t", "\\t"))
+                return f"; write {flag} {written}"
+    return ""
 
 
 def _without_empty_rows(frame: pd.DataFrame, key: str) -> pd.DataFrame:
@@ -260,6 +293,11 @@ def _check_text(path: Path) -> None:
             if not rest:
                 return
             misfit = rest[0]
+    if _is_workbook(path, head):
+        raise ValueError(
+            f"table {str(path)!r} is a workbook of Excel or the like, no text file; save it as CSV "
+            "(UTF-8)"
+        )
     if (encoding := _wide_encoding(head)) is not None:
         raise ValueError(
             f"table {str(path)!r} is a text file in {encoding}, not in UTF-8; "
@@ -278,6 +316,16 @@ def _check_text(path: Path) -> None:
         f"table {str(path)!r} holds a NUL character in line {num_lines}, which no text has; "
         "remove it, or write the table anew"
     )
+
+
+def _is_workbook(path: Path, head: bytes) -> bool:
+    """Return whether a file is .xls, .ods or .xlsx, whatever its name."""
+    if head.startswith(_OLE_MAGIC) or b"opendocument.spreadsheet" in head:
+        return True
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        # A zip archive ends with the names of what it holds.
+        return head.startswith(b"PK") and b"xl/workbook." in file.read()
 
 
 def _conversion(encoding: str) -> str:
