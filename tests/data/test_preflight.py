@@ -135,6 +135,23 @@ def test_table_whose_images_are_missing_stops_by_name(tmp_path, make_args, make_
     assert "unreadable image file: 63" in warning
 
 
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_held_out_images_that_stand_in_several_rows_are_told(
+    tmp_path, make_args, make_image, num_rows
+):
+    paths = [tmp_path / f"{number}.jpg" for number in range(4)]
+    for number, path in enumerate(paths):
+        path.write_bytes(make_image(number))
+    rows = [f"{path}\tcaption {row}\n" for path in paths for row in range(num_rows)]
+    (tmp_path / "pairs.tsv").write_text("filepath\ttitle\n" + "".join(rows))
+    assert preflight(make_args(train_data=f"{tmp_path}/pairs.tsv")) == []
+    args = make_args(val_data=f"{tmp_path}/pairs.tsv")
+    told = preflight(args)
+    assert len(told) == (num_rows > 1)
+    assert all("4 images in 20 rows" in text and "R@k" in text for text in told)
+    assert preflight(with_options(args, mae={})) == []
+
+
 @pytest.mark.parametrize(
     ("caption", "is_list"),
     [

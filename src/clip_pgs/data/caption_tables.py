@@ -43,6 +43,8 @@ _CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f]")
 # Texts in quotes and brackets, as Python, JSON and numpy write them.
 _LIST = re.compile(r"""\[\s*(?:'.*'|".*")\s*\]""", re.DOTALL)
 _TOO_MANY = re.compile(r"Expected \d+ fields in line (\d+)")
+# The share of rows that may name the image of another without being worth a word.
+_MAX_REPEATED = 0.05
 # Many times what it takes to part a table's columns by an expression.
 _LEAST_SECONDS, _BYTES_PER_SECOND = 10.0, 2**18
 
@@ -143,6 +145,14 @@ def listed_captions(table: PairTable) -> str:
         f"{table.path} has {counted(len(rows), 'caption')} that look like lists, and are taken as "
         f"one text each; the first is {table.row_name(rows[0])}: {table.captions[rows[0]]!r:.80}"
     )
+
+
+def repeated_images(table: PairTable) -> str:
+    """Say how many images stand in several rows; "" where those are few."""
+    num_images = len(set(table.images))
+    if len(table) - num_images <= _MAX_REPEATED * len(table):
+        return ""
+    return f"{table.path} names {counted(num_images, 'image')} in {counted(len(table), 'row')}"
 
 
 def list_images(folder: Path) -> PairTable:

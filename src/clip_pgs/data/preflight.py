@@ -20,7 +20,7 @@ from clip_pgs.data.bad_samples import (
     describe_reasons,
 )
 from clip_pgs.data.build import dataset_kind, read_table
-from clip_pgs.data.caption_tables import TableSource, listed_captions
+from clip_pgs.data.caption_tables import TableSource, listed_captions, repeated_images
 from clip_pgs.data.decoding import time_limit
 from clip_pgs.data.order import SampleRef
 from clip_pgs.data.samples import RawSample, decode_captions, decode_image
@@ -67,6 +67,12 @@ def preflight(args: argparse.Namespace) -> list[str]:
                 warnings += _judge(_look_at_rows(TableSource(table), args), flag)
                 if args.mae is None and (odd := listed_captions(table)):
                     warnings.append(f"{flag}: {odd}")
+                if flag == "--val-data" and args.mae is None and (odd := repeated_images(table)):
+                    warnings.append(
+                        f"{flag}: {odd}, and one row alone counts for a caption, so that R@k is "
+                        "lower than with a row for each image; --eval-suite zeroshot-retrieval "
+                        "measures images with several captions"
+                    )
             elif kind == "webdataset":
                 shards = expand_shards(path)
                 warnings += _judge(_look_at_shards(shards, args), flag)
