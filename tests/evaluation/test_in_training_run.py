@@ -1,11 +1,14 @@
 """A training run that evaluates itself, from the command line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from clip_pgs.evaluation.__main__ import main as evaluate
+from clip_pgs.evaluation.report.gather import gather_runs
 from clip_pgs.training.__main__ import main
 from support.runs import flags, write_shards
 
@@ -21,7 +24,8 @@ def argv(tmp_path, dataset_list, data_root):
             "eval_datasets": dataset_list,
             "eval_data_root": data_root,
         }
-        return flags(tmp_path, train_data=train_data, epochs=3, **{**evaluation, **options})
+        given = {"train_data": train_data, "epochs": 3, **evaluation, **options}
+        return flags(tmp_path, **given)
 
     return command
 
@@ -35,6 +39,37 @@ def test_a_run_scores_a_suite_every_n_epochs_and_at_the_end(argv, tmp_path):
     curve = {line["epoch"]: line for line in lines if line["kind"] == "val"}
     assert sorted(curve) == [2, 3]
     assert curve[3]["zeroshot-classification/six/acc1"] == content["metrics"]["acc1"]
+
+
+def test_each_evaluation_tells_the_training_until_then(argv, tmp_path, caplog):
+    assert main(argv(eval_every=1)) == 0
+    folder = tmp_path / "logs/run"
+    for epoch in (1, 2, 3):
+        path = folder / f"eval/epoch_{epoch}/zeroshot_classification_six.json"
+        told = json.loads(path.read_text())["training"]
+        assert (told["cost"]["steps"], told["cost"]["samples"]) == (4 * epoch, 32 * epoch)
+        saved = torch.load(folder / f"checkpoints/epoch_{epoch}.pt")["clip_pgs"]
+        assert told["recipe"] == json.loads(json.dumps(saved["recipe"], default=str))
+        assert saved["metrics"]
+        assert "metrics" not in told
+    # As a run that stopped later, and has no checkpoint of this epoch.
+    (folder / "checkpoints/epoch_1.pt").unlink()
+    for epoch in (2, 3):
+        shutil.rmtree(folder / f"eval/epoch_{epoch}")
+    caplog.clear()
+    (found,) = gather_runs([folder])
+    assert (found.training.samples, found.training.seed) == (32, 0)
+    assert found.training.flops
+    assert "not told" not in caplog.text
+
+
+def test_an_evaluation_without_training_tells_that_of_its_checkpoint(argv, tmp_path):
+    assert main(argv(eval_suite=None, eval_datasets=None, eval_data_root=None)) == 0
+    checkpoint = tmp_path / "logs/run/checkpoints/epoch_2.pt"
+    held_out = tmp_path / "train/00000.tar"
+    assert main(argv(train_data=None, val_data=held_out, name="again", resume=checkpoint)) == 0
+    path = tmp_path / "logs/again/eval/epoch_2/zeroshot_classification_six.json"
+    assert json.loads(path.read_text())["training"]["cost"]["steps"] == 8
 
 
 @pytest.mark.slow

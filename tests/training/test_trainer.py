@@ -173,7 +173,7 @@ def test_evaluation_alone_measures_the_resumed_weights(tmp_path, world, finished
 def test_an_evaluation_of_ones_own_joins_the_curves(tmp_path, world):
     seen = []
 
-    def evaluate(*, model, transform, tokenize, epoch):
+    def evaluate(*, model, transform, tokenize, epoch, record):
         seen.append((epoch, model.training))
         return {"own_accuracy": 0.25}
 

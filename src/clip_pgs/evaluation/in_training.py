@@ -17,10 +17,11 @@ from clip_pgs.evaluation.datasets import PRESENT, check_presence, clean_name
 from clip_pgs.evaluation.masked_inference import masking_of
 from clip_pgs.evaluation.models import LoadedModel
 from clip_pgs.evaluation.report.scores import averages
-from clip_pgs.evaluation.results import DONE, Result, epoch_folder
+from clip_pgs.evaluation.results import DONE, Result, epoch_folder, plain_record
 from clip_pgs.evaluation.runner import evaluate
 from clip_pgs.evaluation.suites import get_suite, load_suite
 from clip_pgs.integrations.open_clip import masking_state
+from clip_pgs.tables import counted
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,13 @@ class EvaluationInTraining:
         self._masking_after(progress=1.0, state={})
 
     def __call__(
-        self, *, model: nn.Module, transform: Callable, tokenize: Callable, epoch: int
+        self,
+        *,
+        model: nn.Module,
+        transform: Callable,
+        tokenize: Callable,
+        epoch: int,
+        record: Mapping[str, Any] | None = None,
     ) -> dict[str, float]:
         """Score the model.
 
@@ -94,6 +101,7 @@ class EvaluationInTraining:
             transform: Image to pixels.
             tokenize: Captions to token numbers.
             epoch: Completed epochs.
+            record: What a checkpoint of these weights says of the run; results keep it.
 
         Returns:
             Metrics and averages by `SUITE/DATASET/METRIC` and `SUITE/AVERAGE/METRIC`; an average
@@ -103,11 +111,12 @@ class EvaluationInTraining:
         """
         output = None if self._run is None else epoch_folder(self._run, epoch)
         name = f"epoch_{epoch}"
-        source = name if self._run is None else f"{self._run} after {epoch} epochs"
+        source = name if self._run is None else f"{self._run} after {counted(epoch, 'epoch')}"
         masking = self._masking_after(
             progress=min(epoch / self._epochs, 1.0), state=masking_state(model)
         )
-        loaded = LoadedModel(_in_float32(model), transform, tokenize, name, source, masking)
+        weights, training = _in_float32(model), plain_record(record)
+        loaded = LoadedModel(weights, transform, tokenize, name, source, masking, training)
         try:
             # The run must draw the same numbers as one without evaluation.
             with torch.random.fork_rng(devices=[]):

@@ -31,6 +31,7 @@ from clip_pgs.checkpoint_reading import (
 )
 from clip_pgs.common import explained, is_first_process, literal, silenced
 from clip_pgs.evaluation.masked_inference import InferenceMasking, choose_masking
+from clip_pgs.evaluation.results import plain_record
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
     EXPORT_NAME,
@@ -56,8 +57,6 @@ _EXPORT_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 # Which kind of source each of these arguments of `load_model` is about.
 _CHECKPOINT, _NAME = "checkpoint file", "open_clip model"
 KIND_OF = {"model": _CHECKPOINT, "model_config": _CHECKPOINT, "pretrained": _NAME}
-# Each result has a copy; of a long mixture of shards a record takes some kilobytes.
-_MAX_RECORD = 2**20
 # Flags of the trainer, as params.txt names them, that change what open_clip builds.
 _BUILD_FLAGS = (
     "force_quick_gelu",
@@ -130,7 +129,7 @@ def load_model(
     built, transform, tokenizer = build()
     training: dict[str, Any] = {}
     if kind == _CHECKPOINT:
-        training = _plain_record(read_checkpoint(origin, use_mmap=True))
+        training = plain_record(read_checkpoint(origin, use_mmap=True).get("clip_pgs"))
     elif Path(origin).name == EXPORT_NAME:
         training = _training_of_export(Path(origin).parent, built)
     built = built.to(device).eval()
@@ -278,7 +277,7 @@ def _training_of_export(run: Path, exported: nn.Module) -> dict[str, Any]:
         if newest is not None and newest.is_file():
             checkpoint = read_checkpoint(newest, use_mmap=True)
             if _are_weights(checkpoint["state_dict"], exported):
-                return _plain_record(checkpoint)
+                return plain_record(checkpoint.get("clip_pgs"))
             if is_first_process():
                 logger.warning(
                     "%s has trained on since it was exported: %s is evaluated, and %s is newer; "
@@ -292,20 +291,6 @@ def _are_weights(given: Mapping[str, Tensor], model: nn.Module) -> bool:
     own = model.state_dict()
     fitted = fit_weights(given, model)
     return all(torch.equal(tensor.to(own[name]), own[name]) for name, tensor in fitted.items())
-
-
-def _plain_record(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint says of its run, as results keep it; {} where it has no record."""
-    record = checkpoint.get("clip_pgs")
-    if not isinstance(record, dict) or "recipe" not in record:
-        return {}
-    kept = {name: value for name, value in record.items() if name != "metrics"}
-    try:
-        text = json.dumps(kept, default=str)
-    # Of a file that somebody made up.
-    except (TypeError, ValueError, RecursionError):
-        return {}
-    return json.loads(text) if len(text) <= _MAX_RECORD else {}
 
 
 def _create(name: str, **options: Any) -> Built:

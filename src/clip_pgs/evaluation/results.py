@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterable
@@ -41,6 +42,8 @@ _EPOCH = re.compile(r"epoch_(\d+)")
 _FORMER = "regularisation"
 # What a report computes with, where the details of a result tell it.
 _COUNTS = ("items", "ties", "classes")
+# Each result has a copy of it; of a long mixture of shards a record takes some kilobytes.
+_MAX_RECORD = 2**20
 _REQUIRED = {"suite", "dataset", "status", "samples", "model", "weights_digest"}
 
 
@@ -113,6 +116,26 @@ _KINDS: dict[str, Any] = {
     "str | None": (str, NoneType),
     "float | None": (int, float, NoneType),
 }
+
+
+def plain_record(record: Any) -> dict[str, Any]:
+    """Return what a checkpoint says of its run as results keep it, without its measurements.
+
+    Args:
+        record: A checkpoint's `clip_pgs`.
+
+    Returns:
+        What JSON holds; {} for anything that is no record.
+    """
+    if not isinstance(record, dict) or "recipe" not in record:
+        return {}
+    kept = {name: value for name, value in record.items() if name != "metrics"}
+    try:
+        text = json.dumps(kept, default=str)
+    # Of a file that somebody made up.
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    return json.loads(text) if len(text) <= _MAX_RECORD else {}
 
 
 def write_result(result: Result, path: Path) -> None:

@@ -579,7 +579,8 @@ class Trainer:
         self._vote(phase_trainer, place, is_done=is_done and epoch + 1 == epochs)
 
     def _measure(self, validation: Validation, epoch: int, epochs: int) -> None:
-        metrics = validation.run(epoch=epoch, epochs=epochs)
+        record = self._record_now() if self._folder is not None else {}
+        metrics = validation.run(epoch=epoch, epochs=epochs, record=record)
         if not metrics:
             return
         self._metrics = metrics

@@ -47,7 +47,13 @@ class Evaluate(Protocol):
     """An evaluation of the caller's own, run on rank 0 every `--eval-every` epochs."""
 
     def __call__(
-        self, *, model: nn.Module, transform: Callable, tokenize: Callable, epoch: int
+        self,
+        *,
+        model: nn.Module,
+        transform: Callable,
+        tokenize: Callable,
+        epoch: int,
+        record: Mapping[str, Any],
     ) -> Mapping[str, float]:
         """Return measurements by name.
 
@@ -56,6 +62,8 @@ class Evaluate(Protocol):
             transform: Image to pixels.
             tokenize: Captions to token numbers.
             epoch: Completed epochs.
+            record: What a checkpoint of these weights says of the run, under `clip_pgs`; {} where
+                none is written.
         """
 
 
@@ -87,12 +95,13 @@ class Validation:
         if options.imagenet_v2 is not None:
             self._data["imagenet-v2"] = get_imagenet(options.openclip, transforms, "v2")
 
-    def run(self, *, epoch: int, epochs: int) -> dict[str, float]:
+    def run(self, *, epoch: int, epochs: int, record: Mapping[str, Any]) -> dict[str, float]:
         """Measure what is due, leaving the model in eval mode.
 
         Args:
             epoch: Completed epochs.
             epochs: Epochs of the whole run; everything is due after the last.
+            record: What a checkpoint of the model says of the run.
 
         Returns:
             Values by OpenCLIP's names, empty where nothing was due, or where it failed and there is
@@ -123,6 +132,7 @@ class Validation:
                     transform=self._parts.val_transform,
                     tokenize=self._parts.tokenize,
                     epoch=epoch,
+                    record=record,
                 )
         return {
             name: value if isinstance(value, int) else float(value)
@@ -208,9 +218,10 @@ def evaluate_only(
     if options.rank != 0:
         return
     validation = Validation(options, parts, evaluate=evaluate)
+    record = checkpoint.get("clip_pgs", {})
     try:
         with signals.interruptible():
-            metrics = validation.run(epoch=epoch, epochs=epoch)
+            metrics = validation.run(epoch=epoch, epochs=epoch, record=record)
     except StopRequest:
         raise StoppedError(f"stopped by {signals.name}", signals.code) from None
     finally:
@@ -221,7 +232,7 @@ def evaluate_only(
         return
     with writing("what was measured"):
         save_results(metrics, folder / CHECKPOINTS_NAME)
-    cost = {**asdict(Cost()), **checkpoint.get("clip_pgs", {}).get("cost", {})}
+    cost = {**asdict(Cost()), **record.get("cost", {})}
     loggers = MetricLoggers(options, folder, first_step=cost["steps"])
     loggers.each(lambda logger: logger.validation(metrics, epoch=epoch, cost=cost))
     loggers.each(lambda logger: logger.close())
