@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -224,8 +225,72 @@ def test_a_result_tells_its_training_whatever_became_of_the_weights(tmp_path, ca
     (found,) = gather_runs([run])
     assert found.training.samples == 12_000
     (run / "checkpoints/epoch_5.pt").unlink()
+    caplog.clear()
     assert gather_runs([run])[0].training == found.training
     assert not caplog.messages
+
+
+def trained_on(run, digest, **changes):
+    """Score a run's export, and let the run train on, or be trained otherwise."""
+    save_checkpoint(run, samples=12_000)
+    record = torch.load(run / "checkpoints/epoch_5.pt")["clip_pgs"]
+    model = {"model": run.name, "pretrained": str(run / "export"), "training": record}
+    save_results(run / "eval", [make_result("shape", weights_digest=digest, **model)])
+    copy = run.parent / "c"
+    shutil.copytree(run, copy)
+    save_checkpoint(copy, **changes)
+    return copy
+
+
+@pytest.mark.parametrize("changes", [{"samples": 36_000}, {"samples": 12_000, "seed": 4}])
+@pytest.mark.parametrize("is_done", [True, False])
+def test_results_that_are_not_of_a_runs_newest_weights_are_told_once(
+    tmp_path, caplog, changes, is_done
+):
+    run = tmp_path / "a"
+    copy = trained_on(run, "d0", **changes)
+    (copy / "exit.json").write_text(json.dumps({"code": 0 if is_done else 85}))
+    (found,) = gather_runs([copy, run, copy / "eval"])
+    # They are those of the run that they were copied from, and so is all else that is shown.
+    assert (found.name, found.training.samples) == ("a", 12_000)
+    (said, same) = caplog.messages
+    assert same.startswith(f"{copy} and {run} have results of the same weights")
+    assert said.startswith(f"the results in {copy}/eval are not of the newest weights of {copy}")
+    assert ("36,000 samples and not 12,000" in said) == ("seed" not in changes)
+    assert re.search(rf"`clip-pgs test {copy}` scores? those$", said)
+    assert ("`clip-pgs export " in said) != is_done
+
+
+def test_an_old_checkpoint_that_was_scored_on_purpose_keeps_its_name(tmp_path, caplog):
+    run = save_run(tmp_path, results=[])
+    record = torch.load(run / "checkpoints/epoch_5.pt")["clip_pgs"]
+    record["cost"]["samples"] = 12_000
+    place = {"pretrained": str(run / "checkpoints/epoch_1.pt"), "model": "demo_0_epoch_1"}
+    save_results(run / "eval", [make_result("shape", training=record, **place)])
+    (found,) = gather_runs([run])
+    assert found.name == "demo_0_epoch_1"
+    (said,) = caplog.messages
+    assert "which saw 60,000 samples and not 12,000" in said
+
+
+@pytest.mark.parametrize("has_checkpoints", [True, False])
+def test_a_run_that_was_copied_or_moved_has_the_name_of_its_folder(
+    tmp_path, caplog, has_checkpoints
+):
+    result = make_result("shape", model="demo_0", pretrained="logs/demo_0/export")
+    run = save_run(tmp_path, results=[result])
+    (run / "metrics.jsonl").write_text('{"step": 899, "samples": 60000}\n')
+    (run / "options.json").write_text("{}")
+    run.rename(tmp_path / "other")
+    if not has_checkpoints:
+        shutil.rmtree(tmp_path / "other/checkpoints")
+    (found,) = gather_runs([tmp_path / "other"])
+    assert found.name == "other"
+    assert not caplog.messages
+    # Without checkpoints, the measurements tell.
+    (tmp_path / "other/metrics.jsonl").write_text('{"step": 999, "samples": 70000}\n')
+    assert gather_runs([tmp_path / "other"])[0].name == ("other" if has_checkpoints else "demo_0")
+    assert len(caplog.messages) == (0 if has_checkpoints else 1)
 
 
 def test_a_checkpoint_that_is_gone_took_not_what_another_did(tmp_path):
@@ -356,7 +421,8 @@ def test_runs_of_the_same_weights_are_one_and_it_is_told(tmp_path, caplog):
     shutil.copytree(run, tmp_path / "copy")
     assert len(gather_runs([run, tmp_path / "copy"])) == 1
     (said,) = [record.message for record in caplog.records]
-    assert said == f"{run} and {tmp_path / 'copy'} have the same weights: they are one run here"
+    copy = tmp_path / "copy"
+    assert said == f"{run} and {copy} have results of the same weights: they are one run here"
     caplog.clear()
     # One run by two of its folders.
     assert len(gather_runs([run, run / "eval"])) == 1

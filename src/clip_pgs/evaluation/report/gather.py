@@ -14,6 +14,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -27,6 +28,8 @@ from clip_pgs.evaluation.results import (
     amount,
     epoch_folders,
     is_epoch_folder,
+    is_run,
+    plain_record,
     read_csv,
     read_result,
     read_results,
@@ -36,6 +39,8 @@ from clip_pgs.evaluation.results import (
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
+    EXIT_NAME,
+    EXPORT_NAME,
     MASKS_NAME,
     MAX_RUN_FILE_BYTES,
     METRICS_NAME,
@@ -217,8 +222,15 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
     found: dict[tuple[str, str], dict[tuple[str, str], Result]] = {}
     folders: dict[tuple[str, str], Path] = {}
     holders: dict[tuple[str, str], dict[Path, None]] = {}
+    # The first run whose newest weights these are, and what to call it.
+    own: dict[tuple[str, str], tuple[Path, str]] = {}
+    are_newest: dict[Path, bool | None] = {}
     for source in sources:
         for place, results in _read_source(Path(source)):
+            run, where = run_of_results(place), place.resolve()
+            if where not in are_newest:
+                told = next((result.training for result in results if result.training), {})
+                are_newest[where] = _are_newest(place, run, told)
             for result in results:
                 by_set = found.setdefault(result.model_key, {})
                 key = result.suite, result.dataset
@@ -234,14 +246,21 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
                         *map(one_sentence, (*said, by_set[key].date)),
                     )
                 folders.setdefault(result.model_key, place)
-                if (run := run_of_results(place)) is not None:
+                if run is not None:
                     holders.setdefault(result.model_key, {})[run] = None
+                if run is not None and are_newest[where]:
+                    # A run that was copied or moved has the name of its folder.
+                    is_export = Path(result.pretrained).name == EXPORT_NAME
+                    name = run.name if is_export else result.model
+                    own.setdefault(result.model_key, (run, name))
     for same in dict.fromkeys(tuple(runs) for runs in holders.values() if len(runs) > 1):
         shown = one_sentence(" and ".join(map(str, same)))
-        logger.warning("%s have the same weights: they are one run here", shown)
+        logger.warning("%s have results of the same weights: they are one run here", shown)
     _tell_other_sizes(found.values())
     places = {key: run_of_results(folder) for key, folder in folders.items()}
     names = {key: next(iter(by_set.values())).model for key, by_set in found.items()}
+    for key, (run, name) in own.items():
+        places[key], names[key] = run, name
     for key in _alike(names):
         if (run := places[key]) is not None and run.name == names[key]:
             # As the runs of a study: its seeds have one name in the folder of every arm.
@@ -254,16 +273,89 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
         name = names[key] + _through(mask)
         # Other checkpoints of a run have results elsewhere; the curve belongs to the run itself.
         epochs = {} if run is None else _read_epochs(run, mask)
-        told = next((result.training for result in by_set.values() if result.training), None)
+        told = next((result.training for result in by_set.values() if result.training), {})
         training = (
             _from_record(told, f"the training of {name}", run or run_of_weights(first.pretrained))
-            if told is not None
+            if told
             else read_training_facts(run, first.pretrained, digest=key[0])
         )
         measured = () if run is None else tuple(_measurements(run / METRICS_NAME))
         masks = b"" if run is None else _read_masks(run / MASKS_NAME)
         runs.append(Run(name, tuple(by_set.values()), training, epochs, measured, masks))
     return runs
+
+
+def _are_newest(place: Path, run: Path | None, told: dict[str, Any]) -> bool | None:
+    """Return whether results in a run are of its newest weights, and warn where they are not.
+
+    Args:
+        place: Where the results lie.
+        run: Their run, absolute; None if they lie in none.
+        told: What they tell of the training.
+
+    Returns:
+        None where that is not known.
+    """
+    newest = _newest_training(run) if run is not None and told else {}
+    if run is None or not newest:
+        return None
+    counts = [_samples_of(record) for record in (newest, told)]
+    # Without a checkpoint, the measurements say how far the run went and no more.
+    is_same = "recipe" not in newest or _without_time(newest) == _without_time(told)
+    if is_same and counts[0] == counts[1]:
+        return True
+    seen = ""
+    if None not in counts and counts[0] != counts[1]:
+        seen = ", which saw {:,.0f} samples and not {:,.0f}".format(*counts)
+    try:
+        is_done = read_json_object(run / EXIT_NAME, what="it").get("code") == 0
+    except (OSError, ValueError):
+        is_done = False
+    shown = place if is_run(place) else place.parent
+    commands = f"`clip-pgs test {shown}` scores"
+    if not is_done:
+        commands = f"`clip-pgs export {shown}` and then `clip-pgs test {shown}` score"
+    logger.warning(
+        "the results in %s are not of the newest weights of %s%s; %s those",
+        *map(one_sentence, (str(place), str(shown), seen, commands)),
+    )
+    return False
+
+
+def _newest_training(run: Path) -> dict[str, Any]:
+    """Return what a run's newest checkpoint says of it, or else its measurements; {} if nothing."""
+    folder = run / CHECKPOINTS_NAME
+    # A run that trains may remove a checkpoint meanwhile; damage is told where it does harm.
+    with suppress(OSError, ValueError):
+        newest = None
+        if folder.is_dir():
+            # Here: results without their run take no torch.
+            from clip_pgs.checkpoint_reading import (
+                named_latest,
+                newest_checkpoint,
+                read_checkpoint,
+            )
+
+            newest = named_latest(folder)
+            if newest is None or not newest.is_file():
+                newest = newest_checkpoint(folder, on_damage=lambda *_: None, is_checked=False)
+        if newest is not None:
+            return plain_record(read_checkpoint(newest, use_mmap=True).get("clip_pgs"))
+        lines = [line for line in read_json_lines(run / METRICS_NAME) if line is not None]
+        seen = [samples for line in lines if (samples := amount(line.get("samples"))) is not None]
+        return {"cost": {"samples": seen[-1]}} if seen else {}
+    return {}
+
+
+def _without_time(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record without its seconds: an evaluation in training is before its checkpoint."""
+    cost = record.get("cost")
+    return {**record, "cost": {**cost, "seconds": None} if isinstance(cost, dict) else cost}
+
+
+def _samples_of(record: dict[str, Any]) -> float | None:
+    cost = record.get("cost")
+    return amount(cost.get("samples")) if isinstance(cost, dict) else None
 
 
 def _scores(result: Result) -> dict[str, float | None]:
