@@ -150,6 +150,40 @@ def test_a_checkpoint_opens_like_the_export_and_text_is_refused(trained):
         load_model(trained, inference_masking="pgs")
 
 
+def test_a_checkpoint_by_the_names_of_an_older_transformers_is_scored_and_exported(
+    trained, tmp_path
+):
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "checkpoints/epoch_2.pt"
+    content = torch.load(trained / "checkpoints/epoch_2.pt", weights_only=True)
+    # As transformers 5.6 called its modules.
+    older = {
+        "vit.layers": "vit.encoder.layer",
+        "attention.q_proj": "attention.attention.query",
+        "attention.k_proj": "attention.attention.key",
+        "attention.v_proj": "attention.attention.value",
+        "attention.o_proj": "attention.output.dense",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }
+    weights = {}
+    for name, weight in content["state_dict"].items():
+        for new, old in older.items():
+            name = name.replace(new, old)
+        weights[name] = weight
+    if weights.keys() == content["state_dict"].keys():
+        pytest.skip("this transformers has those names")
+    torch.save({**content, "state_dict": weights}, path)
+    digest = weights_digest(load_model(trained).model)
+    assert weights_digest(load_model(path).model) == digest
+    assert main(["export", str(tmp_path)]) == 0
+    assert weights_digest(load_model(tmp_path).model) == digest
+    exported = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "export")
+    assert torch.equal(
+        exported.vit.layernorm.weight, content["state_dict"]["visual.mae.vit.layernorm.weight"]
+    )
+
+
 def test_the_card_says_what_was_hidden(trained):
     card = (trained / "export" / "README.md").read_text()
     assert "to reconstruct the patches that `pgs` keeps" in " ".join(card.split())

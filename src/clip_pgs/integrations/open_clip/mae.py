@@ -8,9 +8,11 @@ those that transformers reads and writes.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Generator, Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from transformers.utils import logging as hub_logging
 
 from clip_pgs.checkpoint_reading import fit_weights, read_checkpoint
-from clip_pgs.common import check_choice, explained
+from clip_pgs.common import check_choice, explained, silenced
 from clip_pgs.files import HF_CONFIG_NAME, read_json_object
 from clip_pgs.integrations import MAE_TYPE, is_mae_config
 from clip_pgs.integrations.mae import SIGNS, create_fitting_masking, patch_order
@@ -39,6 +42,8 @@ from clip_pgs.masking.sampling import draw_noise, kept_patches, mask_top
 
 # As transformers names them.
 MAE_WEIGHTS_NAME = "model.safetensors"
+_WEIGHTS_NAMES = (MAE_WEIGHTS_NAME, "pytorch_model.bin")
+_INDEX_ENDING = ".index.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
 # What weights may be noted to be of; they are read as they are.
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -382,7 +387,9 @@ def hub_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_mae(folder: Path) -> MaeModel:
-    """Open an export of an autoencoder, or what transformers wrote of a `ViTMAEForPreTraining`.
+    """Open an export of an autoencoder, or what any version of transformers wrote of a ViT-MAE.
+
+    Of an encoder alone (`ViTMAEModel`) the model has no decoder and only encodes.
 
     Raises:
         ValueError: If a file is missing or damaged, or the weights do not fit.
@@ -401,9 +408,26 @@ def load_mae(folder: Path) -> MaeModel:
             "resize_mode": "shortest" if is_cropped else "squash",
         }
     record = {"model_cfg": config, "preprocess_cfg": preprocess}
-    weights = read_checkpoint(folder / MAE_WEIGHTS_NAME)["state_dict"]
-    named = {f"{_PREFIX}{name}": tensor for name, tensor in weights.items()}
-    return build_mae(record, named, what=str(folder))
+    weights: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        weights |= read_checkpoint(path)["state_dict"]
+    return build_mae(record, weights, what=str(folder))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files of weights that transformers would read: one, or those of an index."""
+    for name in _WEIGHTS_NAMES:
+        index = folder / f"{name}{_INDEX_ENDING}"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            shards = read_json_object(index, what=str(index)).get("weight_map")
+            files = list(shards.values()) if isinstance(shards, dict) else []
+            if not files or any(Path(str(file)).name != file for file in files):
+                raise ValueError(f"{index} must have a weight_map that names files beside it")
+            return [folder / file for file in sorted(set(files))]
+    names = " or ".join(_WEIGHTS_NAMES)
+    raise ValueError(f"{folder} holds no weights: no {names}, whole or as shards with an index")
 
 
 def build_mae(
@@ -413,7 +437,7 @@ def build_mae(
 
     Args:
         record: As from `mae_record`, but a stranger's.
-        state_dict: Of a `MaeModel`.
+        state_dict: Of a `MaeModel` or a ViT-MAE, as any version of transformers names its weights.
         what: What to call the file in messages.
 
     Raises:
@@ -422,10 +446,63 @@ def build_mae(
     preprocess = record.get("preprocess_cfg", {})
     check_preprocessing(preprocess, what=what)
     config = mae_config(record["model_cfg"], what=what)
-    model = MaeModel(mae_record(config, **{name: preprocess.get(name) for name in _PREPROCESSING}))
-    with explained(f"{what} does not fit its config"):
-        model.load_state_dict(fit_weights(state_dict, model))
+    given = {name: preprocess.get(name) for name in _PREPROCESSING}
+    with torch.device("meta"):
+        model = MaeModel(mae_record(config, **given))
+    with explained(f"{what} does not fit its config", *MISFITS):
+        _load_weights(model.visual.mae, hub_weights(state_dict))
     return model
+
+
+def _load_weights(mae: Any, given: Mapping[str, Tensor]) -> None:
+    """Give weights to a model on the meta device, which loses a decoder that they do not have."""
+    if not any(name.startswith("decoder.") for name in given):
+        mae.decoder = None
+    model = mae.vit if mae.decoder is None else mae
+    for name, weight in given.items():
+        if not weight.is_floating_point():
+            kinds = f"{weight.dtype} in the file, float32 in the model"
+            raise ValueError(f"{name} is {kinds}".replace("torch.", ""))
+    # Before memory is taken: no number has less than two bytes.
+    num_needed = sum(weight.numel() for weight in model.state_dict().values())
+    parts = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in given.values()}
+    if num_needed > (num_bytes := sum(parts.values())):
+        raise ValueError(
+            f"it needs {num_needed:,} numbers, and the weights have {num_bytes:,} bytes"
+        )
+    # transformers renames what its earlier versions wrote.
+    with silenced(logging.WARNING), _no_progress_bar():
+        loaded, found = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=dict(given),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    weights = {n: t for n, t in loaded.state_dict().items() if n not in found["missing_keys"]}
+    weights |= {name: torch.empty(0) for name in found["unexpected_keys"]}
+    weights |= {name: torch.empty(shape) for name, shape, _ in found["mismatched_keys"]}
+    weights = fit_weights(weights, model)
+    if num_needed != sum(weight.numel() for weight in given.values()):
+        raise ValueError("it has a weight twice, by names of two versions of transformers")
+    # Copies: the file may be mapped into memory.
+    copies = {
+        name: weight.clone(memory_format=torch.contiguous_format)
+        for name, weight in weights.items()
+    }
+    model.load_state_dict(copies, assign=True)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    is_on = hub_logging.is_progress_bar_enabled()
+    hub_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_on:
+            hub_logging.enable_progress_bar()
 
 
 def no_tokens(texts: list[str]) -> Tensor:

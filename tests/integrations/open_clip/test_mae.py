@@ -1,0 +1,189 @@
+"""Folders of a ViT-MAE that transformers wrote, whichever names its version gave the weights."""
+
+import json
+import re
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from clip_pgs.evaluation import load_model, weights_digest
+
+SIZES = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "decoder_hidden_size": 8,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 16,
+}
+PIXELS = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+
+
+@pytest.fixture
+def mae():
+    """A model of transformers, of which no two weights are equal."""
+    torch.manual_seed(0)
+    model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**SIZES)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def features(mae):
+    """Return what docs/mae.md promises, as transformers computes it."""
+    mae.config.mask_ratio = 0.0
+    with torch.no_grad():
+        tokens = mae.vit(PIXELS, noise=torch.linspace(0, 1, 16).expand(2, -1)).last_hidden_state
+    return tokens[:, 1:].mean(dim=1)
+
+
+def hub_names(folder):
+    """Return the weights of a folder by the names of facebook/vit-mae-base."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    return {n.replace("decoder_encoder.layer", "decoder_layers"): t for n, t in weights.items()}
+
+
+def save_as_hub(mae, folder):
+    mae.save_pretrained(folder)
+    save_file(hub_names(folder), folder / "model.safetensors")
+
+
+def save_as_module(mae, folder):
+    mae.config.save_pretrained(folder)
+    save_file(mae.state_dict(), folder / "model.safetensors")
+
+
+def save_half(mae, folder):
+    mae.half().save_pretrained(folder)
+    mae.float()
+
+
+def save_bin(mae, folder):
+    mae.save_pretrained(folder)
+    torch.save(hub_names(folder), folder / "pytorch_model.bin")
+
+
+def save_bin_shards(mae, folder):
+    mae.save_pretrained(folder)
+    weights = hub_names(folder)
+    files = {name: f"part-{number % 2}.bin" for number, name in enumerate(weights)}
+    for file in set(files.values()):
+        part = {name: t for name, t in weights.items() if files[name] == file}
+        torch.save(part, folder / file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+FORMS = {
+    "as transformers saves it": lambda mae, folder: mae.save_pretrained(folder),
+    "shards": lambda mae, folder: mae.save_pretrained(folder, max_shard_size="10KB"),
+    "encoder alone": lambda mae, folder: mae.vit.save_pretrained(folder),
+    "names of the Hub": save_as_hub,
+    "names of the module": save_as_module,
+    "half precision": save_half,
+    "pytorch_model.bin": save_bin,
+    "shards of pytorch_model.bin": save_bin_shards,
+}
+
+
+@pytest.mark.parametrize("save", FORMS.values(), ids=FORMS)
+def test_a_folder_of_transformers_gives_the_features_that_transformers_gives(
+    tmp_path, mae, save, capfd
+):
+    save(mae, tmp_path)
+    capfd.readouterr()
+    loaded = load_model(tmp_path)
+    # Neither a bar nor a report of names that were renamed.
+    assert capfd.readouterr() == ("", "")
+    assert transformers.utils.logging.is_progress_bar_enabled()
+    torch.testing.assert_close(loaded.model.encode_image(PIXELS), features(mae))
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    assert weights_digest(load_model(tmp_path).model) == weights_digest(loaded.model)
+
+
+def test_the_index_of_the_shards_has_more_than_one(tmp_path, mae):
+    FORMS["shards"](mae, tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+
+
+QUERY = "vit.encoder.layer.0.attention.attention.query.weight"
+MISFITS = {
+    "one is missing": (
+        lambda w: {n: t for n, t in w.items() if n != "vit.layernorm.bias"},
+        "only the model has .*layernorm.bias",
+    ),
+    "of the decoder one": (
+        lambda w: {n: t for n, t in w.items() if n != "decoder.mask_token"},
+        "only the model has decoder.mask_token",
+    ),
+    "one more": (lambda w: {**w, "odd.bias": torch.zeros(2)}, "only the file has odd.bias"),
+    "a shape": (
+        lambda w: {**w, QUERY: torch.zeros(3, 16)},
+        r"\.0\..* has shape \(3, 16\) in the file, \(16, 16\) in the model",
+    ),
+    "integers": (lambda w: {**w, QUERY: w[QUERY].long()}, f"{QUERY} is int64 in the file"),
+    "twice": (
+        lambda w: {**w, "vit.layers.0.attention.q_proj.weight": w[QUERY] + 1},
+        "it has a weight twice|only the file has vit.layers.0",
+    ),
+    "a view": (
+        lambda w: {**w, QUERY: torch.zeros(1).expand(2**45)},
+        "stands for .* elements, and the file has 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changed", "sentence"), MISFITS.values(), ids=MISFITS)
+def test_weights_that_do_not_fit_are_named(tmp_path, mae, changed, sentence):
+    mae.save_pretrained(tmp_path)
+    torch.save(changed(hub_names(tmp_path)), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=sentence):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["hidden_size", "decoder_hidden_size"])
+def test_a_config_of_another_size_takes_no_memory(tmp_path, mae, size):
+    mae.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, size: 4096}))
+    with pytest.raises(ValueError, match=r"does not fit its config: it needs [\d,]+ numbers"):
+        load_model(tmp_path)
+
+
+INDEXES = {
+    "a folder above": {"weight_map": {"a": "../model.safetensors"}},
+    "an absolute path": {"weight_map": {"a": "/model.safetensors"}},
+    "a number": {"weight_map": {"a": 1}},
+    "a list": {"weight_map": {"a": ["b"]}},
+    "none": {"weight_map": {}},
+    "no map": {},
+}
+
+
+@pytest.mark.parametrize("index", INDEXES.values(), ids=INDEXES)
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path, mae, index):
+    (tmp_path / "it").mkdir()
+    mae.save_pretrained(tmp_path / "it")
+    (tmp_path / "it/model.safetensors").rename(tmp_path / "model.safetensors")
+    (tmp_path / "it/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="must have a weight_map that names files beside it"):
+        load_model(tmp_path / "it")
+
+
+def test_a_shard_that_is_gone_and_a_folder_without_weights_are_told(tmp_path, mae):
+    FORMS["shards"](mae, tmp_path)
+    first, *others = sorted(tmp_path.glob("model-*.safetensors"))
+    first.unlink()
+    with pytest.raises(ValueError, match=re.escape(f"{first}' does not exist")):
+        load_model(tmp_path)
+    for path in (*others, tmp_path / "model.safetensors.index.json"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"holds no weights: no model\.safetensors or"):
+        load_model(tmp_path)
