@@ -227,10 +227,10 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
     are_newest: dict[Path, bool | None] = {}
     for source in sources:
         for place, results in _read_source(Path(source)):
-            run, where = run_of_results(place), place.resolve()
-            if where not in are_newest:
+            run, folder = run_of_results(place), place.resolve()
+            if folder not in are_newest:
                 told = next((result.training for result in results if result.training), {})
-                are_newest[where] = _are_newest(place, run, told)
+                are_newest[folder] = _are_newest(place, run, told)
             for result in results:
                 by_set = found.setdefault(result.model_key, {})
                 key = result.suite, result.dataset
@@ -248,7 +248,7 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
                 folders.setdefault(result.model_key, place)
                 if run is not None:
                     holders.setdefault(result.model_key, {})[run] = None
-                if run is not None and are_newest[where]:
+                if run is not None and are_newest[folder]:
                     # A run that was copied or moved has the name of its folder.
                     is_export = Path(result.pretrained).name == EXPORT_NAME
                     name = run.name if is_export else result.model
@@ -299,14 +299,14 @@ def _are_newest(place: Path, run: Path | None, told: dict[str, Any]) -> bool | N
     newest = _newest_training(run) if run is not None and told else {}
     if run is None or not newest:
         return None
-    counts = [_samples_of(record) for record in (newest, told)]
+    now, then = _samples_of(newest), _samples_of(told)
     # Without a checkpoint, the measurements say how far the run went and no more.
     is_same = "recipe" not in newest or _without_time(newest) == _without_time(told)
-    if is_same and counts[0] == counts[1]:
+    if is_same and now == then:
         return True
     seen = ""
-    if None not in counts and counts[0] != counts[1]:
-        seen = ", which saw {:,.0f} samples and not {:,.0f}".format(*counts)
+    if now is not None and then is not None and now != then:
+        seen = f", which saw {now:,.0f} samples and not {then:,.0f}"
     try:
         is_done = read_json_object(run / EXIT_NAME, what="it").get("code") == 0
     except (OSError, ValueError):
