@@ -39,6 +39,39 @@ def test_a_result_of_a_number_that_cannot_be_is_left_out(study, change):
     assert [list(row["seeds"]) for row in rows if row["arm"] == "pgs"] == [["0"], []]
 
 
+def test_what_the_tables_lack_is_named_on_the_terminal(study, capsys):
+    study.change(seeds=list(range(6)))
+    arms = yaml.safe_load(study.path.read_text())["arms"]
+    del arms["pgs"]["evaluate"]
+    study.change(arms=arms)
+    fill(study, {"random": RANDOM[:5], "pgs": PGS})
+    assert main(study.argv("--report-only")) == 0
+    said = capsys.readouterr().err
+    assert said == (
+        "WARNING: Not in the tables: random | unmasked, seed 5 (not trained to the end).\n"
+    )
+    record = read_record(study.study / "pgs/seed_2")
+    write_record(replace(record, evaluations={}), study.study / "pgs/seed_2")
+    write_record(Record("0", ["one"], "", failed="out of luck"), study.study / "pgs/seed_3")
+    (study.study / "pgs/seed_4/eval-unmasked/zeroshot-retrieval.json").unlink()
+    for number in (0, 1):
+        damaged = study.study / f"pgs/seed_{number}/eval-unmasked/zeroshot-classification.json"
+        damaged.write_text(damaged.read_text()[:100])
+    assert main(study.argv("--report-only")) == 0
+    said = capsys.readouterr().err
+    for part in (
+        "seeds 0, 1 (no value of score, recall, as zeroshot-classification.json in eval-unmasked "
+        "is no result)",
+        "pgs | unmasked, seed 2 (not evaluated)",
+        "pgs | unmasked, seed 3 (failed)",
+        "pgs | unmasked, seed 4 (no value of score)",
+    ):
+        assert part in said
+    assert said.removeprefix("WARNING: ").strip() in json.dumps(
+        json.loads((study.study / "results.json").read_text())["notes"]
+    )
+
+
 def test_differences_are_paired_by_seed(filled):
     content = json.loads((filled.study / "results.json").read_text())
     (primary,) = [said for said in content["comparisons"] if said["metric"] == "score"]
@@ -91,7 +124,7 @@ def test_five_seeds_are_said_to_give_no_p_below_0_05(study):
     assert main(study.argv("--report-only")) == 0
     text = (study.study / "results.md").read_text()
     assert "5 paired seeds: with fewer than 6 no p below 0.05 is possible" in text
-    assert r"Not all of 6 seeds are there: pgs \| unmasked (5)" in text
+    assert r"pgs \| unmasked, seed 5; pgs \| masked, seed 5 (not trained to the end)" in text
 
 
 def test_why_a_row_has_no_interval_is_said_once_however_many_metrics_it_has(study):

@@ -3,8 +3,9 @@
 It trains and evaluates what is missing, goes on after any interruption, and writes tables and
 plots into logs/study/NAME.
 
-exit codes: 0 all of it is there, 1 something failed, 2 bad input or the study is running already,
-85 told to leave, 130 Ctrl-C
+exit codes: 0 all that was to run is there, 1 something failed, 2 bad input or the study is running
+already, 85 told to leave, 130 Ctrl-C; with --report-only 0 the tables are written, also where they
+lack runs, which are named
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from clip_pgs.common import (
     SentenceParser,
     find_config,
     number_in,
+    one_sentence,
     refuse,
     run_program,
     silenced,
@@ -159,7 +161,9 @@ def _report(study: Study, args: argparse.Namespace) -> int:
     figures.mkdir(parents=True, exist_ok=True)
     # One at a time: --report-only may meet the end of the study, whose folder it does not hold.
     with folder_lock(figures, on_busy=lambda: None):
-        page = write_results(study, command=shlex.join(["clip-pgs", "study", args.study]))
+        page, lack = write_results(study, command=shlex.join(["clip-pgs", "study", args.study]))
+    if lack:
+        sys.stderr.write(f"WARNING: {one_sentence(lack)}\n")
     sys.stdout.write(f"{page}\n")
     return 0
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter
 
 from clip_pgs import plots
 from clip_pgs.evaluation.report.command import FIGURES_NAME, page_templates
-from clip_pgs.evaluation.results import DONE, read_results
+from clip_pgs.evaluation.results import DONE, result_files
 from clip_pgs.files import write_json, write_text
 from clip_pgs.study.plan import (
     CSV_NAME,
@@ -46,7 +46,7 @@ class Row:
         values: Metrics in [0, 1] by seed, those alone that are complete.
         spent: What training took, by seed.
         flops_per_image: Operations of encoding an image at inference; None where unknown.
-        lacking: Metrics that an evaluated seed has no value of, each once.
+        lacking: Why a seed is left out, by seed.
     """
 
     arm: str
@@ -54,7 +54,7 @@ class Row:
     values: dict[int, dict[str, float]]
     spent: dict[int, Spent]
     flops_per_image: float | None
-    lacking: tuple[str, ...] = ()
+    lacking: dict[int, str]
 
     @property
     def name(self) -> str:
@@ -106,13 +106,19 @@ def read_rows(study: Study, records: Records) -> list[Row]:
         values: dict[int, dict[str, float]] = {}
         spent: dict[int, Spent] = {}
         flops: list[float] = []
-        lacking: list[str] = []
+        lacking: dict[int, str] = {}
         for seed in study.seeds:
             # Only what the record has is of these weights and as the study says.
             record = records[arm, seed]
             if evaluation not in record.evaluations:
+                is_trained = record.spent is not None
+                lacking[seed] = "not evaluated" if is_trained else "not trained to the end"
+                if record.failed:
+                    lacking[seed] = "failed"
                 continue
-            results = read_results(study.results(arm, seed, evaluation))
+            folder = study.results(arm, seed, evaluation)
+            read = result_files(folder)
+            results = [result for _, result in read]
             found = {
                 (result.suite, result.dataset, name): value
                 for result in results
@@ -124,10 +130,15 @@ def read_rows(study: Study, records: Records) -> list[Row]:
             if len(known) == len(metrics):
                 values[seed] = known
                 spent[seed] = record.spent or read_spent(study.run(arm, seed))
-            lacking += metrics.keys() - known.keys()
+            else:
+                lacking[seed] = f"no value of {', '.join(n for n in metrics if n not in known)}"
+                damaged = sorted({*folder.glob("*.json")} - {path for path, _ in read})
+                if damaged:
+                    names = ", ".join(path.name for path in damaged)
+                    lacking[seed] += f", as {names} in {folder.name} is no result"
             flops += [f for r in results if (f := r.flops_per_image) is not None]
         mean_flops = sum(flops) / len(flops) if flops else None
-        rows.append(Row(arm, evaluation, values, spent, mean_flops, tuple(sorted(set(lacking)))))
+        rows.append(Row(arm, evaluation, values, spent, mean_flops, lacking))
     return rows
 
 
@@ -163,7 +174,7 @@ def compare(study: Study, rows: Sequence[Row]) -> list[Comparison]:
     return found
 
 
-def write_results(study: Study, *, command: str) -> Path:
+def write_results(study: Study, *, command: str) -> tuple[Path, str]:
     """Write `results.json`, `results.csv`, `results.md`, `index.html` and `figures/`.
 
     Args:
@@ -171,7 +182,7 @@ def write_results(study: Study, *, command: str) -> Path:
         command: The command line that runs the study.
 
     Returns:
-        The page.
+        The page, and what the tables lack, as a sentence; "" if nothing.
 
     Raises:
         OSError: If a file cannot be written.
@@ -225,7 +236,7 @@ def write_results(study: Study, *, command: str) -> Path:
     for name, form in ((MARKDOWN_NAME, "md"), (HTML_NAME, "html")):
         text = templates.get_template(f"study.{form}.jinja").render(shown)
         write_text(study.folder / name, re.sub(r"\n{3,}", "\n\n", text))
-    return study.folder / HTML_NAME
+    return study.folder / HTML_NAME, _lack(rows)
 
 
 def _references(comparisons: Iterable[Comparison]) -> list[str]:
@@ -247,16 +258,7 @@ def _notes(
             f"Some rows have {counted(fewest, 'paired seed')}: with fewer than {MIN_SEEDS} no p "
             "below 0.05 is possible, and such a row carries no claim."
         )
-    missing = [
-        f"{row.name} ({len(row.values)})" for row in rows if len(row.values) < len(study.seeds)
-    ]
-    if missing:
-        notes.append(f"Not all of {len(study.seeds)} seeds are there: {', '.join(missing)}.")
-    notes += [
-        f"{row.name} is left out where it has no value of {', '.join(row.lacking)}."
-        for row in rows
-        if row.lacking
-    ]
+    notes += filter(None, [_lack(rows)])
     by_run = {(arm, seed): records[arm, seed] for arm in study.arms for seed in study.seeds}
     trained = {run: " then ".join(said.code) for run, said in by_run.items() if said.code}
     evaluated = {
@@ -294,6 +296,13 @@ def _notes(
         if changes
     ]
     return notes
+
+
+def _lack(rows: Sequence[Row]) -> str:
+    """Say which runs are not in the tables and why, "" if all are."""
+    reasons = {(row.name, seed): why for row in rows for seed, why in row.lacking.items()}
+    parts = [f"{_named(runs)} ({why})" for why, runs in _grouped(reasons).items()]
+    return f"Not in the tables: {'; '.join(parts)}." if parts else ""
 
 
 _Run = tuple[str, int]  # an arm, or one of its evaluations, and a seed
