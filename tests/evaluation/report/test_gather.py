@@ -291,6 +291,11 @@ def test_a_run_that_was_copied_or_moved_has_the_name_of_its_folder(
     (tmp_path / "other/metrics.jsonl").write_text('{"step": 999, "samples": 70000}\n')
     assert gather_runs([tmp_path / "other"])[0].name == ("other" if has_checkpoints else "demo_0")
     assert len(caplog.messages) == (0 if has_checkpoints else 1)
+    caplog.clear()
+    # A file that was cut short tells nothing.
+    (tmp_path / "other/metrics.jsonl").write_text('{"step": 9, "samples": 600}\n')
+    gather_runs([tmp_path / "other"])
+    assert not caplog.messages
 
 
 def test_a_checkpoint_that_is_gone_took_not_what_another_did(tmp_path):

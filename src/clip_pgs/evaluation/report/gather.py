@@ -300,9 +300,13 @@ def _are_newest(place: Path, run: Path | None, told: dict[str, Any]) -> bool | N
     if run is None or not newest:
         return None
     now, then = _samples_of(newest), _samples_of(told)
-    # Without a checkpoint, the measurements say how far the run went and no more.
-    is_same = "recipe" not in newest or _without_time(newest) == _without_time(told)
-    if is_same and now == then:
+    is_same = _without_time(newest) == _without_time(told)
+    if "recipe" not in newest:
+        # Measurements say how far the run went and no more; their end may be lost.
+        if now is None or then is None or now < then:
+            return None
+        is_same = now == then
+    if is_same:
         return True
     seen = ""
     if now is not None and then is not None and now != then:
