@@ -15,7 +15,7 @@ from clip_pgs.data.world.writing import _is_complete
 from clip_pgs.evaluation.datasets import read_metadata
 from clip_pgs.evaluation.features import files_fingerprint
 from clip_pgs.evaluation.models import load_model
-from clip_pgs.evaluation.report.gather import read_training_facts
+from clip_pgs.evaluation.report.training_facts import read_training_facts
 from clip_pgs.evaluation.results import read_results, write_result
 from clip_pgs.files import append_line, read_json_object
 from clip_pgs.inspection.cost.data import read_jpegs

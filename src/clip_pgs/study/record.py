@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 import clip_pgs
-from clip_pgs.evaluation.report.gather import read_training_facts
+from clip_pgs.evaluation.report.training_facts import read_training_facts
 from clip_pgs.files import (
     EXIT_NAME,
     EXPORT_NAME,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from clip_pgs.evaluation.report.command import write_report
-from clip_pgs.evaluation.report.gather import TrainingFacts, gather_runs, group_by_seed
+from clip_pgs.evaluation.report.gather import gather_runs, group_by_seed
+from clip_pgs.evaluation.report.training_facts import TrainingFacts
 from clip_pgs.evaluation.results import write_csv
 from support.reports import demo_results, make_result, save_checkpoint, save_results, save_run
 
