@@ -47,12 +47,15 @@ export NNODES MASTER_ADDR MASTER_PORT SRUN_CPUS_PER_TASK
 # shellcheck disable=SC2016  # Each node expands this by itself.
 on_node='
     for name in TERM USR1; do
-        trap "[[ -n \${!:-} ]] || exit 85; kill -$name \$!" "$name"
+        trap "asked=1; [[ -n \${!:-} ]] || exit 85; kill -$name \$! 2>/dev/null || true" "$name"
     done
     NODE_RANK="$SLURM_NODEID" bash clip-train.sh "$@" &
     while kill -0 "$!" 2>/dev/null; do wait "$!"; done
     wait "$!"
     code=$?
+    # Slurm signals each process of a step: a launcher that is still starting dies of it (138, 143;
+    # bash says -1 where it was gone before it could be told), and there is nothing to save.
+    [[ -n "${asked:-}" ]] && ((code == 138 || code == 143 || code == -1)) && code=85
     ((code == 1 || code == 2)) && code=$((code + 100))
     exit "$code"'
 

@@ -107,6 +107,15 @@ def test_a_signal_to_a_node_reaches_its_launcher_which_is_waited_for(slurm, numb
 
 
 @pytest.mark.parametrize("number", ["TERM", "USR1"])
+def test_a_signal_that_comes_before_the_launcher_listens_queues_the_job_again(slurm, number):
+    # As Slurm does it, which signals every process of a step.
+    done = slurm(f"kill -{number} $PPID; kill -{number} $$\n", "--name", "run")
+    assert (done.returncode, done.stdout) == (85, "requeue 12345\n"), done.stderr
+    # That of nobody but itself is a failure.
+    assert slurm(f"kill -{number} $$\n", "--name", "run").stdout == ""
+
+
+@pytest.mark.parametrize("number", ["TERM", "USR1"])
 def test_a_signal_to_the_job_itself_lets_the_run_save(slurm, number):
     # The launcher is a child of a shell, which is one of srun, which is one of the script.
     above = "process=$PPID\n" + 2 * (
