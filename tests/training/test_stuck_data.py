@@ -6,6 +6,7 @@ import time
 import pytest
 
 from support.chaos import Launch, num_steps
+from support.processes import is_running
 from support.resuming import last_checkpoint
 from support.runs import flags, write_shards
 
@@ -21,9 +22,10 @@ def hanging(tmp_path):
 
     def start(**options):
         shards = write_shards(tmp_path / "train", num_shards=NUM_WORKERS, samples_per_shard=12)
+        wait = f"{{ sleep 60 & echo $! >> {tmp_path}/numbers; wait; }}"
         argv = flags(
             tmp_path,
-            train_data=f"pipe:cat {shards}; [ ! -e {tmp_path}/stop ] || exec sleep 60",
+            train_data=f"pipe:cat {shards}; [ ! -e {tmp_path}/stop ] || {wait}",
             train_num_samples=NUM_WORKERS * 12,
             epochs=40,
             batch_size=4,
@@ -38,16 +40,17 @@ def hanging(tmp_path):
     return start
 
 
-def wait_for(launch):
+def wait_for(launch, folder):
     started = time.monotonic()
     code = launch.wait()
     assert time.monotonic() - started < SECONDS_TO_LEAVE
+    assert not is_running(folder / "numbers")
     return code
 
 
-def test_data_that_stops_ends_the_run_though_its_workers_hang(hanging):
+def test_data_that_stops_ends_the_run_though_its_workers_hang(hanging, tmp_path):
     launch = hanging(data_timeout=2)
-    assert wait_for(launch) == 1
+    assert wait_for(launch, tmp_path) == 1
     last = launch.output().splitlines()[-1]
     assert last.startswith("error: no batch for 2 seconds: worker ")
     assert ".tar" in last
@@ -60,7 +63,7 @@ def test_a_run_that_waits_for_data_leaves_when_told_to(hanging, tmp_path):
     while before != (before := num_steps(tmp_path / "logs" / "run")):
         time.sleep(2)
     launch.process.send_signal(signal.SIGTERM)
-    assert wait_for(launch) == 85
+    assert wait_for(launch, tmp_path) == 85
     assert "stopped by SIGTERM at sample" in launch.output().splitlines()[-1]
     # On a slow machine a step may have ended in between.
     run = tmp_path / "logs" / "run"

@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader
 
 from clip_pgs.data.bad_samples import SkipAccount, StalledDataError
 from clip_pgs.data.batches import Batch, PlannedBatches
+from clip_pgs.data.commands import end_commands, end_processes
 from clip_pgs.data.decoding import time_limit
 from clip_pgs.data.streaming import StreamingBatches
 
 _LOADER_ERROR = re.compile(r"DataLoader (timed out|worker \(pid)")
 # A worker that is told to leave while it stays at one sample for so long is not waited for.
 _LEAVE_SECONDS = 0.5
-_KILL_SECONDS = 2.0
 
 
 @dataclass(eq=False)
@@ -120,12 +120,8 @@ class SampleStream:
             return
         time.sleep(_LEAVE_SECONDS)
         hanging = {process for _, process, *_ in {*busy} & {*self.batches.status.busy()}}
-        for child in multiprocessing.active_children():
-            if child.pid in hanging:
-                # torch raises an error where one of its workers is killed.
-                with suppress(RuntimeError):
-                    child.kill()
-                    child.join(_KILL_SECONDS)
+        children = [c for c in multiprocessing.active_children() if c.pid in hanging]
+        end_processes(children)
 
     def _read_loader(self) -> Iterator[Batch]:
         self._reader = iter(self._loader)
@@ -201,6 +197,7 @@ def hear_parent_alone(worker: int) -> None:
 def _leave_with_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         continue
+    end_commands()
     os._exit(0)
 
 

@@ -33,6 +33,7 @@ import numpy as np
 
 from clip_pgs.common import one_sentence
 from clip_pgs.data.bad_samples import Skip, StalledDataError
+from clip_pgs.data.commands import open_remote
 from clip_pgs.data.decoding import MAX_IMAGE_BYTES
 from clip_pgs.data.order import MAX_LANES, SampleRef
 from clip_pgs.data.samples import (
@@ -97,12 +98,10 @@ def read_shard(
         large. At least one item: a `Skip` without key says that the shard is empty, or cannot be
         read from here on.
     """
-    # An evaluation reads shards without it.
-    from webdataset.gopen import gopen
 
     def members() -> Iterator[tuple[str, str, bytes | int]]:
         with (
-            gopen(shard) if is_remote(shard) else open(shard, "rb") as file,
+            open_remote(shard) if is_remote(shard) else open(shard, "rb") as file,
             _open_tar(file, shard) as tar,
         ):
             for key, suffix, member in regular_members(tar):

@@ -43,6 +43,7 @@ from clip_pgs.common import (
     explained,
     signal_later,
 )
+from clip_pgs.data.commands import end_processes
 from clip_pgs.files import EXIT_NAME, LOCK_NAME
 
 if TYPE_CHECKING:
@@ -57,7 +58,6 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 _AGAIN_SECONDS = 5.0
 # Who loses a process stays this long, for its launcher to see which one ended first.
 _LOST_SECONDS = 15.0
-_KILL_SECONDS = 2.0
 _POLL_SECONDS = 0.1
 _MAX_HOLDER_BYTES = 4096
 _LOST_CONNECTION = re.compile(
@@ -456,11 +456,7 @@ def leave(code: int) -> NoReturn:
         # torch raises an error where one of its workers is killed.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     children = multiprocessing.active_children()
-    for child in children:
-        # Asked to leave, it would first finish what it reads.
-        child.kill()
-    for child in children:
-        child.join(_KILL_SECONDS)
+    end_processes(children)
     if any(child.is_alive() for child in children):
         # In a read that not even this breaks off; Python would wait for it.
         logging.shutdown()

@@ -1,0 +1,108 @@
+"""Commands that give shards, of `pipe:` or webdataset's for a URL, and how they are ended."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
+from multiprocessing.process import BaseProcess
+from typing import Any, BinaryIO
+
+# The exit codes of commands that a signal ended, and of shells that ran one.
+_TOLD = {sign for number in (signal.SIGTERM, signal.SIGINT) for sign in (-number, 128 + number)}
+# So much later than a command, this process has the signal that went to both.
+_SIGNAL_SECONDS = 1.0
+# A command whose data is damaged may end by itself, and its exit code then says more.
+_END_SECONDS = 1.0
+# A data worker that is told to leave ends its commands in this time, if it can at all.
+_LEAVE_SECONDS = 0.5
+_KILL_SECONDS = 2.0
+
+_running: set[subprocess.Popen[bytes]] = set()
+os.register_at_fork(after_in_child=_running.clear)
+
+
+def open_remote(shard: str) -> BinaryIO:
+    """Open a URL or a `pipe:` command; on leaving the block early, its command is ended.
+
+    A command is in a session of its own: what a terminal or a launcher sends to all processes of a
+    run, Ctrl-C say, reaches the run alone, and whatever the command starts can be ended with it.
+
+    Raises:
+        OSError: Also by what is returned, if the command fails.
+    """
+    return _webdataset().gopen(shard)
+
+
+def end_commands() -> None:
+    """End the commands of this process that still run, with all that they have started."""
+    for command in list(_running):
+        _end(command)
+
+
+def end_processes(processes: Sequence[BaseProcess]) -> None:
+    """End data workers, also those that hang in a read, with the commands that they read.
+
+    Args:
+        processes: Children of this process.
+    """
+    for process in processes:
+        process.terminate()
+    end = time.monotonic() + _LEAVE_SECONDS
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    for process in processes:
+        # torch raises an error where one of its workers is killed.
+        with suppress(RuntimeError):
+            process.kill()
+            process.join(_KILL_SECONDS)
+
+
+def _end(command: subprocess.Popen[bytes]) -> None:
+    # Until it is waited for, no other process can have its number.
+    if command.returncode is None:
+        with suppress(ProcessLookupError):
+            # Commands of a data worker inherit that it blocks SIGTERM.
+            os.killpg(command.pid, signal.SIGKILL)
+
+
+@lru_cache(maxsize=1)
+def _webdataset() -> Any:
+    """Return webdataset's module that opens URLs; imported late, as most runs need none."""
+    module: Any = importlib.import_module("webdataset.gopen")
+
+    class Command(module.Pipe):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, start_new_session=True, **options)
+            _running.add(self.proc)
+
+        def wait_for_child(self) -> None:
+            if self.proc.wait() in _TOLD and not self.ignore_errors:
+                time.sleep(_SIGNAL_SECONDS)
+            super().wait_for_child()
+
+        def close(self) -> None:
+            super().close()
+            _running.discard(self.proc)
+
+        def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+            try:
+                if kind is not None and issubclass(kind, Exception):
+                    with suppress(subprocess.TimeoutExpired):
+                        self.proc.wait(_END_SECONDS)
+            finally:
+                if kind is not None and self.proc.poll() is None:
+                    self.ignore_errors = True
+                    _end(self.proc)
+                self.close()
+
+    # It takes no options for the processes that it starts.
+    module.Pipe = Command
+    atexit.register(end_commands)
+    return module

@@ -1,0 +1,115 @@
+"""Commands that give shards: none outlives who reads it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from clip_pgs.data.tar import read_shard
+from support.processes import is_running
+from support.runs import flags
+from support.streams import open_stream, with_options
+
+
+@pytest.fixture
+def shard(make_shards, tmp_path):
+    """Return a command that gives three pairs, never ends, and notes the process that it starts."""
+    path = make_shards([3]) / "0.tar"
+    return f"pipe:sleep 60 & echo $! > {tmp_path}/number; head -c -1024 '{path}'; wait"
+
+
+def test_a_command_ends_where_its_shard_is_not_read_on(shard, tmp_path):
+    items = read_shard(shard)
+    next(items)
+    items.close()
+    assert not is_running(tmp_path / "number")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_command_ends_with_the_error_of_who_waits_for_it(shard, tmp_path, error):
+    def interrupt(*_):
+        raise error
+
+    before = signal.signal(signal.SIGUSR2, interrupt)
+    target = (threading.get_ident(), signal.SIGUSR2)
+    timer = threading.Timer(0.5, signal.pthread_kill, target)
+    timer.start()
+    try:
+        # What damages a shard is an item of it.
+        items = list(read_shard(shard))
+        assert error is OSError
+        assert items[-1].reason == "unreadable shard"
+    except KeyboardInterrupt:
+        assert error is KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert not is_running(tmp_path / "number")
+
+
+def test_a_failing_command_still_says_how_it_ended(tmp_path):
+    (skip,) = read_shard("pipe:echo no archive; sleep 0.3; exit 3")
+    assert "exit 3" in skip.detail
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_command_ends_with_the_data_worker_that_hangs_in_it(
+    make_args, make_shards, tmp_path, workers
+):
+    path = make_shards([3]) / "0.tar"
+    args = make_args(
+        train_data=f"pipe:cat {path}; sleep 60 & echo $! >> {tmp_path}/number; : {{0..1}}; wait",
+        train_num_samples=6,
+        batch_size=1,
+        data_timeout=1.0,
+    )
+    stream = open_stream(with_options(args, workers=workers))
+    with pytest.raises(Exception, match="no batch for 1 seconds"):
+        list(stream)
+    assert not is_running(tmp_path / "number")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("to_group", [False, True])
+def test_a_check_that_waits_for_a_command_ends_with_it_and_by_the_name_of_the_signal(
+    tmp_path, number, code, to_group
+):
+    command = f"pipe:touch {tmp_path}/begun; sleep 60; cat nothing.tar"
+    argv = flags(tmp_path, train_data=command, train_num_samples=8, check_only=True)
+    with subprocess.Popen(
+        [sys.executable, "-m", "clip_pgs.training", *argv],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        while not (tmp_path / "begun").exists() and process.poll() is None:
+            time.sleep(0.1)
+        (os.killpg if to_group else os.kill)(process.pid, number)
+        # Whoever still runs holds the pipe.
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == code
+    name = signal.Signals(number).name
+    assert errors.splitlines()[-1] == f"stopped by {name} before the start"
+
+
+def test_a_command_that_a_signal_ends_waits_for_the_one_to_this_process():
+    class Told(BaseException):
+        pass
+
+    def note(*_):
+        raise Told
+
+    before = signal.signal(signal.SIGUSR2, note)
+    target = (threading.get_ident(), signal.SIGUSR2)
+    timer = threading.Timer(0.5, signal.pthread_kill, target)
+    timer.start()
+    try:
+        with pytest.raises(Told):
+            list(read_shard("pipe:kill -TERM $$"))
+    finally:
+        signal.signal(signal.SIGUSR2, before)
