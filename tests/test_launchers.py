@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -26,36 +27,85 @@ def test_help_is_short_and_names_the_full_one(tmp_path):
     assert len(done.stdout.splitlines()) < 27
 
 
-@pytest.mark.slow
-def test_two_machines_train_one_model_with_logs_in_a_folder_of_ones_own(tmp_path):
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = [str(flag) for flag in tiny_run(tmp_path, name="nodes")]
-    machines = [
-        subprocess.Popen(
-            ["bash", str(ROOT / "clip-train.sh"), *flags],
-            cwd=tmp_path,
-            env={
-                **ENVIRONMENT,
-                "NPROC_PER_NODE": "1",
-                "NNODES": "2",
-                "NODE_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+        return probe.getsockname()[1]
+
+
+def start_machine(command, folder, *, rank, port):
+    """Start one of two machines, which are one here."""
+    machines = {"NNODES": "2", "NODE_RANK": str(rank), "NPROC_PER_NODE": "1"}
+    machines |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env={**ENVIRONMENT, **machines}, **pipes)
+
+
+@pytest.mark.slow
+def test_two_machines_train_one_model_with_logs_in_a_folder_of_ones_own(tmp_path):
+    flags, port = [str(flag) for flag in tiny_run(tmp_path, name="nodes")], free_port()
+    command = ["bash", str(ROOT / "clip-train.sh"), *flags]
+    machines = [start_machine(command, tmp_path, rank=rank, port=port) for rank in range(2)]
     outputs = [machine.communicate(timeout=400)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], "\n".join(outputs)
+    assert "frame #" not in "".join(outputs)
     log = (tmp_path / "my logs" / "nodes" / "out.log").read_text()
     assert "Process 0 of 2" in log
     assert "Training: 1 epoch of 2 steps" in log
     assert (tmp_path / "my logs/nodes/export/open_clip_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        # What a run would take in silence, and what one machine refuses.
+        (["--lr", "0.5", "--fsdp"], "was started otherwise than process 0: lr "),
+        (["--resume", "gone.pt"], "--resume: checkpoint 'gone.pt' does not exist"),
+    ],
+)
+def test_machines_of_different_commands_end_together_in_a_sentence(tmp_path, change, sentence):
+    flags, port = [str(flag) for flag in tiny_run(tmp_path, name="nodes")], free_port()
+    command = [sys.executable, "-m", "clip_pgs.cli", "train", *flags]
+    machines = [
+        start_machine([*command, *more], tmp_path, rank=rank, port=port)
+        for rank, more in enumerate(([], change))
+    ]
+    outputs = [machine.communicate(timeout=100)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [2, 2], "\n".join(outputs)
+    for output in outputs:
+        *early, said = output.splitlines()
+        assert sentence in said
+        assert all(line.endswith("waiting for the other machines, to tell them") for line in early)
+    assert not (tmp_path / "my logs").exists()
+
+
+@pytest.mark.slow
+def test_a_machine_that_waits_for_another_leaves_at_a_signal(tmp_path):
+    # It meets a machine that goes no further: its process would wait for half an hour.
+    flags, port = [str(flag) for flag in tiny_run(tmp_path, name="nodes")], free_port()
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, time\n"
+        "if 'clip_pgs.training' in sys.orig_argv and '--check-only' not in sys.orig_argv:\n"
+        "    print('goes no further', flush=True)\n"
+        "    time.sleep(200)\n"
+    )
+    command = [sys.executable, "-m", "clip_pgs.cli", "train", *flags]
+    waiting = start_machine(command, tmp_path, rank=0, port=port)
+    stuck = ["env", f"PYTHONPATH={tmp_path}:{ENVIRONMENT['PYTHONPATH']}", *command]
+    other = start_machine(stuck, tmp_path, rank=1, port=port)
+    try:
+        assert any("goes no further" in line for line in iter(other.stdout.readline, ""))
+        time.sleep(12)
+        started = time.monotonic()
+        waiting.terminate()
+        output = waiting.communicate(timeout=60)[0]
+        assert time.monotonic() - started < 10
+        assert waiting.returncode == 85
+        assert output == "stopped by SIGTERM before the start\n"
+    finally:
+        other.terminate()
+        other.communicate(timeout=60)
 
 
 @pytest.mark.slow

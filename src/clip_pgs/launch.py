@@ -29,6 +29,7 @@ from types import FrameType
 from typing import Any
 
 from clip_pgs.common import (
+    BAD_INPUT,
     FAILED,
     INTERRUPTED,
     PREEMPTED,
@@ -215,8 +216,9 @@ def run_quietly(argv: Sequence[str]) -> int:
     from torch.distributed.run import main
 
     # It warns of every signal that it passes on; what became of it the run says.
-    for name in ("multiprocessing.api", "agent.server.api"):
-        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
+    # A machine that ends before another is told as an error of their meeting place.
+    for name in ("multiprocessing.api", "agent.server.api", "rendezvous"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
         main(list(argv))
     except SignalException as error:
@@ -262,6 +264,8 @@ class _Launch:
                     # Else processes that start again look for the addresses of those before them
                     # (https://github.com/pytorch/pytorch/issues/135712).
                     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                    # Stacks of connections that end with a run.
+                    "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
                     **share_cores(processes.per_node),
                 }
                 status = self._run(processes.torchrun(TRAINING, arguments), variables)
@@ -307,11 +311,16 @@ class _Launch:
             sys.stderr.write(f"error: {lost.read_text('utf-8')}\n")
             return FAILED
         if reason.strip():
-            sys.stderr.write(f"{one_sentence(reason)}\n")
+            prefix = "error: " if int(code) == BAD_INPUT else ""
+            sys.stderr.write(f"{prefix}{one_sentence(reason)}\n")
         if files:
             return int(code)
-        # A signal came before there was anything to save.
-        return self._code_of_signal() if self.stopped else status
+        if not self.stopped:
+            return status
+        # It came before there was anything to save.
+        name = signal.Signals(self.stopped[0]).name
+        sys.stderr.write(f"stopped by {name} before the start\n")
+        return self._code_of_signal()
 
     def _code_of_signal(self) -> int:
         return INTERRUPTED if self.stopped[0] == signal.SIGINT else PREEMPTED

@@ -476,7 +476,7 @@ def _file_digest(path: Path, state: tuple[int, int, int]) -> str:
 
 def _pixels_digest(pixels_CHW: Tensor) -> str:
     # Features of equal images differ by rounding, or by the mask.
-    return hashlib.sha256(pixels_CHW.float().numpy().data).hexdigest()
+    return hashlib.sha256(pixels_CHW.float().contiguous().numpy().data).hexdigest()
 
 
 def _is_plain(value: object) -> bool:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from clip_pgs.common import is_first_process, one_sentence, run_program
@@ -13,6 +14,7 @@ from clip_pgs.training.stop import (
     BAD_INPUT,
     FAILED,
     LAUNCH_FOLDER,
+    BadInputError,
     ExitReport,
     StopRequest,
     StopSignals,
@@ -62,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = expected_code(error)
             if code is None:
                 raise
-            if code in (FAILED, BAD_INPUT):
+            if code == FAILED or (code == BAD_INPUT and LAUNCH_FOLDER not in os.environ):
                 speaker = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
                 sys.stderr.write(f"error: {speaker}{sentence_of(error)}\n")
+            # Else the launch says it, after the last of the processes.
             elif is_first_process() and LAUNCH_FOLDER not in os.environ:
-                # Else the launch says it, after the last of the processes.
                 sys.stderr.write(f"{sentence_of(error)}\n")
             return code
     return 0
@@ -74,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, Any, Evaluate | None]:
     """Return checked options, their model, and the evaluation of `--eval-suite`; or a code."""
+    args = None
     try:
         # Most of what is wrong is found before torch and open_clip, which take seconds to import.
         from clip_pgs.training.options import check_values, read_options, register_model_config
@@ -94,6 +97,8 @@ def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, Any, Evaluate | Non
     except ModuleNotFoundError as error:
         return _end(BAD_INPUT, f"training needs {error.name}: pip install 'clip-pgs[train]'")
     except ValueError as error:
+        if args is not None:
+            _tell_machines(args, one_sentence(error))
         return _end(BAD_INPUT, str(error))
     for sentence in odd:
         logger.warning("%s", sentence)
@@ -101,6 +106,18 @@ def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, Any, Evaluate | Non
         for sentence in option_warnings(args):
             logger.warning("%s", sentence)
     return args, model, evaluate
+
+
+def _tell_machines(args: TrainOptions, sentence: str) -> None:
+    """Let processes of other machines, which would wait for this one, hear why it cannot start."""
+    from clip_pgs.training.distributed import join_processes, meet_machines, spans_machines
+
+    if spans_machines():
+        if os.environ.get("LOCAL_RANK") == "0":
+            sys.stderr.write(f"error: {sentence}; waiting for the other machines, to tell them\n")
+        # Also where they cannot be met, this one says its own trouble.
+        with suppress(BadInputError), join_processes(args) as (_, group):
+            meet_machines(group, sentence)
 
 
 def _say_cost(args: TrainOptions, model: Any) -> int:
@@ -150,7 +167,8 @@ def _evaluation(args: TrainOptions) -> Evaluate | None:
 
 def _end(code: int, sentence: str) -> int:
     """Say why nothing was begun, here and to a launch, and return the exit code."""
-    if is_first_process():
+    # Else the launch says it.
+    if is_first_process() and LAUNCH_FOLDER not in os.environ:
         prefix = "error: " if code == BAD_INPUT else ""
         sys.stderr.write(f"{prefix}{one_sentence(sentence)}\n")
     ExitReport(StopSignals()).write(code, sentence)

@@ -11,7 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clip_pgs.common import explained
 from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.training.options import TrainOptions
-from clip_pgs.training.stop import as_bad_input
+from clip_pgs.training.stop import BadInputError, as_bad_input, signals_by_default
 
 # Each is sharded by itself; what lies outside of any is gathered as one.
 _BLOCKS = (ResidualAttentionBlock, CustomResidualAttentionBlock, Block)
@@ -47,7 +47,9 @@ def join_processes(options: TrainOptions) -> Iterator[tuple[torch.device, Proces
     Yields:
         This process's device, and the group of all processes.
     """
-    with warnings.catch_warnings():
+    # torch waits for the others where no handler of ours is heard; there is nothing to save.
+    waiting = signals_by_default() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else nullcontext()
+    with waiting, warnings.catch_warnings():
         # It warns of what the run's log says: which device it fell back to.
         warnings.simplefilter("ignore")
         openclip = options.openclip
@@ -99,6 +101,37 @@ class ProcessGroup:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in their order, on every rank; plain Python objects only."""
+        if self._group is None:
+            return [value]
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+def spans_machines() -> bool:
+    """Return whether launchers of several machines started the processes of this run."""
+    sizes = [os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")]
+    return None not in sizes and sizes[0] != sizes[1]
+
+
+def meet_machines(group: ProcessGroup, trouble: str = "") -> None:
+    """Let processes of all machines hear whether one of them cannot start.
+
+    Each machine has a launcher of its own, and none hears what becomes of another's processes.
+
+    Args:
+        group: All processes.
+        trouble: Why this one cannot start, "" where it can.
+
+    Raises:
+        BadInputError: If one cannot, on each of them.
+    """
+    for rank, text in enumerate(group.gather(trouble) if spans_machines() else ()):
+        if text:
+            raise BadInputError(f"process {rank} cannot start: {text}")
 
 
 def mean_over_ranks(value: float, device: torch.device) -> float:

@@ -222,13 +222,20 @@ def taken_name(options: TrainOptions) -> str | None:
 
 def save_options(options: TrainOptions, folder: Path, *, files: Sequence[str] = ()) -> None:
     """Write the options that a resumed run is compared with to `folder/options.json`."""
-    saved = {
-        name: getattr(options, name)
-        for name in (*names_of(IDENTITY), *names_of(RECIPE), "train_data")
-    }
-    saved |= {_FILES: list(files), _INDEXES: training_indexes(options)}
-    saved |= {_CONTENTS: named_contents(options), "launch": _launch()}
-    write_json(folder / OPTIONS_NAME, saved)
+    more = {_INDEXES: training_indexes(options), "launch": _launch()}
+    write_json(folder / OPTIONS_NAME, {**options_to_compare(options, files=files), **more})
+
+
+def options_to_compare(options: TrainOptions, *, files: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what `changed_options` and `changed_recipe` compare other options with.
+
+    Args:
+        options: The run's.
+        files: The training data, file by file.
+    """
+    names = (*names_of(IDENTITY), *names_of(RECIPE), "train_data")
+    saved = {name: as_plain(getattr(options, name)) for name in names}
+    return {**saved, _FILES: list(files), _CONTENTS: named_contents(options)}
 
 
 def save_indexes(options: TrainOptions, folder: Path) -> None:

@@ -218,6 +218,18 @@ class StopSignals:
             self._reminder = None
 
 
+@contextmanager
+def signals_by_default() -> Iterator[None]:
+    """Let signals that ask to leave end the process within the block, whatever catches them."""
+    is_main = threading.current_thread() is threading.main_thread()
+    earlier = {n: signal.signal(n, signal.SIG_DFL) for n in _SIGNALS} if is_main else {}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What all processes decided together.
