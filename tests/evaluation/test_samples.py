@@ -516,6 +516,18 @@ def test_samples_come_as_from_clip_benchmark(tmp_path, color_model, workers, num
         assert torch.equal(labels, torch.as_tensor(their_labels))
 
 
+def test_gray_of_16_bits_is_the_picture_that_8_bits_are(tmp_path, color_model):
+    gray = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    shown = []
+    for name, pixels in (("8", gray.astype(np.uint8)), ("16", gray * 257)):
+        picture = saved(lambda stream, image: image.save(stream, "PNG"), Image.fromarray(pixels))
+        folder = make_set(tmp_path / name, replaced={"0.png": picture})
+        reading = Reading(color_model.transform)
+        ((pictures, *_),) = open_samples(str(folder), "test", reading, num_shards=1, title="set")
+        shown.append(pictures)
+    assert torch.equal(*shown)
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from tqdm import tqdm
 
 from clip_pgs.common import explained, is_first_process, one_sentence
-from clip_pgs.data.decoding import check_resized, open_image
+from clip_pgs.data.decoding import check_resized, open_image, to_rgb
 from clip_pgs.data.loader import hear_parent_alone
 from clip_pgs.data.tar import regular_members, stream_tar
 from clip_pgs.evaluation.datasets import (
@@ -216,7 +216,7 @@ def _decode(content: bytes | Path, reading: Reading, what: str) -> Tensor:
     with explained(f"the picture {what} cannot be decoded", Exception, as_kind=DamagedDataError):
         image = open_image(content)
         check_resized(image, reading.transform)
-        return reading.transform(image.convert("RGB"))
+        return reading.transform(to_rgb(image))
 
 
 def _refuse(key: str, shard: str, reason: str) -> NoReturn:
