@@ -188,6 +188,7 @@ def test_the_card_says_what_was_hidden(trained):
     card = (trained / "export" / "README.md").read_text()
     assert "to reconstruct the patches that `pgs` keeps" in " ".join(card.split())
     assert "library_name: transformers" in card
+    assert "| masking option `mask_ratio` | 0.75 |" in card
 
 
 @pytest.mark.parametrize("name", ["random", "pgs", "colormae", "grid"])

@@ -231,7 +231,12 @@ def write_model_card(
     template = environment.from_string(Path(__file__).with_name(_TEMPLATE_NAME).read_text("utf-8"))
     unmeasured = cost.get("unmeasured_steps", 0)
     left_out = f", without the first {counted(unmeasured, 'step')}" if unmeasured else ""
-    options = {f"masking option `{key}`": v for key, v in record["masking_options"].items()}
+    masking_options = record["masking_options"]
+    if is_mae:
+        # Where no option gives it, the model's config does.
+        ratio = record["open_clip_config"]["model_cfg"].get("mask_ratio")
+        masking_options = {"mask_ratio": ratio, **masking_options}
+    options = {f"masking option `{key}`": v for key, v in masking_options.items()}
     return template.render(
         name=name,
         metadata=metadata.to_yaml(),

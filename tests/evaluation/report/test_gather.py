@@ -190,6 +190,82 @@ def test_facts_come_from_the_logs_where_the_checkpoint_is_gone(tmp_path):
     assert found.training.masking == "pgs 0.3-0.5 edges=False merge=2x2"
 
 
+SCHEDULE = {"mask_schedule": "linear", "mask_ratio_end": 0.25, "mask_schedule_steps": 3}
+TEXT = {"text_masking": "frequency", "text_tokens": 8}
+MAE = {"model_type": "vit_mae", "mask_ratio": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("options", "masking"),
+    [
+        (SCHEDULE, "pgs 0.5 to 0.25 (linear, 3 levels)"),
+        ({**SCHEDULE, "unmasked_epochs": 1}, "pgs 0.5 to 0.25 (linear, 3 levels), then 1 epoch"),
+        ({"unmasked_epochs": 2}, "pgs 0.5, then 2 epochs unmasked"),
+        ({"train_image_size": 112}, "pgs 0.5 at 112 pixels"),
+        ({"masking": "none", "masking_options": {}, **TEXT}, "none + text frequency 8 tokens"),
+        (
+            {**TEXT, "text_masking_options": {"frequencies": "a/w.json"}},
+            "tokens frequencies=w.json",
+        ),
+        ({"masking": "none", "masking_options": {}, "force_patch_dropout": 0.5}, "dropout=0.5"),
+        ({"mae": MAE, "mae_sign": "hide", "masking_options": {}}, "pgs 0.75 mae_sign=hide"),
+        ({"mae": MAE, "mae_sign": "keep"}, "pgs 0.5"),
+        ({"mae_sign": "hide"}, "pgs 0.5"),
+    ],
+)
+def test_a_masking_is_named_with_all_that_makes_the_training_another_one(
+    tmp_path, options, masking
+):
+    recorded = {name: options[name] for name in ("masking", "masking_options") if name in options}
+    if "text_masking" in options:
+        recorded["text_masking"] = options["text_masking"]
+    recipe = {"seed": 0, **{n: v for n, v in options.items() if n not in ("masking", "mae")}}
+    recorded |= {"recipe": recipe, "options": options}
+    if "mae" in options:
+        recorded["open_clip_config"] = {"model_cfg": options["mae"]}
+        recorded["options"] = {**options, "mae": {"model_type": "vit_mae"}}
+    (found,) = gather_runs([save_run(tmp_path, **recorded)])
+    assert masking in found.training.masking
+    run = tmp_path / "logs"
+    save_results(run / "eval", demo_results())
+    saved = {"masking": "pgs", "masking_options": {"mask_ratio": 0.5}, **options}
+    (run / "options.json").write_text(json.dumps(saved))
+    (found_in_logs,) = gather_runs([run])
+    assert found_in_logs.training.masking == found.training.masking
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "masking"),
+    [
+        (
+            {**SCHEDULE, "mask_schedule_steps": 4},
+            {},
+            "pgs 0.5 to 0.25 (linear, 4 levels), then pgs 0.5",
+        ),
+        (
+            {"mask_schedule": "constant", "mask_ratio_end": None},
+            {**SCHEDULE, "unmasked_epochs": 2},
+            "pgs 0.5, then pgs 0.5 to 0.25 (linear, 3 levels), then 2 epochs unmasked",
+        ),
+        ({"masking": "random"}, {"unmasked_epochs": 2}, "random 0.5, then pgs 0.5, then 2 epochs"),
+        ({"unmasked_epochs": 0}, {"unmasked_epochs": 2}, "pgs 0.5, then 2 epochs unmasked"),
+        ({"text_masking": "none"}, TEXT, "pgs 0.5, then pgs 0.5 + text frequency 8 tokens"),
+        (
+            {"masking_options": {}},
+            {"mae": MAE, "mae_sign": "hide"},
+            "pgs 0.75 mae_sign=hide, then pgs 0.5 mae_sign=hide",
+        ),
+    ],
+)
+def test_maskings_that_were_changed_stand_one_after_the_other(tmp_path, was, now, masking):
+    recipe = {"seed": 0, **now}
+    config = {"model_cfg": {**MAE, "mask_ratio": 0.5} if "mae" in now else {}}
+    options = {**now, "mask_schedule_steps": 3, "changes": [[9, was]]}
+    run = save_run(tmp_path, recipe=recipe, open_clip_config=config, options=options)
+    (found,) = gather_runs([run])
+    assert found.training.masking.startswith(masking)
+
+
 @pytest.mark.parametrize("place", ["run/checkpoints/epoch_5.pt", "run/export"])
 def test_facts_are_those_of_the_weights_that_were_scored_alone(tmp_path, caplog, place):
     weights = {"pretrained": str(tmp_path / place)}

@@ -17,7 +17,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.common import changes_of, experiment_of, history_of, one_sentence
+from clip_pgs.common import (
+    changes_of,
+    experiment_of,
+    history_of,
+    last_parts,
+    one_sentence,
+)
 from clip_pgs.evaluation.results import (
     amount,
     is_run,
@@ -33,6 +39,7 @@ from clip_pgs.files import (
     read_json_lines,
     read_json_object,
 )
+from clip_pgs.integrations import is_mae_config
 from clip_pgs.tables import counted
 
 logger = logging.getLogger(__name__)
@@ -45,8 +52,8 @@ class TrainingFacts:
     Attributes:
         architecture: Such as "ViT-B-16".
         data: The training data as the run names it, whole.
-        masking: Strategy and ratio, such as "pgs 0.5" or "none"; one after the other where they
-            were changed.
+        masking: What the recipe masks, such as "pgs 0.5", "pgs 0.75 to 0.25" or "none"; one after
+            the other where it was changed, or where epochs without masks follow.
         samples: Image-caption pairs seen.
         flops: Floating-point operations over all processes.
         seconds: Wall time.
@@ -179,13 +186,9 @@ def _from_record(record: dict[str, Any], place: Path | str, run: Path | None) ->
     same |= {n: part for n, part in recipe.items() if n not in ("seed", *by_place)}
     hardware = f"{record.get('world_size', 1)} x {record['device']}" if "device" in record else ""
     facts = _facts(record, data=data, spent=cost, recipe=recipe)
-    maskings, choices = [facts.masking], {**recipe, **record}
-    for _, was in reversed(changes_of(options)):
-        choices |= was
-        maskings.insert(0, _masking_name(choices))
     return replace(
         facts,
-        masking=", then ".join(name for name, _ in groupby(maskings)),
+        masking=_masking_of({**options, **recipe, **record}),
         hardware=hardware,
         recipe=_as_text([same, cost.get("steps")]),
         options=options,
@@ -220,6 +223,7 @@ def _from_logs(run: Path) -> TrainingFacts:
     facts = _facts(options, data=options, spent=spent, recipe=options)
     return replace(
         facts,
+        masking=_masking_of(options),
         recipe=_as_text(["logs", spent.get("samples")]),
         options=experiment_of(options),
         history=tuple(history_of({**options, "data": options})),
@@ -237,7 +241,6 @@ def _facts(
     return TrainingFacts(
         architecture=str(choices.get("model") or ""),
         data=" + ".join(map(str, shards)) if isinstance(shards, list) else str(shards),
-        masking=_masking_name({**recipe, **choices}),
         samples=amount(spent.get("samples")),
         flops=amount(spent.get("flops")),
         seconds=amount(spent.get("seconds")),
@@ -245,19 +248,75 @@ def _facts(
     )
 
 
+def _masking_of(choices: dict[str, Any]) -> str:
+    """Name what a recipe masks, one after the other: before each change, now, and at the end."""
+    maskings, unmasked = [_masking_name(choices)], choices.get("unmasked_epochs")
+    for _, was in reversed(changes_of(choices)):
+        # The model's config has the ratio of now.
+        if "masking_options" in was:
+            choices = {**choices, "open_clip_config": None}
+        choices = {**choices, **was}
+        maskings.insert(0, _masking_name(choices))
+    names = [name for name, _ in groupby(maskings)]
+    if isinstance(unmasked, int) and unmasked:
+        names.append(f"{counted(unmasked, 'epoch')} unmasked")
+    return ", then ".join(names)
+
+
 def _masking_name(options: dict[str, Any]) -> str:
     """Name a masking with its ratio, and with every other option that was set."""
-    chosen = options.get("masking_options") or {}
-    chosen = dict(chosen) if isinstance(chosen, dict) else {"options": chosen}
+    chosen = _options_in(options, "masking_options")
     ratio, lowest = chosen.pop("mask_ratio", None), chosen.pop("mask_ratio_min", None)
+    autoencoder = _autoencoder(options)
+    if autoencoder is not None:
+        ratio = autoencoder.get("mask_ratio") if ratio is None else ratio
+        if options.get("mae_sign") == "hide":
+            chosen["mae_sign"] = "hide"
     if options.get("merge", "none") != "none":
         chosen["merge"] = options["merge"]
     if options.get("merge_counts"):
         chosen["merge_counts"] = True
+    if options.get("force_patch_dropout"):
+        chosen["force_patch_dropout"] = options["force_patch_dropout"]
     parts = [str(options.get("masking") or "")]
     if ratio is not None:
         parts.append(f"{lowest}-{ratio}" if lowest is not None else f"{ratio}")
-    return " ".join([*parts, *(f"{name}={value}" for name, value in chosen.items())])
+    schedule = options.get("mask_schedule") or "constant"
+    if schedule != "constant":
+        steps = options.get("mask_schedule_steps")
+        parts.append(f"to {options.get('mask_ratio_end')} ({schedule}, {steps} levels)")
+    parts += _pairs(chosen)
+    if options.get("train_image_size"):
+        parts.append(f"at {options['train_image_size']} pixels")
+    if (options.get("text_masking") or "none") != "none":
+        parts.append(f"+ text {options['text_masking']}")
+        if options.get("text_tokens"):
+            parts.append(f"{options['text_tokens']} tokens")
+        parts += _pairs(_options_in(options, "text_masking_options"))
+    return " ".join(parts)
+
+
+def _autoencoder(options: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the config of a masked autoencoder; None for any other model."""
+    exported = options.get("open_clip_config")
+    built = exported.get("model_cfg") if isinstance(exported, dict) else None
+    # As it was given, it may leave the ratio to transformers.
+    known: list[Any] = [c for c in (built, options.get("mae")) if is_mae_config(c)]
+    return {name: value for config in known for name, value in config.items()} if known else None
+
+
+def _options_in(options: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the options of a strategy, or what stands in their place."""
+    chosen = options.get(name) or {}
+    return dict(chosen) if isinstance(chosen, dict) else {"options": chosen}
+
+
+def _pairs(options: dict[str, Any]) -> list[str]:
+    """Return options as they are given, files without their folders."""
+    return [
+        f"{name}={last_parts(value, 1) if isinstance(value, str) else value}"
+        for name, value in options.items()
+    ]
 
 
 def _as_text(recipe: Any) -> str:
