@@ -88,7 +88,9 @@ def test_report_has_chance_for_classes_also_where_the_data_are_gone(
     assert chance["six", metric] == pytest.approx(1 / 6)
 
 
-def test_report_is_on_the_present_weights_alone(run, options, save_run):
+def test_report_is_on_the_present_weights_alone_and_the_rest_is_told(
+    run, options, save_run, caplog
+):
     assert main([str(run), *options]) == 0
     model = load_model(run).model
     with torch.no_grad():
@@ -98,6 +100,9 @@ def test_report_is_on_the_present_weights_alone(run, options, save_run):
     table = (run / "eval/report/results.csv").read_text()
     assert "pairs" in table
     assert "six" not in table
+    (said,) = [text for text in caplog.messages if "leaves out" in text]
+    assert "six" in said
+    assert "pairs" not in said
 
 
 def test_missing_demo_data_comes_with_the_command_that_makes_it(run, capsys, caplog):

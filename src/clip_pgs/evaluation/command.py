@@ -44,6 +44,7 @@ from clip_pgs.evaluation.datasets import (
     is_remote,
 )
 from clip_pgs.evaluation.report.command import HTML_NAME, write_report
+from clip_pgs.evaluation.report.gather import tell_left_out
 from clip_pgs.evaluation.report.results_table import format_table
 from clip_pgs.evaluation.results import (
     CSV_NAME,
@@ -467,6 +468,8 @@ def _write_report(scored: Sequence[tuple[Path, list[Result]]], args: argparse.Na
         for path, result in result_files(output)
         if result.weights_digest == results[0].weights_digest
     ]
+    for output, results in scored:
+        tell_left_out(output, results[0].weights_digest)
     if args.output is not None:
         folder = Path(args.output, REPORT_NAME)
     else:

@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from clip_pgs.evaluation.command import inference_choice, make_parser
+from clip_pgs.evaluation.masked_inference import masking_of
 from clip_pgs.evaluation.report.command import write_report
 from clip_pgs.evaluation.report.gather import gather_runs, group_by_seed
 from clip_pgs.evaluation.report.training_facts import TrainingFacts
@@ -106,6 +108,42 @@ def test_results_of_weights_that_a_run_has_no_more_are_left_out(tmp_path):
     save_results(run / "eval", [old])
     (found,) = gather_runs([run])
     assert "gone" not in [result.dataset for result in found.results]
+
+
+@pytest.mark.parametrize(
+    ("mask", "flags"),
+    [
+        ("", ""),
+        ("pgs 0.5", "--inference-masking pgs --inference-mask-ratio 0.5"),
+        ("attentive 0.5 merge=2x2 as trained", "--inference-masking run"),
+        (
+            "pgs 0.3-0.6 edges=False merge=2x2 merge_counts=True",
+            "--inference-masking pgs --inference-mask-ratio 0.6 --inference-merge 2x2 "
+            "--inference-merge-counts --inference-masking-option mask_ratio_min=0.3 edges=False",
+        ),
+    ],
+)
+def test_scores_of_weights_before_are_told_once_with_the_command_for_new_ones(
+    tmp_path, caplog, mask, flags
+):
+    run = save_run(tmp_path)
+    place = {"weights_digest": "old", "date": "2026-01-01", "inference_masking": mask}
+    old = [make_result(name, **place) for name in ("gone", "other")]
+    failed = make_result("third", status="failed", **place)
+    save_results(run / "eval", [*old, failed])
+    names = {found.name for found in gather_runs([run, run / "eval", tmp_path])}
+    assert names == {"demo_0"}
+    (said,) = caplog.messages
+    through = f" through {mask}" if mask else ""
+    command = f"clip-pgs test {run} --suite zeroshot-classification {flags}".rstrip()
+    assert said == (
+        f"{run}/eval holds scores of other weights than its latest, which the report leaves out: "
+        f"gone and other{through} (`{command}` scores them anew)"
+    )
+    if "run" not in flags:
+        name, options = inference_choice(make_parser().parse_args(command.split()[2:]))
+        asked = masking_of(name, options, told={}, weights="", progress=1.0, state={})
+        assert (asked.label if asked else "") == mask
 
 
 def test_two_weights_of_one_name_are_two_models_told_apart(tmp_path):

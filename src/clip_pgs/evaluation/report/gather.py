@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -29,6 +30,7 @@ from clip_pgs.evaluation.results import (
     amount,
     epoch_folders,
     is_epoch_folder,
+    is_run,
     read_csv,
     read_result,
     read_results,
@@ -42,6 +44,7 @@ from clip_pgs.files import (
     METRICS_NAME,
     absence,
 )
+from clip_pgs.tables import counted
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +173,8 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
             if folder not in is_newest:
                 told = next((result.training for result in results if result.training), {})
                 is_newest[folder] = are_newest(place, run, told)
+                if not Path(source).is_file():
+                    tell_left_out(place, results[0].weights_digest)
             for result in results:
                 by_set = found.setdefault(result.model_key, {})
                 key = result.suite, result.dataset
@@ -318,8 +323,57 @@ def _read_folder(folder: Path) -> list[Result]:
         epochs = _read_epochs(run)
         return epochs[max(epochs)] if epochs else []
     # A run that was trained anew leaves the results of its old weights until they are redone.
-    newest = max(results, key=lambda result: result.date, default=None)
-    return [r for r in results if newest is not None and r.weights_digest == newest.weights_digest]
+    digest = max(results, key=lambda result: result.date).weights_digest if results else ""
+    return [result for result in results if result.weights_digest == digest]
+
+
+def tell_left_out(place: Path, digest: str) -> None:
+    """Warn of scores in a run that a report leaves out, as of weights before it trained on.
+
+    Args:
+        place: Where the results lie.
+        digest: Of the weights that the report is about.
+    """
+    others: dict[str, list[Result]] = {}
+    for result in [] if run_of_results(place) is None else read_results(place):
+        if result.status == DONE and result.weights_digest != digest:
+            others.setdefault(result.inference_masking, []).append(result)
+    parts = []
+    for mask, results in others.items():
+        sets = dict.fromkeys(result.dataset for result in results)
+        named = " and ".join(sets) if len(sets) < 3 else counted(len(sets), "data set")
+        through = f" through {mask}" if mask else ""
+        suites = dict.fromkeys(result.suite for result in results)
+        suite = ["--suite", *suites] if len(suites) == 1 else []
+        run = str(place if is_run(place) else place.parent)
+        command = shlex.join(["clip-pgs", "test", run, *suite, *_mask_flags(mask)])
+        them = "it" if len(sets) == 1 else "them"
+        parts.append(f"{named}{through} (`{command}` scores {them} anew)")
+    if parts:
+        logger.warning(
+            "%s holds scores of other weights than its latest, which the report leaves out: %s",
+            *map(one_sentence, (str(place), "; ".join(parts))),
+        )
+
+
+def _mask_flags(mask: str) -> list[str]:
+    """Return the options of `clip-pgs test` for a mask as results name it; none for ""."""
+    if not mask or mask.endswith(" as trained"):
+        return ["--inference-masking", "run"] if mask else []
+    named, *pairs = re.split(r" (?=\w+=)", mask)
+    name, _, ratio = named.partition(" ")
+    lowest, _, highest = ratio.rpartition("-")
+    flags = ["--inference-masking", name]
+    flags += ["--inference-mask-ratio", highest] if highest else []
+    options = [f"mask_ratio_min={lowest}"] if lowest else []
+    for pair in pairs:
+        if pair.startswith("merge="):
+            flags += ["--inference-merge", pair.removeprefix("merge=")]
+        elif pair == "merge_counts=True":
+            flags.append("--inference-merge-counts")
+        else:
+            options.append(pair)
+    return [*flags, *(["--inference-masking-option", *options] if options else [])]
 
 
 def _read_epochs(run: Path, mask: str | None = None) -> dict[int, list[Result]]:
