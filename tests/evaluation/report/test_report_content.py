@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import statistics
 
 import pytest
@@ -187,3 +188,26 @@ def test_the_newest_mask_picture_of_each_run_is_on_the_page_and_small(tmp_path, 
     assert blue > 200 > 50 > red
     assert "masks" in page.ids
     assert str(runs[1] / "masks/epoch_1.png") in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("masked", "counts"),
+    [
+        ((), "1 model (2 runs)"),
+        ((0, 1), "1 model (2 runs; 2 rows, a mask a row)"),
+        # A seed that was not scored through the mask is no further model.
+        ((1,), "1 model (2 runs; 2 rows, a mask a row)"),
+    ],
+)
+def test_runs_are_counted_once_through_however_many_masks_they_were_scored(
+    tmp_path, masked, counts
+):
+    for number in range(2):
+        results = [make_result("shape", metrics={"acc1": 0.5}, weights_digest=f"d{number}")]
+        run = save_run(tmp_path / "logs", number, results=results)
+        if number in masked:
+            (path,) = (run / "eval").glob("*.json")
+            result = json.loads(path.read_text()) | {"inference_masking": "pgs 0.5"}
+            path.with_stem("masked").write_text(json.dumps(result))
+    folder = write_report([tmp_path / "logs"], tmp_path / "report")
+    assert f"{counts} on 1 data set of 1 suite;" in (folder / "report.md").read_text()

@@ -246,13 +246,19 @@ def _summary(models: Sequence[Model], families: Sequence[Family], paper: Paper) 
     runs = [run for model in models for run in model.runs]
     results = [result for run in runs for result in run.results]
     sets = {(result.suite, result.dataset) for result in results}
-    num_runs = f" ({counted(len(runs), 'run')})" if len(runs) > len(models) else ""
     suites = counted(len({suite for suite, _ in sets}), "suite")
     # One model seen through several masks, or none, is as many rows.
-    num_models = len({frozenset(run.weights_digest for run in model.runs) for model in models})
-    rows_text = "" if num_models == len(models) else f" ({len(models)} rows, a mask a row)"
-    models_text, sets_text = counted(num_models, "model"), counted(len(sets), "data set")
-    parts = [f"{models_text}{rows_text}{num_runs} on {sets_text} of {suites}"]
+    alike: list[frozenset[str]] = []
+    for model in models:
+        weights = frozenset(run.weights_digest for run in model.runs)
+        weights = weights.union(*(others for others in alike if others & weights))
+        alike = [*(others for others in alike if not others & weights), weights]
+    num_runs = sum(map(len, alike))
+    told = [counted(num_runs, "run")] if num_runs > len(alike) else []
+    told += [f"{len(models)} rows, a mask a row"] if len(models) > len(alike) else []
+    about_rows = f" ({'; '.join(told)})" if told else ""
+    models_text, sets_text = counted(len(alike), "model"), counted(len(sets), "data set")
+    parts = [f"{models_text}{about_rows} on {sets_text} of {suites}"]
     num_undone = sum(result.status != DONE for result in results)
     if num_undone:
         parts.append(f"{counted(num_undone, 'result')} missing or failed")
