@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import time
+from multiprocessing import connection, resource_sharer
 
 import pytest
 
@@ -183,3 +184,27 @@ def test_a_worker_that_hangs_leaves_for_its_parent_and_for_nobody_else():
     worker.terminate()
     worker.join(10)
     assert worker.exitcode == 0
+
+
+def test_a_worker_whose_parent_breaks_off_what_it_reads_of_it_prints_nothing(capfd):
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+
+    def serve():
+        hear_parent_alone(0)
+        there.send(resource_sharer.DupFd(0)._id[0])
+        there.recv()
+
+    worker = context.Process(target=serve)
+    worker.start()
+    address = here.recv()
+    key = multiprocessing.current_process().authkey
+    connection.Client(address, authkey=key).close()
+    # Served after the one that was broken off.
+    with connection.Client(address, authkey=key) as client:
+        client.send(None)
+        with pytest.raises(EOFError):
+            client.recv()
+    here.send(None)
+    worker.join(10)
+    assert capfd.readouterr().err == ""

@@ -7,12 +7,14 @@ import os
 import random
 import re
 import signal
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -186,12 +188,22 @@ def hear_parent_alone(worker: int) -> None:
         worker: Which one it is, as a DataLoader tells it.
     """
     os.setpgid(0, 0)
+    sys.excepthook = _say_error
     # Not known to macOS.
     if hasattr(signal, "sigwaitinfo"):
         # Ignored, it would not end a worker that hangs. In a thread of its own, as no handler is
         # told who sent a signal.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _say_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Print a thread's error, but for that of handing a tensor to a process that no longer reads.
+
+    Where another worker is killed, its parent breaks off what it reads of this one.
+    """
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _leave_with_parent() -> None:
