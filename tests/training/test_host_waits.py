@@ -30,7 +30,6 @@ def take_steps(trainer, *, num_steps=3):
     telemetry.start_phase(
         num_patches=trainer.masks.num_patches if trainer.masks else 0,
         samples_per_step=trainer.phase.samples_per_step,
-        steps_per_epoch=trainer.phase.steps_per_epoch,
     )
     masking = masking_or_none(trainer.model)
     if masking is not None:
@@ -48,7 +47,7 @@ def take_steps(trainer, *, num_steps=3):
                 model=trainer.model,
                 epoch=0,
                 done=trainer.position,
-                is_last=False,
+                steps_left=1,
                 data_seconds=seconds,
             )
         all_waits += waits

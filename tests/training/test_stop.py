@@ -413,13 +413,23 @@ def test_changed_options_are_accepted_when_told_to(tmp_path, world, capfd):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_batch_size_from_the_same_sample(tmp_path, world, caplog):
+@pytest.mark.parametrize(
+    ("size", "samples"), [(4, [8, 12, 16, 20, 24, 28, 32]), (12, [8, 20, 32]), (16, [8, 24])]
+)
+def test_a_run_goes_on_with_another_batch_size_from_the_same_sample(
+    tmp_path, world, caplog, size, samples
+):
     options = {"train_data": world.train_data, "epochs": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "save_if_due", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(StoppedError, match="at sample 8 of epoch 1"):
             run(tmp_path, **options)
-    folder = run(tmp_path, resume="latest", **{**options, "batch_size": 4})
-    assert "batch_size 8 -> 4: from the same number of samples, in the order" in caplog.text
+    caplog.set_level("INFO")
+    folder = run(tmp_path, resume="latest", **{**options, "batch_size": size})
+    assert f"batch_size 8 -> {size}: from the same number of samples, in the order" in caplog.text
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["samples"] for line in lines] == [8, 12, 16, 20, 24, 28, 32]
+    assert [line["samples"] for line in lines] == samples
+    shares = [int(share) for share in re.findall(r"Epoch 1/1 +(\d+)%", caplog.text)]
+    assert shares[-1] == 100
+    assert shares == sorted(set(shares))
+    assert re.search(r"Training: 1 epoch of \d steps?, the first from sample 8 on", caplog.text)

@@ -242,7 +242,7 @@ def test_a_training_line_fits_120_columns_and_names_a_loss_once(caplog):
         steps_left=10**9,
     )
     telemetry.report_flops(SampleFlops(total=1e9))
-    telemetry.start_phase(num_patches=196, samples_per_step=4096, steps_per_epoch=2678)
+    telemetry.start_phase(num_patches=196, samples_per_step=4096)
     model = SimpleNamespace(logit_scale=torch.zeros(()), logit_bias=None)
     for step in range(1, 4):
         loss = torch.tensor(12.345678)
@@ -258,7 +258,7 @@ def test_a_training_line_fits_120_columns_and_names_a_loss_once(caplog):
             model=model,
             epoch=11,
             done=step * 4096,
-            is_last=False,
+            steps_left=2678 - step,
             data_seconds=0.0,
         )
     *_, last = [record.getMessage() for record in caplog.records]

@@ -206,7 +206,6 @@ class Telemetry:
         self._skipped_steps = SkippedSteps(
             device, max_in_row=options.max_bad_steps, earlier=cost.skipped_steps
         )
-        self._samples_per_epoch = 0
         self._epoch_loss, self._epoch_steps = 0.0, 0
         self._note = ""
         self.is_active = options.rank == 0
@@ -230,16 +229,14 @@ class Telemetry:
         self._cost.seconds = time.perf_counter() - self._started
         return self._cost
 
-    def start_phase(self, *, num_patches: int, samples_per_step: int, steps_per_epoch: int) -> None:
+    def start_phase(self, *, num_patches: int, samples_per_step: int) -> None:
         """Begin a phase of the run.
 
         Args:
             num_patches: Patches per image; 0 without masking.
             samples_per_step: Samples of one step over all ranks.
-            steps_per_epoch: Optimizer steps in an epoch.
         """
         self._meter = WindowMeter(num_patches=num_patches, samples_per_step=samples_per_step)
-        self._samples_per_epoch = steps_per_epoch * samples_per_step
 
     def report_flops(self, flops: SampleFlops) -> None:
         """Say, and count, what a sample costs from now on."""
@@ -294,7 +291,7 @@ class Telemetry:
         model: CLIP,
         epoch: int,
         done: int,
-        is_last: bool,
+        steps_left: int,
         data_seconds: float,
     ) -> None:
         """Take in one step, and report at the end of each window.
@@ -304,7 +301,7 @@ class Telemetry:
             model: The plain model.
             epoch: Completed epochs.
             done: Samples of this one, over all ranks, that the run has behind it.
-            is_last: Whether the step ends the epoch.
+            steps_left: Steps of it after this one.
             data_seconds: How long the step waited for its samples.
 
         Raises:
@@ -321,10 +318,12 @@ class Telemetry:
         self._meter.add(result, data_seconds=data_seconds)
         self._bar.update()
         step_in_epoch = done // samples - 1
-        if step_in_epoch % self._options.log_every_n_steps == 0 or is_last:
-            self._report_window(model, epoch=epoch, done=done, lr=result.lr)
+        if step_in_epoch % self._options.log_every_n_steps == 0 or not steps_left:
+            # After a resume with another batch size, not what an epoch of such steps alone takes.
+            share = done / (done + steps_left * samples)
+            self._report_window(model, epoch=epoch, share=share, lr=result.lr)
 
-    def _report_window(self, model: CLIP, *, epoch: int, done: int, lr: float) -> None:
+    def _report_window(self, model: CLIP, *, epoch: int, share: float, lr: float) -> None:
         num_steps = self._meter.num_steps
         values = self._meter.read(world_size=self._options.world_size)
         if math.isfinite(values["loss"]):
@@ -344,7 +343,6 @@ class Telemetry:
             values["selection_flops_share"] = self._flops.selection / self._flops.total
         step = self._cost.steps - 1
         self._loggers.each(lambda logger: logger.train(values, epoch=epoch, step=step))
-        share = done / self._samples_per_epoch
         epochs = total_epochs(self._options)
         parts = [f"Epoch {epoch + 1}/{epochs} {share:4.0%}", f"lr {lr:.2g}"]
         if "loss" in values:

@@ -405,14 +405,16 @@ class Trainer:
             self._telemetry.close()
 
     def _start_phase(self, phase: Phase) -> PhaseTrainer:
+        place = self._first_epoch, self._first_position
+        is_midway = self._first_position > 0 and phase.first_epoch <= self._first_epoch
         _logger.info(
-            "Training%s: %s of %s",
+            "Training%s: %s of %s%s",
             "" if phase.name == "masked" else f" {phase.name}",
             counted(phase.end_epoch - max(phase.first_epoch, self._first_epoch), "epoch"),
             counted(phase.steps_per_epoch, "step"),
+            f", the first from sample {self._first_position} on" if is_midway else "",
         )
         # A checkpoint at a phase's beginning holds the optimizer of the phase before.
-        place = self._first_epoch, self._first_position
         has_begun = (phase.first_epoch, 0) < place
         phase_trainer = PhaseTrainer(
             phase,
@@ -425,7 +427,6 @@ class Trainer:
         self._telemetry.start_phase(
             num_patches=phase_trainer.masks.num_patches if phase_trainer.masks else 0,
             samples_per_step=phase.samples_per_step,
-            steps_per_epoch=phase.steps_per_epoch,
         )
         return phase_trainer
 
@@ -474,7 +475,7 @@ class Trainer:
                 model=self._parts.model,
                 epoch=phase_trainer.epoch,
                 done=phase_trainer.position,
-                is_last=phase_trainer.steps_left == 0,
+                steps_left=phase_trainer.steps_left,
                 data_seconds=data_seconds,
             )
         except BadNumbersError as error:
