@@ -12,9 +12,11 @@ from PIL import Image
 
 from clip_pgs import create_masking
 from clip_pgs.inspection import ModelInput, View, load_model, read_model_input
+from clip_pgs.inspection.playground import Playground
 from clip_pgs.integrations.open_clip import apply_masking, last_selection
 from support.models import image_batch, small_clip, small_timm_clip
 from support.options import MODEL_CONFIG
+from support.runs import COCA
 
 MODEL = {"embed_dim": 8, "vision_cfg": {"image_size": 64, "patch_size": 8, "layers": 2}}
 
@@ -82,6 +84,36 @@ def test_a_name_that_open_clip_knows_gives_its_sizes():
 def test_a_timm_tower_gives_its_sizes():
     model_input = read_model_input("ViT-B-16-SigLIP-384")
     assert (model_input.image_size, model_input.patch_size) == ((384, 384), (16, 16))
+
+
+def has_pooler(name):
+    return open_clip.get_model_config(name)["vision_cfg"].get("attentional_pool")
+
+
+@pytest.mark.parametrize("name", list(filter(has_pooler, open_clip.list_models())))
+def test_a_tower_that_pools_by_queries_gives_its_sizes(name):
+    model_input = read_model_input(name)
+    vision = open_clip.get_model_config(name)["vision_cfg"]
+    assert model_input.image_size == 2 * (vision["image_size"],)
+    assert model_input.patch_size == 2 * (vision["patch_size"],)
+
+
+@pytest.mark.parametrize("place", ["coca.json", "run/export/open_clip_config.json"])
+def test_the_config_of_a_coca_gives_its_sizes(tmp_path, place):
+    write_json(tmp_path / place, COCA)
+    source = str(tmp_path / place.partition("/")[0])
+    assert read_model_input(source).patch_size == (8, 8)
+    if source.endswith(".json"):
+        assert Playground(source).view.model_input.patch_size == (8, 8)
+
+
+@pytest.mark.parametrize("key", ["embed_dim", "vision_cfg"])
+@pytest.mark.parametrize("value", [None, 0, "wide"])
+def test_a_config_without_what_the_tower_needs_is_refused_by_that_name(tmp_path, key, value):
+    write_json(tmp_path / "odd.json", {**MODEL, key: value})
+    for read in (read_model_input, Playground):
+        with pytest.raises(ValueError, match=rf"odd\.json.*{key}"):
+            read(str(tmp_path / "odd.json"))
 
 
 @pytest.mark.parametrize(

@@ -192,9 +192,8 @@ def read_model_input(source: str) -> ModelInput:
     # They import open_clip, which takes seconds.
     from clip_pgs.integrations.open_clip import patch_size
     from clip_pgs.integrations.open_clip.model_config import (
-        build_on_meta,
+        build_image_tower,
         check_preprocessing,
-        check_vision_config,
     )
 
     model: Any
@@ -203,16 +202,9 @@ def read_model_input(source: str) -> ModelInput:
         preprocess = model.visual.preprocess_cfg
     else:
         config = read_config(source)
-        model_config = config.get("model_cfg", config)
         preprocess = config.get("preprocess_cfg", {})
-        vision = model_config.get("vision_cfg") if isinstance(model_config, dict) else None
-        if not isinstance(vision, dict):
-            raise ValueError(f"{source} is no model config: it has no vision_cfg")
-        check_vision_config(vision, what=source)
         check_preprocessing(preprocess, what=source)
-        vision_alone = {"embed_dim": 1, "vision_cfg": vision, "text_cfg": {}}
-        name = f"the image tower of {source}"
-        model = build_on_meta(vision_alone, name=name, with_text=False)
+        model = build_image_tower(config.get("model_cfg", config), source=source)
     with explained(f"{source} cannot be masked"):
         patch = patch_size(model)
     size = model.visual.image_size

@@ -31,7 +31,7 @@ from clip_pgs.inspection.model_input import (
 )
 from clip_pgs.integrations.open_clip import apply_masking, force_selection
 from clip_pgs.integrations.open_clip.flops import count_image_flops
-from clip_pgs.integrations.open_clip.model_config import build_on_meta
+from clip_pgs.integrations.open_clip.model_config import build_image_tower
 from clip_pgs.masking import MaskingStrategy, PatchSelection, create_masking, masking_options
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.pgs import PGSMasking
@@ -82,11 +82,9 @@ class Playground:
             self.view.model = load_model(source)
             tower = copy.deepcopy(self.view.model).to("meta")
         else:
-            config = read_config(source or "ViT-B-16")
-            vision = {
-                key: config.get("model_cfg", config)[key] for key in ("embed_dim", "vision_cfg")
-            }
-            tower = build_on_meta({**vision, "text_cfg": {}}, name="the model", with_text=False)
+            known = source or "ViT-B-16"
+            config = read_config(known)
+            tower = build_image_tower(config.get("model_cfg", config), source=known)
         self._plain_flops = count_image_flops(tower.eval())
         self._tower = apply_masking(tower, "random", when="always")
 

@@ -409,6 +409,28 @@ def build_on_meta(
         return model_class(**config)
 
 
+def build_image_tower(config: Any, *, source: str) -> Any:
+    """Build a model on torch's device "meta" with its image tower, and a tiny one for text.
+
+    Args:
+        config: What the JSON of an OpenCLIP model config holds; nothing is read of `text_cfg`.
+        source: What to call it in messages.
+
+    Raises:
+        ValueError: If it is no such config, or open_clip cannot build the image tower.
+    """
+    needed = ("embed_dim", "vision_cfg")
+    for key in needed:
+        if not isinstance(config, dict) or config.get(key) is None:
+            raise ValueError(f"{source} is no model config: it has no {key}")
+    check_vision_config(config["vision_cfg"], what=source)
+    check_values(_MODEL, {"embed_dim": config["embed_dim"]}, what=source)
+    # A CoCa is one by its decoder.
+    read = {key: config[key] for key in (*needed, "multimodal_cfg") if key in config}
+    name = f"the image tower of {source}"
+    return build_on_meta({**read, "text_cfg": {}}, name=name, with_text=False)
+
+
 def check_model_runs(model: Any, *, name: str, context_length: int) -> None:
     """Refuse a model that is too large for this machine, or cannot take an image and a caption.
 
