@@ -117,6 +117,43 @@ def test_the_command_says_where_the_export_is_and_nothing_else(finished_run, tmp
     assert (done.returncode, done.stdout, done.stderr) == (0, "", f"export: {folder}/export\n")
 
 
+LEARNED = "clip-pgs test RUN --inference-masking run\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"masking": "cluster"}, "thresholds"),
+        ({"masking": "attentive"}, "teacher"),
+        (
+            {"masking": "pgs", "mask_ratio_min": 0.3, "masking_option": "mask_ratio_mean=0.4"},
+            "thresholds",
+        ),
+        ({"masking": "cluster", "masking_option": "threshold=0.5"}, None),
+        ({"masking": "random"}, None),
+    ],
+    ids=["cluster", "attentive", "pgs with a mean", "cluster with a threshold", "random"],
+)
+def test_the_card_sends_to_the_run_for_what_the_masking_found_there(
+    tmp_path, world, options, found
+):
+    folder = run(tmp_path, train_data=world.train_data, epochs=1, **options)
+    card = (folder / "export" / "README.md").read_text()
+    first = card.partition("through the same masking")[2].split("```")[1].removeprefix("bash\n")
+    if found is None:
+        assert first.startswith("clip-pgs test local-dir:")
+        assert LEARNED not in card
+    else:
+        assert first == LEARNED
+        assert f"What that learned, its {found}, is in the run's checkpoints" in card
+        assert card.partition(LEARNED)[2].count("clip-pgs test local-dir:") == 1
+        # What the command reads, and what the export alone cannot give.
+        assert load_model(folder, inference_masking="run").masking.state
+    assert export_command.main([str(folder)]) == 0
+    again = (folder / "export" / "README.md").read_text()
+    assert again.partition("## Scores")[0] == card.partition("## Scores")[0]
+
+
 def test_changed_architecture_options_are_in_the_config(tmp_path, world):
     folder = run(
         tmp_path,
@@ -274,15 +311,16 @@ def test_an_export_is_not_replaced_by_an_older_checkpoints(tmp_path, finished_ru
 
 def test_a_checkpoint_without_a_record_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no record"):
-        export.write_export({"state_dict": {}, "name": "x"}, tmp_path / "export")
+        export.write_export({"state_dict": {}, "name": "x"}, tmp_path / "export", found=None)
     assert not (tmp_path / "export").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_not_exported(tmp_path, value):
     weights = {"visual.proj": torch.tensor([0.0, value])}
+    content = {"state_dict": weights, "clip_pgs": {}}
     with pytest.raises(ValueError, match=r"not exported: state_dict/visual\.proj holds 1 NaN"):
-        export.write_export({"state_dict": weights, "clip_pgs": {}}, tmp_path / "export")
+        export.write_export(content, tmp_path / "export", found=None)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -112,7 +112,11 @@ def open_clip_config(options: TrainOptions, model: Any = None) -> dict[str, Any]
 
 
 def write_export(
-    checkpoint: dict[str, Any], folder: Path, *, license_name: str | None = None
+    checkpoint: dict[str, Any],
+    folder: Path,
+    *,
+    found: str | None,
+    license_name: str | None = None,
 ) -> Path:
     """Write a checkpoint's model as OpenCLIP's files, whole or not at all.
 
@@ -120,6 +124,7 @@ def write_export(
         checkpoint: From `pack_checkpoint` or `load_checkpoint`, with this trainer's record.
         folder: Written beside itself first. Of one that is there, files of these names are
             replaced, and others stay.
+        found: What the masking found in training, from `found_in_training`.
         license_name: Of the weights, as the Hub calls it; None states none.
 
     Returns:
@@ -140,7 +145,7 @@ def write_export(
     with atomic_folder(folder) as unfinished:
         name = str(checkpoint.get("name", ""))
         with explained("its clip_pgs record cannot be described", *MISFITS, jinja2.TemplateError):
-            card = write_model_card(name, record, license_name=license_name)
+            card = write_model_card(name, record, found=found, license_name=license_name)
         _write_files(checkpoint, record, card, unfinished)
         if folder.exists():
             names = {path.name for path in unfinished.iterdir()}
@@ -201,6 +206,7 @@ def write_model_card(
     name: str,
     record: Mapping[str, Any],
     *,
+    found: str | None = None,
     license_name: str | None = None,
     scores: Sequence[EvalResult] = (),
 ) -> str:
@@ -209,6 +215,7 @@ def write_model_card(
     Args:
         name: The run's name.
         record: What the run stored under "clip_pgs" in its checkpoint.
+        found: What the masking found in training, from `found_in_training`.
         license_name: Of the weights, as the Hub calls it; None states none.
         scores: What the model reached.
     """
@@ -245,6 +252,7 @@ def write_model_card(
         is_mae=is_mae,
         folder=_FOLDER,
         command=_test_command(record),
+        found=found,
         scores=scores,
         history=history_of(record),
         training={"masking": record["masking"], **options, **record["data"], **record["recipe"]},
@@ -281,6 +289,26 @@ def _test_command(record: Mapping[str, Any]) -> str:
         pairs = (shlex.quote(f"{name}={value}") for name, value in options.items())
         command.append(f"--inference-masking-option {' '.join(pairs)}")
     return " ".join(command)
+
+
+def found_in_training(checkpoint: Mapping[str, Any]) -> str | None:
+    """Return what the masking of a checkpoint found that no export holds.
+
+    Args:
+        checkpoint: From `pack_checkpoint` or `load_checkpoint`.
+
+    Returns:
+        "teacher" or "thresholds"; None where it found nothing.
+    """
+    state = checkpoint.get("masking_state")
+    # A file of strangers holds anything.
+    parts = state if isinstance(state, Mapping) else {}
+    if parts.get("teacher"):
+        return "teacher"
+    numbers = parts.get("strategy")
+    # A strategy that was given its threshold has lists, and nothing in them.
+    has_some = isinstance(numbers, Mapping) and any(map(bool, numbers.values()))
+    return "thresholds" if has_some else None
 
 
 def _share(part: float, whole: float) -> str:
@@ -323,11 +351,13 @@ def export_run(run_folder: Path, *, license_name: str | None = None) -> Path:
             )
     checkpoint = load_checkpoint(path)
     with explained(str(path)):
-        write_export(checkpoint, folder, license_name=license_name)
+        found = found_in_training(checkpoint)
+        write_export(checkpoint, folder, found=found, license_name=license_name)
     if scores := _scores(run_folder / EVAL_NAME, folder):
         card = write_model_card(
             str(checkpoint.get("name", "")),
             checkpoint["clip_pgs"],
+            found=found,
             license_name=license_name,
             scores=scores,
         )

@@ -73,7 +73,7 @@ from clip_pgs.training.distributed import (
     shard_model,
     spans_machines,
 )
-from clip_pgs.training.export import write_export
+from clip_pgs.training.export import found_in_training, write_export
 from clip_pgs.training.loggers import (
     BestEffort,
     MetricLoggers,
@@ -299,6 +299,7 @@ class Trainer:
         # A place that is saved, or was never trained, needs no file of its own.
         self._saved_place = (self._first_epoch, self._first_position)
         self._saved_at = monotonic()
+        self._found = found_in_training(self._checkpoint or {})
         has_begun = self._saved_place > (0, 0)
         earlier = (self._checkpoint or {}).get("clip_pgs", {}) if has_begun else {}
         self._metrics: dict[str, float] = dict(earlier.get("metrics", {}))
@@ -547,6 +548,7 @@ class Trainer:
             record=self._record_now() if self._store is not None else {},
             window=self._telemetry.window if position > 0 else None,
         )
+        self._found = found_in_training(content)
         if self._store is not None:
             if self._lock is not None:
                 self._lock.keep()
@@ -657,7 +659,7 @@ class Trainer:
         if trouble is not None:
             raise BadNumbersError(f"no model is exported: {trouble}; {self._way_back()}")
         try:
-            export = write_export(checkpoint, self._folder / EXPORT_NAME)
+            export = write_export(checkpoint, self._folder / EXPORT_NAME, found=self._found)
         except (OSError, ValueError) as error:
             cure = f"clip-pgs export {self._folder} makes it from the checkpoint"
             if not is_saved:
