@@ -16,6 +16,7 @@ from PIL import Image
 from clip_pgs import PatchInputs, create_masking
 from clip_pgs.cli import main
 from clip_pgs.evaluation.models import load_model, weights_digest
+from clip_pgs.inspection.playground import Playground
 from clip_pgs.integrations.open_clip import apply_masking, last_selection, set_masking_noise
 from clip_pgs.integrations.open_clip.mae import (
     MaeModel,
@@ -134,11 +135,28 @@ def test_transformers_alone_opens_the_export_and_encodes_and_reconstructs_alike(
 
 
 def test_inspect_draws_the_patches_of_a_runs_images(trained, images, tmp_path, capsys):
-    argv = ["inspect", "masks", str(images / "00.png"), "--model", str(trained)]
-    assert main([*argv, "-o", str(tmp_path / "masks.png")]) == 0
-    assert Image.open(tmp_path / "masks.png").width > 64
-    assert main([*argv, "--progress", "1", "-o", str(tmp_path / "late.png")]) == 2
-    assert "masked in pretraining alone" in capsys.readouterr().err
+    argv = ["inspect", "masks", str(images / "00.png"), "--model", str(trained), "--maskings"]
+    drawn = []
+    for progress in ("0", "1"):
+        path = tmp_path / f"{progress}.png"
+        assert main([*argv, "pgs", "--stages", "--progress", progress, "-o", str(path)]) == 0
+        drawn.append(np.asarray(Image.open(path)))
+    # The embeddings of the run's own encoder took over.
+    assert not np.array_equal(*drawn)
+    assert main([*argv, "attentive", "-o", str(tmp_path / "none.png")]) == 2
+    assert "nothing trains an autoencoder's class token" in capsys.readouterr().err
+
+
+def test_the_page_that_counts_operations_refuses_a_run_by_its_name(trained):
+    with pytest.raises(ValueError, match=re.escape(f"inspect app cannot show {trained}: ")):
+        Playground(str(trained))
+
+
+def test_an_autoencoder_takes_no_masking_that_shows_another_number():
+    model = small_model()
+    for masked in (model, model.visual):
+        with pytest.raises(ValueError, match="masked in pretraining alone"):
+            apply_masking(masked, "random", mask_ratio=0.5)
 
 
 def test_a_checkpoint_opens_like_the_export_and_text_is_refused(trained):

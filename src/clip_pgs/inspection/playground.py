@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_pgs.common import one_sentence
+from clip_pgs.common import explained, one_sentence
 from clip_pgs.data.world.draw import draw_scene
 from clip_pgs.data.world.scene import make_scene
 from clip_pgs.figure import Column, draw_figure
@@ -86,7 +86,8 @@ class Playground:
             config = read_config(known)
             tower = build_image_tower(config.get("model_cfg", config), source=known)
         self._plain_flops = count_image_flops(tower.eval())
-        self._tower = apply_masking(tower, "random", when="always")
+        with explained(f"inspect app cannot show {source}"):
+            self._tower = apply_masking(tower, "random", when="always")
 
     def show(
         self,

@@ -28,7 +28,7 @@ from clip_pgs.common import check_choice, explained, silenced
 from clip_pgs.files import HF_CONFIG_NAME, read_json_object
 from clip_pgs.integrations import MAE_TYPE, is_mae_config
 from clip_pgs.integrations.mae import SIGNS, create_fitting_masking, patch_order
-from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid
+from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, unwrap
 from clip_pgs.integrations.open_clip.model_config import (
     MISFITS,
     Rule,
@@ -126,6 +126,9 @@ class MaskedMaeTower(MaskedTower, MaeTower):
     @staticmethod
     def check_model(model: nn.Module, strategy: MaskingStrategy, merge: Merge | None) -> None:
         """Refuse what does not show the model as many patches as it takes."""
+        # Whoever holds the tower alone looks at what a strategy chooses.
+        if not isinstance(unwrap(model), (MaeModel, MaeTower)):
+            return
         if not isinstance(strategy, MaeMasking) or merge is not None:
             raise ValueError(
                 "a masked autoencoder is masked in pretraining alone, and without merging; its "
