@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from clip_pgs.masking.schedule import scheduled_ratio
+from clip_pgs.masking.schedule import scheduled_levels, scheduled_ratio
 
 
 def levels(kind, *, num_levels, start=0.7, end=0.3, points=1000):
@@ -42,6 +42,18 @@ def test_without_an_end_the_start_holds():
 def test_every_level_lasts_equally_long():
     ratios = [scheduled_ratio(0.0, 0.5, progress=i / 30, num_levels=3) for i in range(30)]
     assert [ratios.count(ratio) for ratio in (0.0, 0.25, 0.5)] == [10, 10, 10]
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("num_steps", [1, 4, 10, 29, 300])
+@pytest.mark.parametrize("num_levels", [2, 3, 7, 10])
+def test_levels_last_as_many_steps_as_have_their_ratio(kind, num_steps, num_levels):
+    options = {"kind": kind, "num_levels": num_levels}
+    found = scheduled_levels(0.7, 0.3, num_steps=num_steps, **options)
+    steps = [
+        scheduled_ratio(0.7, 0.3, progress=step / num_steps, **options) for step in range(num_steps)
+    ]
+    assert [ratio for ratio, lasting in found for _ in range(lasting)] == pytest.approx(steps)
 
 
 @pytest.mark.parametrize(

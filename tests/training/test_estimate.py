@@ -31,7 +31,7 @@ def number(text):
 def test_what_is_said_is_what_the_run_takes(tmp_path, world, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     options = {"train_data": world.train_data, "masking": "pgs", "mask_ratio": 0.5, "epochs": 2}
-    checked = said(tmp_path, capsys, "--check-only", train_num_samples=32, **options)
+    checked = said(tmp_path, capsys, "--check-only", **options)
     tried = said(tmp_path, capsys, "--trial", **options)
     folder = run(tmp_path, **options)
     (file,) = folder.glob("checkpoints/epoch_2.pt")
@@ -49,6 +49,80 @@ def test_what_is_said_is_what_the_run_takes(tmp_path, world, capsys, monkeypatch
     assert number(checked["operations"].split(", ")[1]) >= cost["flops"] * 0.99
     assert number(tried["operations"]) == pytest.approx(cost["flops"], rel=0.1)
     assert f"{cost['steps']}, " in tried["masked steps"]
+
+
+def in_all(table):
+    """Return the operations of the whole run that a table tells."""
+    return number(re.search(r"([\d.]+ ?[kMGT]?)FLOP in ", table["operations"])[1])
+
+
+FALLING = {"masking": "pgs", "mask_schedule": "linear", "mask_ratio": 0.75, "mask_ratio_end": 0.25}
+RISING = {**FALLING, "mask_ratio": 0.25, "mask_ratio_end": 0.75}
+TUNED = {"unmasked_epochs": 1, "unmasked_warmup": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "tokens", "tried_tokens"),
+    [
+        ({"masking": "pgs"}, "8 of 16 patches", "8.0 of 16 patches"),
+        # A phase of four steps: two, one and one at these ratios.
+        (
+            {**FALLING, "mask_schedule_steps": 3},
+            "4 to 12 of 16 patches",
+            "4.0 to 12.0 of 16 patches",
+        ),
+        (
+            {**RISING, "mask_schedule_steps": 3},
+            "12 to 4 of 16 patches",
+            "12.0 to 4.0 of 16 patches",
+        ),
+        (
+            {"masking": "pgs", **TUNED},
+            "8 of 16 patches, all 16 when unmasked",
+            "8.0 of 16 patches",
+        ),
+        (
+            {**FALLING, **TUNED, "mask_schedule": "cosine", "mask_schedule_steps": 4},
+            "4 to 12 of 16 patches, all 16 when unmasked",
+            "4.0 to 12.0 of 16 patches",
+        ),
+        (
+            {"train_image_size": 16, **TUNED},
+            "4 of 4 patches, all 16 when unmasked",
+            "4.0 of 4 patches",
+        ),
+        ({"text_masking": "truncate", "text_tokens": 4, **TUNED}, "all patches", None),
+        ({**TUNED, "unmasked_batch_size": 4, "unmasked_accum_freq": 2}, "all patches", None),
+    ],
+    ids=[
+        "constant",
+        "falling",
+        "rising",
+        "unmasked",
+        "both",
+        "small-images",
+        "short-captions",
+        "accumulated",
+    ],
+)
+def test_the_total_holds_every_mask_ratio_and_phase(
+    tmp_path, world, capsys, monkeypatch, options, tokens, tried_tokens
+):
+    monkeypatch.delenv("RANK", raising=False)
+    options = {"train_data": world.train_data, "epochs": 1, "mask_ratio": 0.5, **options}
+    if "masking" not in options:
+        del options["mask_ratio"]
+    checked = said(tmp_path, capsys, "--check-only", train_num_samples=32, **options)
+    tried = said(tmp_path, capsys, "--trial", **options)
+    folder = run(tmp_path, **options)
+    (file,) = folder.glob(f"checkpoints/epoch_{1 + options.get('unmasked_epochs', 0)}.pt")
+    flops = torch.load(file, weights_only=True)["clip_pgs"]["cost"]["flops"]
+    # An upper bound, since captions may be short, and not a loose one.
+    assert flops * 0.995 <= in_all(checked) <= flops * 1.2
+    assert in_all(tried) == pytest.approx(flops, rel=0.02)
+    assert checked["tokens kept"] == tokens
+    assert tried.get("tokens kept") == tried_tokens
 
 
 @pytest.mark.parametrize(

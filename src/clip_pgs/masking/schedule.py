@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -56,3 +57,35 @@ def scheduled_ratio(
         share = (1 - math.cos(math.pi * float(share))) / 2
     # Exact at both ends; without a branch, a compiled model need not tell the levels apart.
     return start * (1 - share) + end * share
+
+
+def scheduled_levels(
+    start: float, end: float | None, *, num_steps: int, kind: str = "linear", num_levels: int = 5
+) -> list[tuple[float, int]]:
+    """Return the ratios of a training in their order, each with the steps that it lasts.
+
+    A training of few steps leaves levels out.
+
+    Args:
+        start: As for `scheduled_ratio`.
+        end: As for `scheduled_ratio`.
+        num_steps: Masked training steps.
+        kind: As for `scheduled_ratio`.
+        num_levels: As for `scheduled_ratio`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    if kind == "constant":
+        return [(start, num_steps)]
+    firsts = [math.ceil(num_steps * level / num_levels) for level in range(num_levels + 1)]
+    return [
+        (
+            scheduled_ratio(
+                start, end, progress=first / num_steps, kind=kind, num_levels=num_levels
+            ),
+            after - first,
+        )
+        for first, after in pairwise(firsts)
+        if after > first
+    ]

@@ -5,19 +5,26 @@ from __future__ import annotations
 import dataclasses
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from open_clip import get_input_dtype
 from open_clip_train.distributed import world_info_from_env
 from torch import Tensor, nn
 
-from clip_pgs.integrations.apply import last_selection, masking_or_none
-from clip_pgs.integrations.open_clip import allow_short_text
-from clip_pgs.integrations.open_clip.flops import count_sample_flops
+from clip_pgs.integrations.apply import masking_or_none
+from clip_pgs.integrations.open_clip import (
+    allow_short_text,
+    last_selection,
+    num_patches,
+    remove_masking,
+    set_mask_ratio,
+)
+from clip_pgs.integrations.open_clip.flops import count_flops
 from clip_pgs.tables import Table, counted, duration, scaled
 from clip_pgs.training.build import (
     build_model,
@@ -26,9 +33,16 @@ from clip_pgs.training.build import (
     input_size,
     supported_precision,
 )
+from clip_pgs.training.data_checks import (
+    has_training_data,
+    num_training_samples,
+    samples_per_step,
+)
+from clip_pgs.training.masks import mask_levels
 from clip_pgs.training.options import TrainOptions
-from clip_pgs.training.phases import phase_options, plan_phases
+from clip_pgs.training.phases import phase_options, plan_phases, total_epochs
 from clip_pgs.training.run_folder import keeps_logs
+from clip_pgs.training.step import Batch
 from clip_pgs.training.trainer import PhaseTrainer
 
 TRIAL_STEPS = 10
@@ -43,34 +57,16 @@ def estimate(options: TrainOptions, model: nn.Module) -> Table:
         model: As `check_options` returns it.
 
     Returns:
-        Parameters; tokens kept and operations per sample, each at most, in the masked phase;
-        disk for checkpoints; memory for weights, gradients and the two moments of AdamW.
+        Parameters; tokens kept and operations, each at most: per sample at the first and the last
+        mask ratio and in the unmasked phase, and in all; disk for checkpoints; memory for weights,
+        gradients and the two moments of AdamW.
     """
     rows = [("parameters", _parameters(model))]
-    if all(parameter.is_meta for parameter in model.parameters()):
-        dtype = get_input_dtype(options.precision)
-        images = torch.empty((2, 3, *input_size(options)), device="meta", dtype=dtype)
-        length = options.text_tokens or context_length(options)
-        texts = torch.zeros((2, length), dtype=torch.int64, device="meta")
-        masking = masking_or_none(model)
-        if masking is not None:
-            # Which patches they are is of no account, and no data says how many can be packed.
-            masking.pack_tokens = False
-        flops = count_sample_flops(
-            model if options.mae is not None else allow_short_text(model),
-            images,
-            texts,
-            is_masked=masking is not None,
-            extra_forward=options.accum_freq > 1,
-        )
-        operations = f"{scaled(flops.total, 'FLOP')} per sample"
-        if options.train_num_samples is not None:
-            total = flops.total * options.train_num_samples * options.epochs
-            operations += f", {scaled(total, 'FLOP')} in {counted(options.epochs, 'epoch')}"
-        rows += [("tokens kept", _tokens(model)), ("operations", operations)]
     weights = _num_bytes(model.state_dict().values())
     trained = _num_bytes(p for p in model.parameters() if p.requires_grad)
     state = weights + _ADAM_MOMENTS * trained
+    if all(parameter.is_meta for parameter in model.parameters()):
+        rows += _tokens_and_operations(options, model)
     rows += [
         ("checkpoints", _disk(options, state)),
         ("memory", f"{scaled(state + trained, 'B')} per device, and what a batch takes"),
@@ -82,7 +78,9 @@ def estimate(options: TrainOptions, model: nn.Module) -> Table:
 def trial(options: TrainOptions) -> Table:
     """Take a few steps of each phase on the run's device, and say what the run will take by them.
 
-    Nothing is written. Of several processes it is the first, which waits for no other.
+    Where a schedule changes the mask ratio, they are taken at the first and at the last one: one of
+    these takes the most memory. Nothing is written. Of several processes it is the first, which
+    waits for no other.
 
     Args:
         options: Checked; they are not changed.
@@ -98,61 +96,139 @@ def trial(options: TrainOptions) -> Table:
     parts = build_model(options, device)
     scaler = create_scaler(options.precision, device)
     rows: list[tuple[str, str]] = [("parameters", _parameters(parts.model))]
-    total, seconds_left, state = 0.0, 0.0, 0
+    total, seconds_left, state, has_untried = 0.0, 0.0, 0, False
     _, _, world_size = world_info_from_env()
     for planned in plan_phases(dataclasses.replace(options, world_size=world_size), parts):
         alone = dataclasses.replace(planned.options, world_size=1)
         phase = dataclasses.replace(planned, options=alone)
         trainer = PhaseTrainer(phase, parts, device, scaler=scaler, checkpoint=None)
-        trainer.start_epoch(phase.first_epoch)
-        seconds: list[float] = []
-        kept: list[Tensor] = []
-        trainer.follow_schedule()
-        for _ in range(min(TRIAL_STEPS, trainer.steps_left)):
-            started = perf_counter()
-            batches, _ = trainer.next_batches()
-            kept += trainer.train_step(batches).kept_counts
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(perf_counter() - started)
-        flops = trainer.count_flops(*batches[0])
-        # The first steps compile, and fill the loader.
-        each = median(seconds[len(seconds) // 2 :])
-        samples = planned.num_steps * planned.samples_per_step
-        total += samples * flops.total
-        seconds_left += phase.num_steps * each
+        levels = mask_levels(phase.options, num_steps=phase.num_steps)
+        flops: list[float] = []
+        tried: list[_Tried] = []
+        step = 0
+        for number, (_, num_steps) in enumerate(levels):
+            if number in (0, len(levels) - 1):
+                trainer.start_epoch(phase.first_epoch)
+                trainer.go_to(step)
+                tried.append(_try_level(trainer, device, num_steps=num_steps))
+            trainer.go_to(step)
+            trainer.follow_schedule()
+            flops.append(trainer.count_flops(*tried[-1].batch).total)
+            step += num_steps
+        # Sorted, since a mask ratio may rise.
+        few, many = sorted([(flops[0], tried[0].seconds), (flops[-1], tried[-1].seconds)])
+        each = np.interp(flops, [few[0], many[0]], [few[1], many[1]])
+        for (_, num_steps), operations, step_seconds in zip(levels, flops, each, strict=True):
+            total += num_steps * planned.samples_per_step * operations
+            seconds_left += num_steps * float(step_seconds)
+        has_untried = has_untried or len(levels) > 2
         moments = (v for s in trainer.optimizer.state.values() for v in s.values())
         weights = _num_bytes(parts.model.state_dict().values())
         state = max(state, weights + _num_bytes(v for v in moments if isinstance(v, Tensor)))
-        if kept and trainer.masks is not None:
-            mean = torch.cat(kept).float().mean().item()
-            rows.append(("tokens kept", f"{mean:.1f} of {trainer.masks.num_patches} patches"))
-        rows.append((f"{phase.name} steps", f"{phase.num_steps}, {each:.3g} s each"))
+        if trainer.masks is not None:
+            means = _span([f"{end.tokens_kept:.1f}" for end in tried])
+            rows.append(("tokens kept", f"{means} of {trainer.masks.num_patches} patches"))
+        times = _span([f"{end.seconds:.3g} s" for end in tried])
+        rows.append((f"{phase.name} steps", f"{phase.num_steps}, {times} each"))
         phase.stream.close()
     rows += [
         ("operations", f"{scaled(total, 'FLOP')} in all"),
         ("checkpoints", _disk(options, state)),
-        ("memory", f"{scaled(_peak(device), 'B')} on {device.type} at most"),
+        ("memory", f"{scaled(_peak(device), 'B')} on {device.type} at the peak of these steps"),
         ("time", f"{duration(seconds_left)}, without validation and saving"),
     ]
-    return Table.of(("this run", "will take"), rows)
+    notes = [
+        "Steps were taken at the first and the last mask ratio. The time at those between follows "
+        "from their operations."
+    ]
+    return Table.of(("this run", "will take"), rows, notes=notes if has_untried else [])
+
+
+class _Tried(NamedTuple):
+    """What a few steps at one mask ratio took: each of them, and the patches kept of an image."""
+
+    seconds: float
+    tokens_kept: float
+    batch: Batch
+
+
+def _try_level(trainer: PhaseTrainer, device: torch.device, *, num_steps: int) -> _Tried:
+    seconds: list[float] = []
+    kept: list[Tensor] = []
+    trainer.follow_schedule()
+    for _ in range(min(TRIAL_STEPS, trainer.steps_left, num_steps)):
+        started = perf_counter()
+        batches, _ = trainer.next_batches()
+        kept += trainer.train_step(batches).kept_counts
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(perf_counter() - started)
+    mean = torch.cat(kept).float().mean().item() if kept else 0.0
+    # The first steps compile, and fill the loader.
+    return _Tried(median(seconds[len(seconds) // 2 :]), mean, batches[0])
+
+
+def _tokens_and_operations(options: TrainOptions, model: nn.Module) -> list[tuple[str, str]]:
+    """Return the rows of both, counted on the meta device; unmasked epochs unmask the model."""
+    num_samples = num_training_samples(options) if has_training_data(options) else None
+    total = 0.0
+    tokens: list[str] = []
+    operations: list[str] = []
+    for phase in phase_options(options):
+        when = "" if phase is options else " when unmasked"
+        if when and options.changes_tower:
+            remove_masking(model)
+            tokens.append(f"all {num_patches(model)}{when}")
+        num_steps = (num_samples or 0) // samples_per_step(phase) * phase.epochs
+        flops: list[float] = []
+        kept: list[str] = []
+        at_most = ""
+        for ratio, steps in mask_levels(phase, num_steps=num_steps or phase.mask_schedule_steps):
+            if ratio is not None:
+                set_mask_ratio(model, ratio)
+            flops.append(_meta_flops(phase, model))
+            total += steps * samples_per_step(phase) * flops[-1]
+            if masking_or_none(model) is not None:
+                selection = last_selection(model)
+                assert selection is not None
+                # Before others are merged.
+                kept.append(str(selection.index.shape[1]))
+                at_most = at_most if selection.valid is None else "at most "
+        if kept:
+            tokens.append(f"{at_most}{_span(kept)} of {num_patches(model)} patches")
+        each = f"{_span([scaled(value, 'FLOP') for value in flops])} per sample"
+        if each not in operations:
+            operations.append(f"{each}{when}")
+    if num_samples is not None:
+        operations.append(f"{scaled(total, 'FLOP')} in {counted(total_epochs(options), 'epoch')}")
+    tokens = tokens or ["all patches"]
+    return [("tokens kept", ", ".join(tokens)), ("operations", ", ".join(operations))]
+
+
+def _meta_flops(options: TrainOptions, model: nn.Module) -> float:
+    """Return the operations of one sample, its caption and count of patches as long as can be."""
+    dtype = get_input_dtype(options.precision)
+    images = torch.empty((2, 3, *input_size(options)), device="meta", dtype=dtype)
+    length = options.text_tokens or context_length(options)
+    texts = torch.zeros((2, length), dtype=torch.int64, device="meta")
+    masking = masking_or_none(model)
+    if masking is not None:
+        # Which patches they are is of no account, and no data says how many can be packed.
+        masking.pack_tokens = False
+    model = model if options.mae is not None else allow_short_text(model)
+    return count_flops(model, images, texts, extra_forward=options.accum_freq > 1)
+
+
+def _span(figures: Sequence[str]) -> str:
+    """Return the first and the last of them, or one where they are alike."""
+    first, last = figures[0], figures[-1]
+    return first if first == last else f"{first} to {last}"
 
 
 def _parameters(model: nn.Module) -> str:
     every = [*model.parameters()]
     trained = sum(p.numel() for p in every if p.requires_grad)
     return f"{scaled(sum(p.numel() for p in every))}, {scaled(trained)} of them trained"
-
-
-def _tokens(model: nn.Module) -> str:
-    """Return how many patches the image tower was just given, before others are merged."""
-    masking = masking_or_none(model)
-    if masking is None:
-        return "all patches"
-    selection = last_selection(model)
-    assert selection is not None
-    text = f"{selection.index.shape[1]} of {masking.grid.num_patches} patches"
-    return text if selection.valid is None else f"at most {text}"
 
 
 def _disk(options: TrainOptions, state: int) -> str:

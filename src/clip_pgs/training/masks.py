@@ -36,7 +36,7 @@ from clip_pgs.integrations.open_clip import (
 )
 from clip_pgs.masking import masking_options
 from clip_pgs.masking.sampling import paint_kept
-from clip_pgs.masking.schedule import scheduled_ratio
+from clip_pgs.masking.schedule import scheduled_levels, scheduled_ratio
 from clip_pgs.training.distributed import mean_over_ranks
 from clip_pgs.training.loggers import BestEffort
 from clip_pgs.training.options import TrainOptions
@@ -107,12 +107,8 @@ class StepMasks:
         options = self._options
         if options.mask_schedule == "constant":
             return False
-        assert options.mask_ratio_end is not None
-        start = options.masking_options.get(
-            "mask_ratio", masking_options(options.masking)["mask_ratio"]
-        )
         ratio = scheduled_ratio(
-            start,
+            _first_ratio(options),
             options.mask_ratio_end,
             progress=min(step / total_steps, 1.0),
             kind=options.mask_schedule,
@@ -174,6 +170,34 @@ class StepMasks:
             selection = last_selection(self._model)
             assert selection is not None
             self._kept[self._current] = selection.kept_counts()
+
+
+def mask_levels(options: TrainOptions, *, num_steps: int) -> list[tuple[float | None, int]]:
+    """Return a phase's mask ratios in their order, each with the steps that it lasts.
+
+    Args:
+        options: The phase's.
+        num_steps: Steps of the phase.
+
+    Returns:
+        A single ratio, None, where no schedule changes that of the strategy.
+    """
+    if options.mask_schedule == "constant":
+        return [(None, num_steps)]
+    return [
+        *scheduled_levels(
+            _first_ratio(options),
+            options.mask_ratio_end,
+            num_steps=num_steps,
+            kind=options.mask_schedule,
+            num_levels=options.mask_schedule_steps,
+        )
+    ]
+
+
+def _first_ratio(options: TrainOptions) -> float:
+    default = masking_options(options.masking)["mask_ratio"]
+    return options.masking_options.get("mask_ratio", default)
 
 
 class MaskPictures:

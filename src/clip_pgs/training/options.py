@@ -123,7 +123,8 @@ class TrainOptions(argparse.Namespace):
         config: options to start from, named like the flags; flags on the command line win; the name
             of a file of configs/train, such as demo, is found where there is no such file
         check_only: check every option, say what the run will cost, and leave; nothing is created
-        trial: the same, with time and memory measured by ten steps on the run's device
+        trial: the same, with time and memory measured on the run's device by ten steps of each
+            phase, and of a mask schedule's first and last ratio
         model: a model open_clip knows, or local-dir:FOLDER, or hf-hub:OWNER/NAME
         model_config: a model of your own, as an open_clip model config, or a masked autoencoder, as
             transformers' config of a ViT-MAE; its name is the file's

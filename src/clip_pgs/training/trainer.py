@@ -768,6 +768,10 @@ class PhaseTrainer:
         self.steps_left = (stream.num_batches_left or 0) // self._options.accum_freq
         self._next_step = self.phase.steps_before(epoch, position)
 
+    def go_to(self, step: int) -> None:
+        """Take the coming step for another of the phase, as a trial does; the data stays."""
+        self._next_step = self.phase.first_step + step
+
     def next_batches(self) -> tuple[list[Batch], float]:
         """Return the coming step's micro-batches, and the seconds it waited for them.
 
