@@ -433,3 +433,21 @@ def test_a_run_goes_on_with_another_batch_size_from_the_same_sample(
     assert shares[-1] == 100
     assert shares == sorted(set(shares))
     assert re.search(r"Training: 1 epoch of \d steps?, the first from sample 8 on", caplog.text)
+
+
+@pytest.mark.slow
+def test_a_contrastive_loss_over_smaller_batches_is_not_called_the_best(tmp_path, world, caplog):
+    options = {"train_data": world.train_data, "val_data": world.val_data, "resume": "latest"}
+    caplog.set_level("INFO")
+    run(tmp_path, epochs=1, **options)
+    run(tmp_path, epochs=2, batch_size=2, **options)
+    run(tmp_path, epochs=3, **options)
+    losses = re.findall(r"^clip_val_loss +([\d.]+) +(.*?) *$", caplog.text, re.M)
+    assert len(losses) == 3
+    (first, _), (second, best), (third, best_of_first_size) = losses
+    assert float(second) < float(first)
+    assert best == "*"
+    # Of the first and third epoch, whatever the second had.
+    assert best_of_first_size == ("*" if third <= first else f"{first} after epoch 1")
+    recalls = re.findall(r"^image_to_text_R@5 .*", caplog.text, re.M)
+    assert len(recalls) == 3

@@ -101,10 +101,11 @@ class JsonLines(MetricLogger):
     Args:
         path: The file; lines of steps that a resumed run is about to repeat are dropped.
         first_step: The step this launch starts at.
+        batch_size: Samples per process; some losses of a validation depend on it.
     """
 
-    def __init__(self, path: Path, *, first_step: int) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, first_step: int, batch_size: int) -> None:
+        self._path, self._batch_size = path, batch_size
         keep_lines_before(path, first_step)
 
     def train(self, values: Numbers, *, epoch: int, step: int) -> None:
@@ -115,7 +116,7 @@ class JsonLines(MetricLogger):
         """Append a line of kind "val"; its step is the last one taken."""
         entry = {"kind": "val", "epoch": epoch, "step": int(cost["steps"]) - 1}
         spent = {name: cost[name] for name in _COSTS}
-        self._append({**entry, **spent, **values})
+        self._append({**entry, **spent, "batch_size": self._batch_size, **values})
 
     def _append(self, entry: dict[str, Any]) -> None:
         append_line(self._path, json.dumps(entry))
@@ -143,7 +144,9 @@ class TensorBoard(MetricLogger):
             # The file may have been edited; TensorBoard counts in 64 bits.
             spent = (numbers.get("samples", -1), numbers.get("flops", -1) / _DRAWN_FLOPS)
             if all(0 <= amount < 2**63 for amount in spent):
-                values = {k: v for k, v in numbers.items() if k not in (*_COSTS, "step")}
+                values = {
+                    k: v for k, v in numbers.items() if k not in (*_COSTS, "batch_size", "step")
+                }
                 self._draw_costs(values, numbers)
 
     def train(self, values: Numbers, *, epoch: int, step: int) -> None:
@@ -243,7 +246,9 @@ class MetricLoggers:
             return
         targets = {target.strip() for target in options.report_to.split(",")}
         makers: dict[str, Callable[[], MetricLogger]] = {
-            METRICS_NAME: lambda: JsonLines(folder / METRICS_NAME, first_step=first_step)
+            METRICS_NAME: lambda: JsonLines(
+                folder / METRICS_NAME, first_step=first_step, batch_size=options.batch_size
+            )
         }
         if targets & {"tensorboard", "all"}:
             makers["tensorboard"] = lambda: TensorBoard(

@@ -623,7 +623,8 @@ class Trainer:
         if not metrics:
             return
         self._metrics = metrics
-        self._measured.append({"epoch": epoch, **metrics})
+        size = self._options.batch_size
+        self._measured.append({"epoch": epoch, "batch_size": size, **metrics})
         _logger.info("After epoch %d:\n\n%s", epoch, metrics_table(self._measured))
         self._telemetry.validation(metrics, epoch=epoch)
         if self._folder is not None:

@@ -37,8 +37,10 @@ from clip_pgs.training.stop import (
 )
 
 RESULTS_NAME = "results.jsonl"
-# What OpenCLIP puts beside its measurements.
-_COUNTS = ("epoch", "num_samples")
+# What stands beside measurements.
+_COUNTS = ("epoch", "num_samples", "batch_size")
+# Over the pairs of a batch, so that it grows with the logarithm of their number.
+_BATCH_LOSS = "clip_val_loss"
 
 _logger = logging.getLogger(__name__)
 
@@ -163,7 +165,8 @@ def metrics_table(measured: Sequence[Mapping[str, Any]]) -> str:
     has none, its sets.
 
     Args:
-        measured: Values by OpenCLIP's names, and the completed epochs as "epoch".
+        measured: Values by OpenCLIP's names, the completed epochs as "epoch" and, where it is
+            known, "batch_size": the contrastive loss is compared over batches of one size alone.
     """
     now = measured[-1]
     names = [name for name in now if name not in _COUNTS and not name.endswith("_rank")]
@@ -173,7 +176,12 @@ def metrics_table(measured: Sequence[Mapping[str, Any]]) -> str:
         if "/" in name and "/average" not in name and has_averages:
             continue
         sign = -1 if name.endswith("loss") else 1
-        scored = [entry for entry in measured if name in entry]
+        scored = [
+            entry
+            for entry in measured
+            if name in entry
+            and (name != _BATCH_LOSS or entry.get("batch_size") in (None, now.get("batch_size")))
+        ]
         best = max(scored, key=lambda entry: sign * entry[name])
         is_best = best[name] == now[name]
         earlier = f"{best[name]:.4f} after epoch {best['epoch']}"
