@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from clip_pgs.evaluation.models import load_model, weights_digest
 from clip_pgs.evaluation.results import DONE, Result, write_result
 from clip_pgs.training import export, export_command
+from clip_pgs.training.export import found_in_training
 from support.disk import files_limited_to
 from support.models import image_batch
 from support.runs import MODEL, pairs, run, write_model
@@ -386,3 +387,21 @@ def test_a_checkpoint_without_a_name_is_exported(tmp_path, finished_run):
     (tmp_path / "checkpoints").mkdir()
     torch.save(content, tmp_path / "checkpoints" / "epoch_2.pt")
     assert export_command.main([str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "found"),
+    [
+        (None, None),
+        (7, None),
+        ({"strategy": {"thresholds": []}}, None),
+        ({"strategy": {"thresholds": [0.5]}}, "thresholds"),
+        # Of a strategy of one's own.
+        ({"strategy": {"mean": torch.zeros(3)}}, "thresholds"),
+        ({"strategy": {"count": 0.0}}, "thresholds"),
+        ({"teacher": {"weight": torch.zeros(2)}}, "teacher"),
+        ({"teacher": torch.zeros(2), "strategy": 1}, "teacher"),
+    ],
+)
+def test_what_a_masking_found_is_told_whatever_a_checkpoint_holds(state, found):
+    assert found_in_training({"masking_state": state}) == found

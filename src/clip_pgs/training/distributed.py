@@ -48,7 +48,7 @@ def join_processes(options: TrainOptions) -> Iterator[tuple[torch.device, Proces
         This process's device, and the group of all processes.
     """
     # torch waits for the others where no handler of ours is heard; there is nothing to save.
-    waiting = signals_by_default() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else nullcontext()
+    waiting = nullcontext() if os.environ.get("WORLD_SIZE", "1") == "1" else signals_by_default()
     with waiting, warnings.catch_warnings():
         # It warns of what the run's log says: which device it fell back to.
         warnings.simplefilter("ignore")

@@ -303,12 +303,16 @@ def found_in_training(checkpoint: Mapping[str, Any]) -> str | None:
     state = checkpoint.get("masking_state")
     # A file of strangers holds anything.
     parts = state if isinstance(state, Mapping) else {}
-    if parts.get("teacher"):
+    if not _is_empty(parts.get("teacher")):
         return "teacher"
     numbers = parts.get("strategy")
     # A strategy that was given its threshold has lists, and nothing in them.
-    has_some = isinstance(numbers, Mapping) and any(map(bool, numbers.values()))
-    return "thresholds" if has_some else None
+    is_empty = not isinstance(numbers, Mapping) or all(map(_is_empty, numbers.values()))
+    return None if is_empty else "thresholds"
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, (Mapping, list, tuple)) and not value)
 
 
 def _share(part: float, whole: float) -> str:
