@@ -205,7 +205,7 @@ def damaged_entry(checkpoint: Mapping[str, Any], *, is_exported: bool = False) -
         if not isinstance(value, Real):
             return f"its clip_pgs record says {value!r} of {name}, which is no number"
     window = checkpoint.get("window") or {}
-    for name in _WINDOW - window.keys() if window else ():
+    for name in sorted(_WINDOW - window.keys()) if window else ():
         return f"its window has no {name!r}"
     for name, value in window.items():
         if not isinstance(value, Tensor) or value.numel() != 1:
