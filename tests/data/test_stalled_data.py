@@ -68,6 +68,21 @@ def test_worker_that_dies_is_named_with_what_it_was_reading(args):
         read_from(stream)
 
 
+def test_a_worker_that_dies_breaks_off_no_computation_but_the_next_read(args):
+    stream = open_stream(with_options(args, workers=1))
+    stream.start_at(0, 0)
+    batches = iter(stream)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        # The handler of the signal runs between two steps of this process.
+        sum(range(1000))
+    with pytest.raises(StalledDataError, match="a data worker died"):
+        list(batches)
+
+
 @pytest.mark.parametrize("error", [ConnectionResetError, EOFError])
 def test_worker_that_dies_while_its_batch_is_fetched_is_told(args, error):
     def fetch():

@@ -11,9 +11,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,48 @@ from clip_pgs.data.streaming import StreamingBatches
 _LOADER_ERROR = re.compile(r"DataLoader (timed out|worker \(pid)")
 # A worker that is told to leave while it stays at one sample for so long is not waited for.
 _LEAVE_SECONDS = 0.5
+
+
+class _WorkerDeaths:
+    """Lets torch raise the error of a dead worker where a batch is awaited, and nowhere else.
+
+    torch hears of it by a signal, and would raise in the middle of whatever the process computes.
+    """
+
+    def __init__(self) -> None:
+        self._raise: Callable[[int, FrameType | None], Any] | None = None
+        self._is_heard = self._has_come = False
+
+    def catch(self) -> None:
+        """Stand before torch's handler, which the first loader with workers sets."""
+        handler = signal.getsignal(signal.SIGCHLD)
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and callable(handler) and handler != self._note:
+            self._raise = handler
+            signal.signal(signal.SIGCHLD, self._note)
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Hear in the block of a worker that dies, or has died before it.
+
+        Raises:
+            RuntimeError: torch's, where one of a loader's died.
+        """
+        self._is_heard = True
+        try:
+            if self._has_come:
+                self._note(signal.SIGCHLD, None)
+            yield
+        finally:
+            self._is_heard = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._has_come = not self._is_heard
+        if self._is_heard and self._raise is not None:
+            self._raise(number, frame)
+
+
+_worker_deaths = _WorkerDeaths()
 
 
 @dataclass(eq=False)
@@ -127,12 +170,14 @@ class SampleStream:
 
     def _read_loader(self) -> Iterator[Batch]:
         self._reader = iter(self._loader)
+        _worker_deaths.catch()
         while True:
             what, timed_out = "", f"no batch for {self.timeout:g} seconds"
             # Samples seed the generators of the process that decodes them, which may be this one.
             limit = 0 if self.num_workers else self.timeout
             try:
-                with time_limit(limit, StalledDataError(timed_out)), _preserved_generators():
+                limited = time_limit(limit, StalledDataError(timed_out))
+                with limited, _preserved_generators(), _worker_deaths.heard():
                     batch = next(self._reader, None)
             except StalledDataError as error:
                 what = str(error)
@@ -144,7 +189,7 @@ class SampleStream:
             # The worker's end of what its batch comes through is gone. torch hears of its death by
             # a signal, and would raise an error anywhere.
             except (ConnectionError, EOFError):
-                with suppress(RuntimeError):
+                with suppress(RuntimeError), _worker_deaths.heard():
                     time.sleep(_LEAVE_SECONDS)
                 what = "a data worker died"
             # Out here, without the error, whose frames hold the workers.
