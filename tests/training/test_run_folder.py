@@ -96,6 +96,9 @@ def test_a_checkpoint_tells_what_a_run_was_before_it_was_resumed_with_other_opti
     # Another trainer's checkpoint, or weights alone.
     foreign = record_of({}, is_fresh=False, resume="logs/else/export/weights.pt")
     assert foreign["options"]["changes"] == [[None, {"resume": "else/export/weights.pt"}]]
+    # Of which a batch is a part.
+    together = record_of(branch, world_size=2)
+    assert together["options"]["changes"][1:] == [[7, {"world_size": 1}]]
 
 
 def test_a_run_that_exists_is_refused_with_the_two_ways_out(demo):

@@ -433,6 +433,9 @@ def describe_run(
         }
         seed = ((earlier or {}).get("recipe") or {}).get("seed")
         was |= {"seed": seed} if seed not in (None, options.seed) else {}
+        # Of which a batch, and without --gather-with-grad a gradient, are made.
+        size = (earlier or {}).get("world_size")
+        was |= {"world_size": size} if size not in (None, options.world_size) else {}
         kept = earlier_options.get("changes")
         changes = [*kept] if isinstance(kept, list) else []
         changes += [[(earlier or {}).get("cost", {}).get("steps"), was]] if was else []

@@ -82,6 +82,29 @@ def test_a_curve_is_the_mean_over_shared_sets_and_seeds(tmp_path):
     assert make_panel("linear-probe", models) is None
 
 
+def test_scores_of_the_end_of_training_stand_beside_later_ones_of_the_same_weights(tmp_path):
+    run = tmp_path / "mine"
+    digest = save_checkpoint(run, seed=3)
+    save_epochs(run, scores={4: (0.3, 0.4)})
+    save_epochs(run, scores={5: (0.5, 0.6)}, weights_digest=digest)
+    later = {"model": "mine", "weights_digest": digest, "pretrained": str(run / "export")}
+    results = [
+        make_result("shape", metrics={"acc1": 0.7}, **later),
+        make_result("color", metrics={"acc1": 0.2}, inference_masking="pgs 0.5", **later),
+    ]
+    save_results(run / "eval", results)
+    runs = {found.inference_masking: found for found in gather_runs([run])}
+    names = sorted(found.name for found in runs.values())
+    assert names == ["mine", "mine, through pgs 0.5"]
+    scores = {result.dataset: result.metrics["acc1"] for result in runs[""].results}
+    assert scores == {"shape": 0.7, "color": 0.6}
+    # Where the later evaluation was of a mask alone.
+    (run / "eval").rename(tmp_path / "eval")
+    save_epochs(run, scores={5: (0.5, 0.6)}, weights_digest=digest)
+    save_results(run / "eval", results[1:])
+    assert sorted(found.inference_masking for found in gather_runs([run])) == ["", "pgs 0.5"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "is_shown"), [((1, 2), True), ((2,), False)])
 def test_a_curve_of_two_points_or_more_is_drawn(tmp_path, epochs, is_shown):

@@ -319,12 +319,20 @@ def _read_folder(folder: Path) -> list[Result]:
     run = run_of_results(folder)
     if run is None:
         return results
-    if not results and folder.resolve() == run / EVAL_NAME:
-        epochs = _read_epochs(run)
-        return epochs[max(epochs)] if epochs else []
+    epochs = _read_epochs(run) if folder.resolve() == run / EVAL_NAME else {}
+    last = epochs[max(epochs)] if epochs else []
+    if not results:
+        return last
     # A run that was trained anew leaves the results of its old weights until they are redone.
-    digest = max(results, key=lambda result: result.date).weights_digest if results else ""
-    return [result for result in results if result.weights_digest == digest]
+    digest = max(results, key=lambda result: result.date).weights_digest
+    own = {_place_of(r): r for r in results if r.weights_digest == digest}
+    # What these weights scored at the end of training, and no later evaluation.
+    in_training = {_place_of(r): r for r in last if r.weights_digest == digest}
+    return list((own | {place: r for place, r in in_training.items() if place not in own}).values())
+
+
+def _place_of(result: Result) -> tuple[str, str, str]:
+    return result.suite, result.dataset, result.inference_masking
 
 
 def tell_left_out(place: Path, digest: str) -> None:
