@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +41,24 @@ def start_machine(command, folder, *, rank, port):
     machines |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=folder, env={**ENVIRONMENT, **machines}, **pipes)
+
+
+def wait_until_idle(folder, *, num_processes):
+    """Wait until the processes that train there are all there and take no processor time."""
+    spent, since = None, time.monotonic()
+    while time.monotonic() - since < 3:
+        now = {}
+        for place in Path("/proc").glob("[0-9]*"):
+            # It may have ended meanwhile.
+            with contextlib.suppress(OSError):
+                words = (place / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                is_there = any(folder in word for word in words)
+                if is_there and words[1:4:2] == ["-u", "clip_pgs.training"]:
+                    stat = (place / "stat").read_text().rpartition(")")[2].split()
+                    now[place.name] = sum(map(int, stat[11:13])) // 10
+        if now != spent or len(now) != num_processes:
+            spent, since = now, time.monotonic()
+        time.sleep(0.3)
 
 
 @pytest.mark.slow
@@ -86,7 +106,7 @@ def test_a_machine_that_waits_for_another_leaves_at_a_signal(tmp_path):
     flags, port = [str(flag) for flag in tiny_run(tmp_path, name="nodes")], free_port()
     (tmp_path / "sitecustomize.py").write_text(
         "import sys, time\n"
-        "if 'clip_pgs.training' in sys.orig_argv and '--check-only' not in sys.orig_argv:\n"
+        "if sys.orig_argv[1:4:2] == ['-u', 'clip_pgs.training']:\n"
         "    print('goes no further', flush=True)\n"
         "    time.sleep(200)\n"
     )
@@ -96,7 +116,7 @@ def test_a_machine_that_waits_for_another_leaves_at_a_signal(tmp_path):
     other = start_machine(stuck, tmp_path, rank=1, port=port)
     try:
         assert any("goes no further" in line for line in iter(other.stdout.readline, ""))
-        time.sleep(12)
+        wait_until_idle(str(tmp_path), num_processes=2)
         started = time.monotonic()
         waiting.terminate()
         output = waiting.communicate(timeout=60)[0]
@@ -104,8 +124,9 @@ def test_a_machine_that_waits_for_another_leaves_at_a_signal(tmp_path):
         assert waiting.returncode == 85
         assert output == "stopped by SIGTERM before the start\n"
     finally:
-        other.terminate()
-        other.communicate(timeout=60)
+        for machine in (waiting, other):
+            machine.terminate()
+            machine.communicate(timeout=60)
 
 
 @pytest.mark.slow
