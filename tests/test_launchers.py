@@ -112,7 +112,8 @@ def test_a_machine_that_waits_for_another_leaves_at_a_signal(tmp_path):
     )
     command = [sys.executable, "-m", "clip_pgs.cli", "train", *flags]
     waiting = start_machine(command, tmp_path, rank=0, port=port)
-    stuck = ["env", f"PYTHONPATH={tmp_path}:{ENVIRONMENT['PYTHONPATH']}", *command]
+    path = f"{tmp_path}:{ENVIRONMENT.get('PYTHONPATH', '')}"
+    stuck = ["env", f"PYTHONPATH={path}", *command]
     other = start_machine(stuck, tmp_path, rank=1, port=port)
     try:
         assert any("goes no further" in line for line in iter(other.stdout.readline, ""))

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from clip_pgs.data import commands
 from clip_pgs.data.tar import read_shard
 from support.processes import is_running
 from support.runs import flags
@@ -86,6 +88,8 @@ def test_a_check_that_waits_for_a_command_ends_with_it_and_by_the_name_of_the_si
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell lets what it starts in the background ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         while not (tmp_path / "begun").exists() and process.poll() is None:
             time.sleep(0.1)
@@ -97,17 +101,15 @@ def test_a_check_that_waits_for_a_command_ends_with_it_and_by_the_name_of_the_si
     assert errors.splitlines()[-1] == f"stopped by {name} before the start"
 
 
-def test_a_command_that_a_signal_ends_waits_for_the_one_to_this_process():
-    class Told(BaseException):
-        pass
+def test_a_command_that_a_signal_ends_waits_for_the_one_to_this_process(monkeypatch):
+    class WaitedError(BaseException):
+        """The signal, which comes while the reader waits."""
 
-    def note(*_):
-        raise Told
+    def sleep(seconds):
+        raise WaitedError
 
-    before = signal.signal(signal.SIGUSR2, note)
-    later = f"(sleep 0.5; kill -USR2 {os.getpid()}) >/dev/null &"
-    try:
-        with pytest.raises(Told):
-            list(read_shard(f"pipe:{later} kill -TERM $$"))
-    finally:
-        signal.signal(signal.SIGUSR2, before)
+    monkeypatch.setattr(commands, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    with pytest.raises(WaitedError):
+        list(read_shard("pipe:kill -TERM $$"))
+    (skip,) = read_shard("pipe:exit 3")
+    assert "exit 3" in skip.detail
