@@ -284,6 +284,12 @@ def find_weights(path: Path | str, *, is_checked: bool = True) -> Path:
         raise
 
 
+def recorded_config(content: Mapping[str, Any]) -> Any:
+    """Return the `open_clip_config` that this trainer adds to a checkpoint; None without one."""
+    record = content.get("clip_pgs")
+    return record.get("open_clip_config") if isinstance(record, dict) else None
+
+
 def config_of(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return what a file of weights records of its model, or the config beside it; else None.
 
@@ -291,8 +297,7 @@ def config_of(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
         path: The file.
         content: From `read_checkpoint`.
     """
-    record = content.get("clip_pgs")
-    config = record.get("open_clip_config") if isinstance(record, dict) else None
+    config = recorded_config(content)
     if config is None:
         # Of others' folders; what is wrong with it is told by who builds a model from it.
         with suppress(OSError, ValueError):

@@ -45,6 +45,8 @@ CONFIGS = next(p / "configs" for p in (_PACKAGE, _PACKAGE.parents[1]) if (p / "c
 
 # `timeout`, launchers and managers signal a process and its group; a human is slower.
 ECHO_SECONDS = 1.0
+# Models that bring their own weights, from the Hugging Face Hub or from a folder.
+MODEL_SCHEMAS = ("hf-hub:", "local-dir:")
 # The longest that an import keeps a signal waiting.
 _IMPORT_SECONDS = 10.0
 _POLL_SECONDS = 0.05
@@ -488,7 +490,7 @@ def history_of(record: Mapping[str, Any]) -> list[str]:
     """
     told, (data, options) = [], (record.get(part) for part in ("data", "options"))
     known, model = data if isinstance(data, Mapping) else {}, str(record.get("model"))
-    brings_weights = model.startswith(("hf-hub:", "local-dir:"))
+    brings_weights = model.startswith(MODEL_SCHEMAS)
     weights = model if brings_weights else known.get("pretrained")
     if weights:
         told.append(f"began with the weights {weights}")

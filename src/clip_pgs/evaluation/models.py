@@ -28,6 +28,7 @@ from clip_pgs.checkpoint_reading import (
     named_latest,
     newest_checkpoint,
     read_checkpoint,
+    recorded_config,
 )
 from clip_pgs.common import explained, is_first_process, literal, silenced
 from clip_pgs.evaluation.masked_inference import InferenceMasking, choose_masking
@@ -327,9 +328,7 @@ class _Checkpoint:
 def _read(path: Path) -> _Checkpoint:
     """Open a checkpoint; nothing in it is run, and weights are read when they are used."""
     content = read_checkpoint(path, use_mmap=True)
-    record = content.get("clip_pgs")
-    config = record.get("open_clip_config") if isinstance(record, dict) else None
-    return _Checkpoint(path, content["state_dict"], config)
+    return _Checkpoint(path, content["state_dict"], recorded_config(content))
 
 
 def _build_checkpoint(checkpoint: _Checkpoint, architecture: _Architecture) -> Built:

@@ -27,7 +27,7 @@ from clip_pgs.checkpoint_reading import (
     fit_weights,
     load_checkpoint,
 )
-from clip_pgs.common import explained
+from clip_pgs.common import MODEL_SCHEMAS, explained
 from clip_pgs.files import CHECKPOINTS_NAME, MODEL_CONFIG_NAME, read_json_object
 from clip_pgs.integrations.open_clip import (
     CaptionTrimmer,
@@ -46,7 +46,7 @@ from clip_pgs.masking import MaskingStrategy, create_masking
 from clip_pgs.training.chunked_loss import in_chunks
 from clip_pgs.training.distributed import ShardedModel
 from clip_pgs.training.masks import seed_everything
-from clip_pgs.training.options import MODEL_SCHEMAS, TrainOptions
+from clip_pgs.training.options import TrainOptions
 
 _logger = logging.getLogger(__name__)
 

@@ -26,7 +26,14 @@ from clip_pgs.checkpoint_reading import (
     load_checkpoint,
     newest_checkpoint,
 )
-from clip_pgs.common import check_choice, explained, is_first_process, one_sentence, silenced
+from clip_pgs.common import (
+    MODEL_SCHEMAS,
+    check_choice,
+    explained,
+    is_first_process,
+    one_sentence,
+    silenced,
+)
 from clip_pgs.data.text_masking import create_text_masking
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
@@ -74,7 +81,6 @@ from clip_pgs.training.data_checks import (
     training_files,
 )
 from clip_pgs.training.options import (
-    MODEL_SCHEMAS,
     NOT_FOR_AUTOENCODERS,
     TrainOptions,
     check_values,

@@ -33,7 +33,7 @@ from clip_pgs.checkpoint_reading import (
     named_latest,
     newest_checkpoint,
 )
-from clip_pgs.common import explained, history_of
+from clip_pgs.common import MODEL_SCHEMAS, explained, history_of
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
@@ -51,7 +51,7 @@ from clip_pgs.integrations.open_clip.model_config import IMAGE_SETTINGS, MISFITS
 from clip_pgs.tables import counted, percent
 from clip_pgs.training.build import autoencoder_record, logit_options
 from clip_pgs.training.checkpoint import damaged_entry
-from clip_pgs.training.options import MODEL_SCHEMAS, TrainOptions
+from clip_pgs.training.options import TrainOptions
 
 CARD_NAME = "README.md"
 _TEMPLATE_NAME = "model_card.md.jinja"

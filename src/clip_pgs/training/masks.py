@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import random
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -172,7 +173,7 @@ class StepMasks:
             self._kept[self._current] = selection.kept_counts()
 
 
-def mask_levels(options: TrainOptions, *, num_steps: int) -> list[tuple[float | None, int]]:
+def mask_levels(options: TrainOptions, *, num_steps: int) -> Sequence[tuple[float | None, int]]:
     """Return a phase's mask ratios in their order, each with the steps that it lasts.
 
     Args:
@@ -184,15 +185,13 @@ def mask_levels(options: TrainOptions, *, num_steps: int) -> list[tuple[float | 
     """
     if options.mask_schedule == "constant":
         return [(None, num_steps)]
-    return [
-        *scheduled_levels(
-            _first_ratio(options),
-            options.mask_ratio_end,
-            num_steps=num_steps,
-            kind=options.mask_schedule,
-            num_levels=options.mask_schedule_steps,
-        )
-    ]
+    return scheduled_levels(
+        _first_ratio(options),
+        options.mask_ratio_end,
+        num_steps=num_steps,
+        kind=options.mask_schedule,
+        num_levels=options.mask_schedule_steps,
+    )
 
 
 def _first_ratio(options: TrainOptions) -> float:

@@ -14,6 +14,7 @@ from clip_pgs.checkpoint_reading import (
     find_weights,
     read_checkpoint,
 )
+from clip_pgs.common import MODEL_SCHEMAS
 from clip_pgs.data.build import dataset_kind
 from clip_pgs.data.shards import expand_shards, is_seekable
 from clip_pgs.integrations.open_clip.model_config import changed_model
@@ -29,7 +30,6 @@ from clip_pgs.training.data_checks import (
 from clip_pgs.training.export import open_clip_config
 from clip_pgs.training.options import (
     EVALUATION,
-    MODEL_SCHEMAS,
     RELEASED_MASKING,
     TrainOptions,
     flag_of,

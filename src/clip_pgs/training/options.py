@@ -22,7 +22,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from clip_pgs.common import Pairs, check_choice, expand_home, find_config
+from clip_pgs.common import MODEL_SCHEMAS, Pairs, check_choice, expand_home, find_config
 from clip_pgs.files import read_json_object
 from clip_pgs.integrations import is_mae_config
 from clip_pgs.integrations.open_clip_options import (
@@ -34,8 +34,6 @@ from clip_pgs.integrations.open_clip_options import (
 from clip_pgs.registry import MASK_SCHEDULES, explained_arguments, registered_names
 from clip_pgs.training.config import config_arguments, nearest_names
 
-# Models that bring their own weights, from a folder or from the Hugging Face Hub.
-MODEL_SCHEMAS = ("hf-hub:", "local-dir:")
 RELEASED_MASKING = "pgs-released"
 
 # A run that goes on with another value is another experiment under an old name.

@@ -29,6 +29,7 @@ from clip_pgs.checkpoint_reading import file_digest
 from clip_pgs.common import (
     as_plain,
     changed_values,
+    changes_of,
     experiment_of,
     last_parts,
     without_texts,
@@ -51,7 +52,13 @@ from clip_pgs.masking.strategy import masking_class
 from clip_pgs.registry import own_code
 from clip_pgs.tables import counted
 from clip_pgs.training.build import is_on_cpu, model_digest
-from clip_pgs.training.data_checks import has_training_data, training_indexes, training_kind
+from clip_pgs.training.data_checks import (
+    has_training_data,
+    training_files,
+    training_indexes,
+    training_kind,
+)
+from clip_pgs.training.distributed import ProcessGroup
 from clip_pgs.training.export import open_clip_config, tokenizer_source
 from clip_pgs.training.loggers import BestEffort
 from clip_pgs.training.options import (
@@ -62,7 +69,7 @@ from clip_pgs.training.options import (
     names_below,
     names_of,
 )
-from clip_pgs.training.stop import LAUNCH_FOLDER
+from clip_pgs.training.stop import LAUNCH_FOLDER, BadInputError
 
 _logger = logging.getLogger(__name__)
 
@@ -72,6 +79,11 @@ _CODE = "code of"
 # Of a model's folder: its config, and what tokenizers read.
 _READ_ENDINGS = (".json", ".txt", ".model")
 _MAX_NAMED = 4
+# What beside the options of the experiment must be the same in all processes.
+_ALIKE = (
+    *("fsdp", "loss_chunk", "pack_tokens", "grad_checkpointing", "torchcompile"),
+    "ddp_static_graph",
+)
 _PACKAGES = ("open_clip_torch", "timm", "torchvision", "webdataset", "numpy")
 _RESTARTS = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm": "SLURM_RESTART_COUNT"}
 _LAUNCHES = {"torchrun": "TORCHELASTIC_RUN_ID", "slurm": "SLURM_JOB_ID"}
@@ -397,6 +409,27 @@ def changed_record(options: TrainOptions, record: Mapping[str, Any]) -> list[str
     return model + changed_values(_without_places(saved, named), _without_places(now, named))
 
 
+def check_alike(options: TrainOptions, group: ProcessGroup) -> None:
+    """Refuse processes of several machines that were started for different runs.
+
+    Raises:
+        BadInputError: On each of them, with the first process that is not as process 0 is.
+    """
+    files = training_files(options) if has_training_data(options) else []
+    own = {name: getattr(options, name) for name in _ALIKE}
+    # A run that is scored in training was named by each process.
+    own |= {} if options.eval_suite is not None else {"name": options.name}
+    first = group.broadcast({**options_to_compare(options, files=files), **own})
+    changes = changed_options(options, first, files=files or None)
+    changes += changed_recipe(options, first) + changed_values(first, own)
+    for rank, text in enumerate(group.gather(", ".join(changes))):
+        if text:
+            raise BadInputError(
+                f"process {rank} was started otherwise than process 0: {text}; start the same "
+                "command, with the same data, on every machine"
+            )
+
+
 def _changes(options: TrainOptions, saved: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return changed_values(saved, {name: getattr(options, name) for name in names})
 
@@ -436,8 +469,7 @@ def describe_run(
         # Of which a batch, and without --gather-with-grad a gradient, are made.
         size = (earlier or {}).get("world_size")
         was |= {"world_size": size} if size not in (None, options.world_size) else {}
-        kept = earlier_options.get("changes")
-        changes = [*kept] if isinstance(kept, list) else []
+        changes = [list(change) for change in changes_of(earlier_options)]
         changes += [[(earlier or {}).get("cost", {}).get("steps"), was]] if was else []
         experiment["changes"] = changes
     elif saved and not earlier:

@@ -29,7 +29,7 @@ from clip_pgs.checkpoint_reading import (
     named_tensors,
     newest_checkpoint,
 )
-from clip_pgs.common import changed_values, one_sentence
+from clip_pgs.common import one_sentence
 from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
 from clip_pgs.data.decoding import pixel_normalizer
 from clip_pgs.data.order import stable_seed
@@ -87,12 +87,10 @@ from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.phases import Phase, plan_phases, steps_after, total_epochs
 from clip_pgs.training.run_folder import (
     RunFiles,
-    changed_options,
-    changed_recipe,
+    check_alike,
     default_name,
     describe_run,
     keeps_logs,
-    options_to_compare,
     read_options_file,
     run_folder,
     save_indexes,
@@ -137,12 +135,6 @@ _BATCH_SECONDS = 5.0
 # Images may keep different counts, whose mean a few tell well enough.
 _FLOP_SAMPLES = 16
 
-# What beside the options of the experiment must be the same in all processes.
-_ALIKE = (
-    *("fsdp", "loss_chunk", "pack_tokens", "grad_checkpointing", "torchcompile"),
-    "ddp_static_graph",
-)
-
 _logger = logging.getLogger(__name__)
 
 
@@ -176,7 +168,8 @@ def train(
         is_main = options.rank == 0
         report.rank = options.rank
         meet_machines(group)
-        _check_alike(options, group)
+        if spans_machines():
+            check_alike(options, group)
         options.name = group.broadcast(options.name or default_name(options))
         folder = run_folder(options)
         sentences = option_warnings(options) if is_main else []
@@ -219,29 +212,6 @@ def train(
                     evaluate_only(options, device, folder, group, signals, evaluate=evaluate)
                     group.barrier()
     return folder
-
-
-def _check_alike(options: TrainOptions, group: ProcessGroup) -> None:
-    """Refuse machines that were started for different runs.
-
-    Raises:
-        BadInputError: On each of them, with the first process that is not as process 0 is.
-    """
-    if not spans_machines():
-        return
-    files = training_files(options) if has_training_data(options) else []
-    own = {name: getattr(options, name) for name in _ALIKE}
-    # A run that is scored in training was named by each process.
-    own |= {} if options.eval_suite is not None else {"name": options.name}
-    first = group.broadcast({**options_to_compare(options, files=files), **own})
-    changes = changed_options(options, first, files=files or None)
-    changes += changed_recipe(options, first) + changed_values(first, own)
-    for rank, text in enumerate(group.gather(", ".join(changes))):
-        if text:
-            raise BadInputError(
-                f"process {rank} was started otherwise than process 0: {text}; start the same "
-                "command, with the same data, on every machine"
-            )
 
 
 class Trainer:

@@ -325,14 +325,13 @@ def _read_folder(folder: Path) -> list[Result]:
         return last
     # A run that was trained anew leaves the results of its old weights until they are redone.
     digest = max(results, key=lambda result: result.date).weights_digest
-    own = {_place_of(r): r for r in results if r.weights_digest == digest}
-    # What these weights scored at the end of training, and no later evaluation.
-    in_training = {_place_of(r): r for r in last if r.weights_digest == digest}
-    return list((own | {place: r for place, r in in_training.items() if place not in own}).values())
-
-
-def _place_of(result: Result) -> tuple[str, str, str]:
-    return result.suite, result.dataset, result.inference_masking
+    kept: dict[tuple[str, str, str], Result] = {}
+    # After them, what these weights scored at the end of training and in no later evaluation.
+    for result in (*results, *last):
+        if result.weights_digest == digest:
+            place = (result.suite, result.dataset, result.inference_masking)
+            kept.setdefault(place, result)
+    return list(kept.values())
 
 
 def tell_left_out(place: Path, digest: str) -> None:
