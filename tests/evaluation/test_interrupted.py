@@ -12,6 +12,7 @@ import pytest
 
 from clip_pgs.evaluation import evaluate, load_suite
 from clip_pgs.evaluation.__main__ import main
+from support.encoding import count_images
 
 
 @pytest.fixture
@@ -185,6 +186,21 @@ def test_a_set_that_is_gone_takes_no_finished_number_away(score, sets, tmp_path)
     content = json.loads((tmp_path / "out/zeroshot_classification_six.json").read_text())
     assert content["status"] == "done"
     assert content["metrics"]["acc1"] == 0.75
+
+
+def test_results_and_features_of_older_rules_are_made_anew(color_model, six, tmp_path, monkeypatch):
+    def num_seen(**options):
+        counts = count_images(color_model)
+        evaluate(color_model, six, output=tmp_path / "out", workers=0, **options)
+        return sum(counts)
+
+    with monkeypatch.context() as patch:
+        for module in ("features", "runner"):
+            patch.setattr(f"clip_pgs.evaluation.{module}.RULES", 3)
+        assert num_seen() == 12
+        assert num_seen(force=True) == 0
+    assert num_seen() == 12
+    assert num_seen(force=True) == 0
 
 
 def test_a_damaged_result_file_is_written_anew(score, tmp_path):

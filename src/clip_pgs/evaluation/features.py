@@ -1,9 +1,9 @@
 """Image and text features of one model, computed once and shared by every suite.
 
 What is kept goes by content. A key is a digest of the weights, the architecture, the transform, the
-data, the precision, the device type, the versions of the packages at work, and the mask if images
-are encoded through one: a path takes no part in it, so that another checkpoint under an old name
-finds nothing.
+data, the precision, the device type, the number of the rules, the versions of the packages at work,
+and the mask if images are encoded through one: a path takes no part in it, so that another
+checkpoint under an old name finds nothing.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ from clip_pgs.tables import counted
 
 logger = logging.getLogger(__name__)
 
+# Raise it when a suite's rules change, how pictures are read, or what a result tells: results and
+# features of before are then made anew.
+RULES = 4
 # Files above this size are sampled: reading all of ImageNet would take as long as encoding it.
 _WHOLE_FILE_BYTES = 256 * 2**20
 _BLOCK_BYTES, _NUM_BLOCKS = 2**20, 64
@@ -292,7 +295,7 @@ class FeatureCache:
         self.folder = folder
         self.transform = transform_description(loaded.transform)
         self.fingerprint = model_fingerprint(loaded.model)
-        self._model = [self.fingerprint, self.transform, device.type, amp]
+        self._model = [RULES, self.fingerprint, self.transform, device.type, amp]
         self._model += [version(package) for package in _PACKAGES]
         if loaded.masking is not None:
             self._model.append(loaded.masking.description())

@@ -36,6 +36,7 @@ from clip_pgs.evaluation.datasets import (
     server_versions,
 )
 from clip_pgs.evaluation.features import (
+    RULES,
     Encoder,
     NonFiniteFeaturesError,
     content_digest,
@@ -62,8 +63,6 @@ logger = logging.getLogger(__name__)
 
 FEATURES_NAME = "features"
 ERRORS_NAME = "errors.log"
-# Raise it when a suite's rules change, or what a result tells, so that older ones are redone.
-_RULES = 3
 # torchrun looks after its processes several times a second.
 _LOST_SECONDS = 10
 # Shards of a split that a server is asked about.
@@ -209,7 +208,7 @@ class _Evaluation:
         self._folder = folder
         self._is_forced = is_forced
         self._model_identity = [
-            _RULES,
+            RULES,
             encoder.cache.fingerprint,
             encoder.cache.transform,
             _tokenizer_description(loaded.tokenizer),
