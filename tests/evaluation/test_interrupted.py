@@ -188,6 +188,33 @@ def test_a_set_that_is_gone_takes_no_finished_number_away(score, sets, tmp_path)
     assert content["metrics"]["acc1"] == 0.75
 
 
+@pytest.mark.parametrize("harm", ["missing", "failed"])
+def test_weights_without_a_number_take_that_of_earlier_ones_away_from_nobody(
+    score, color_model, sets, tmp_path, harm
+):
+    score()
+    path, aside = (
+        tmp_path / f"out/zeroshot_classification_six{ending}.json" for ending in ("", "@unscored")
+    )
+    finished = path.read_bytes()
+    color_model.model.colors.data = color_model.model.colors.data.roll(1, dims=0)
+    (sets / "six").rename(sets / "kept")
+    if harm == "failed":
+        shutil.copytree(sets / "kept", sets / "six")
+        (sets / "six/classnames.txt").write_text("a\nb\n")
+    for _ in range(2):
+        (result,), _ = score()
+        assert result.status == harm
+        assert path.read_bytes() == finished
+        assert json.loads(aside.read_text())["status"] == harm
+        assert f",{harm}," in (tmp_path / "out/results.csv").read_text()
+    shutil.rmtree(sets / "six", ignore_errors=True)
+    (sets / "kept").rename(sets / "six")
+    (result,), _ = score()
+    assert json.loads(path.read_text())["metrics"] == result.metrics
+    assert not aside.exists()
+
+
 def test_results_and_features_of_older_rules_are_made_anew(color_model, six, tmp_path, monkeypatch):
     def num_seen(**options):
         counts = count_images(color_model)

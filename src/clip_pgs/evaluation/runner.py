@@ -357,17 +357,19 @@ class _Evaluation:
     def _write(self, result: Result, eval_set: EvalSet) -> Result:
         if self._folder is None:
             return result
-        earlier = self._read(eval_set)
-        if (
-            result.status == MISSING
-            and earlier is not None
-            and earlier.status == DONE
-            and earlier.weights_digest == result.weights_digest
-        ):
-            # A disk that is not mounted today takes no finished number away.
-            return result
+        earlier, path = self._read(eval_set), self._path(self._folder, eval_set)
+        aside = path.with_name(f"{path.stem}@unscored.json")
+        if result.status != DONE and earlier is not None and earlier.status == DONE:
+            if earlier.weights_digest != result.weights_digest:
+                # Weights without a number take no finished one of other weights away.
+                path = aside
+            elif result.status == MISSING:
+                # Nor does a disk that is not mounted today.
+                return result
         try:
-            write_result(result, self._path(self._folder, eval_set))
+            write_result(result, path)
+            if path != aside:
+                aside.unlink(missing_ok=True)
         except OSError as error:
             reason = f"cannot write the result: {error}"
             return replace(result, status=FAILED, error=reason)
