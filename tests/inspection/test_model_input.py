@@ -116,6 +116,12 @@ def test_a_config_without_what_the_tower_needs_is_refused_by_that_name(tmp_path,
             read(str(tmp_path / "odd.json"))
 
 
+def test_a_config_of_transformers_is_asked_for_what_makes_an_image_tower(tmp_path):
+    write_json(tmp_path / "mae.json", {"model_type": "vit_mae", "hidden_size": 16})
+    with pytest.raises(ValueError, match=r"mae\.json is no model config: it has no vision_cfg"):
+        read_model_input(str(tmp_path / "mae.json"))
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

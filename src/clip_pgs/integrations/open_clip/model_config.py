@@ -419,7 +419,7 @@ def build_image_tower(config: Any, *, source: str) -> Any:
     Raises:
         ValueError: If it is no such config, or open_clip cannot build the image tower.
     """
-    needed = ("embed_dim", "vision_cfg")
+    needed = ("vision_cfg", "embed_dim")
     for key in needed:
         if not isinstance(config, dict) or config.get(key) is None:
             raise ValueError(f"{source} is no model config: it has no {key}")
