@@ -490,8 +490,7 @@ def history_of(record: Mapping[str, Any]) -> list[str]:
     """
     told, (data, options) = [], (record.get(part) for part in ("data", "options"))
     known, model = data if isinstance(data, Mapping) else {}, str(record.get("model"))
-    brings_weights = model.startswith(MODEL_SCHEMAS)
-    weights = model if brings_weights else known.get("pretrained")
+    weights = model if model.startswith(MODEL_SCHEMAS) else known.get("pretrained")
     if weights:
         told.append(f"began with the weights {weights}")
     for step, was in changes_of(options):

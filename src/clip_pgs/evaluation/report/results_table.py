@@ -179,14 +179,13 @@ def models_table(models: Sequence[Model]) -> Table:
         for model in models
         for facts in [_facts(model)]
     ]
-    told = (f"{model.name} {'; '.join(model.training.history)}." for model in models)
     return Table.of(
         [*header, "hardware", "masking", "masking at inference", "FLOP per image", "seeds"],
         rows,
         caption="What stands behind each model",
         notes=[
             "Runs that differ only in their seed are one row; costs are means of a run.",
-            *(line for line, model in zip(told, models, strict=True) if model.training.history),
+            *(f"{m.name} {'; '.join(m.training.history)}." for m in models if m.training.history),
         ],
     )
 
