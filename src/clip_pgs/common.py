@@ -72,7 +72,7 @@ def one_sentence(error: BaseException | str) -> str:
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if len(text) > _HEAD + _TAIL:
         return f"{text[:_HEAD]} ... {text[-_TAIL:]}"
-    return text or type(error).__name__
+    return text or (type(error).__name__ if isinstance(error, BaseException) else "")
 
 
 def refusal_code(error: BaseException | str) -> int:

@@ -461,15 +461,12 @@ def _write_report(scored: Sequence[tuple[Path, list[Result]]], args: argparse.Na
     """Report on all that is known of these models by now, also from earlier calls."""
     if not any(result.status == DONE for _, results in scored for result in results):
         return
-    # File by file, as results of older weights may lie beside them.
-    sources = [
-        path
-        for output, results in scored
-        for path, result in result_files(output)
-        if result.weights_digest == results[0].weights_digest
-    ]
+    sources = []
     for output, results in scored:
-        tell_left_out(output, results[0].weights_digest)
+        digest, found = results[0].weights_digest, result_files(output)
+        # File by file, as results of older weights may lie beside them.
+        sources += [path for path, result in found if result.weights_digest == digest]
+        tell_left_out(output, [result for _, result in found], digest)
     if args.output is not None:
         folder = Path(args.output, REPORT_NAME)
     else:

@@ -105,6 +105,36 @@ def test_scores_of_the_end_of_training_stand_beside_later_ones_of_the_same_weigh
     assert sorted(found.inference_masking for found in gather_runs([run])) == ["", "pgs 0.5"]
 
 
+@pytest.mark.parametrize("status", ["missing", "failed"])
+def test_a_later_try_without_a_number_does_not_hide_the_score_of_the_end_of_training(
+    tmp_path, caplog, status
+):
+    run = tmp_path / "mine"
+    digest = save_checkpoint(run, seed=3)
+    save_epochs(run, scores={5: (0.5, 0.6)}, weights_digest=digest)
+    later = {"model": "mine", "weights_digest": digest, "date": "2026-12-01"}
+    lacking = make_result("shape", status=status, samples=0, **later)
+    # Those of one set differ by rounding, and are one score.
+    save_results(run / "eval", [lacking, make_result("color", metrics={"acc1": 0.601}, **later)])
+    (found,) = gather_runs([run])
+    assert {r.dataset: r.metrics["acc1"] for r in found.results} == {"shape": 0.5, "color": 0.601}
+    assert not caplog.messages
+
+
+def test_the_epoch_that_holds_scores_of_the_newest_weights_is_named(tmp_path, caplog):
+    run = save_run(tmp_path)
+    digest = save_checkpoint(run, samples=70_000)
+    record = torch.load(run / "checkpoints/epoch_5.pt")["clip_pgs"]
+    save_epochs(run, scores={6: (0.4, 0.5)})
+    assert gather_runs([run])[0].weights_digest == "d0"
+    assert caplog.messages[0].endswith("with the --datasets and --data-root of then score those")
+    caplog.clear()
+    save_epochs(run, scores={7: (0.5, 0.6)}, weights_digest=digest, training=record)
+    assert gather_runs([run])[0].weights_digest == "d0"
+    (said,) = caplog.messages
+    assert said.endswith(f", and {run}/eval/epoch_7 holds what they scored in training")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "is_shown"), [((1, 2), True), ((2,), False)])
 def test_a_curve_of_two_points_or_more_is_drawn(tmp_path, epochs, is_shown):

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,12 +139,43 @@ def test_scores_of_weights_before_are_told_once_with_the_command_for_new_ones(
     command = f"clip-pgs test {run} --suite zeroshot-classification {flags}".rstrip()
     assert said == (
         f"{run}/eval holds scores of other weights than its latest, which the report leaves out: "
-        f"gone and other{through} (`{command}` scores them anew)"
+        f"gone and other{through} (`{command}` with the --datasets and --data-root of then scores "
+        "them anew)"
     )
     if "run" not in flags:
         name, options = inference_choice(make_parser().parse_args(command.split()[2:]))
         asked = masking_of(name, options, told={}, weights="", progress=1.0, state={})
         assert (asked.label if asked else "") == mask
+
+
+def test_weights_that_could_not_be_scored_do_not_hide_the_scores_of_those_before(tmp_path, caplog):
+    run = save_run(tmp_path)
+    later = {"weights_digest": "new", "date": "2026-12-01", "training": {"recipe": {"seed": 1}}}
+    missing = [make_result(name, status="missing", samples=0, **later) for name in ("gone", "lost")]
+    save_results(run / "eval", missing)
+    (found,) = gather_runs([run])
+    assert found.weights_digest == "d0"
+    assert not caplog.messages
+    # Where they have a score, the report is on them, and says what they lack.
+    save_results(run / "eval", [make_result("six", **later)])
+    (found,) = gather_runs([run])
+    statuses = {result.dataset: result.status for result in found.results}
+    assert statuses == {"six": "done", "gone": "missing", "lost": "missing"}
+    assert "leaves out" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["", "eval", ".."])
+def test_a_damaged_result_is_told_once_wherever_it_lies(tmp_path, caplog, source):
+    run = save_run(tmp_path)
+    masked = make_result("masked", inference_masking="pgs 0.5")
+    save_results(run / "eval", [masked])
+    places = [run / place for place in ("eval", "eval/epoch_1", "eval/epoch_2")]
+    for place in places:
+        save_results(place, [make_result("good")])
+        (place / "cut.json").write_text("{")
+    assert len(gather_runs([run / source, run / source])) == 2
+    told = [Path(path).resolve() for path in re.findall(r"left out (\S+)/cut.json", caplog.text)]
+    assert sorted(told) == places
 
 
 def test_two_weights_of_one_name_are_two_models_told_apart(tmp_path):
@@ -370,9 +402,12 @@ def test_results_that_are_not_of_a_runs_newest_weights_are_told_once(
     assert (found.name, found.training.samples) == ("a", 12_000)
     (said, same) = caplog.messages
     assert same.startswith(f"{copy} and {run} have results of the same weights")
-    assert said.startswith(f"the results in {copy}/eval are not of the newest weights of {copy}")
+    assert re.match(
+        f"the results in {copy}/eval are not of the newest weights of {copy}[,;] ", said
+    )
     assert ("36,000 samples and not 12,000" in said) == ("seed" not in changes)
-    assert re.search(rf"`clip-pgs test {copy}` scores? those$", said)
+    place = "with the --datasets and --data-root of then"
+    assert re.search(rf"`clip-pgs test {copy}` {place} scores? those$", said)
     assert ("`clip-pgs export " in said) != is_done
 
 

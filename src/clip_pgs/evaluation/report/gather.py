@@ -6,11 +6,12 @@ damaged is left out, and a warning names it.
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from clip_pgs.common import one_sentence
 from clip_pgs.evaluation.report.training_facts import (
+    SAME_DATA,
     TrainingFacts,
     are_newest,
     read_measurements,
@@ -48,6 +50,7 @@ from clip_pgs.tables import counted
 
 logger = logging.getLogger(__name__)
 
+_Read = Callable[[Path], list[Result]]
 # Of a mask picture, in pixels: eight images beside each other stay legible at it.
 _PICTURE_WIDTH = 1200
 
@@ -166,15 +169,17 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
     holders: dict[tuple[str, str], dict[Path, None]] = {}
     # The first run whose newest weights these are, and what to call it.
     own: dict[tuple[str, str], tuple[Path, str]] = {}
-    is_newest: dict[Path, bool | None] = {}
+    is_newest: dict[Path, bool] = {}
+    # Each folder once, as warnings name what is damaged there.
+    read = functools.cache(read_results)
     for source in sources:
-        for place, results in _read_source(Path(source)):
+        for place, results in _read_source(Path(source), read):
             run, folder = run_of_results(place), place.resolve()
             if folder not in is_newest:
                 told = next((result.training for result in results if result.training), {})
-                is_newest[folder] = are_newest(place, run, told)
+                is_newest[folder] = are_newest(place, run, told, read)
                 if not Path(source).is_file():
-                    tell_left_out(place, results[0].weights_digest)
+                    tell_left_out(place, read(place), results[0].weights_digest)
             for result in results:
                 by_set = found.setdefault(result.model_key, {})
                 key = result.suite, result.dataset
@@ -187,7 +192,7 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
                     logger.warning(
                         "%s has other scores of %s on %s (%s) than a source before it; those of %s "
                         "count",
-                        *map(one_sentence, (*said, by_set[key].date)),
+                        *map(one_sentence, (*said, by_set[key].date or "an unknown date")),
                     )
                 folders.setdefault(result.model_key, place)
                 if run is not None:
@@ -216,7 +221,7 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
         mask, first, run = key[1], next(iter(by_set.values())), places[key]
         name = names[key] + _through(mask)
         # Other checkpoints of a run have results elsewhere; the curve belongs to the run itself.
-        epochs = {} if run is None else _read_epochs(run, mask)
+        epochs = {} if run is None else _read_epochs(run, read, mask)
         told = next((result.training for result in by_set.values() if result.training), {})
         training = read_training_facts(run, first.pretrained, digest=key[0], told=told)
         measured = () if run is None else tuple(read_measurements(run / METRICS_NAME))
@@ -284,7 +289,7 @@ def group_by_seed(runs: Sequence[Run]) -> list[Model]:
     return [Model(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
 
 
-def _read_source(source: Path) -> list[tuple[Path, list[Result]]]:
+def _read_source(source: Path, read: _Read) -> list[tuple[Path, list[Result]]]:
     """Return the results of a source, with the folder that each part lies in."""
     if source.is_file():
         if source.suffix == ".csv":
@@ -300,49 +305,52 @@ def _read_source(source: Path) -> list[tuple[Path, list[Result]]]:
     inside = sorted(path for path in source.iterdir() if path.is_dir() and path.name != EVAL_NAME)
     folders = [folder for place in (source, *inside) for folder in (place, place / EVAL_NAME)]
     parts = [
-        (folder, _read_folder(folder))
+        (folder, _read_folder(folder, read))
         for folder in folders
         if folder.is_dir() and (folder == source or not is_epoch_folder(folder))
     ]
     parts = [(folder, results) for folder, results in parts if results]
     if not parts and (source / CSV_NAME).is_file():
-        return _read_source(source / CSV_NAME)
+        return _read_source(source / CSV_NAME, read)
     if not parts:
         raise ValueError(f"{source} holds no results; evaluate first, `clip-pgs test RUN`")
     return parts
 
 
-def _read_folder(folder: Path) -> list[Result]:
+def _read_folder(folder: Path, read: _Read) -> list[Result]:
     if is_epoch_folder(folder):
-        return _of_epoch(folder)
-    results = read_results(folder)
+        return _of_epoch(folder, read)
+    results = read(folder)
     run = run_of_results(folder)
     if run is None:
         return results
-    epochs = _read_epochs(run) if folder.resolve() == run / EVAL_NAME else {}
+    epochs = _read_epochs(run, read) if folder.resolve() == run / EVAL_NAME else {}
     last = epochs[max(epochs)] if epochs else []
     if not results:
         return last
     # A run that was trained anew leaves the results of its old weights until they are redone.
-    digest = max(results, key=lambda result: result.date).weights_digest
-    kept: dict[tuple[str, str, str], Result] = {}
+    scored = {result.weights_digest for result in (*results, *last) if result.status == DONE}
+    digest = max(results, key=lambda r: (r.weights_digest in scored, r.date)).weights_digest
+    own = [result for result in results if result.weights_digest == digest]
+    done = {_place_of(result) for result in own if result.status == DONE}
     # After them, what these weights scored at the end of training and in no later evaluation.
-    for result in (*results, *last):
-        if result.weights_digest == digest:
-            place = (result.suite, result.dataset, result.inference_masking)
-            kept.setdefault(place, result)
-    return list(kept.values())
+    return own + [r for r in last if r.weights_digest == digest and _place_of(r) not in done]
 
 
-def tell_left_out(place: Path, digest: str) -> None:
+def _place_of(result: Result) -> tuple[str, str, str]:
+    return result.suite, result.dataset, result.inference_masking
+
+
+def tell_left_out(place: Path, found: Iterable[Result], digest: str) -> None:
     """Warn of scores in a run that a report leaves out, as of weights before it trained on.
 
     Args:
         place: Where the results lie.
+        found: All that lie there.
         digest: Of the weights that the report is about.
     """
     others: dict[str, list[Result]] = {}
-    for result in [] if run_of_results(place) is None else read_results(place):
+    for result in [] if run_of_results(place) is None else found:
         if result.status == DONE and result.weights_digest != digest:
             others.setdefault(result.inference_masking, []).append(result)
     parts = []
@@ -355,7 +363,7 @@ def tell_left_out(place: Path, digest: str) -> None:
         run = str(place if is_run(place) else place.parent)
         command = shlex.join(["clip-pgs", "test", run, *suite, *_mask_flags(mask)])
         them = "it" if len(sets) == 1 else "them"
-        parts.append(f"{named}{through} (`{command}` scores {them} anew)")
+        parts.append(f"{named}{through} (`{command}` {SAME_DATA} scores {them} anew)")
     if parts:
         logger.warning(
             "%s holds scores of other weights than its latest, which the report leaves out: %s",
@@ -383,17 +391,18 @@ def _mask_flags(mask: str) -> list[str]:
     return [*flags, *(["--inference-masking-option", *options] if options else [])]
 
 
-def _read_epochs(run: Path, mask: str | None = None) -> dict[int, list[Result]]:
+def _read_epochs(run: Path, read: _Read, mask: str | None = None) -> dict[int, list[Result]]:
     """Return what a run scored in training, in the order of the epochs, under the run's name.
 
     Args:
         run: Its folder.
+        read: Reads the results of a folder.
         mask: That images were encoded through, "" for whole ones; None takes all.
     """
     epochs = {
         epoch: [
             replace(result, model=run.name)
-            for result in _of_epoch(folder)
+            for result in _of_epoch(folder, read)
             if mask in (None, result.inference_masking)
         ]
         for epoch, folder in epoch_folders(run).items()
@@ -401,10 +410,10 @@ def _read_epochs(run: Path, mask: str | None = None) -> dict[int, list[Result]]:
     return {epoch: results for epoch, results in epochs.items() if results}
 
 
-def _of_epoch(folder: Path) -> list[Result]:
+def _of_epoch(folder: Path, read: _Read) -> list[Result]:
     """Return what a run scored after an epoch, with the checkpoint of it where there is one."""
     checkpoint = folder.parent.parent / CHECKPOINTS_NAME / f"{folder.name}.pt"
-    results = read_results(folder)
+    results = read(folder)
     if not checkpoint.is_file():
         return results
     return [replace(result, pretrained=str(checkpoint)) for result in results]

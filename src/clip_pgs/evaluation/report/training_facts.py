@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -25,13 +25,17 @@ from clip_pgs.common import (
     one_sentence,
 )
 from clip_pgs.evaluation.results import (
+    DONE,
+    Result,
     amount,
+    epoch_folders,
     is_run,
     plain_record,
     run_of_weights,
 )
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
+    EVAL_NAME,
     EXIT_NAME,
     MAX_RUN_FILE_BYTES,
     METRICS_NAME,
@@ -43,6 +47,9 @@ from clip_pgs.integrations import is_mae_config
 from clip_pgs.tables import counted
 
 logger = logging.getLogger(__name__)
+
+# After a command that scores anew: results tell where a set lay, and not of which list it was.
+SAME_DATA = "with the --datasets and --data-root of then"
 
 
 @dataclass(frozen=True)
@@ -332,29 +339,29 @@ def read_measurements(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def are_newest(place: Path, run: Path | None, told: dict[str, Any]) -> bool | None:
-    """Return whether results in a run are of its newest weights, and warn where they are not.
+def are_newest(
+    place: Path,
+    run: Path | None,
+    told: dict[str, Any],
+    read: Callable[[Path], Iterable[Result]],
+) -> bool:
+    """Return whether results in a run are known as of its newest weights; warn where they are not.
 
     Args:
         place: Where the results lie.
         run: Their run, absolute; None if they lie in none.
         told: What they tell of the training.
-
-    Returns:
-        None where that is not known.
+        read: Reads the results of a folder.
     """
     newest = _newest_training(run) if run is not None and told else {}
     if run is None or not newest:
-        return None
-    now, then = _samples_of(newest), _samples_of(told)
-    is_same = _without_time(newest) == _without_time(told)
-    if "recipe" not in newest:
-        # Measurements say how far the run went and no more; their end may be lost.
-        if now is None or then is None or now < then:
-            return None
-        is_same = now == then
-    if is_same:
+        return False
+    if _is_of(newest, told):
         return True
+    now, then = _samples_of(newest), _samples_of(told)
+    if "recipe" not in newest and (now is None or then is None or now < then):
+        # The end of the measurements may be lost.
+        return False
     seen = ""
     if now is not None and then is not None and now != then:
         seen = f", which saw {now:,.0f} samples and not {then:,.0f}"
@@ -363,12 +370,18 @@ def are_newest(place: Path, run: Path | None, told: dict[str, Any]) -> bool | No
     except (OSError, ValueError):
         is_done = False
     shown = place if is_run(place) else place.parent
-    commands = f"`clip-pgs test {shown}` scores"
+    commands = f"`clip-pgs test {shown}` {SAME_DATA} scores"
     if not is_done:
-        commands = f"`clip-pgs export {shown}` and then `clip-pgs test {shown}` score"
+        commands = f"`clip-pgs export {shown}` and then `clip-pgs test {shown}` {SAME_DATA} score"
+    epochs = [
+        Path(shown, EVAL_NAME, folder.name)
+        for folder in epoch_folders(run).values()
+        if any(r.status == DONE and _is_of(newest, r.training) for r in read(folder))
+    ]
+    held = f", and {epochs[-1]} holds what they scored in training" if epochs else ""
     logger.warning(
-        "the results in %s are not of the newest weights of %s%s; %s those",
-        *map(one_sentence, (str(place), str(shown), seen, commands)),
+        "the results in %s are not of the newest weights of %s%s; %s those%s",
+        *map(one_sentence, (str(place), str(shown), seen, commands, held)),
     )
     return False
 
@@ -396,6 +409,14 @@ def _newest_training(run: Path) -> dict[str, Any]:
         seen = [samples for line in lines if (samples := amount(line.get("samples"))) is not None]
         return {"cost": {"samples": seen[-1]}} if seen else {}
     return {}
+
+
+def _is_of(newest: dict[str, Any], told: dict[str, Any]) -> bool:
+    """Return whether results tell the training of a run's newest weights."""
+    if "recipe" in newest:
+        return _without_time(newest) == _without_time(told)
+    # Measurements say how far the run went and no more.
+    return _samples_of(newest) == _samples_of(told)
 
 
 def _without_time(record: dict[str, Any]) -> dict[str, Any]:
