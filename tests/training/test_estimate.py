@@ -88,6 +88,11 @@ TUNED = {"unmasked_epochs": 1, "unmasked_warmup": 1}
             "4.0 to 12.0 of 16 patches",
         ),
         (
+            {**RISING, "epochs": 2, "mask_schedule": "cosine", "mask_schedule_steps": 8},
+            "12 to 4 of 16 patches",
+            "12.0 to 4.0 of 16 patches",
+        ),
+        (
             {"train_image_size": 16, **TUNED},
             "4 of 4 patches, all 16 when unmasked",
             "4.0 of 4 patches",
@@ -101,6 +106,7 @@ TUNED = {"unmasked_epochs": 1, "unmasked_warmup": 1}
         "rising",
         "unmasked",
         "both",
+        "many-levels",
         "small-images",
         "short-captions",
         "accumulated",
@@ -116,7 +122,8 @@ def test_the_total_holds_every_mask_ratio_and_phase(
     checked = said(tmp_path, capsys, "--check-only", train_num_samples=32, **options)
     tried = said(tmp_path, capsys, "--trial", **options)
     folder = run(tmp_path, **options)
-    (file,) = folder.glob(f"checkpoints/epoch_{1 + options.get('unmasked_epochs', 0)}.pt")
+    epochs = options["epochs"] + options.get("unmasked_epochs", 0)
+    (file,) = folder.glob(f"checkpoints/epoch_{epochs}.pt")
     flops = torch.load(file, weights_only=True)["clip_pgs"]["cost"]["flops"]
     # An upper bound, since captions may be short, and not a loose one.
     assert flops * 0.995 <= in_all(checked) <= flops * 1.2

@@ -46,6 +46,9 @@ from clip_pgs.training.step import Batch
 from clip_pgs.training.trainer import PhaseTrainer
 
 TRIAL_STEPS = 10
+# Of a schedule, mask ratios whose operations are counted; they are quadratic in the patches, so
+# that a line between two of these is at or above what lies between.
+_MAX_COUNTED = 5
 _ADAM_MOMENTS = 2
 
 
@@ -106,15 +109,18 @@ def trial(options: TrainOptions) -> Table:
         flops: list[float] = []
         tried: list[_Tried] = []
         step = 0
+        counted_levels = _spread(len(levels))
         for number, (_, num_steps) in enumerate(levels):
             if number in (0, len(levels) - 1):
                 trainer.start_epoch(phase.first_epoch)
                 trainer.go_to(step)
                 tried.append(_try_level(trainer, device, num_steps=num_steps))
-            trainer.go_to(step)
-            trainer.follow_schedule()
-            flops.append(trainer.count_flops(*tried[-1].batch).total)
+            if number in counted_levels:
+                trainer.go_to(step)
+                trainer.follow_schedule()
+                flops.append(trainer.count_flops(*tried[-1].batch).total)
             step += num_steps
+        flops = _between(levels, counted_levels, flops)
         # Sorted, since a mask ratio may rise.
         few, many = sorted([(flops[0], tried[0].seconds), (flops[-1], tried[-1].seconds)])
         each = np.interp(flops, [few[0], many[0]], [few[1], many[1]])
@@ -183,17 +189,21 @@ def _tokens_and_operations(options: TrainOptions, model: nn.Module) -> list[tupl
         flops: list[float] = []
         kept: list[str] = []
         at_most = ""
-        for ratio, steps in mask_levels(phase, num_steps=num_steps or phase.mask_schedule_steps):
+        levels = mask_levels(phase, num_steps=num_steps or phase.mask_schedule_steps)
+        counted_levels = _spread(len(levels))
+        for ratio in [levels[number][0] for number in counted_levels]:
             if ratio is not None:
                 set_mask_ratio(model, ratio)
             flops.append(_meta_flops(phase, model))
-            total += steps * samples_per_step(phase) * flops[-1]
             if masking_or_none(model) is not None:
                 selection = last_selection(model)
                 assert selection is not None
                 # Before others are merged.
                 kept.append(str(selection.index.shape[1]))
                 at_most = at_most if selection.valid is None else "at most "
+        each_level = _between(levels, counted_levels, flops)
+        for (_, steps), operations_each in zip(levels, each_level, strict=True):
+            total += steps * samples_per_step(phase) * operations_each
         if kept:
             tokens.append(f"{at_most}{_span(kept)} of {num_patches(model)} patches")
         each = f"{_span([scaled(value, 'FLOP') for value in flops])} per sample"
@@ -203,6 +213,21 @@ def _tokens_and_operations(options: TrainOptions, model: nn.Module) -> list[tupl
         operations.append(f"{scaled(total, 'FLOP')} in {counted(total_epochs(options), 'epoch')}")
     tokens = tokens or ["all patches"]
     return [("tokens kept", ", ".join(tokens)), ("operations", ", ".join(operations))]
+
+
+def _spread(num_levels: int) -> list[int]:
+    """Return the numbers of the levels of a schedule that are counted, the first and last too."""
+    return np.unique(np.linspace(0, num_levels - 1, _MAX_COUNTED).round().astype(int)).tolist()
+
+
+def _between(
+    levels: Sequence[tuple[float | None, int]], numbers: Sequence[int], values: Sequence[float]
+) -> list[float]:
+    """Return a value for each level, by its mask ratio on lines between those of some levels."""
+    ratios = [ratio or 0.0 for ratio, _ in levels]
+    known = sorted((ratios[number], value) for number, value in zip(numbers, values, strict=True))
+    places, heights = zip(*known, strict=True)
+    return np.interp(ratios, places, heights).tolist()
 
 
 def _meta_flops(options: TrainOptions, model: nn.Module) -> float:
