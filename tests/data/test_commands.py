@@ -31,6 +31,16 @@ def test_a_command_ends_where_its_shard_is_not_read_on(shard, tmp_path):
     assert not is_running(tmp_path / "number")
 
 
+def test_a_command_whose_shard_is_not_read_on_cleans_up(make_shards, tmp_path):
+    # More than a pipe holds, so that it still writes.
+    path, place = make_shards([100]) / "0.tar", tmp_path / "scratch"
+    place.mkdir()
+    items = read_shard(f"pipe:cp '{path}' {place}; cat {place}/0.tar; rm {place}/0.tar")
+    next(items)
+    items.close()
+    assert list(place.iterdir()) == []
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_a_command_ends_with_the_error_of_who_waits_for_it(shard, tmp_path, error):
     def interrupt(*_):

@@ -20,6 +20,7 @@ _TOLD = {sign for number in (signal.SIGTERM, signal.SIGINT) for sign in (-number
 _SIGNAL_SECONDS = 1.0
 # A command whose data is damaged may end by itself, and its exit code then says more.
 _END_SECONDS = 1.0
+_CLEAN_UP_SECONDS = 0.2
 # A data worker that is told to leave ends its commands in this time, if it can at all.
 _LEAVE_SECONDS = 0.5
 _KILL_SECONDS = 2.0
@@ -99,6 +100,10 @@ def _webdataset() -> Any:
             finally:
                 if kind is not None and self.proc.poll() is None:
                     self.ignore_errors = True
+                    # What it writes has no reader now: it ends by itself, and cleans up.
+                    self.stream.close()
+                    with suppress(subprocess.TimeoutExpired):
+                        self.proc.wait(_CLEAN_UP_SECONDS)
                     _end(self.proc)
                 self.close()
 

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import torch
 from torch.distributed import DistError, TCPStore
 
+from clip_pgs.data.commands import end_processes
 from clip_pgs.training.options import TrainOptions
 
 _STORE_SECONDS = 60
@@ -253,8 +254,7 @@ class Watchdog:
         threading.Timer(_LAST_WORDS_SECONDS, os._exit, (1,)).start()
         self._on_hang(f"{self._name_hanging(status)}; --hang-timeout is {self._timeout:g} s")
         faulthandler.dump_traceback(all_threads=True)
-        for child in multiprocessing.active_children():
-            child.kill()
+        end_processes(multiprocessing.active_children())
         # The main thread may be where no exception reaches it.
         os._exit(1)
 
