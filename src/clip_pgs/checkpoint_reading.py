@@ -260,6 +260,11 @@ def find_checkpoint(path: Path | str, *, is_checked: bool = True) -> Path:
             f"{str(path)!r} is an export: it holds no checkpoint but weights alone, which "
             "--pretrained takes"
         )
+    if newest is None and (path / "config.json").is_file():
+        raise ValueError(
+            f"{str(path)!r} is a model of transformers, whose weights have other names than "
+            "open_clip's: it holds no checkpoint"
+        )
     if newest is None:
         raise ValueError(f"{str(path)!r} is a folder that holds no checkpoint")
     return newest

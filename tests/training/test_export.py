@@ -100,6 +100,9 @@ def test_the_card_has_the_scores_of_just_its_weights_and_the_license_for_the_hub
     card = (folder / "export" / "README.md").read_text()
     metadata = huggingface_hub.ModelCard(card).data
     assert metadata.license == "cc-by-4.0"
+    # A later export, as that of a run that trains on, keeps what was stated.
+    assert export_command.main([str(folder)]) == 0
+    assert (folder / "export" / "README.md").read_text() == card
     assert "--license" not in card
     found = {one.dataset_name: one for one in metadata.eval_results}
     assert found.keys() == {"shape", "masked"}

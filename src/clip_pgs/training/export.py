@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +23,8 @@ from typing import Any
 import jinja2
 import open_clip
 import safetensors.torch
-from huggingface_hub import EvalResult, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg
 
@@ -125,7 +127,7 @@ def write_export(
         folder: Written beside itself first. Of one that is there, files of these names are
             replaced, and others stay.
         found: What the masking found in training, from `found_in_training`.
-        license_name: Of the weights, as the Hub calls it; None states none.
+        license_name: Of the weights, as the Hub calls it; None states that of the card there.
 
     Returns:
         The folder.
@@ -142,6 +144,7 @@ def write_export(
     trouble = trouble or damaged_entry(checkpoint, is_exported=True)
     if trouble is not None:
         raise ValueError(f"the model is not exported: {trouble}")
+    license_name = license_name or _stated_license(folder / CARD_NAME)
     with atomic_folder(folder) as unfinished:
         name = str(checkpoint.get("name", ""))
         with explained("its clip_pgs record cannot be described", *MISFITS, jinja2.TemplateError):
@@ -186,6 +189,16 @@ def _write_files(
         tokenizer.save_pretrained(folder)
     for path in (*folder.iterdir(), folder):
         sync(path)
+
+
+def _stated_license(card: Path) -> str | None:
+    """Return the license that the card of an earlier export states, None without any."""
+    metadata = None
+    # Somebody may have written it anew.
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        metadata = metadata_load(card)
+    name = metadata.get("license") if isinstance(metadata, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _is_autoencoder(record: Mapping[str, Any]) -> bool:
@@ -329,7 +342,7 @@ def export_run(run_folder: Path, *, license_name: str | None = None) -> Path:
 
     Args:
         run_folder: The run's; its `eval` has the scores, where there are any.
-        license_name: Of the weights, as the Hub calls it; None states none.
+        license_name: Of the weights, as the Hub calls it; None states that of the card there.
 
     Raises:
         ValueError: If the run has no checkpoint of this trainer that is whole, or if the one that
@@ -362,7 +375,7 @@ def export_run(run_folder: Path, *, license_name: str | None = None) -> Path:
             str(checkpoint.get("name", "")),
             checkpoint["clip_pgs"],
             found=found,
-            license_name=license_name,
+            license_name=license_name or _stated_license(folder / CARD_NAME),
             scores=scores,
         )
         write_text(folder / CARD_NAME, card)
