@@ -213,6 +213,7 @@ def run_quietly(argv: Sequence[str]) -> int:
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main
 
     # It warns of every signal that it passes on; what became of it the run says.
@@ -223,6 +224,12 @@ def run_quietly(argv: Sequence[str]) -> int:
         main(list(argv))
     except SignalException as error:
         return 128 + int(error.sigval)
+    except RendezvousError:
+        sys.stderr.write(
+            "error: the other machines did not come; start all NNODES of them, with the same "
+            "MASTER_ADDR and MASTER_PORT\n"
+        )
+        return FAILED
     except ChildFailedError as error:
         folder = os.environ.get(LAUNCH_FOLDER)
         if folder is None:
@@ -249,10 +256,10 @@ class _Launch:
 
     def train(self, arguments: Sequence[str], processes: Processes) -> int:
         with catching(self._note, *_PASSED_ON):
-            # A worker's exit code 2 reaches us as torchrun's 1, so that bad input is refused first.
-            # Machine 0 checks for all: once it has started, the run folder exists for the others.
-            if processes.node_rank == 0:
-                is_all = not {"--check-only", "--trial"}.isdisjoint(arguments)
+            is_all = not {"--check-only", "--trial"}.isdisjoint(arguments)
+            # Bad input is refused before all processes look for it; of several machines the
+            # processes tell each other of it, which would wait for one that never starts them.
+            if is_all or processes.num_nodes == 1:
                 check = [sys.executable, "-m", TRAINING, *arguments, "--check-only"]
                 size = {"WORLD_SIZE": str(processes.world_size)}
                 status = self._run(check, size, output=None if is_all else subprocess.DEVNULL)
@@ -317,9 +324,8 @@ class _Launch:
             return int(code)
         if not self.stopped:
             return status
-        # It came before there was anything to save.
-        name = signal.Signals(self.stopped[0]).name
-        sys.stderr.write(f"stopped by {name} before the start\n")
+        # It came before there was anything to save, or torchrun did not wait for the save.
+        sys.stderr.write(f"stopped by {signal.Signals(self.stopped[0]).name}\n")
         return self._code_of_signal()
 
     def _code_of_signal(self) -> int:

@@ -48,6 +48,18 @@ def send_and_sleep(caught, number):
         pytest.fail("the block went on")
 
 
+def test_a_signal_that_is_ignored_stays_so_while_others_end_the_process():
+    before = {n: signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGTERM)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop.signals_by_default():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is before[signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before[signal.SIGHUP])
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_block_is_broken_off_when_its_patience_is_over(caught, number):
     started = time.monotonic()

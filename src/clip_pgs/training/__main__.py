@@ -112,11 +112,11 @@ def _tell_machines(args: TrainOptions, sentence: str) -> None:
     """Let processes of other machines, which would wait for this one, hear why it cannot start."""
     from clip_pgs.training.distributed import join_processes, meet_machines, spans_machines
 
-    if spans_machines():
+    if spans_machines() and not (args.check_only or args.trial):
         if os.environ.get("LOCAL_RANK") == "0":
             sys.stderr.write(f"error: {sentence}; waiting for the other machines, to tell them\n")
         # Also where they cannot be met, this one says its own trouble.
-        with suppress(BadInputError), join_processes(args) as (_, group):
+        with suppress(BadInputError, RuntimeError), join_processes(args) as (_, group):
             meet_machines(group, sentence)
 
 

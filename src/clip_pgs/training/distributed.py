@@ -129,9 +129,14 @@ def meet_machines(group: ProcessGroup, trouble: str = "") -> None:
     Raises:
         BadInputError: If one cannot, on each of them.
     """
-    for rank, text in enumerate(group.gather(trouble) if spans_machines() else ()):
+    refuse_together(group, trouble, "process {} cannot start: {}")
+
+
+def refuse_together(group: ProcessGroup, trouble: str, sentence: str) -> None:
+    """Raise the first process's trouble on all of them, in a sentence with its number and it."""
+    for rank, text in enumerate(group.gather(trouble)):
         if text:
-            raise BadInputError(f"process {rank} cannot start: {text}")
+            raise BadInputError(sentence.format(rank, text))
 
 
 def mean_over_ranks(value: float, device: torch.device) -> float:

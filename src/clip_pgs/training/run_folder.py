@@ -58,7 +58,7 @@ from clip_pgs.training.data_checks import (
     training_indexes,
     training_kind,
 )
-from clip_pgs.training.distributed import ProcessGroup
+from clip_pgs.training.distributed import ProcessGroup, refuse_together
 from clip_pgs.training.export import open_clip_config, tokenizer_source
 from clip_pgs.training.loggers import BestEffort
 from clip_pgs.training.options import (
@@ -69,7 +69,7 @@ from clip_pgs.training.options import (
     names_below,
     names_of,
 )
-from clip_pgs.training.stop import LAUNCH_FOLDER, BadInputError
+from clip_pgs.training.stop import LAUNCH_FOLDER
 
 _logger = logging.getLogger(__name__)
 
@@ -80,10 +80,7 @@ _CODE = "code of"
 _READ_ENDINGS = (".json", ".txt", ".model")
 _MAX_NAMED = 4
 # What beside the options of the experiment must be the same in all processes.
-_ALIKE = (
-    *("fsdp", "loss_chunk", "pack_tokens", "grad_checkpointing", "torchcompile"),
-    "ddp_static_graph",
-)
+_ALIKE = (*("fsdp", "loss_chunk", "torchcompile", "ddp_static_graph", "resume"),)
 _PACKAGES = ("open_clip_torch", "timm", "torchvision", "webdataset", "numpy")
 _RESTARTS = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm": "SLURM_RESTART_COUNT"}
 _LAUNCHES = {"torchrun": "TORCHELASTIC_RUN_ID", "slurm": "SLURM_JOB_ID"}
@@ -419,15 +416,18 @@ def check_alike(options: TrainOptions, group: ProcessGroup) -> None:
     own = {name: getattr(options, name) for name in _ALIKE}
     # A run that is scored in training was named by each process.
     own |= {} if options.eval_suite is not None else {"name": options.name}
-    first = group.broadcast({**options_to_compare(options, files=files), **own})
-    changes = changed_options(options, first, files=files or None)
-    changes += changed_recipe(options, first) + changed_values(first, own)
-    for rank, text in enumerate(group.gather(", ".join(changes))):
-        if text:
-            raise BadInputError(
-                f"process {rank} was started otherwise than process 0: {text}; start the same "
-                "command, with the same data, on every machine"
-            )
+    is_first = options.rank == 0
+    first = group.broadcast({**options_to_compare(options, files=files), **own} if is_first else {})
+    changes = []
+    if not is_first:
+        changes = changed_options(options, first, files=files or None)
+        changes += changed_recipe(options, first) + changed_values(first, own)
+    refuse_together(
+        group,
+        ", ".join(changes),
+        "process {} was started otherwise than process 0: {}; start the same command, with the "
+        "same data, on every machine",
+    )
 
 
 def _changes(options: TrainOptions, saved: Mapping[str, Any], names: Sequence[str]) -> list[str]:
@@ -525,8 +525,8 @@ def warn_of_changes(options: TrainOptions, record: dict[str, Any], *, is_ordered
     if before["world_size"] != now["world_size"] and _follows_own_samples_alone(options):
         factor = before["world_size"] / now["world_size"]
         gradients = (
-            f"; without --gather-with-grad, gradients are {factor:.3g} times as large from here "
-            "on, and the optimizer's averages follow"
+            f"; without --gather-with-grad, gradients of the contrastive loss are {factor:.3g} "
+            "times as large from here on, and the optimizer's averages follow"
         )
     _logger.warning(
         "The run goes on with %s: from the same number of samples, %s, in %s steps%s",
@@ -541,8 +541,10 @@ def _follows_own_samples_alone(options: TrainOptions) -> bool:
     """Return whether a process's gradient is that of its own samples' features alone.
 
     Of OpenCLIP's loss over the batch of all; DDP then takes the mean over the processes.
+    With --local-loss a process has a share of that loss alone, a larger one of fewer processes.
     """
-    return not (options.gather_with_grad or options.siglip or options.mae)
+    has_own = options.gather_with_grad or options.local_loss or options.siglip or options.mae
+    return not has_own
 
 
 def _save_environment(folder: Path, *, device: torch.device, world_size: int) -> None:

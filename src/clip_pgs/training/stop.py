@@ -220,9 +220,10 @@ class StopSignals:
 
 @contextmanager
 def signals_by_default() -> Iterator[None]:
-    """Let signals that ask to leave end the process within the block, whatever catches them."""
+    """Let signals that ask to leave end the process within the block, but those it ignores."""
     is_main = threading.current_thread() is threading.main_thread()
-    earlier = {n: signal.signal(n, signal.SIG_DFL) for n in _SIGNALS} if is_main else {}
+    caught = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN] if is_main else []
+    earlier = {n: signal.signal(n, signal.SIG_DFL) for n in caught}
     try:
         yield
     finally:

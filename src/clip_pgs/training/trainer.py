@@ -167,8 +167,8 @@ def train(
     with signals.caught(), report, join_processes(options) as (device, group):
         is_main = options.rank == 0
         report.rank = options.rank
-        meet_machines(group)
         if spans_machines():
+            meet_machines(group)
             check_alike(options, group)
         options.name = group.broadcast(options.name or default_name(options))
         folder = run_folder(options)
