@@ -8,6 +8,7 @@ evaluation, seconds, why it failed, and which differences somebody accepted.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import math
 from dataclasses import asdict, dataclass, field, fields
@@ -213,8 +214,9 @@ def _digest_files(package: Path, names: tuple[str, ...]) -> str:
     return digest.hexdigest()[:_SHOWN]
 
 
+@functools.cache
 def _meaning(source: str) -> str:
-    """Return a module without comments, docstrings and layout."""
+    """Return a module without comments, docstrings and layout; cached, as that takes a while."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
