@@ -88,6 +88,7 @@ def test_another_process_writes_the_same_bytes(world, tmp_path):
     assert contents(tmp_path / "again") == contents(world)
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_same_bytes(world, tmp_path):
     write_world(tmp_path / "again", **COUNTS, num_workers=2)
     assert contents(tmp_path / "again") == contents(world)
@@ -239,31 +240,40 @@ TINY = {"num_train": 4, "num_val": 2, "num_per_class": 1}
 NUM_VARIANTS = 5
 
 
-def test_complete_world_is_left_alone(tmp_path):
-    write_world(tmp_path / "demo", **TINY)
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")}
-    write_world(tmp_path / "demo", **TINY)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")} == times
+@pytest.fixture(scope="module")
+def tiny_world(tmp_path_factory):
+    """The folder of a world of `TINY`, which stays as it is."""
+    root = tmp_path_factory.mktemp("tiny") / "demo"
+    write_world(root, **TINY)
+    return root
+
+
+@pytest.fixture
+def tiny(tiny_world, tmp_path):
+    """A world of `TINY` of the test's own, with the times of its files."""
+    return shutil.copytree(tiny_world, tmp_path / "demo")
+
+
+def test_complete_world_is_left_alone(tiny):
+    times = {path: path.stat().st_mtime_ns for path in tiny.rglob("*")}
+    write_world(tiny, **TINY)
+    assert {path: path.stat().st_mtime_ns for path in tiny.rglob("*")} == times
 
 
 @pytest.mark.parametrize("damage", ["world.json", "train/00000.tar", "words.json"])
-def test_world_that_lost_a_file_is_written_anew(tmp_path, damage):
-    root = tmp_path / "demo"
-    write_world(root, **TINY)
-    before = contents(root)
-    (root / damage).unlink()
-    write_world(root, **TINY)
-    assert contents(root) == before
+def test_world_that_lost_a_file_is_written_anew(tiny, damage):
+    before = contents(tiny)
+    (tiny / damage).unlink()
+    write_world(tiny, **TINY)
+    assert contents(tiny) == before
 
 
-def test_truncated_shard_is_written_anew(tmp_path):
-    root = tmp_path / "demo"
-    write_world(root, **TINY)
-    before = contents(root)
-    with (root / "train" / "00000.tar").open("r+b") as file:
+def test_truncated_shard_is_written_anew(tiny):
+    before = contents(tiny)
+    with (tiny / "train" / "00000.tar").open("r+b") as file:
         file.truncate(1000)
-    write_world(root, **TINY)
-    assert contents(root) == before
+    write_world(tiny, **TINY)
+    assert contents(tiny) == before
 
 
 SAME = b'"version": 2, "seed": 0, "num_train": 4, "num_val": 2, "num_per_class": 1'
@@ -273,13 +283,18 @@ SAME = b'"version": 2, "seed": 0, "num_train": 4, "num_val": 2, "num_per_class":
     "content",
     [
         b"[]",
-        b"\xff",
-        b"[" * 100_000,
-        b"{%s}" % SAME,
-        b'{%s, "files": []}' % SAME,
         b'{%s, "files": {}, "parts": {"train": 4}}' % SAME,
-        b'{%s, "files": {}, "parts": {}}' % SAME,
-        b'{%s, "files": {"../demo": "4"}, "parts": {"train": {"num_samples": 4}}}' % SAME,
+        *(
+            pytest.param(content, marks=pytest.mark.slow)
+            for content in (
+                b"\xff",
+                b"[" * 100_000,
+                b"{%s}" % SAME,
+                b'{%s, "files": []}' % SAME,
+                b'{%s, "files": {}, "parts": {}}' % SAME,
+                b'{%s, "files": {"../demo": "4"}, "parts": {"train": {"num_samples": 4}}}' % SAME,
+            )
+        ),
     ],
 )
 def test_a_world_file_that_says_something_else_is_written_anew(tmp_path, content):
@@ -319,19 +334,17 @@ def test_world_of_another_seed_is_replaced(tmp_path):
     assert json.loads((root / "world.json").read_text())["seed"] == 0
 
 
-def test_world_of_the_first_version_is_replaced(tmp_path):
-    root = tmp_path / "demo"
-    write_world(root, **TINY)
-    expected = contents(root)
-    world = json.loads((root / "world.json").read_text())
+def test_world_of_the_first_version_is_replaced(tiny):
+    expected = contents(tiny)
+    world = json.loads((tiny / "world.json").read_text())
     for name in ("eval/sugar_crepe", "foreground"):
-        shutil.rmtree(root / name)
-    files = {name: size for name, size in world["files"].items() if (root / name).exists()}
+        shutil.rmtree(tiny / name)
+    files = {name: size for name, size in world["files"].items() if (tiny / name).exists()}
     first = {**world, "version": 1, "digest": "8d398c", "files": files}
     del first["parts"]
-    (root / "world.json").write_text(json.dumps(first))
-    write_world(root, **TINY)
-    assert contents(root) == expected
+    (tiny / "world.json").write_text(json.dumps(first))
+    write_world(tiny, **TINY)
+    assert contents(tiny) == expected
 
 
 def test_interrupted_run_leaves_no_folder_and_the_next_one_completes(tmp_path):
