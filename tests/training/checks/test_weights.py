@@ -1,6 +1,7 @@
 """Weights and checkpoints that do not fit are found out before anything is created."""
 
 import contextlib
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,21 @@ from support.options import SYNTHETIC, VALID, write_model_config
 from support.refusals import accept, refusal
 
 
-@pytest.fixture
-def model(tmp_path):
-    """The command line of a tiny model, and one of such models."""
-    path = write_model_config(tmp_path / "vit_weights.json")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The command line of a tiny model, and such a model that stays as it is."""
+    path = write_model_config(tmp_path_factory.mktemp("model") / "vit_weights.json")
     argv = ("--model-config", path, *SYNTHETIC, "--device", "cpu")
-    accept(*argv)
+    # Makes the name known.
+    parse_options(argv)
     return argv, open_clip.create_model("vit_weights")
+
+
+@pytest.fixture
+def model(made):
+    """The command line of a tiny model, and one of such models."""
+    argv, weights = made
+    return argv, copy.deepcopy(weights)
 
 
 def save(state_dict, path="weights.pt", **content):
