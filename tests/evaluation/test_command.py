@@ -165,7 +165,9 @@ def test_a_call_that_waited_keeps_the_results_of_the_one_before(run, options, ca
     def finish_a():
         with folder_lock(Path("out"), on_busy=lambda: None):
             is_held.set()
-            time.sleep(5)
+            end = time.monotonic() + 60
+            while "waiting for another process" not in caplog.text and time.monotonic() < end:
+                time.sleep(0.02)
             shutil.copytree("of_a", "out", dirs_exist_ok=True)
 
     is_held = threading.Event()
