@@ -140,6 +140,12 @@ def run(finished_run, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def without_pictures(monkeypatch):
+    """Save no drawing, which takes seconds: the figures of a report are empty files."""
+    monkeypatch.setattr("clip_pgs.plots.picture", lambda *_, **__: b"")
+
+
+@pytest.fixture
 def options(dataset_list, data_root):
     sets = ["--datasets", str(dataset_list), "--data-root", str(data_root)]
     return [*sets, "--workers", "0", "--no-report"]

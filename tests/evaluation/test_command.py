@@ -70,6 +70,7 @@ def test_scores_stay_where_the_disk_has_no_room_for_their_report(run, options, c
     assert {"results.csv", "zeroshot_classification_six.json"} <= names
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize(
     ("suite", "metric"), [("zeroshot-classification", "acc1"), ("linear-probe", "lp_acc1")]
 )
@@ -88,6 +89,7 @@ def test_report_has_chance_for_classes_also_where_the_data_are_gone(
     assert chance["six", metric] == pytest.approx(1 / 6)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_report_is_on_the_present_weights_alone_and_the_rest_is_told(
     run, options, save_run, caplog
 ):

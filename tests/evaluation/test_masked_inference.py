@@ -181,6 +181,7 @@ def test_flops_per_image_fall_with_the_mask(finished_run, six):
     assert flops[0.5] >= patches + projection
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.slow
 def test_command_keeps_masked_and_unmasked_apart_in_table_csv_and_report(run, options, capsys):
     assert main([str(run), *options]) == 0

@@ -7,7 +7,7 @@ from support.reports import EVIL_NAME, Page, make_result, paper_results, save_re
 
 
 @pytest.fixture(scope="session")
-def report(tmp_path_factory):
+def scored(tmp_path_factory):
     """Three seeds on sets of their own; one of them also on some of the paper's, one set failed."""
     logs = tmp_path_factory.mktemp("logs")
     for number in range(3):
@@ -23,9 +23,17 @@ def report(tmp_path_factory):
     )
     save_results(logs / "demo_1/eval", [failed])
     save_results(logs / "cc12m", paper_results(model=EVIL_NAME))
-    return write_report([logs], tmp_path_factory.mktemp("out") / "report")
+    return logs
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def report(scored, tmp_path_factory):
+    """The report on `scored`; its pictures, which take seconds to draw, are empty."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clip_pgs.plots.picture", lambda *_, **__: b"")
+        return write_report([scored], tmp_path_factory.mktemp("out") / "report")
+
+
+@pytest.fixture(scope="module")
 def page(report):
     return Page((report / "report.html").read_text())

@@ -548,6 +548,7 @@ def test_a_run_whose_first_steps_nobody_measured_does_not_look_cheap(tmp_path):
     assert continued.training.samples == 60_000
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_report_tells_how_a_run_began_and_what_it_had_changed(tmp_path):
     changes = [[None, {"resume": "old/epoch_3.pt"}], [9, {"masking": "random", "lr": 0.1}]]
     run = save_run(

@@ -215,6 +215,7 @@ def test_curve_of_a_suite_that_the_report_does_not_know_is_drawn(tmp_path):
     assert (folder / "figures/epochs.svg").is_file()
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_set_that_lacks_the_main_metric_of_its_suite_is_shown_with_those_it_has(tmp_path):
     metrics = {"voc2007_multilabel": {"mean_average_precision": 0.625}, "shape": {"acc1": 0.5}}
     results = [make_result(name, metrics=values) for name, values in metrics.items()]
@@ -225,6 +226,7 @@ def test_set_that_lacks_the_main_metric_of_its_suite_is_shown_with_those_it_has(
     assert "50.0" in table[-1]
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("status", ["failed", "missing"])
 def test_result_without_a_reason_says_so(tmp_path, status):
     results = [make_result("shape", metrics={"acc1": 0.5})]
@@ -237,6 +239,7 @@ def test_result_without_a_reason_says_so(tmp_path, status):
     assert f"{status}: {row['reason']}" in page.text
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_average_says_how_many_of_its_sets_it_covers(tmp_path):
     results = [make_result(name, metrics={"acc1": 0.5}) for name in ("a", "b", "c")]
     results += [

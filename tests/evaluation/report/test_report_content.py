@@ -1,6 +1,7 @@
-"""What the page of a report says."""
+"""What the page of a report says, and the table beside it for programs."""
 
 import base64
+import csv
 import io
 import json
 import statistics
@@ -22,7 +23,6 @@ from support.reports import (
 BLANK = "\N{EN DASH}"
 
 
-@pytest.mark.slow
 def test_seeds_are_one_row_with_mean_and_standard_deviation(page):
     table = page.table("Zero-shot classification, top-1 accuracy, percent; no published")
     header, demo = table[0], next(row for row in table if row[0].startswith("demo "))
@@ -142,7 +142,45 @@ def test_appendix_has_digest_date_and_versions(page):
     assert {"d2", "2", "2026-11-22T03:00:00+00:00", "torch 2.11.0"} <= set(demo)
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def rows(report):
+    with (report / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_table_file_has_every_score_in_full(rows):
+    (row,) = [
+        row
+        for row in rows
+        if (row["model"], row["suite"], row["name"]) == ("demo", "zeroshot-classification", "shape")
+        and row["metric"] == "acc1"
+    ]
+    assert (row["kind"], row["sets"], row["runs"], row["seeds"]) == ("run", "other", "3", "0 1 2")
+    assert float(row["value"]) == pytest.approx(0.55)
+    assert float(row["spread"]) == pytest.approx(statistics.stdev(DEMO_SHAPE_ACC))
+    assert row["training_data"] == "data/demo/train/{00000..00011}.tar"
+    assert (float(row["samples_seen"]), float(row["flops"])) == (60_000, 4.4e13)
+
+
+def test_table_file_marks_published_rows_and_their_source(rows):
+    published = [row for row in rows if row["kind"] == "published" and row["is_average"] == "0"]
+    assert len(published) == 6 * (17 + 3 * 6 + 3 + 6 + 7)
+    assert {row["source"] for row in published} == {"arXiv 2503.17080"}
+    (average,) = [
+        row
+        for row in rows
+        if (row["model"], row["name"], row["kind"]) == ("CLIP", "ood_average", "published")
+    ]
+    assert (float(average["value"]), average["printed"]) == (pytest.approx(0.2992), "0.29")
+
+
+def test_table_file_has_the_sets_without_a_result(rows):
+    (row,) = [row for row in rows if row["status"] == "failed"]
+    assert (row["model"], row["name"], row["value"]) == ("demo_1", "shape_grey", "")
+    assert row["reason"] == "OSError: <cut> | off"
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_report_of_demo_sets_alone_has_the_papers_tables_for_reference(tmp_path):
     report = write_report([save_run(tmp_path / "logs")], tmp_path / "report")
     page = Page((report / "report.html").read_text())
@@ -171,7 +209,7 @@ def save_mask_picture(run, epoch, color, *, width=2000):
     Image.new("RGB", (width, 500), color).save(run / f"masks/epoch_{epoch}.png")
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("without_pictures")
 def test_the_newest_mask_picture_of_each_run_is_on_the_page_and_small(tmp_path, caplog):
     runs = [
         save_run(tmp_path, number, masking=name) for number, name in enumerate(("pgs", "random"))
@@ -190,6 +228,7 @@ def test_the_newest_mask_picture_of_each_run_is_on_the_page_and_small(tmp_path, 
     assert str(runs[1] / "masks/epoch_1.png") in caplog.text
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize(
     ("masked", "counts"),
     [

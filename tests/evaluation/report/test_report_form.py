@@ -5,9 +5,16 @@ import re
 
 import pytest
 
+from clip_pgs.evaluation.report.command import write_report
 from support.reports import EVIL_NAME
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def report(scored, tmp_path_factory):
+    """The report with its pictures."""
+    return write_report([scored], tmp_path_factory.mktemp("out") / "report")
 
 
 def markdown_tables(text):
