@@ -171,6 +171,7 @@ def test_grey_image_is_kept_and_scaled(args, third, mode):
     assert image.unique().tolist() == [grey]
 
 
+@pytest.mark.slow
 def test_very_long_caption_is_kept_and_takes_no_hours(args, third):
     words = "a dog " * 200_000
     samples = {"word": "ab" * 500_000, "letters": words, "foreign": "\u732b" * 300_000}

@@ -48,7 +48,7 @@ def global_batches(args, *, world_size=1, epoch=0, position=0):
     return torch.cat(images), torch.cat(texts)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_batches_do_not_depend_on_workers(any_args, workers):
     expected = read_from(open_stream(any_args), 1)
     assert same(read_from(open_stream(with_options(any_args, workers=workers)), 1), expected)
@@ -57,9 +57,9 @@ def test_batches_do_not_depend_on_workers(any_args, workers):
 @pytest.mark.parametrize(
     ("changes", "world_size"),
     [
-        ({"batch_size": 4}, 2),
+        pytest.param({"batch_size": 4}, 2, marks=pytest.mark.slow),
         ({"batch_size": 2, "accum_freq": 2}, 2),
-        ({"batch_size": 2, "accum_freq": 4}, 1),
+        pytest.param({"batch_size": 2, "accum_freq": 4}, 1, marks=pytest.mark.slow),
         ({"batch_size": 4, "accum_freq": 2, "workers": 2}, 1),
     ],
 )
@@ -79,8 +79,7 @@ def test_order_does_not_depend_on_the_batch_size(any_args):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
-    "num_steps",
-    [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow), 6],
+    "num_steps", [3, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 5, 6))]
 )
 def test_start_at_gives_exactly_the_tail(any_args, workers, num_steps):
     whole = read_from(open_stream(any_args), 2)

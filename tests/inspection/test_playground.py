@@ -95,6 +95,7 @@ def test_the_lines_train_with_what_is_set(playground):
     assert masking.merge.cells == (2, 2)
 
 
+@pytest.mark.slow
 def test_every_strategy_that_needs_no_model_is_shown_beside_the_first(playground):
     names = [n for n in list_maskings() if "attention" not in describe_masking(n).requires]
     masks, _, table, _ = look(playground, beside=names)

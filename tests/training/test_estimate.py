@@ -136,14 +136,19 @@ def test_the_total_holds_every_mask_ratio_and_phase(
     ("options", "tokens"),
     [
         ({"masking": "pgs", "mask_ratio_min": 0.3}, "at most 12 of 16 patches"),
-        ({"masking": "attentive"}, "8 of 16 patches"),
-        ({"masking": "cluster"}, "at most 12 of 16 patches"),
         ({"masking": "random", "merge": "2x2"}, "8 of 16 patches"),
-        ({}, "all patches"),
         ({"precision": "pure_bf16"}, "all patches"),
         *(
-            ({"masking": "pgs", "precision": name}, "8 of 16 patches")
-            for name in ("pure_bf16", "bf16", "fp16", "pure_fp16", "amp")
+            pytest.param(options, tokens, marks=pytest.mark.slow)
+            for options, tokens in (
+                ({"masking": "attentive"}, "8 of 16 patches"),
+                ({"masking": "cluster"}, "at most 12 of 16 patches"),
+                ({}, "all patches"),
+                *(
+                    ({"masking": "pgs", "precision": name}, "8 of 16 patches")
+                    for name in ("pure_bf16", "bf16", "fp16", "pure_fp16", "amp")
+                ),
+            )
         ),
     ],
 )

@@ -128,12 +128,15 @@ LEARNED = "clip-pgs test RUN --inference-masking run\n"
     ("options", "found"),
     [
         ({"masking": "cluster"}, "thresholds"),
-        ({"masking": "attentive"}, "teacher"),
-        (
+        pytest.param({"masking": "attentive"}, "teacher", marks=pytest.mark.slow),
+        pytest.param(
             {"masking": "pgs", "mask_ratio_min": 0.3, "masking_option": "mask_ratio_mean=0.4"},
             "thresholds",
+            marks=pytest.mark.slow,
         ),
-        ({"masking": "cluster", "masking_option": "threshold=0.5"}, None),
+        pytest.param(
+            {"masking": "cluster", "masking_option": "threshold=0.5"}, None, marks=pytest.mark.slow
+        ),
         ({"masking": "random"}, None),
     ],
     ids=["cluster", "attentive", "pgs with a mean", "cluster with a threshold", "random"],

@@ -110,6 +110,7 @@ def trap(tmp_path, monkeypatch):
     assert not (tmp_path / "harmed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "by_module"),
     [("data check", False), ("train demo --check-only --train-data", True)],
@@ -125,6 +126,7 @@ def test_files_of_the_working_directory_stand_for_no_module(trap, world, command
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_masking_beside_oneself_is_found_all_the_same(trap, world):
     page = (Path(__file__).parents[2] / "docs/own_strategy.md").read_text(encoding="utf-8")
     (trap / "bright.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])

@@ -79,6 +79,7 @@ def small_model(name="random", *, sign="keep", **options):
     return model.train()
 
 
+@pytest.mark.slow
 def test_a_run_stopped_at_any_step_ends_as_the_one_that_nothing_stopped(tmp_path, trained, images):
     stopped = run_with_stops(tmp_path, (1, 6), **mae_options(tmp_path, images, save_frequency=1))
     whole = last_checkpoint(trained)

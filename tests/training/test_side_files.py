@@ -136,6 +136,7 @@ def test_a_removed_folder_that_another_run_took_meanwhile_is_left_to_it(
         assert list(folder.glob("**/*.pt")) == []
 
 
+@pytest.mark.slow
 def test_a_removed_folder_is_held_again(tmp_path, world, monkeypatch):
     folder = tmp_path / "logs" / "run"
     found = []

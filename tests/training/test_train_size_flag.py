@@ -50,14 +50,12 @@ def test_a_step_costs_less_and_masks_are_drawn_on_the_small_grid(tmp_path, world
     assert flops[1] < 0.8 * flops[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(
-            {"masking": "none", "train_image_size": 32, "unmasked_epochs": 1},
-            marks=pytest.mark.slow,
-        ),
-        pytest.param({"masking": "saliency-crop", "train_image_size": 32}, marks=pytest.mark.slow),
+        {"masking": "none", "train_image_size": 32, "unmasked_epochs": 1},
+        {"masking": "saliency-crop", "train_image_size": 32},
         {"masking": "pgs", "mask_ratio_min": 0.3, "accum_freq": 2, "batch_size": 4},
         {"masking": "random", "lock_image": True, "lock_image_freeze_bn_stats": True},
     ],

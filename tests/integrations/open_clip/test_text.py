@@ -164,7 +164,8 @@ def test_groups_move_as_one():
     assert {tensor.device.type for tensor in (*groups.tokens, groups.order)} == {"meta"}
 
 
-@pytest.mark.parametrize("custom_text", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("custom_text", [False, True])
 def test_a_compiled_model_takes_groups_without_a_break(custom_text):
     model = allow_short_text(small_clip(custom_text=custom_text, text=CAUSAL))
     groups = caption_trimmer(model)(captions(LONG_TAIL))

@@ -26,7 +26,10 @@ def test_what_the_masking_cannot_do_is_refused(argv, part):
 
 @pytest.mark.parametrize(
     ("model", "tower"),
-    [("swin_base_patch4_window7_224", "SwinTransformer"), ("MobileCLIP-S1", "FastVit")],
+    [
+        ("swin_base_patch4_window7_224", "SwinTransformer"),
+        pytest.param("MobileCLIP-S1", "FastVit", marks=pytest.mark.slow),
+    ],
 )
 def test_towers_that_cannot_be_masked_are_named_with_what_is_supported(model, tower):
     message = refusal("--model", model, *SYNTHETIC, *PGS)
