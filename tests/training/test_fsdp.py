@@ -1,5 +1,6 @@
 """`--fsdp`: a model that processes shard trains as one that each of them has whole."""
 
+import functools
 import signal
 
 import open_clip
@@ -45,6 +46,18 @@ def train(folder, *, num_processes=2, trouble=None, codes=0, **options):
     return last_checkpoint(folder / "logs" / options.get("name", "run"))
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, world):
+    """Return what gives the checkpoint of a whole run in single precision with a masking."""
+
+    @functools.cache
+    def get(masking):
+        options = {"train_data": world.train_data, "masking": masking, "fsdp": True}
+        return train(tmp_path_factory.mktemp("trained"), **options)
+
+    return get
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_those_of_ddp(tmp_path, world, case):
@@ -61,14 +74,13 @@ def test_weights_are_those_of_ddp(tmp_path, world, case):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_bit_by_bit_and_on_four_processes_and_one(tmp_path, world):
+def test_a_stopped_run_goes_on_bit_by_bit_and_on_four_processes_and_one(tmp_path, world, trained):
     options = {"train_data": world.train_data, "masking": "pgs", "fsdp": True}
-    whole = train(tmp_path, name="whole", **options)
     asked = Stop(rank=1, step=3, number=signal.SIGUSR1)
     stopped = train(tmp_path, trouble=asked, codes=85, save_every_steps=2, **options)
     assert stopped["step"] == 3
     again = train(tmp_path, resume="latest", **options)
-    assert differences(again, whole) == []
+    assert differences(again, trained("pgs")) == []
     own, every = output(tmp_path).split("this process holds ")[1].split(" weights")[0].split(" of ")
     assert int(own) < 0.6 * int(every)
 
@@ -86,13 +98,11 @@ def test_a_stopped_run_goes_on_bit_by_bit_and_on_four_processes_and_one(tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("masking", ["pgs", "none"])
 @pytest.mark.parametrize("checkpoints", [False, True])
-def test_half_precision_is_near_single(tmp_path, world, masking, checkpoints):
+def test_half_precision_is_near_single(tmp_path, world, trained, masking, checkpoints):
     options = {"train_data": world.train_data, "masking": masking, "fsdp": True}
-    single = train(tmp_path, name="single", precision="fp32", **options)
-    options["grad_checkpointing"] = checkpoints
-    half = train(tmp_path, name="half", precision="amp_bf16", **options)
+    half = train(tmp_path, precision="amp_bf16", grad_checkpointing=checkpoints, **options)
     assert all(weight.dtype == torch.float32 for weight in half["state_dict"].values())
-    assert relative_difference(half["state_dict"], single["state_dict"]) <= 1e-2
+    assert relative_difference(half["state_dict"], trained(masking)["state_dict"]) <= 1e-2
 
 
 @pytest.mark.parametrize(
