@@ -412,6 +412,22 @@ def test_completion_is_of_commands_options_and_names(tmp_path):
     assert complete("clip-pgs", "demo", "--fr") == ["--fresh"]
 
 
+# One process for all calls; it ends at the first that fails.
+CALLS = """\
+import json, sys
+import clip_pgs.common
+from clip_pgs.cli import main
+print(clip_pgs.__file__, clip_pgs.common.CONFIGS)
+for argv in json.loads(sys.argv[1]):
+    try:
+        code = main(argv)
+    except SystemExit as left:
+        code = left.code
+    if code:
+        sys.exit(f"{argv} ended with {code}")
+"""
+
+
 @pytest.mark.slow
 def test_the_wheel_trains_in_an_empty_folder(tmp_path):
     pytest.importorskip("hatchling")
@@ -423,25 +439,27 @@ def test_the_wheel_trains_in_an_empty_folder(tmp_path):
     install = [*python, "pip", "install", "--no-deps", "--no-index", "--target", str(target)]
     subprocess.run([*install, *map(str, wheels.iterdir())], check=True, capture_output=True)
 
-    environment = {"PYTHONPATH": str(target)}
-    where = "import clip_pgs, clip_pgs.common as c; print(clip_pgs.__file__, c.CONFIGS)"
+    small = ["--num-train", "128", "--num-val", "16", "--num-per-class", "2"]
+    data = ["--train-data", "data/demo/train/00000.tar", "--batch-size", "32", "--warmup", "2"]
+    calls = [
+        ["data", "world", "data/demo", *small],
+        *(
+            ["train", "--config", config, *data, "--check-only"]
+            for config in ("demo", "configs/train/demo_cluster.yaml")
+        ),
+        ["test", "sets"],
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", where],
+        [sys.executable, "-c", CALLS, json.dumps(calls)],
         cwd=folder,
-        env={**ENVIRONMENT, **environment},
+        env={**ENVIRONMENT, "PYTHONPATH": str(target)},
         capture_output=True,
         text=True,
     )
-    assert done.stdout.count(str(target)) == 2, done.stderr
-    small = ["--num-train", "128", "--num-val", "16", "--num-per-class", "2"]
-    assert run("data", "world", "data/demo", *small, cwd=folder, **environment).returncode == 0
-    data = ["--train-data", "data/demo/train/00000.tar", "--batch-size", "32", "--warmup", "2"]
-    for config in ("demo", "configs/train/demo_cluster.yaml"):
-        flags = ["--config", config, *data, "--check-only"]
-        done = run("train", *flags, cwd=folder, **environment)
-        assert (done.returncode, done.stderr) == (0, "")
-    done = run("test", "sets", cwd=folder, **environment)
-    assert "retrieval" in done.stdout, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0].count(str(target)) == 2
+    assert done.stdout.count("the options are valid\n") == 2
+    assert "retrieval" in done.stdout.rpartition("the options are valid\n")[2]
     bundled = {path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*") if path.is_file()}
     assert bundled <= {
         path.relative_to(target / "clip_pgs") for path in target.rglob("configs/*/*")

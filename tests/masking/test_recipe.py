@@ -17,11 +17,16 @@ RECIPE = (ROOT / "docs" / "own_strategy.md").read_text(encoding="utf-8")
 USE = """
 import torch
 from clip_pgs import PatchInputs, create_masking, list_maskings
+from clip_pgs.inspection.model_input import parse_specs
 from clip_pgs.integrations.open_clip import apply_masking, last_selection
 from clip_pgs.masking import describe_masking
 from support.models import image_batch, small_clip
 
 name = "bright:BrightMasking"
+plain, changed, known = parse_specs([name, f"{name}:mask_ratio=0.25", "random:mask_ratio=0.3"])
+assert (plain.name, plain.options) == (name, {})
+assert (changed.name, changed.options) == (name, {"mask_ratio": 0.25})
+assert (known.name, known.options) == ("random", {"mask_ratio": 0.3})
 strategy = create_masking(name, mask_ratio=0.75)
 assert "bright" in list_maskings()
 declared = describe_masking(name)
@@ -68,7 +73,7 @@ def environment(folder):
 
 
 @pytest.mark.slow
-def test_a_strategy_outside_the_package_is_created_applied_and_declared(folder):
+def test_a_strategy_outside_the_package_is_created_applied_declared_and_inspected(folder):
     done = run([sys.executable, "-W", "ignore", "-c", USE], folder)
     assert done.returncode == 0, done.stderr
 
@@ -85,24 +90,13 @@ def test_the_commands_of_the_recipe_run(folder, command):
 
 
 @pytest.mark.slow
-def test_training_and_inspection_take_the_import_path(folder):
+def test_training_takes_the_import_path(folder):
     (line,) = [line for line in RECIPE.splitlines() if line.startswith("clip-pgs train")]
     arguments = shlex.split(line)[2:]
     data = arguments.index("--train-data")
     arguments[data : data + 2] = ["--dataset-type", "synthetic", "--train-num-samples", "64"]
     command = [sys.executable, "-m", "clip_pgs.training", *arguments, "--check-only"]
     done = run([*command, "--batch-size", "8", "--warmup", "1"], folder)
-    assert done.returncode == 0, done.stderr
-    specs = """
-from clip_pgs.inspection.model_input import parse_specs
-plain, changed, known = parse_specs(
-    ["bright:BrightMasking", "bright:BrightMasking:mask_ratio=0.25", "random:mask_ratio=0.3"]
-)
-assert (plain.name, plain.options) == ("bright:BrightMasking", {})
-assert (changed.name, changed.options) == ("bright:BrightMasking", {"mask_ratio": 0.25})
-assert (known.name, known.options) == ("random", {"mask_ratio": 0.3})
-"""
-    done = run([sys.executable, "-W", "ignore", "-c", specs], folder)
     assert done.returncode == 0, done.stderr
 
 

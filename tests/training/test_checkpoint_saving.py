@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import runpy
 import shutil
 import subprocess
 import sys
@@ -288,17 +289,19 @@ def test_a_disk_that_is_full_loses_nothing_older_and_saving_goes_on(tmp_path, ca
 
 
 @pytest.mark.slow
-def test_no_kill_leaves_a_latest_that_does_not_load(tmp_path):
-    script = REPOSITORY / "scripts" / "chaos_checkpoints.py"
-    command = [sys.executable, script, "--kills", "20", "--folder", tmp_path / "checkpoints"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_no_kill_leaves_a_latest_that_does_not_load(tmp_path, monkeypatch, capsys):
+    script = str(REPOSITORY / "scripts" / "chaos_checkpoints.py")
+    command = [script, "--kills", "20", "--folder", str(tmp_path / "checkpoints")]
+    ended = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "20 kills" in ended.stdout
     assert "0 unreadable" in ended.stdout
     # A second trial would go on from these checkpoints and count them as its own.
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 2, again.stdout + again.stderr
-    assert "--folder" in again.stderr
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as again:
+        runpy.run_path(script, run_name="__main__")
+    assert again.value.code == 2
+    assert "--folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow

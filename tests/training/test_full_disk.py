@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from clip_pgs.files import append_line
+from clip_pgs.training.__main__ import main
 from clip_pgs.training.export_command import main as export
 from support.disk import files_limited_to
 from support.runs import flags
@@ -17,11 +18,10 @@ from support.runs import flags
 NUM_KILOBYTES = 8
 
 
-def train(folder, world, *, num_kilobytes=None, **options):
+def train(folder, world, *, num_kilobytes, **options):
     """Train in a process in which no file may grow beyond a size; return code and what it said."""
     argv = flags(folder, train_data=world.train_data, report_to="tensorboard", **options)
-    limit = "" if num_kilobytes is None else f"ulimit -f {num_kilobytes}; "
-    command = f'{limit}exec "$0" -m clip_pgs.training "$@"'
+    command = f'ulimit -f {num_kilobytes}; exec "$0" -m clip_pgs.training "$@"'
     ended = subprocess.run(
         ["bash", "-c", command, sys.executable, *argv],
         capture_output=True,
@@ -65,13 +65,13 @@ def test_a_disk_that_is_full_from_the_start_is_one_sentence(tmp_path, world):
 
 
 @pytest.mark.slow
-def test_an_export_that_cannot_be_written_can_be_made_later(tmp_path, world):
+def test_an_export_that_cannot_be_written_can_be_made_later(tmp_path, world, capfd):
     folder = tmp_path / "logs" / "run"
     # Where its folder would be there is a file that nobody removes.
     folder.mkdir(parents=True)
     (folder / ".export.unfinished").write_text("")
-    code, said = train(tmp_path, world, epochs=1)
-    assert code == 1
+    assert main(flags(tmp_path, train_data=world.train_data, epochs=1)) == 1
+    said = capfd.readouterr().err
     last = said.splitlines()[-1]
     assert last.startswith("error: the export cannot be written: ")
     assert last.endswith(f"; clip-pgs export {folder} makes it from the checkpoint")
