@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import struct
 import tarfile
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from clip_pgs.data import decoding, tar
+from clip_pgs.data import decoding, samples, tar
 from clip_pgs.data.bad_samples import StalledDataError
 from clip_pgs.data.decoding import UnreadableImageError, open_image
 from clip_pgs.data.pack import pack_pairs
+from clip_pgs.data.tar import index_shard, read_shard
 from support.streams import numbers, open_stream, read_from, with_options
 
 
@@ -189,6 +192,57 @@ def test_member_above_the_limit_is_skipped(args, third, monkeypatch, piped, name
     assert skipped == {f"too large {'image' if name == 'jpg' else 'caption'}"}
 
 
+TOO_MANY = {
+    "too large caption": [(f"bad.{number}.txt", b"x" * 200) for number in range(60)],
+    "too large image": [(f"bad.{suffix}", bytes(6000)) for suffix in ("png", "webp")],
+    "too many captions": [(f"bad.{number}.txt", b"x") for number in range(51)],
+    "too many members": [(f"bad.{number}.cls", b"x") for number in range(101)],
+}
+
+
+@pytest.mark.parametrize("how", ["read", "piped", "compressed"])
+@pytest.mark.parametrize("reason", TOO_MANY)
+def test_sample_with_more_than_a_sample_has_is_skipped(args, third, monkeypatch, how, reason):
+    for name, limit in (("MAX_IMAGE_BYTES", 10_000), ("MAX_CAPTION_BYTES", 10_000)):
+        monkeypatch.setattr(tar, name, limit)
+    monkeypatch.setattr(tar, "_MAX_MEMBERS", 100)
+    monkeypatch.setattr(samples, "MAX_CAPTIONS", 50)
+    good_ones = [("good.jpg", good()), ("good.txt", b"100")]
+    path = third([*good_ones, ("bad.jpg", good()), *TOO_MANY[reason], ("z.jpg", good())])
+    if how == "compressed":
+        path.with_suffix(".tar.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+        shards = "{0.tar,1.tar,2.tar.gz}"
+        with_options(args, train_data=f"{path.parent}/{shards}", train_num_samples=28)
+    seen, skipped = read_all(args, path, how == "piped")
+    assert seen <= {*range(12), 100}
+    assert 100 in seen
+    assert skipped == {reason, "no caption"}
+
+
+@pytest.mark.parametrize("suffixes", [["jpg", "png", "webp"], [f"{n}.txt" for n in range(150)]])
+@pytest.mark.parametrize("how", ["indexed", "through"])
+def test_a_sample_of_holes_takes_no_more_memory_than_one_member_may(
+    tmp_path, monkeypatch, suffixes, how
+):
+    monkeypatch.setattr(tar, "MAX_IMAGE_BYTES", 2**22)
+    headers = [sparse_header(f"a.{name}", size=2**22 - 1, stored=0) for name in suffixes]
+    path = tmp_path / "0.tar"
+    path.write_bytes(b"".join(headers) + bytes(1024))
+    tracemalloc.start()
+    try:
+        if how == "through":
+            (item,) = read_shard(str(path))
+        else:
+            with path.open("rb") as file:
+                item = index_shard(str(path)).read(file, 0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert f"{len(suffixes) * (2**22 - 1)} bytes in {len(suffixes)} members" in item.detail
+    assert peak < 3 * 2**22
+
+
 @pytest.mark.parametrize("size", [2**21, 2**33])
 def test_header_that_claims_to_be_long_ends_the_shard_and_takes_no_memory(args, third, size):
     path = third([("good.jpg", good()), ("good.txt", b"100")])
@@ -198,6 +252,62 @@ def test_header_that_claims_to_be_long_ends_the_shard_and_takes_no_memory(args, 
     stream = open_stream(args, on_skip=(skips := []).append)
     assert 100 in numbers(read_from(stream))
     assert f"a header of {size} bytes" in skips[0].detail
+
+
+def pax(kind, records):
+    """Return a header of such records that extends the next one, or all that follow."""
+    lines = b""
+    for name, value in records.items():
+        length = len(name) + len(value) + 3
+        length += len(str(length + len(str(length))))
+        lines += b"%d %s=%s\n" % (length, name, value)
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, len(lines)
+    return info.tobuf(tarfile.USTAR_FORMAT) + lines + bytes(-len(lines) % 512)
+
+
+def member(name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512)
+
+
+HOLES = {b"GNU.sparse.major": b"1", b"GNU.sparse.minor": b"0", b"GNU.sparse.realsize": b"0"}
+LONG_HEADERS = {
+    "map of holes": pax(tarfile.XHDTYPE, HOLES) + member("x.jpg", b"100000\n" + b"0\n" * 200_000),
+    "headers in a row": pax(tarfile.XHDTYPE, {b"a": b"x" * 50_000}) * 4,
+    "for all members": b"".join(
+        pax(tarfile.XGLTYPE, {b"a%d" % number: b"x" * 25_000}) + member(f"x.{number}", b"")
+        for number in range(4)
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ["indexed", "compressed"])
+@pytest.mark.parametrize("kind", LONG_HEADERS)
+def test_headers_without_an_end_end_the_shard_and_take_no_memory(
+    tmp_path, make_tar, monkeypatch, kind, how
+):
+    monkeypatch.setattr(tar, "_MAX_HEADER_BYTES", 2**16)
+    path = tmp_path / "0.tar"
+    make_tar(path, [("good.jpg", b"image"), ("good.txt", b"text")])
+    path.write_bytes(path.read_bytes()[:2048] + LONG_HEADERS[kind] + bytes(1024))
+    if how == "compressed":
+        path = tmp_path / "0.tar.gz"
+        path.write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
+    tracemalloc.start()
+    try:
+        if how == "indexed":
+            failure = index_shard(str(path)).failure
+        else:
+            *items, failure = read_shard(str(path))
+            assert items[0].captions == (b"text",)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert failure.reason == "unreadable shard"
+    assert "headers of more than" in failure.detail
+    assert peak < 3_000_000
 
 
 def test_nothing_but_images_and_captions_is_looked_at(args, third, tmp_path):

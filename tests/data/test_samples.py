@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 
 import numpy as np
@@ -13,6 +14,7 @@ from torchvision import transforms
 from clip_pgs.data.order import stable_seed
 from clip_pgs.data.samples import (
     MAX_CAPTION_BYTES,
+    MAX_CAPTIONS,
     BadSampleError,
     RawSample,
     SampleDecoder,
@@ -90,12 +92,20 @@ def test_decompression_bomb_is_a_bad_sample(monkeypatch, make_image):
         ([b" \n"], "empty caption"),
         ([b"\xff\xfe"], "caption is not UTF-8"),
         ([b"a", bytes(MAX_CAPTION_BYTES + 1)], "too large caption"),
+        ([bytes(MAX_CAPTION_BYTES // 2)] * 3, "too large caption"),
+        ([b"a"] * (MAX_CAPTIONS + 1), "too many captions"),
     ],
 )
 def test_bad_caption_has_a_reason(data, reason):
     with pytest.raises(BadSampleError) as error:
         decode_captions(raw(None, *data))
     assert error.value.reason == reason
+
+
+def test_a_json_of_many_captions_is_bad_too():
+    record = json.dumps({"texts": ["a"] * (MAX_CAPTIONS + 1)}).encode()
+    with pytest.raises(BadSampleError, match="too many captions"):
+        decode_captions(raw(None, record), caption_key="texts")
 
 
 @pytest.fixture

@@ -425,6 +425,7 @@ def index_arrays(path):
         lambda kept: kept.update(ends=kept["ends"].astype(float)),
         lambda kept: kept.update(members=kept["members"][:, :2]),
         lambda kept: kept["members"].__setitem__((0, 0), 99),
+        lambda kept: kept["members"].__setitem__((0, 2), -1),
     ],
 )
 def test_index_whose_parts_do_not_fit_each_other_is_made_anew(large, spoil):

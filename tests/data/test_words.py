@@ -6,8 +6,10 @@ import os
 import pytest
 
 from clip_pgs.data.__main__ import main
+from clip_pgs.data.samples import MAX_CHARACTERS, RawSample
 from clip_pgs.data.words import (
     WordFrequencies,
+    count_captions,
     count_shard,
     find_words,
     keep_words,
@@ -33,6 +35,12 @@ from clip_pgs.data.words import (
 )
 def test_words_are_runs_of_letters_and_digits_or_of_other_characters(caption, words):
     assert [word[0].lower() for word in find_words(caption)] == words
+
+
+def test_words_are_counted_as_far_as_training_reads_a_caption():
+    sample = RawSample("0.tar", "a", None, (b"a " * 5000, b"\0" * 5000))
+    words = count_captions([sample]).words
+    assert words == {"a": MAX_CHARACTERS // 2, "\0" * MAX_CHARACTERS: 1}
 
 
 @pytest.mark.parametrize(

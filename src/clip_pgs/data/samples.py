@@ -28,13 +28,14 @@ from clip_pgs.data.order import stable_seed
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")
 CAPTION_SUFFIX = "txt"
 JSON_SUFFIX = "json"
-MAX_CAPTION_BYTES = 2**24
+# Of one sample, all captions together. Data sets have some, of a few kB with a side-car JSON.
+MAX_CAPTION_BYTES, MAX_CAPTIONS = 2**22, 1000
 
 Transform = Callable[[Image.Image], Tensor]
 Tokenize = Callable[[list[str]], Tensor]
 
 # Many times what a text tower takes. A tokenizer's time grows with the square of a word's length.
-_MAX_CHARACTERS = 2000
+MAX_CHARACTERS = 2000
 # Of a side-car JSON's fields.
 _MAX_NAMED, _MAX_NAME = 12, 50
 
@@ -115,7 +116,7 @@ class SampleDecoder:
         else:
             pixels = self.transform(decode_image(raw, self.transform))
         _seed_generators(stable_seed("text", *place))
-        return pixels, self.tokenize([caption[:_MAX_CHARACTERS]])[0]
+        return pixels, self.tokenize([caption[:MAX_CHARACTERS]])[0]
 
 
 def decode_captions(raw: RawSample, *, caption_key: str | None = None) -> list[str]:
@@ -130,16 +131,17 @@ def decode_captions(raw: RawSample, *, caption_key: str | None = None) -> list[s
         At least one caption.
 
     Raises:
-        BadSampleError: If there is none, or none that is no blank, or one is not UTF-8 or has more
-            than `MAX_CAPTION_BYTES`.
+        BadSampleError: If there is none, or none that is no blank, or more than `MAX_CAPTIONS` or
+            `MAX_CAPTION_BYTES` of all, or one is not UTF-8.
     """
     if not raw.captions:
         suffix = CAPTION_SUFFIX if caption_key is None else JSON_SUFFIX
         hint = "; --caption-key KEY reads a field of the .json" if caption_key is None else ""
         raise BadSampleError("no caption", _missing(raw, suffix, hint))
-    longest = max(map(len, raw.captions))
-    if longest > MAX_CAPTION_BYTES:
-        raise BadSampleError("too large caption", f"{longest} bytes, more than {MAX_CAPTION_BYTES}")
+    num_bytes = sum(map(len, raw.captions))
+    if num_bytes > MAX_CAPTION_BYTES:
+        detail = f"{num_bytes} bytes, more than {MAX_CAPTION_BYTES}"
+        raise BadSampleError("too large caption", detail)
     if caption_key is None:
         try:
             captions = [data.decode("utf-8-sig") for data in raw.captions]
@@ -147,6 +149,8 @@ def decode_captions(raw: RawSample, *, caption_key: str | None = None) -> list[s
             raise BadSampleError("caption is not UTF-8", str(error)) from error
     else:
         captions = _json_captions(raw.captions[0], caption_key.split(","))
+    if len(captions) > MAX_CAPTIONS:
+        raise BadSampleError("too many captions", f"{len(captions)}, more than {MAX_CAPTIONS}")
     captions = [caption for caption in captions if caption.strip()]
     if not captions:
         raise BadSampleError("empty caption")

@@ -6,8 +6,8 @@ stream is read from its beginning. A local file that is not compressed is indexe
 folder cannot be written, and holds until the file changes: a tool can set its time to what it was
 and rewrite it at its size, but the time of the change of its inode (ctime) is the system's own.
 
-A shard may come from anybody: images and captions alone are read, up to a size, and whatever is
-wrong is a `Skip`.
+A shard may come from anybody: images and captions alone are read, up to a size that those of a
+pair have together, and whatever is wrong is a `Skip`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from time import monotonic
 from typing import Any, BinaryIO, Literal, TypeVar
@@ -41,6 +42,7 @@ from clip_pgs.data.samples import (
     IMAGE_SUFFIXES,
     JSON_SUFFIX,
     MAX_CAPTION_BYTES,
+    MAX_CAPTIONS,
     RawSample,
 )
 from clip_pgs.data.shards import is_remote, is_seekable, stated_sizes
@@ -50,10 +52,13 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Of a header that extends another: names take a few hundred bytes.
+# Of a header that extends another, and of all of a member: names take a few hundred bytes, and a
+# map of holes a few thousand.
 _MAX_HEADER_BYTES = 2**20
 # An index takes as much for each name as for the longest.
 _MAX_NAME = 1024
+# Of one pair. A compressed shard holds members without content nearly for free.
+_MAX_MEMBERS = 2 * MAX_CAPTIONS
 _EXTENSIONS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -99,19 +104,23 @@ def read_shard(
         read from here on.
     """
 
-    def members() -> Iterator[tuple[str, str, bytes | int]]:
+    def members() -> Iterator[tuple[bool, str, str, bytes | int]]:
         with (
             open_remote(shard) if is_remote(shard) else open(shard, "rb") as file,
             _open_tar(file, shard) as tar,
         ):
-            for key, suffix, member in regular_members(tar):
+            sizes: dict[str, int] = {}
+            for is_first, key, suffix, member in _pair_members(tar):
+                sizes = {} if is_first else sizes
                 data: bytes | int = member.size
                 if not with_images and suffix in IMAGE_SUFFIXES:
                     data = b""
-                elif _is_read(suffix, member.size, use_json):
-                    extracted = tar.extractfile(member)
-                    data = extracted.read() if extracted else b""
-                yield key, suffix, data
+                elif (kind := _kind(suffix, use_json)) is not None:
+                    sizes[kind] = sizes.get(kind, 0) + member.size
+                    if sizes[kind] <= _max_bytes(kind):
+                        extracted = tar.extractfile(member)
+                        data = extracted.read() if extracted else b""
+                yield is_first, key, suffix, data
 
     for item in _group_members(shard, members()):
         if isinstance(item, Skip):
@@ -159,6 +168,7 @@ class ShardIndex:
             and {self.ends.dtype, self.members.dtype} == {np.dtype(np.int64)}
             and bool((np.diff(self.ends, prepend=0, append=len(self.members)) >= 0).all())
             and bool(((kinds >= 0) & (kinds < len(self.suffixes))).all())
+            and bool((self.members[:, 2] >= 0).all())
         )
 
     def digest(self) -> str:
@@ -182,13 +192,16 @@ class ShardIndex:
         """
         key = bytes(self.keys[number]).decode("utf-8", "surrogateescape")
         start = self.ends[number - 1] if number else 0
-        group: dict[str, bytes | int] = {}
+        members = self.members[start : self.ends[number]].tolist()
+        places = {self.suffixes[kind]: (offset, size) for kind, offset, size in members}
+        sizes = {suffix: size for suffix, (_, size) in places.items()}
+        if (skip := _too_large(self.shard, key, sizes, use_json)) is not None:
+            return skip
+        group: dict[str, bytes | int] = {**sizes}
         try:
-            for kind, offset, size in self.members[start : self.ends[number]].tolist():
-                suffix = self.suffixes[kind]
-                group[suffix] = size
-                if _is_read(suffix, size, use_json):
-                    group[suffix] = _read_member(file, offset, size)
+            for suffix, place in places.items():
+                if _kind(suffix, use_json) is not None:
+                    group[suffix] = _read_member(file, *place)
         except StalledDataError:
             raise
         except Exception as error:
@@ -417,6 +430,36 @@ class StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"a header of {member.size} bytes")
         return member
 
+    def _proc_member(self, tar: Any) -> Any:
+        # Python leaves this one to be overridden. It reads a map of holes of any length, and calls
+        # itself for each header that extends another.
+        file = tar.fileobj
+        if isinstance(file, _Headers):
+            return super()._proc_member(tar)  # type: ignore[misc]
+        tar.fileobj = _Headers(file)
+        try:
+            return super()._proc_member(tar)  # type: ignore[misc]
+        finally:
+            tar.fileobj = file
+
+
+class _Headers:
+    """A file of which a member's headers are read, as far as a member may have such."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._left = _MAX_HEADER_BYTES
+
+    def read(self, size: int) -> bytes:
+        """Return at most so many bytes."""
+        self._left -= size
+        if self._left < 0:
+            raise tarfile.ReadError(f"headers of more than {_MAX_HEADER_BYTES} bytes")
+        return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
 
 class _Stream:
     """A stream of which the first bytes were read and are given out again; it ends once.
@@ -480,8 +523,10 @@ def regular_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.Ta
     if tar.offset == 0:
         return
     while (member := tar.next()) is not None:
-        # TarFile remembers every member it has seen.
+        # TarFile remembers every member it has seen, and what was said of all that follow.
         tar.members.clear()  # type: ignore[attr-defined]
+        if sum(map(len, chain(*tar.pax_headers.items()))) > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"global headers of more than {_MAX_HEADER_BYTES} bytes")
         _check_size(member)
         if len(member.name) > _MAX_NAME:
             raise tarfile.ReadError(
@@ -492,6 +537,19 @@ def regular_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.Ta
         if member.isreg() and stem and dot and not _METADATA.match(member.name):
             yield folder + slash + stem, suffix.lower(), member
     _check_end(tar)
+
+
+def _pair_members(tar: tarfile.TarFile) -> Iterator[tuple[bool, str, str, tarfile.TarInfo]]:
+    """Yield whether a pair begins, and key, suffix and header of each member; of too many, some."""
+    key, suffixes = "", set[str]()
+    for name, suffix, member in regular_members(tar):
+        # Shards written by a merge may hold two pairs of one name in a row.
+        is_first = name != key or suffix in suffixes
+        if is_first:
+            key, suffixes = name, set()
+        if len(suffixes) <= _MAX_MEMBERS:
+            suffixes.add(suffix)
+            yield is_first, name, suffix, member
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
@@ -513,16 +571,15 @@ def _check_size(member: tarfile.TarInfo) -> None:
 
 
 def _group_members(
-    shard: str, members: Iterator[tuple[str, str, T]]
+    shard: str, members: Iterator[tuple[bool, str, str, T]]
 ) -> Iterator[tuple[str, dict[str, T]] | Skip]:
     """Yield key and members by suffix of each pair, and at last, where it applies, a `Skip`."""
     key = ""
     group: dict[str, T] = {}
     failure: Skip | None = None
     try:
-        for name, suffix, member in members:
-            # Shards written by a merge may hold two pairs of one name in a row.
-            if key and (name != key or suffix in group):
+        for is_first, name, suffix, member in members:
+            if key and is_first:
                 yield key, group
                 group = {}
             key = name
@@ -546,30 +603,43 @@ def _is_caption(suffix: str, use_json: bool) -> bool:
     return suffix.rpartition(".")[2] == CAPTION_SUFFIX
 
 
-def _is_read(suffix: str, size: int, use_json: bool) -> bool:
+def _kind(suffix: str, use_json: bool) -> str | None:
+    """Return what a member is that is read, None for others."""
     if suffix in IMAGE_SUFFIXES:
-        return size <= MAX_IMAGE_BYTES
-    return size <= MAX_CAPTION_BYTES and _is_caption(suffix, use_json)
+        return "image"
+    return "caption" if _is_caption(suffix, use_json) else None
+
+
+def _max_bytes(kind: str) -> int:
+    return MAX_IMAGE_BYTES if kind == "image" else MAX_CAPTION_BYTES
+
+
+def _too_large(shard: str, key: str, sizes: dict[str, int], use_json: bool) -> Skip | None:
+    """Refuse a sample by the sizes of its members: those of a kind count together."""
+    if len(sizes) > _MAX_MEMBERS:
+        return Skip(shard, key, "too many members", f"more than {_MAX_MEMBERS}")
+    for kind in ("image", "caption"):
+        own = [size for suffix, size in sizes.items() if _kind(suffix, use_json) == kind]
+        if sum(own) > _max_bytes(kind):
+            where = f" in {len(own)} members" if len(own) > 1 else ""
+            detail = f"{sum(own)} bytes{where}, more than {_max_bytes(kind)}"
+            return Skip(shard, key, f"too large {kind}", detail)
+    return None
 
 
 def _make_sample(
     shard: str, key: str, group: dict[str, bytes | int], repeat: int, use_json: bool
 ) -> RawSample | Skip:
     """Make a sample of its members by suffix: bytes, or the size of one that was not read."""
-    image = next((group[suffix] for suffix in IMAGE_SUFFIXES if suffix in group), None)
-    if isinstance(image, int):
-        return Skip(shard, key, "too large image", f"{image} bytes, more than {MAX_IMAGE_BYTES}")
+    sizes = {name: part if isinstance(part, int) else len(part) for name, part in group.items()}
+    if (skip := _too_large(shard, key, sizes, use_json)) is not None:
+        return skip
+    read = {suffix: part for suffix, part in group.items() if not isinstance(part, int)}
+    image = next((read[suffix] for suffix in IMAGE_SUFFIXES if suffix in read), None)
     # Where there is no KEY.txt, the texts are KEY.*.txt in their order.
-    has_one = not use_json and CAPTION_SUFFIX in group
-    captions: list[bytes] = []
-    for suffix in [CAPTION_SUFFIX] if has_one else sorted(group):
-        caption = group[suffix]
-        if not _is_caption(suffix, use_json):
-            continue
-        if isinstance(caption, int):
-            detail = f"{caption} bytes, more than {MAX_CAPTION_BYTES}"
-            return Skip(shard, key, "too large caption", detail)
-        captions.append(caption)
+    has_one = not use_json and CAPTION_SUFFIX in read
+    names = [CAPTION_SUFFIX] if has_one else sorted(read)
+    captions = [read[suffix] for suffix in names if _is_caption(suffix, use_json)]
     suffixes = " ".join(f".{suffix}" for suffix in sorted(group))[:200]
     return RawSample(shard, key, image, tuple(captions), repeat, suffixes)
 
@@ -584,8 +654,8 @@ def _warn_of_cache(folders: str) -> None:
 
 
 def _make_index(shard: str, file: BinaryIO, file_size: int) -> ShardIndex:
-    def extents() -> Iterator[tuple[str, str, tuple[int, int]]]:
-        for key, suffix, member in regular_members(_open_tar(file, shard)):
+    def extents() -> Iterator[tuple[bool, str, str, tuple[int, int]]]:
+        for is_first, key, suffix, member in _pair_members(_open_tar(file, shard)):
             # Typeshed knows the list of what is between holes as bytes.
             pieces: Any = member.sparse
             stored = member.size if pieces is None else sum(size for _, size in pieces)
@@ -593,7 +663,7 @@ def _make_index(shard: str, file: BinaryIO, file_size: int) -> ShardIndex:
             if is_used and member.offset_data + stored > file_size:
                 raise tarfile.ReadError("unexpected end of data")
             offset = member.offset_data if pieces is None else -1 - member.offset
-            yield key, suffix, (offset, member.size)
+            yield is_first, key, suffix, (offset, member.size)
 
     return _to_index(shard, _group_members(shard, extents()))
 

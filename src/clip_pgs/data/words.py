@@ -26,7 +26,7 @@ import regex
 from clip_pgs.common import explained
 from clip_pgs.data.bad_samples import BadSampleError, Skip, describe_reasons
 from clip_pgs.data.caption_tables import read_captions
-from clip_pgs.data.samples import RawSample, decode_captions
+from clip_pgs.data.samples import MAX_CHARACTERS, RawSample, decode_captions
 from clip_pgs.data.tar import read_shard
 from clip_pgs.files import absence, write_text
 
@@ -194,7 +194,9 @@ def count_captions(
             continue
         count.num_captions += len(captions)
         for caption in captions:
-            count.words.update(word[0].lower() for word in find_words(caption))
+            # A word of megabytes is kept, and training reads no more of a caption.
+            words = find_words(caption[:MAX_CHARACTERS])
+            count.words.update(word[0].lower() for word in words)
     return count
 
 
