@@ -9,7 +9,7 @@ from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
-from clip_pgs.evaluation import load_model
+from clip_pgs.evaluation import features, load_model
 from clip_pgs.evaluation.features import (
     NonFiniteFeaturesError,
     data_fingerprint,
@@ -106,7 +106,9 @@ def test_texts_that_are_not_finite_stop_with_a_sentence(color_model):
         make_encoder(color_model).texts(["number 3", "number 4"])
 
 
-def test_classes_equal_those_of_clip_benchmark(finished_run):
+@pytest.mark.parametrize("max_prompts", [1, 7, 2**17])
+def test_classes_equal_those_of_clip_benchmark(finished_run, monkeypatch, max_prompts):
+    monkeypatch.setattr(features, "_MAX_PROMPTS", max_prompts)
     loaded = load_model(finished_run)
     names, templates = ["cat", "dog", "tall tree"], ["a {c}", "a photo of a {c}.", "{c}"]
     classes_CD = make_encoder(loaded).classes(names, templates)

@@ -197,12 +197,56 @@ def test_a_picture_that_resizing_makes_too_large_is_named(color_model, tmp_path)
     assert all(part in result.error for part in ("'0' of test/0.tar", "600 x 6"))
 
 
-@pytest.mark.parametrize("captions", [b"", b" \n\n", b"\xff\xfe"])
-def test_a_picture_without_a_caption_is_named(color_model, tmp_path, captions):
+@pytest.mark.parametrize(
+    ("captions", "rule"),
+    [
+        (b"", "has no usable .txt: there is no caption"),
+        (b" \n\n", "has no usable .txt: there is no caption"),
+        (b"\xff\xfe", "has no usable .txt"),
+        (b"a\n" * 201, "a picture has at most 200 captions, a line each, got 201"),
+        (b"a" * (2**16 + 1), "must have a .txt file of at most 65536 bytes, got 65537"),
+    ],
+)
+def test_a_picture_without_a_caption_or_with_too_many_is_named(
+    color_model, tmp_path, captions, rule
+):
     folder = make_set(tmp_path / "set", kind="retrieval", replaced=[("1.txt", captions)])
     result = score(color_model, folder, suite="zeroshot-retrieval")
     assert result.status == "failed"
-    assert "sample '1' of test/0.tar has no usable .txt" in result.error
+    assert "sample '1' of test/0.tar" in result.error
+    assert rule in result.error
+
+
+ODD_NAMES = [
+    ("classification", "Screenshot 2024-01-01 at 10.00.00.jpg", "'Screenshot 2024-01-01 at 10'"),
+    ("classification", "Foto 12.5.24.JPG", "'Foto 12'"),
+    ("classification", "in/a.1.png", "'in/a'"),
+    ("classification", "0.1.cls", "'0'"),
+    ("retrieval", "0.1.txt", "'0'"),
+    ("retrieval", "0.seg.png", "'0'"),
+    ("multilabel", "0.1.npy", "'0'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "sample"), ODD_NAMES)
+def test_a_picture_or_label_whose_name_has_another_dot_is_not_left_out_in_silence(
+    color_model, tmp_path, kind, name, sample
+):
+    folder = make_set(tmp_path / "set", kind=kind, extra=[(name, color_png(5))])
+    for file in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        (folder / file).write_text("a {c}\n" if "templates" in file else "0\n1\n2\n3\n")
+    result = score(color_model, folder, suite=SUITES.get(kind, SUITES["classification"]))
+    assert result.status == "failed"
+    assert f"sample {sample} of test/0.tar can have a ." in result.error
+    assert "as its name ends at its first dot" in result.error
+    assert repr(name) in result.error
+
+
+def test_a_file_with_more_dots_that_is_no_picture_or_label_is_passed_over(color_model, tmp_path):
+    names = ["._0.jpg", "0.1.txt", "0.1.json", "README", "read.me.md", "0.jpg.bak", "__a__/0.1.jpg"]
+    folder = make_set(tmp_path / "set", extra=[(name, b"?") for name in names])
+    result = score(color_model, folder)
+    assert (result.status, result.samples) == ("done", 4)
 
 
 def test_a_caption_pair_whose_picture_is_damaged_is_named(color_model, tmp_path):
@@ -313,6 +357,23 @@ def test_a_template_takes_the_name_of_a_class_and_nothing_else(color_model, tmp_
     assert result.status == "failed"
     assert "line 2 of" in result.error
     assert "{c}" in result.error
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "limit"),
+    [
+        ("classnames.txt", "".join(f"{n}\n" for n in range(100_001)), 100_000),
+        ("zeroshot_classification_templates.txt", "{c}\n" * 1001, 1000),
+    ],
+)
+def test_more_classes_or_templates_than_any_set_has_are_refused(
+    color_model, tmp_path, file, text, limit
+):
+    folder = make_set(tmp_path / "set")
+    (folder / file).write_text(text)
+    result = score(color_model, folder)
+    assert result.status == "failed"
+    assert f"{file} must have at most {limit} lines, got {limit + 1}" in result.error
 
 
 @pytest.mark.parametrize("text", ["number 0\n\nnumber 1", "", "\xff"])

@@ -46,7 +46,9 @@ IMAGE_FOLDER = "val2017"
 HUB_ROOT = "https://huggingface.co/datasets/clip-benchmark/wds_{dataset_cleaned}/tree/main"
 _LOCAL_ROOT = "data/eval"
 _HUB_TIMEOUT_S, _NUM_RETRIES = 20, 5
-_MAX_TEXT_BYTES, _MAX_PAIRS_BYTES = 2**24, 2**26
+_MAX_TEXT_BYTES, _MAX_PAIRS_BYTES = 2**24, 2**24
+# ImageNet-21k has 21,841 classes, and ImageNet 80 templates. Each class takes kB as a feature.
+_MAX_CLASSES, _MAX_TEMPLATES = 100_000, 1000
 # Many times what a text tower takes. A tokenizer's time grows with the square of a word's length.
 MAX_TEXT = 2000
 _MAX_EQUAL_SHARE, _MAX_SHOWN = 0.05, 5
@@ -302,14 +304,15 @@ def read_class_names(location: str) -> list[str] | None:
 
     Raises:
         OSError: If they cannot be read.
-        DamagedDataError: If there is none, a line is empty or broken by another character than a
-            line feed, or more than a twentieth of them are names of other classes; ImageNet's
-            have two such.
+        DamagedDataError: If there is none or there are more than 100,000, a line is empty or broken
+            by another character than a line feed, or more than a twentieth of them are names of
+            other classes; ImageNet's have two such.
     """
     text = read_metadata(location, CLASS_NAMES)
     if text is None:
         return None
     names = [line.strip() for line in text.splitlines()]
+    _check_number(names, _MAX_CLASSES, f"{location}/{CLASS_NAMES}")
     # clip_benchmark ends a line at each of Unicode's line boundaries, which moves all later labels.
     for number, line in enumerate(re.split(r"\r\n?|\n", text), start=1):
         if len(line.splitlines()) > 1:
@@ -357,9 +360,11 @@ def read_templates(location: str) -> list[str]:
 
     Raises:
         OSError: If they cannot be read.
-        DamagedDataError: If there is none, or a line has no `{c}` or other braces.
+        DamagedDataError: If there is none or there are more than 1,000, or a line has no `{c}` or
+            other braces.
     """
     lines = (read_metadata(location, TEMPLATES) or "").splitlines()
+    _check_number(lines, _MAX_TEMPLATES, f"{location}/{TEMPLATES}")
     _check_lengths(lines, f"{location}/{TEMPLATES}")
     for number, line in enumerate(lines or [""], start=1):
         if "{c}" not in line or set("{}") & set(line.replace("{c}", "")):
@@ -368,6 +373,11 @@ def read_templates(location: str) -> list[str]:
                 f"and no other braces, got {line[:80]!r}"
             )
     return [line.strip() for line in lines]
+
+
+def _check_number(lines: Sequence[str], limit: int, where: str) -> None:
+    if len(lines) > limit:
+        raise DamagedDataError(f"{where} must have at most {limit} lines, got {len(lines)}")
 
 
 def _check_lengths(lines: Sequence[str], where: str) -> None:

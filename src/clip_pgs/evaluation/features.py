@@ -46,6 +46,8 @@ RULES = 4
 # Files above this size are sampled: reading all of ImageNet would take as long as encoding it.
 _WHOLE_FILE_BYTES = 256 * 2**20
 _BLOCK_BYTES, _NUM_BLOCKS = 2**20, 64
+# That are tokenized and encoded at once: more than ImageNet has, whose 80 templates make 80,000.
+_MAX_PROMPTS = 2**17
 _PACKAGES = ("open_clip_torch", "torch", "torchvision", "pillow")
 
 
@@ -222,11 +224,14 @@ class Encoder:
         """
         key = (*names, "", *templates)
         if key not in self._classes:
-            # Replaced, not formatted: a stranger's template reaches no format spec or attribute.
-            prompts = [template.replace("{c}", name) for name in names for template in templates]
-            prompts_PD = normalize(self.texts(prompts), dim=-1)
-            mean_CD = prompts_PD.unflatten(0, (len(names), len(templates))).mean(dim=1)
-            self._classes[key] = normalize(mean_CD, dim=-1)
+            means, step = [], max(1, _MAX_PROMPTS // len(templates))
+            for start in range(0, len(names), step):
+                some = names[start : start + step]
+                # Replaced, not formatted: a template reaches no format spec or attribute.
+                prompts = [template.replace("{c}", name) for name in some for template in templates]
+                prompts_PD = normalize(self.texts(prompts), dim=-1)
+                means.append(prompts_PD.unflatten(0, (len(some), len(templates))).mean(dim=1))
+            self._classes[key] = normalize(torch.cat(means), dim=-1)
         return self._classes[key]
 
     def flops_per_image(self) -> float | None:

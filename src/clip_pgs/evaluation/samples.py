@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from tqdm import tqdm
 
 from clip_pgs.common import explained, is_first_process, one_sentence
-from clip_pgs.data.decoding import check_resized, open_image, to_rgb
+from clip_pgs.data.decoding import MAX_IMAGE_BYTES, check_resized, open_image, to_rgb
 from clip_pgs.data.loader import hear_parent_alone
 from clip_pgs.data.tar import regular_members, stream_tar
 from clip_pgs.evaluation.datasets import (
@@ -46,7 +46,9 @@ PICTURE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
 _TOLD = (DamagedDataError, ServerError, FileNotFoundError)
 _TARGET_SUFFIXES = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 _LABEL = re.compile(rb"\s*([0-9]{1,9})\s*")
-_MAX_PICTURE_BYTES, _MAX_TARGET_BYTES = 2**28, 2**20
+_MAX_TARGET_BYTES = {"npy": 2**20, "cls": 2**16, "txt": 2**16}
+# Sets have 1 to 10 captions for a picture, in many languages 100. Each takes kB as a feature.
+_MAX_CAPTIONS = 200
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,12 @@ class _Shards(IterableDataset):
                 if suffix in files:
                     _refuse(key, shard, f"has two .{suffix} files")
                 files[suffix] = content
-            found = [suffix for suffix in files if suffix in PICTURE_SUFFIXES]
+                found = [suffix for suffix in files if suffix in PICTURE_SUFFIXES]
+                if len(found) > 1:
+                    endings = " and a .".join(found)
+                    _refuse(key, shard, f"must have one picture, got a .{endings} file")
             if not found:
                 _refuse(key, shard, f"has a .{self.target_suffix} file but no picture beside it")
-            if len(found) > 1:
-                _refuse(key, shard, f"must have one picture, got a .{' and a .'.join(found)} file")
             if self.target_suffix not in files:
                 _refuse(key, shard, f"has a picture but no .{self.target_suffix} file beside it")
             try:
@@ -173,6 +176,11 @@ class _Shards(IterableDataset):
             captions = content.decode("utf-8-sig").splitlines()
             if not any(map(str.strip, captions)):
                 raise ValueError("there is no caption")
+            if len(captions) > _MAX_CAPTIONS:
+                raise ValueError(
+                    f"a picture has at most {_MAX_CAPTIONS} captions, a line each, got "
+                    f"{len(captions)}"
+                )
             return captions
         if self.target_suffix == "npy":
             shown = torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
@@ -233,11 +241,18 @@ def _read_members(
             stream_tar(file) as tar,
         ):
             for key, suffix, member in regular_members(tar):
-                if suffix not in suffixes:
+                ending = suffix.rpartition(".")[2]
+                if ending not in suffixes:
                     continue
-                limit = _MAX_PICTURE_BYTES if suffix in PICTURE_SUFFIXES else _MAX_TARGET_BYTES
-                if member.size > limit or member.issparse():
-                    _refuse(key, shard, f"has a .{suffix} file of {member.size} bytes")
+                if ending != suffix:
+                    rule = f"can have a .{ending} file alone, as its name ends at its first dot"
+                    _refuse(key, shard, f"{rule}, got {member.name!r}")
+                limit = _MAX_TARGET_BYTES.get(suffix, MAX_IMAGE_BYTES)
+                if member.size > limit:
+                    rule = f"must have a .{suffix} file of at most {limit} bytes"
+                    _refuse(key, shard, f"{rule}, got {member.size}")
+                if member.issparse():
+                    _refuse(key, shard, f"has a .{suffix} file with holes")
                 content = tar.extractfile(member)
                 assert content is not None
                 yield key, suffix, content.read()
