@@ -14,6 +14,8 @@ bash scripts/setup.sh train,eval,wandb,transformers,dev,docs
 export PATH="$PWD/.venv/bin:$PATH"
 # A process a core, of one thread each: small tensors do not repay what threads wait for each other.
 export OMP_NUM_THREADS=1
+# Each process would compile the rewritten tests anew, which takes seconds.
+unset PYTHONDONTWRITEBYTECODE
 # Files start in the order of tests/conftest.py; of themselves those of few long tests come last.
 parallel=(-n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 failed=""
