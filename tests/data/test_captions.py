@@ -127,7 +127,7 @@ def test_bad_json_is_a_bad_sample(write, make_args, text):
     ("members_of", "caption_key", "parts"),
     [
         (lambda n: {"json": b"{}"}, None, [".jpg .json", "--caption-key KEY"]),
-        (lambda n: {"caption": b"1"}, None, ["but .caption .jpg", "share a name"]),
+        (lambda n: {"caption": b"1"}, None, ["but .jpg .caption", "share a name"]),
         (lambda n: {}, None, ["no .txt member but .jpg", "follow one another"]),
         (lambda n: {"json": b'{"text": 1}'}, "caption", ["it has 'text'"]),
         (lambda n: {"txt": b"1"}, "caption", ["no .json member but .jpg .txt"]),

@@ -188,6 +188,31 @@ def test_bad_samples_are_named_with_their_reason(tmp_path, make_tar, make_image)
     assert text.endswith("--train-num-samples 5\n")
 
 
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["a.b.jpg", "a.b.txt", "a.jpg", "a.txt"], "a: .b.jpg, .jpg"),
+        (["a.jpg", "a.seg.png", *(f"a.{n}.txt" for n in range(60))], "a: .jpg, .seg.png"),
+        (["a.jpg", "a.png", "a.txt"], "a: .jpg, .png"),
+        (["a.jpg", "a.0.txt", "a.1.txt", "a.json", "a.txt.jpg.bak"], None),
+        (["a.jpg", "a.txt", "b.jpg", "b.txt"], None),
+    ],
+)
+def test_images_that_a_longer_name_makes_part_of_another_sample_are_told(
+    tmp_path, make_tar, make_image, names, told
+):
+    make_tar(
+        tmp_path / "0.tar",
+        [(name, b"text" if name.endswith("txt") else make_image(0)) for name in names],
+    )
+    total, text = run_check([tmp_path / "0.tar"])
+    assert not total.bad
+    lines = [line for line in text.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == (told is not None)
+    assert told is None or lines[0].endswith(f"the first is {tmp_path}/0.tar: {told}")
+    assert told is None or lines[0].startswith("warning: 1 sample with images that are not read")
+
+
 def test_damaged_shard_and_wrong_sizes_are_bad(make_shards):
     folder = make_shards([12])
     path = folder / "0.tar"

@@ -490,8 +490,8 @@ def test_pairs_come_in_order_with_used_members_alone(tmp_path, make_tar):
     ]
     make_tar(tmp_path / "0.tar", members)
     assert list(read_shard(path, repeat=2)) == [
-        RawSample(path, "dir/a", b"image a", (b"text a",), 2, ".jpg .json .mask.png .txt"),
-        RawSample(path, "b", b"image b", (b"text b",), 2, ".txt .webp"),
+        RawSample(path, "dir/a", b"image a", (b"text a",), 2, ".jpg .mask.png .json .txt"),
+        RawSample(path, "b", b"image b", (b"text b",), 2, ".webp .txt"),
         RawSample(path, "c", None, (), 2, ".json"),
     ]
 

@@ -18,10 +18,17 @@ from clip_pgs.data.caption_tables import (
     read_pairs,
 )
 from clip_pgs.data.decoding import opened_image
-from clip_pgs.data.samples import MAX_CAPTION_BYTES, RawSample, decode_captions, decode_image
+from clip_pgs.data.samples import (
+    MAX_CAPTION_BYTES,
+    RawSample,
+    decode_captions,
+    decode_image,
+    is_image,
+)
 from clip_pgs.data.shards import is_remote, read_sizes, shard_pattern, write_shard
 from clip_pgs.data.tar import read_shard
 from clip_pgs.files import absence, atomic_folder
+from clip_pgs.tables import counted
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +162,7 @@ class ShardReport:
         caption_lengths: Characters of each such caption, all of a picture.
         image_sizes: Width and height in pixels of each image that can be decoded.
         bad: What is wrong: samples and, with an empty key, the shard itself.
+        crowded: Samples with images that are not read, beside the one that is.
     """
 
     num_samples: int = 0
@@ -163,6 +171,7 @@ class ShardReport:
     caption_lengths: list[int] = field(default_factory=list)
     image_sizes: list[tuple[int, int]] = field(default_factory=list)
     bad: list[Skip] = field(default_factory=list)
+    crowded: list[Skip] = field(default_factory=list)
 
     def add(self, other: ShardReport) -> None:
         """Add another report to this one."""
@@ -195,6 +204,9 @@ def check_shard(shard: str, *, caption_key: str | None = None) -> ShardReport:
 def _check_sample(raw: RawSample, report: ShardReport, caption_key: str | None) -> list[Skip]:
     """Note what a sample holds; return what is wrong with it."""
     problems: list[BadSampleError] = []
+    images = [suffix for suffix in raw.suffixes.split() if is_image(suffix)]
+    if raw.image is not None and len(images) > 1:
+        report.crowded.append(Skip(raw.shard, raw.key, ", ".join(images)))
     try:
         report.image_sizes.append(decode_image(raw).size)
     except BadSampleError as error:
@@ -233,6 +245,13 @@ def check_shards(
         write(f"bad: {skip}\n")
     if len(total.bad) > _MAX_BAD_NAMED:
         write(f"bad: {len(total.bad) - _MAX_BAD_NAMED} more\n")
+    if total.crowded:
+        number = counted(len(total.crowded), "sample")
+        write(
+            f"warning: {number} with images that are not read, beside the one that is: a sample's "
+            f"name ends at its first dot, so that a.b.jpg is part of a; the first is "
+            f"{total.crowded[0]}\n"
+        )
     # Bad samples keep their places in an epoch, in which others stand in for them.
     write(f"\n--train-num-samples {total.num_samples}\n")
     return total

@@ -40,6 +40,11 @@ MAX_CHARACTERS = 2000
 _MAX_NAMED, _MAX_NAME = 12, 50
 
 
+def is_image(suffix: str) -> bool:
+    """Return whether a suffix ends as an image's does, such as `b.jpg` of `a.b.jpg`."""
+    return suffix.rpartition(".")[2] in IMAGE_SUFFIXES
+
+
 @dataclass(frozen=True)
 class RawSample:
     """The bytes of one pair.

@@ -44,6 +44,7 @@ from clip_pgs.data.samples import (
     MAX_CAPTION_BYTES,
     MAX_CAPTIONS,
     RawSample,
+    is_image,
 )
 from clip_pgs.data.shards import is_remote, is_seekable, stated_sizes
 from clip_pgs.files import atomic_file, file_state
@@ -640,7 +641,9 @@ def _make_sample(
     has_one = not use_json and CAPTION_SUFFIX in read
     names = [CAPTION_SUFFIX] if has_one else sorted(read)
     captions = [read[suffix] for suffix in names if _is_caption(suffix, use_json)]
-    suffixes = " ".join(f".{suffix}" for suffix in sorted(group))[:200]
+    # Images first: `clip-pgs data check` looks for a second one.
+    ordered = sorted(group, key=lambda suffix: (not is_image(suffix), suffix))
+    suffixes = " ".join(f".{suffix}" for suffix in ordered)[:200]
     return RawSample(shard, key, image, tuple(captions), repeat, suffixes)
 
 
