@@ -256,7 +256,11 @@ def _read_once(
 
 
 def _fitting_separator(path: Path, keys: tuple[str, ...], flag: str) -> str:
-    """Say which usual separator gives a table its columns; "" where none does."""
+    """Say how a table gets its columns, by the first line or a usual separator; else ""."""
+    with path.open("rb") as file:
+        first = file.readline(_HEAD_BYTES).strip().removeprefix(codecs.BOM_UTF8).strip(b'"')
+    if re.fullmatch(rb"sep=[ -~]?", first):
+        return f"; its first line, {first.decode()!r}, is for Excel and no header: remove it"
     for separator in _SEPARATORS:
         # What the header line is to another separator may be anything.
         with suppress(Exception):
