@@ -19,7 +19,7 @@ from clip_pgs.data.bad_samples import Skip, UnusableDataError
 from clip_pgs.training import stop, validation
 from clip_pgs.training.__main__ import main
 from clip_pgs.training.loggers import SkipLog
-from clip_pgs.training.stop import StoppedError, StopRequest, StopSignals
+from clip_pgs.training.stop import ExitReport, StoppedError, StopRequest, StopSignals
 from clip_pgs.training.trainer import Trainer
 from support.chaos import Launch, num_steps
 from support.disk import files_limited_to
@@ -374,6 +374,27 @@ def test_lines_that_cannot_be_dropped_on_a_full_disk_stay_as_they_are(tmp_path, 
         SkipLog(tmp_path, rank=0, step=3)
     assert (tmp_path / "skipped.jsonl").read_text() == before
     assert "skipped.jsonl cannot be written: File too large; the run goes on" in caplog.text
+
+
+@pytest.mark.parametrize("is_told_to_launcher", [False, True])
+def test_a_reason_that_a_full_disk_refuses_is_logged_and_leaves_no_empty_file(
+    tmp_path, caplog, monkeypatch, is_told_to_launcher
+):
+    if is_told_to_launcher:
+        (tmp_path / "launch").mkdir()
+        monkeypatch.setenv("CLIP_PGS_LAUNCH_DIR", str(tmp_path / "launch"))
+    report = ExitReport(StopSignals())
+    report.folder = tmp_path
+    with files_limited_to(10):
+        report.write_error("a step takes too long")
+    assert "a step takes too long" in caplog.text
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    report.write_error("another")
+    assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "another"
+    caplog.clear()
+    report.write_error("of a process that is later")
+    assert caplog.text == ""
+    assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "another"
 
 
 @pytest.fixture

@@ -324,7 +324,7 @@ class ExitReport:
             _logger.error("%s", sentence)
 
     def write(self, code: int, reason: str) -> bool:
-        """Write a reason where there is none yet; return whether this one is it."""
+        """Write a reason where there is none yet; return whether no other was first."""
         entry = {
             "code": code,
             "reason": reason,
@@ -356,11 +356,19 @@ def _is_lost_connection(error: BaseException) -> bool:
 
 
 def _write_new(path: Path, text: str) -> bool:
+    """Write a file that is not there yet, whole or not at all; return whether none was there."""
     # A run whose disk is full, or whose folder is gone, has a better reason to tell than this.
-    with suppress(OSError), path.open("x", encoding="utf-8") as file:
-        file.write(text)
-        return True
-    return False
+    with suppress(OSError):
+        try:
+            file = path.open("x", encoding="utf-8")
+        except FileExistsError:
+            return False
+        try:
+            with file:
+                file.write(text)
+        except OSError:
+            path.unlink()
+    return True
 
 
 class RunLock:
