@@ -222,6 +222,8 @@ def test_a_set_that_changed_on_its_server_is_scored_again(score, served, tmp_pat
     with tarfile.open(shard, "w") as tar:
         for member, content in members[:-2]:
             tar.addfile(member, io.BytesIO(content))
+    # A server tells whole seconds, and the tar's padding makes both of one size.
+    os.utime(shard, (0, 0))
     assert score() == 1
     assert kept(tmp_path, "samples") < 12
 
