@@ -15,7 +15,7 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -151,7 +151,12 @@ class _Shards(IterableDataset):
         samples = itertools.groupby(members, key=lambda member: member[0])
         for place, (key, group) in enumerate(samples):
             files: dict[str, bytes] = {}
+            others: list[str] = []
+            found: list[str] = []
             for _, suffix, content in group:
+                if "." in suffix:
+                    others.append(suffix)
+                    continue
                 if suffix in files:
                     _refuse(key, shard, f"has two .{suffix} files")
                 files[suffix] = content
@@ -159,6 +164,11 @@ class _Shards(IterableDataset):
                 if len(found) > 1:
                     endings = " and a .".join(found)
                     _refuse(key, shard, f"must have one picture, got a .{endings} file")
+            if others and (not found or self.target_suffix not in files or _has_pair(others)):
+                names = ", ".join(f"{key}.{suffix}" for suffix in others[:4])
+                _refuse(
+                    key, shard, f"has files of another dot, and a name ends at the first: {names}"
+                )
             if not found:
                 _refuse(key, shard, f"has a .{self.target_suffix} file but no picture beside it")
             if self.target_suffix not in files:
@@ -231,10 +241,23 @@ def _refuse(key: str, shard: str, reason: str) -> NoReturn:
     raise DamagedDataError(f"sample {key!r} of {shard} {reason}")
 
 
+def _has_pair(suffixes: Iterable[str]) -> bool:
+    """Return whether a picture and a label differ by their last suffix alone."""
+    stems: tuple[set[str], set[str]] = (set(), set())
+    for suffix in suffixes:
+        stem, _, ending = suffix.rpartition(".")
+        stems[ending in PICTURE_SUFFIXES].add(stem)
+    return not stems[0].isdisjoint(stems[1])
+
+
 def _read_members(
     location: str, shard: str, suffixes: set[str]
 ) -> Iterator[tuple[str, str, bytes]]:
-    """Yield (sample, suffix, content) of the files with such suffixes, in their order."""
+    """Yield (sample, suffix, content) of the files with such suffixes, in their order.
+
+    Of files with such a suffix behind another, as `seg.png` or those of a name with a dot, the
+    content is left out.
+    """
     try:
         with (
             open_file(location, shard) as file,
@@ -245,8 +268,8 @@ def _read_members(
                 if ending not in suffixes:
                     continue
                 if ending != suffix:
-                    rule = f"can have a .{ending} file alone, as its name ends at its first dot"
-                    _refuse(key, shard, f"{rule}, got {member.name!r}")
+                    yield key, suffix, b""
+                    continue
                 limit = _MAX_TARGET_BYTES.get(suffix, MAX_IMAGE_BYTES)
                 if member.size > limit:
                     rule = f"must have a .{suffix} file of at most {limit} bytes"
