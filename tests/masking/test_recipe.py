@@ -29,6 +29,7 @@ assert (changed.name, changed.options) == (name, {"mask_ratio": 0.25})
 assert (known.name, known.options) == ("random", {"mask_ratio": 0.3})
 strategy = create_masking(name, mask_ratio=0.75)
 assert "bright" in list_maskings()
+assert parse_specs([name])[0].name == name
 declared = describe_masking(name)
 assert (declared.name, declared.keeps, declared.random) == ("bright", "the brightest", False)
 assert [option.name for option in declared.options] == ["mask_ratio"]

@@ -31,7 +31,7 @@ from clip_pgs.masking import (
     list_maskings,
     masking_options,
 )
-from clip_pgs.masking.strategy import options_at, patch_grid, patch_sides
+from clip_pgs.masking.strategy import masking_class, options_at, patch_grid, patch_sides
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -418,7 +418,9 @@ def parse_spec(text: str) -> StrategySpec:
     """
     name, _, tail = text.partition(":")
     attribute, _, rest = tail.partition(":")
-    if attribute.isidentifier() and name not in list_maskings():
+    # Once created, a class of one's own may be known by the name of its module.
+    is_known = name in list_maskings() and masking_class(name).__module__ != name
+    if attribute.isidentifier() and not is_known:
         name, tail = f"{name}:{attribute}", rest
     options = {}
     for pair in tail.split(",") if tail else ():
