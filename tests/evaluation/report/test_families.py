@@ -1,6 +1,9 @@
+import pytest
+
+from clip_pgs.evaluation.report.command import write_report
 from clip_pgs.evaluation.report.published import read_paper
 from clip_pgs.evaluation.report.scores import split_families
-from support.reports import demo_results, make_result, paper_results
+from support.reports import Page, demo_results, make_result, paper_results, save_results
 
 PAPER = read_paper()
 
@@ -33,3 +36,38 @@ def test_second_copy_of_a_set_is_another_set():
     copies = [make_result(name, samples=10_000) for name in ("vtab/cifar10", "cifar10")]
     families = split_families(copies, PAPER)
     assert [len(families["paper"]), len(families["other"])] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("datasets", "paper"),
+    [
+        (["sets/flickr8k"], "sets/flickr8k"),  # the set itself in a folder of one's own
+        (["blur/flickr8k", "flickr8k"], "flickr8k"),
+        (["clean/flickr8k", "blur/flickr8k"], None),
+    ],
+)
+def test_one_of_several_namesakes_at_most_is_the_papers(datasets, paper):
+    results = [make_result(name, "zeroshot-retrieval", samples=1000) for name in datasets]
+    families = split_families(results, PAPER)
+    assert len(families["paper"]) == (paper is not None)
+    others = [name for name in datasets if name != paper]
+    assert names(families["other"]) == [("zeroshot-retrieval", name) for name in others]
+
+
+def test_namesakes_of_two_models_never_share_a_column(tmp_path):
+    for number, dataset in enumerate(["clean/flickr8k", "blur/flickr8k"]):
+        recalls = {"image_retrieval_recall@1": 0.25 + number / 2}
+        scored = make_result(
+            dataset,
+            "zeroshot-retrieval",
+            recalls,
+            samples=1000,
+            model=f"m{number}",
+            weights_digest=f"d{number}",
+        )
+        save_results(tmp_path / f"run_{number}" / "eval", [scored])
+    folder = write_report([tmp_path], tmp_path / "report")
+    page = Page((folder / "report.html").read_text("utf-8"))
+    rows = page.table("Zero-shot retrieval, recall, percent; no published")
+    columns = {row[0].split()[0]: row[1:] for row in rows}
+    assert abs(columns["m0"].index("25.0") - columns["m1"].index("75.0")) == 1

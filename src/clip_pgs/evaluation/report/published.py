@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -23,6 +24,8 @@ PAPER = "clip_pgs_cvpr2025"
 # clip_benchmark's names where the file has plainer ones.
 _METRICS = {("linear_probe", "acc1"): "lp_acc1"}
 _REFERENCE = ("robustness", "imagenet1k")
+# What the names of its sets begin with in configs/eval, some of them.
+_COLLECTIONS = ("vtab", "sugar_crepe")
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,32 @@ class Paper:
                 variants.setdefault(row["method"], {})[cell] = _share(row["value"])
         return variants
 
+    def set_names(self, results: Iterable[Result]) -> dict[tuple[str, str], str]:
+        """Return which data sets of a report are the paper's: its names by suite and full name.
+
+        Of several whose names end alike, one under clip_benchmark's name is the paper's; where
+        none is, nothing tells which of them it is, and they all are other sets.
+
+        Args:
+            results: All of the report.
+        """
+        found: dict[tuple[str, str], dict[str, bool]] = {}
+        for result in results:
+            if (name := self.set_name(result)) is not None:
+                is_done = found.setdefault((result.suite, name), {})
+                is_done[result.dataset] = is_done.get(result.dataset, False) or (
+                    result.status == DONE
+                )
+        names = {}
+        for (suite, name), is_done in found.items():
+            full_names = [full for full in is_done if is_done[full]] or list(is_done)
+            known = [full for full in _known_names(name) if full in full_names]
+            if known or len(full_names) == 1:
+                names[suite, (known or full_names)[0]] = name
+        return names
+
     def set_name(self, result: Result) -> str | None:
-        """Return which of the paper's data sets a result is of, None if of none of them.
+        """Return which of the paper's data sets a result may be of, None if of none of them.
 
         Args:
             result: Of any status; one that is not done is judged by its name alone.
@@ -132,6 +159,11 @@ class Paper:
             for (suite, dataset), values in metrics.items()
         )
         return PublishedMethod(name, results, averages, relative_time)
+
+
+def _known_names(name: str) -> list[str]:
+    """Return what clip_benchmark calls a data set of the paper, or its folder is called."""
+    return [*(f"{collection}/{name}" for collection in _COLLECTIONS), name]
 
 
 def _share(percent: str) -> float:

@@ -14,7 +14,7 @@ Data sets are of two families: the paper's, and all others, which no published r
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -324,7 +324,9 @@ def chance_results(results: Iterable[Result]) -> list[Result]:
     return [guess for guess in guesses.values() if guess.metrics or guess.status != DONE]
 
 
-def split_families(results: Iterable[Result], paper: Paper) -> dict[str, list[Result]]:
+def split_families(
+    results: Iterable[Result], paper: Paper, names: Mapping[tuple[str, str], str] | None = None
+) -> dict[str, list[Result]]:
     """Part the results of one run into the paper's data sets and others.
 
     A slice of a set of the paper, or another set of its name (the demo world has its own
@@ -333,12 +335,14 @@ def split_families(results: Iterable[Result], paper: Paper) -> dict[str, list[Re
     Args:
         results: Of one run.
         paper: Knows its sets by name and size.
+        names: From `paper.set_names` of all runs of a report; None looks at these results alone.
 
     Returns:
         The results by family; those on the paper's sets under its names for them, each once: a
         second copy, such as `cifar10` beside `vtab/cifar10`, is another set.
     """
     results = list(results)
+    names = paper.set_names(results) if names is None else names
     namesakes = {
         result.suite
         for result in results
@@ -347,15 +351,14 @@ def split_families(results: Iterable[Result], paper: Paper) -> dict[str, list[Re
         and paper.set_name(replace(result, status="")) is not None
     }
     families: dict[str, list[Result]] = {PAPER_SETS: [], OTHER_SETS: []}
-    taken = set()
     for result in results:
-        name = paper.set_name(result)
+        name = names.get((result.suite, result.dataset))
         is_stray = result.status != DONE and result.suite in namesakes
-        if name is None or is_stray or (result.suite, name) in taken:
+        # The runs of a report may have scored a whole set and a slice under one name.
+        if name is None or is_stray or paper.set_name(result) is None:
             families[OTHER_SETS].append(result)
         else:
             families[PAPER_SETS].append(replace(result, dataset=name))
-            taken.add((result.suite, name))
     return families
 
 
@@ -369,7 +372,8 @@ def make_families(models: Sequence[Model], paper: Paper) -> list[Family]:
     Returns:
         The paper's sets and the other sets, each only if a model was scored on one of them.
     """
-    split = [[split_families(run.results, paper) for run in model.runs] for model in models]
+    names = paper.set_names(r for model in models for run in model.runs for r in run.results)
+    split = [[split_families(run.results, paper, names) for run in model.runs] for model in models]
     families = []
     for name in (PAPER_SETS, OTHER_SETS):
         of_models = [[run[name] for run in runs] for runs in split]
