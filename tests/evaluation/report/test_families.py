@@ -71,3 +71,16 @@ def test_namesakes_of_two_models_never_share_a_column(tmp_path):
     rows = page.table("Zero-shot retrieval, recall, percent; no published")
     columns = {row[0].split()[0]: row[1:] for row in rows}
     assert abs(columns["m0"].index("25.0") - columns["m1"].index("75.0")) == 1
+
+
+def test_sets_whose_names_end_alike_have_headings_of_their_own(tmp_path):
+    sets = ["a/things", "b/things", "c/other"]
+    found = [make_result(name, metrics={"acc1": 0.5}, details={"classes": 4}) for name in sets]
+    recalls = {f"image_retrieval_recall@{k}": 0.5 for k in (1, 5)}
+    found += [make_result(name, "zeroshot-retrieval", recalls) for name in sets]
+    save_results(tmp_path / "eval", found)
+    report = write_report([tmp_path], tmp_path / "report")
+    table, _, retrieval = (report / "report.md").read_text("utf-8").partition("Zero-shot retrieval")
+    for name in ("a/things", "b/things", "other"):
+        assert f"| {name} |" in table
+        assert f"| {name} image R@1 |" in retrieval

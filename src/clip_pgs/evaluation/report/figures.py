@@ -137,12 +137,12 @@ def suite_figure(suite: str, family: Family) -> Figure:
         all_axes = drawing.subplots(len(rows), 1, squeeze=False)[:, 0]
         for axes, row in zip(all_axes, rows, strict=True):
             _draw_bars(axes, row, entries, looks)
-            labels = [results_table.column_of(place, is_single=is_single).label for place in row]
+            labels = [results_table.column_of(place, places).label for place in row]
             axes.set_xticks(range(len(row)), [_short(x).replace(", ", ",\n") for x in labels])
             axes.set(xlim=(-0.6, max(map(len, rows)) - 0.4), ylabel="percent")
             axes.set_ylim(0, min(104.0, 10 * math.ceil(10.5 * top)))
             if not is_single:
-                axes.set_title(_short(results_table.set_label(row[0])))
+                axes.set_title(_short(results_table.set_label(row[0], places)))
         marks = [_legend_mark(entry, looks[entry.kind, entry.name]) for entry in entries]
         drawing.legend(handles=marks, handlelength=1.6, **_LEGEND_ABOVE)
         return _finish(

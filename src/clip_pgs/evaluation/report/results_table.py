@@ -36,9 +36,18 @@ def metric_label(suite: str, metric: str) -> str:
     return suite_of(suite).metrics.get(metric, metric)
 
 
-def set_label(place: Place) -> str:
-    """Return a data set's name without the collection it comes from, or an average's."""
-    return average_label(place.name) if place.is_average else place.name.rsplit("/", 1)[-1]
+def set_label(place: Place, places: Iterable[Place]) -> str:
+    """Return a data set's name without the collection it comes from, or an average's.
+
+    Args:
+        place: Of the set or average.
+        places: All that stand beside it; where another set's name ends alike, it is given in full.
+    """
+    if place.is_average:
+        return average_label(place.name)
+    last = place.name.rsplit("/", 1)[-1]
+    names = {other.name for other in places if not other.is_average}
+    return last if sum(name.rsplit("/", 1)[-1] == last for name in names) < 2 else place.name
 
 
 def average_label(name: str) -> str:
@@ -250,11 +259,10 @@ def suite_table(
         order: Names of data sets to start with.
     """
     places = suite_places(suite, entries, order=order)
-    is_single = len({place.metric for place in places}) == 1
     columns = [Column("model")]
     cells: list[list[Cell]] = [[Cell(entry.name)] for entry in entries]
     for place in places:
-        columns.append(column_of(place, is_single=is_single))
+        columns.append(column_of(place, places))
         members = num_members(place, entries)
         best = {kind: _best(place, kind, entries) for kind in (PUBLISHED, RUN)}
         for entry, row in zip(entries, cells, strict=True):
@@ -289,10 +297,10 @@ def is_partial(score: Score, place: Place, entries: Iterable[Entry]) -> bool:
     return len(score.sets) < num_members(place, entries)
 
 
-def column_of(place: Place, *, is_single: bool) -> Column:
-    """Return the heading of a place, where its suite shows a single metric or several."""
-    name = set_label(place)
-    if is_single:
+def column_of(place: Place, places: Sequence[Place]) -> Column:
+    """Return the heading of a place among all that its suite shows, of one metric or several."""
+    name = set_label(place, places)
+    if len({other.metric for other in places}) == 1:
         return Column(name, is_average=place.is_average)
     return Column(metric_label(place.suite, place.metric), name, place.is_average)
 
