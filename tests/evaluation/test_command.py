@@ -155,6 +155,39 @@ def test_results_of_another_model_of_the_name_stay_unless_they_are_to_go(
         assert main(["lone.pt", *arguments]) == code
 
 
+def test_a_set_whose_file_is_that_of_another_is_refused_and_takes_no_score_away(
+    run, data_root, capsys
+):
+    shutil.copytree(data_root / "six", "sets/a/b")
+    shutil.copytree(data_root / "six", "other/a-b")
+    Path("sets.txt").write_text("zeroshot-classification: a/b\n")
+    Path("others.txt").write_text("zeroshot-classification: a-b\n")
+    common = ["--workers", "0", "--no-report"]
+    assert main([str(run), "--datasets", "sets.txt", "--data-root", "sets", *common]) == 0
+    path = run / "eval/zeroshot_classification_a-b.json"
+    before = path.read_bytes()
+    arguments = [str(run), "--datasets", "others.txt", "--data-root", "other", *common]
+    capsys.readouterr()
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"error: {path} holds the result of a/b, which that of a-b would replace"
+    )
+    assert path.read_bytes() == before
+    assert main([*arguments, "--force"]) == 0
+    assert json.loads(path.read_text())["dataset"] == "a-b"
+
+
+def test_one_folder_under_its_other_name_keeps_its_score(run, data_root):
+    shutil.copytree(data_root / "six", "sets/a-b")
+    for name in ("a/b", "a-b"):
+        Path("sets.txt").write_text(f"zeroshot-classification: {name}\n")
+        common = ["--datasets", "sets.txt", "--data-root", "sets", "--workers", "0", "--no-report"]
+        assert main([str(run), *common]) == 0
+    path = run / "eval/zeroshot_classification_a-b.json"
+    assert json.loads(path.read_text())["dataset"] == "a-b"
+
+
 def test_a_call_that_waited_keeps_the_results_of_the_one_before(run, options, capsys, caplog):
     arguments = ["--model", "tiny-eval-vit", "--suite", "zeroshot-retrieval", *options]
     shutil.copy(run / "checkpoints/epoch_1.pt", "a.pt")

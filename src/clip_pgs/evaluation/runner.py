@@ -163,7 +163,8 @@ def evaluate(
         One result per data set, in the same order, its `status` "done", "missing" or "failed".
 
     Raises:
-        ValueError: If weights or features are not finite, or an option is out of its range.
+        ValueError: If weights or features are not finite, an option is out of its range, or the
+            file of a result holds that of another data set, whose name differs in its signs.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
@@ -182,6 +183,7 @@ def evaluate(
         folder=folder / FEATURES_NAME if folder is not None and keep_features else None,
     )
     evaluation = _Evaluation(encoder, folder, is_forced=force)
+    evaluation.check_names(eval_sets)
     share, complaint = evaluation.run(eval_sets, ranks)
     gathered = ranks.gather((share, complaint))
     if ranks.is_main:
@@ -235,6 +237,20 @@ class _Evaluation:
                 **{package: version(package) for package in _PACKAGES},
             },
         }
+
+    def check_names(self, eval_sets: Sequence[EvalSet]) -> None:
+        """Refuse to replace the score of another data set: `a/b` and `a-b` have one file."""
+        for eval_set in [] if self._is_forced else eval_sets:
+            kept = self._read(eval_set)
+            if kept is None or kept.status != DONE or kept.dataset == eval_set.name:
+                continue
+            # One folder under its other name is the same set.
+            if os.path.realpath(kept.location) != os.path.realpath(eval_set.location):
+                raise ValueError(
+                    f"{self._path(self._folder or Path(), eval_set)} holds the result of "
+                    f"{kept.dataset}, which that of {eval_set.name} would replace; name another "
+                    "folder with --output, or replace it with --force"
+                )
 
     def run(
         self, eval_sets: Sequence[EvalSet], ranks: Ranks
