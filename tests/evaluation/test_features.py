@@ -282,7 +282,7 @@ def test_transform_of_open_clip_is_described_without_addresses(finished_run):
 
 
 def test_large_files_are_told_apart_by_a_sample_of_their_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("clip_pgs.evaluation.features._WHOLE_FILE_BYTES", 1000)
+    monkeypatch.setattr("clip_pgs.evaluation.features.WHOLE_FILE_BYTES", 1000)
     monkeypatch.setattr("clip_pgs.evaluation.features._BLOCK_BYTES", 16)
     found = []
     for number in range(2):

@@ -53,6 +53,7 @@ def test_every_epoch_has_a_folder_of_results(color_model, options, tmp_path):
         content = json.loads(path.read_text())
         assert content["metrics"]["acc1"] == 0.75
         assert content["model"] == f"epoch_{epoch}"
+        assert len(content["data_digest"]) == 64
     assert not list(tmp_path.glob("eval/*/features"))
 
 

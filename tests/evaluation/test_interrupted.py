@@ -119,6 +119,32 @@ def test_another_name_and_place_of_model_and_data_is_no_reason_to_redo(score, si
     assert content["location"] == str(moved / "six")
 
 
+def test_a_result_tells_its_data_wherever_they_lie_and_a_kept_one_of_before_is_told_them(
+    score, six, sets, tmp_path
+):
+    (first,), _ = score()
+    assert len(first.data_digest) == 64
+    path = tmp_path / "out/zeroshot_classification_six.json"
+    content = json.loads(path.read_text())
+    # As an earlier version wrote it.
+    del content["data_digest"]
+    path.write_text(json.dumps(content))
+    shutil.copytree(sets, tmp_path / "copy")
+    copied = [replace(six[0], location=str(tmp_path / "copy/six"))]
+    (again,), num_seen = score(eval_sets=copied)
+    assert (num_seen, again.data_digest) == (0, first.data_digest)
+    assert json.loads(path.read_text())["data_digest"] == first.data_digest
+    (tmp_path / "copy/six/zeroshot_classification_templates.txt").write_text("another {c}\n")
+    (other,), _ = score(eval_sets=copied)
+    assert other.data_digest != first.data_digest
+
+
+def test_a_file_whose_time_of_change_counts_tells_no_data_apart(score, monkeypatch):
+    monkeypatch.setattr("clip_pgs.evaluation.runner.WHOLE_FILE_BYTES", 1000)
+    (result,), _ = score()
+    assert (result.status, result.data_digest) == ("done", "")
+
+
 def test_other_weights_under_the_same_name_are_scored_anew(score, color_model):
     score()
     color_model.model.colors.data = color_model.model.colors.data.roll(1, dims=0)

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 # features of before are then made anew.
 RULES = 4
 # Files above this size are sampled: reading all of ImageNet would take as long as encoding it.
-_WHOLE_FILE_BYTES = 256 * 2**20
+WHOLE_FILE_BYTES = 256 * 2**20
 _BLOCK_BYTES, _NUM_BLOCKS = 2**20, 64
 # That are tokenized and encoded at once: more than ImageNet has, whose 80 templates make 80,000.
 _MAX_PROMPTS = 2**17
@@ -471,7 +471,7 @@ def _file_digest(path: Path, state: tuple[int, int, int]) -> str:
     digest = hashlib.sha256()
     size, mtime_ns, _ = state
     with regular_file(path).open("rb") as file:
-        if size <= _WHOLE_FILE_BYTES:
+        if size <= WHOLE_FILE_BYTES:
             while block := file.read(_BLOCK_BYTES):
                 digest.update(block)
         else:

@@ -69,6 +69,8 @@ class Result:
         pretrained: Where its weights came from.
         weights_digest: SHA-256 of the weights; see `weights_digest`.
         identity: SHA-256 of all that the numbers depend on. Empty where unknown.
+        data_digest: SHA-256 of the files of the data set, the same on each machine. Empty where
+            unknown, as in tables, of sets on a server, and in results of earlier versions.
         settings: Device, precision and batch size.
         versions: Of the packages that the numbers depend on.
         date: When the data set was finished, UTC, ISO 8601.
@@ -94,6 +96,7 @@ class Result:
     weights_digest: str
     details: dict[str, Any] = field(default_factory=dict)
     identity: str = ""
+    data_digest: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     date: str = ""

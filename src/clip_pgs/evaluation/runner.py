@@ -37,6 +37,7 @@ from clip_pgs.evaluation.datasets import (
 )
 from clip_pgs.evaluation.features import (
     RULES,
+    WHOLE_FILE_BYTES,
     Encoder,
     NonFiniteFeaturesError,
     content_digest,
@@ -308,11 +309,12 @@ class _Evaluation:
     def _result_of(self, eval_set: EvalSet) -> tuple[Result, bool]:
         """Return a data set's result, and whether it was computed now."""
         start = time.perf_counter()
-        scores, status, reason, identity = Scores({}, 0), DONE, None, ""
+        scores, status, reason, identity, data = Scores({}, 0), DONE, None, "", ""
         try:
             require(eval_set)
             identity = self._identity_of(eval_set)
-            kept = None if self._is_forced else self._kept(eval_set, identity)
+            data = data_digest(eval_set) if identity else ""
+            kept = None if self._is_forced else self._kept(eval_set, identity, data)
             if kept is not None:
                 return kept, False
             returned = SUITES.get(eval_set.suite)(self._encoder, eval_set)
@@ -341,6 +343,7 @@ class _Evaluation:
             seconds=round(time.perf_counter() - start, 2),
             details={**scores.details, **_role(eval_set)},
             identity=identity,
+            data_digest=data,
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **self._record,
         )
@@ -355,7 +358,7 @@ class _Evaluation:
             return ""
         return content_digest([*self._model_identity, eval_set.task, eval_set.splits, data])
 
-    def _kept(self, eval_set: EvalSet, identity: str) -> Result | None:
+    def _kept(self, eval_set: EvalSet, identity: str, data: str) -> Result | None:
         """Return the result of an earlier call under its present name, if its content is equal."""
         kept = self._read(eval_set)
         if kept is None or kept.status != DONE or not identity or kept.identity != identity:
@@ -366,6 +369,7 @@ class _Evaluation:
             **_origin(eval_set),
             **{name: self._record[name] for name in ("model", "pretrained", "flops_per_image")},
             details={**details, **_role(eval_set)},
+            data_digest=data,
             training=self._record["training"] or kept.training,
         )
         return kept if present == kept else self._write(present, eval_set)
@@ -440,6 +444,22 @@ def data_identity(eval_set: EvalSet) -> list[Any] | None:
         return None
     texts = [read_metadata(location, name) for name in (CLASS_NAMES, TEMPLATES)]
     return [location, *texts, counts, versions, *own]
+
+
+def data_digest(eval_set: EvalSet) -> str:
+    """Return a digest of a data set's files that tells other data from a copy on another machine.
+
+    Returns:
+        64 hexadecimal digits; "" for a set on a server, and for one with a file of which the time
+        of its last change stands for its bytes.
+
+    Raises:
+        OSError: If a file cannot be read.
+    """
+    paths = local_files(eval_set)
+    if not paths or any(path.stat().st_size > WHOLE_FILE_BYTES for path in paths):
+        return ""
+    return files_fingerprint(Path(eval_set.location), paths)
 
 
 def _origin(eval_set: EvalSet) -> dict[str, Any]:

@@ -103,6 +103,27 @@ def test_models_that_were_scored_on_other_numbers_of_samples_are_told(tmp_path, 
     assert len(caplog.messages) == 1
 
 
+@pytest.mark.parametrize(
+    ("digests", "is_told"),
+    [(("a", "b"), True), (("a", "a"), False), (("a", ""), False), (("", ""), False)],
+)
+def test_models_that_were_scored_on_other_data_of_one_name_are_told(
+    tmp_path, caplog, digests, is_told
+):
+    for number, digest in enumerate(digests):
+        result = make_result(
+            "shape",
+            metrics={"acc1": 0.5},
+            model=f"m{number}",
+            weights_digest=f"d{number}",
+            data_digest=digest,
+        )
+        save_results(tmp_path / f"run_{number}" / "eval", [result])
+    gather_runs([tmp_path])
+    said = "shape (zeroshot-classification) was scored on other data for m1 than for m0"
+    assert (said in caplog.text) == is_told
+
+
 def test_results_of_weights_that_a_run_has_no_more_are_left_out(tmp_path):
     run = save_run(tmp_path)
     old = make_result("gone", weights_digest="old", date="2026-01-01T00:00:00+00:00")

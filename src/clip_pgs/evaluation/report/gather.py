@@ -205,7 +205,7 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
     for same in dict.fromkeys(tuple(runs) for runs in holders.values() if len(runs) > 1):
         shown = one_sentence(" and ".join(map(str, same)))
         logger.warning("%s have results of the same weights: they are one run here", shown)
-    _tell_other_sizes(found.values())
+    _tell_other_data(found.values())
     places = {key: run_of_results(folder) for key, folder in folders.items()}
     names = {key: next(iter(by_set.values())).model for key, by_set in found.items()}
     for key, (run, name) in own.items():
@@ -235,18 +235,26 @@ def _scores(result: Result) -> dict[str, float | None]:
     return {name: value for name, value in result.metrics.items() if value is not None}
 
 
-def _tell_other_sizes(models: Iterable[Mapping[tuple[str, str], Result]]) -> None:
-    sizes: dict[tuple[str, str], set[int]] = {}
+def _tell_other_data(models: Iterable[Mapping[tuple[str, str], Result]]) -> None:
+    """Warn of sets on which models were scored with other data under one name."""
+    done: dict[tuple[str, str], list[Result]] = {}
     for by_set in models:
         for key, result in by_set.items():
             if result.status == DONE:
-                sizes.setdefault(key, set()).add(result.samples)
-    for key, counts in sizes.items():
+                done.setdefault(key, []).append(result)
+    for key, results in done.items():
+        suite, dataset = map(one_sentence, key)
+        counts = {result.samples for result in results}
+        digests = {result.data_digest for result in results if result.data_digest}
         if len(counts) > 1:
-            suite, dataset = map(one_sentence, key)
             told = " and ".join(f"{count:,}" for count in sorted(counts))
             said = "%s (%s) was scored with %s samples: those are not the same data"
             logger.warning(said, dataset, suite, told)
+        elif len(digests) > 1:
+            models_of = {r.data_digest: one_sentence(r.model) for r in results if r.data_digest}
+            said = "%s (%s) was scored on other data for %s than for %s: their files differ"
+            first, *others = models_of.values()
+            logger.warning(said, dataset, suite, " and ".join(others), first)
 
 
 def _alike(names: Mapping[tuple[str, str], str]) -> list[tuple[str, str]]:
