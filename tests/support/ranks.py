@@ -31,8 +31,9 @@ class Hang:
 
     Args:
         rank: The process.
-        activity: "trains" or "evaluates"; "stopped" stops the whole process while it trains.
-        busy_seconds: None does nothing, for ever.
+        activity: "trains" or "evaluates"; "stopped" stops the whole process while it trains,
+            "suspended" all of them.
+        busy_seconds: None does nothing, for ever. For so long all are suspended.
     """
 
     rank: int
@@ -72,9 +73,24 @@ def train_together(
             process.terminate()
         if trouble.activity == "stopped":
             processes[trouble.rank].kill()
+    elif isinstance(trouble, Hang) and trouble.activity == "suspended":
+        _suspend([each.pid for each in processes], processes[trouble.rank].pid, trouble)
     for process in processes:
         process.join(_LAUNCH_SECONDS)
     return [process.exitcode for process in processes]
+
+
+def _suspend(numbers: list[int], first: int, trouble: Hang) -> None:
+    """Stop all processes for a while, once the first has stopped itself."""
+    end = time.monotonic() + _LAUNCH_SECONDS
+    while Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    for number in numbers:
+        os.kill(number, signal.SIGSTOP)
+    time.sleep(trouble.busy_seconds)
+    for number in numbers:
+        os.kill(number, signal.SIGCONT)
 
 
 def run_together(function: Callable[[Path], object], folder: Path) -> list[int]:
@@ -154,7 +170,7 @@ def _prepare(trouble: Stop | Hang) -> None:
 
     if isinstance(trouble, Stop):
         _replace(Trainer, "save_if_due", after=lambda run, _: _signal_at(trouble, run.step))
-    elif trouble.activity in ("trains", "stopped"):
+    elif trouble.activity in ("trains", "stopped", "suspended"):
         # The first step has more patience, and a busy one goes on after the second.
         _replace(PhaseTrainer, "train_step", after=lambda trainer, _: _hang_after(trainer, trouble))
     else:
@@ -183,8 +199,10 @@ def _hang_after(trainer, hang: Hang) -> None:
 
 
 def _hang(hang: Hang) -> None:
-    if hang.activity == "stopped":
+    if hang.activity in ("stopped", "suspended"):
         os.kill(os.getpid(), signal.SIGSTOP)
+    if hang.activity == "suspended":
+        return
     if hang.busy_seconds is None:
         signal.pause()
     end = time.process_time() + (hang.busy_seconds or 0)

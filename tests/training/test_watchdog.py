@@ -89,3 +89,11 @@ def test_a_process_that_is_stopped_is_named_by_the_other(tmp_path, world, rank):
     assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 1)
     beginning = f"rank {rank} hangs: no sign of life for "
     assert end["reason"].startswith(beginning), output(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_run_that_is_suspended_as_a_whole_goes_on(tmp_path, world, num_processes):
+    trouble = Hang(rank=0, activity="suspended", busy_seconds=2.5 * TIMEOUT)
+    codes, end = train(tmp_path, world, num_processes=num_processes, trouble=trouble)
+    assert (codes, end["code"]) == (num_processes * [0], 0), output(tmp_path)

@@ -6,7 +6,8 @@ several processes each sends the others heartbeats with its status, so that they
 that keeps them waiting: the one that is silent (stopped, or its machine gone), or else furthest
 behind. Who waits for rank 0 to evaluate waits for ever, as long as rank 0 sends heartbeats: it
 watches itself. Rank 0 keeps the store through which the heartbeats go: where it is stopped, no
-process hears of any, and it is the one that is named.
+process hears of any, and it is the one that is named. Where this process itself was suspended, as
+all are by `docker pause` or Slurm, everything is given its time anew.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ _MAX_INTERVAL = 10.0
 # looks every few seconds whether what it waits for still lives.
 _IDLE_SHARE = 0.001
 _LAST_WORDS_SECONDS = 10.0
+# So many intervals without a look mean that this process was suspended.
+_MAX_MISSED = 3
 _OWN_THREADS = ("watchdog", "heartbeats")
 
 
@@ -175,7 +178,7 @@ class Watchdog:
         self._has_deadlines = self._world_size > 1 or torch.device(options.device).type != "cpu"
         self._on_hang = on_hang
         self._done = threading.Event()
-        self._worked = self._worked_at = 0.0
+        self._worked = self._worked_at = self._resumed_at = 0.0
         self._interval = min(self._timeout / 5, _MAX_INTERVAL)
         self._heartbeats: Heartbeats | None = None
         self.allow(Activity.STARTING, step=0)
@@ -215,8 +218,13 @@ class Watchdog:
         self._current = _Current(name, step, time.monotonic(), limit=None)
 
     def _watch(self) -> None:
+        looked_at = time.monotonic()
         while not self._done.wait(self._interval):
-            if self._is_late():
+            now = time.monotonic()
+            if now > looked_at + _MAX_MISSED * self._interval:
+                self._resumed_at = now
+            looked_at = now
+            if now > self._resumed_at + self._timeout and self._is_late():
                 self._end_process(self._status())
 
     def _beat(self) -> None:
