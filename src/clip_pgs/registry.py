@@ -22,6 +22,9 @@ from clip_pgs.common import one_sentence
 # How a mask ratio can go over training; here, as options know it before torch is there.
 MASK_SCHEDULES = ("constant", "linear", "cosine")
 
+# The variable with the modules of one's own that the study of a run names.
+OWN_MODULES = "CLIP_PGS_OWN_MODULES"
+
 # A decorator or call at the beginning of a line that registers the name which it is given first.
 _REGISTRATION = re.compile(r'^@?[\w.]*register\w*\(\s*"([\w-]+)"', re.MULTILINE)
 
@@ -141,13 +144,19 @@ def _import_own(module_name: str) -> Any:
     That joins the path for such a module alone: libraries try to import what need not be there, and
     would run files of those names in a folder that somebody else has filled.
     """
-    top = module_name.partition(".")[0]
-    # Of what is imported, such as a notebook's own module, there may be no spec to find; folders of
-    # one name, as several packages have them, are one package without an origin.
-    spec = None if top in sys.modules else importlib.util.find_spec(top)
-    if top not in sys.modules and getattr(spec, "origin", None) is None and "" not in sys.path:
+    if not is_installed(module_name) and "" not in sys.path:
         sys.path.append("")
     return importlib.import_module(module_name)
+
+
+def is_installed(module_name: str) -> bool:
+    """Return whether a module is imported, or is found without the working directory."""
+    top = module_name.partition(".")[0]
+    # Of what is imported, such as a notebook's own module, there may be no spec to find.
+    if not top or top in sys.modules:
+        return bool(top)
+    # Folders of one name, as several packages have them, are one package without an origin.
+    return getattr(importlib.util.find_spec(top), "origin", None) is not None
 
 
 def own_code(module_name: str) -> str:

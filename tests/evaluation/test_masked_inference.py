@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from clip_pgs.integrations.open_clip import (
     set_masking_noise,
     set_masking_progress,
 )
+from clip_pgs.registry import OWN_MODULES
 from support.encoding import count_images, encode, images_of
 
 PGS = {"inference_masking": "pgs", "inference_options": {"mask_ratio": 0.5}}
@@ -78,6 +80,35 @@ def test_the_options_of_a_run_of_many_shards_are_read(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     masking = choose_masking("run", weights=str(tmp_path / "checkpoints/epoch_1.pt"))
     assert masking.name == "random"
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_a_masking_beside_the_files_of_a_stranger_is_run_where_the_user_says_so_alone(
+    tmp_path, finished_run, monkeypatch, has_record
+):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    path = say_trained_with(run, "beside_it:Own", {})
+    if not has_record:
+        content = torch.load(path, weights_only=True)
+        torch.save({name: part for name, part in content.items() if name != "clip_pgs"}, path)
+    (tmp_path / "beside_it.py").write_text(
+        "from clip_pgs.masking.strategy import register_masking\n"
+        "from clip_pgs.masking.baselines import RandomMasking\n"
+        "@register_masking('beside-it', keeps='some', paper='none')\n"
+        "class Own(RandomMasking):\n"
+        '    """Keep a random subset.\n\n    Args:\n        mask_ratio: Share.\n    """\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="trained with beside_it:Own, code outside of this"):
+        choose_masking("run", weights=str(path))
+    assert "beside_it" not in sys.modules
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    if has_record:
+        monkeypatch.syspath_prepend(tmp_path)
+    else:
+        monkeypatch.setenv(OWN_MODULES, "beside_it")
+    assert choose_masking("run", weights=str(path)).name == "beside_it:Own"
+    monkeypatch.delitem(sys.modules, "beside_it")
 
 
 def test_a_ratio_of_0_gives_the_features_of_whole_images(finished_run, six, add_att):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from clip_pgs.masking import create_masking, describe_masking, masking_options
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.schedule import scheduled_ratio
 from clip_pgs.masking.strategy import masking_class
-from clip_pgs.registry import own_code
+from clip_pgs.registry import OWN_MODULES, is_installed, own_code
 
 # What stands for the strategy that a model was trained with.
 AS_TRAINED = "run"
@@ -234,17 +235,19 @@ def _read_training(weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
         path = run / OPTIONS_NAME
         options = read_json_object(path, what=str(path), max_bytes=MAX_RUN_FILE_BYTES)
     record = checkpoint.get("clip_pgs")
-    if not isinstance(record, dict) or "masking" not in record:
-        return options, checkpoint
-    masking = record["masking"]
-    if ":" in str(masking) and masking != options.get("masking"):
-        # A stranger's file must not have a module imported.
+    told = options
+    if isinstance(record, dict) and "masking" in record:
+        parts = (record.get("recipe"), record.get("data"), record)
+        told = {k: v for part in parts if isinstance(part, dict) for k, v in part.items()}
+    module, colon, _ = str(told.get("masking")).partition(":")
+    # A stranger's files must not have a module imported, and least of all one beside them.
+    is_meant = is_installed(module) or module in os.environ.get(OWN_MODULES, "").split(",")
+    if colon and not (is_meant and told["masking"] == options.get("masking")):
         raise ValueError(
-            f"{weights} says that it was trained with {masking}, code outside of this package; "
-            "name it if that is meant"
+            f"{weights} says that it was trained with {told['masking']}, code outside of this "
+            "package; if that is meant, name it, or have its folder in PYTHONPATH"
         )
-    parts = [record.get(name) for name in ("recipe", "data")]
-    return {k: v for p in (*parts, record) if isinstance(p, dict) for k, v in p.items()}, checkpoint
+    return told, checkpoint
 
 
 def _progress(told: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> float:

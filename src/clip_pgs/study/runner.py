@@ -29,6 +29,7 @@ from clip_pgs.files import (
 )
 from clip_pgs.launch import Processes, share_cores
 from clip_pgs.launch import start as start_child
+from clip_pgs.registry import OWN_MODULES
 from clip_pgs.study.plan import CONFIG_NAME, Study, data_digest, evaluated_sets
 from clip_pgs.study.record import (
     Code,
@@ -118,7 +119,11 @@ class Runner:
 
     def __post_init__(self) -> None:
         # Of a run in several processes, the command shares the cores out itself.
-        self._cores = share_cores(self.jobs) if num_processes() == 1 else {}
+        self._variables = share_cores(self.jobs) if num_processes() == 1 else {}
+        maskings = (options.masking for options in self.options.values())
+        # An evaluation would take what a run records for that of a stranger.
+        modules = {name.partition(":")[0] for name in maskings if ":" in name}
+        self._variables[OWN_MODULES] = ",".join(sorted(modules))
         self._sets = {
             (arm, way): evaluated_sets(self.study.evaluate_arguments(arm, way))
             for arm in dict.fromkeys(pair.arm for pair in self.pairs)
@@ -303,7 +308,7 @@ class Runner:
                     return 1, "stopped"
                 child = start_child(
                     [sys.executable, "-m", "clip_pgs.cli", command, *arguments],
-                    env=os.environ | self._cores,
+                    env=os.environ | self._variables,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
