@@ -1,6 +1,10 @@
+import getpass
+import os
+import pwd
+
 import pytest
 
-from clip_pgs.common import SentenceParser, expand_home, explained, one_sentence
+from clip_pgs.common import SentenceParser, expand_home, explained, one_sentence, run_program
 
 
 @pytest.mark.parametrize(
@@ -65,3 +69,14 @@ def test_an_explained_error_says_what_it_is_about_and_others_pass():
         raise KeyError("key")
     with pytest.raises(KeyError), explained("--opt x"):
         raise KeyError("key")
+
+
+def test_a_user_without_a_name_has_one_for_what_asks(monkeypatch):
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    # torch asks where torchvision is imported.
+    assert run_program(lambda: 0 if getpass.getuser() == str(os.getuid()) else 1) == 0

@@ -11,6 +11,7 @@ import ast
 import atexit
 import errno
 import gc
+import getpass
 import hashlib
 import json
 import logging
@@ -147,6 +148,11 @@ def run_program(main: Callable[[], int | None]) -> int:
         except OSError:
             # The next file that is opened would take its place, and what others print.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        # torch asks for the name where it is imported; a container may run as a user without any.
+        os.environ["USER"] = str(os.getuid())
     # Python would end by looking for garbage among all modules, for a second.
     atexit.register(gc.freeze)
     with ExitStack() as stack:

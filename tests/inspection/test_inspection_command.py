@@ -245,6 +245,9 @@ def test_a_missing_image_and_a_file_that_is_none_are_named(tmp_path, capsys):
     (tmp_path / "text.png").write_text("no picture")
     assert main(["masks", str(tmp_path / "gone.png"), "-o", str(tmp_path / "out.png")]) == 2
     assert main(["masks", str(tmp_path / "text.png"), "-o", str(tmp_path / "out.png")]) == 2
-    first, second = capsys.readouterr().err.splitlines()
+    os.mkfifo(tmp_path / "pipe.png")
+    assert main(["masks", str(tmp_path / "pipe.png"), "-o", str(tmp_path / "out.png")]) == 2
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert third == f"error: {tmp_path / 'pipe.png'} is no image: it is no regular file"
     assert first == f"error: there is no image {tmp_path / 'gone.png'}"
     assert second.startswith(f"error: cannot read the image {tmp_path / 'text.png'}")

@@ -62,6 +62,8 @@ def list_images(paths: Sequence[str | Path]) -> list[Path]:
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in endings)
         if not any(p.is_file() for p in inside):
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"{path} is no image: it is no regular file")
             place = "in the folder " if path.is_dir() else ""
             raise ValueError(f"there is no image {place}{path}")
         found += [p for p in inside if p.is_file()]

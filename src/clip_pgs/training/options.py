@@ -78,8 +78,8 @@ _BELOW_HEADINGS = {
     "arXiv 2412.16148).",
     EVALUATION: "Suites of clip-pgs test after an epoch, on rank 0 while the others wait; results "
     "go to eval/epoch_N in the run's folder, and their curves beside the others.",
-    SAVING: "Beside the epochs' checkpoints. SIGTERM, SIGUSR1 and Ctrl-C save before they end a "
-    "run; --resume latest goes on at the very step, with the same samples, masks and rates.",
+    SAVING: "Beside the epochs' checkpoints. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save before they "
+    "end a run; --resume latest goes on at the very step, with the same samples, masks and rates.",
     RELEASED: "Its command line, --force-patch-dropout F with these, means --masking pgs-released. "
     "Without these, --force-patch-dropout is OpenCLIP's.",
 }
@@ -407,8 +407,8 @@ _PLACES = ("logs", "resume", "imagenet_val", "imagenet_v2", "cache_dir", "eval_d
 # What file systems take.
 _LONGEST_NAME = 255
 _EXIT_CODES = """\
-Exit codes: 0 done, 2 bad input, 85 told to leave by SIGTERM or SIGUSR1, and saved, 130 Ctrl-C,
-1 anything else. --resume latest goes on after any of them.
+Exit codes: 0 done, 2 bad input, 85 told to leave by SIGTERM, SIGUSR1 or SIGHUP (a closed
+terminal), and saved, 130 Ctrl-C, 1 anything else. --resume latest goes on after any of them.
 """
 _BELOW_SHORT_HELP = f"""\
 --help-all lists all options, those of each strategy and those of OpenCLIP's trainer.
