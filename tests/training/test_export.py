@@ -12,8 +12,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from clip_pgs.evaluation.datasets import clean_name
 from clip_pgs.evaluation.models import load_model, weights_digest
 from clip_pgs.evaluation.results import DONE, Result, write_result
+from clip_pgs.tables import markdown_text
 from clip_pgs.training import export, export_command
 from clip_pgs.training.export import found_in_training
 from support.disk import files_limited_to
@@ -55,7 +57,7 @@ def test_an_export_holds_no_more_than_its_files(finished_run):
 def test_the_model_card_states_data_masking_cost_and_metrics(finished_run, world):
     card = (finished_run / "export" / "README.md").read_text()
     for expected in (
-        f"| train_data | {world.train_data} |",
+        f"| train_data | {markdown_text(world.train_data)} |",
         "| masking | pgs |",
         "| masking option `mask_ratio_min` | 0.3 |",
         "| samples seen | 64 |",
@@ -82,8 +84,10 @@ def test_the_card_has_the_scores_of_just_its_weights_and_the_license_for_the_hub
     digest = weights_digest(load_model(folder).model)
     facts = {"status": DONE, "samples": 4, "error": None, "seconds": 1.0, "location": "here"}
     facts |= {"task": "zeroshot_classification", "model": "tiny", "pretrained": str(folder)}
+    odd = "a|b <img src=x>"
     for name, weights, through in (
         ("shape", digest, ""),
+        (odd, digest, ""),
         ("masked", digest, "pgs 0.5"),
         ("stale", 64 * "0", ""),
     ):
@@ -95,7 +99,7 @@ def test_the_card_has_the_scores_of_just_its_weights_and_the_license_for_the_hub
             inference_masking=through,
             **facts,
         )
-        write_result(result, folder / "eval" / f"{name}.json")
+        write_result(result, folder / "eval" / f"{clean_name(name)}.json")
     assert export_command.main([str(folder), "--license", "cc-by-4.0"]) == 0
     card = (folder / "export" / "README.md").read_text()
     metadata = huggingface_hub.ModelCard(card).data
@@ -105,12 +109,14 @@ def test_the_card_has_the_scores_of_just_its_weights_and_the_license_for_the_hub
     assert (folder / "export" / "README.md").read_text() == card
     assert "--license" not in card
     found = {one.dataset_name: one for one in metadata.eval_results}
-    assert found.keys() == {"shape", "masked"}
+    assert found.keys() == {"shape", "masked", odd}
     shape = found["shape"]
     assert (shape.task_type, shape.metric_type) == ("zero-shot-image-classification", "acc1")
     assert shape.metric_value == 57.2
     assert found["masked"].metric_name.endswith(", through pgs 0.5")
     assert f"| shape | {shape.metric_name} | 57.2 |" in card
+    # One cell, and no markup.
+    assert f"| a\\|b \\<img src=x\\> | {shape.metric_name} | 57.2 |" in card
 
 
 @pytest.mark.slow

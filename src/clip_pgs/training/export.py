@@ -50,7 +50,7 @@ from clip_pgs.files import (
 from clip_pgs.integrations import is_mae_config
 from clip_pgs.integrations.open_clip.compat import no_foreign_code
 from clip_pgs.integrations.open_clip.model_config import IMAGE_SETTINGS, MISFITS
-from clip_pgs.tables import counted, percent
+from clip_pgs.tables import counted, markdown_text, percent
 from clip_pgs.training.build import autoencoder_record, logit_options
 from clip_pgs.training.checkpoint import damaged_entry
 from clip_pgs.training.options import TrainOptions
@@ -334,7 +334,7 @@ def _share(part: float, whole: float) -> str:
 
 def _cell(value: Any) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|")
+    return markdown_text(text)
 
 
 def export_run(run_folder: Path, *, license_name: str | None = None) -> Path:
