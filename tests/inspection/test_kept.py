@@ -160,9 +160,22 @@ def test_images_without_foreground_are_left_out_and_counted(world, tmp_path, cap
     flags = [str(tmp_path), "--foreground", str(tmp_path), *SIZES, "--maskings", "random"]
     assert main(["kept", *flags, "--seeds", "1"]) == 0
     stdout = capsys.readouterr().out
-    assert "1 images of 64 x 64 pixels" in stdout
+    assert "1 image of 64 x 64 pixels in patches of 8 x 8, 1 seed," in stdout
     assert "1 without a foreground patch left out" in stdout
-    assert "0.703 +- 0.000" in stdout
+    assert "0.703" in stdout
+
+
+def test_a_single_seed_has_no_standard_deviation(world, tmp_path, capsys):
+    flags = ["--maskings", "random", "--mask-ratios", "0.5"]
+    assert command(world, *flags, "--seeds", 1, "-o", tmp_path / "kept") == 0
+    stdout = capsys.readouterr().out
+    assert " 1 seed," in stdout
+    assert "+-" not in stdout
+    assert "deviation" not in stdout
+    (result,) = json.loads((tmp_path / "kept/kept.json").read_text())["results"]
+    assert result["spread"] is None
+    with (tmp_path / "kept/kept.csv").open() as file:
+        assert [row["spread"] for row in csv.DictReader(file)] == [""]
 
 
 def test_a_missing_mask_one_of_another_size_and_no_foreground_are_one_sentence(tmp_path, capsys):

@@ -117,7 +117,10 @@ def _add_kept(commands: Any) -> None:
     )
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    mask_help = "folder with a mask NAME.png for each NAME.jpg; any value but 0 is foreground"
+    mask_help = (
+        "folder with a mask NAME.png for each NAME.jpg; any value but 0 is foreground, and alpha "
+        "does not count"
+    )
     add("--foreground", required=True, metavar="MASKS", help=mask_help)
     _add_maskings(parser, "random", "gaussian", "cluster", "pgs")
     add(

@@ -31,7 +31,7 @@ from clip_pgs.inspection.model_input import (
 )
 from clip_pgs.masking.sampling import kept_patches, patchify
 from clip_pgs.masking.strategy import check_mask_ratio
-from clip_pgs.tables import Table, csv_text
+from clip_pgs.tables import Table, counted, csv_text
 
 FILE_NAMES = ("kept.json", "kept.csv", "kept.png")
 MASK_ENDING = ".png"
@@ -65,14 +65,14 @@ class Kept:
         mask_ratio: What was asked for.
         measured_ratio: Mean share of patches dropped.
         kept: Share of an image's foreground patches that is kept, mean over images and seeds.
-        spread: Standard deviation over seeds of the mean over images; 0 for a single seed.
+        spread: Standard deviation over seeds of the mean over images; None for a single seed.
     """
 
     masking: str
     mask_ratio: float
     measured_ratio: float
     kept: float
-    spread: float
+    spread: float | None
 
 
 # Images and their masks
@@ -116,7 +116,8 @@ def read_foreground(
     """Read images and their masks, and crop both alike.
 
     Args:
-        pairs: Image and mask files. In a mask, any value but 0 is foreground.
+        pairs: Image and mask files. In a mask, any value but 0 is foreground; its alpha does not
+            count.
         model_input: How the model crops images and cuts them into patches.
 
     Raises:
@@ -212,7 +213,7 @@ def measure_kept(
             )
         inside_SB = (keep_mask_SBN & images.foreground).sum(2) / images.foreground.sum(1)
         kept_S = inside_SB.double().mean(1)
-        spread = kept_S.std().item() if num_seeds > 1 else 0.0
+        spread = kept_S.std().item() if num_seeds > 1 else None
         dropped = (1 - keep_mask_SBN.double().mean((1, 2))).mean().item()
         rows.append(Kept(spec.title, mask_ratio, dropped, kept_S.mean().item(), spread))
     return rows
@@ -253,12 +254,13 @@ def run_kept(args: argparse.Namespace) -> None:
     }
     (height, width), (patch_height, patch_width) = facts["image_size"], facts["patch_size"]
     title = (
-        f"{num_images} images of {height} x {width} pixels in patches of "
-        f"{patch_height} x {patch_width}, {args.seeds} seeds"
+        f"{counted(num_images, 'image')} of {height} x {width} pixels in patches of "
+        f"{patch_height} x {patch_width}, {counted(args.seeds, 'seed')}"
     )
+    over = ", mean and standard deviation over seeds"
     without = f"; {images.num_without} without a foreground patch left out"
     sys.stdout.write(
-        "share of foreground patches kept, mean and standard deviation over seeds\n"
+        f"share of foreground patches kept{over if args.seeds > 1 else ''}\n"
         f"{title}, {facts['foreground_share']:.2f} of their patches foreground"
         f"{without if images.num_without else ''}\n\n{kept_table(rows)}"
     )
@@ -279,7 +281,7 @@ def kept_table(rows: Sequence[Kept]) -> str:
     ratios = list(dict.fromkeys(row.mask_ratio for row in rows))
     lines: dict[str, list[str]] = {}
     for row in rows:
-        cell = f"{row.kept:.3f} +- {row.spread:.3f}"
+        cell = f"{row.kept:.3f}" + ("" if row.spread is None else f" +- {row.spread:.3f}")
         # One patch of 49 is 0.02: a ratio is met by rounding down to whole patches.
         if abs(row.measured_ratio - row.mask_ratio) > 0.02:
             cell += f" (drops {row.measured_ratio:.2f})"
@@ -321,7 +323,7 @@ def plot_kept(rows: Sequence[Kept], path: Path, *, title: str) -> None:
             axes.errorbar(
                 [ratio + shift for ratio in x],
                 y,
-                yerr=spread,
+                yerr=None if None in spread else spread,
                 markersize=5,
                 linewidth=1.4,
                 elinewidth=0.9,
