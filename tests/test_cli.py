@@ -362,11 +362,13 @@ def test_a_wrong_option_takes_a_part_of_what_torch_takes_to_import():
 
 
 @pytest.mark.slow
-def test_a_bundled_config_is_found_in_an_empty_folder(tmp_path):
+def test_a_bundled_config_is_found_in_a_folder_without_configs(tmp_path):
+    # One of that name is no config.
+    (tmp_path / "demo").mkdir()
     done = run("train", "demo", "--check-only", *SYNTHETIC, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "tokens kept  32 of 64" in done.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "demo"]
 
 
 @pytest.mark.slow

@@ -383,15 +383,15 @@ def find_config(name: str, kind: str) -> str:
     """Return the path of a config that a user names, or of the bundled one of that name.
 
     Args:
-        name: A file; or, where there is none, that of a bundled config: "demo" or
-            "configs/train/demo.yaml".
+        name: A file; or, where there is none, even if there is a folder, that of a bundled config:
+            "demo" or "configs/train/demo.yaml".
         kind: Folder of the bundled ones: "train", "models" or "study".
 
     Returns:
         The path; `name` itself where nothing is found.
     """
     try:
-        if not Path(name).exists():
+        if not Path(name).exists() or Path(name).is_dir():
             plain = [p for p in CONFIGS.joinpath(kind).iterdir() if name in (p.stem, p.name)]
             path = CONFIGS.parent / name
             if plain or (name.startswith(f"{CONFIGS.name}/") and path.is_file()):

@@ -94,7 +94,8 @@ def test_sizes_that_are_wrong_are_told(args):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "part"), [(20, "10 are left out of each epoch"), (45, "15 are seen twice or more")]
+    ("wanted", "part"),
+    [(20, "10 are left out of each epoch"), (75, "each is seen 2.5 times in an epoch, on average")],
 )
 def test_number_of_samples_is_compared(args, wanted, part):
     (warning,) = preflight(with_options(args, train_num_samples=wanted))

@@ -78,9 +78,9 @@ def test_the_card_has_every_share_in_percent_and_no_license_that_nobody_gave(fin
 
 
 def test_the_card_has_the_scores_of_just_its_weights_and_the_license_for_the_hub(
-    tmp_path, finished_run
+    tmp_path, finished_run, finished_options
 ):
-    folder = shutil.copytree(finished_run, tmp_path / "run")
+    folder = shutil.copytree(finished_run, tmp_path / "logs" / "run")
     digest = weights_digest(load_model(folder).model)
     facts = {"status": DONE, "samples": 4, "error": None, "seconds": 1.0, "location": "here"}
     facts |= {"task": "zeroshot_classification", "model": "tiny", "pretrained": str(folder)}
@@ -106,6 +106,9 @@ def test_the_card_has_the_scores_of_just_its_weights_and_the_license_for_the_hub
     assert metadata.license == "cc-by-4.0"
     # A later export, as that of a run that trains on, keeps what was stated.
     assert export_command.main([str(folder)]) == 0
+    assert (folder / "export" / "README.md").read_text() == card
+    # So does that of a finished run which is resumed, where nothing is left to train.
+    run(tmp_path, resume="latest", **finished_options)
     assert (folder / "export" / "README.md").read_text() == card
     assert "--license" not in card
     found = {one.dataset_name: one for one in metadata.eval_results}

@@ -166,10 +166,11 @@ def _check_amount(args: argparse.Namespace, shards: list[str]) -> list[str]:
             )
     wanted = args.train_num_samples
     if wanted is not None and wanted != num_samples and not args.dataset_resampled:
-        part = "left out of each epoch" if wanted < num_samples else "seen twice or more"
+        effect = f"{num_samples - wanted} are left out of each epoch"
+        if wanted > num_samples > 0:
+            effect = f"each is seen {wanted / num_samples:.3g} times in an epoch, on average"
         warnings.append(
-            f"--train-num-samples {wanted} is not what --train-data holds, {num_samples}: "
-            f"{abs(wanted - num_samples)} are {part}"
+            f"--train-num-samples {wanted} is not what --train-data holds, {num_samples}: {effect}"
         )
     return warnings
 

@@ -73,7 +73,7 @@ from clip_pgs.training.distributed import (
     shard_model,
     spans_machines,
 )
-from clip_pgs.training.export import found_in_training, write_export
+from clip_pgs.training.export import export_run, found_in_training, write_export
 from clip_pgs.training.loggers import (
     BestEffort,
     MetricLoggers,
@@ -275,6 +275,8 @@ class Trainer:
         self._metrics: dict[str, float] = dict(earlier.get("metrics", {}))
         self._window = (self._checkpoint or {}).get("window")
 
+        # Nothing is left to train; another trainer's checkpoint has no record to export.
+        self._is_finished = bool(earlier) and self._first_epoch >= total_epochs(options)
         cost = Cost(**earlier.get("cost", {}))
         self._skips = SkipLog(folder, rank=options.rank, step=cost.steps)
         self._phases = plan_phases(options, self._parts, on_skip=self._skips)
@@ -630,7 +632,11 @@ class Trainer:
         if trouble is not None:
             raise BadNumbersError(f"no model is exported: {trouble}; {self._way_back()}")
         try:
-            export = write_export(checkpoint, self._folder / EXPORT_NAME, found=self._found)
+            if self._options.resume == "latest" and self._is_finished:
+                # Its checkpoint tells on what it was trained, and its card keeps the scores.
+                export = export_run(self._folder)
+            else:
+                export = write_export(checkpoint, self._folder / EXPORT_NAME, found=self._found)
         except (OSError, ValueError) as error:
             cure = f"clip-pgs export {self._folder} makes it from the checkpoint"
             if not is_saved:
