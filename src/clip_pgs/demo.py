@@ -1,8 +1,8 @@
 """The demo: make the world, train with PGS, evaluate in all suites, draw what PGS keeps.
 
 Everything goes to data/demo and logs/demo below the working directory. What is there already is
-kept, and an interrupted run goes on; a world that is not whole is made again. A run that is being
-trained is never removed, and there is one demo at a time in a folder.
+kept, and an interrupted run goes on; a world that is not whole, or of another size, is made again.
+A run that is being trained is never removed, and there is one demo at a time in a folder.
 """
 
 from __future__ import annotations

@@ -80,7 +80,8 @@ def make_parser() -> argparse.ArgumentParser:
     pack.add_argument(
         "--skip-bad",
         action="store_true",
-        help="leave out rows without a readable image or a caption, instead of stopping",
+        help="leave out rows without a caption or an image that can be opened, instead of "
+        "stopping; check decodes the images that were packed",
     )
     pack.set_defaults(run=_run_pack)
 

@@ -60,7 +60,8 @@ def pack_pairs(
         image_key: Column of image paths (JPEG, PNG or WebP).
         caption_key: Column of captions.
         separator: What stands between columns; None goes by the name (`.tsv`: tab).
-        skip_bad: Leave out rows without a readable image or a caption instead of stopping.
+        skip_bad: Leave out rows without a caption or an image that can be opened, instead of
+            stopping; none is decoded, which `check_shards` does.
 
     Returns:
         Number of pairs by shard name, in order, and number of rows left out.

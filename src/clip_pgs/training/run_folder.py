@@ -80,7 +80,7 @@ _CODE = "code of"
 _READ_ENDINGS = (".json", ".txt", ".model")
 _MAX_NAMED = 4
 # What beside the options of the experiment must be the same in all processes.
-_ALIKE = (*("fsdp", "loss_chunk", "torchcompile", "ddp_static_graph", "resume"),)
+_ALIKE = ("fsdp", "loss_chunk", "torchcompile", "ddp_static_graph", "resume")
 _PACKAGES = ("open_clip_torch", "timm", "torchvision", "webdataset", "numpy")
 _RESTARTS = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm": "SLURM_RESTART_COUNT"}
 _LAUNCHES = {"torchrun": "TORCHELASTIC_RUN_ID", "slurm": "SLURM_JOB_ID"}
