@@ -239,15 +239,22 @@ def _read_training(weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if isinstance(record, dict) and "masking" in record:
         parts = (record.get("recipe"), record.get("data"), record)
         told = {k: v for part in parts if isinstance(part, dict) for k, v in part.items()}
-    module, colon, _ = str(told.get("masking")).partition(":")
-    # A stranger's files must not have a module imported, and least of all one beside them.
-    is_meant = is_installed(module) or module in os.environ.get(OWN_MODULES, "").split(",")
-    if colon and not (is_meant and told["masking"] == options.get("masking")):
+    masking = told.get("masking")
+    if ":" in str(masking) and not (masking == options.get("masking") and _is_meant(str(masking))):
         raise ValueError(
-            f"{weights} says that it was trained with {told['masking']}, code outside of this "
-            "package; if that is meant, name it, or have its folder in PYTHONPATH"
+            f"{weights} says that it was trained with {masking}, code outside of this package; if "
+            "that is meant, name it, or have its folder in PYTHONPATH"
         )
     return told, checkpoint
+
+
+def _is_meant(masking: str) -> bool:
+    """Return whether a masking of one's own may be imported that files alone name.
+
+    They may be a stranger's, and what lies beside them, too.
+    """
+    module = masking.partition(":")[0]
+    return is_installed(module) or module in os.environ.get(OWN_MODULES, "").split(",")
 
 
 def _progress(told: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> float:
