@@ -126,8 +126,11 @@ def read_shard(
     for item in _group_members(shard, members()):
         if isinstance(item, Skip):
             yield item
-        else:
-            yield _make_sample(shard, *item, repeat, use_json)
+            continue
+        key, group = item
+        sizes = {name: part if isinstance(part, int) else len(part) for name, part in group.items()}
+        skip = _too_large(shard, key, sizes, use_json)
+        yield skip or _make_sample(shard, key, group, repeat, use_json)
 
 
 def unreadable_shard(shard: str, error: Exception, *, key: str = "") -> Skip:
@@ -630,11 +633,8 @@ def _too_large(shard: str, key: str, sizes: dict[str, int], use_json: bool) -> S
 
 def _make_sample(
     shard: str, key: str, group: dict[str, bytes | int], repeat: int, use_json: bool
-) -> RawSample | Skip:
+) -> RawSample:
     """Make a sample of its members by suffix: bytes, or the size of one that was not read."""
-    sizes = {name: part if isinstance(part, int) else len(part) for name, part in group.items()}
-    if (skip := _too_large(shard, key, sizes, use_json)) is not None:
-        return skip
     read = {suffix: part for suffix, part in group.items() if not isinstance(part, int)}
     image = next((read[suffix] for suffix in IMAGE_SUFFIXES if suffix in read), None)
     # Where there is no KEY.txt, the texts are KEY.*.txt in their order.
