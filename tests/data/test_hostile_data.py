@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from clip_pgs.data import decoding, samples, tar
+from clip_pgs.data import archive, decoding, samples, tar
 from clip_pgs.data.bad_samples import StalledDataError
 from clip_pgs.data.decoding import UnreadableImageError, open_image
 from clip_pgs.data.pack import pack_pairs
@@ -288,7 +288,7 @@ LONG_HEADERS = {
 def test_headers_without_an_end_end_the_shard_and_take_no_memory(
     tmp_path, make_tar, monkeypatch, kind, how
 ):
-    monkeypatch.setattr(tar, "_MAX_HEADER_BYTES", 2**16)
+    monkeypatch.setattr(archive, "_MAX_HEADER_BYTES", 2**16)
     path = tmp_path / "0.tar"
     make_tar(path, [("good.jpg", b"image"), ("good.txt", b"text")])
     path.write_bytes(path.read_bytes()[:2048] + LONG_HEADERS[kind] + bytes(1024))

@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from tqdm import tqdm
 
 from clip_pgs.common import explained, is_first_process, one_sentence
+from clip_pgs.data.archive import regular_members, stream_tar
 from clip_pgs.data.decoding import MAX_IMAGE_BYTES, check_resized, open_image, to_rgb
 from clip_pgs.data.loader import hear_parent_alone
-from clip_pgs.data.tar import regular_members, stream_tar
 from clip_pgs.evaluation.datasets import (
     CLASS_NAMES,
     DamagedDataError,
