@@ -34,23 +34,29 @@ def test_check_only_says_what_the_run_takes_and_creates_nothing(tmp_path, capfd,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_another_rank_says_nothing_and_leaves_alike(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "clip_pgs.training", "--model", "ViT-B-16"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": "1", "WORLD_SIZE": "2"},
+def run(*argv, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "clip_pgs.training", *argv],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+
+
+@pytest.mark.slow
+def test_another_rank_says_nothing_and_leaves_alike():
+    done = run("--model", "ViT-B-16", RANK="1", WORLD_SIZE="2")
     assert (done.returncode, done.stderr, done.stdout) == (2, "", "")
 
 
-def test_warnings_are_shown_before_the_run(caplog):
-    assert main([*VALID, "--momentum", "0.9", "--check-only"]) == 0
-    assert "--momentum has no effect with --opt adamw" in caplog.text
+@pytest.mark.slow
+def test_warnings_are_shown_before_the_run_in_one_form():
+    done = run(*VALID, "--momentum", "0.9", "--check-only")
+    assert done.returncode == 0
+    assert "WARNING: --momentum has no effect with --opt adamw" in done.stderr
+    assert {line[:9] for line in done.stderr.splitlines()} == {"WARNING: "}
 
 
 def test_an_interrupted_run_leaves_with_130(monkeypatch):

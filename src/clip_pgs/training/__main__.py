@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         before the start), 85 for a signal that asked to leave, 130 for Ctrl-C, 1 for what else
         ends a run in one sentence.
     """
+    # Of what is said before the run; a library that logs would choose another form.
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     signals = StopSignals()
     with signals.caught():
         try:
