@@ -143,6 +143,8 @@ def test_tokens_are_given_once_there_is_progress():
         (lambda: feed_mae_noise(torch.nn.Linear(2, 2), "pgs"), "Linear is no ViT-MAE"),
         (lambda: feed_mae_noise(small_mae(), None), "masking must be a name or a"),
         (lambda: feed_mae_noise(small_mae(), "attentive"), "reads a teacher's attention"),
+        (lambda: feed_mae_noise(small_mae(mask_ratio=0.97), "pgs"), "shows none of its 16 patches"),
+        (lambda: feed_mae_noise(small_mae(mask_ratio=0.0), "pgs", sign="hide"), "hides none of"),
         (lambda: feed_mae_noise(small_mae(), "pgs", sign="show"), "sign must be one of keep, hide"),
         (lambda: mae_noise(KeepBright(4), image_batch(), sign="no"), "sign must be one of"),
         (

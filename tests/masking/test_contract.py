@@ -260,7 +260,7 @@ def test_selection_carries_no_gradient(name, options):
 
 
 @every_strategy
-def test_a_strategy_has_no_parameter_and_no_buffer(name, options):
+def test_a_strategy_adds_nothing_to_the_state_dict(name, options):
     assert not create_masking(name, **options).state_dict()
 
 

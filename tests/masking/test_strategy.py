@@ -309,6 +309,18 @@ def test_a_taken_name_is_refused():
             pass
 
 
+def test_a_strategy_with_a_buffer_is_refused_by_its_name(monkeypatch):
+    build = RandomMasking.__init__
+
+    def build_with_buffer(self, mask_ratio: float = 0.5):
+        build(self, mask_ratio=mask_ratio)
+        self.register_buffer("prior", torch.ones(4))
+
+    monkeypatch.setattr(RandomMasking, "__init__", build_with_buffer)
+    with pytest.raises(ValueError, match="RandomMasking would put prior into the model's state"):
+        create_masking("random")
+
+
 def test_options_come_with_their_defaults():
     assert masking_options("random") == {"mask_ratio": 0.5}
     assert masking_options("pgs")["mask_ratio_min"] is None

@@ -125,9 +125,14 @@ def create_fitting_masking(
         **options: The strategy's options; a mask ratio among them goes first.
 
     Raises:
-        ValueError: If there is no such strategy, or an option is wrong.
+        ValueError: If there is no such strategy, an option is wrong, or none is shown, or hidden.
     """
     num_kept = num_shown if sign == "keep" else num_patches - num_shown
+    if num_kept == 0:
+        raise ValueError(
+            f"the model {'shows' if sign == 'keep' else 'hides'} none of its {num_patches} patches "
+            "at its mask_ratio, and a strategy keeps at least one"
+        )
     return create_masking(name, **options_at(name, options, 1 - num_kept / num_patches))
 
 
@@ -141,8 +146,8 @@ def feed_mae_noise(
     Args:
         model: `ViTMAEForPreTraining` or `ViTMAEModel`, also wrapped.
         masking: A name out of `clip_pgs.list_maskings()`, or a strategy. By name, a mask ratio
-            that is not given is the one at which the model shows, or hides, exactly the patches
-            that the strategy keeps.
+            that is not given is the one at which the model, as its config is now, shows, or hides,
+            exactly the patches that the strategy keeps.
         sign: "keep" shows the model what the strategy keeps, "hide" lets it reconstruct that.
         **options: The strategy's options, with a name alone.
 

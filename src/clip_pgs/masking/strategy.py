@@ -308,8 +308,9 @@ def patch_grid(image_size: tuple[int, int], sides: tuple[int, int]) -> tuple[int
 class MaskingStrategy(nn.Module):
     """Choose the patches of each image that a vision transformer will see.
 
-    A strategy has no parameter and no buffer, never tests `self.training` and never moves
-    devices. The shape of what it returns depends on its options and on N alone.
+    A strategy has no parameter and no buffer but with `persistent=False`, so that the model's state
+    dict keeps its keys. It never tests `self.training` and never moves devices. The shape of what
+    it returns depends on its options and on N alone.
 
     Attributes:
         requires: Optional inputs it reads: "tokens" once `progress` > 0, "attention" always.
@@ -615,8 +616,8 @@ def create_masking(name: str, **options: Any) -> MaskingStrategy:
         **options: The strategy's own options; see `describe_masking`.
 
     Raises:
-        ValueError: If there is no such strategy, or an option is unknown, missing, of the wrong
-            type or out of its range.
+        ValueError: If there is no such strategy, an option is unknown, missing, of the wrong type
+            or out of its range, or the strategy has a parameter or a persistent buffer.
     """
     declared = describe_masking(name)
     known = {option.name: option for option in declared.options}
@@ -637,7 +638,7 @@ def create_masking(name: str, **options: Any) -> MaskingStrategy:
     for option in known:
         if known[option].default is inspect.Parameter.empty and option not in given:
             raise ValueError(f"masking {name!r} needs the option {option}")
-    return _REGISTRY.get(name)(**given)
+    return _checked(_REGISTRY.get(name)(**given))
 
 
 def as_strategy(
@@ -654,7 +655,8 @@ def as_strategy(
         create: Makes a strategy of name and options.
 
     Raises:
-        ValueError: If it is neither, has options beside it, or cannot be created.
+        ValueError: If it is neither, has options beside it, cannot be created, or has a parameter
+            or a persistent buffer.
     """
     if isinstance(masking, str):
         return create(masking, **options)
@@ -662,7 +664,17 @@ def as_strategy(
         raise ValueError(f"options go with a masking's name, got {', '.join(options)} beside one")
     if not isinstance(masking, MaskingStrategy):
         raise ValueError(f"masking must be a name or a MaskingStrategy, got {masking!r}")
-    return masking
+    return _checked(masking)
+
+
+def _checked(strategy: MaskingStrategy) -> MaskingStrategy:
+    """Refuse a strategy that would add keys to the state dict of the model that it masks."""
+    if keys := ", ".join(strategy.state_dict()):
+        raise ValueError(
+            f"{type(strategy).__name__} would put {keys} into the model's state dict, which then "
+            "fits no plain model; a strategy has no parameter, and a buffer with persistent=False"
+        )
+    return strategy
 
 
 def options_at(

@@ -26,6 +26,7 @@ from clip_pgs.integrations.open_clip import (
     set_masking_progress,
     update_masking,
 )
+from clip_pgs.masking.baselines import RandomMasking
 from support.models import TEXT, image_batch, small_clip, small_coca, small_timm_clip, text_batch
 
 
@@ -432,6 +433,44 @@ def test_the_strategy_none_is_bit_identical_at_inference():
 def test_another_word_is_refused():
     with pytest.raises(ValueError, match="when must be one of train, always, got 'never'"):
         apply_masking(small_clip(), "pgs", when="never")
+
+
+class Holder(RandomMasking):
+    """Holds a tensor, in one of the ways of a module."""
+
+    def __init__(self, hold):
+        super().__init__(mask_ratio=0.5)
+        hold(self, torch.linspace(0, 1, 16))
+
+
+def in_a_parameter(module, prior):
+    module.prior = torch.nn.Parameter(prior)
+
+
+def in_a_buffer(module, prior):
+    module.register_buffer("prior", prior)
+
+
+def in_a_part(module, prior):
+    module.part = torch.nn.Module()
+    module.part.register_buffer("prior", prior)
+
+
+@pytest.mark.parametrize("hold", [in_a_parameter, in_a_buffer, in_a_part])
+def test_a_strategy_that_adds_keys_to_the_state_dict_is_refused(hold):
+    model = small_clip()
+    with pytest.raises(ValueError, match=r"Holder would put .*prior into the model's state dict"):
+        apply_masking(model, Holder(hold))
+    assert type(model.visual) is VisionTransformer
+
+
+def test_a_strategy_keeps_a_tensor_beside_the_state_dict():
+    def hold(module, prior):
+        module.register_buffer("prior", prior, persistent=False)
+
+    model = apply_masking(small_clip(), Holder(hold)).double()
+    assert model.visual.masking.strategy.prior.dtype == torch.float64
+    assert [*model.state_dict()] == [*small_clip().state_dict()]
 
 
 class KeepBright(MaskingStrategy):
