@@ -143,6 +143,11 @@ def count_samples(shards: list[str]) -> int | None:
     return total
 
 
+def cached_index(shard: Path) -> Path:
+    """Return where the index of a shard, which reading it makes, is kept if it can be there."""
+    return shard.with_name(f".{shard.name}.index")
+
+
 def stated_sizes(shards: list[str]) -> dict[str, int]:
     """Return what the `sizes.json` in their folders state of local shards.
 

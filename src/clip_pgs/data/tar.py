@@ -45,7 +45,7 @@ from clip_pgs.data.samples import (
     RawSample,
     is_image,
 )
-from clip_pgs.data.shards import is_remote, stated_sizes
+from clip_pgs.data.shards import cached_index, is_remote, stated_sizes
 from clip_pgs.files import atomic_file, file_state
 
 logger = logging.getLogger(__name__)
@@ -389,7 +389,7 @@ def cache_paths(shard: str) -> list[Path]:
     """Return where a shard's index is kept: beside it, or else in the user's cache."""
     path = Path(shard)
     digest = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
-    paths = [path.with_name(f".{path.name}.index")]
+    paths = [cached_index(path)]
     # A user of a container may have no home.
     with suppress(RuntimeError):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())

@@ -260,10 +260,12 @@ def test_complete_world_is_left_alone(tiny):
     assert {path: path.stat().st_mtime_ns for path in tiny.rglob("*")} == times
 
 
-@pytest.mark.parametrize("damage", ["world.json", "train/00000.tar", "words.json"])
+@pytest.mark.parametrize("damage", ["train/00000.tar", "words.json"])
 def test_world_that_lost_a_file_is_written_anew(tiny, damage):
     before = contents(tiny)
     (tiny / damage).unlink()
+    # As reading a larger shard leaves it.
+    (tiny / "train" / ".00000.tar.index").write_bytes(b"")
     write_world(tiny, **TINY)
     assert contents(tiny) == before
 
@@ -389,11 +391,44 @@ def test_a_world_that_the_disk_has_no_room_for_is_refused(tmp_path, capsys, flag
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_with_other_files_is_refused_and_kept(tmp_path):
-    (tmp_path / "diary.txt").write_text("dear diary")
-    with pytest.raises(ValueError, match="something else than a demo world"):
+@pytest.mark.parametrize(
+    "name", ["diary.txt", "train/00000.tar", "eval/mine/test/0.tar", "val/.00000.tar.index"]
+)
+def test_folder_with_other_files_is_refused_and_kept(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("dear diary")
+    with pytest.raises(ValueError, match=f"something else than a demo world, {re.escape(name)}"):
         write_world(tmp_path, **TINY)
-    assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
+    assert contents(tmp_path) == {name: b"dear diary"}
+
+
+@pytest.mark.parametrize(
+    "name", ["train/00001.tar", "eval/mine/test/0.tar", "eval/color/notes.txt", "masks"]
+)
+def test_a_file_of_ones_own_in_a_world_is_kept(tiny, tmp_path, name):
+    if name == "masks":
+        (tiny / name).symlink_to(tmp_path)
+    else:
+        (tiny / name).parent.mkdir(parents=True, exist_ok=True)
+        (tiny / name).write_text("mine")
+    before = contents(tiny)
+    # It is in nobody's way as long as the world is whole.
+    write_world(tiny, **TINY)
+    with pytest.raises(ValueError, match=re.escape(name)):
+        write_world(tiny, **TINY, seed=1)
+    (tiny / "val" / "00000.tar").unlink()
+    with pytest.raises(ValueError, match=re.escape(name)):
+        write_world(tiny, **TINY)
+    del before["val/00000.tar"]
+    assert contents(tiny) == before
+
+
+def test_a_world_that_lost_what_names_its_files_is_no_world(tiny):
+    (tiny / "world.json").unlink()
+    before = contents(tiny)
+    with pytest.raises(ValueError, match="something else than a demo world"):
+        write_world(tiny, **TINY)
+    assert contents(tiny) == before
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clip_pgs.data.shards import write_shard
+from clip_pgs.data.shards import cached_index, write_shard
 from clip_pgs.data.world.captions import TASKS, hard_negatives
 from clip_pgs.data.world.draw import Drawing, draw_scene
 from clip_pgs.data.world.scene import WORLD_VERSION, Sample, Scene
@@ -42,7 +42,7 @@ NUM_PER_CLASS = 50
 
 WORDS_NAME = "words.json"
 
-_NAMES = {"train", "val", "eval", "scenes", "foreground", WORDS_NAME, "world.json"}
+_WORLD_NAME = "world.json"
 _SHARD_SIZE = 1000
 # Full color resolution: chroma of half the size would wash out a small object.
 _JPEG = {"format": "JPEG", "quality": 92, "subsampling": 0}
@@ -77,8 +77,9 @@ def write_world(
     captions, for `--text-masking frequency`) and `world.json` (version, seed, counts, digest and
     number of samples of each part, every file's size).
     A folder that holds that very world already is left alone, and one that holds another or a
-    damaged one is written anew. All of it appears at once: an interrupted run leaves the folder
-    as it was. Of two processes that write beside each other one waits for the other.
+    damaged one is written anew, unless it holds a file besides that its `world.json` does not name.
+    All of it appears at once: an interrupted run leaves the folder as it was. Of two processes that
+    write beside each other one waits for the other.
 
     Args:
         root: Folder, made if it does not exist.
@@ -92,8 +93,8 @@ def write_world(
         progress: Called after every sample with the number done and the number in all.
 
     Raises:
-        ValueError: If a count is below 1, the folder holds anything but a world, or the disk has
-            no room for it.
+        ValueError: If a count is below 1, the folder has to be written and holds anything but a
+            world, or the disk has no room for it.
     """
     # Where the folder is a link, what it leads to is filled.
     root = Path(root).resolve()
@@ -104,8 +105,13 @@ def write_world(
     identity = {"version": WORLD_VERSION, "seed": seed, **counts}
     if _is_complete(root, identity):
         return
-    if root.exists() and (not root.is_dir() or {path.name for path in root.iterdir()} - _NAMES):
-        raise ValueError(f"{root} holds something else than a demo world; name another folder")
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root} is no folder")
+    if (other := _other_file(root)) is not None:
+        raise ValueError(
+            f"{root} holds something else than a demo world, {other}, which would be lost when the "
+            "world is written; move it, or name another folder"
+        )
     # Of a class there are as many samples as in all parts of the smallest world.
     smallest = list_parts(seed, num_train=1, num_val=1, num_per_class=1)
     per_class = sum(part.num_samples for part in smallest)
@@ -120,7 +126,7 @@ def write_world(
 
 def describe_world(root: Path | str) -> str:
     """Return a table of what a world holds: a line per part with its number of samples."""
-    parts = json.loads((Path(root) / "world.json").read_text(encoding="utf-8"))["parts"]
+    parts = json.loads((Path(root) / _WORLD_NAME).read_text(encoding="utf-8"))["parts"]
     width = max(map(len, parts))
     return "".join(
         f"{name:<{width}}  {part['num_samples']:>6}  {part['about']}\n"
@@ -131,7 +137,7 @@ def describe_world(root: Path | str) -> str:
 def _is_complete(root: Path, identity: dict[str, int]) -> bool:
     """Return whether a folder holds the world of these numbers with every file in full length."""
     try:
-        world = read_json_object(root / "world.json", what="it", max_bytes=MAX_RUN_FILE_BYTES)
+        world = _read_world(root)
         if {name: world[name] for name in identity} != identity:
             return False
         sums = [part["num_samples"] + len(part["about"]) for part in world["parts"].values()]
@@ -140,6 +146,21 @@ def _is_complete(root: Path, identity: dict[str, int]) -> bool:
         # Whatever else may stand there, it is no world of ours.
         return False
     return bool(sums and is_whole) and all(is_whole)
+
+
+def _other_file(root: Path) -> str | None:
+    """Return a file of a folder that is none of the world there, None where there is none."""
+    names = {_WORLD_NAME}
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        names |= {*_read_world(root)["files"]}
+        names |= {cached_index(Path(name)).as_posix() for name in names}
+    found = (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
+    others = (path.relative_to(root).as_posix() for path in found)
+    return next((name for name in others if name not in names), None)
+
+
+def _read_world(root: Path) -> dict[str, Any]:
+    return read_json_object(root / _WORLD_NAME, what="it", max_bytes=MAX_RUN_FILE_BYTES)
 
 
 class Record:
@@ -246,7 +267,7 @@ def _write_whole(
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-        write_json(folder / "world.json", {**identity, "parts": facts, "files": files})
+        write_json(folder / _WORLD_NAME, {**identity, "parts": facts, "files": files})
 
 
 def _processes(number: int) -> Any:
