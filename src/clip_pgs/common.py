@@ -472,7 +472,7 @@ def experiment_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     known |= {f"contents of {what}": digest for what, digest in named.items()}
     place = str(known.get("train_data") or "")
     if place:
-        # Of runs of before, which tell the pattern alone.
+        # Of runs of earlier versions, which tell the pattern alone.
         known["train_data"] = "::".join(last_parts(part, 2) for part in place.split("::"))
     if files and isinstance(files, list) and not _is_elsewhere(place):
         text = "\n".join(map(str, files))

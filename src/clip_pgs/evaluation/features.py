@@ -41,7 +41,7 @@ from clip_pgs.tables import counted
 logger = logging.getLogger(__name__)
 
 # Raise it when a suite's rules change, how pictures are read, or what a result tells: results and
-# features of before are then made anew.
+# features from before are then made anew.
 RULES = 4
 # Files above this size are sampled: reading all of ImageNet would take as long as encoding it.
 WHOLE_FILE_BYTES = 256 * 2**20

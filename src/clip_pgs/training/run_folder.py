@@ -318,14 +318,14 @@ def changed_options(
     before, now = (_without_places(values, told & told_before) for values in (saved, now))
     changes = changed_values(before, now)
     if isinstance(kept, list) and not any(str(each).startswith(_CODE) for each in kept):
-        # A run of before, which did not keep it.
+        # A run of an earlier version, which did not keep it.
         contents = [each for each in contents if not each.startswith(_CODE)]
     for key, what, after in ((_CONTENTS, "", contents), (_FILES, "train_data ", files)):
-        # A run of before has none, as one without data.
+        # A run of an earlier version has none, as one without data.
         if isinstance(earlier := saved.get(key), list) and after is not None:
             changes += [what + change for change in _changed_files(list(map(str, earlier)), after)]
     if files is not None and not isinstance(saved.get(_FILES), list):
-        # A run of before, which kept the pattern alone.
+        # A run of an earlier version, which kept the pattern alone.
         changes += _changes(options, saved, ["train_data"])
     if files is not None and saved.get(_FILES) == list(files):
         changes += _changed_indexes(options, saved.get(_INDEXES), files)
@@ -362,7 +362,7 @@ def _changed_files(saved: Sequence[str], now: Sequence[str]) -> list[str]:
 
 def _changed_indexes(options: TrainOptions, saved: Any, files: Sequence[str]) -> list[str]:
     """Return which shards of the names and sizes of before hold other pairs."""
-    # A run of before has none, and shards that are read as streams have no index.
+    # A run of an earlier version has none, and shards that are read as streams have no index.
     if not isinstance(saved, list) or len(saved) != len(files) or not any(saved):
         return []
     before, now = (

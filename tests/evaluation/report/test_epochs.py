@@ -127,7 +127,8 @@ def test_the_epoch_that_holds_scores_of_the_newest_weights_is_named(tmp_path, ca
     record = torch.load(run / "checkpoints/epoch_5.pt")["clip_pgs"]
     save_epochs(run, scores={6: (0.4, 0.5)})
     assert gather_runs([run])[0].weights_digest == "d0"
-    assert caplog.messages[0].endswith("with the --datasets and --data-root of then score those")
+    said = "with the same --datasets and --data-root as before score those"
+    assert caplog.messages[0].endswith(said)
     caplog.clear()
     save_epochs(run, scores={7: (0.5, 0.6)}, weights_digest=digest, training=record)
     assert gather_runs([run])[0].weights_digest == "d0"

@@ -160,8 +160,8 @@ def test_scores_of_weights_before_are_told_once_with_the_command_for_new_ones(
     command = f"clip-pgs test {run} --suite zeroshot-classification {flags}".rstrip()
     assert said == (
         f"{run}/eval holds scores of other weights than its latest, which the report leaves out: "
-        f"gone and other{through} (`{command}` with the --datasets and --data-root of then scores "
-        "them anew)"
+        f"gone and other{through} (`{command}` with the same --datasets and --data-root as before "
+        "scores them anew)"
     )
     if "run" not in flags:
         name, options = inference_choice(make_parser().parse_args(command.split()[2:]))
@@ -427,7 +427,7 @@ def test_results_that_are_not_of_a_runs_newest_weights_are_told_once(
         f"the results in {copy}/eval are not of the newest weights of {copy}[,;] ", said
     )
     assert ("36,000 samples and not 12,000" in said) == ("seed" not in changes)
-    place = "with the --datasets and --data-root of then"
+    place = "with the same --datasets and --data-root as before"
     assert re.search(rf"`clip-pgs test {copy}` {place} scores? those$", said)
     assert ("`clip-pgs export " in said) != is_done
 

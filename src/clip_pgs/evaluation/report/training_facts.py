@@ -1,8 +1,9 @@
 """What is known of the training behind results.
 
-A result tells how its weights were trained. Where it does not, as in tables and of before, the
-checkpoint that it names does if it still holds the weights that were scored; without a record in
-one, `options.json` and `metrics.jsonl` of the run say most of it, and else there are blanks.
+A result tells how its weights were trained. Where it does not, as in tables and in results
+of earlier versions, the checkpoint that it names does if it still holds the weights that were
+scored; without a record in one, `options.json` and `metrics.jsonl` of the run say most of it,
+and else there are blanks.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ from clip_pgs.tables import counted
 
 logger = logging.getLogger(__name__)
 
-# After a command that scores anew: results tell where a set lay, and not of which list it was.
-SAME_DATA = "with the --datasets and --data-root of then"
+# After a command that scores anew: results tell where a set lay, and not which list named it.
+SAME_DATA = "with the same --datasets and --data-root as before"
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def _from_record(record: dict[str, Any], place: Path | str, run: Path | None) ->
 
 
 def _options_of(run: Path | None, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `options.json` of a run whose recipe a checkpoint of before tells; {} if none."""
+    """Return the `options.json` of a run whose recipe an earlier version's checkpoint tells."""
     try:
         if run is None or not (run / OPTIONS_NAME).is_file():
             return {}
