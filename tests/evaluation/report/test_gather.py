@@ -124,6 +124,37 @@ def test_models_that_were_scored_on_other_data_of_one_name_are_told(
     assert (said in caplog.text) == is_told
 
 
+@pytest.mark.parametrize(
+    ("changed", "names"),
+    [
+        ({"inference_masking": "pgs 0.5"}, ("five", "five, through pgs 0.5")),
+        ({"weights_digest": "d1"}, ("five @d0", "five @d1")),
+    ],
+)
+def test_models_of_one_name_that_were_scored_on_other_data_are_told_apart(
+    tmp_path, caplog, changed, names
+):
+    for number, change in enumerate(({}, changed)):
+        result = make_result(
+            "shape",
+            metrics={"acc1": 0.5},
+            data_digest=f"data {number}",
+            **{"model": "five", "weights_digest": "d0", **change},
+        )
+        save_results(tmp_path / f"run_{number}" / "eval", [result])
+    gather_runs([tmp_path])
+    assert f"on other data for {names[1]} than for {names[0]}: " in caplog.text
+
+
+def test_scores_that_differ_are_told_with_the_mask_that_they_were_made_through(tmp_path, caplog):
+    for number in range(2):
+        metrics = {"acc1": 0.5 + number / 4}
+        result = make_result("shape", metrics=metrics, inference_masking="pgs 0.5", model="five")
+        save_results(tmp_path / f"run_{number}" / "eval", [result])
+    gather_runs([tmp_path])
+    assert "has other scores of five, through pgs 0.5 on shape" in caplog.text
+
+
 def test_results_of_weights_that_a_run_has_no_more_are_left_out(tmp_path):
     run = save_run(tmp_path)
     old = make_result("gone", weights_digest="old", date="2026-01-01T00:00:00+00:00")

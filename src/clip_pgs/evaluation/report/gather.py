@@ -188,7 +188,8 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
                 by_set[key] = max(result, earlier, key=lambda r: (r.status == DONE, r.date))
                 if earlier.status == result.status == DONE and _scores(earlier) != _scores(result):
                     where = source if Path(source).is_file() else place
-                    said = (str(where), result.model, result.dataset, result.suite)
+                    model = result.model + _through(result.inference_masking)
+                    said = (str(where), model, result.dataset, result.suite)
                     logger.warning(
                         "%s has other scores of %s on %s (%s) than a source before it; those of %s "
                         "count",
@@ -205,7 +206,6 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
     for same in dict.fromkeys(tuple(runs) for runs in holders.values() if len(runs) > 1):
         shown = one_sentence(" and ".join(map(str, same)))
         logger.warning("%s have results of the same weights: they are one run here", shown)
-    _tell_other_data(found.values())
     places = {key: run_of_results(folder) for key, folder in folders.items()}
     names = {key: next(iter(by_set.values())).model for key, by_set in found.items()}
     for key, (run, name) in own.items():
@@ -216,17 +216,18 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
             names[key] = f"{run.parent.name}/{run.name}"
     for key in _alike(names):
         names[key] += f" @{key[0][:6]}"
+    names = {key: name + _through(key[1]) for key, name in names.items()}
+    _tell_other_data(found, names)
     runs = []
     for key, by_set in found.items():
         mask, first, run = key[1], next(iter(by_set.values())), places[key]
-        name = names[key] + _through(mask)
         # Other checkpoints of a run have results elsewhere; the curve belongs to the run itself.
         epochs = {} if run is None else _read_epochs(run, read, mask)
         told = next((result.training for result in by_set.values() if result.training), {})
         training = read_training_facts(run, first.pretrained, digest=key[0], told=told)
         measured = () if run is None else tuple(read_measurements(run / METRICS_NAME))
         masks = b"" if run is None else _read_masks(run / MASKS_NAME)
-        runs.append(Run(name, tuple(by_set.values()), training, epochs, measured, masks))
+        runs.append(Run(names[key], tuple(by_set.values()), training, epochs, measured, masks))
     return runs
 
 
@@ -235,10 +236,13 @@ def _scores(result: Result) -> dict[str, float | None]:
     return {name: value for name, value in result.metrics.items() if value is not None}
 
 
-def _tell_other_data(models: Iterable[Mapping[tuple[str, str], Result]]) -> None:
+def _tell_other_data(
+    models: Mapping[tuple[str, str], Mapping[tuple[str, str], Result]],
+    names: Mapping[tuple[str, str], str],
+) -> None:
     """Warn of sets on which models were scored with other data under one name."""
     done: dict[tuple[str, str], list[Result]] = {}
-    for by_set in models:
+    for by_set in models.values():
         for key, result in by_set.items():
             if result.status == DONE:
                 done.setdefault(key, []).append(result)
@@ -251,9 +255,9 @@ def _tell_other_data(models: Iterable[Mapping[tuple[str, str], Result]]) -> None
             said = "%s (%s) was scored with %s samples: those are not the same data"
             logger.warning(said, dataset, suite, told)
         elif len(digests) > 1:
-            models_of = {r.data_digest: one_sentence(r.model) for r in results if r.data_digest}
+            models_of = {r.data_digest: names[r.model_key] for r in results if r.data_digest}
             said = "%s (%s) was scored on other data for %s than for %s: their files differ"
-            first, *others = models_of.values()
+            first, *others = map(one_sentence, models_of.values())
             logger.warning(said, dataset, suite, " and ".join(others), first)
 
 
