@@ -72,6 +72,24 @@ def test_a_folder_without_checkpoints_is_refused_and_a_file_is_itself(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("config", "library"),
+    [
+        ('{"model_type": "vit_mae"}', "transformers"),
+        ('{"architecture": "vit_base_patch16_224"}', "another library (its config.json)"),  # timm
+        ("[]", "another library (its config.json)"),
+        ('{"model_ty', "another library (its config.json)"),
+    ],
+)
+def test_a_folder_of_another_library_is_refused_with_the_name_that_is_known(
+    tmp_path, config, library
+):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="holds no checkpoint") as refused:
+        find_checkpoint(tmp_path)
+    assert f"is a model of {library}, " in str(refused.value)
+
+
+@pytest.mark.parametrize(
     "number", [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True), np.uint8(3)]
 )
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])

@@ -31,6 +31,7 @@ from clip_pgs.common import explained
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
     EXPORT_NAME,
+    HF_CONFIG_NAME,
     MODEL_CONFIG_NAME,
     WEIGHTS_NAME,
     absence,
@@ -260,9 +261,14 @@ def find_checkpoint(path: Path | str, *, is_checked: bool = True) -> Path:
             f"{str(path)!r} is an export: it holds no checkpoint but weights alone, which "
             "--pretrained takes"
         )
-    if newest is None and (path / "config.json").is_file():
+    if newest is None and (path / HF_CONFIG_NAME).is_file():
+        library = f"another library (its {HF_CONFIG_NAME})"
+        # Other libraries name their files alike, and a file may be damaged.
+        with suppress(OSError, ValueError):
+            if "model_type" in read_json_object(path / HF_CONFIG_NAME, what=HF_CONFIG_NAME):
+                library = "transformers"
         raise ValueError(
-            f"{str(path)!r} is a model of transformers, whose weights have other names than "
+            f"{str(path)!r} is a model of {library}, whose weights have other names than "
             "open_clip's: it holds no checkpoint"
         )
     if newest is None:
