@@ -246,6 +246,50 @@ def test_a_repository_of_no_such_name_is_refused_before_any_work(tmp_path, capsy
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"license": ["mit", "apache-2.0"]},
+        {"license": "other", "license_name": "ours-1.0", "license_link": "https://x.org/ours"},
+        {"license": 2.0},
+    ],
+)
+def test_a_later_export_keeps_the_license_of_an_edited_card_in_any_shape(
+    tmp_path, finished_run, finished_options, stated
+):
+    folder = shutil.copytree(finished_run, tmp_path / "logs" / "run")
+    path = folder / "export" / "README.md"
+    edited = huggingface_hub.ModelCard.load(path)
+    for name, value in stated.items():
+        setattr(edited.data, name, value)
+    edited.save(path)
+    assert export_command.main([str(folder)]) == 0
+    run(tmp_path, resume="latest", **finished_options)
+    card = huggingface_hub.ModelCard.load(path)
+    assert {name: card.data.get(name) for name in stated} == stated
+    for value in stated.values():
+        for name in value if isinstance(value, list) else [value]:
+            assert str(name) in card.text
+    # What the command names stands alone, and a license goes where it is taken out of the card.
+    assert export_command.main([str(folder), "--license", "mit"]) == 0
+    card = huggingface_hub.ModelCard.load(path)
+    assert (card.data.license, card.data.get("license_name")) == ("mit", None)
+    path.write_text(path.read_text("utf-8").replace("license: mit\n", ""), "utf-8")
+    assert export_command.main([str(folder)]) == 0
+    assert huggingface_hub.ModelCard.load(path).data.license is None
+
+
+@pytest.mark.parametrize("metadata", ["license: {a: b}", "license: [[mit]]", "license: 'a"])
+def test_a_license_that_an_export_does_not_keep_is_told(tmp_path, finished_run, caplog, metadata):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    path = folder / "export" / "README.md"
+    path.write_text(f"---\n{metadata}\n---\n# A model\n", "utf-8")
+    assert export_command.main([str(folder)]) == 0
+    (said,) = [text for text in caplog.messages if "not kept" in text]
+    assert str(path) in said
+    assert huggingface_hub.ModelCard.load(path).data.license is None
+
+
 @pytest.mark.parametrize("name", ["", "mit\nlibrary_name: x", "<b>", "a b"])
 def test_a_license_of_no_such_name_is_refused_before_any_work(tmp_path, capsys, name):
     assert export_command.main([str(tmp_path / "no"), "--license", name]) == 2

@@ -14,7 +14,6 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -35,7 +34,7 @@ from clip_pgs.checkpoint_reading import (
     named_latest,
     newest_checkpoint,
 )
-from clip_pgs.common import MODEL_SCHEMAS, explained, history_of
+from clip_pgs.common import MODEL_SCHEMAS, explained, history_of, one_sentence
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
@@ -64,6 +63,8 @@ _PLACE = f"local-dir:{_FOLDER}"
 # Measurements that are shares: OpenCLIP's, and those of an evaluation, SUITE/DATASET/METRIC.
 _SHARES = re.compile(r".+(_R@\d+|-top\d)|[^/]+/[^/]+/[^/]+")
 
+# What the metadata of a card state of its license.
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
 # The Hub's names of clip_benchmark's tasks, where they differ by more than dashes.
 _TASKS = {
     "zeroshot_classification": "zero-shot-image-classification",
@@ -144,11 +145,11 @@ def write_export(
     trouble = trouble or damaged_entry(checkpoint, is_exported=True)
     if trouble is not None:
         raise ValueError(f"the model is not exported: {trouble}")
-    license_name = license_name or _stated_license(folder / CARD_NAME)
+    stated = {"license": license_name} if license_name else _stated_license(folder / CARD_NAME)
     with atomic_folder(folder) as unfinished:
         name = str(checkpoint.get("name", ""))
         with explained("its clip_pgs record cannot be described", *MISFITS, jinja2.TemplateError):
-            card = write_model_card(name, record, found=found, license_name=license_name)
+            card = write_model_card(name, record, found=found, license_fields=stated)
         _write_files(checkpoint, record, card, unfinished)
         if folder.exists():
             names = {path.name for path in unfinished.iterdir()}
@@ -191,14 +192,30 @@ def _write_files(
         sync(path)
 
 
-def _stated_license(card: Path) -> str | None:
-    """Return the license that the card of an earlier export states, None without any."""
-    metadata = None
+def _stated_license(card: Path) -> dict[str, Any]:
+    """Return what the metadata of an earlier export's card state of the license."""
+    metadata: Any = None
     # Somebody may have written it anew.
-    with suppress(OSError, ValueError, yaml.YAMLError):
-        metadata = metadata_load(card)
-    name = metadata.get("license") if isinstance(metadata, dict) else None
-    return name if isinstance(name, str) else None
+    if card.is_file():
+        try:
+            metadata = metadata_load(card)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            reason = f"the metadata of {card} cannot be read: {one_sentence(error)}"
+            _logger.warning("%s; a license that they state is not kept", reason)
+    found = {name: (metadata or {}).get(name) for name in _LICENSE_FIELDS}
+    stated = {name: value for name, value in found.items() if value is not None}
+    for name, value in list(stated.items()):
+        if value and all(map(_is_name, value if isinstance(value, list) else [value])):
+            continue
+        del stated[name]
+        said = "%s states the %s %s, which is not kept: it must be a name or a list of names"
+        _logger.warning(said, card, name, one_sentence(repr(value)))
+    return stated
+
+
+def _is_name(value: Any) -> bool:
+    # YAML reads some names as numbers or dates.
+    return value not in ("", None) and not isinstance(value, bool | list | dict)
 
 
 def _is_autoencoder(record: Mapping[str, Any]) -> bool:
@@ -220,7 +237,7 @@ def write_model_card(
     record: Mapping[str, Any],
     *,
     found: str | None = None,
-    license_name: str | None = None,
+    license_fields: Mapping[str, Any] | None = None,
     scores: Sequence[EvalResult] = (),
 ) -> str:
     """Describe a model in Markdown, with metadata for the Hub.
@@ -229,14 +246,15 @@ def write_model_card(
         name: The run's name.
         record: What the run stored under "clip_pgs" in its checkpoint.
         found: What the masking found in training, from `found_in_training`.
-        license_name: Of the weights, as the Hub calls it; None states none.
+        license_fields: What the metadata state of the license of the weights, by the Hub's names
+            for it: `license`, and beside "other" `license_name` and `license_link`.
         scores: What the model reached.
     """
-    cost, is_mae = record["cost"], _is_autoencoder(record)
+    cost, is_mae, stated = record["cost"], _is_autoencoder(record), license_fields or {}
     metadata = ModelCardData(
         library_name="transformers" if is_mae else "open_clip",
         pipeline_tag="image-feature-extraction" if is_mae else "zero-shot-image-classification",
-        license=license_name,
+        **stated,
         tags=["vit_mae" if is_mae else "clip", f"masking-{record['masking']}"],
         model_name=name if scores else None,
         eval_results=list(scores) or None,
@@ -281,7 +299,11 @@ def write_model_card(
             key: f"{percent(value)} %" if _SHARES.fullmatch(key) else value
             for key, value in record["metrics"].items()
         },
-        license_name=license_name,
+        license=[
+            str(name)
+            for value in stated.values()
+            for name in (value if isinstance(value, list) else [value])
+        ],
     )
 
 
@@ -375,7 +397,8 @@ def export_run(run_folder: Path, *, license_name: str | None = None) -> Path:
             str(checkpoint.get("name", "")),
             checkpoint["clip_pgs"],
             found=found,
-            license_name=license_name or _stated_license(folder / CARD_NAME),
+            # That of the card which was written just now.
+            license_fields=_stated_license(folder / CARD_NAME),
             scores=scores,
         )
         write_text(folder / CARD_NAME, card)

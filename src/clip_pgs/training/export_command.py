@@ -31,8 +31,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--license",
         metavar="NAME",
-        help="of the weights, as the Hub calls it, such as mit or cc-by-nc-4.0 (none, or that of "
-        "the card that is there)",
+        help="of the weights, as the Hub calls it, such as mit or cc-by-nc-4.0 (default: what "
+        "the card in RUN/export states, if anything)",
     )
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     return parser
