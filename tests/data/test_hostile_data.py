@@ -192,6 +192,15 @@ def test_member_above_the_limit_is_skipped(args, third, monkeypatch, piped, name
     assert skipped == {f"too large {'image' if name == 'jpg' else 'caption'}"}
 
 
+@pytest.mark.parametrize("piped", [False, True])
+def test_texts_beside_a_caption_of_its_own_do_not_count(args, third, monkeypatch, piped):
+    monkeypatch.setattr(tar, "MAX_CAPTION_BYTES", 10_000)
+    texts = [("good.a.txt", bytes(9_999)), ("good.ocr.txt", bytes(10_001)), ("good.txt", b"100")]
+    third([("good.jpg", good()), *texts])
+    seen, skipped = read_all(args, None, piped)
+    assert (100 in seen, skipped) == (True, set())
+
+
 TOO_MANY = {
     "too large caption": [(f"bad.{number}.txt", b"x" * 200) for number in range(60)],
     "too large image": [(f"bad.{suffix}", bytes(6000)) for suffix in ("png", "webp")],

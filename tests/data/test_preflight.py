@@ -95,7 +95,7 @@ def test_sizes_that_are_wrong_are_told(args):
 
 @pytest.mark.parametrize(
     ("wanted", "part"),
-    [(20, "10 are left out of each epoch"), (75, "each is seen 2.5 times in an epoch, on average")],
+    [(20, "10 are left out of each epoch"), (75, "each epoch draws 45 more")],
 )
 def test_number_of_samples_is_compared(args, wanted, part):
     (warning,) = preflight(with_options(args, train_num_samples=wanted))

@@ -239,7 +239,7 @@ def test_a_picture_or_label_whose_name_has_another_dot_is_not_left_out_in_silenc
         (folder / file).write_text("a {c}\n" if "templates" in file else "0\n1\n2\n3\n")
     result = score(color_model, folder, suite=SUITES.get(kind, SUITES["classification"]))
     assert result.status == "failed"
-    assert f"sample {sample} of test/0.tar has files of another dot" in result.error
+    assert f"sample {sample} of test/0.tar has files with more dots" in result.error
     assert names[-1] in result.error
 
 

@@ -259,7 +259,7 @@ def _fitting_separator(path: Path, keys: tuple[str, ...], flag: str) -> str:
     """Say how a table gets its columns, by the first line or a usual separator; else ""."""
     with path.open("rb") as file:
         first = file.readline(_HEAD_BYTES).strip().removeprefix(codecs.BOM_UTF8).strip(b'"')
-    if re.fullmatch(rb"sep=[ -~]?", first):
+    if re.fullmatch(rb"(?i)sep=[ -~]?", first):
         return f"; its first line, {first.decode()!r}, is for Excel and no header: remove it"
     for separator in _SEPARATORS:
         # What the header line is to another separator may be anything.

@@ -168,7 +168,7 @@ def _check_amount(args: argparse.Namespace, shards: list[str]) -> list[str]:
     if wanted is not None and wanted != num_samples and not args.dataset_resampled:
         effect = f"{num_samples - wanted} are left out of each epoch"
         if wanted > num_samples > 0:
-            effect = f"each is seen {wanted / num_samples:.3g} times in an epoch, on average"
+            effect = f"each epoch draws {wanted - num_samples} more"
         warnings.append(
             f"--train-num-samples {wanted} is not what --train-data holds, {num_samples}: {effect}"
         )

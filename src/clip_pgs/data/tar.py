@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from time import monotonic
 from typing import Any, BinaryIO, TypeVar
@@ -98,8 +99,10 @@ def read_shard(
                 if not with_images and suffix in IMAGE_SUFFIXES:
                     data = b""
                 elif (kind := _kind(suffix, use_json)) is not None:
-                    sizes[kind] = sizes.get(kind, 0) + member.size
-                    if sizes[kind] <= _max_bytes(kind):
+                    # Only at the end of a sample is it known whether it has a KEY.txt.
+                    share = suffix if suffix == CAPTION_SUFFIX else kind
+                    sizes[share] = sizes.get(share, 0) + member.size
+                    if sizes[share] <= _max_bytes(kind):
                         extracted = tar.extractfile(member)
                         data = extracted.read() if extracted else b""
                 yield is_first, key, suffix, data
@@ -184,9 +187,8 @@ class ShardIndex:
             return skip
         group: dict[str, bytes | int] = {**sizes}
         try:
-            for suffix, place in places.items():
-                if _kind(suffix, use_json) is not None:
-                    group[suffix] = _read_member(file, *place)
+            for suffix in chain(*_members_read(places, use_json).values()):
+                group[suffix] = _read_member(file, *places[suffix])
         except StalledDataError:
             raise
         except Exception as error:
@@ -444,10 +446,21 @@ def _is_caption(suffix: str, use_json: bool) -> bool:
 
 
 def _kind(suffix: str, use_json: bool) -> str | None:
-    """Return what a member is that is read, None for others."""
+    """Return whether a member is an image or a caption; None for others, which are not read."""
     if suffix in IMAGE_SUFFIXES:
         return "image"
     return "caption" if _is_caption(suffix, use_json) else None
+
+
+def _members_read(suffixes: Iterable[str], use_json: bool) -> dict[str, list[str]]:
+    """Return the images and the captions of a sample: KEY.txt, or else KEY.*.txt in their order."""
+    names: dict[str, list[str]] = {"image": [], "caption": []}
+    for suffix in sorted(suffixes):
+        if (kind := _kind(suffix, use_json)) is not None:
+            names[kind].append(suffix)
+    if not use_json and CAPTION_SUFFIX in names["caption"]:
+        names["caption"] = [CAPTION_SUFFIX]
+    return names
 
 
 def _max_bytes(kind: str) -> int:
@@ -458,8 +471,8 @@ def _too_large(shard: str, key: str, sizes: dict[str, int], use_json: bool) -> S
     """Refuse a sample by the sizes of its members: those of a kind count together."""
     if len(sizes) > _MAX_MEMBERS:
         return Skip(shard, key, "too many members", f"more than {_MAX_MEMBERS}")
-    for kind in ("image", "caption"):
-        own = [size for suffix, size in sizes.items() if _kind(suffix, use_json) == kind]
+    for kind, names in _members_read(sizes, use_json).items():
+        own = [sizes[name] for name in names]
         if sum(own) > _max_bytes(kind):
             where = f" in {len(own)} members" if len(own) > 1 else ""
             detail = f"{sum(own)} bytes{where}, more than {_max_bytes(kind)}"
@@ -473,10 +486,7 @@ def _make_sample(
     """Make a sample of its members by suffix: bytes, or the size of one that was not read."""
     read = {suffix: part for suffix, part in group.items() if not isinstance(part, int)}
     image = next((read[suffix] for suffix in IMAGE_SUFFIXES if suffix in read), None)
-    # Where there is no KEY.txt, the texts are KEY.*.txt in their order.
-    has_one = not use_json and CAPTION_SUFFIX in read
-    names = [CAPTION_SUFFIX] if has_one else sorted(read)
-    captions = [read[suffix] for suffix in names if _is_caption(suffix, use_json)]
+    captions = [read[suffix] for suffix in _members_read(read, use_json)["caption"]]
     # Images first: `clip-pgs data check` looks for a second one.
     ordered = sorted(group, key=lambda suffix: (not is_image(suffix), suffix))
     suffixes = " ".join(f".{suffix}" for suffix in ordered)[:200]

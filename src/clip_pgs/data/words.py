@@ -194,7 +194,7 @@ def count_captions(
             continue
         count.num_captions += len(captions)
         for caption in captions:
-            # A word of megabytes is kept, and training reads no more of a caption.
+            # The counter would keep a word of megabytes, of which training reads no more than this.
             words = find_words(caption[:MAX_CHARACTERS])
             count.words.update(word[0].lower() for word in words)
     return count

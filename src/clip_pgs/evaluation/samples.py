@@ -167,7 +167,7 @@ class _Shards(IterableDataset):
             if others and (not found or self.target_suffix not in files or _has_pair(others)):
                 names = ", ".join(f"{key}.{suffix}" for suffix in others[:4])
                 _refuse(
-                    key, shard, f"has files of another dot, and a name ends at the first: {names}"
+                    key, shard, f"has files with more dots, and a name ends at its first: {names}"
                 )
             if not found:
                 _refuse(key, shard, f"has a .{self.target_suffix} file but no picture beside it")
