@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -85,16 +88,26 @@ def _write(
 ) -> None:
     """Write text with its top center at a place, smaller or shortened until it fits."""
     x, y = place
-    font = ImageFont.load_default(size)
+    font = _font(text, size)
     smallest = min(size, _TITLE_SIZE_MIN)
     while font.getlength(text) > max_width and size > smallest:
         size, y = size - 1, y + 1
-        font = ImageFont.load_default(size)
+        font = _font(text, size)
     if font.getlength(text) > max_width:
         while text and font.getlength(f"{text}...") > max_width:
             text = text[:-1]
         text = f"{text}..."
     ImageDraw.Draw(figure).text((x, y), text, fill=ink, font=font, anchor="ma")
+
+
+def _font(text: str, size: int) -> Any:
+    """Return Pillow's font, which has ASCII alone; for other letters matplotlib's, if there is."""
+    if not text.isascii():
+        with suppress(ImportError, OSError):
+            from matplotlib import get_data_path
+
+            return ImageFont.truetype(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+    return ImageFont.load_default(size)
 
 
 def _draw_legend(figure: Image.Image, legend: Legend, place: tuple[int, int], width: int) -> None:
