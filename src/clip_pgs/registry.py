@@ -155,8 +155,15 @@ def is_installed(module_name: str) -> bool:
     # Of what is imported, such as a notebook's own module, there may be no spec to find.
     if not top or top in sys.modules:
         return bool(top)
+    # Another module of one's own may have joined the working directory to the path.
+    path = sys.path[:]
+    sys.path[:] = [place for place in path if place]
+    try:
+        spec = importlib.util.find_spec(top)
+    finally:
+        sys.path[:] = path
     # Folders of one name, as several packages have them, are one package without an origin.
-    return getattr(importlib.util.find_spec(top), "origin", None) is not None
+    return getattr(spec, "origin", None) is not None
 
 
 def own_code(module_name: str) -> str:

@@ -99,16 +99,26 @@ def test_a_masking_beside_the_files_of_a_stranger_is_run_where_the_user_says_so_
         '    """Keep a random subset.\n\n    Args:\n        mask_ratio: Share.\n    """\n'
     )
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="trained with beside_it:Own, code outside of this"):
-        choose_masking("run", weights=str(path))
-    assert "beside_it" not in sys.modules
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    # As it is once a suite of one's own was found in the working directory.
+    for places in ([*sys.path], [*sys.path, ""]):
+        monkeypatch.setattr(sys, "path", places)
+        with pytest.raises(ValueError, match="trained with beside_it:Own, code outside of this"):
+            choose_masking("run", weights=str(path))
+        assert "beside_it" not in sys.modules
+        assert sys.path == places
     if has_record:
         monkeypatch.syspath_prepend(tmp_path)
     else:
         monkeypatch.setenv(OWN_MODULES, "beside_it")
     assert choose_masking("run", weights=str(path)).name == "beside_it:Own"
     monkeypatch.delitem(sys.modules, "beside_it")
+
+
+def test_a_masking_without_a_module_is_no_code_that_was_meant(tmp_path, finished_run, monkeypatch):
+    path = say_trained_with(shutil.copytree(finished_run, tmp_path / "run"), ":Own", {})
+    monkeypatch.delenv(OWN_MODULES, raising=False)
+    with pytest.raises(ValueError, match="trained with :Own, code outside of this package"):
+        choose_masking("run", weights=str(path))
 
 
 def test_a_ratio_of_0_gives_the_features_of_whole_images(finished_run, six, add_att):

@@ -254,7 +254,8 @@ def _is_meant(masking: str) -> bool:
     They may be a stranger's, and what lies beside them, too.
     """
     module = masking.partition(":")[0]
-    return is_installed(module) or module in os.environ.get(OWN_MODULES, "").split(",")
+    named = os.environ.get(OWN_MODULES, "").split(",")
+    return bool(module) and (is_installed(module) or module in named)
 
 
 def _progress(told: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> float:
