@@ -2,6 +2,9 @@
 
 import json
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -10,6 +13,22 @@ from support.ranks import Hang, output, train_together
 from support.runs import flags
 
 TIMEOUT = 3
+
+
+FIRST_STEP = """
+import time
+from types import SimpleNamespace
+from clip_pgs.training.watchdog import Activity, Watchdog
+
+options = SimpleNamespace(rank=0, world_size=2, hang_timeout=1.0, device="cpu", distributed=False)
+watchdog = Watchdog(options, on_hang=print)
+with watchdog.watching(options):
+    watchdog.note(Activity.TRAINING, step=0, patience=4)
+    print("begun", flush=True)
+    # On Linux the time that a process is stopped counts here.
+    time.sleep(4.5)
+    time.sleep({more})
+"""
 
 
 def sign(*, step=5, activity=Activity.VOTING):
@@ -89,6 +108,20 @@ def test_a_process_that_is_stopped_is_named_by_the_other(tmp_path, world, rank):
     assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 1)
     beginning = f"rank {rank} hangs: no sign of life for "
     assert end["reason"].startswith(beginning), output(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("more", "code"), [(2.5, 0), (8.0, 1)])
+def test_a_step_that_is_suspended_for_longer_than_its_limit_has_all_of_it_anew(more, code):
+    script = FIRST_STEP.format(more=more)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4.5)
+        process.send_signal(signal.SIGCONT)
+        assert ("hangs" in process.stdout.read()) == bool(code)
+    assert process.returncode == code
 
 
 @pytest.mark.slow

@@ -239,7 +239,7 @@ class Watchdog:
     def _is_late(self) -> bool:
         current, now = self._current, time.monotonic()
         if current.limit is not None and self._has_deadlines:
-            return now > current.since + current.limit
+            return now > max(current.since, self._resumed_at) + current.limit
         if self._rank != 0:
             return bool(self._silent(longer_than=self._timeout))
         worked = _seconds_worked()
