@@ -54,6 +54,67 @@ def test_one_of_several_namesakes_at_most_is_the_papers(datasets, paper):
     assert names(families["other"]) == [("zeroshot-retrieval", name) for name in others]
 
 
+def report_on(tmp_path, *of_models):
+    """Write a report on models that called a set of the paper's size by names of their own."""
+    for number, sets in enumerate(of_models):
+        model = {"model": f"m{number}", "weights_digest": f"d{number}"}
+        scored = {"metrics": {"acc1": 0.25 + number / 2}, "samples": 10_000} | model
+        missing = {"status": "missing", "samples": 0, "error": "gone"} | model
+        results = [
+            make_result(name, **(missing if digest is None else scored | {"data_digest": digest}))
+            for name, digest in sets.items()
+        ]
+        save_results(tmp_path / f"run_{number}" / "eval", results)
+    return (write_report([tmp_path], tmp_path / "report") / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        [{"cifar10": "a"}, {"vtab/cifar10": "a"}],
+        [{"x/cifar10": "a"}, {"y/cifar10": "a"}],
+        [{"x/cifar10": "a"}, {"y/cifar10": "a", "x/cifar10": None}],
+        [{"vtab/cifar10": "a"}, {"vtab/cifar10": None, "cifar10": "a"}],
+    ],
+)
+def test_one_set_that_models_call_otherwise_stands_beside_the_papers(tmp_path, caplog, called):
+    page = Page(report_on(tmp_path, *called))
+    rows = page.table("Zero-shot classification, top-1 accuracy, percent; published rows")
+    columns = {row[0].split()[0]: row[1:] for row in rows}
+    assert columns["m0"].index("25.0") == columns["m1"].index("75.0")
+    assert columns["CLIP-PGS-0.3"][columns["m0"].index("25.0")] == "73.5"
+    assert not caplog.messages
+
+
+def test_one_set_of_ones_own_that_models_call_otherwise_is_one_column(tmp_path, caplog):
+    page = Page(report_on(tmp_path, {"x/mine": "a", "copy/mine": "a"}, {"y/mine": "a"}))
+    rows = page.table("Zero-shot classification, top-1 accuracy, percent; no published")
+    columns = {row[0].split()[0]: row[1:] for row in rows}
+    # A second copy stands apart.
+    assert columns["m0"].count("25.0") >= 2
+    assert columns["m0"][columns["m1"].index("75.0")] == "25.0"
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("called", "reason"),
+    [
+        ([{"cifar10": "a"}, {"vtab/cifar10": "b"}], "their data differ"),
+        ([{"x/cifar10": "a"}, {"y/cifar10": ""}], "no data_digest"),
+        ([{"x/mine": ""}, {"y/mine": ""}], "no data_digest"),
+        ([{"x/mine": "a", "y/mine": "b"}, {"x/mine": "a"}], ""),  # of one list, and so on purpose
+    ],
+)
+def test_namesakes_that_are_not_known_as_one_set_are_told(tmp_path, caplog, called, reason):
+    report_on(tmp_path, *called)
+    names = [next(iter(sets)) for sets in called]
+    told = [text for text in caplog.messages if "two sets" in text]
+    assert len(told) == bool(reason)
+    for text in told:
+        assert reason in text
+        assert text.endswith(f"{' and '.join(names)} (zeroshot-classification)")
+
+
 def test_namesakes_of_two_models_never_share_a_column(tmp_path):
     for number, dataset in enumerate(["clean/flickr8k", "blur/flickr8k"]):
         recalls = {"image_retrieval_recall@1": 0.25 + number / 2}

@@ -13,11 +13,12 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 from clip_pgs.common import one_sentence
+from clip_pgs.evaluation.report.published import known_names
 from clip_pgs.evaluation.report.training_facts import (
     SAME_DATA,
     TrainingFacts,
@@ -53,6 +54,8 @@ logger = logging.getLogger(__name__)
 _Read = Callable[[Path], list[Result]]
 # Of a mask picture, in pixels: eight images beside each other stay legible at it.
 _PICTURE_WIDTH = 1200
+# Why names that end alike are two sets.
+_UNTOLD = "one of them has no data_digest, which would tell whether their data are equal"
 
 
 @dataclass(frozen=True)
@@ -217,12 +220,18 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
     for key in _alike(names):
         names[key] += f" @{key[0][:6]}"
     names = {key: name + _through(key[1]) for key, name in names.items()}
+    shared = _shared_names(found.values())
+    found = {
+        key: {(r.suite, r.dataset): r for r in _renamed(by_set.values(), shared)}
+        for key, by_set in found.items()
+    }
     _tell_other_data(found, names)
     runs = []
     for key, by_set in found.items():
         mask, first, run = key[1], next(iter(by_set.values())), places[key]
         # Other checkpoints of a run have results elsewhere; the curve belongs to the run itself.
         epochs = {} if run is None else _read_epochs(run, read, mask)
+        epochs = {epoch: _renamed(results, shared) for epoch, results in epochs.items()}
         told = next((result.training for result in by_set.values() if result.training), {})
         training = read_training_facts(run, first.pretrained, digest=key[0], told=told)
         measured = () if run is None else tuple(read_measurements(run / METRICS_NAME))
@@ -234,6 +243,75 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
 def _scores(result: Result) -> dict[str, float | None]:
     """Return the metrics that have a value: a table has none of the others."""
     return {name: value for name, value in result.metrics.items() if value is not None}
+
+
+@dataclass
+class _Called:
+    """What models call one data set, and what tells it from others whose names end alike."""
+
+    names: list[str]
+    digests: set[str]
+    counts: set[int]
+    models: set[tuple[str, str]]
+
+
+def _shared_names(
+    models: Iterable[Mapping[tuple[str, str], Result]],
+) -> dict[tuple[str, str], str]:
+    """Return one name for each data set that models call otherwise, by suite and full name.
+
+    Names that end alike are of one set where their data are equal. A warning tells of others of
+    which no model has both: the models are not compared on them.
+    """
+    found: dict[tuple[str, str], dict[str, _Called]] = {}
+    for by_set in models:
+        for (suite, dataset), result in by_set.items():
+            if result.status == DONE:
+                alike = found.setdefault((suite, dataset.rsplit("/", 1)[-1]), {})
+                called = alike.setdefault(dataset, _Called([dataset], set(), set(), set()))
+                called.digests |= {result.data_digest} - {""}
+                called.counts.add(result.samples)
+                called.models.add(result.model_key)
+    shared = {}
+    apart: dict[str, list[str]] = {}
+    for (suite, last), alike in found.items():
+        sets: list[_Called] = []
+        for called in alike.values():
+            for same in [each for each in sets if each.digests & called.digests]:
+                sets.remove(same)
+                called = _Called(
+                    [*same.names, *called.names],
+                    same.digests | called.digests,
+                    same.counts | called.counts,
+                    same.models | called.models,
+                )
+            sets.append(called)
+        for called in sets:
+            name = next((n for n in known_names(last) if n in called.names), called.names[0])
+            shared |= {(suite, other): name for other in called.names}
+        for one, other in combinations(sets, 2):
+            if one.models.isdisjoint(other.models):
+                is_known = (one.digests and other.digests) or one.counts.isdisjoint(other.counts)
+                reason = "their data differ" if is_known else _UNTOLD
+                names = [shared[suite, called.names[0]] for called in (one, other)]
+                apart.setdefault(reason, []).append(f"{' and '.join(names)} ({suite})")
+    for reason, pairs in apart.items():
+        logger.warning("these are two sets, as %s: %s", reason, one_sentence("; ".join(pairs)))
+    return shared
+
+
+def _renamed(results: Iterable[Result], shared: Mapping[tuple[str, str], str]) -> list[Result]:
+    """Return a model's results under shared names; a second copy of a set keeps its own."""
+    by_name: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        name = shared.get((result.suite, result.dataset), result.dataset)
+        by_name.setdefault((result.suite, name), []).append(result)
+    renamed = []
+    for (_, name), same in by_name.items():
+        done = [result for result in same if result.status == DONE] or same[:1]
+        first = next((result for result in done if result.dataset == name), done[0])
+        renamed += [replace(r, dataset=name) if r is first else r for r in done]
+    return renamed
 
 
 def _tell_other_data(

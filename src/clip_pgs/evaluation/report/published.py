@@ -106,7 +106,7 @@ class Paper:
         names = {}
         for (suite, name), is_done in found.items():
             full_names = [full for full in is_done if is_done[full]] or list(is_done)
-            known = [full for full in _known_names(name) if full in full_names]
+            known = [full for full in known_names(name) if full in full_names]
             if known or len(full_names) == 1:
                 names[suite, (known or full_names)[0]] = name
         return names
@@ -161,8 +161,12 @@ class Paper:
         return PublishedMethod(name, results, averages, relative_time)
 
 
-def _known_names(name: str) -> list[str]:
-    """Return what clip_benchmark calls a data set of the paper, or its folder is called."""
+def known_names(name: str) -> list[str]:
+    """Return what clip_benchmark calls a data set of the paper, or its folder is called.
+
+    Args:
+        name: The last part of those names.
+    """
     return [*(f"{collection}/{name}" for collection in _COLLECTIONS), name]
 
 
