@@ -272,7 +272,7 @@ def _shared_names(
                 called.digests |= {result.data_digest} - {""}
                 called.counts.add(result.samples)
                 called.models.add(result.model_key)
-    shared = {}
+    shared: dict[tuple[str, str], str] = {}
     apart: dict[str, list[str]] = {}
     for (suite, last), alike in found.items():
         sets: list[_Called] = []
