@@ -645,14 +645,26 @@ def test_runs_of_unknown_recipe_are_never_merged(tmp_path):
 
 @pytest.mark.parametrize(
     ("names", "common"),
-    [(("pgs_seed10", "pgs_seed11"), "pgs"), (("vit_b16_0", "vit_b16_1"), "vit_b16"), ("ab", "a")],
+    [
+        (("pgs_seed10", "pgs_seed11"), "pgs"),
+        (("vit_b16_0", "vit_b16_1"), "vit_b16"),
+        # As in a study, where the folder of the arm has its name.
+        (("mine/pgs/seed_0", "mine/pgs/seed_1"), "pgs"),
+        (("mine/pgs/0", "mine/pgs/1", "mine/pgs/10"), "pgs"),
+        (("mine/pgs/seed_0",), "pgs/seed_0"),
+        # A mean is that of no single run.
+        ("ab", "a and 1 other"),
+        (("alpha", "beta", "gamma"), "alpha and 2 others"),
+    ],
 )
 def test_model_is_named_by_what_its_runs_have_in_common(tmp_path, names, common):
     for number, name in enumerate(names):
-        digest = save_checkpoint(tmp_path / name, seed=number)
-        results = demo_results(number, model=name, weights_digest=digest)
-        save_results(tmp_path / name / "eval", results)
-    assert [name for name, _ in models_of(tmp_path)] == [common]
+        run = tmp_path / name
+        digest = save_checkpoint(run, seed=number)
+        results = demo_results(model=run.name, weights_digest=digest)
+        save_results(run / "eval", results)
+    models = group_by_seed(gather_runs([tmp_path / name for name in names]))
+    assert [model.name for model in models] == [common]
 
 
 def test_a_curve_of_the_loss_leaves_out_lines_of_an_epochs_first_step(tmp_path):

@@ -56,6 +56,8 @@ _Read = Callable[[Path], list[Result]]
 _PICTURE_WIDTH = 1200
 # Why names that end alike are two sets.
 _UNTOLD = "one of them has no data_digest, which would tell whether their data are equal"
+# What announces the seed at the end of a name, and its number.
+_SEED = re.compile(r"[\W_]*(seed)?[\W_]*\d*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -213,9 +215,11 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
     names = {key: next(iter(by_set.values())).model for key, by_set in found.items()}
     for key, (run, name) in own.items():
         places[key], names[key] = run, name
-    for key in _alike(names):
+    # As the runs of a study: its seeds have one name in the folder of every arm, which tells the
+    # seed alone.
+    unclear = {*_alike(names), *(key for key, name in names.items() if _SEED.fullmatch(name))}
+    for key in unclear:
         if (run := places[key]) is not None and run.name == names[key]:
-            # As the runs of a study: its seeds have one name in the folder of every arm.
             names[key] = f"{run.parent.name}/{run.name}"
     for key in _alike(names):
         names[key] += f" @{key[0][:6]}"
@@ -546,4 +550,6 @@ def _common_name(names: Sequence[str]) -> str:
     if all(name[len(start) :].isdigit() for name in names):
         # Of seeds 10 and 11 the names share a digit.
         start = start.rstrip("0123456789")
-    return re.sub(r"[\W_]*(seed)?[\W_]*$", "", start, flags=re.IGNORECASE) or names[0]
+    start = re.sub(r"[\W_]*(seed)?[\W_]*$", "", start, flags=re.IGNORECASE)
+    # A mean is that of no single run.
+    return start or f"{names[0]} and {counted(len(names) - 1, 'other')}"
