@@ -41,7 +41,7 @@ _EPOCH = re.compile(r"epoch_(\d+)")
 # What earlier versions called a probe's `regularization`.
 _FORMER = "regularisation"
 # What a report computes with, where the details of a result tell it.
-_COUNTS = ("items", "ties", "classes")
+_COUNTS = ("items", "ties", "classes", "captions")
 # Each result has a copy of it; of a long mixture of shards a record takes some kilobytes.
 _MAX_RECORD = 2**20
 _REQUIRED = {"suite", "dataset", "status", "samples", "model", "weights_digest"}

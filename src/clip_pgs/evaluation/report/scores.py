@@ -13,6 +13,7 @@ Data sets are of two families: the paper's, and all others, which no published r
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -299,16 +300,18 @@ def score_runs(runs: Sequence[Sequence[Result]]) -> dict[Place, Score]:
 def chance_results(results: Iterable[Result]) -> list[Result]:
     """Return what guessing scores on the same data sets.
 
-    A class is guessed with 1 / classes, one of two captions with 1 / 2, and the partner among N
-    images (or the captions of N images) lies within the first k with k / N. That is exact
-    for retrieval with one caption per image, and nearly so with several.
+    A class is guessed with 1 / classes, one of two captions with 1 / 2, and the image of a caption
+    lies within the first k of N images with k / N. One of the c captions of an image lies within
+    the first k of T captions with 1 - C(T - c, k) / C(T, k). Results tell T and not each c, for
+    which T / N stands: exact where all images have as many captions, else a little too high.
 
     Args:
         results: Of any models; what is not done is left out.
 
     Returns:
         One result per suite and data set, with those metrics whose chance level is known. The
-        number of classes is what a result's `details` tell.
+        number of classes is what a result's `details` tell, and that of captions, without which
+        each image has one.
     """
     guesses: dict[tuple[str, str], Result] = {}
     for result in results:
@@ -319,8 +322,10 @@ def chance_results(results: Iterable[Result]) -> list[Result]:
         if key not in guesses or guesses[key].status != DONE:
             guesses[key] = replace(result, metrics={}, weights_digest="", inference_masking="")
         if result.status == DONE:
-            # A table of results does not tell the classes, and the next model's files may.
-            guesses[key].metrics.update(_chance_metrics(result))
+            known, found = guesses[key].metrics, _chance_metrics(result)
+            # A table of results does not tell classes and captions, as another model's files may.
+            merged = known | found if result.details else found | known
+            guesses[key] = replace(guesses[key], metrics=merged)
     return [guess for guess in guesses.values() if guess.metrics or guess.status != DONE]
 
 
@@ -483,14 +488,27 @@ def _chance_metrics(result: Result) -> dict[str, float | None]:
     for name, value in result.metrics.items():
         if value is None:
             continue
-        k = name.partition("_retrieval_recall@")[2]
+        wanted, _, k = name.partition("_retrieval_recall@")
         if k.isdecimal() and result.samples:
-            metrics[name] = min(1.0, int(k) / result.samples)
+            num_captions = result.details.get("captions", 0) if wanted == "text" else 0
+            total = max(num_captions, result.samples)
+            metrics[name] = _chance_to_find(total / result.samples, total, int(k))
         elif name == "acc":
             metrics[name] = 0.5
         elif name in _CLASS_METRICS and num_classes:
             metrics[name] = min(1.0, _CLASS_METRICS[name] / num_classes)
     return metrics
+
+
+def _chance_to_find(partners: float, total: int, k: int) -> float:
+    """Return how probably one of the partners, on average so many, is among k of all."""
+    others = total - partners
+    if k > others:
+        return 1.0
+    # C(others, k) / C(total, k), for a number of partners that need not be whole.
+    ways = math.lgamma(others + 1) - math.lgamma(others - k + 1)
+    ways += math.lgamma(total - k + 1) - math.lgamma(total + 1)
+    return max(0.0, -math.expm1(min(0.0, ways)))
 
 
 def _model_entry(model: Model, runs: Sequence[Sequence[Result]]) -> Entry:
