@@ -168,6 +168,20 @@ def test_words_of_shards_are_counted_exactly(shards, capsys):
     assert f"--text-masking-option frequencies={shards}/words.json\n" in told
 
 
+@pytest.mark.parametrize(
+    ("caption", "told"),
+    [
+        ("a", "counted 1 word in 1 caption, none left out; 1 different word with a count of 1 or "),
+        ("a b", "counted 2 words in 1 caption, none left out; 2 different words with"),
+    ],
+)
+def test_one_word_is_no_plural(make_tar, tmp_path, capsys, caption, told):
+    make_tar(tmp_path / "0.tar", [("0.txt", caption.encode())])
+    argv = [f"{tmp_path}/0.tar", "-o", str(tmp_path / "words.json"), "--min-count", "1"]
+    assert main(["words", *argv]) == 0
+    assert told in capsys.readouterr().out
+
+
 def test_file_is_the_same_for_any_number_of_processes(shards):
     count(shards, "--workers", "1", "--min-count", "1", out="one.json")
     count(shards, "--workers", "2", "--min-count", "1", out="two.json")

@@ -510,8 +510,31 @@ def test_captions_that_are_repeated_are_told(color_model, tmp_path, caplog, num_
     assert "'it is 0'" in caplog.text or not is_told
 
 
+@pytest.mark.parametrize(
+    ("captions", "sentence"),
+    [
+        (["it is {}", "It  is {}"], "captions of set are repeated for one picture, and each of"),
+        (["it is {}", "it is 0"], "captions of set are repeated, and one counts for its own"),
+        (["it is {}", "it shows {}"], ""),
+    ],
+)
+def test_captions_that_one_picture_repeats_are_not_taken_for_those_of_others(
+    color_model, tmp_path, caplog, captions, sentence
+):
+    folder = tmp_path / "set"
+    samples = [(n, [caption.format(n) for caption in captions]) for n in range(12)]
+    write_dataset(folder, samples, kind="retrieval")
+    assert score(color_model, folder, suite="zeroshot-retrieval").status == "done"
+    told = [message for message in caplog.messages if "captions of" in message]
+    assert len(told) == bool(sentence)
+    assert all(message.startswith(sentence) and "'it is 0'" in message for message in told)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("num_repeated", "sentence"), [(1, ""), (6, "12 samples show 7 ")])
+@pytest.mark.parametrize(
+    ("num_repeated", "sentence"),
+    [(1, ""), (6, "12 samples show 7 different pictures; "), (12, "show 1 different picture; ")],
+)
 def test_pictures_that_are_repeated_are_told_in_each_call(
     color_model, tmp_path, caplog, num_repeated, sentence, workers
 ):

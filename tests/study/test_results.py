@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from clip_pgs.evaluation.report.command import run as report
 from clip_pgs.study.__main__ import main
 from clip_pgs.study.plan import read_options, read_study
 from clip_pgs.study.record import Record, read_record, write_record
 from clip_pgs.training.run_folder import save_options
+from support.commands import refusal
 from support.studies import fill, write_study
 
 RANDOM = [0.30, 0.32, 0.28, 0.35, 0.31, 0.29]
@@ -133,6 +135,22 @@ def test_why_a_row_has_no_interval_is_said_once_however_many_metrics_it_has(stud
     assert main(study.argv("--report-only")) == 0
     text = (study.study / "results.md").read_text()
     assert text.count("one seed has no interval") == 1
+
+
+def test_a_report_of_a_study_says_that_its_runs_are_to_be_named(study, capsys):
+    fill(study, {"random": RANDOM[:2], "pgs": PGS[:2]})
+    for arm in ("random", "pgs"):
+        (study.study / arm / "seed_0/options.json").write_text("{}")
+    out = ["-o", str(study.folder / "report")]
+    for source in (study.study, study.study / "pgs"):
+        sentence = refusal(report, [str(source), *out], capsys)
+        assert f"{source} holds no results itself; name its runs, such as " in sentence
+    assert main(study.argv("--report-only")) == 0
+    for source in (study.study, study.study / "results.csv"):
+        sentence = refusal(report, [str(source), *out], capsys)
+        assert "it is that of a study, whose own report is" in sentence
+        assert f"name them, {study.study}/ARM/seed_N" in sentence
+    assert not (study.folder / "report").exists()
 
 
 def test_the_record_of_an_earlier_version_is_read(study):

@@ -75,6 +75,19 @@ def test_other_options_are_refused(copied, capsys, overrides, named):
     assert named in refusal(main, copied.argv(), capsys)
 
 
+@pytest.mark.parametrize(
+    ("seeds", "more"), [([0], " (and 1 other) was made"), ([0, 1], " (and 3 others) was made")]
+)
+def test_how_many_runs_are_others_than_the_studys_is_told(study, capsys, seeds, more):
+    study.change(seeds=seeds)
+    for arm in ("random", "pgs"):
+        for seed in seeds:
+            run = study.study / arm / f"seed_{seed}"
+            run.mkdir(parents=True)
+            (run / "options.json").write_text("{}")
+    assert f"{study.study}/random/seed_0{more}" in refusal(main, study.argv(), capsys)
+
+
 @pytest.mark.slow
 def test_other_code_is_refused_and_can_be_accepted(copied, capsys):
     path = copied.study / "pgs/seed_1/study.json"
@@ -278,4 +291,6 @@ def test_a_valid_study_says_so_and_leaves_nothing(study, capsys, monkeypatch, ba
     study.change(base=base)
     assert main(study.argv("--check-only", "--seeds", "1")) == 0
     assert "2 runs" in capsys.readouterr().out
+    assert main(study.argv("--check-only", "--seeds", "1", "--arms", "pgs")) == 0
+    assert capsys.readouterr().out.endswith(" 1 run\n")
     assert not study.root.exists()

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from clip_pgs.common import SentenceParser, refuse, run_program
 from clip_pgs.files import check_writable
+from clip_pgs.tables import counted
 
 _CAPTION_KEY = "field of the side-car .json that holds the captions (none: captions are .txt)"
 
@@ -188,9 +189,10 @@ def _run_words(shards: str, out: Path, min_count: int, workers: int, **columns: 
     frequencies = count.frequencies(min_count=min_count)
     write_word_frequencies(frequencies, out)
     sys.stdout.write(
-        f"counted {frequencies.num_words} words in {frequencies.num_captions} captions, "
-        f"{describe_skipped(count.skipped)}; {len(frequencies.counts)} different words occur "
-        f"{min_count} times or more; train with --text-masking frequency "
+        f"counted {counted(frequencies.num_words, 'word')} in "
+        f"{counted(frequencies.num_captions, 'caption')}, {describe_skipped(count.skipped)}; "
+        f"{counted(len(frequencies.counts), 'different word')} with a count of {min_count} or "
+        "more; train with --text-masking frequency "
         f"--text-masking-option {shlex.quote(f'frequencies={out}')}\n"
     )
     return 0

@@ -89,7 +89,7 @@ def pack_pairs(
     for row, reason in list(bad_rows.items())[:_MAX_NAMED]:
         logger.warning("%s: %s", pairs.row_name(row), reason)
     if len(bad_rows) > _MAX_NAMED:
-        logger.warning("... and %d rows more", len(bad_rows) - _MAX_NAMED)
+        logger.warning("... and %s more", counted(len(bad_rows) - _MAX_NAMED, "row"))
     if bad_rows and not skip_bad:
         row, reason = next(iter(bad_rows.items()))
         raise ValueError(

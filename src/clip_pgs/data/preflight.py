@@ -26,6 +26,7 @@ from clip_pgs.data.order import SampleRef
 from clip_pgs.data.samples import RawSample, decode_captions, decode_image
 from clip_pgs.data.shards import expand_shards, is_remote, is_seekable
 from clip_pgs.data.tar import index_shards, read_shard, size_shards, unreadable_shard
+from clip_pgs.tables import counted
 
 _NUM_READERS = 8
 # Of thousands of shards, all are opened, but only so many are read in.
@@ -157,12 +158,12 @@ def _check_amount(args: argparse.Namespace, shards: list[str]) -> list[str]:
     chosen = _spread(len(shards), _MAX_COUNTED)
     counts = index_shards([shards[index] for index in chosen])
     for index in chosen:
-        stated, counted = sizes[index], counts[shards[index]][0]
-        if stated != counted:
+        stated, held = sizes[index], counts[shards[index]][0]
+        if stated != held:
             path = Path(shards[index])
             warnings.append(
-                f"{path.parent / 'sizes.json'} says that {path.name} has {stated} samples, but it "
-                f"has {counted}"
+                f"{path.parent / 'sizes.json'} says that {path.name} has "
+                f"{counted(stated, 'sample')}, but it has {held}"
             )
     wanted = args.train_num_samples
     if wanted is not None and wanted != num_samples and not args.dataset_resampled:

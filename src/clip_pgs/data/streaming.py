@@ -23,6 +23,7 @@ from clip_pgs.data.batches import Batch, Batching, DataWorkerStatus, Example, co
 from clip_pgs.data.order import shuffled, stable_seed
 from clip_pgs.data.samples import RawSample, SampleDecoder
 from clip_pgs.data.tar import read_shard
+from clip_pgs.tables import counted
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class StreamingBatches(IterableDataset[Batch]):
 
     def describe(self, shard: int, number: int) -> str:
         """Return a place that a worker noted, in words."""
-        return f"{self.shards[shard]} after {number} samples"
+        return f"{self.shards[shard]} after {counted(number, 'sample')}"
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()

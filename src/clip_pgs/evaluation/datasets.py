@@ -334,21 +334,19 @@ def read_class_names(location: str) -> list[str] | None:
 
 
 def equal_names(names: Sequence[str]) -> list[str]:
-    """Return the names of classes that make one prompt with another's: no image tells them apart.
-
-    Tokenizers pass over case and the width of spaces.
-    """
-    counts = Counter(map(_as_prompt, names))
+    """Return the names that make one prompt with another's: no image tells them apart."""
+    counts = Counter(map(as_prompt, names))
     return [name for name, count in counts.items() if count > 1]
 
 
 def too_many_equal(names: Sequence[str]) -> int:
     """Return how many names repeat another's prompt, 0 where those are few."""
-    num_lost = len(names) - len(set(map(_as_prompt, names)))
+    num_lost = len(names) - len(set(map(as_prompt, names)))
     return num_lost if num_lost > _MAX_EQUAL_SHARE * len(names) else 0
 
 
-def _as_prompt(name: str) -> str:
+def as_prompt(name: str) -> str:
+    """Return a name or caption as tokenizers see it, which pass over case and width of spaces."""
     return " ".join(name.lower().split())
 
 

@@ -44,6 +44,8 @@ _FORMER = "regularisation"
 _COUNTS = ("items", "ties", "classes", "captions")
 # Each result has a copy of it; of a long mixture of shards a record takes some kilobytes.
 _MAX_RECORD = 2**20
+# How the table of a study begins.
+_STUDY_COLUMNS = "arm,evaluation,seed,"
 _REQUIRED = {"suite", "dataset", "status", "samples", "model", "weights_digest"}
 
 
@@ -253,6 +255,11 @@ def read_csv(path: Path) -> list[Result]:
     what = f"{path} is no table of an evaluation"
     with explained(what), path.open(newline="", encoding="utf-8-sig") as file:
         headings = file.readline().strip()
+        if headings.startswith(_STUDY_COLUMNS):
+            raise ValueError(
+                f"it is that of a study, whose own report is {path.parent / 'index.html'}; for a "
+                f"report of its runs name them, {path.parent / 'ARM/seed_N'}"
+            )
         for separator in (";", "\t"):
             if set(headings.replace('"', "").split(separator)) >= _REQUIRED:
                 raise ValueError(

@@ -31,6 +31,7 @@ from clip_pgs.evaluation.datasets import (
     DamagedDataError,
     EvalSet,
     ServerError,
+    as_prompt,
     clean_name,
     declared_type,
     equal_names,
@@ -290,25 +291,37 @@ def score_retrieval(encoder: Encoder, eval_set: EvalSet) -> Scores:
             f"{eval_set.name} must have two pictures or more: of one, each model finds it"
         )
     texts = [text for captions in features.captions for text in captions]
-    if too_many_equal(texts):
+    prompts = [
+        text for captions in features.captions for text in dict.fromkeys(map(as_prompt, captions))
+    ]
+    if too_many_equal(prompts):
         logger.warning(
             "captions of %s are repeated, and one counts for its own picture alone: %s",
             eval_set.name,
-            ", ".join(f"{text[:80]!r}" for text in equal_names(texts)[:5]),
+            _quoted(equal_names(prompts)),
+        )
+    elif too_many_equal(texts):
+        logger.warning(
+            "captions of %s are repeated for one picture, and each of them counts: %s",
+            eval_set.name,
+            _quoted([text for captions in features.captions for text in equal_names(captions)]),
         )
     if num_equal := too_many_equal(features.digests or []):
         num_samples = len(features.images)
         logger.warning(
             "pictures of %s are repeated, and one counts for the captions of its own sample alone: "
-            "%d samples show %d different pictures; all captions of a picture belong into one "
-            "sample, a line each",
+            "%d samples show %s; all captions of a picture belong into one sample, a line each",
             eval_set.name,
             num_samples,
-            num_samples - num_equal,
+            counted(num_samples - num_equal, "different picture"),
         )
     texts_TD = encoder.texts(texts)
     metrics = retrieval_metrics(features.images, texts_TD, torch.tensor(image_of_text))
     return Scores(metrics, len(features.images), {"captions": len(image_of_text)})
+
+
+def _quoted(texts: Sequence[str]) -> str:
+    return ", ".join(f"{text[:80]!r}" for text in texts[:5])
 
 
 @register_suite(

@@ -97,6 +97,7 @@ def _run(args: argparse.Namespace, signals: StopSignals, held: ExitStack) -> int
         from clip_pgs.study.plan import check_study, read_study
         from clip_pgs.study.record import read_code
         from clip_pgs.study.runner import Pair, Runner, num_processes, refuse_other_runs
+        from clip_pgs.tables import counted
         from clip_pgs.training.option_warnings import warmup_warnings
 
         study = read_study(Path(find_config(args.study, "study")), root=args.logs)
@@ -123,14 +124,14 @@ def _run(args: argparse.Namespace, signals: StopSignals, held: ExitStack) -> int
         changed = refuse_other_runs(study, options, pairs, code)
         if changed and not args.accept_changes:
             pair, changes = next(iter(changed.items()))
-            more = f" (and {len(changed) - 1} others)" if len(changed) > 1 else ""
+            more = f" (and {counted(len(changed) - 1, 'other')})" if len(changed) > 1 else ""
             raise ValueError(
                 f"{study.run(pair.arm, pair.seed)}{more} was made with other options, data or "
                 f"code than the study's: {', '.join(changes)}; remove it, name another study, or "
                 "keep it with --accept-changes"
             )
         if args.check_only:
-            sys.stdout.write(f"the study is valid: {len(pairs)} runs\n")
+            sys.stdout.write(f"the study is valid: {counted(len(pairs), 'run')}\n")
             return 0
         # It reads the evaluations' data, which may take long.
         runner = Runner(

@@ -266,7 +266,7 @@ def _check_batch(options: TrainOptions) -> None:
     num_bytes = 4 * 3 * height * width * batch_size
     if num_bytes > largest_memory():
         raise ValueError(
-            f"the pixels of a batch of {batch_size} images of {height} x {width} take "
+            f"the pixels of a batch of {counted(batch_size, 'image')} of {height} x {width} take "
             f"{num_bytes / 2**30:.0f} GiB, more than this machine has"
         )
 
@@ -542,7 +542,7 @@ def _misplacement(options: TrainOptions, checkpoint: Mapping[str, Any]) -> str |
         return f"its epoch {epoch} lies behind the {last} of this run ({flags})"
     num_samples = num_training_samples(options)
     if num_samples is not None and position > num_samples:
-        return f"its position in an epoch of {num_samples} samples is {position}"
+        return f"its position in an epoch of {counted(num_samples, 'sample')} is {position}"
     cost = record.get("cost") or {}
     step = checkpoint.get("step", cost.get("steps"))
     if step != cost.get("steps", step):

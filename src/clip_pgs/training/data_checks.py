@@ -153,8 +153,9 @@ def _check_training_data(options: TrainOptions) -> None:
         shards = expand_shards(options.train_data or "")
         if not all(map(is_seekable, shards)) and len(shards) < num_processes:
             raise ValueError(
-                f"{len(shards)} shards cannot feed {num_processes} processes, as they can only "
-                "be read from the beginning; each needs one of its own (or --dataset-resampled)"
+                f"{counted(len(shards), 'shard')} cannot feed {num_processes} processes, "
+                "as such can only be read from the beginning; each needs one of its own (or "
+                "--dataset-resampled)"
             )
 
     num_samples = num_training_samples(options)

@@ -33,6 +33,7 @@ from clip_pgs.files import (
     regular_file,
     write_text,
 )
+from clip_pgs.tables import counted
 from clip_pgs.training.options import TrainOptions
 
 _FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
@@ -328,7 +329,9 @@ def keep_lines_before(path: Path, step: int) -> list[dict[str, Any]]:
     entries = [e for e in lines if e is not None and isinstance(e.get("step"), (int, float))]
     kept = [entry for entry in entries if entry["step"] < step]
     if len(entries) < len(lines):
-        _logger.warning("%s: dropped %d lines that are none", path, len(lines) - len(entries))
+        _logger.warning(
+            "%s: dropped %s without a step", path, counted(len(lines) - len(entries), "line")
+        )
     if len(kept) < len(lines):
         write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
     return kept

@@ -20,6 +20,7 @@ from clip_pgs.data.shards import expand_shards, is_seekable
 from clip_pgs.integrations.open_clip.model_config import changed_model
 from clip_pgs.masking import create_masking
 from clip_pgs.masking.strategy import keeps_different_counts
+from clip_pgs.tables import counted
 from clip_pgs.training.build import context_length, is_on_cpu, read_model_config
 from clip_pgs.training.data_checks import (
     has_training_data,
@@ -175,8 +176,8 @@ def warmup_warnings(options: TrainOptions) -> list[str]:
             if phase is not options:
                 flag, span = "--unmasked-warmup", "unmasked tuning"
             sentences.append(
-                f"{flag} {phase.warmup} is as long as {span} of {num_steps} steps, so that the "
-                f"learning rate never reaches {phase.lr}"
+                f"{flag} {phase.warmup} is as long as {span} of "
+                f"{counted(num_steps, 'step')}, so that the learning rate never reaches {phase.lr}"
             )
     return sentences
 

@@ -356,7 +356,7 @@ def _changed_files(saved: Sequence[str], now: Sequence[str]) -> list[str]:
     if not changes and list(saved) != list(now):
         changes = ["its files in another order"]
     if len(changes) > _MAX_NAMED:
-        changes = [*changes[:_MAX_NAMED], f"and {len(changes) - _MAX_NAMED} files more"]
+        changes = [*changes[:_MAX_NAMED], f"and {counted(len(changes) - _MAX_NAMED, 'file')} more"]
     return changes
 
 

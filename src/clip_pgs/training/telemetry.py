@@ -66,7 +66,7 @@ class SkippedSteps:
         most = int(self._most_in_row)
         if most >= self._max_in_row:
             raise BadNumbersError(
-                f"the loss or its gradient was not finite in {most} steps in a row "
+                f"the loss or its gradient was not finite in {counted(most, 'step')} in a row "
                 f"(--max-bad-steps {self._max_in_row}); no weight was changed by them"
             )
 

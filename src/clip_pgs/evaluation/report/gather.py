@@ -407,6 +407,10 @@ def _read_source(source: Path, read: _Read) -> list[tuple[Path, list[Result]]]:
     if not parts and (source / CSV_NAME).is_file():
         return _read_source(source / CSV_NAME, read)
     if not parts:
+        # As in a study, whose runs have their results in folders of other names.
+        for run in sorted([*inside, *source.glob("*/*")]):
+            if is_run(run) and any(read(folder) for folder in run.iterdir() if folder.is_dir()):
+                raise ValueError(f"{source} holds no results itself; name its runs, such as {run}")
         raise ValueError(f"{source} holds no results; evaluate first, `clip-pgs test RUN`")
     return parts
 

@@ -30,6 +30,7 @@ from clip_pgs.data.order import RowPlan, SampleRef
 from clip_pgs.data.samples import RawSample, SampleDecoder
 from clip_pgs.files import check_writable, write_json
 from clip_pgs.inspection.cost.step import TICK, Columns, measured_table
+from clip_pgs.tables import counted
 
 CAPTION = b"a dog runs over the grass with a ball in its mouth"
 JPEG_SUFFIXES = (".jpg", ".jpeg")
@@ -252,7 +253,7 @@ def run_data(args: argparse.Namespace) -> None:
         "ratio": ("ratio", 1, "{:.2f}"),
     }
     sys.stdout.write(
-        f"{len(images)} JPEG files to crops of {size} x {size} pixels, one core\n\n"
+        f"{counted(len(images), 'JPEG file')} to crops of {size} x {size} pixels, one core\n\n"
         f"{measured_table(paths, columns)}"
     )
     loader = None if args.workers is None else _run_loader(args, images)

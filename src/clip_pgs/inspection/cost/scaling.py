@@ -37,6 +37,7 @@ from clip_pgs.inspection.cost.step import (
 )
 from clip_pgs.inspection.model_input import parse_specs
 from clip_pgs.masking import PatchInputs, create_masking
+from clip_pgs.tables import counted
 
 PATCH_SIZE, EMBED_DIM = 16, 768
 SWEEPS = ("patches", "candidates", "images")
@@ -316,10 +317,11 @@ def _run_processes(args: argparse.Namespace) -> dict[str, Any]:
         "per process": ("samples_per_second_per_process", 1, "{:.1f}"),
         "efficiency": ("efficiency", 1, "{:.2f}"),
     }
-    threads = f", {num_threads} threads each" if args.device.type == "cpu" else ""
+    threads = f", {counted(num_threads, 'thread')} each" if args.device.type == "cpu" else ""
     sys.stdout.write(
-        f"\nTraining steps, {args.model}, {args.masking}, {args.batch_size} samples per process, "
-        f"{args.precision}, {args.device.type}{threads}\n\n{measured_table(rows, columns)}"
+        f"\nTraining steps, {args.model}, {args.masking}, "
+        f"{counted(args.batch_size, 'sample')} per process, {args.precision}, "
+        f"{args.device.type}{threads}\n\n{measured_table(rows, columns)}"
     )
     same = ("model", "image_size", "masking", "batch_size", "precision")
     return {

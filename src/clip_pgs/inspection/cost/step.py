@@ -207,8 +207,8 @@ def draw_images(image_size: tuple[int, int], *, batch_size: int, seed: int = 0) 
     num_bytes = 4 * 3 * batch_size * image_size[0] * image_size[1]
     if num_bytes > largest_memory() / _COPIES:
         raise ValueError(
-            f"a step of {batch_size} images of {image_size[0]} x {image_size[1]} pixels takes more "
-            f"than {_COPIES * num_bytes / 2**30:.0f} GiB, which this machine has not"
+            f"a step of {counted(batch_size, 'image')} of {image_size[0]} x {image_size[1]} pixels "
+            f"takes more than {_COPIES * num_bytes / 2**30:.0f} GiB, which this machine has not"
         )
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(
