@@ -51,6 +51,8 @@ MODEL_SCHEMAS = ("hf-hub:", "local-dir:")
 # The longest that an import keeps a signal waiting.
 _IMPORT_SECONDS = 10.0
 _POLL_SECONDS = 0.05
+_MAX_LOOK_SECONDS = 10.0
+_MAX_MISSED_LOOKS = 3
 _HEAD, _TAIL = 1500, 300
 # Before a slash or the end, after `--flag=`, `KEY=`, both, or the `::` of several data sources.
 _TILDE = re.compile(r"(?:^(?:--[\w-]+=)?(?:\w+=)?|::)~(?=/|$|::)")
@@ -245,6 +247,29 @@ class _AfterImports:
         """Forget a signal that still waits: what it was to end has ended."""
         if self._timer is not None:
             self._timer.cancel()
+
+
+class Pauses:
+    """Tells whether this process was suspended, as by `docker pause` or Slurm.
+
+    All clocks go on meanwhile. Who has a time limit looks at regular times; where one misses many
+    of them, it was no wait for anything, and what is limited has its time anew.
+
+    Args:
+        limit: Its seconds.
+
+    Attributes:
+        interval: Seconds between two looks.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.interval = min(limit / 10, _MAX_LOOK_SECONDS)
+        self._looked_at = time.monotonic()
+
+    def look(self) -> bool:
+        """Return whether this process was suspended since it last looked."""
+        earlier, self._looked_at = self._looked_at, time.monotonic()
+        return self._looked_at > earlier + _MAX_MISSED_LOOKS * self.interval
 
 
 def signal_later(number: int, seconds: float) -> threading.Timer:

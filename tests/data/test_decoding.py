@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import pickle
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -210,6 +212,32 @@ def test_a_timer_of_somebody_elses_goes_on_after_a_limit():
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert rung
+
+
+PAUSED = """
+import time
+from clip_pgs.data.decoding import time_limit
+
+with time_limit(2.0, RuntimeError("late")):
+    print("begun", flush=True)
+    # On Linux the time that a process is stopped counts here.
+    time.sleep(4)
+    time.sleep({more})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("more", "code"), [(1.0, 0), (3.0, 1)])
+def test_a_process_that_was_suspended_has_its_time_anew(more, code):
+    command = [sys.executable, "-c", PAUSED.format(more=more)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        process.send_signal(signal.SIGCONT)
+        assert ("late" in process.stderr.read()) == bool(code)
+    assert process.returncode == code
 
 
 def test_every_level_becomes_what_torchvision_makes_of_it():

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from multiprocessing import connection, resource_sharer
 
@@ -53,6 +54,28 @@ def test_command_that_gives_nothing_ends_the_stream_by_its_name(args, workers):
     with_options(args, train_data=command, train_num_samples=30, workers=workers)
     with pytest.raises(StalledDataError, match=r"is at pipe:head .*; sleep 20 after \d+ samples"):
         read_from(open_stream(args))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_process_that_is_suspended_while_it_awaits_a_batch_has_its_time_anew(args, workers):
+    shard = args.train_data.replace("{0..2}", "0")
+    command = f"pipe:sleep 8; cat '{shard}'"
+    with_options(args, train_data=command, train_num_samples=10, workers=workers, data_timeout=4.0)
+    stream = open_stream(args)
+
+    def read():
+        sys.exit(len(numbers(read_from(stream))))
+
+    reader = multiprocessing.get_context("fork").Process(target=read)
+    reader.start()
+    time.sleep(1)
+    os.kill(reader.pid, signal.SIGSTOP)
+    time.sleep(5)
+    os.kill(reader.pid, signal.SIGCONT)
+    reader.join(60)
+    # One whole batch.
+    assert reader.exitcode == 6
 
 
 def test_worker_that_dies_is_named_with_what_it_was_reading(args):

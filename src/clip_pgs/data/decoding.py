@@ -42,7 +42,7 @@ from torchvision.transforms import (
 )
 from torchvision.transforms.functional import pil_to_tensor
 
-from clip_pgs.common import one_sentence
+from clip_pgs.common import Pauses, one_sentence
 from clip_pgs.data.bad_samples import StalledDataError
 from clip_pgs.files import regular_file
 
@@ -223,25 +223,38 @@ def time_limit(
     Args:
         seconds: The limit; 0 sets none.
         error: What is raised.
-        of_processor: Whether the process's own computing counts, or all time.
+        of_processor: Whether the process's own computing counts, or all time but that in which it
+            is suspended.
     """
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(signal_number: int, frame: FrameType | None) -> None:
-        raise error
-
     number, timer, clock = signal.SIGALRM, signal.ITIMER_REAL, time.monotonic
     if of_processor:
         number, timer, clock = signal.SIGPROF, signal.ITIMER_PROF, time.process_time
-    handler = signal.signal(number, stop)
-    # Again and again: what is raised in a destructor is lost, and cleaning up may wait too.
-    left, interval = signal.setitimer(timer, seconds, _SECONDS_BETWEEN_SIGNALS)
+    pauses, last, is_over = Pauses(seconds), clock() + seconds, False
+
+    def look(signal_number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        if is_over:
+            return
+        if not of_processor and pauses.look():
+            last = clock() + seconds
+        if clock() < last:
+            signal.setitimer(timer, max(min(last - clock(), pauses.interval), 1e-3))
+            return
+        # Again and again: what is raised in a destructor is lost, and cleaning up may wait too.
+        signal.setitimer(timer, _SECONDS_BETWEEN_SIGNALS)
+        raise error
+
+    handler = signal.signal(number, look)
+    left, interval = signal.setitimer(timer, pauses.interval)
     end = clock() + left
     try:
         yield
     finally:
+        is_over = True
         signal.setitimer(timer, 0)
         signal.signal(number, handler)
         if left:

@@ -28,7 +28,7 @@ from clip_pgs.data.commands import end_commands, end_processes
 from clip_pgs.data.decoding import time_limit
 from clip_pgs.data.streaming import StreamingBatches
 
-_LOADER_ERROR = re.compile(r"DataLoader (timed out|worker \(pid)")
+_DEAD_WORKER = re.compile(r"DataLoader worker \(pid")
 # A worker that is told to leave while it stays at one sample for so long is not waited for.
 _LEAVE_SECONDS = 0.5
 
@@ -169,23 +169,24 @@ class SampleStream:
         end_processes(children)
 
     def _read_loader(self) -> Iterator[Batch]:
-        self._reader = iter(self._loader)
+        late = f"no batch for {self.timeout:g} seconds"
+        # Workers that are at a batch of an earlier iterator end it first.
+        with time_limit(self.timeout, StalledDataError(late)):
+            self._reader = iter(self._loader)
         _worker_deaths.catch()
         while True:
-            what, timed_out = "", f"no batch for {self.timeout:g} seconds"
+            what = ""
             # Samples seed the generators of the process that decodes them, which may be this one.
-            limit = 0 if self.num_workers else self.timeout
             try:
-                limited = time_limit(limit, StalledDataError(timed_out))
+                limited = time_limit(self.timeout, StalledDataError(late))
                 with limited, _preserved_generators(), _worker_deaths.heard():
                     batch = next(self._reader, None)
             except StalledDataError as error:
                 what = str(error)
             except RuntimeError as error:
-                found = _LOADER_ERROR.match(str(error))
-                if found is None:
+                if not _DEAD_WORKER.match(str(error)):
                     raise
-                what = timed_out if found[1] == "timed out" else "a data worker died"
+                what = "a data worker died"
             # The worker's end of what its batch comes through is gone. torch hears of its death by
             # a signal, and would raise an error anywhere.
             except (ConnectionError, EOFError):
@@ -215,7 +216,6 @@ class SampleStream:
             sampler=self.batches.sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            timeout=self.timeout if self.num_workers > 0 else 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=hear_parent_alone,
             # The loader draws a number at each start; not from the stream of the run.

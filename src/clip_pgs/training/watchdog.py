@@ -29,17 +29,15 @@ from urllib.parse import urlsplit
 import torch
 from torch.distributed import DistError, TCPStore
 
+from clip_pgs.common import Pauses
 from clip_pgs.data.commands import end_processes
 from clip_pgs.training.options import TrainOptions
 
 _STORE_SECONDS = 60
-_MAX_INTERVAL = 10.0
 # Share of the time for which a process that waits in vain keeps a processor busy, and more: it
 # looks every few seconds whether what it waits for still lives.
 _IDLE_SHARE = 0.001
 _LAST_WORDS_SECONDS = 10.0
-# So many intervals without a look mean that this process was suspended.
-_MAX_MISSED = 3
 _OWN_THREADS = ("watchdog", "heartbeats")
 
 
@@ -179,7 +177,8 @@ class Watchdog:
         self._on_hang = on_hang
         self._done = threading.Event()
         self._worked = self._worked_at = self._resumed_at = 0.0
-        self._interval = min(self._timeout / 5, _MAX_INTERVAL)
+        self._pauses = Pauses(self._timeout)
+        self._interval = self._pauses.interval
         self._heartbeats: Heartbeats | None = None
         self.allow(Activity.STARTING, step=0)
 
@@ -218,12 +217,10 @@ class Watchdog:
         self._current = _Current(name, step, time.monotonic(), limit=None)
 
     def _watch(self) -> None:
-        looked_at = time.monotonic()
         while not self._done.wait(self._interval):
             now = time.monotonic()
-            if now > looked_at + _MAX_MISSED * self._interval:
+            if self._pauses.look():
                 self._resumed_at = now
-            looked_at = now
             if now > self._resumed_at + self._timeout and self._is_late():
                 self._end_process(self._status())
 
