@@ -41,15 +41,28 @@ def test_run_is_evaluated_into_its_own_folder(run, options, capsys):
     assert row.split()[1] == f"{100 * acc1:.1f}"
 
 
-def test_missing_set_gives_exit_code_1_and_a_row(run, options, dataset_list, capsys):
-    dataset_list.write_text("six\nnot/here\n")
+@pytest.mark.parametrize(("name", "is_written"), [("not/here", False), ("vtab/cifar10", True)])
+def test_missing_set_gives_exit_code_1_and_a_row_and_a_file_where_a_list_of_ours_names_it(
+    run, options, dataset_list, capsys, name, is_written
+):
+    dataset_list.write_text(f"six\n{name}\n")
     assert main([str(run), *options]) == 1
     lines = capsys.readouterr().out.splitlines()
-    reason = next(line for line in lines if line.startswith("not/here"))
+    reason = next(line for line in lines if line.startswith(name))
     assert "  missing: no folder" in reason
     with (run / "eval/results.csv").open() as file:
         rows = {row["dataset"]: row["status"] for row in csv.DictReader(file)}
-    assert rows == {"six": "done", "not/here": "missing"}
+    assert rows == {"six": "done"} | ({name: "missing"} if is_written else {})
+    assert len(list((run / "eval").glob("zeroshot_*.json"))) == len(rows)
+
+
+def test_of_a_mistyped_set_alone_no_file_is_written_or_named(run, options, dataset_list, capsys):
+    dataset_list.write_text("sxi\n")
+    assert main([str(run), *options]) == 1
+    said = capsys.readouterr().out
+    assert "sxi" in said
+    assert "results.csv" not in said
+    assert not (run / "eval").exists()
 
 
 def test_report_is_written_and_named_in_the_last_line(run, options, capsys):

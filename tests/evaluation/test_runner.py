@@ -79,21 +79,21 @@ def test_csv_gathers_the_results_of_earlier_calls_with_the_same_weights(
 def test_missing_and_damaged_sets_do_not_stop_the_rest(
     color_model, eval_sets, damaged_folder, tmp_path, caplog
 ):
-    absent = classification.eval_set("absent", str(tmp_path / "absent"))
+    absent = classification.eval_set("food101", str(tmp_path / "absent"))
     damaged = classification.eval_set("damaged", str(damaged_folder))
 
     output = tmp_path / "out"
     results = evaluate(color_model, [absent, damaged, eval_sets[0]], workers=0, output=output)
     assert [result.status for result in results] == ["missing", "failed", "done"]
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert any("[1/3] zeroshot-classification absent: missing: " in line for line in warnings)
+    assert any("[1/3] zeroshot-classification food101: missing: " in line for line in warnings)
     assert any("[2/3] zeroshot-classification damaged: failed: " in line for line in warnings)
     assert str(tmp_path / "absent") in results[0].error
     assert "test/0.tar" in results[1].error
     assert "Traceback" in (output / "errors.log").read_text()
     with (output / "results.csv").open() as file:
         statuses = {row["dataset"]: row["status"] for row in csv.DictReader(file)}
-    assert statuses == {"absent": "missing", "damaged": "failed", "six": "done"}
+    assert statuses == {"food101": "missing", "damaged": "failed", "six": "done"}
 
 
 def test_a_damaged_set_is_told_in_its_result_alone_where_no_files_are_kept(

@@ -400,7 +400,9 @@ def _evaluate_source(
     if ranks.is_main:
         source = plain(f"{loaded.name} ({loaded.source}){_cost(results)}")
         sys.stdout.write(f"\n{source}\n\n{format_table(results)}\n")
-        sys.stdout.write(f"In percent; files are in {output}, the table as {CSV_NAME}\n")
+        # Not where no set is there.
+        if (output / CSV_NAME).is_file():
+            sys.stdout.write(f"In percent; files are in {output}, the table as {CSV_NAME}\n")
         is_failed = any(result.status not in (DONE, MISSING) for result in results)
         # Not where the disk had no room for it.
         if is_failed and (output / ERRORS_NAME).is_file():

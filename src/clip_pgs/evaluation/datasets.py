@@ -519,10 +519,13 @@ def check_presence(eval_set: EvalSet) -> Presence:
     try:
         require(eval_set)
     except (OSError, ValueError) as error:
-        location = eval_set.location
-        is_known = is_remote(location) or not os.path.isdir(location)
-        return Presence(MISSING if is_known else INCOMPLETE, str(error))
+        return Presence(INCOMPLETE if has_folder(eval_set.location) else MISSING, str(error))
     return Presence(PRESENT)
+
+
+def has_folder(location: str) -> bool:
+    """Say whether a data set has a folder here, complete or not."""
+    return not is_remote(location) and os.path.isdir(location)
 
 
 def require(eval_set: EvalSet) -> None:

@@ -29,6 +29,7 @@ from clip_pgs.evaluation.datasets import (
     EvalSet,
     ServerError,
     count_shards,
+    has_folder,
     is_remote,
     local_files,
     read_metadata,
@@ -55,7 +56,7 @@ from clip_pgs.evaluation.results import (
     write_csv,
     write_result,
 )
-from clip_pgs.evaluation.suites import SUITES, Scores
+from clip_pgs.evaluation.suites import SUITES, Scores, is_listed
 from clip_pgs.files import regular_file
 from clip_pgs.registry import own_code
 from clip_pgs.tables import counted, duration
@@ -152,6 +153,7 @@ def evaluate(
         loaded: The model; it is scored where it is, in eval mode, and left in its own mode.
         eval_sets: From `load_suite`.
         output: Folder for the result files and `results.csv`, made if need be; None writes none.
+            A set without a folder whose name no list of `configs/eval` has leaves no file.
         batch_size: Images per step, >= 1.
         workers: Processes that read images; None takes up to 4.
         amp: Whether to use half precision; None means on CUDA only.
@@ -379,6 +381,10 @@ class _Evaluation:
             return result
         earlier, path = self._read(eval_set), self._path(self._folder, eval_set)
         aside = path.with_name(f"{path.stem}@unscored.json")
+        is_unknown = earlier is None and not has_folder(eval_set.location)
+        if result.status == MISSING and is_unknown and not is_listed(eval_set):
+            # The name may be mistyped; reports would call it missing for good.
+            return result
         if result.status != DONE and earlier is not None and earlier.status == DONE:
             if earlier.weights_digest != result.weights_digest:
                 # Weights without a number take no finished one of other weights away.

@@ -467,7 +467,7 @@ def load_suite(
     eval_sets: list[EvalSet] = []
     if datasets in DEFAULT_ROOTS:
         for suite in chosen:
-            path = CONFIGS / "eval" / f"{suite.name.replace('-', '_')}_{datasets}.txt"
+            path = _list_path(suite.name, datasets)
             # A suite of another package has none.
             if name != "all" or path.is_file():
                 eval_sets += _sets_of(suite, read_list(path), data_root)
@@ -501,6 +501,17 @@ def load_suite(
             names = eval_set.name if other == eval_set.name else f"{other} or {eval_set.name}"
             raise ValueError(f"{datasets} has two data sets named {names}, as results name them")
     return eval_sets
+
+
+def is_listed(eval_set: EvalSet) -> bool:
+    """Say whether a list of `configs/eval` names a data set for its suite, in whatever folder."""
+    paths = (_list_path(eval_set.suite, datasets) for datasets in DEFAULT_ROOTS)
+    lines = (line for path in paths if path.is_file() for line in read_list(path))
+    return eval_set.name.rsplit("/", 1)[-1] in {line.name.rsplit("/", 1)[-1] for line in lines}
+
+
+def _list_path(suite: str, datasets: str) -> Path:
+    return CONFIGS / "eval" / f"{suite.replace('-', '_')}_{datasets}.txt"
 
 
 def read_list(path: Path) -> list[ListLine]:
