@@ -246,6 +246,8 @@ def test_a_run_that_is_done_and_has_lost_its_options_is_told(study):
         {"evaluations": {"unmasked": {}}},
         {"evaluations": []},
         {"accepted": 5},
+        {"trained_under": "one"},
+        {"trained_under": [1]},
         {"spent": {"flops": -5, "seconds": 1.0, "hardware": "a test"}},
         {"spent": {"flops": 5, "seconds": math.nan, "hardware": "a test"}},
     ],

@@ -100,6 +100,60 @@ def test_other_code_is_refused_and_can_be_accepted(copied, capsys):
 
 
 @pytest.mark.slow
+def test_a_note_of_what_a_run_differs_in_ends_where_it_is_no_longer_true(copied):
+    def notes(*flags):
+        assert main(copied.argv(*flags)) == 0
+        return [
+            note
+            for note in json.loads((copied.study / "results.json").read_text())["notes"]
+            if "otherwise" in note
+        ]
+
+    told = "Kept although the study means otherwise (epochs 1 -> 2): random, seed 1; pgs, seed 1."
+    assert notes() == []
+    base = yaml.safe_load(copied.path.read_text())["overrides"]
+    copied.change(overrides={**base, "epochs": 2})
+    assert notes("--accept-changes") == notes("--report-only") == [told]
+    copied.change(overrides=base)
+    assert notes("--report-only") == notes() == []
+    # Other data are compared where the study is run.
+    options = copied.study / "pgs/seed_1/options.json"
+    saved = options.read_text()
+    options.write_text(json.dumps({**json.loads(saved), "train_files": ["old.tar: 1 bytes"]}))
+    (note,) = notes("--accept-changes")
+    assert "old.tar: 1 bytes is gone" in note
+    options.write_text(saved)
+    assert notes() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_what_a_run_was_trained_on_under_is_told_for_ever(copied, monkeypatch, is_refused):
+    run = copied.study / "pgs/seed_1"
+    shutil.rmtree(run / "export")
+    record = copied.record("pgs", 1)
+    (run / "study.json").write_text(json.dumps({**record, "spent": None}))
+
+    def launch(runner, command, arguments, run):
+        if command == "train" and not is_refused:
+            options = json.loads((run / "options.json").read_text())
+            (run / "options.json").write_text(json.dumps({**options, "epochs": 2}))
+        return (2, "it was refused") if is_refused else (0, "")
+
+    monkeypatch.setattr("clip_pgs.study.runner.Runner._launch", launch)
+    base = yaml.safe_load(copied.path.read_text())["overrides"]
+    copied.change(overrides={**base, "epochs": 2})
+    assert main(copied.argv("--accept-changes")) == is_refused
+    copied.change(overrides=base if is_refused else {**base, "epochs": 2})
+    assert main(copied.argv("--report-only")) == 0
+    notes = json.loads((copied.study / "results.json").read_text())["notes"]
+    told = "Trained on otherwise than they began (epochs 1 -> 2): pgs, seed 1."
+    assert (told in notes) == (not is_refused)
+    assert copied.record("pgs", 1)["evaluations"].keys() == record["evaluations"].keys()
+    assert not any("otherwise" in note and "pgs" in note for note in notes if note != told)
+
+
+@pytest.mark.slow
 def test_what_other_data_scored_is_evaluated_again(copied, capsys):
     path = copied.study / "random/seed_1/study.json"
     record = json.loads(path.read_text())

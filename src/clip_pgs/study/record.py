@@ -2,7 +2,7 @@
 
 The run's own `options.json` says with which options and data it was trained; `study.json` beside
 it says what that file does not: digests of the code and of the model's config, the flags of each
-evaluation, seconds, why it failed, and which differences somebody accepted.
+evaluation, seconds, why it failed, and which changes somebody accepted.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ class Record:
         spent: What training took, None before its end.
         evaluations: By name.
         failed: Why training or an evaluation failed at last, "" if none did.
-        accepted: Differences from the study that somebody accepted, as sentences.
+        accepted: How its data, model config and code differ from those that the study meant when
+            it was last run, which somebody accepted; its options are compared anew each time.
+        trained_under: Changes under which it was trained on, as sentences.
     """
 
     version: str = ""
@@ -114,6 +116,7 @@ class Record:
     evaluations: dict[str, Evaluated] = field(default_factory=dict)
     failed: str = ""
     accepted: list[str] = field(default_factory=list)
+    trained_under: list[str] = field(default_factory=list)
 
 
 def read_record(run: Path) -> Record:
@@ -147,8 +150,9 @@ def read_record(run: Path) -> Record:
 
 def _check_types(record: Record) -> None:
     evaluated, spent = record.evaluations.values(), record.spent
-    lists = [record.code, record.accepted, *(done.flags for done in evaluated)]
-    texts = [record.version, record.model, record.failed, *record.code, *record.accepted]
+    said = (record.code, record.accepted, record.trained_under)
+    lists = [*said, *(done.flags for done in evaluated)]
+    texts = [record.version, record.model, record.failed, *(text for some in said for text in some)]
     texts += [text for done in evaluated for text in (done.code, done.data)]
     numbers: list[Any] = [done.seconds for done in evaluated]
     if spent is not None:

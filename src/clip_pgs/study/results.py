@@ -285,16 +285,18 @@ def _notes(
         notes.append(f"Evaluated with other flags than the study's: {_named(otherwise)}.")
     # What was run may be older than the study's file, and nobody asked about it yet.
     options = read_options(study)
-    kept = {}
+    kept, trained_on = {}, {}
     for (arm, seed), said in by_run.items():
         meant = replace(options[arm], seed=seed)
         changes = option_changes(meant, study.run(arm, seed), files=None)
-        kept[arm, seed] = ", ".join(dict.fromkeys([*said.accepted, *changes]))
-    notes += [
-        f"Kept although the study means otherwise ({changes}): {_named(runs)}."
-        for changes, runs in _grouped(kept).items()
-        if changes
-    ]
+        kept[arm, seed] = ", ".join(dict.fromkeys([*changes, *said.accepted]))
+        trained_on[arm, seed] = ", ".join(said.trained_under)
+    for what, changed in (
+        ("Kept although the study means otherwise", kept),
+        ("Trained on otherwise than they began", trained_on),
+    ):
+        groups = _grouped(changed).items()
+        notes += [f"{what} ({changes}): {_named(runs)}." for changes, runs in groups if changes]
     return notes
 
 

@@ -37,6 +37,7 @@ from clip_pgs.study.record import (
     Record,
     differences,
     missing_part,
+    option_changes,
     read_code,
     read_record,
     read_spent,
@@ -46,8 +47,8 @@ from clip_pgs.tables import duration, plain
 from clip_pgs.training.build import model_digest
 from clip_pgs.training.data_checks import has_training_data, training_files
 from clip_pgs.training.options import TrainOptions
-from clip_pgs.training.run_folder import holds_run
-from clip_pgs.training.stop import StopSignals
+from clip_pgs.training.run_folder import holds_run, read_options_file
+from clip_pgs.training.stop import BAD_INPUT, StopSignals
 
 OUTPUT_NAME = "study.log"
 
@@ -148,8 +149,8 @@ class Runner:
         Raises:
             KeyboardInterrupt: At a second Ctrl-C; the processes are killed.
         """
-        for pair, changes in self.changed.items():
-            self._note_accepted(pair, changes)
+        for pair in self.pairs:
+            self._note_accepted(pair)
         missing = [pair for pair in self.pairs if not self._is_complete(pair)]
         self._ended = set(self.pairs) - set(missing)
         self._say(f"{len(missing)} of {len(self.pairs)} runs are left{self._time_left()}")
@@ -243,7 +244,7 @@ class Runner:
         missing = missing_part(run)
         if not missing:
             return ""
-        record = read_record(run)
+        record = before = read_record(run)
         if record.spent is not None:
             # It was trained, and something is gone.
             newest = newest_checkpoint(run / CHECKPOINTS_NAME)
@@ -260,15 +261,25 @@ class Runner:
         code = read_code().training if self.accepts_changes else self.code.training
         if not holds_run(run):
             record = Record(clip_pgs.__version__, [], model_digest(self.options[pair.arm]))
-        record.code = list(dict.fromkeys([*record.code, code]))
-        # Weights that are made anew are evaluated anew.
-        record.evaluations = {}
-        write_record(record, run)
         arguments = study.train_arguments(pair.arm, pair.seed, config)
-        if pair in self.changed:
+        changes = self.changed.get(pair, [])
+        if changes:
             arguments.append("--accept-changes")
+        record = replace(
+            record,
+            code=list(dict.fromkeys([*record.code, code])),
+            # Weights that are made anew are evaluated anew.
+            evaluations={},
+            accepted=[],
+            trained_under=list(dict.fromkeys([*record.trained_under, *changes])),
+        )
+        write_record(record, run)
+        options = read_options_file(run)
         exit_code, reason = self._launch("train", arguments, run)
         if exit_code:
+            if changes and exit_code == BAD_INPUT and read_options_file(run) == options:
+                # It was refused, and nothing was trained under them.
+                write_record(before, run)
             return reason
         write_record(replace(record, spent=read_spent(run)), run)
         return ""
@@ -324,11 +335,16 @@ class Runner:
         ended = _read_exit(run)
         return code, _last_words(run, start, ended if ended != ended_before else {})
 
-    def _note_accepted(self, pair: Pair, changes: list[str]) -> None:
+    def _note_accepted(self, pair: Pair) -> None:
+        """Note how a run that is kept differs now, but for options, which its folder has."""
         run = self.study.run(pair.arm, pair.seed)
-        record = read_record(run)
-        accepted = list(dict.fromkeys([*record.accepted, *changes]))
-        write_record(replace(record, accepted=accepted), run)
+        accepted = self.changed.get(pair, [])
+        if accepted:
+            meant = replace(self.options[pair.arm], seed=pair.seed)
+            known = option_changes(meant, run, files=None)
+            accepted = [change for change in accepted if change not in known]
+        if (record := read_record(run)).accepted != accepted:
+            write_record(replace(record, accepted=accepted), run)
 
     def _time_left(self) -> str:
         """Return how long the rest will take, from what the runs that are done took."""
