@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from support.chaos import descendants
 from support.runs import write_model
 from support.scripts import ENVIRONMENT, ROOT, run
 
@@ -111,6 +115,29 @@ def test_a_machine_that_nobody_joins_ends_in_a_sentence():
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: the other machines did not come")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_all_killed", [True, False])
+def test_a_machine_that_loses_another_says_so_once(tmp_path, is_all_killed):
+    flags, port = [str(flag) for flag in tiny_run(tmp_path, name="nodes")], free_port()
+    command = [sys.executable, "-m", "clip_pgs.cli", "train", *flags, "--epochs", "9999"]
+    machines = [start_machine(command, tmp_path, rank=rank, port=port) for rank in range(2)]
+    log, end = tmp_path / "my logs/nodes/out.log", time.monotonic() + 300
+    while not (log.is_file() and "Epoch 2 of" in log.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    launch, *processes = [machines[0].pid, *descendants(machines[0].pid)]
+    for process in [launch, *processes] if is_all_killed else processes[-1:]:
+        os.kill(process, signal.SIGKILL)
+    outputs = [machine.communicate(timeout=100)[0] for machine in machines]
+    assert machines[1].returncode == 1
+    (said,) = [line for line in outputs[1].splitlines() if "INFO" not in line]
+    assert re.match(r"error: rank [01]: another process of the run is gone: ", said)
+    if not is_all_killed:
+        assert machines[0].returncode == 1
+        (said,) = [line for line in outputs[0].splitlines() if "INFO" not in line]
+        assert re.match(r"error: process [01] was ended by SIGKILL$", said)
 
 
 @pytest.mark.slow

@@ -220,18 +220,20 @@ def run_quietly(argv: Sequence[str]) -> int:
     # A machine that ends before another is told as an error of their meeting place.
     for name in ("multiprocessing.api", "agent.server.api", "rendezvous"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    folder = os.environ.get(LAUNCH_FOLDER)
     try:
         main(list(argv))
     except SignalException as error:
         return 128 + int(error.sigval)
     except RendezvousError:
-        sys.stderr.write(
-            "error: the other machines did not come; start all NNODES of them, with the same "
-            "MASTER_ADDR and MASTER_PORT\n"
-        )
+        # Machine 0, which keeps the meeting place, may as well be gone from a run: that says why.
+        if folder is None or not any(Path(folder).glob("exit.*")):
+            sys.stderr.write(
+                "error: the other machines did not come, or are gone; start all NNODES of them, "
+                "with the same MASTER_ADDR and MASTER_PORT\n"
+            )
         return FAILED
     except ChildFailedError as error:
-        folder = os.environ.get(LAUNCH_FOLDER)
         if folder is None:
             raise
         rank, failure = error.get_first_failure()
@@ -318,7 +320,7 @@ class _Launch:
             sys.stderr.write(f"error: {lost.read_text('utf-8')}\n")
             return FAILED
         if reason.strip():
-            prefix = "error: " if int(code) == BAD_INPUT else ""
+            prefix = "error: " if int(code) in (BAD_INPUT, FAILED) else ""
             sys.stderr.write(f"{prefix}{one_sentence(reason)}\n")
         if files:
             return int(code)

@@ -111,7 +111,7 @@ class Launch:
         """Return the process ids of the ranks, and of what launched them, by rank."""
         found = {}
         alone = 0 if self._num_processes == 1 else _LAUNCHER
-        for child in [self.process.pid, *_descendants(self.process.pid)]:
+        for child in [self.process.pid, *descendants(self.process.pid)]:
             try:
                 command = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
                 entries = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
@@ -125,7 +125,7 @@ class Launch:
 
     def signal_everything(self, number):
         """Signal all processes of the launch at once; return how many there were."""
-        processes = [self.process.pid, *_descendants(self.process.pid)]
+        processes = [self.process.pid, *descendants(self.process.pid)]
         for process in processes:
             _kill(process, number)
         return len(processes)
@@ -136,13 +136,14 @@ class Launch:
         self.process.wait()
 
 
-def _descendants(process):
+def descendants(process):
+    """Return the process ids of all that a process has started, the oldest first."""
     try:
         text = Path(f"/proc/{process}/task/{process}/children").read_text()
     except OSError:
         return []
     children = [int(child) for child in text.split()]
-    return [*children, *(d for child in children for d in _descendants(child))]
+    return [*children, *(d for child in children for d in descendants(child))]
 
 
 def _kill(process, number):

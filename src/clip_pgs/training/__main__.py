@@ -66,11 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = expected_code(error)
             if code is None:
                 raise
-            if code == FAILED or (code == BAD_INPUT and LAUNCH_FOLDER not in os.environ):
+            # A launch says it, after the last of the processes.
+            if LAUNCH_FOLDER in os.environ:
+                return code
+            if code in (FAILED, BAD_INPUT):
                 speaker = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
                 sys.stderr.write(f"error: {speaker}{sentence_of(error)}\n")
-            # Else the launch says it, after the last of the processes.
-            elif is_first_process() and LAUNCH_FOLDER not in os.environ:
+            elif is_first_process():
                 sys.stderr.write(f"{sentence_of(error)}\n")
             return code
     return 0
