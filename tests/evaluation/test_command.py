@@ -56,6 +56,19 @@ def test_missing_set_gives_exit_code_1_and_a_row_and_a_file_where_a_list_of_ours
     assert len(list((run / "eval").glob("zeroshot_*.json"))) == len(rows)
 
 
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize("output", [None, "out"])
+def test_a_damaged_result_of_another_set_is_told_once_a_call(run, options, caplog, output):
+    folder = run / "eval" if output is None else Path(output)
+    folder.mkdir(parents=True)
+    (folder / "cut.json").write_text('{"weights_')
+    place = [] if output is None else ["--output", output]
+    for _ in range(2):
+        caplog.clear()
+        assert main([str(run), *options[:-1], *place]) == 0
+        assert caplog.text.count("cut.json") == 1
+
+
 def test_of_a_mistyped_set_alone_no_file_is_written_or_named(run, options, dataset_list, capsys):
     dataset_list.write_text("sxi\n")
     assert main([str(run), *options]) == 1

@@ -290,6 +290,17 @@ def test_a_license_that_an_export_does_not_keep_is_told(tmp_path, finished_run, 
     assert huggingface_hub.ModelCard.load(path).data.license is None
 
 
+def test_a_damaged_result_is_told_once_where_an_export_is_scored(
+    tmp_path, finished_run, caplog, monkeypatch
+):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    (folder / "eval").mkdir(exist_ok=True)
+    (folder / "eval" / "cut.json").write_text('{"weights_')
+    monkeypatch.setattr("clip_pgs.launch.evaluate", lambda argv: 0)
+    assert export_command.main([str(folder), "--suite", "all"]) == 0
+    assert caplog.text.count("cut.json") == 1
+
+
 @pytest.mark.parametrize("name", ["", "mit\nlibrary_name: x", "<b>", "a b"])
 def test_a_license_of_no_such_name_is_refused_before_any_work(tmp_path, capsys, name):
     assert export_command.main([str(tmp_path / "no"), "--license", name]) == 2

@@ -53,6 +53,7 @@ from clip_pgs.evaluation.results import (
     Result,
     read_results,
     result_files,
+    telling_once,
 )
 from clip_pgs.evaluation.suites import load_suite, suites
 from clip_pgs.files import EVAL_NAME, EXPORT_NAME, check_writable, folder_lock
@@ -77,6 +78,7 @@ _PAIRS_URL = "https://raw.githubusercontent.com/RAIVNLab/sugar-crepe/main/data"
 _IMAGES_URL = "http://images.cocodataset.org/zips/val2017.zip"
 
 
+@telling_once()
 def run(argv: Sequence[str]) -> int:
     """Evaluate models as the command line says.
 

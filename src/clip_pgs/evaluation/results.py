@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -146,6 +147,24 @@ def plain_record(record: Any) -> dict[str, Any]:
 def write_result(result: Result, path: Path) -> None:
     """Write one result as JSON; an interrupted write leaves no half file."""
     write_json(path, asdict(result))
+
+
+@contextmanager
+def telling_once() -> Iterator[None]:
+    """Within, a damaged result is told once, however often its folder is read."""
+    told: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_known = message in told
+        told.add(message)
+        return not is_known
+
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
 
 
 def read_results(folder: Path) -> list[Result]:

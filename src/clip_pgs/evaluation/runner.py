@@ -53,6 +53,7 @@ from clip_pgs.evaluation.results import (
     Result,
     read_result,
     read_results,
+    telling_once,
     write_csv,
     write_result,
 )
@@ -132,6 +133,7 @@ def join_ranks() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+@telling_once()
 def evaluate(
     loaded: LoadedModel,
     eval_sets: Sequence[EvalSet],

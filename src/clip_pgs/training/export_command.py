@@ -57,18 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if not (arguments.run / CHECKPOINTS_NAME).is_dir():
             raise ValueError(f"{str(arguments.run)!r} has no checkpoint to export")
+        from clip_pgs.evaluation.results import telling_once
         from clip_pgs.training.export import export_run, push_to_hub
 
-        folder = export_run(arguments.run, license_name=arguments.license)
-        if arguments.suite is not None:
-            from clip_pgs.launch import evaluate
-
-            # In this process: importing torch and OpenCLIP again would take seconds.
-            code = evaluate([str(arguments.run), "--suite", arguments.suite])
-            if code:
-                return code
-            # Now the card has scores.
+        with telling_once():
             folder = export_run(arguments.run, license_name=arguments.license)
+            if arguments.suite is not None:
+                from clip_pgs.launch import evaluate
+
+                # In this process: importing torch and OpenCLIP again would take seconds.
+                code = evaluate([str(arguments.run), "--suite", arguments.suite])
+                if code:
+                    return code
+                # Now the card has scores.
+                folder = export_run(arguments.run, license_name=arguments.license)
     except (ValueError, NotADirectoryError, PermissionError) as error:
         return refuse(error)
     except OSError as error:
