@@ -190,6 +190,66 @@ def test_what_several_runs_differ_in_is_told_once(study):
     assert r"(lr 0.1 -\> 0.2): random, seeds 0, 2." in text
 
 
+CHANGES = {
+    "another primary metric": ({"primary": "recall"}, "primary 'score' -> 'recall'"),
+    "another formula of it": (
+        {"metrics": {"score": "zeroshot-classification/four/acc1"}, "primary": "score"},
+        "metrics",
+    ),
+    "another reference": ({"reference": "pgs"}, "reference"),
+    "more seeds": ({"seeds": [0, 1, 2]}, "seeds"),
+    "fewer rows": ({"arms": {"random": {}, "pgs": {"train": {"masking": "pgs"}}}}, "rows"),
+}
+
+
+@pytest.mark.parametrize("is_fresh", [True, False], ids=["run", "run by an earlier version"])
+@pytest.mark.parametrize(("parts", "told"), CHANGES.values(), ids=CHANGES)
+def test_what_the_file_named_after_the_first_run_is_not_called_named_before(
+    study, monkeypatch, parts, told, is_fresh
+):
+    def notes(*flags):
+        assert main(study.argv(*flags)) == 0
+        return json.loads((study.study / "results.json").read_text())["notes"]
+
+    if is_fresh:
+        monkeypatch.setattr("clip_pgs.study.runner.Runner.run", lambda _: 0)
+        assert "The primary metric, named before the first run, is score;" in notes()[0]
+    fill(study, {"random": RANDOM[:2], "pgs": PGS[:2]})
+    before = notes("--report-only")
+    assert ("named before the first run" in before[0]) == is_fresh
+    assert not any("file was changed" in note for note in before)
+    study.change(**parts)
+    is_other = "primary" in parts
+    for _ in range(2):
+        first, change, *_ = notes("--report-only")
+        assert ("named before the first run" in first) == (is_fresh and not is_other)
+        since = "run" if is_fresh else "results"
+        assert change.startswith(f"The study's file was changed after its first {since}: ")
+        assert told in change
+
+
+def test_results_of_an_earlier_version_tell_the_first_primary_metric(study):
+    fill(study, {"random": RANDOM[:2], "pgs": PGS[:2]})
+    assert main(study.argv("--report-only")) == 0
+    (study.study / "protocol.json").unlink()
+    study.change(primary="recall")
+    assert main(study.argv("--report-only")) == 0
+    notes = json.loads((study.study / "results.json").read_text())["notes"]
+    assert "after its first results: primary 'score' -> 'recall'." in notes[1]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"metrics": 5, "seeds": {}, "rows": null}'])
+def test_a_protocol_that_is_none_vouches_for_nothing(study, capsys, content):
+    fill(study, {"random": RANDOM[:2], "pgs": PGS[:2]})
+    (study.study / "protocol.json").write_text(content)
+    is_one = "metrics" in content
+    assert main(study.argv("--report-only")) == (0 if is_one else 2)
+    if is_one:
+        assert "named before" not in (study.study / "results.md").read_text()
+    else:
+        assert f"{study.study}/protocol.json" in capsys.readouterr().err
+
+
 def test_runs_that_are_not_what_the_file_says_by_now_are_told(study):
     fill(study, {"random": RANDOM[:2], "pgs": PGS[:2]})
     plan = read_study(study.path, root=study.root)

@@ -96,6 +96,7 @@ def _run(args: argparse.Namespace, signals: StopSignals, held: ExitStack) -> int
     with signals.interruptible():
         from clip_pgs.study.plan import check_study, read_study
         from clip_pgs.study.record import read_code
+        from clip_pgs.study.results import keep_protocol
         from clip_pgs.study.runner import Pair, Runner, num_processes, refuse_other_runs
         from clip_pgs.tables import counted
         from clip_pgs.training.option_warnings import warmup_warnings
@@ -133,6 +134,7 @@ def _run(args: argparse.Namespace, signals: StopSignals, held: ExitStack) -> int
         if args.check_only:
             sys.stdout.write(f"the study is valid: {counted(len(pairs), 'run')}\n")
             return 0
+        keep_protocol(study)
         # It reads the evaluations' data, which may take long.
         runner = Runner(
             study,

@@ -62,7 +62,9 @@ JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME = (
     "results.md",
     "index.html",
 )
-RESULTS_NAMES = (JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME, FIGURES_NAME)
+# What a study's file said at first, of which its page vouches.
+PROTOCOL_NAME = "protocol.json"
+RESULTS_NAMES = (JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME, FIGURES_NAME, PROTOCOL_NAME)
 
 _KEYS = (
     "name",
@@ -149,6 +151,17 @@ class Study:
     def rows(self) -> list[tuple[str, str]]:
         """Arm and evaluation of each row of the tables."""
         return [(arm.name, name) for arm in self.arms.values() for name in arm.evaluations]
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What the tables compare, and how: fixed before the first run, so that a p holds."""
+        return {
+            "primary": self.primary,
+            "metrics": self.metrics,
+            "reference": list(self.references),
+            "seeds": list(self.seeds),
+            "rows": [f"{arm} | {way}" for arm, way in self.rows],
+        }
 
     def run(self, arm: str, seed: int) -> Path:
         """Return the run folder of an arm and a seed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -15,14 +16,16 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FuncFormatter
 
 from clip_pgs import plots
+from clip_pgs.common import changed_values
 from clip_pgs.evaluation.report.command import FIGURES_NAME, page_templates
 from clip_pgs.evaluation.results import DONE, result_files
-from clip_pgs.files import write_json, write_text
+from clip_pgs.files import MAX_RUN_FILE_BYTES, read_json_object, write_json, write_text
 from clip_pgs.study.plan import (
     CSV_NAME,
     HTML_NAME,
     JSON_NAME,
     MARKDOWN_NAME,
+    PROTOCOL_NAME,
     UNMASKED,
     Study,
     evaluate_formula,
@@ -97,6 +100,55 @@ class Comparison:
     mean: Mean
     p: float
     p_holm: float | None = None
+
+
+def keep_protocol(study: Study) -> dict[str, Any]:
+    """Return what a study's file said at first, and note it where that was not done yet.
+
+    Returns:
+        `Study.protocol` of then, as far as it is known, and `before_first_run`: whether it was
+        noted before there was a run.
+
+    Raises:
+        ValueError: If the note is damaged.
+        OSError: If it cannot be written.
+    """
+    path, results = study.folder / PROTOCOL_NAME, study.folder / JSON_NAME
+    if path.exists():
+        return read_json_object(path, what=str(path), max_bytes=MAX_RUN_FILE_BYTES)
+    protocol = study.protocol
+    if results.exists():
+        # An earlier version kept no note, and its results tell these.
+        with suppress(ValueError):
+            said = read_json_object(results, what=str(results), max_bytes=MAX_RUN_FILE_BYTES)
+            protocol |= {
+                name: said[name] for name in ("primary", "metrics", "seeds") if name in said
+            }
+    is_before = next(study.folder.glob("*/seed_*"), None) is None
+    write_json(path, {"before_first_run": is_before, **protocol})
+    return read_json_object(path, what=str(path))
+
+
+def _protocol_notes(study: Study) -> list[str]:
+    """Return what is the primary metric, and how the file differs from what it said at first."""
+    first = keep_protocol(study)
+    is_before, metrics = first.get("before_first_run") is True, first.get("metrics")
+    formula = metrics.get(study.primary) if isinstance(metrics, dict) else None
+    is_first = (first.get("primary"), formula) == (study.primary, study.metrics[study.primary])
+    named = ", named before the first run," if is_before and is_first else ""
+    notes = [
+        f"The primary metric{named} is {study.primary}; p is of exact sign flips of the paired "
+        "differences, two-sided, and Holm's p corrects it for all rows compared with one "
+        "reference. Intervals are 95 %, BCa bootstrap over seeds."
+    ]
+    changes = changed_values(first, study.protocol)
+    if changes:
+        since = "first run" if is_before else "first results"
+        notes.append(
+            f"The study's file was changed after its {since}: {', '.join(changes)}. A p holds of "
+            "what was fixed beforehand."
+        )
+    return notes
 
 
 def read_rows(study: Study, records: Records) -> list[Row]:
@@ -247,11 +299,7 @@ def _notes(
     study: Study, rows: Sequence[Row], comparisons: Sequence[Comparison], records: Records
 ) -> list[str]:
     """Return what must be known to read the tables, as sentences."""
-    notes = [
-        f"The primary metric, named before the first run, is {study.primary}; p is of exact sign "
-        "flips of the paired differences, two-sided, and Holm's p corrects it for all rows "
-        "compared with one reference. Intervals are 95 %, BCa bootstrap over seeds."
-    ]
+    notes = _protocol_notes(study)
     fewest = min((len(said.differences) for said in comparisons), default=0)
     if comparisons and fewest < MIN_SEEDS:
         notes.append(
