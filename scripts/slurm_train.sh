@@ -9,7 +9,7 @@
 # the job saves and queues itself again; it goes on at that step, given a --name. You say so with
 #   scancel --signal=USR1 JOB      to save and queue again
 #   scancel JOB                    to save and end
-# MAX_RESTARTS=3 lets it survive dying processes; on several nodes give --resume latest, too.
+# MAX_RESTARTS=3 lets it survive dying processes.
 #SBATCH --job-name=clip-pgs
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

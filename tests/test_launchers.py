@@ -141,6 +141,34 @@ def test_a_machine_that_loses_another_says_so_once(tmp_path, is_all_killed):
 
 
 @pytest.mark.slow
+def test_a_run_of_two_machines_restarts_on_both_and_tells_the_end_of_its_last_attempt(tmp_path):
+    flags, port = [str(flag) for flag in tiny_run(tmp_path, name="nodes")], free_port()
+    command = ["env", "MAX_RESTARTS=2", sys.executable, "-m", "clip_pgs.cli", "train", *flags]
+    command += ["--epochs", "9999"]
+    machines = [start_machine(command, tmp_path, rank=rank, port=port) for rank in range(2)]
+    log, end = tmp_path / "my logs/nodes/out.log", time.monotonic() + 300
+
+    def wait_for(words):
+        while not (log.is_file() and words in log.read_text()):
+            assert time.monotonic() < end
+            time.sleep(0.2)
+
+    wait_for("Epoch 2 of")
+    os.kill(descendants(machines[1].pid)[-1], signal.SIGKILL)
+    wait_for("Resuming")
+    num_epochs = log.read_text().count("Epoch ")
+    while log.read_text().count("Epoch ") < num_epochs + 2:
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    for machine in machines:
+        machine.terminate()
+    outputs = [machine.communicate(timeout=100)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [85, 85], "\n".join(outputs)
+    for output in outputs:
+        assert output.splitlines()[-1].startswith("stopped by SIGTERM at sample ")
+
+
+@pytest.mark.slow
 def test_a_machine_that_waits_for_another_leaves_at_a_signal(tmp_path):
     # It meets a machine that goes no further: its process would wait for half an hour.
     flags, port = [str(flag) for flag in tiny_run(tmp_path, name="nodes")], free_port()

@@ -19,6 +19,7 @@ from clip_pgs.data.bad_samples import Skip, UnusableDataError
 from clip_pgs.training import stop, validation
 from clip_pgs.training.__main__ import main
 from clip_pgs.training.loggers import SkipLog
+from clip_pgs.training.run_folder import note_launch
 from clip_pgs.training.stop import ExitReport, StoppedError, StopRequest, StopSignals
 from clip_pgs.training.trainer import Trainer
 from support.chaos import Launch, num_steps
@@ -426,6 +427,25 @@ def test_a_name_may_be_used_again_by_the_launch_that_was_restarted(
     assert main(begun) == code
     if code:
         assert capfd.readouterr().err.count("exists; use --resume latest to continue it") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("has_begun_it", "code"), [(True, 0), (False, 2)])
+def test_a_launch_that_torchrun_calls_as_all_others_goes_on_with_what_it_has_begun_alone(
+    begun, tmp_path, monkeypatch, has_begun_it, code
+):
+    folder = tmp_path / "launch"
+    folder.mkdir()
+    monkeypatch.setenv("CLIP_PGS_LAUNCH_DIR", str(folder))
+    if has_begun_it:
+        note_launch(tmp_path / "logs" / "run")
+        (folder / "exit.0000").write_text("1\nrank 0: another process of the run is gone\n")
+    # As on a machine whose process did not die, and on one whose process was refused the name.
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0" if has_begun_it else "1")
+    assert main(begun) == code
+    (end,) = folder.glob("exit.*")
+    assert end.read_text().startswith(f"{code}\n")
+    assert ("exists; use --resume latest to continue it" in end.read_text()) == bool(code)
 
 
 @pytest.mark.slow

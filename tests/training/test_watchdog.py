@@ -7,8 +7,9 @@ import sys
 import time
 
 import pytest
+from torch.distributed import TCPStore
 
-from clip_pgs.training.watchdog import Activity, WorkerStatus, name_hanging
+from clip_pgs.training.watchdog import Activity, Heartbeats, WorkerStatus, name_hanging
 from support.ranks import Hang, output, train_together
 from support.runs import flags
 
@@ -57,6 +58,17 @@ def sign(*, step=5, activity=Activity.VOTING):
 )
 def test_the_rank_that_others_wait_for_is_named(signs, silent, beginning):
     assert name_hanging(signs, silent=silent).startswith(beginning)
+
+
+def test_machines_that_count_restarts_otherwise_hear_each_other(monkeypatch):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    places = [Heartbeats(("127.0.0.1", store.port), rank=rank, world_size=2) for rank in range(2)]
+    # As torchrun says it where each start of the processes has a store of its own.
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    for rank, place in enumerate(places):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(rank))
+        place.exchange(sign())
+    assert places[1].last.keys() == {0, 1}
 
 
 def train(folder, world, *, num_processes, trouble):

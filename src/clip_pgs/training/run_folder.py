@@ -141,22 +141,38 @@ def follow_restart(options: TrainOptions) -> None:
     Args:
         options: `name` and `resume` are set where a launcher restarted this run.
     """
-    kinds = [kind for kind, name in _RESTARTS.items() if int(os.environ.get(name) or "0") > 0]
-    if not kinds or not keeps_logs(options):
+    if not keeps_logs(options):
         return
     name_file = _launch_name_file()
-    if options.name is None and name_file is not None and name_file.is_file():
+    is_begun = name_file is not None and name_file.is_file()
+    if name_file is not None and is_begun and options.name is None:
         options.name = name_file.read_text(encoding="utf-8")
     folder = run_folder(options)
     if folder is None or not folder.is_dir():
         return
-    made_by = read_options_file(folder)[0].get("launch")
-    if not isinstance(made_by, dict):
-        return
-    launch = _launch()
-    if any(kind in launch and made_by.get(kind) == launch[kind] for kind in kinds):
+    if is_begun or _is_of_restarted_launch(folder):
         options.resume_instead = None if options.resume == "latest" else options.resume
         options.resume = "latest"
+
+
+def _is_of_restarted_launch(folder: Path) -> bool:
+    """Return whether the launch that made a run's folder is this one, restarted."""
+    kinds = {kind for kind, name in _RESTARTS.items() if int(os.environ.get(name) or "0") > 0}
+    if _launch_name_file() is not None:
+        # It says more: of several machines torchrun counts a restart only where a process died,
+        # and calls each launch alike.
+        kinds.discard("torchrun")
+    made_by, launch = read_options_file(folder)[0].get("launch"), _launch()
+    return isinstance(made_by, dict) and any(
+        kind in launch and made_by.get(kind) == launch[kind] for kind in kinds
+    )
+
+
+def note_launch(folder: Path) -> None:
+    """Note on this machine which run its launch has begun, for `follow_restart`."""
+    name_file = _launch_name_file()
+    if name_file is not None:
+        name_file.write_text(folder.name, encoding="utf-8")
 
 
 def _launch() -> dict[str, str]:
@@ -186,9 +202,7 @@ def write_run_files(
     """
     (folder / CHECKPOINTS_NAME).mkdir(parents=True, exist_ok=True)
     save_options(options, folder, files=files)
-    name_file = _launch_name_file()
-    if name_file is not None:
-        name_file.write_text(folder.name, encoding="utf-8")
+    note_launch(folder)
     lines = [f"{name}: {value}\n" for name, value in options.values().items()]
     write_text(folder / PARAMS_NAME, "".join(lines))
     _save_environment(folder, device=device, world_size=options.world_size)

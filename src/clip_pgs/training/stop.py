@@ -318,6 +318,16 @@ class ExitReport:
             with suppress(OSError):
                 (self.folder / EXIT_NAME).unlink(missing_ok=True)
 
+    def forget_attempt(self) -> None:
+        """Remove what an attempt of this launch left; the first process of each machine calls it.
+
+        torchrun counts a restart only on the machine whose process died.
+        """
+        path = _attempt_file()
+        if path is not None:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
     def write_error(self, sentence: str) -> None:
         """Write why the process fails, and log it where no other process was first."""
         if self.write(FAILED, sentence):
@@ -335,13 +345,18 @@ class ExitReport:
         is_first = True
         if self.folder is not None:
             is_first = _write_new(self.folder / EXIT_NAME, json.dumps(entry) + "\n")
-        folder = os.environ.get(LAUNCH_FOLDER)
-        if folder:
-            number = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        path = _attempt_file()
+        if path is not None:
             speaker = f"rank {self.rank}: " if code in (FAILED, BAD_INPUT) else ""
-            text = f"{code}\n{speaker}{reason}\n"
-            is_first = _write_new(Path(folder) / f"exit.{number:04d}", text) and is_first
+            is_first = _write_new(path, f"{code}\n{speaker}{reason}\n") and is_first
         return is_first
+
+
+def _attempt_file() -> Path | None:
+    """Return where a launcher looks for the reason of this attempt's end, if one looks."""
+    folder = os.environ.get(LAUNCH_FOLDER)
+    number = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return Path(folder, f"exit.{number:04d}") if folder else None
 
 
 def _is_lost_connection(error: BaseException) -> bool:

@@ -91,6 +91,7 @@ from clip_pgs.training.run_folder import (
     default_name,
     describe_run,
     keeps_logs,
+    note_launch,
     read_options_file,
     run_folder,
     save_indexes,
@@ -171,6 +172,8 @@ def train(
             meet_machines(group)
             check_alike(options, group)
         options.name = group.broadcast(options.name or default_name(options))
+        if options.local_rank == 0:
+            report.forget_attempt()
         folder = run_folder(options)
         sentences = option_warnings(options) if is_main else []
         lock = RunLock(folder) if folder is not None and is_main else None
@@ -186,6 +189,9 @@ def train(
                     write_run_files(options, folder, device, files=files)
             # From here on each process may fail on its own.
             group.barrier()
+            if folder is not None and options.local_rank == 0 and not is_main:
+                with writing("the folder of the launch"):
+                    note_launch(folder)
             report.folder = folder
             with logging_to(options, folder):
                 _logger.info("Process %d of %d on %s", options.rank, options.world_size, device)

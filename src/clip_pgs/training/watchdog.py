@@ -147,7 +147,10 @@ class Heartbeats:
 
 
 def _key(rank: int) -> str:
-    return f"clip_pgs/heartbeat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+    # A store of torchrun's lasts over restarts, which its machines need not count alike.
+    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_torchruns else "0"
+    return f"clip_pgs/heartbeat/{attempt}/{rank}"
 
 
 @dataclass(frozen=True)
