@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from clip_pgs.checkpoint_reading import weights_digest
 from clip_pgs.evaluation.command import inference_choice, make_parser
 from clip_pgs.evaluation.masked_inference import masking_of
 from clip_pgs.evaluation.report.command import write_report
@@ -506,6 +507,21 @@ def test_a_checkpoint_that_is_gone_took_not_what_another_did(tmp_path):
     save_results(tmp_path / "elsewhere", demo_results(pretrained=weights))
     (found,) = gather_runs([tmp_path / "elsewhere"])
     assert found.training == TrainingFacts()
+
+
+@pytest.mark.parametrize(("name", "samples"), [("mean.pt", None), ("epoch_5.pt", 36_000)])
+def test_weights_without_a_record_are_told_a_whole_run_only_at_its_end(tmp_path, name, samples):
+    run = tmp_path / "run"
+    save_checkpoint(run)
+    (run / "options.json").write_text(json.dumps({"model": "ViT-B-16", "masking": "pgs"}))
+    (run / "metrics.jsonl").write_text('{"step": 9, "samples": 36000, "flops": 2.5e9}\n')
+    # Such as a mean of epochs, or what an earlier version saved.
+    weights = {"weight": torch.full((1,), 7.0)}
+    torch.save({"epoch": 5, "state_dict": weights}, run / "checkpoints" / name)
+    scored = {"pretrained": f"{run}/checkpoints/{name}", "weights_digest": weights_digest(weights)}
+    save_results(tmp_path / "results", demo_results(**scored))
+    (found,) = gather_runs([tmp_path / "results"])
+    assert found.training.samples == samples
 
 
 def test_checkpoint_of_another_trainer_leaves_blanks(tmp_path):

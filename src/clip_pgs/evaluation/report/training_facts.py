@@ -155,7 +155,7 @@ def read_training_facts(
 
 def _of_checkpoint(path: Path, digest: str, *, run: Path | None) -> TrainingFacts | None:
     """Return the facts of a checkpoint's weights; None where they have another digest."""
-    from clip_pgs.checkpoint_reading import read_checkpoint, weights_digest
+    from clip_pgs.checkpoint_reading import newest_checkpoint, read_checkpoint, weights_digest
 
     try:
         content = read_checkpoint(path, use_mmap=True)
@@ -165,6 +165,14 @@ def _of_checkpoint(path: Path, digest: str, *, run: Path | None) -> TrainingFact
     if isinstance(record, dict) and "recipe" in record:
         facts = _from_record(record, path, run)
     elif run is not None and (run / OPTIONS_NAME).is_file():
+        # What a run's files say is of its end: an average beside its checkpoints took what?
+        if newest_checkpoint(path.parent, is_checked=False) != path:
+            logger.warning(
+                "the training behind the results of %s is not told: the file has no record of it, "
+                "and is not the newest checkpoint of its run",
+                one_sentence(str(path)),
+            )
+            return TrainingFacts()
         facts = _from_logs(run)
     if not digest or facts == TrainingFacts():
         return facts
