@@ -228,7 +228,7 @@ def _check_fit(
         if grid != kind.patch_grid(tower):
             raise ValueError(
                 f"{type(strategy).__name__} has a teacher, which looks at images of the tower's "
-                "own size; leave out image_size"
+                "own size alone"
             )
     if strategy.attention_bias and not kind.takes_attention_bias:
         raise ValueError(

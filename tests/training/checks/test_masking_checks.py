@@ -50,7 +50,7 @@ def test_a_tower_that_is_no_usual_vit_can_be_masked(model):
         (["--train-image-size", "100"], "--masking pgs --train-image-size 100 on ViT-B-32: image"),
         (["--train-image-size", "256"], "at most 224 x 224, got 256 x 256"),
         (["--train-image-size", "0"], "--train-image-size must be >= 1"),
-        (["--train-image-size", "64", "--masking", "attentive"], "leave out image_size"),
+        (["--train-image-size", "64", "--masking", "attentive"], "the tower's own size alone"),
     ],
 )
 def test_a_size_that_training_images_cannot_have_is_refused(argv, part):
