@@ -10,7 +10,14 @@ import pytest
 
 from clip_pgs import files
 from clip_pgs.common import one_sentence, refusal_code
-from clip_pgs.files import atomic_file, atomic_folder, check_writable, read_json_lines, write_text
+from clip_pgs.files import (
+    append_line,
+    atomic_file,
+    atomic_folder,
+    check_writable,
+    read_json_lines,
+    write_text,
+)
 from support.disk import files_limited_to
 
 
@@ -63,15 +70,26 @@ def test_what_is_no_regular_file_is_refused_and_left_there(no_file):
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_a_link_is_written_through(tmp_path, is_there):
-    target, link = tmp_path / "there" / "a.txt", tmp_path / "link"
-    target.parent.mkdir()
+@pytest.mark.parametrize("name", ["a.txt", ".a.txt.unfinished"])
+def test_no_file_is_written_through_a_link(tmp_path, name, is_there):
+    folder, target = tmp_path / "theirs", tmp_path / "mine"
+    folder.mkdir()
     if is_there:
-        target.write_text("old")
-    link.symlink_to("there/a.txt")
-    check_writable(link)
-    write_text(link, "new")
-    assert (target.read_text(), link.is_symlink()) == ("new", True)
+        target.write_text("mine")
+    (folder / name).symlink_to("../mine")
+    write_text(folder / "a.txt", "new")
+    assert [path.name for path in folder.iterdir()] == ["a.txt"]
+    assert (folder / "a.txt").read_text() == "new"
+    assert not (folder / "a.txt").is_symlink()
+    assert target.exists() == is_there
+    assert not is_there or target.read_text() == "mine"
+
+
+def test_no_line_is_appended_through_a_link(tmp_path):
+    (tmp_path / "a.jsonl").symlink_to("mine")
+    append_line(tmp_path / "a.jsonl", "{}")
+    assert not (tmp_path / "mine").exists()
+    assert (tmp_path / "a.jsonl").read_text() == "{}\n"
 
 
 def test_text_is_utf_8_in_any_locale(tmp_path):

@@ -73,14 +73,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file beside `path` to be written, which takes its place when all went well.
 
     Args:
-        path: The file, or a link to it; what is there stays until the new one is on the disk.
+        path: The file; what is there stays until the new one is on the disk. A link makes place
+            itself: in a folder of somebody else's it may lead to any file of the user's.
 
     Raises:
         OSError: If it cannot be written, or something is there that is no regular file, as a
             device; what was there is still there.
     """
-    path = regular_file(path)
+    regular_file(path)
     unfinished = unfinished_path(path)
+    if unfinished.is_symlink():
+        unfinished.unlink()
     try:
         with naming(path), unfinished.open("wb") as file:
             yield file
@@ -179,7 +182,7 @@ def append_line(path: Path, line: str) -> None:
         OSError: If it cannot be written; the file is as it was.
     """
     data = f"{line}\n".encode()
-    file = os.open(regular_file(path), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    file = os.open(own_file(path), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         # Over NFS two machines' appends can meet at one place; not every file system has locks.
         with suppress(OSError, ImportError):
@@ -341,6 +344,20 @@ def regular_file(path: Path) -> Path:
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def own_file(path: Path) -> Path:
+    """Return a file, to be made or appended to, of a folder that may be somebody else's.
+
+    A link is removed: it may lead to any file of the user's.
+
+    Raises:
+        OSError: If something else is there; see `regular_file`.
+    """
+    regular_file(path)
+    if path.is_symlink():
+        path.unlink()
+    return path
 
 
 def unfinished_path(path: Path) -> Path:

@@ -105,6 +105,20 @@ def test_a_run_whose_lock_is_none_is_held_without_a_name(put, tmp_path):
         lock.keep()
 
 
+def test_a_run_writes_neither_lock_nor_log_through_a_link(tmp_path):
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    mine.write_text("precious")
+    run.mkdir()
+    for name in (".lock", "out.log"):
+        (run / name).symlink_to(mine)
+    options = SimpleNamespace(local_rank=0, rank=0, log_local=False, debug=False)
+    with RunLock(run) as lock, logging_to(options, run):
+        lock.keep()
+        logging.getLogger().info("a line")
+    assert mine.read_text() == "precious"
+    assert "a line" in (run / "out.log").read_text()
+
+
 def test_a_run_whose_log_is_none_goes_on(put, tmp_path, caplog):
     put("out.log")
     options = SimpleNamespace(local_rank=0, rank=0, log_local=False, debug=False)

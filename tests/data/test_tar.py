@@ -294,6 +294,16 @@ def test_index_is_kept_beside_the_shard_and_used_again(large, monkeypatch):
     assert by_index(large) == expected == list(read_shard(str(large)))
 
 
+@pytest.mark.parametrize("name", [".0.tar.index", "..0.tar.index.unfinished"])
+def test_no_index_is_written_through_a_link_beside_the_shard(large, tmp_path, name):
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    (large.parent / name).symlink_to(mine)
+    by_index(large)
+    assert mine.read_text() == "precious"
+    assert [path.name for path in sorted(large.parent.iterdir())] == [".0.tar.index", "0.tar"]
+
+
 def test_index_of_a_folder_that_cannot_be_written_is_in_the_users_cache(large, monkeypatch):
     # Root may write anywhere: a folder in the place of the file stops all.
     cache_paths(str(large))[0].mkdir()

@@ -11,6 +11,7 @@ import torch
 
 from clip_pgs.evaluation import evaluate, load_model, load_suite, weights_digest
 from clip_pgs.evaluation.features import Encoder
+from clip_pgs.evaluation.results import read_results
 from clip_pgs.evaluation.suites import get_suite
 
 classification = get_suite("zeroshot-classification")
@@ -94,6 +95,21 @@ def test_missing_and_damaged_sets_do_not_stop_the_rest(
     with (output / "results.csv").open() as file:
         statuses = {row["dataset"]: row["status"] for row in csv.DictReader(file)}
     assert statuses == {"food101": "missing", "damaged": "failed", "six": "done"}
+
+
+def test_nothing_is_written_through_a_link_in_the_folder_of_results(
+    color_model, eval_sets, damaged_folder, tmp_path
+):
+    mine, output = tmp_path / "mine", tmp_path / "out"
+    mine.write_text("precious")
+    output.mkdir()
+    for name in ("errors.log", "results.csv", "zeroshot_classification_six.json"):
+        (output / name).symlink_to(mine)
+    damaged = classification.eval_set("damaged", str(damaged_folder))
+    results = evaluate(color_model, [damaged, eval_sets[0]], workers=0, output=output)
+    assert [result.status for result in results] == ["failed", "done"]
+    assert mine.read_text() == "precious"
+    assert read_results(output) == results
 
 
 def test_a_damaged_set_is_told_in_its_result_alone_where_no_files_are_kept(

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from clip_pgs.common import SentenceParser, refuse, run_program
-from clip_pgs.files import check_writable
+from clip_pgs.files import check_writable, regular_file
 from clip_pgs.tables import counted
 
 _CAPTION_KEY = "field of the side-car .json that holds the captions (none: captions are .txt)"
@@ -187,7 +187,7 @@ def _run_words(shards: str, out: Path, min_count: int, workers: int, **columns: 
             key = columns["caption_key"]
             count = count_shards(names, caption_key=key, num_workers=workers, progress=bar.update)
     frequencies = count.frequencies(min_count=min_count)
-    write_word_frequencies(frequencies, out)
+    write_word_frequencies(frequencies, regular_file(out))
     sys.stdout.write(
         f"counted {counted(frequencies.num_words, 'word')} in "
         f"{counted(frequencies.num_captions, 'caption')}, {describe_skipped(count.skipped)}; "

@@ -376,6 +376,7 @@ def _write_features(path: Path, key: str, features: Features) -> None:
     # Another process may write the same features at this moment.
     unfinished = path.with_suffix(f".{os.getpid()}.part")
     try:
+        unfinished.unlink(missing_ok=True)
         save_file(tensors, unfinished, metadata={"key": key, "texts": json.dumps(texts)})
         unfinished.replace(path)
     finally:

@@ -58,7 +58,7 @@ from clip_pgs.evaluation.results import (
     write_result,
 )
 from clip_pgs.evaluation.suites import SUITES, Scores, is_listed
-from clip_pgs.files import regular_file
+from clip_pgs.files import own_file
 from clip_pgs.registry import own_code
 from clip_pgs.tables import counted, duration
 
@@ -417,7 +417,7 @@ class _Evaluation:
             return False
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            path = regular_file(self._folder / ERRORS_NAME)
+            path = own_file(self._folder / ERRORS_NAME)
             with path.open("a", encoding="utf-8") as file:
                 file.write(f"{eval_set.suite} {eval_set.name}\n{traceback.format_exc()}\n")
         except OSError:

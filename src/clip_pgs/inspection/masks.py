@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from clip_pgs.figure import PANEL_SIZE, PAPER, Column, Legend, Panel, draw_figure
-from clip_pgs.files import atomic_file, check_writable
+from clip_pgs.files import atomic_file, check_writable, regular_file
 from clip_pgs.inspection.model_input import (
     ModelInput,
     View,
@@ -194,6 +194,6 @@ def run_masks(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(output) as file:
+    with atomic_file(regular_file(output)) as file:
         figure.save(file, Image.registered_extensions()[ending])
     sys.stdout.write(f"{output}\n")

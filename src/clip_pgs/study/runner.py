@@ -23,8 +23,8 @@ from clip_pgs.evaluation.results import DONE, read_results
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
     EXIT_NAME,
+    own_file,
     read_json_object,
-    regular_file,
     write_text,
 )
 from clip_pgs.launch import Processes, share_cores
@@ -312,7 +312,7 @@ class Runner:
     def _launch(self, command: str, arguments: list[str], run: Path) -> tuple[int, str]:
         """Run `clip-pgs train` or `test`; return its exit code, and its last words."""
         ended_before = _read_exit(run)
-        with regular_file(run / OUTPUT_NAME).open("ab") as output:
+        with own_file(run / OUTPUT_NAME).open("ab") as output:
             start = output.tell()
             with self._lock:
                 if self._is_stopping:

@@ -29,8 +29,8 @@ from clip_pgs.files import (
     SKIPPED_NAME,
     WANDB_ID_NAME,
     append_line,
+    own_file,
     read_json_lines,
-    regular_file,
     write_text,
 )
 from clip_pgs.tables import counted
@@ -392,7 +392,7 @@ def logging_to(options: TrainOptions, folder: Path | None) -> Iterator[None]:
         with BestEffort(LOG_NAME):
             folder.mkdir(parents=True, exist_ok=True)
             name = f"out-{options.rank}" if options.log_local else LOG_NAME
-            handlers.append(_RunFile(regular_file(folder / name)))
+            handlers.append(_RunFile(own_file(folder / name)))
     root = logging.getLogger()
     level_before, hook_before = root.level, threading.excepthook
     is_quiet = options.rank != 0 and len(handlers) == 1

@@ -439,8 +439,12 @@ class RunLock:
 
     def _open(self) -> IO[bytes]:
         self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / LOCK_NAME
+        if path.is_symlink():
+            # Signing the lock would empty what a stranger's link leads to.
+            path.unlink()
         # Unbuffered: what a full disk refuses is not tried again when the file is closed.
-        return (self._folder / LOCK_NAME).open("ab+", buffering=0)
+        return path.open("ab+", buffering=0)
 
     def _wait(self) -> None:
         end, is_told = time.monotonic() + LOCK_SECONDS, False
