@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from clip_pgs import PatchInputs, create_masking
 from clip_pgs.data.world.draw import draw_scene
@@ -176,6 +176,20 @@ def test_a_single_seed_has_no_standard_deviation(world, tmp_path, capsys):
     assert result["spread"] is None
     with (tmp_path / "kept/kept.csv").open() as file:
         assert [row["spread"] for row in csv.DictReader(file)] == [""]
+
+
+@pytest.mark.parametrize("turned", ["photo.jpg", "masks/photo.png"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_picture_that_is_shown_turned_is_refused(tmp_path, capsys, turned, orientation):
+    (tmp_path / "masks").mkdir()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    for name in ("photo.jpg", "masks/photo.png"):
+        given = {"exif": exif} if name == turned else {}
+        Image.new("L", (64, 64), 255).save(tmp_path / name, **given)
+    assert main(["kept", str(tmp_path / "photo.jpg"), "--foreground", f"{tmp_path}/masks"]) == 2
+    said = f"{turned} is shown turned by its EXIF orientation, {orientation}"
+    assert said in capsys.readouterr().err
 
 
 def test_a_missing_mask_one_of_another_size_and_no_foreground_are_one_sentence(tmp_path, capsys):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
@@ -121,12 +121,20 @@ def read_foreground(
         model_input: How the model crops images and cuts them into patches.
 
     Raises:
-        ValueError: If a file cannot be read, a mask has another size than its image, or no image
-            has a foreground patch.
+        ValueError: If a file cannot be read or has an EXIF orientation, a mask has another size
+            than its image, or no image has a foreground patch.
     """
     crops, foreground = [], []
     for image_path, mask_path in tqdm(pairs, leave=False, disable=None):
         image, mask = read_image(image_path), read_image(mask_path)
+        for path, picture in ((image_path, image), (mask_path, mask)):
+            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+            if orientation != 1:
+                raise ValueError(
+                    f"{path} is shown turned by its EXIF orientation, {orientation}, and read as "
+                    "stored, as in training: whether image and mask fit is not known; save both "
+                    "as they are shown, without orientation"
+                )
         if mask.size != image.size:
             raise ValueError(
                 f"the mask {mask_path} is {mask.width} x {mask.height} pixels, "
