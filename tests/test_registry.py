@@ -1,5 +1,6 @@
 """A registry gives what was registered by its name, or by where it can be imported."""
 
+import hashlib
 import sys
 from types import ModuleType
 
@@ -87,6 +88,61 @@ def test_code_of_ones_own_is_found_in_the_working_directory(
     del sys.modules[module]
     # As where a loader of plugins keeps it to itself.
     assert own_code(module) == ""
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """Return what writes files into a folder and gives the digest of a module's code there."""
+
+    def digest(module, folder="here", **files):
+        for name, text in files.items():
+            path = tmp_path / folder / f"{name.replace('__', '/')}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        module = ModuleType(module)
+        module.__file__ = str(tmp_path / folder / f"{module.__name__.replace('.', '/')}.py")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return own_code(module.__name__)
+
+    return digest
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("lab.mine", "from lab.formula import spread"),
+        ("lab.mine", "from .formula import spread"),
+        ("lab.mine", "from . import formula"),
+        ("lab.mine", "import lab.formula as f"),
+        ("lab.mine", "def late():\n    from lab import formula"),
+        ("lab.mine", "import beside"),
+        ("mine", "import beside"),
+        ("mine", "from lab import formula"),
+    ],
+)
+def test_code_of_ones_own_is_that_of_the_files_it_imports_too(lab, module, line):
+    files = {"beside": "import lab.formula", "lab__formula": "spread = 1", "lab__other": "1"}
+    first = lab(module, **files, **{module.replace(".", "__"): line})
+    assert lab(module, lab__other="2", unrelated="1") == first
+    changed = lab(module, lab__formula="spread = 2")
+    assert changed != first
+    assert lab(module, lab__formula="spread = 1") == first
+
+
+def test_code_of_ones_own_alone_has_the_digest_that_runs_have_saved(lab):
+    text = "import os, torch, clip_pgs.masking\n"
+    assert lab("mine", mine=text) == hashlib.sha256(text.encode()).hexdigest()[:12]
+    # Modules may import each other, and one may be no Python of this version.
+    first = lab("mine", mine="import other", other="import mine\n")
+    assert first == lab("mine")
+    assert lab("mine", other="match x ->") != first
+
+
+def test_of_an_installed_package_its_own_files_count(lab):
+    files = {"theirs__mine": "from theirs import part\nimport numpy", "theirs__part": "1"}
+    first = lab("theirs.mine", "site-packages", **files, numpy__random="1")
+    assert lab("theirs.mine", "site-packages", numpy__random="2", numpy="3") == first
+    assert lab("theirs.mine", "site-packages", theirs__part="2") != first
 
 
 def test_a_module_of_another_file_than_was_meant_is_named(registry):

@@ -6,18 +6,21 @@ docstrings, and a package imports a module when one of its names is asked for.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from clip_pgs.common import one_sentence
+
+_PACKAGE = __name__.partition(".")[0]
 
 # How a mask ratio can go over training; here, as options know it before torch is there.
 MASK_SCHEDULES = ("constant", "linear", "cosine")
@@ -167,12 +170,64 @@ def is_installed(module_name: str) -> bool:
 
 
 def own_code(module_name: str) -> str:
-    """Return a digest of the file of an imported module outside this package, "" of one within."""
-    if module_name.partition(".")[0] == __name__.partition(".")[0]:
+    """Return a digest of the code of an imported module outside this package, "" of one within.
+
+    With its file go those that it imports from its own package or from the folder beside it.
+    """
+    if module_name.partition(".")[0] == _PACKAGE:
         return ""
     path = getattr(sys.modules.get(module_name), "__file__", None)
-    # As where a notebook defines it.
-    return "" if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    if path is None:
+        # As where a notebook defines it.
+        return ""
+    file = Path(path).absolute()
+    package = module_name.split(".")
+    if file.name != "__init__.py":
+        package = package[:-1]
+    root = file.parents[len(package)]
+    texts: dict[str, bytes] = {}
+    _follow_imports(file, package, root, texts)
+    digest = hashlib.sha256(file.read_bytes())
+    for name in sorted(texts):
+        if root / name != file:
+            digest.update(name.encode() + b"\0" + texts[name])
+    return digest.hexdigest()[:12]
+
+
+def _follow_imports(
+    file: Path, package: Sequence[str], root: Path, texts: dict[str, bytes]
+) -> None:
+    """Add a file below `root`, and what it imports from there, to the texts by their names."""
+    name = file.relative_to(root).as_posix()
+    if name in texts:
+        return
+    texts[name] = file.read_bytes()
+    try:
+        nodes = list(ast.walk(ast.parse(texts[name])))
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    imported: list[list[str]] = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            imported += [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = list(package[: len(package) + 1 - node.level]) if node.level else []
+            start += node.module.split(".") if node.module else []
+            # A name may be that of a module, too.
+            imported += [start, *([*start, alias.name] for alias in node.names)]
+    # Beside an installed package lie all others.
+    is_installed_there = root.name in ("site-packages", "dist-packages")
+    for parts in imported:
+        if not parts or parts[0] == _PACKAGE or (is_installed_there and parts[:1] != package[:1]):
+            continue
+        for length in range(1, len(parts) + 1):
+            place = root.joinpath(*parts[:length])
+            for found, inside in (
+                (place / "__init__.py", parts[:length]),
+                (place.with_suffix(".py"), parts[: length - 1]),
+            ):
+                if found.is_file():
+                    _follow_imports(found, inside, root, texts)
 
 
 def late_names(package: str, names: Collection[str], *modules: str) -> Callable[[str], Any]:
