@@ -56,6 +56,16 @@ def test_missing_set_gives_exit_code_1_and_a_row_and_a_file_where_a_list_of_ours
     assert len(list((run / "eval").glob("zeroshot_*.json"))) == len(rows)
 
 
+def test_a_runs_folder_of_results_that_is_a_link_is_no_place_for_results(run, options, capsys):
+    mine = Path("mine")
+    mine.mkdir()
+    (mine / "results.csv").write_text("precious")
+    (run / "eval").symlink_to(mine.absolute())
+    assert main([str(run), *options]) == 2
+    assert "eval is a link; say by --output where" in capsys.readouterr().err
+    assert [path.read_text() for path in mine.iterdir()] == ["precious"]
+
+
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("output", [None, "out"])
 def test_a_damaged_result_of_another_set_is_told_once_a_call(run, options, caplog, output):

@@ -355,6 +355,9 @@ def _output_folders(args: argparse.Namespace) -> dict[str, Path]:
             folder = Path(args.output, name) if len(args.sources) > 1 else Path(args.output)
         elif Path(source, EXPORT_NAME).is_dir():
             folder = Path(source, EVAL_NAME)
+            if folder.is_symlink():
+                # A run may come from a stranger, and this lead to the user's own results.
+                raise ValueError(f"{folder} is a link; say by --output where the results are to go")
         else:
             folder = Path("eval_results", name)
         if folder.exists() and not folder.is_dir():
