@@ -20,6 +20,7 @@ from clip_pgs.integrations.open_clip import (
     set_masking_noise,
     set_masking_progress,
 )
+from clip_pgs.masking.strategy import _REGISTRY
 from clip_pgs.registry import OWN_MODULES
 from support.encoding import count_images, encode, images_of
 
@@ -82,23 +83,41 @@ def test_the_options_of_a_run_of_many_shards_are_read(tmp_path):
     assert masking.name == "random"
 
 
+OWN = """\
+from clip_pgs.masking.strategy import register_masking
+from clip_pgs.masking.baselines import RandomMasking
+@register_masking('beside-it', keeps='some', paper='none')
+class Own(RandomMasking):
+    '''Keep a random subset.
+
+    Args:
+        mask_ratio: Share.
+    '''
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module with a masking in the working directory, which is not on the path."""
+    path = tmp_path / "beside_it.py"
+    path.write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delenv(OWN_MODULES, raising=False)
+    yield path
+    sys.modules.pop("beside_it", None)
+    _REGISTRY._entries.pop("beside-it", None)
+
+
 @pytest.mark.parametrize("has_record", [True, False])
 def test_a_masking_beside_the_files_of_a_stranger_is_run_where_the_user_says_so_alone(
-    tmp_path, finished_run, monkeypatch, has_record
+    tmp_path, finished_run, monkeypatch, has_record, own_module
 ):
     run = shutil.copytree(finished_run, tmp_path / "run")
     path = say_trained_with(run, "beside_it:Own", {})
     if not has_record:
         content = torch.load(path, weights_only=True)
         torch.save({name: part for name, part in content.items() if name != "clip_pgs"}, path)
-    (tmp_path / "beside_it.py").write_text(
-        "from clip_pgs.masking.strategy import register_masking\n"
-        "from clip_pgs.masking.baselines import RandomMasking\n"
-        "@register_masking('beside-it', keeps='some', paper='none')\n"
-        "class Own(RandomMasking):\n"
-        '    """Keep a random subset.\n\n    Args:\n        mask_ratio: Share.\n    """\n'
-    )
-    monkeypatch.chdir(tmp_path)
     # As it is once a suite of one's own was found in the working directory.
     for places in ([*sys.path], [*sys.path, ""]):
         monkeypatch.setattr(sys, "path", places)
@@ -111,7 +130,39 @@ def test_a_masking_beside_the_files_of_a_stranger_is_run_where_the_user_says_so_
     else:
         monkeypatch.setenv(OWN_MODULES, "beside_it")
     assert choose_masking("run", weights=str(path)).name == "beside_it:Own"
-    monkeypatch.delitem(sys.modules, "beside_it")
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_a_masking_that_the_user_names_is_taken_whatever_the_files_name(
+    tmp_path, finished_run, own_module, is_alone
+):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    path = say_trained_with(run, "beside_it:Own", {"mask_ratio": 0.25})
+    for options in (None, {"mask_ratio": 0.75}):
+        source = shutil.copy(path, tmp_path / "alone.pt") if is_alone else run / "export"
+        masking = choose_masking("random", options, weights=str(source))
+        assert masking.label == f"random {(options or {}).get('mask_ratio', 0.5)}"
+        # One epoch of four.
+        assert masking.progress == 0.25
+    assert "beside_it" not in sys.modules
+    assert load_model(run).masking is None
+    assert "beside_it" not in sys.modules
+    model = {"model": "tiny-eval-vit"} if is_alone else {}
+    named = load_model(source if is_alone else run, inference_masking="beside_it:Own", **model)
+    assert named.masking.label == "beside_it:Own 0.5"
+
+
+def test_the_masking_of_a_checkpoint_outside_of_its_run_is_taken_from_the_path(
+    tmp_path, finished_run, own_module, monkeypatch
+):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    path = say_trained_with(run, "beside_it:Own", {"mask_ratio": 0.25})
+    alone = shutil.copy(path, tmp_path / "alone.pt")
+    with pytest.raises(ValueError, match="trained with beside_it:Own, code outside of this"):
+        choose_masking("run", weights=str(alone))
+    assert "beside_it" not in sys.modules
+    monkeypatch.syspath_prepend(tmp_path)
+    assert choose_masking("run", weights=str(alone)).label == "beside_it:Own 0.25"
 
 
 def test_a_masking_without_a_module_is_no_code_that_was_meant(tmp_path, finished_run, monkeypatch):
@@ -354,8 +405,11 @@ def test_bad_input_gives_exit_code_2_one_sentence_and_no_files(
     assert sorted(Path().rglob("*")) == before
 
 
-def test_a_checkpoint_cannot_have_a_module_imported(run):
-    path = say_trained_with(run, "antigravity:fly", {})
+@pytest.mark.parametrize("module", ["antigravity", "idlelib.idle"])
+def test_a_checkpoint_cannot_have_a_module_of_python_imported(run, module):
+    path = say_trained_with(run, f"{module}:fly", {})
     lone = shutil.copy(path, "lone.pt")
-    with pytest.raises(ValueError, match="antigravity:fly"):
-        load_model(lone, model="tiny-eval-vit", inference_masking="run")
+    for source in (lone, path):
+        with pytest.raises(ValueError, match=f"{module}:fly"):
+            load_model(source, model="tiny-eval-vit", inference_masking="run")
+        assert module not in sys.modules

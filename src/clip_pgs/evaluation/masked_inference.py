@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -152,12 +153,14 @@ def choose_masking(
             as finished.
 
     Raises:
-        ValueError: If there is no such strategy, an option is wrong, or nothing tells what the
-            weights were trained with.
+        ValueError: If there is no such strategy, an option is wrong, nothing tells what the
+            weights were trained with, or "run" stands for code that nobody but the files names.
     """
     if name is None and not options:
         return None
     told, checkpoint = _read_training(weights)
+    if name == AS_TRAINED:
+        _check_meant(str(told.get("masking")), weights)
     state = checkpoint.get("masking_state") or {}
     masking = masking_of(
         name, options, told=told, weights=weights, progress=_progress(told, checkpoint), state=state
@@ -239,23 +242,23 @@ def _read_training(weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if isinstance(record, dict) and "masking" in record:
         parts = (record.get("recipe"), record.get("data"), record)
         told = {k: v for part in parts if isinstance(part, dict) for k, v in part.items()}
-    masking = told.get("masking")
-    if ":" in str(masking) and not (masking == options.get("masking") and _is_meant(str(masking))):
-        raise ValueError(
-            f"{weights} says that it was trained with {masking}, code outside of this package; if "
-            "that is meant, name it, or have its folder in PYTHONPATH"
-        )
     return told, checkpoint
 
 
-def _is_meant(masking: str) -> bool:
-    """Return whether a masking of one's own may be imported that files alone name.
+def _check_meant(masking: str, weights: str) -> None:
+    """Refuse a masking of one's own that files alone name, unless the user means its module.
 
     They may be a stranger's, and what lies beside them, too.
     """
-    module = masking.partition(":")[0]
+    module, is_own, _ = masking.partition(":")
     named = os.environ.get(OWN_MODULES, "").split(",")
-    return bool(module) and (is_installed(module) or module in named)
+    # Python's own modules hold no masking, and importing one may open a browser.
+    is_found = module.partition(".")[0] not in sys.stdlib_module_names and is_installed(module)
+    if is_own and not (module and (is_found or module in named)):
+        raise ValueError(
+            f"{weights} says that it was trained with {masking}, code outside of this package; if "
+            f"that is meant, name it in place of {AS_TRAINED}, or have its folder in PYTHONPATH"
+        )
 
 
 def _progress(told: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> float:
