@@ -484,6 +484,12 @@ def as_plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
+# What a run's contents call the code of a masking of one's own before the option's name, and what
+# `experiment_of` calls the masking's.
+CODE_OF = "code of"
+CODE_OF_MASKING = f"contents of {CODE_OF} masking"
+
+
 def experiment_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return what makes a run this experiment, but for its seed, and wherever its files lie.
 

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from clip_pgs.checkpoint_reading import file_digest
+from clip_pgs.common import experiment_of
 from clip_pgs.evaluation import evaluate, load_model
 from clip_pgs.evaluation.__main__ import main
 from clip_pgs.evaluation.features import Encoder
 from clip_pgs.evaluation.masked_inference import choose_masking
+from clip_pgs.evaluation.results import telling_once
 from clip_pgs.evaluation.suites import get_suite
 from clip_pgs.integrations.open_clip import (
     apply_masking,
@@ -163,6 +166,33 @@ def test_the_masking_of_a_checkpoint_outside_of_its_run_is_taken_from_the_path(
     assert "beside_it" not in sys.modules
     monkeypatch.syspath_prepend(tmp_path)
     assert choose_masking("run", weights=str(alone)).label == "beside_it:Own 0.25"
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_run_says_where_the_code_of_its_masking_is_another_than_it_was(
+    tmp_path, finished_run, own_module, monkeypatch, caplog, has_record
+):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    path = say_trained_with(run, "beside_it:Own", {})
+    options = {"masking": "beside_it:Own", "masking_options": {}}
+    options["contents"] = [f"code of masking: {file_digest(own_module)[:12]}"]
+    (run / "options.json").write_text(json.dumps(options))
+    content = torch.load(path, weights_only=True)
+    content["clip_pgs"]["options"] = experiment_of(options)
+    if not has_record:
+        del content["clip_pgs"]
+    torch.save(content, path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert choose_masking("run", weights=str(path)).name == "beside_it:Own"
+    assert caplog.text == ""
+    own_module.write_text(f"{own_module.read_text()}# changed\n")
+    choose_masking("beside_it:Own", weights=str(path))
+    assert caplog.text == ""
+    with telling_once():
+        for _ in range(2):
+            choose_masking("run", weights=str(path))
+    (message,) = caplog.messages
+    assert message.startswith(f"The code of beside_it:Own is no longer that which {path} was")
 
 
 def test_a_masking_without_a_module_is_no_code_that_was_meant(tmp_path, finished_run, monkeypatch):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import clip_pgs
 from clip_pgs.checkpoint_reading import newest_checkpoint, read_checkpoint
-from clip_pgs.common import explained
+from clip_pgs.common import CODE_OF_MASKING, experiment_of, explained, is_first_process
 from clip_pgs.data.order import stable_seed
 from clip_pgs.evaluation.results import amount, run_of_weights
 from clip_pgs.files import CHECKPOINTS_NAME, MAX_RUN_FILE_BYTES, OPTIONS_NAME, read_json_object
@@ -165,16 +165,8 @@ def choose_masking(
     masking = masking_of(
         name, options, told=told, weights=weights, progress=_progress(told, checkpoint), state=state
     )
-    if name == AS_TRAINED and masking is not None and not (options or state):
-        strategy = create_masking(masking.name, **masking.options)
-        if "attention" in strategy.requires or getattr(
-            strategy, "is_calibrated_in_training", False
-        ):
-            _logger.warning(
-                "No checkpoint tells what %s found when %s was trained: it has its defaults",
-                masking.name,
-                weights,
-            )
+    if name == AS_TRAINED and masking is not None and is_first_process():
+        _tell_differences(masking, told, weights, lacks_state=not (options or state))
     return masking
 
 
@@ -226,6 +218,31 @@ def masking_of(
     return None if create_masking(name, **options).keeps_all else masking
 
 
+def _tell_differences(
+    masking: InferenceMasking, told: Mapping[str, Any], weights: str, *, lacks_state: bool
+) -> None:
+    """Warn where a masking is not what it was in training."""
+    code, experiment = own_code(masking_class(masking.name).__module__), told.get("options")
+    trained = experiment.get(CODE_OF_MASKING) if isinstance(experiment, dict) else None
+    # That of a notebook has no digest, and runs of earlier versions kept none.
+    if code and trained and code != trained:
+        _logger.warning(
+            "The code of %s is no longer that which %s was trained with: images are masked as it "
+            "is now",
+            masking.name,
+            weights,
+        )
+    strategy = create_masking(masking.name, **masking.options)
+    if lacks_state and (
+        "attention" in strategy.requires or getattr(strategy, "is_calibrated_in_training", False)
+    ):
+        _logger.warning(
+            "No checkpoint tells what %s found when %s was trained: it has its defaults",
+            masking.name,
+            weights,
+        )
+
+
 def _read_training(weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the choices of the training behind some weights, and a checkpoint of it; or blanks."""
     run = run_of_weights(weights)
@@ -238,7 +255,7 @@ def _read_training(weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
         path = run / OPTIONS_NAME
         options = read_json_object(path, what=str(path), max_bytes=MAX_RUN_FILE_BYTES)
     record = checkpoint.get("clip_pgs")
-    told = options
+    told = {**options, "options": experiment_of(options)}
     if isinstance(record, dict) and "masking" in record:
         parts = (record.get("recipe"), record.get("data"), record)
         told = {k: v for part in parts if isinstance(part, dict) for k, v in part.items()}

@@ -151,7 +151,7 @@ def write_result(result: Result, path: Path) -> None:
 
 @contextmanager
 def telling_once() -> Iterator[None]:
-    """Within, a damaged result is told once, however often its folder is read."""
+    """Within, a damaged result or a changed masking is told once, however often it is read."""
     told: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
@@ -160,11 +160,14 @@ def telling_once() -> Iterator[None]:
         told.add(message)
         return not is_known
 
-    logger.addFilter(is_new)
+    telling = (logger, logging.getLogger("clip_pgs.evaluation.masked_inference"))
+    for each in telling:
+        each.addFilter(is_new)
     try:
         yield
     finally:
-        logger.removeFilter(is_new)
+        for each in telling:
+            each.removeFilter(is_new)
 
 
 def read_results(folder: Path) -> list[Result]:

@@ -27,6 +27,7 @@ from torch import nn
 import clip_pgs
 from clip_pgs.checkpoint_reading import file_digest
 from clip_pgs.common import (
+    CODE_OF,
     as_plain,
     changed_values,
     changes_of,
@@ -74,8 +75,6 @@ from clip_pgs.training.stop import LAUNCH_FOLDER
 _logger = logging.getLogger(__name__)
 
 _FILES, _INDEXES, _CONTENTS = "train_files", "train_indexes", "contents"
-# Before the name of an option in the contents: the code of a masking of one's own.
-_CODE = "code of"
 # Of a model's folder: its config, and what tokenizers read.
 _READ_ENDINGS = (".json", ".txt", ".model")
 _MAX_NAMED = 4
@@ -307,10 +306,10 @@ def named_contents(options: TrainOptions) -> list[str]:
         found["model config"] = model_digest(options)
     # Of the module that defines it, from wherever a package offers it.
     if ":" in options.masking:
-        found[f"{_CODE} masking"] = own_code(masking_class(options.masking).__module__)
+        found[f"{CODE_OF} masking"] = own_code(masking_class(options.masking).__module__)
     if ":" in options.text_masking:
         text_masking: Any = TEXT_MASKINGS.get(options.text_masking)
-        found[f"{_CODE} text_masking"] = own_code(text_masking.__module__)
+        found[f"{CODE_OF} text_masking"] = own_code(text_masking.__module__)
     return [f"{name}: {digest}" for name, digest in found.items()]
 
 
@@ -331,9 +330,9 @@ def changed_options(
     now = {name: getattr(options, name) for name in names_of(IDENTITY)}
     before, now = (_without_places(values, told & told_before) for values in (saved, now))
     changes = changed_values(before, now)
-    if isinstance(kept, list) and not any(str(each).startswith(_CODE) for each in kept):
+    if isinstance(kept, list) and not any(str(each).startswith(CODE_OF) for each in kept):
         # A run of an earlier version, which did not keep it.
-        contents = [each for each in contents if not each.startswith(_CODE)]
+        contents = [each for each in contents if not each.startswith(CODE_OF)]
     for key, what, after in ((_CONTENTS, "", contents), (_FILES, "train_data ", files)):
         # A run of an earlier version has none, as one without data.
         if isinstance(earlier := saved.get(key), list) and after is not None:
