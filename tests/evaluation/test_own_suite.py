@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 
 from clip_pgs.evaluation import evaluate, format_table, load_suite
+from clip_pgs.evaluation.__main__ import main
 from clip_pgs.evaluation.suites import SUITES, register_suite
 
 PAGE = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
@@ -97,6 +98,28 @@ def test_a_suite_whose_code_changed_is_scored_again(evaluate_with):
 def test_suite_that_declares_too_little_is_refused():
     with pytest.raises(TypeError, match="main_metrics"):
         register_suite("half", title="Half", summary="", task="", types=(), metrics={}, unit="")
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "sentence"),
+    [
+        ('unit="percent"', 'unit="seconds"', "must end in 'percent', in which its metrics are"),
+        ('unit="percent"', 'unit=""', "must end in 'percent'"),
+        ('main_metrics=("spread",)', 'main_metrics=("far",)', "one of its metrics, spread, got 'f"),
+        ('main_metrics=("spread",)', 'main_metrics=("spread")', "one of its metrics, spread, got"),
+    ],
+)
+def test_a_suite_that_declares_what_cannot_be_shown_is_refused_before_it_scores(
+    was, becomes, sentence, run, options, capsys
+):
+    assert was in MODULE
+    Path("wrong_suites.py").write_text(MODULE.replace(was, becomes))
+    assert main([str(run), *options, "--suite", "wrong_suites:score"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: cannot import suite 'wrong_suites:score': ValueError: ")
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert not (run / "eval").exists()
 
 
 @pytest.mark.parametrize("name", ["no_such_module:score", "json:loads", "their_suites:nothing"])

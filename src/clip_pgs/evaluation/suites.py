@@ -104,8 +104,8 @@ class Suite:
         task: clip_benchmark's name of the task.
         types: Types of data sets that it can evaluate.
         metrics: The labels of its metrics by name, for people, in the order to show them.
-        main_metrics: Those that the main tables and figures show.
-        unit: Of the main metrics.
+        main_metrics: Those of them that the main tables and figures show.
+        unit: Of the main metrics. It ends in "percent", in which tables and figures show them.
         order: Place among the suites.
         splits: Parts of a data set that it reads; none where the set's name says it.
         needs_text: Whether it encodes captions or class names.
@@ -116,6 +116,9 @@ class Suite:
             averages are taken with and without it.
         parts: Averages over some of the sets, by their names in the last part of the path.
         meanings: Of headings and averages that do not say it themselves, for a line below a table.
+
+    Raises:
+        ValueError: If the unit is another, or a main metric is none of the metrics.
     """
 
     name: str
@@ -134,6 +137,20 @@ class Suite:
     has_reference: bool = False
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     meanings: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.unit.endswith("percent"):
+            raise ValueError(
+                f"the unit of suite {self.name!r} must end in 'percent', in which its metrics are "
+                f"shown, got {self.unit!r}"
+            )
+        for name in self.main_metrics:
+            if name not in self.metrics:
+                choices = ", ".join(self.metrics) or "none"
+                raise ValueError(
+                    f"a main metric of suite {self.name!r} must be one of its metrics, {choices}, "
+                    f"got {name!r}"
+                )
 
     def eval_set(self, name: str, location: str, *, is_reference: bool = False) -> EvalSet:
         """Return a data set as this suite evaluates it."""
@@ -154,6 +171,7 @@ def register_suite(name: str, **declaration: Any) -> Callable[[Score], Score]:
 
     Raises:
         TypeError: If a field is missing or unknown.
+        ValueError: See `Suite`.
     """
     return SUITES.register(name, declared=Suite(name=name, **declaration))
 
