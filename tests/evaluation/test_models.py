@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from clip_pgs.evaluation import load_model, weights_digest
-from clip_pgs.evaluation.models import check_source, model_name
+from clip_pgs.evaluation.models import check_source
+from clip_pgs.evaluation.results import model_name
 
 BATCH = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
 

@@ -39,7 +39,6 @@ from clip_pgs.evaluation.datasets import (
     EvalSet,
     Presence,
     check_presence,
-    clean_name,
     is_caption_pairs,
     is_remote,
 )
@@ -50,7 +49,9 @@ from clip_pgs.evaluation.results import (
     CSV_NAME,
     DONE,
     MISSING,
+    RESULTS_NAME,
     Result,
+    folder_of_model,
     read_results,
     result_files,
     telling_once,
@@ -344,22 +345,22 @@ def _model_choice(args: argparse.Namespace) -> dict[str, Any]:
 
 def _output_folders(args: argparse.Namespace) -> dict[str, Path]:
     """Return where the results of each source go, after checking that the source is one."""
-    from clip_pgs.evaluation.models import KIND_OF, check_source, model_name
+    from clip_pgs.evaluation.models import KIND_OF, check_source
 
     folders: dict[str, Path] = {}
     kinds = set()
     for source in args.sources:
         kinds.add(check_source(source, **_model_choice(args)))
-        name = clean_name(model_name(source, pretrained=args.pretrained))
+        own = folder_of_model(source, pretrained=args.pretrained)
         if args.output is not None:
-            folder = Path(args.output, name) if len(args.sources) > 1 else Path(args.output)
+            folder = Path(args.output, own.name) if len(args.sources) > 1 else Path(args.output)
         elif Path(source, EXPORT_NAME).is_dir():
             folder = Path(source, EVAL_NAME)
             if folder.is_symlink():
                 # A run may come from a stranger, and this lead to the user's own results.
                 raise ValueError(f"{folder} is a link; say by --output where the results are to go")
         else:
-            folder = Path("eval_results", name)
+            folder = own
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"the output {folder} is not a folder")
         check_writable(folder / CSV_NAME)
@@ -477,7 +478,7 @@ def _write_report(scored: Sequence[tuple[Path, list[Result]]], args: argparse.Na
     if args.output is not None:
         folder = Path(args.output, REPORT_NAME)
     else:
-        folder = (scored[0][0] if len(scored) == 1 else Path("eval_results")) / REPORT_NAME
+        folder = (scored[0][0] if len(scored) == 1 else Path(RESULTS_NAME)) / REPORT_NAME
     try:
         written = write_report(sources, folder)
     except (ValueError, ModuleNotFoundError) as error:

@@ -32,7 +32,7 @@ from clip_pgs.checkpoint_reading import (
 )
 from clip_pgs.common import explained, is_first_process, literal, silenced
 from clip_pgs.evaluation.masked_inference import InferenceMasking, choose_masking
-from clip_pgs.evaluation.results import plain_record
+from clip_pgs.evaluation.results import model_name, plain_record
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
     EXPORT_NAME,
@@ -226,25 +226,6 @@ def _build_autoencoder(source: _Checkpoint | Path) -> Built:
         check_sum(source.path)
         model = build_mae(source.config or {}, source.state_dict, what=str(source.path))
     return model, model.transform(is_train=False), no_tokens
-
-
-def model_name(source: str, *, pretrained: str | None = None) -> str:
-    """Return a short name for a source that `load_model` opens.
-
-    Args:
-        source: As `load_model` takes it.
-        pretrained: The same.
-    """
-    path = Path(source.removeprefix("local-dir:"))
-    if not path.exists():
-        last_part = source.rsplit("/", 1)[-1].removeprefix("hf-hub:")
-        return f"{last_part}_{pretrained}" if pretrained else last_part
-    path = path.resolve()
-    if path.is_dir():
-        return path.parent.name if path.name == EXPORT_NAME else path.name
-    if path.parent.name == CHECKPOINTS_NAME:
-        return f"{path.parent.parent.name}_{path.stem}"
-    return path.stem
 
 
 def _export_folder(path: Path) -> Path:

@@ -15,9 +15,11 @@ from typing import Any
 
 from clip_pgs import tables
 from clip_pgs.common import explained, one_sentence
+from clip_pgs.evaluation.datasets import clean_name
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
+    EXPORT_NAME,
     MAX_RUN_FILE_BYTES,
     OPTIONS_NAME,
     read_json,
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 DONE, MISSING, FAILED = STATUSES = "done", "missing", "failed"
 CSV_NAME = "results.csv"
+RESULTS_NAME = "eval_results"
 
 # Of a table, before and after the metrics.
 _FIRST_COLUMNS = ("suite", "dataset", "status", "samples")
@@ -348,6 +351,35 @@ def run_of_weights(weights: str) -> Path | None:
     if len(holders) < 2 or not holders[0].is_dir():
         return None
     return next((folder for folder in holders if is_run(folder)), None)
+
+
+def model_name(source: str, *, pretrained: str | None = None) -> str:
+    """Return a short name for a source that `load_model` opens.
+
+    Args:
+        source: As `load_model` takes it.
+        pretrained: The same.
+    """
+    path = Path(source.removeprefix("local-dir:"))
+    if not path.exists():
+        last_part = source.rsplit("/", 1)[-1].removeprefix("hf-hub:")
+        return f"{last_part}_{pretrained}" if pretrained else last_part
+    path = path.resolve()
+    if path.is_dir():
+        return path.parent.name if path.name == EXPORT_NAME else path.name
+    if path.parent.name == CHECKPOINTS_NAME:
+        return f"{path.parent.parent.name}_{path.stem}"
+    return path.stem
+
+
+def folder_of_model(source: str, *, pretrained: str | None = None) -> Path:
+    """Return where the results of a model go that is no run, from the working directory.
+
+    Args:
+        source: As `load_model` takes it.
+        pretrained: The same.
+    """
+    return Path(RESULTS_NAME, clean_name(model_name(source, pretrained=pretrained)))
 
 
 def epoch_folder(run: Path, epoch: int) -> Path:

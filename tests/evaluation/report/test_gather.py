@@ -272,6 +272,33 @@ def test_folder_without_results_is_an_error_that_names_it(tmp_path, content, mes
 
 
 @pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("models/hf_mae", "hf_mae"),
+        ("models/hf_mae/export", "hf_mae"),
+        ("models/lone.pt", "lone"),
+        ("logs/a/checkpoints/epoch_1.pt", "a_epoch_1"),
+        ("hf-hub:someone/some-model", "some-model"),
+    ],
+)
+def test_a_model_that_is_no_run_is_told_where_its_results_are(tmp_path, monkeypatch, source, name):
+    monkeypatch.chdir(tmp_path)
+    if source.endswith(".pt"):
+        Path(source).parent.mkdir(parents=True)
+        Path(source).write_bytes(b"PK\x03\x04\xff")
+    elif ":" not in source:
+        Path(source).mkdir(parents=True)
+    folder = f"eval_results/{name}"
+    with pytest.raises(ValueError, match=source) as caught:
+        gather_runs([source])
+    assert folder not in str(caught.value)
+    save_results(tmp_path / folder, [make_result("shape")])
+    with pytest.raises(ValueError, match=f"{source}.*; those of the model are in {folder}, name "):
+        gather_runs([source])
+    assert len(gather_runs([folder])) == 1
+
+
+@pytest.mark.parametrize(
     ("name", "text"),
     [("a.json", "[1]"), ("a.json", "{"), ("a.csv", "x,y\n1,2\n"), ("a.csv", "")],
 )

@@ -32,6 +32,7 @@ from clip_pgs.evaluation.results import (
     Result,
     amount,
     epoch_folders,
+    folder_of_model,
     is_epoch_folder,
     is_run,
     read_csv,
@@ -392,10 +393,12 @@ def _read_source(source: Path, read: _Read) -> list[tuple[Path, list[Result]]]:
             result = read_result(source)
             results = [] if result is None else [result]
         if not results:
-            raise ValueError(f"{source} is no result of an evaluation")
+            hint = _elsewhere(source, read)
+            raise ValueError(f"{source} is no result of an evaluation{hint}")
         return [(source.parent, results)]
     if not source.is_dir():
-        raise ValueError(f"there are no results at {source}: it {absence(source)}")
+        hint = _elsewhere(source, read)
+        raise ValueError(f"there are no results at {source}: it {absence(source)}{hint}")
     inside = sorted(path for path in source.iterdir() if path.is_dir() and path.name != EVAL_NAME)
     folders = [folder for place in (source, *inside) for folder in (place, place / EVAL_NAME)]
     parts = [
@@ -411,8 +414,15 @@ def _read_source(source: Path, read: _Read) -> list[tuple[Path, list[Result]]]:
         for run in sorted([*inside, *source.glob("*/*")]):
             if is_run(run) and any(read(folder) for folder in run.iterdir() if folder.is_dir()):
                 raise ValueError(f"{source} holds no results itself; name its runs, such as {run}")
-        raise ValueError(f"{source} holds no results; evaluate first, `clip-pgs test RUN`")
+        hint = _elsewhere(source, read) or "; evaluate first, `clip-pgs test RUN`"
+        raise ValueError(f"{source} holds no results{hint}")
     return parts
+
+
+def _elsewhere(source: Path, read: _Read) -> str:
+    """Say in which other folder the results of a model lie that is no run; "" where they do not."""
+    folder = folder_of_model(str(source))
+    return f"; those of the model are in {folder}, name that folder" if read(folder) else ""
 
 
 def _read_folder(folder: Path, read: _Read) -> list[Result]:
