@@ -77,10 +77,10 @@ def test_a_command_ends_with_the_data_worker_that_hangs_in_it(
         train_data=f"pipe:cat {path}; sleep 60 & echo $! >> {tmp_path}/number; : {{0..1}}; wait",
         train_num_samples=6,
         batch_size=1,
-        data_timeout=1.0,
+        data_timeout=3.0,
     )
     stream = open_stream(with_options(args, workers=workers))
-    with pytest.raises(Exception, match="no batch for 1 seconds"):
+    with pytest.raises(Exception, match="no batch for 3 seconds"):
         list(stream)
     assert not is_running(tmp_path / "number")
 
