@@ -192,6 +192,17 @@ def test_an_empty_config_sets_nothing(tmp_path):
     assert parse(tmp_path, "# nothing yet\n", "--model", "ViT-B-16").given == ["model"]
 
 
+@pytest.mark.parametrize("more", [["--config", "other.yaml"], ["--config=other.yaml"]])
+def test_a_second_config_is_refused_and_not_taken_in_place_of_the_first(tmp_path, more):
+    assert "two configs are given" in refusal(tmp_path, BASE, *more)
+
+
+def test_an_option_like_no_other_is_told_what_lists_all(tmp_path):
+    assert "unknown option --xyzzy (no abbreviations); --help-all lists" in refusal(
+        tmp_path, BASE, "--xyzzy"
+    )
+
+
 def test_a_missing_config_is_refused():
     with pytest.raises(ValueError, match=r"cannot read the config nowhere\.yaml: No such file"):
         parse_options(["--config", "nowhere.yaml"])

@@ -282,7 +282,7 @@ def _evaluation(what: str, said: Any) -> dict[str, Any]:
     known = make_parser()._option_string_actions
     for name in options:
         if f"--{name}" not in known:
-            near = nearest_names(f"--{name}", known)
+            near = nearest_names(f"--{name}", known, lists="`clip-pgs test --help`")
             raise ValueError(f"{what} names an unknown option {name!r}; {near}")
     return options
 

@@ -195,14 +195,14 @@ def _words(flag: str, action: argparse.Action, value: Any) -> list[str] | bool:
     return [str(word) for word in words]
 
 
-def nearest_names(flag: str, known: Iterable[str]) -> str:
-    """Name the flags most like an unknown one, as the end of a sentence."""
+def nearest_names(flag: str, known: Iterable[str], *, lists: str = "--help-all") -> str:
+    """Name the flags most like an unknown one, or what lists them, as the end of a sentence."""
     known = sorted(known)
     near = [name for name in known if name.startswith(flag)][:4]
     for name in difflib.get_close_matches(flag, known, n=3):
         if name not in near:
             near.append(name)
-    return f"nearest: {', '.join(near)}" if near else "--help lists all of them"
+    return f"nearest: {', '.join(near)}" if near else f"{lists} lists all of them"
 
 
 def _is_encodable(text: str) -> bool:

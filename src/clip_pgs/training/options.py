@@ -639,6 +639,8 @@ def read_options(argv: Sequence[str], *, is_autoencoder: bool = False) -> TrainO
             text = help_text(is_short=flag != "--help-all", is_autoencoder=is_autoencoder)
             sys.stdout.write(text)
             raise SystemExit(0)
+    if sum(token.partition("=")[0] == "--config" for token in argv) > 1:
+        raise ValueError("two configs are given; one starts from another with a line base: OTHER")
     parser = option_parser()
     said = _parse(parser, argv)
     typed = set(said)
@@ -741,7 +743,7 @@ def choose_model(model: str | None, model_config: str | None) -> str:
     if model is None:
         raise ValueError("no model is named; give --model NAME or --model-config FILE.json")
     if not model.startswith(MODEL_SCHEMAS) and model not in known_models():
-        near = nearest_names(model, known_models())
+        near = nearest_names(model, known_models(), lists="open_clip.list_models()")
         raise ValueError(
             f"open_clip knows no model {model!r} ({near}); a config of your own goes "
             "after --model-config"
