@@ -192,6 +192,17 @@ def test_a_picture_that_is_shown_turned_is_refused(tmp_path, capsys, turned, ori
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("orientation", [0, 1, 9])
+def test_an_orientation_that_turns_nothing_is_no_matter(tmp_path, orientation):
+    (tmp_path / "masks").mkdir()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("L", (64, 64), 255).save(tmp_path / "photo.jpg", exif=exif)
+    Image.new("L", (64, 64), 255).save(tmp_path / "masks/photo.png")
+    flags = ["--foreground", f"{tmp_path}/masks", "--maskings", "random", "--seeds", "1"]
+    assert main(["kept", str(tmp_path / "photo.jpg"), *flags]) == 0
+
+
 def test_a_missing_mask_one_of_another_size_and_no_foreground_are_one_sentence(tmp_path, capsys):
     image, mask = tmp_path / "photo.jpg", tmp_path / "masks" / "photo.png"
     Image.new("RGB", (20, 30)).save(image)

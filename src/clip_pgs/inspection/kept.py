@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from itertools import chain, product
 from pathlib import Path
@@ -36,6 +37,8 @@ from clip_pgs.tables import Table, counted, csv_text
 FILE_NAMES = ("kept.json", "kept.csv", "kept.png")
 MASK_ENDING = ".png"
 
+# EXIF orientations that turn or mirror a picture; cameras write others, too.
+_TURNING = range(2, 9)
 _CHUNK = 128  # images looked at together
 _SHIFT = 0.006  # of a line's bars against the next one's, in mask ratio
 
@@ -128,8 +131,11 @@ def read_foreground(
     for image_path, mask_path in tqdm(pairs, leave=False, disable=None):
         image, mask = read_image(image_path), read_image(mask_path)
         for path, picture in ((image_path, image), (mask_path, mask)):
-            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-            if orientation != 1:
+            orientation = None
+            # Broken metadata turn no picture.
+            with suppress(SyntaxError, ValueError):
+                orientation = picture.getexif().get(ExifTags.Base.Orientation)
+            if orientation in _TURNING:
                 raise ValueError(
                     f"{path} is shown turned by its EXIF orientation, {orientation}, and read as "
                     "stored, as in training: whether image and mask fit is not known; save both "
