@@ -138,11 +138,23 @@ def test_code_of_ones_own_alone_has_the_digest_that_runs_have_saved(lab):
     assert lab("mine", other="match x ->") != first
 
 
-def test_of_an_installed_package_its_own_files_count(lab):
+def test_of_an_installed_package_its_own_files_count(lab, tmp_path):
     files = {"theirs__mine": "from theirs import part\nimport numpy", "theirs__part": "1"}
-    first = lab("theirs.mine", "site-packages", **files, numpy__random="1")
-    assert lab("theirs.mine", "site-packages", numpy__random="2", numpy="3") == first
-    assert lab("theirs.mine", "site-packages", theirs__part="2") != first
+    (tmp_path / "libs" / "numpy-2.0.dist-info").mkdir(parents=True)
+    first = lab("theirs.mine", "libs", **files, numpy__random="1")
+    assert lab("theirs.mine", "libs", numpy__random="2", numpy="3") == first
+    assert lab("theirs.mine", "libs", theirs__part="2") != first
+
+
+def test_code_of_ones_own_of_any_length_and_name_is_read(lab, monkeypatch):
+    chain = {f"m{number}": f"import m{number + 1}" for number in range(1500)}
+    first = lab("m0", **chain, m1500="1")
+    assert lab("m0", m1500="2") != first
+    # As a loader of plugins may name it.
+    module = ModuleType("plugins.of.mine")
+    module.__file__ = sys.modules["m0"].__file__
+    monkeypatch.setitem(sys.modules, "plugins.of.mine", module)
+    assert own_code("plugins.of.mine") == hashlib.sha256(b"import m1").hexdigest()[:12]
 
 
 def test_a_module_of_another_file_than_was_meant_is_named(registry):

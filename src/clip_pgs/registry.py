@@ -184,28 +184,47 @@ def own_code(module_name: str) -> str:
     package = module_name.split(".")
     if file.name != "__init__.py":
         package = package[:-1]
-    root = file.parents[len(package)]
-    texts: dict[str, bytes] = {}
-    _follow_imports(file, package, root, texts)
     digest = hashlib.sha256(file.read_bytes())
-    for name in sorted(texts):
-        if root / name != file:
+    # A loader of plugins may give a file any name.
+    if file.parts[len(file.parts) - 1 - len(package) : -1] == tuple(package):
+        root = file.parents[len(package)]
+        texts = _read_with_imports(file, package, root)
+        for name in sorted(texts.keys() - {file.relative_to(root).as_posix()}):
             digest.update(name.encode() + b"\0" + texts[name])
     return digest.hexdigest()[:12]
 
 
-def _follow_imports(
-    file: Path, package: Sequence[str], root: Path, texts: dict[str, bytes]
-) -> None:
-    """Add a file below `root`, and what it imports from there, to the texts by their names."""
-    name = file.relative_to(root).as_posix()
-    if name in texts:
-        return
-    texts[name] = file.read_bytes()
+def _read_with_imports(file: Path, package: Sequence[str], root: Path) -> dict[str, bytes]:
+    """Return a file below `root`, and what it imports from there, by their names."""
+    # Beside an installed package lie all others.
+    holds_others = next(root.glob("*.dist-info"), None) is not None
+    texts: dict[str, bytes] = {}
+    waiting = [(file, list(package))]
+    while waiting:
+        file, inside = waiting.pop()
+        name = file.relative_to(root).as_posix()
+        if name in texts:
+            continue
+        texts[name] = file.read_bytes()
+        for parts in _imported_names(texts[name], inside):
+            if not parts or parts[0] == _PACKAGE or (holds_others and parts[:1] != package[:1]):
+                continue
+            for length in range(1, len(parts) + 1):
+                place = root.joinpath(*parts[:length])
+                found = [
+                    (place / "__init__.py", parts[:length]),
+                    (place.with_suffix(".py"), parts[: length - 1]),
+                ]
+                waiting += [(path, parent) for path, parent in found if path.is_file()]
+    return texts
+
+
+def _imported_names(text: bytes, package: Sequence[str]) -> list[list[str]]:
+    """Return the modules that a module of a package imports, and what they may be."""
     try:
-        nodes = list(ast.walk(ast.parse(texts[name])))
+        nodes = list(ast.walk(ast.parse(text)))
     except (SyntaxError, ValueError, RecursionError):
-        return
+        return []
     imported: list[list[str]] = []
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -215,19 +234,7 @@ def _follow_imports(
             start += node.module.split(".") if node.module else []
             # A name may be that of a module, too.
             imported += [start, *([*start, alias.name] for alias in node.names)]
-    # Beside an installed package lie all others.
-    is_installed_there = root.name in ("site-packages", "dist-packages")
-    for parts in imported:
-        if not parts or parts[0] == _PACKAGE or (is_installed_there and parts[:1] != package[:1]):
-            continue
-        for length in range(1, len(parts) + 1):
-            place = root.joinpath(*parts[:length])
-            for found, inside in (
-                (place / "__init__.py", parts[:length]),
-                (place.with_suffix(".py"), parts[: length - 1]),
-            ):
-                if found.is_file():
-                    _follow_imports(found, inside, root, texts)
+    return imported
 
 
 def late_names(package: str, names: Collection[str], *modules: str) -> Callable[[str], Any]:
