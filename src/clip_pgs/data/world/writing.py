@@ -31,6 +31,7 @@ from clip_pgs.files import (
     check_room,
     folder_lock,
     read_json_object,
+    unfinished_path,
     write_json,
 )
 
@@ -107,11 +108,6 @@ def write_world(
         return
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root} is no folder")
-    if (other := _other_file(root)) is not None:
-        raise ValueError(
-            f"{root} holds something else than a demo world, {other}, which would be lost when the "
-            "world is written; move it, or name another folder"
-        )
     # Of a class there are as many samples as in all parts of the smallest world.
     smallest = list_parts(seed, num_train=1, num_val=1, num_per_class=1)
     per_class = sum(part.num_samples for part in smallest)
@@ -121,6 +117,11 @@ def write_world(
     waiting = f"waiting for another process, which writes a world in {root.parent}"
     with folder_lock(root.parent, on_busy=lambda: logger.info(waiting)):
         if not _is_complete(root, identity):
+            if (other := _other_file(root)) is not None:
+                raise ValueError(
+                    f"{root} holds something else than a demo world, {other}, which would be lost "
+                    "when the world is written; move it, or name another folder"
+                )
             _write_whole(root, identity, list_parts(seed, **counts), num_workers, progress)
 
 
@@ -153,7 +154,8 @@ def _other_file(root: Path) -> str | None:
     names = {_WORLD_NAME}
     with suppress(OSError, ValueError, LookupError, TypeError):
         names |= {*_read_world(root)["files"]}
-        names |= {cached_index(Path(name)).as_posix() for name in names}
+        indexes = [cached_index(Path(name)) for name in names]
+        names |= {path.as_posix() for each in indexes for path in (each, unfinished_path(each))}
     found = (path for path in sorted(root.rglob("*")) if path.is_symlink() or not path.is_dir())
     others = (path.relative_to(root).as_posix() for path in found)
     return next((name for name in others if name not in names), None)
