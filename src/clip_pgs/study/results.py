@@ -103,7 +103,7 @@ class Comparison:
 
 
 def keep_protocol(study: Study) -> dict[str, Any]:
-    """Return what a study's file said at first, and note it where that was not done yet.
+    """Return what a study's file said at first, and note it as long as there is no run.
 
     Returns:
         `Study.protocol` of then, as far as it is known, and `before_first_run`: whether it was
@@ -114,17 +114,17 @@ def keep_protocol(study: Study) -> dict[str, Any]:
         OSError: If it cannot be written.
     """
     path, results = study.folder / PROTOCOL_NAME, study.folder / JSON_NAME
-    if path.exists():
+    is_before = next(study.folder.glob("*/seed_*"), None) is None
+    if path.exists() and not is_before:
         return read_json_object(path, what=str(path), max_bytes=MAX_RUN_FILE_BYTES)
     protocol = study.protocol
-    if results.exists():
+    if results.exists() and not is_before:
         # An earlier version kept no note, and its results tell these.
         with suppress(ValueError):
             said = read_json_object(results, what=str(results), max_bytes=MAX_RUN_FILE_BYTES)
             protocol |= {
                 name: said[name] for name in ("primary", "metrics", "seeds") if name in said
             }
-    is_before = next(study.folder.glob("*/seed_*"), None) is None
     write_json(path, {"before_first_run": is_before, **protocol})
     return read_json_object(path, what=str(path))
 

@@ -48,7 +48,7 @@ from clip_pgs.training.build import model_digest
 from clip_pgs.training.data_checks import has_training_data, training_files
 from clip_pgs.training.options import TrainOptions
 from clip_pgs.training.run_folder import holds_run, read_options_file
-from clip_pgs.training.stop import BAD_INPUT, StopSignals
+from clip_pgs.training.stop import StopSignals
 
 OUTPUT_NAME = "study.log"
 
@@ -274,11 +274,11 @@ class Runner:
             trained_under=list(dict.fromkeys([*record.trained_under, *changes])),
         )
         write_record(record, run)
-        options = read_options_file(run)
+        ended = read_options_file(run), _read_exit(run)
         exit_code, reason = self._launch("train", arguments, run)
         if exit_code:
-            if changes and exit_code == BAD_INPUT and read_options_file(run) == options:
-                # It was refused, and nothing was trained under them.
+            if changes and (read_options_file(run), _read_exit(run)) == ended:
+                # It was refused or told to leave first, and nothing was trained under them.
                 write_record(before, run)
             return reason
         write_record(replace(record, spent=read_spent(run)), run)
