@@ -170,9 +170,15 @@ class SampleStream:
 
     def _read_loader(self) -> Iterator[Batch]:
         late = f"no batch for {self.timeout:g} seconds"
+        what = ""
         # Workers that are at a batch of an earlier iterator end it first.
-        with time_limit(self.timeout, StalledDataError(late)):
-            self._reader = iter(self._loader)
+        try:
+            with time_limit(self.timeout, StalledDataError(late)):
+                self._reader = iter(self._loader)
+        except StalledDataError as error:
+            what = str(error)
+        if what:
+            raise self._stalled(what)
         _worker_deaths.catch()
         while True:
             what = ""

@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = expected_code(error)
             if code is None:
                 raise
-            # A launch says it, after the last of the processes.
-            if LAUNCH_FOLDER in os.environ:
+            # A launch says it, after the last of the processes, but of the last attempt alone.
+            if LAUNCH_FOLDER in os.environ and not (code == FAILED and _is_restarted()):
                 return code
             if code in (FAILED, BAD_INPUT):
                 speaker = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
@@ -76,6 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stderr.write(f"{sentence_of(error)}\n")
             return code
     return 0
+
+
+def _is_restarted() -> bool:
+    """Return whether torchrun starts the processes again when this one fails."""
+    count, most = (
+        int(os.environ.get(f"TORCHELASTIC_{name}") or "0")
+        for name in ("RESTART_COUNT", "MAX_RESTARTS")
+    )
+    return count < most
 
 
 def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, Any, Evaluate | None]:

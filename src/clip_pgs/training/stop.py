@@ -319,14 +319,15 @@ class ExitReport:
                 (self.folder / EXIT_NAME).unlink(missing_ok=True)
 
     def forget_attempt(self) -> None:
-        """Remove what an attempt of this launch left; the first process of each machine calls it.
+        """Remove what attempts of this launch left; the first process of each machine calls it.
 
         torchrun counts a restart only on the machine whose process died.
         """
         path = _attempt_file()
         if path is not None:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+            for earlier in path.parent.glob("exit.*"):
+                with suppress(OSError):
+                    earlier.unlink(missing_ok=True)
 
     def write_error(self, sentence: str) -> None:
         """Write why the process fails, and log it where no other process was first."""
