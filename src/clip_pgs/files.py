@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import stat
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+logger = logging.getLogger(__name__)
 
 # What a run's folder holds.
 OPTIONS_NAME = "options.json"
@@ -349,13 +352,14 @@ def regular_file(path: Path) -> Path:
 def own_file(path: Path) -> Path:
     """Return a file, to be made or appended to, of a folder that may be somebody else's.
 
-    A link is removed: it may lead to any file of the user's.
+    A link is removed, with a warning: it may lead to any file of the user's.
 
     Raises:
         OSError: If something else is there; see `regular_file`.
     """
     regular_file(path)
     if path.is_symlink():
+        logger.warning("%s was a link, through which nothing is written: it is begun anew", path)
         path.unlink()
     return path
 

@@ -479,6 +479,9 @@ def _write_report(scored: Sequence[tuple[Path, list[Result]]], args: argparse.Na
         folder = Path(args.output, REPORT_NAME)
     else:
         folder = (scored[0][0] if len(scored) == 1 else Path(RESULTS_NAME)) / REPORT_NAME
+    if folder.is_symlink():
+        logger.warning("there is no report: %s is a link, which may lead anywhere", folder)
+        return
     try:
         written = write_report(sources, folder)
     except (ValueError, ModuleNotFoundError) as error:
