@@ -694,6 +694,7 @@ def test_runs_of_unknown_recipe_are_never_merged(tmp_path):
         # As in a study, where the folder of the arm has its name.
         (("mine/pgs/seed_0", "mine/pgs/seed_1"), "pgs"),
         (("mine/pgs/0", "mine/pgs/1", "mine/pgs/10"), "pgs"),
+        (("mine/pgs/seed_1", "mine/pgs/seed_12"), "pgs"),
         (("mine/pgs/seed_0",), "pgs/seed_0"),
         # A mean is that of no single run.
         ("ab", "a and 1 other"),

@@ -561,7 +561,8 @@ def _common_name(names: Sequence[str]) -> str:
     start = names[0]
     while not all(name.startswith(start) for name in names):
         start = start[:-1]
-    if all(name[len(start) :].isdigit() for name in names):
+    rests = [name[len(start) :] for name in names]
+    if all(rest.isdigit() or not rest for rest in rests):
         # Of seeds 10 and 11 the names share a digit.
         start = start.rstrip("0123456789")
     start = re.sub(r"[\W_]*(seed)?[\W_]*$", "", start, flags=re.IGNORECASE)
