@@ -117,20 +117,45 @@ def test_a_machine_that_nobody_joins_ends_in_a_sentence():
     assert ended.stderr.count("\n") == 1
 
 
+def rank_process(machine):
+    """Return the process id of the one rank of a machine."""
+    for child in descendants(machine.pid):
+        with contextlib.suppress(OSError):
+            if b"\0-u\0-m\0clip_pgs.training\0" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return child
+    raise AssertionError("the machine has no rank")
+
+
+@contextlib.contextmanager
+def ended(machines):
+    """End all processes of machines that still run at the end of the block."""
+    try:
+        yield machines
+    finally:
+        for machine in machines:
+            for process in [machine.pid, *descendants(machine.pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            machine.communicate()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("is_all_killed", [True, False])
 def test_a_machine_that_loses_another_says_so_once(tmp_path, is_all_killed):
     flags, port = [str(flag) for flag in tiny_run(tmp_path, name="nodes")], free_port()
     command = [sys.executable, "-m", "clip_pgs.cli", "train", *flags, "--epochs", "9999"]
+    log, end = tmp_path / "my logs/nodes/out.log", time.monotonic() + 100
     machines = [start_machine(command, tmp_path, rank=rank, port=port) for rank in range(2)]
-    log, end = tmp_path / "my logs/nodes/out.log", time.monotonic() + 300
-    while not (log.is_file() and "Epoch 2 of" in log.read_text()):
-        assert time.monotonic() < end
-        time.sleep(0.2)
-    launch, *processes = [machines[0].pid, *descendants(machines[0].pid)]
-    for process in [launch, *processes] if is_all_killed else processes[-1:]:
-        os.kill(process, signal.SIGKILL)
-    outputs = [machine.communicate(timeout=100)[0] for machine in machines]
+    with ended(machines):
+        while not (log.is_file() and "Epoch 2 of" in log.read_text()):
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        killed = [rank_process(machines[0])]
+        if is_all_killed:
+            killed = [machines[0].pid, *descendants(machines[0].pid)]
+        for process in killed:
+            os.kill(process, signal.SIGKILL)
+        outputs = [machine.communicate(timeout=100)[0] for machine in machines]
     assert machines[1].returncode == 1
     (said,) = [line for line in outputs[1].splitlines() if "INFO" not in line]
     assert re.match(r"error: rank [01]: another process of the run is gone: ", said)
@@ -145,24 +170,23 @@ def test_a_run_of_two_machines_restarts_on_both_and_tells_the_end_of_its_last_at
     flags, port = [str(flag) for flag in tiny_run(tmp_path, name="nodes")], free_port()
     command = ["env", "MAX_RESTARTS=2", sys.executable, "-m", "clip_pgs.cli", "train", *flags]
     command += ["--epochs", "9999"]
-    machines = [start_machine(command, tmp_path, rank=rank, port=port) for rank in range(2)]
-    log, end = tmp_path / "my logs/nodes/out.log", time.monotonic() + 300
+    log, end = tmp_path / "my logs/nodes/out.log", time.monotonic() + 150
 
-    def wait_for(words):
-        while not (log.is_file() and words in log.read_text()):
+    def wait_for(is_there):
+        while not (log.is_file() and is_there(log.read_text())):
             assert time.monotonic() < end
             time.sleep(0.2)
 
-    wait_for("Epoch 2 of")
-    os.kill(descendants(machines[1].pid)[-1], signal.SIGKILL)
-    wait_for("Resuming")
-    num_epochs = log.read_text().count("Epoch ")
-    while log.read_text().count("Epoch ") < num_epochs + 2:
-        assert time.monotonic() < end
-        time.sleep(0.2)
-    for machine in machines:
-        machine.terminate()
-    outputs = [machine.communicate(timeout=100)[0] for machine in machines]
+    machines = [start_machine(command, tmp_path, rank=rank, port=port) for rank in range(2)]
+    with ended(machines):
+        wait_for(lambda text: "Saved epoch_1.pt" in text)
+        os.kill(rank_process(machines[1]), signal.SIGKILL)
+        wait_for(lambda text: "Resuming" in text)
+        num_epochs = log.read_text().count("Epoch ")
+        wait_for(lambda text: text.count("Epoch ") >= num_epochs + 2)
+        for machine in machines:
+            machine.terminate()
+        outputs = [machine.communicate(timeout=100)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [85, 85], "\n".join(outputs)
     for output in outputs:
         assert output.splitlines()[-1].startswith("stopped by SIGTERM at sample ")
