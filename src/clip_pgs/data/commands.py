@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, BinaryIO
 
 # The exit codes of commands that a signal ended, and of shells that ran one.
@@ -53,6 +54,7 @@ def end_processes(processes: Sequence[BaseProcess]) -> None:
     Args:
         processes: Children of this process.
     """
+    commands = [child for process in processes for child in _children(process)]
     for process in processes:
         process.terminate()
     end = time.monotonic() + _LEAVE_SECONDS
@@ -63,6 +65,19 @@ def end_processes(processes: Sequence[BaseProcess]) -> None:
         with suppress(RuntimeError):
             process.kill()
             process.join(_KILL_SECONDS)
+    # A worker may not have come to ending them, as on a busy machine; each leads a group.
+    for command in commands:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(command, signal.SIGKILL)
+
+
+def _children(process: BaseProcess) -> list[int]:
+    """Return the process ids of a process's children, where the system tells them."""
+    found: list[int] = []
+    with suppress(OSError):
+        for task in Path(f"/proc/{process.pid}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def _end(command: subprocess.Popen[bytes]) -> None:
