@@ -3,8 +3,6 @@ from __future__ import annotations
 import io
 import pickle
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -28,6 +26,7 @@ from clip_pgs.data.decoding import (
     to_rgb,
 )
 from support.images import smooth_images
+from support.processes import run_suspended
 
 SIZE = 32
 LEVEL_STD = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None] * 255
@@ -229,15 +228,9 @@ with time_limit(2.0, RuntimeError("late")):
 @pytest.mark.slow
 @pytest.mark.parametrize(("more", "code"), [(1.0, 0), (3.0, 1)])
 def test_a_process_that_was_suspended_has_its_time_anew(more, code):
-    command = [sys.executable, "-c", PAUSED.format(more=more)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
-        assert process.stdout.readline() == "begun\n"
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(4)
-        process.send_signal(signal.SIGCONT)
-        assert ("late" in process.stderr.read()) == bool(code)
-    assert process.returncode == code
+    ended, _, error = run_suspended(PAUSED.format(more=more), seconds=4)
+    assert ("late" in error) == bool(code)
+    assert ended == code
 
 
 def test_every_level_becomes_what_torchvision_makes_of_it():

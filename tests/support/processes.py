@@ -1,6 +1,7 @@
 """Start torchrun as a user would, and look for processes."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +34,23 @@ def torchrun(*arguments, num_processes=2, launcher=("--standalone",), wait=True)
         return process
     _, error = process.communicate(timeout=300)
     return process.returncode, error
+
+
+def run_suspended(script, *, seconds):
+    """Run Python code that prints "begun", and suspend it then for so long.
+
+    Returns:
+        Its exit code, standard output and standard error.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGCONT)
+    said, error = process.communicate(timeout=60)
+    return process.returncode, said, error
 
 
 def is_running(path):

@@ -2,14 +2,12 @@
 
 import json
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 from torch.distributed import TCPStore
 
 from clip_pgs.training.watchdog import Activity, Heartbeats, WorkerStatus, name_hanging
+from support.processes import run_suspended
 from support.ranks import Hang, output, train_together
 from support.runs import flags
 
@@ -125,15 +123,9 @@ def test_a_process_that_is_stopped_is_named_by_the_other(tmp_path, world, rank):
 @pytest.mark.slow
 @pytest.mark.parametrize(("more", "code"), [(2.5, 0), (8.0, 1)])
 def test_a_step_that_is_suspended_for_longer_than_its_limit_has_all_of_it_anew(more, code):
-    script = FIRST_STEP.format(more=more)
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    with process:
-        assert process.stdout.readline() == "begun\n"
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(4.5)
-        process.send_signal(signal.SIGCONT)
-        assert ("hangs" in process.stdout.read()) == bool(code)
-    assert process.returncode == code
+    ended, said, _ = run_suspended(FIRST_STEP.format(more=more), seconds=4.5)
+    assert ("hangs" in said) == bool(code)
+    assert ended == code
 
 
 @pytest.mark.slow
