@@ -16,7 +16,7 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FuncFormatter
 
 from clip_pgs import plots
-from clip_pgs.common import changed_values
+from clip_pgs.common import as_plain, changed_values
 from clip_pgs.evaluation.report.command import FIGURES_NAME, page_templates
 from clip_pgs.evaluation.results import DONE, result_files
 from clip_pgs.files import MAX_RUN_FILE_BYTES, read_json_object, write_json, write_text
@@ -125,8 +125,10 @@ def keep_protocol(study: Study) -> dict[str, Any]:
             protocol |= {
                 name: said[name] for name in ("primary", "metrics", "seeds") if name in said
             }
-    write_json(path, {"before_first_run": is_before, **protocol})
-    return read_json_object(path, what=str(path))
+    # As it is when it is read.
+    noted = as_plain({"before_first_run": is_before, **protocol})
+    write_json(path, noted)
+    return noted
 
 
 def _protocol_notes(study: Study) -> list[str]:
