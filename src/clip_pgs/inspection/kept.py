@@ -130,17 +130,8 @@ def read_foreground(
     crops, foreground = [], []
     for image_path, mask_path in tqdm(pairs, leave=False, disable=None):
         image, mask = read_image(image_path), read_image(mask_path)
-        for path, picture in ((image_path, image), (mask_path, mask)):
-            orientation = None
-            # Broken metadata turn no picture.
-            with suppress(SyntaxError, ValueError):
-                orientation = picture.getexif().get(ExifTags.Base.Orientation)
-            if orientation in _TURNING:
-                raise ValueError(
-                    f"{path} is shown turned by its EXIF orientation, {orientation}, and read as "
-                    "stored, as in training: whether image and mask fit is not known; save both "
-                    "as they are shown, without orientation"
-                )
+        _check_orientation(image_path, image)
+        _check_orientation(mask_path, mask)
         if mask.size != image.size:
             raise ValueError(
                 f"the mask {mask_path} is {mask.width} x {mask.height} pixels, "
@@ -156,6 +147,19 @@ def read_foreground(
             "in a mask, any value but 0 is foreground"
         )
     return ForegroundImages(crops, torch.stack(foreground), len(pairs) - len(crops))
+
+
+def _check_orientation(path: Path, picture: Image.Image) -> None:
+    orientation = None
+    # Broken metadata turn no picture.
+    with suppress(SyntaxError, ValueError):
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    if orientation in _TURNING:
+        raise ValueError(
+            f"{path} is shown turned by its EXIF orientation, {orientation}, and read as stored, "
+            "as in training: whether image and mask fit is not known; save both as they are "
+            "shown, without orientation"
+        )
 
 
 def _foreground_patches(mask: Image.Image, model_input: ModelInput) -> Tensor:
