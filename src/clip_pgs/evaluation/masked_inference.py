@@ -232,10 +232,10 @@ def _tell_differences(
             masking.name,
             weights,
         )
+    if not lacks_state:
+        return
     strategy = create_masking(masking.name, **masking.options)
-    if lacks_state and (
-        "attention" in strategy.requires or getattr(strategy, "is_calibrated_in_training", False)
-    ):
+    if "attention" in strategy.requires or getattr(strategy, "is_calibrated_in_training", False):
         _logger.warning(
             "No checkpoint tells what %s found when %s was trained: it has its defaults",
             masking.name,
