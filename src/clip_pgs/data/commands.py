@@ -76,7 +76,7 @@ def _children(process: BaseProcess) -> list[int]:
     found: list[int] = []
     with suppress(OSError):
         for task in Path(f"/proc/{process.pid}/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
+            found += map(int, (task / "children").read_text("utf-8").split())
     return found
 
 
