@@ -364,6 +364,12 @@ def own_file(path: Path) -> Path:
     return path
 
 
+def linked_folders(folder: Path) -> list[Path]:
+    """Return the links to folders below a folder; in a stranger's each may lead anywhere."""
+    below = (Path(place, name) for place, names, _ in os.walk(folder) for name in names)
+    return [path for path in below if path.is_symlink()]
+
+
 def unfinished_path(path: Path) -> Path:
     """Return where a file or folder is while it is being written."""
     return path.with_name(f".{path.name}{UNFINISHED_ENDING}")

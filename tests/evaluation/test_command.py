@@ -66,6 +66,16 @@ def test_a_runs_folder_of_results_that_is_a_link_is_no_place_for_results(run, op
     assert [path.read_text() for path in mine.iterdir()] == ["precious"]
 
 
+@pytest.mark.parametrize("output", [None, "out"])
+@pytest.mark.parametrize("name", ["report", "epoch_1/report"])
+def test_nothing_is_written_through_a_link_among_results(run, options, capsys, output, name):
+    place = run / "eval" if output is None else Path(output)
+    (place / name).parent.mkdir(parents=True)
+    (place / name).symlink_to(Path().absolute())
+    assert main([str(run), *options, *(["--output", output] if output else [])]) == 2
+    assert f"{place / name} is a link to a folder" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("output", [None, "out"])
 def test_a_damaged_result_of_another_set_is_told_once_a_call(run, options, caplog, output):

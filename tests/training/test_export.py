@@ -423,6 +423,15 @@ def test_the_config_is_plain_json(finished_run):
     assert config["model_cfg"]["vision_cfg"] == MODEL["vision_cfg"]
 
 
+def vision(**changes):
+    """Return what changes the image tower in a checkpoint's model config."""
+
+    def change(content):
+        content["clip_pgs"]["open_clip_config"]["model_cfg"]["vision_cfg"].update(changes)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -433,6 +442,8 @@ def test_the_config_is_plain_json(finished_run):
         (lambda content: content["clip_pgs"]["cost"].pop("flops"), "flops"),
         (lambda content: content["clip_pgs"].update(recipe=3), "clip_pgs/recipe holds int"),
         (lambda content: content["clip_pgs"].update(open_clip_config={}), "model_cfg"),
+        (vision(image_size=torch.tensor(32)), "Tensor is not JSON"),
+        (vision(patch_size=torch.float16), "dtype is not JSON"),
         (lambda content: content["clip_pgs"].update(tokenizer=["a"]), "tokenizer"),
         (lambda content: content["clip_pgs"].update(tokenizer="/nonexistent"), "'/nonexistent'"),
     ],

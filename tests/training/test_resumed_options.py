@@ -198,11 +198,16 @@ def test_settings_come_from_the_options_and_what_was_counted_from_the_file(opt):
     for parameter in layer.parameters():
         parameter.grad = torch.ones_like(parameter)
     used.step()
+    for group in used.param_groups:
+        # As a stranger's file may say.
+        group |= {name: True for name, value in group.items() if value in (None, False)}
+        group |= {"maximize": True, "differentiable": True, "amsgrad": True}
     counted = {"step", "lookahead_step"}
     restore_optimizer(fresh, used.state_dict())
     for group, told, file in zip(
         fresh.param_groups, expected.param_groups, used.param_groups, strict=True
     ):
+        assert group.keys() - counted == told.keys() - counted
         for name in group.keys() - {"params"}:
             assert group[name] == (file if name in counted else told)[name], name
     assert len(fresh.state_dict()["state"]) == 2

@@ -150,6 +150,24 @@ def test_the_same_options_resume_without_a_warning(demo):
     assert option_warnings(args) == []
 
 
+@pytest.mark.parametrize("place", ["masks", "eval", "eval/epoch_1"])
+def test_a_run_is_not_resumed_that_would_write_through_a_link(demo, tmp_path, place):
+    (tmp_path / "mine").mkdir()
+    (demo / place).parent.mkdir(exist_ok=True)
+    (demo / place).symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match=f"demo/{place} is a link to a folder"):
+        check_options(parse_options([*RUN, "--resume", "latest"]))
+
+
+def test_where_a_link_leads_checkpoints_is_told(demo, tmp_path):
+    (demo / "checkpoints").symlink_to(tmp_path / "disk")
+    args = parse_options([*RUN, "--resume", "latest"])
+    check_options(args)
+    (sentence,) = option_warnings(args)
+    assert "demo/checkpoints is a link: checkpoints are written" in sentence
+    assert str(tmp_path / "disk") in sentence
+
+
 @pytest.mark.parametrize(
     ("argv", "change"),
     [

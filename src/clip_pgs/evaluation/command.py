@@ -57,7 +57,7 @@ from clip_pgs.evaluation.results import (
     telling_once,
 )
 from clip_pgs.evaluation.suites import load_suite, suites
-from clip_pgs.files import EVAL_NAME, EXPORT_NAME, check_writable, folder_lock
+from clip_pgs.files import EVAL_NAME, EXPORT_NAME, check_writable, folder_lock, linked_folders
 from clip_pgs.tables import Table, plain, scaled
 
 # Here: torch takes seconds, and help, lists and most refusals have no need of it.
@@ -357,12 +357,16 @@ def _output_folders(args: argparse.Namespace) -> dict[str, Path]:
         elif Path(source, EXPORT_NAME).is_dir():
             folder = Path(source, EVAL_NAME)
             if folder.is_symlink():
-                # A run may come from a stranger, and this lead to the user's own results.
                 raise ValueError(f"{folder} is a link; say by --output where the results are to go")
         else:
             folder = own
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"the output {folder} is not a folder")
+        if links := linked_folders(folder):
+            raise ValueError(
+                f"{links[0]} is a link to a folder, in which results or a report would replace "
+                "files; remove it"
+            )
         check_writable(folder / CSV_NAME)
         if folder in folders.values():
             raise ValueError(
@@ -479,9 +483,6 @@ def _write_report(scored: Sequence[tuple[Path, list[Result]]], args: argparse.Na
         folder = Path(args.output, REPORT_NAME)
     else:
         folder = (scored[0][0] if len(scored) == 1 else Path(RESULTS_NAME)) / REPORT_NAME
-    if folder.is_symlink():
-        logger.warning("there is no report: %s is a link, which may lead anywhere", folder)
-        return
     try:
         written = write_report(sources, folder)
     except (ValueError, ModuleNotFoundError) as error:

@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -355,68 +354,6 @@ def is_coca(model: nn.Module) -> bool:
 def logit_options(options: TrainOptions) -> dict[str, float]:
     """Return the model options that set how logits start: SigLIP's with `--siglip`."""
     return {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if options.siglip else {}
-
-
-def optimizer_misfit(optimizer: torch.optim.Optimizer, state: Any) -> str | None:
-    """Return in words why a run cannot go on with an optimizer's state, None if it can.
-
-    Args:
-        optimizer: A fresh one of the run.
-        state: What a checkpoint holds under "optimizer".
-    """
-    try:
-        groups = [group for group in state["param_groups"] if group["params"]]
-        numbers = [number for group in groups for number in group["params"]]
-        entries = [dict(state["state"].get(number, {})) for number in numbers]
-    except (LookupError, TypeError, ValueError, AttributeError):
-        return "it holds no state of an optimizer"
-    own = [group for group in optimizer.param_groups if group["params"]]
-    trained = [parameter for group in own for parameter in group["params"]]
-    sizes, own_sizes = ([len(group["params"]) for group in some] for some in (groups, own))
-    if sizes != own_sizes:
-        of_groups = "+".join(map(str, sizes)), "+".join(map(str, own_sizes))
-        return (
-            f"its optimizer trained {of_groups[0]} parameters, and not the {of_groups[1]} of this "
-            "run (--opt, --lock-image and --lock-text with their groups must be as they were; "
-            "--pretrained takes the weights alone)"
-        )
-    for group, fresh in zip(groups, own, strict=True):
-        for name, value in fresh.items():
-            # Switches came with versions of torch.
-            if name != "params" and _kind(group.get(name)) != _kind(value) != "switch":
-                return f"its optimizer's {name} is {group.get(name)!r}, where {value!r} could stand"
-    is_adam = type(optimizer) is torch.optim.AdamW
-    if is_adam and not any(entries):
-        return "its optimizer holds no state of any parameter"
-    for number, entry, parameter in zip(numbers, entries, trained, strict=True):
-        # A parameter that never had a gradient has no state.
-        lacking = {"step", "exp_avg", "exp_avg_sq"} - entry.keys() if is_adam and entry else ()
-        if lacking:
-            return f"its optimizer's state of parameter {number} lacks {min(lacking)}"
-        # NovoGrad has one second moment for a layer.
-        shapes = {"exp_avg": [parameter.shape], "exp_avg_sq": [parameter.shape, torch.Size()]}
-        for name, value in entry.items():
-            # Kron has several tensors under one name.
-            parts = value if isinstance(value, (list, tuple)) else [value]
-            if not all(_kind(p) in ("switch", "number") or isinstance(p, Tensor) for p in parts):
-                return f"its optimizer's {name} of parameter {number} is {type(value).__name__}"
-            if name in shapes and getattr(value, "shape", None) not in shapes[name]:
-                return (
-                    f"its optimizer's {name} of parameter {number} has not the shape "
-                    f"{tuple(parameter.shape)} of this run's"
-                )
-            if name in shapes and not value.is_floating_point():
-                return f"its optimizer's {name} of parameter {number} is {value.dtype}, no float"
-    return None
-
-
-def _kind(value: Any) -> Any:
-    """Return what may stand where an optimizer has this setting or number."""
-    if value is None or isinstance(value, bool):
-        return "switch"
-    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
-        return "number"
-    return [_kind(item) for item in value] if isinstance(value, (list, tuple)) else type(value)
 
 
 def build_trimmer(options: TrainOptions, model: nn.Module) -> CaptionTrimmer | None:

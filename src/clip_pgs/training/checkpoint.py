@@ -28,6 +28,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import product
 from numbers import Integral, Real
 from pathlib import Path
 from time import perf_counter
@@ -71,21 +72,8 @@ DAMAGED_ENDING = ".damaged"
 _SAVED = re.compile(r"\| INFO \| Saved \S+ \(epoch \d+, step (\d+)\)")
 _LOGS = (LOG_NAME, "out-0")
 
-# What an optimizer's constructor makes of --lr, --beta1, --beta2, --eps, --wd and --momentum, and
-# how it computes; beside them, a group may hold what was counted, such as its steps.
-_SETTINGS = (
-    "lr",
-    "betas",
-    "eps",
-    "weight_decay",
-    "momentum",
-    "fused",
-    # timm's AdaFactor, MARS, Muon, and corrected decay.
-    "beta1",
-    "betas_1d",
-    "fallback_lr_scale",
-    "max_lr_snapshot",
-)
+# What optimizers count in their groups; all else there is how they compute.
+_COUNTED = ("step", "lookahead_step")
 # What a run's record holds, see `clip_pgs.training.run_folder.describe_run`.
 _RECORD: dict[str, type] = {
     **dict.fromkeys(("version", "model", "masking", "device"), str),
@@ -620,15 +608,76 @@ def restore(
     return checkpoint["epoch"]
 
 
+def optimizer_misfit(optimizer: torch.optim.Optimizer, state: Any) -> str | None:
+    """Return in words why a run cannot go on with an optimizer's state, None if it can.
+
+    Args:
+        optimizer: A fresh one of the run.
+        state: What a checkpoint holds under "optimizer".
+    """
+    try:
+        groups = [group for group in state["param_groups"] if group["params"]]
+        numbers = [number for group in groups for number in group["params"]]
+        entries = [dict(state["state"].get(number, {})) for number in numbers]
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return "it holds no state of an optimizer"
+    own = [group for group in optimizer.param_groups if group["params"]]
+    trained = [parameter for group in own for parameter in group["params"]]
+    sizes, own_sizes = ([len(group["params"]) for group in some] for some in (groups, own))
+    if sizes != own_sizes:
+        of_groups = "+".join(map(str, sizes)), "+".join(map(str, own_sizes))
+        return (
+            f"its optimizer trained {of_groups[0]} parameters, and not the {of_groups[1]} of this "
+            "run (--opt, --lock-image and --lock-text with their groups must be as they were; "
+            "--pretrained takes the weights alone)"
+        )
+    for group, name in product(groups, _COUNTED):
+        if _kind(group.get(name, 0)) != "number":
+            return f"its optimizer's {name} is {group[name]!r}, no number"
+    is_adam = type(optimizer) is torch.optim.AdamW
+    if is_adam and not any(entries):
+        return "its optimizer holds no state of any parameter"
+    for number, entry, parameter in zip(numbers, entries, trained, strict=True):
+        # A parameter that never had a gradient has no state.
+        lacking = {"step", "exp_avg", "exp_avg_sq"} - entry.keys() if is_adam and entry else ()
+        if lacking:
+            return f"its optimizer's state of parameter {number} lacks {min(lacking)}"
+        # NovoGrad has one second moment for a layer.
+        shapes = {"exp_avg": [parameter.shape], "exp_avg_sq": [parameter.shape, torch.Size()]}
+        for name, value in entry.items():
+            # Kron has several tensors under one name.
+            parts = value if isinstance(value, (list, tuple)) else [value]
+            if not all(_kind(p) in ("switch", "number") or isinstance(p, Tensor) for p in parts):
+                return f"its optimizer's {name} of parameter {number} is {type(value).__name__}"
+            if name in shapes and getattr(value, "shape", None) not in shapes[name]:
+                return (
+                    f"its optimizer's {name} of parameter {number} has not the shape "
+                    f"{tuple(parameter.shape)} of this run's"
+                )
+            if name in shapes and not value.is_floating_point():
+                return f"its optimizer's {name} of parameter {number} is {value.dtype}, no float"
+    return None
+
+
+def _kind(value: Any) -> Any:
+    """Return what may stand where an optimizer has this setting or number."""
+    if value is None or isinstance(value, bool):
+        return "switch"
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
+        return "number"
+    return [_kind(item) for item in value] if isinstance(value, (list, tuple)) else type(value)
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load an optimizer's state, also that of one with the same numbers that was not fused.
 
-    What the run's options say of rates, decay and moments holds, and not what the file says of
-    them. Where its parameters are sharded, each process takes its shard.
+    How it computes is what the run's options say, and not what the file says: its rates, decay and
+    moments, and whether it descends. Where its parameters are sharded, each process takes its
+    shard.
     """
     now = optimizer.state_dict()["param_groups"]
     groups = [
-        {**fresh, **group, **{name: fresh[name] for name in _SETTINGS if name in fresh}}
+        {**fresh, **{name: group[name] for name in _COUNTED if name in group}}
         for group, fresh in zip(state["param_groups"], now, strict=False)
     ]
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]

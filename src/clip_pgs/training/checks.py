@@ -37,10 +37,13 @@ from clip_pgs.common import (
 from clip_pgs.data.text_masking import create_text_masking
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
+    EVAL_NAME,
     EXIT_NAME,
     EXPORT_NAME,
+    MASKS_NAME,
     OPTIONS_NAME,
     check_writable,
+    linked_folders,
     read_json_object,
 )
 from clip_pgs.integrations import MAE_TYPE
@@ -64,12 +67,12 @@ from clip_pgs.training.build import (
     image_size,
     input_size,
     make_tokenizer,
-    optimizer_misfit,
     read_model_config,
 )
 from clip_pgs.training.checkpoint import (
     DAMAGED_ENDING,
     damaged_entry,
+    optimizer_misfit,
     refuse_all_damaged,
     trained_steps,
 )
@@ -457,6 +460,13 @@ def _check_folder(options: TrainOptions) -> None:
         raise ValueError(sentence)
     if sentence is not None or not holds_run(folder):
         return
+    # A run may come from a stranger.
+    for place in (folder / EVAL_NAME, folder / MASKS_NAME):
+        links = [place] if place.is_symlink() else linked_folders(place)
+        if links:
+            raise ValueError(
+                f"{links[0]} is a link to a folder, in which the run would replace files; remove it"
+            )
     files = training_files(options) if has_training_data(options) else []
     changes = changed_options(options, read_options_file(folder)[0], files=files)
     if changes and not options.accept_changes:

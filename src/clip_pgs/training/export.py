@@ -177,8 +177,9 @@ def _write_files(
 
         weights_name, metadata = MAE_WEIGHTS_NAME, {"format": "pt"}
         configs, weights = hub_configs(record["open_clip_config"]), hub_weights(weights)
-    for name, config in configs.items():
-        write_json(folder / name, config)
+    with explained("its clip_pgs record has no model config as JSON has it", *MISFITS):
+        for name, config in configs.items():
+            write_json(folder / name, config)
     with explained(weights_name, safetensors.SafetensorError, as_kind=OSError):
         safetensors.torch.save_file(weights, folder / weights_name, metadata=metadata)
     # safetensors makes its file readable for its owner alone.

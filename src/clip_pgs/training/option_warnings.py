@@ -17,6 +17,7 @@ from clip_pgs.checkpoint_reading import (
 from clip_pgs.common import MODEL_SCHEMAS
 from clip_pgs.data.build import dataset_kind
 from clip_pgs.data.shards import expand_shards, is_seekable
+from clip_pgs.files import CHECKPOINTS_NAME
 from clip_pgs.integrations.open_clip.model_config import changed_model
 from clip_pgs.masking import create_masking
 from clip_pgs.masking.strategy import keeps_different_counts
@@ -193,6 +194,11 @@ def _resume_warnings(options: TrainOptions) -> list[str]:
     # Others than those of the recipe were refused, or accepted.
     is_other = options.accept_changes and bool(saved)
     changes = _all_changes(options, saved) if is_other else changed_recipe(options, saved)
+    checkpoints = folder / CHECKPOINTS_NAME
+    if checkpoints.is_symlink():
+        # To another disk, as a rule; in a stranger's run, anywhere.
+        target = checkpoints.resolve()
+        sentences += [f"{checkpoints} is a link: checkpoints are written, and removed, in {target}"]
     return sentences + [f"run {folder} continues with {change}" for change in changes]
 
 
