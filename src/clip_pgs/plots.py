@@ -6,6 +6,7 @@ hatches and line styles say the same without any color.
 
 from __future__ import annotations
 
+import errno
 import io
 import warnings
 from collections.abc import Iterable, Iterator
@@ -142,8 +143,11 @@ def write_figures(figures: Iterable[Figure], folder: Path) -> None:
     """Write both forms of figures into a folder, which is made if need be.
 
     Raises:
-        OSError: If one cannot be written; each is there whole or not at all.
+        OSError: If one cannot be written; each is there whole or not at all. Or if the folder is a
+            link, which in somebody else's report or study may lead anywhere.
     """
+    if folder.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "it is a link; remove it", str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
         write_bytes(folder / f"{figure.name}.svg", figure.svg)

@@ -93,6 +93,15 @@ def test_files_of_others_stay(folder, fewer):
     assert (folder / "mine.md").read_text() == "mine"
 
 
+def test_figures_are_neither_written_nor_removed_through_a_link(folder, fewer):
+    mine = (folder / "figures").rename(folder.parent / "mine")
+    (folder / "figures").symlink_to(mine)
+    before = {path: path.stat().st_mtime_ns for path in mine.iterdir()}
+    with pytest.raises(OSError, match="it is a link"):
+        write_report([fewer], folder)
+    assert {path: path.stat().st_mtime_ns for path in mine.iterdir()} == before
+
+
 def test_the_same_report_twice_is_the_same_folder(folder, made):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     write_report([made / "logs"], folder)
