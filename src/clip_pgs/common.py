@@ -48,6 +48,8 @@ CONFIGS = next(p / "configs" for p in (_PACKAGE, _PACKAGE.parents[1]) if (p / "c
 ECHO_SECONDS = 1.0
 # Models that bring their own weights, from the Hugging Face Hub or from a folder.
 MODEL_SCHEMAS = ("hf-hub:", "local-dir:")
+# OpenCLIP's contrastive loss of a validation.
+BATCH_LOSS = "clip_val_loss"
 # The longest that an import keeps a signal waiting.
 _IMPORT_SECONDS = 10.0
 _POLL_SECONDS = 0.05
@@ -554,6 +556,38 @@ def changes_of(options: Any) -> list[tuple[Any, dict[str, Any]]]:
         for pair in (changes if isinstance(changes, list) else [])
         if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], dict)
     ]
+
+
+def measured_alike(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two validations measured something on the same data, as far as they tell.
+
+    Args:
+        name: Of the measurement, by OpenCLIP's names or `SUITE/DATASET/METRIC`.
+        one: A line of kind "val" of `metrics.jsonl`. Those of earlier versions have no "data".
+        other: Another.
+    """
+    told, told_other = (_data_of(name, line.get("data")) for line in (one, other))
+    if told and told_other and told != told_other:
+        return False
+    counts = [] if "/" in name or name.startswith("imagenet") else ["num_samples"]
+    # Over the pairs of a batch, so that it grows with the logarithm of their number.
+    counts += ["batch_size"] if name == BATCH_LOSS else []
+    pairs = [(one.get(count), other.get(count)) for count in counts]
+    return all(None in pair or pair[0] == pair[1] for pair in pairs)
+
+
+def _data_of(name: str, data: Any) -> dict[str, Any]:
+    """Return the digests of what a measurement is of: one set, or all of an average's suite."""
+    data = data if isinstance(data, dict) else {}
+    suite, _, rest = name.partition("/")
+    place = f"{suite.partition('@')[0]}/"
+    if rest:
+        own = place + rest.rpartition("/")[0]
+        names = [own] if own in data else [each for each in data if each.startswith(place)]
+    else:
+        of_imagenet = "imagenet_v2" if name.startswith("imagenetv2") else "imagenet_val"
+        names = [of_imagenet if name.startswith("imagenet") else "val_data"]
+    return {each: data[each] for each in names if each in data}
 
 
 def without_texts(options: Mapping[str, Any], named: Collection[str]) -> dict[str, Any]:

@@ -72,6 +72,23 @@ def test_an_evaluation_without_training_tells_that_of_its_checkpoint(argv, tmp_p
     assert json.loads(path.read_text())["training"]["cost"]["steps"] == 8
 
 
+def test_a_run_that_goes_on_tells_other_data_of_its_evaluation(argv, tmp_path, caplog, data_root):
+    root = shutil.copytree(data_root, tmp_path / "sets")
+    options = {"eval_data_root": root, "resume": "latest"}
+    assert main(argv(epochs=1, **options)) == 0
+    assert main(argv(epochs=2, **options)) == 0
+    assert "other data" not in caplog.text
+    shutil.copy(root / "six/test/1.tar", root / "six/test/0.tar")
+    assert main(argv(epochs=3, **options)) == 0
+    (told,) = [r.getMessage() for r in caplog.records if "other data" in r.getMessage()]
+    assert "zeroshot-classification/six" in told
+    table = (tmp_path / "logs/run/out.log").read_text().rpartition("best so far")[2]
+    assert "acc1" in table
+    assert "after epoch" not in table
+    (found,) = gather_runs([tmp_path / "logs/run"])
+    assert list(found.epochs) == [3]
+
+
 @pytest.mark.slow
 def test_evaluation_through_the_runs_own_mask_equals_that_of_the_finished_run(
     argv, tmp_path, capsys, dataset_list, data_root

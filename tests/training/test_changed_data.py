@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import shutil
 import tarfile
 
@@ -8,10 +9,11 @@ import pytest
 from clip_pgs.data.shards import expand_shards
 from clip_pgs.data.tar import index_shards
 from clip_pgs.training.checks import check_options
-from clip_pgs.training.data_checks import training_files
+from clip_pgs.training.data_checks import held_out_digests, training_files
 from clip_pgs.training.options import parse_options
 from clip_pgs.training.run_folder import save_indexes, save_options
-from support.runs import write_csv
+from clip_pgs.training.validation import metrics_table
+from support.runs import flags, run, write_csv
 from support.runs import write_shards as write_samples
 
 
@@ -175,3 +177,99 @@ def test_a_run_of_before_that_kept_the_pattern_alone_goes_on(trained, tmp_path):
     trained()
     with pytest.raises(ValueError, match="train_data 'train"):
         trained("train/{00000..00001}.tar")
+
+
+def halve(table):
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[:5]))
+    return table
+
+
+def reword(table):
+    text = table.read_text()
+    table.write_text(text.replace("red", "tan"))
+    assert text != table.read_text()
+    return table
+
+
+def replace_by_shards(table):
+    return write_samples(table.parent / "other", num_shards=1, samples_per_shard=8)
+
+
+def keep(table):
+    return table
+
+
+@pytest.mark.parametrize("change", [halve, reword, replace_by_shards, keep])
+def test_a_run_that_goes_on_tells_other_validation_data(tmp_path, caplog, change):
+    caplog.set_level("INFO")
+    table = write_csv(tmp_path / "val", num_samples=8)
+    options = {"train_data": write_csv(tmp_path / "train"), "resume": "latest"}
+    run(tmp_path, val_data=table, epochs=1, **options)
+    assert "other data" not in caplog.text
+    caplog.clear()
+    folder = run(tmp_path, val_data=change(table), epochs=2, **options)
+    sentences = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    told = [sentence for sentence in sentences if "val_data" in sentence]
+    assert len(told) == (change is not keep)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    first, second = [line["data"]["val_data"] for line in lines if line["kind"] == "val"]
+    assert (first == second) == (change is keep)
+
+
+@pytest.mark.parametrize("change", [other_names, longer_caption])
+def test_validation_shards_of_the_same_names_and_sizes_tell_other_members(tmp_path, change):
+    pattern = write_samples(tmp_path, num_shards=1, samples_per_shard=2)
+    (shard,) = expand_shards(pattern)
+    digests = []
+    content = (tmp_path / "00000.tar").read_bytes()
+    for data in (content, change(content), content):
+        (tmp_path / "00000.tar").write_bytes(data)
+        index_shards([shard])
+        options = parse_options(flags(tmp_path, val_data=pattern))
+        digests.append(held_out_digests(options)["val_data"])
+    assert digests[0] == digests[2] != digests[1]
+
+
+@pytest.mark.parametrize("name", ["imagenet_val", "imagenet_v2"])
+def test_a_folder_of_imagenet_tells_other_images_and_not_where_it_lies(tmp_path, name):
+    def digest(folder):
+        return held_out_digests(parse_options(flags(tmp_path, **{name: folder})))[name]
+
+    (tmp_path / "a" / "n01").mkdir(parents=True)
+    (tmp_path / "a" / "n01" / "0.png").write_bytes(b"image")
+    before = digest(tmp_path / "a")
+    os.rename(tmp_path / "a", tmp_path / "b")
+    assert digest(tmp_path / "b") == before
+    (tmp_path / "b" / "n01" / "1.png").write_bytes(b"image")
+    assert digest(tmp_path / "b") != before
+
+
+R1, TOP1, AVERAGE = "image_to_text_R@1", "imagenet-zeroshot-val-top1", "zeroshot/average/acc1"
+SETS = {"zeroshot/one": "a", "zeroshot/two": "b"}
+
+
+@pytest.mark.parametrize(
+    ("name", "earlier", "now", "is_compared"),
+    [
+        (R1, {"data": {"val_data": "a"}}, {"data": {"val_data": "a"}}, True),
+        (R1, {"data": {"val_data": "a"}}, {"data": {"val_data": "b"}}, False),
+        # Of an earlier version.
+        (R1, {"num_samples": 40}, {"num_samples": 40, "data": {"val_data": "b"}}, True),
+        (R1, {"num_samples": 40}, {"num_samples": 19, "data": {"val_data": "b"}}, False),
+        (R1, {"data": {"imagenet_val": "a"}}, {"data": {"imagenet_val": "b"}}, True),
+        (TOP1, {"data": {"imagenet_val": "a"}}, {"data": {"imagenet_val": "b"}}, False),
+        (TOP1, {"num_samples": 40}, {"num_samples": 19}, True),
+        (AVERAGE, {"data": SETS}, {"data": SETS}, True),
+        (AVERAGE, {"data": SETS}, {"data": {**SETS, "zeroshot/two": "c"}}, False),
+        (AVERAGE, {"data": SETS}, {"data": {"zeroshot/one": "a"}}, False),
+        (AVERAGE, {"data": SETS}, {"data": {**SETS, "probe/two": "c"}}, True),
+        (AVERAGE.replace("/", "@pgs/", 1), {"data": SETS}, {"data": {"zeroshot/one": "c"}}, False),
+        ("zeroshot/one/acc1", {"data": SETS}, {"data": {**SETS, "zeroshot/two": "c"}}, True),
+        ("zeroshot/two/acc1", {"data": SETS}, {"data": {**SETS, "zeroshot/two": "c"}}, False),
+    ],
+)
+def test_the_best_so_far_is_of_the_same_data(name, earlier, now, is_compared):
+    text = metrics_table([{"epoch": 2, name: 0.5, **earlier}, {"epoch": 3, name: 0.25, **now}])
+    assert ("0.5000 after epoch 2" in text) == is_compared
+    assert text.count("*") == (not is_compared)

@@ -87,7 +87,8 @@ def test_curves_against_samples_and_operations_outlive_a_resume(tmp_path):
         for epoch in epochs:
             cost = {"steps": 4 * epoch, "samples": 32 * epoch, "flops": 9e18 * epoch, "seconds": 1}
             values = {"loss": float(epoch), "epoch": epoch}
-            loggers.each(methodcaller("validation", values, epoch=epoch, cost=cost))
+            told = {"epoch": epoch, "cost": cost, "data": {}}
+            loggers.each(methodcaller("validation", values, **told))
         loggers.each(methodcaller("close"))
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write('{"kind": "val", "step": 7, "samples": 1e300, "flops": 1, "seconds": 1}\n')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from clip_pgs.evaluation.masked_inference import masking_of
 from clip_pgs.evaluation.models import LoadedModel
 from clip_pgs.evaluation.report.scores import averages
 from clip_pgs.evaluation.results import DONE, Result, epoch_folder, plain_record
-from clip_pgs.evaluation.runner import evaluate
+from clip_pgs.evaluation.runner import data_digest, evaluate
 from clip_pgs.evaluation.suites import get_suite, load_suite
 from clip_pgs.integrations.open_clip import masking_state
 from clip_pgs.tables import counted
@@ -84,6 +85,16 @@ class EvaluationInTraining:
         )
         self._epochs = (trained or {}).get("epochs", 1)
         self._masking_after(progress=1.0, state={})
+
+    def data_digests(self) -> dict[str, str]:
+        """Return a digest of each data set by `SUITE/DATASET`; see `data_digest`."""
+        found = {}
+        for eval_set in self._eval_sets:
+            # What is not there is told when it is scored.
+            with suppress(OSError, ValueError):
+                name = f"{eval_set.suite}/{clean_name(eval_set.name)}"
+                found[name] = data_digest(eval_set)[:12]
+        return {name: digest for name, digest in found.items() if digest}
 
     def __call__(
         self,

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import open_clip
@@ -13,9 +14,9 @@ import torch
 from open_clip_train.distributed import world_info_from_env
 from torchvision.datasets import ImageFolder
 
+from clip_pgs.checkpoint_reading import file_digest
 from clip_pgs.common import explained
 from clip_pgs.data.build import DatasetKind, dataset_kind, read_table
-from clip_pgs.data.caption_tables import PairTable
 from clip_pgs.data.decoding import pixel_normalizer
 from clip_pgs.data.shards import (
     count_samples,
@@ -84,7 +85,7 @@ def training_files(options: TrainOptions) -> list[str]:
     if kind == "csv":
         table = read_table(options, options.train_data or "")
         if os.path.isdir(table.path):
-            return [_describe_folder(table)]
+            return [_describe_folder(table.path, table.images)]
         return [_describe_file(options.train_data or "", len(table))]
     shards = expand_shards(options.train_data or "")
     if options.dataset_resampled or not all(map(is_seekable, shards)):
@@ -112,19 +113,44 @@ def training_indexes(options: TrainOptions, *, make: bool = False) -> list[str |
     return index_digests(shards)
 
 
-def _describe_folder(table: PairTable) -> str:
+def held_out_digests(options: TrainOptions) -> dict[str, str]:
+    """Return a digest of each set that validation measures on, by the name of its option.
+
+    It is made of what training data are compared by: names and sizes of files, what a table holds,
+    and the lists of members of shards, which are known once the stream is built.
+    """
+    told: dict[str, list[str]] = {}
+    path = options.val_data
+    if path is not None:
+        kind = dataset_kind(options.dataset_type, path, flag="--val-data")
+        if kind == "csv":
+            told["val_data"] = [_describe_file(path), file_digest(Path(path))]
+        elif kind == "webdataset":
+            shards = expand_shards(path)
+            told["val_data"] = [*map(_describe_file, shards), *map(str, index_digests(shards))]
+    for name in ("imagenet_val", "imagenet_v2"):
+        folder = getattr(options, name)
+        if folder is not None:
+            places = os.walk(folder, followlinks=True)
+            images = sorted(os.path.join(p, file) for p, _, files in places for file in files)
+            told[name] = [_describe_folder(folder, images)]
+    texts = {name: os.fsencode("\n".join(lines)) for name, lines in told.items()}
+    return {name: hashlib.sha256(text).hexdigest()[:12] for name, text in texts.items()}
+
+
+def _describe_folder(folder: str | Path, images: Sequence[str]) -> str:
     """Return what tells the images of a folder, by names and sizes, from what they become.
 
     The folder's own name does not count: it may be moved.
     """
     num_bytes, listed = 0, hashlib.sha256()
-    for image in table.images:
+    for image in images:
         # A link to nothing is a sample that is skipped.
         size = os.path.getsize(image) if os.path.isfile(image) else 0
         num_bytes += size
-        listed.update(os.fsencode(f"{os.path.relpath(image, table.path)}\0{size}\0"))
+        listed.update(os.fsencode(f"{os.path.relpath(image, folder)}\0{size}\0"))
     names = f"names and sizes {listed.hexdigest()[:8]}"
-    return f"images: {num_bytes} bytes, {names}, {len(table)} samples"
+    return f"images: {num_bytes} bytes, {names}, {len(images)} samples"
 
 
 def _describe_file(path: str, num_samples: int | None = None) -> str:

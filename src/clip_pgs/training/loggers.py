@@ -80,13 +80,16 @@ class MetricLogger:
     def train(self, values: Numbers, *, epoch: int, step: int) -> None:
         """Take a training window's values, by OpenCLIP's names without "train/"."""
 
-    def validation(self, values: Numbers, *, epoch: int, cost: Numbers) -> None:
+    def validation(
+        self, values: Numbers, *, epoch: int, cost: Numbers, data: Mapping[str, str]
+    ) -> None:
         """Take a validation's values after `epoch` epochs.
 
         Args:
             values: By OpenCLIP's names without "val/".
             epoch: Completed epochs.
             cost: What was spent so far: "steps", "samples", "flops", "seconds".
+            data: Digests of what was measured on; see `Validation.data`.
         """
 
     def picture(self, name: str, pixels: Tensor, *, step: int) -> None:
@@ -113,11 +116,14 @@ class JsonLines(MetricLogger):
         """Append a line of kind "train"."""
         self._append({"kind": "train", "epoch": epoch, "step": step, **values})
 
-    def validation(self, values: Numbers, *, epoch: int, cost: Numbers) -> None:
+    def validation(
+        self, values: Numbers, *, epoch: int, cost: Numbers, data: Mapping[str, str]
+    ) -> None:
         """Append a line of kind "val"; its step is the last one taken."""
         entry = {"kind": "val", "epoch": epoch, "step": int(cost["steps"]) - 1}
         spent = {name: cost[name] for name in _COSTS}
-        self._append({**entry, **spent, "batch_size": self._batch_size, **values})
+        beside = {"batch_size": self._batch_size, "data": dict(data)}
+        self._append({**entry, **spent, **beside, **values})
 
     def _append(self, entry: dict[str, Any]) -> None:
         append_line(self._path, json.dumps(entry))
@@ -155,7 +161,9 @@ class TensorBoard(MetricLogger):
         for name, value in values.items():
             self._writer.add_scalar(f"train/{name}", value, step)
 
-    def validation(self, values: Numbers, *, epoch: int, cost: Numbers) -> None:
+    def validation(
+        self, values: Numbers, *, epoch: int, cost: Numbers, data: Mapping[str, str]
+    ) -> None:
         """Write `val/...` against epochs, as OpenCLIP does, samples and 10**9 operations."""
         for name, value in values.items():
             self._writer.add_scalar(f"val/{name}", value, epoch)
@@ -215,7 +223,9 @@ class WeightsAndBiases(MetricLogger):
         """Log `train/...` at a step."""
         self._run.log({f"train/{k}": v for k, v in values.items()} | {"step": step}, step=step)
 
-    def validation(self, values: Numbers, *, epoch: int, cost: Numbers) -> None:
+    def validation(
+        self, values: Numbers, *, epoch: int, cost: Numbers, data: Mapping[str, str]
+    ) -> None:
         """Log `val/...`, and as a table, with epoch and cost, each of which can be the x axis."""
         entry: dict[str, Any] = {f"val/{name}": value for name, value in values.items()}
         entry["measured"] = self._wandb.Table(["measurement", "value"], data=list(values.items()))

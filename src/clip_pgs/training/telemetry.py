@@ -390,10 +390,14 @@ class Telemetry:
         self._cost.skipped_steps = self._skipped_steps.count()
         self._skipped_steps.check()
 
-    def validation(self, values: Mapping[str, float], *, epoch: int) -> None:
+    def validation(
+        self, values: Mapping[str, float], *, epoch: int, data: Mapping[str, str]
+    ) -> None:
         """Hand on what was measured on held-out data after `epoch` epochs."""
         cost = asdict(self.cost)
-        self._loggers.each(lambda logger: logger.validation(values, epoch=epoch, cost=cost))
+        self._loggers.each(
+            lambda logger: logger.validation(values, epoch=epoch, cost=cost, data=data)
+        )
 
     def picture(self, name: str, pixels: Tensor) -> None:
         """Hand on a picture of shape (3, H, W) in [0, 1]."""

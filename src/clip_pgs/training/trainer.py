@@ -316,6 +316,8 @@ class Trainer:
             with BestEffort(METRICS_NAME):
                 entries = keep_lines_before(self._folder / METRICS_NAME, cost.steps)
                 self._measured = [entry for entry in entries if entry.get("kind") == "val"]
+            if self._validation is not None:
+                self._validation.warn_of_changes(self._measured)
             samples = self._phases[0].stream.num_samples
             self._record = describe_run(
                 options,
@@ -601,10 +603,10 @@ class Trainer:
         if not metrics:
             return
         self._metrics = metrics
-        size = self._options.batch_size
-        self._measured.append({"epoch": epoch, "batch_size": size, **metrics})
+        size, data = self._options.batch_size, validation.data()
+        self._measured.append({"epoch": epoch, "batch_size": size, "data": data, **metrics})
         _logger.info("After epoch %d:\n\n%s", epoch, metrics_table(self._measured))
-        self._telemetry.validation(metrics, epoch=epoch)
+        self._telemetry.validation(metrics, epoch=epoch, data=data)
         if self._folder is not None:
             with self._results_effort:
                 save_results(metrics, self._folder / CHECKPOINTS_NAME)

@@ -17,6 +17,7 @@ from open_clip_train.data import get_imagenet
 from open_clip_train.train import evaluate as evaluate_with_open_clip
 from torch import nn
 
+from clip_pgs.common import measured_alike, one_sentence
 from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
 from clip_pgs.data.build import build_val_stream
 from clip_pgs.data.loader import SampleStream
@@ -24,7 +25,7 @@ from clip_pgs.files import CHECKPOINTS_NAME, append_line
 from clip_pgs.tables import Cell, Table
 from clip_pgs.training.build import ModelParts, build_model
 from clip_pgs.training.checkpoint import Cost, load_start, restore
-from clip_pgs.training.data_checks import has_training_data
+from clip_pgs.training.data_checks import has_training_data, held_out_digests
 from clip_pgs.training.distributed import ProcessGroup
 from clip_pgs.training.loggers import MetricLoggers
 from clip_pgs.training.options import TrainOptions
@@ -38,9 +39,7 @@ from clip_pgs.training.stop import (
 
 RESULTS_NAME = "results.jsonl"
 # What stands beside measurements.
-_COUNTS = ("epoch", "num_samples", "batch_size")
-# Over the pairs of a batch, so that it grows with the logarithm of their number.
-_BATCH_LOSS = "clip_val_loss"
+_BESIDE = ("epoch", "num_samples", "batch_size", "data")
 
 _logger = logging.getLogger(__name__)
 
@@ -96,6 +95,7 @@ class Validation:
             self._data["imagenet-val"] = get_imagenet(options.openclip, transforms, "val")
         if options.imagenet_v2 is not None:
             self._data["imagenet-v2"] = get_imagenet(options.openclip, transforms, "v2")
+        self._digests = held_out_digests(options)
 
     def run(self, *, epoch: int, epochs: int, record: Mapping[str, Any]) -> dict[str, float]:
         """Measure what is due, leaving the model in eval mode.
@@ -141,6 +141,34 @@ class Validation:
             for name, value in metrics.items()
         }
 
+    def data(self) -> dict[str, str]:
+        """Return a digest of each set that is measured on, as far as its files tell one.
+
+        The name is that of the option, such as "val_data", or "SUITE/DATASET".
+        """
+        # An evaluation of the caller's own may be a mere function.
+        of_evaluation = getattr(self._evaluate, "data_digests", dict)
+        return {**self._digests, **of_evaluation()}
+
+    def warn_of_changes(self, measured: Sequence[Mapping[str, Any]]) -> None:
+        """Log which data of a run that goes on are not those that it was measured on.
+
+        Args:
+            measured: Its measurements, in order, as `metrics_table` takes them.
+        """
+        before: dict[str, Any] = {}
+        for entry in measured:
+            data = entry.get("data")
+            before |= data if isinstance(data, dict) else {}
+        now = self.data() if before else {}
+        changed = [name for name, digest in now.items() if before.get(name, digest) != digest]
+        if changed:
+            _logger.warning(
+                "The run goes on with other data than it was measured on before: %s; measurements "
+                "from here on are not compared with those",
+                one_sentence(", ".join(changed)),
+            )
+
     def close(self) -> None:
         """End the processes that load the held-out data."""
         if self._stream is not None:
@@ -159,29 +187,24 @@ def _going_on(what: str, epoch: int, errors: tuple[type[Exception], ...]) -> Ite
 
 
 def metrics_table(measured: Sequence[Mapping[str, Any]]) -> str:
-    """Return a run's last measurements beside the best of all, as a table for a terminal.
+    """Return a run's last measurements beside the best of the same data, as a table for a terminal.
 
     Losses, recalls and accuracies of held-out sets, and the averages of an evaluation; where it
     has none, its sets.
 
     Args:
-        measured: Values by OpenCLIP's names, the completed epochs as "epoch" and, where it is
-            known, "batch_size": the contrastive loss is compared over batches of one size alone.
+        measured: Values by OpenCLIP's names, the completed epochs as "epoch" and, where they are
+            known, "batch_size" and "data"; see `measured_alike`.
     """
     now = measured[-1]
-    names = [name for name in now if name not in _COUNTS and not name.endswith("_rank")]
+    names = [name for name in now if name not in _BESIDE and not name.endswith("_rank")]
     has_averages = any("/average" in name for name in names)
     rows = []
     for name in sorted(names, key=lambda name: not name.endswith("loss")):
         if "/" in name and "/average" not in name and has_averages:
             continue
         sign = -1 if name.endswith("loss") else 1
-        scored = [
-            entry
-            for entry in measured
-            if name in entry
-            and (name != _BATCH_LOSS or entry.get("batch_size") in (None, now.get("batch_size")))
-        ]
+        scored = [e for e in measured if name in e and measured_alike(name, e, now)]
         best = max(scored, key=lambda entry: sign * entry[name])
         is_best = best[name] == now[name]
         earlier = f"{best[name]:.4f} after epoch {best['epoch']}"
@@ -242,6 +265,7 @@ def evaluate_only(
         save_results(metrics, folder / CHECKPOINTS_NAME)
     cost = {**asdict(Cost()), **record.get("cost", {})}
     loggers = MetricLoggers(options, folder, first_step=cost["steps"])
-    loggers.each(lambda logger: logger.validation(metrics, epoch=epoch, cost=cost))
+    data = validation.data()
+    loggers.each(lambda logger: logger.validation(metrics, epoch=epoch, cost=cost, data=data))
     loggers.each(lambda logger: logger.close())
     _logger.info("Measurements are in %s", folder / CHECKPOINTS_NAME)

@@ -1,5 +1,7 @@
 """What a report makes of the evaluations that runs made of themselves in training."""
 
+import json
+
 import pytest
 import torch
 
@@ -80,6 +82,52 @@ def test_a_curve_is_the_mean_over_shared_sets_and_seeds(tmp_path):
     assert panel.title == "Zero-shot classification, 1 of 2 sets"
     assert panel.lines == [("demo", [(1, pytest.approx(20)), (3, pytest.approx(55))])]
     assert make_panel("linear-probe", models) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "epochs"),
+    [
+        ({"data_digest": "a"}, {"data_digest": "a"}, [1, 2, 3, 4]),
+        ({"data_digest": "a"}, {"data_digest": "b"}, [3, 4]),
+        ({"samples": 60, "data_digest": "a"}, {"samples": 10}, [3, 4]),
+        # Of an earlier version.
+        ({}, {"data_digest": "b"}, [1, 2, 3, 4]),
+    ],
+)
+def test_a_curve_joins_scores_of_the_same_data_alone(tmp_path, caplog, before, after, epochs):
+    run = save_run(tmp_path)
+    save_epochs(run, scores={1: (0.1, 0.2), 2: (0.2, 0.3)}, **before)
+    save_epochs(run, scores={3: (0.5, 0.6), 4: (0.6, 0.7)}, **after)
+    panel = make_panel("zeroshot-classification", group_by_seed(gather_runs([tmp_path])))
+    ((_, points),) = panel.lines
+    assert [epoch for epoch, _ in points] == epochs
+    told = [r.getMessage() for r in caplog.records if "other data" in r.getMessage()]
+    assert len(told) == (len(epochs) < 4)
+    assert all("shape" in each and "color" in each and "epoch 2" in each for each in told)
+
+
+@pytest.mark.parametrize(
+    ("changes", "samples"),
+    [
+        ({}, [64, 128, 192]),
+        ({"num_samples": 40}, [128, 192]),
+        ({"data": {"val_data": "a"}}, [128, 192]),
+        ({"batch_size": 4}, [128, 192]),
+    ],
+)
+def test_the_curve_of_a_validation_loss_is_of_the_same_data(tmp_path, caplog, changes, samples):
+    run = save_run(tmp_path)
+    line = {"kind": "val", "num_samples": 19, "batch_size": 8, "data": {"val_data": "b"}}
+    lines = [
+        {**line, **(changes if number == 1 else {}), "samples": 64 * number, "clip_val_loss": 2.5}
+        for number in (1, 2, 3)
+    ]
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    (run / "metrics.jsonl").write_text(text + '{"kind": "train", "samples": 192, "loss": 1}\n')
+    (found,) = gather_runs([run])
+    assert [x for x, _ in found.curve("clip_val_loss")] == samples
+    assert found.curve("loss") == [(192, 1)]
+    assert ("validation loss" in caplog.text) == (len(samples) < 3)
 
 
 def test_scores_of_the_end_of_training_stand_beside_later_ones_of_the_same_weights(tmp_path):

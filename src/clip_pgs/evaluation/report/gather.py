@@ -17,7 +17,7 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.common import one_sentence
+from clip_pgs.common import BATCH_LOSS, measured_alike, one_sentence
 from clip_pgs.evaluation.report.published import known_names
 from clip_pgs.evaluation.report.training_facts import (
     SAME_DATA,
@@ -237,9 +237,11 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
         # Other checkpoints of a run have results elsewhere; the curve belongs to the run itself.
         epochs = {} if run is None else _read_epochs(run, read, mask)
         epochs = {epoch: _renamed(results, shared) for epoch, results in epochs.items()}
+        epochs = _scores_of_latest_data(epochs, names[key])
         told = next((result.training for result in by_set.values() if result.training), {})
         training = read_training_facts(run, first.pretrained, digest=key[0], told=told)
-        measured = () if run is None else tuple(read_measurements(run / METRICS_NAME))
+        lines = [] if run is None else read_measurements(run / METRICS_NAME)
+        measured = _losses_of_latest_data(lines, names[key])
         masks = b"" if run is None else _read_masks(run / MASKS_NAME)
         runs.append(Run(names[key], tuple(by_set.values()), training, epochs, measured, masks))
     return runs
@@ -342,6 +344,61 @@ def _tell_other_data(
             said = "%s (%s) was scored on other data for %s than for %s: their files differ"
             first, *others = map(one_sentence, models_of.values())
             logger.warning(said, dataset, suite, " and ".join(others), first)
+
+
+def _scores_of_latest_data(
+    epochs: Mapping[int, list[Result]], name: str
+) -> dict[int, list[Result]]:
+    """Return a run's scores in training without those on other data than it was scored on last.
+
+    Args:
+        epochs: Results by the number of completed epochs, in order.
+        name: Of the run.
+    """
+    latest = {
+        _place_of(result): result
+        for results in epochs.values()
+        for result in results
+        if result.status == DONE
+    }
+    kept: dict[int, list[Result]] = {}
+    others: dict[str, int] = {}
+    for epoch, results in epochs.items():
+        for result in results:
+            if result.status != DONE or _is_same_data(result, latest[_place_of(result)]):
+                kept.setdefault(epoch, []).append(result)
+            else:
+                others[f"{result.dataset} ({result.suite})"] = epoch
+    if others:
+        logger.warning(
+            "%s was scored in training on other data of %s until epoch %d than last; its curves "
+            "leave those scores out",
+            *map(one_sentence, (name, ", ".join(others))),
+            max(others.values()),
+        )
+    return kept
+
+
+def _is_same_data(one: Result, other: Result) -> bool:
+    digests = {result.data_digest for result in (one, other) if result.data_digest}
+    return one.samples == other.samples and len(digests) < 2
+
+
+def _losses_of_latest_data(
+    measured: Sequence[dict[str, Any]], name: str
+) -> tuple[dict[str, Any], ...]:
+    """Return a run's lines without validation losses that its last cannot be compared with."""
+    losses = [line for line in measured if amount(line.get(BATCH_LOSS)) is not None]
+    others = [line for line in losses if not measured_alike(BATCH_LOSS, line, losses[-1])]
+    if others:
+        logger.warning(
+            "%s had other validation data, or batches of another size, for %s than last; its "
+            "curve of the validation loss leaves those out",
+            one_sentence(name),
+            counted(len(others), "validation"),
+        )
+    left_out = set(map(id, others))
+    return tuple(line for line in measured if id(line) not in left_out)
 
 
 def _alike(names: Mapping[tuple[str, str], str]) -> list[tuple[str, str]]:
