@@ -154,9 +154,9 @@ def test_asking_whether_a_file_can_be_written_makes_nothing(tmp_path, place):
 
 def test_lines_that_are_no_json_objects_are_none(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert read_json_lines(path) == []
+    assert list(read_json_lines(path)) == []
     path.write_bytes(b'{"step": 1}\n[1]\n{"st')
-    assert read_json_lines(path) == [{"step": 1}, None, None]
+    assert list(read_json_lines(path)) == [{"step": 1}, None, None]
 
 
 def test_a_folder_that_another_process_is_about_to_write_is_refused_and_left(tmp_path):

@@ -32,10 +32,12 @@ from clip_pgs.files import (
     CHECKPOINTS_NAME,
     EXPORT_NAME,
     HF_CONFIG_NAME,
+    MAX_RUN_FILE_BYTES,
     MODEL_CONFIG_NAME,
     WEIGHTS_NAME,
     absence,
     read_json_object,
+    read_within,
 )
 
 LATEST_NAME = "latest"
@@ -416,12 +418,16 @@ def read_sums(folder: Path) -> list[tuple[str, str]]:
     """Return a folder's list of (file name, SHA-256), oldest first.
 
     A name is there twice while its file is being replaced.
+
+    Raises:
+        OSError: If the list cannot be read.
+        ValueError: If it is large.
     """
     path = folder / SUMS_NAME
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    matches = [_SUM_LINE.fullmatch(line) for line in text.splitlines()]
+    data = read_within(path, what=str(path), max_bytes=MAX_RUN_FILE_BYTES)
+    matches = [_SUM_LINE.fullmatch(line) for line in data.decode("utf-8", "replace").splitlines()]
     return [(match[2], match[1]) for match in matches if match]
 
 
@@ -432,7 +438,8 @@ def check_sum(path: Path) -> None:
     zip archive has inside.
 
     Raises:
-        ValueError: If they differ.
+        OSError: If the list cannot be read.
+        ValueError: If they differ, or the list is large.
     """
     digests = [digest for name, digest in read_sums(path.parent) if name == path.name]
     if digests:

@@ -45,6 +45,8 @@ UNFINISHED_ENDING = ".unfinished"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of a file in a run's folder: its options name each of its shards.
 MAX_RUN_FILE_BYTES = 2**26
+# Of the lines of a run, of which a long one has millions.
+MAX_LINES_BYTES = 2**30
 _MAX_JSON_BYTES = 2**20
 
 
@@ -236,10 +238,20 @@ def read_file(path: Path, *, what: str, max_bytes: int) -> bytes:
         ValueError: If it cannot be read, or is large.
     """
     try:
-        with regular_file(path).open("rb") as file:
-            data = file.read(max_bytes + 1)
+        return read_within(path, what=what, max_bytes=max_bytes)
     except OSError as error:
         raise ValueError(f"cannot read {what}: {error.strerror}") from None
+
+
+def read_within(path: Path, *, what: str, max_bytes: int) -> bytes:
+    """Do what `read_file` does, but for what the system says of a file that cannot be read.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is large.
+    """
+    with regular_file(path).open("rb") as file:
+        data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise ValueError(f"{what} is larger than {max_bytes} bytes")
     return data
@@ -270,20 +282,28 @@ def read_json_object(path: Path, *, what: str, max_bytes: int = _MAX_JSON_BYTES)
     return content
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any] | None]:
-    """Return the objects of a file, one a line, and None for a line that is none.
+def read_json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Yield the objects of a file, one a line, and None for a line that is none.
 
     A killed run can leave half a line, and a damaged disk anything; a file that is not there has
     no line.
+
+    Raises:
+        OSError: If the file cannot be read, or has more than `MAX_LINES_BYTES`.
     """
-    entries: list[dict[str, Any] | None] = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        entries.append(entry if isinstance(entry, dict) else None)
-    return entries
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > MAX_LINES_BYTES:
+            reason = f"it is larger than {MAX_LINES_BYTES} bytes"
+            raise OSError(errno.EINVAL, reason, str(path))
+        # What is longer is no line of a run.
+        while line := file.readline(_MAX_JSON_BYTES):
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                entry = None
+            yield entry if isinstance(entry, dict) else None
 
 
 def check_writable(*paths: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import pickle
 import resource
+import shutil
 import socket
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from support import runs
 from support.options import write_model_config, write_shards
 
 EXTRA_MEMORY = 8 * 2**30
@@ -65,3 +67,19 @@ def _no_network_little_memory(monkeypatch):
     resource.setrlimit(resource.RLIMIT_AS, (size_kb * 1024 + EXTRA_MEMORY, hard))
     yield
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that went to its end, at `logs/run` in a folder that has its data, too."""
+    folder = tmp_path_factory.mktemp("trained")
+    runs.run(folder, epochs=1, train_data=runs.write_shards(folder / "data"))
+    return folder
+
+
+@pytest.fixture
+def here(trained, tmp_path, monkeypatch):
+    """A copy of it, in which the command is called."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

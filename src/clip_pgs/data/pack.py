@@ -17,7 +17,7 @@ from clip_pgs.data.caption_tables import (
     listed_captions,
     read_pairs,
 )
-from clip_pgs.data.decoding import opened_image
+from clip_pgs.data.decoding import opened_image, read_image_file
 from clip_pgs.data.samples import (
     MAX_CAPTION_BYTES,
     RawSample,
@@ -100,7 +100,7 @@ def pack_pairs(
         raise ValueError(f"table {str(table)!r} has no usable row")
 
     def members(row: int) -> dict[str, bytes]:
-        image = _image_path(pairs, row).read_bytes()
+        image = read_image_file(_image_path(pairs, row))
         return {suffixes[row]: image, "txt": pairs.captions[row].encode()}
 
     sizes: dict[str, int] = {}

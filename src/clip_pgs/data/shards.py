@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import io
-import json
 import logging
 import math
 import os
@@ -16,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from clip_pgs.common import explained
-from clip_pgs.files import absence
+from clip_pgs.files import MAX_RUN_FILE_BYTES, absence, read_file, read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +26,7 @@ _MAX_DOUBTFUL = 10**6  # of one shard, that are believed whatever its size
 _BLOCK = 512  # bytes of a tar archive, of which each sample takes at least one
 _MAX_BRACES = 20
 _MAX_DIGITS = 15
+_MAX_LENGTH_BYTES = 2**10
 _NUMBER_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
 _REMOTE = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -187,13 +187,14 @@ def read_sizes(path: Path) -> dict[str, int]:
         ValueError: If it is anything else.
     """
     with explained(f"{path} must map shard names to sample counts", Exception):
-        sizes = json.loads(path.read_bytes())
+        sizes = read_json_object(path, what="it", max_bytes=MAX_RUN_FILE_BYTES)
         return {str(name): _count(size) for name, size in sizes.items()}
 
 
 def _read_length(path: Path) -> int:
     with explained(f"{path} must hold one whole number", Exception):
-        return _count(path.read_text(encoding="utf-8-sig").strip())
+        data = read_file(path, what="it", max_bytes=_MAX_LENGTH_BYTES)
+        return _count(data.decode("utf-8-sig").strip())
 
 
 def _count(value: object) -> int:

@@ -28,9 +28,11 @@ from clip_pgs.data.bad_samples import BadSampleError, Skip, describe_reasons
 from clip_pgs.data.caption_tables import read_captions
 from clip_pgs.data.samples import MAX_CHARACTERS, RawSample, decode_captions
 from clip_pgs.data.tar import read_shard
-from clip_pgs.files import absence, write_text
+from clip_pgs.files import absence, read_json_object, write_text
 
 _VERSION = 1
+# Twelve million captions have a million words, or 20 MB.
+_MAX_BYTES = 2**28
 _NUMBERS = ("num_captions", "num_words", "min_count")
 # \u2019 is the typographic apostrophe.
 _WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+(?:['\u2019][\p{L}\p{M}\p{N}]+)*|[^\s\p{L}\p{M}\p{N}]+")
@@ -120,7 +122,7 @@ def read_word_frequencies(path: Path) -> WordFrequencies:
         )
     what = f"word frequencies {str(path)!r} are not as `clip-pgs data words` writes them"
     with explained(what, Exception):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json_object(path, what="it", max_bytes=_MAX_BYTES)
         if record["version"] != _VERSION:
             raise ValueError(f"version {record['version']!r}, and this package reads {_VERSION}")
         counts, numbers = record["counts"], {name: record[name] for name in _NUMBERS}

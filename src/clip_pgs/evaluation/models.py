@@ -37,8 +37,10 @@ from clip_pgs.files import (
     CHECKPOINTS_NAME,
     EXPORT_NAME,
     HF_CONFIG_NAME,
+    MAX_RUN_FILE_BYTES,
     MODEL_CONFIG_NAME,
     PARAMS_NAME,
+    read_file,
     read_json_object,
 )
 from clip_pgs.integrations import is_mae_config
@@ -422,7 +424,8 @@ def _from_config(config: Any, *, what: str) -> _Architecture:
 
 def _from_params(path: Path) -> _Architecture:
     params: dict[str, Any] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    data = read_file(path, what=str(path), max_bytes=MAX_RUN_FILE_BYTES)
+    for line in data.decode("utf-8", "replace").splitlines():
         name, _, text = line.partition(": ")
         params[name] = literal(text)
     config = params.get("model_config")

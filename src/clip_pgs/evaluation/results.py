@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -23,6 +24,7 @@ from clip_pgs.files import (
     MAX_RUN_FILE_BYTES,
     OPTIONS_NAME,
     read_json,
+    read_within,
     write_json,
     write_text,
 )
@@ -266,7 +268,8 @@ def is_table(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.readline().startswith(",".join(_FIRST_COLUMNS).encode())
+        columns = ",".join(_FIRST_COLUMNS).encode()
+        return file.read(len(columns)) == columns
 
 
 def read_csv(path: Path) -> list[Result]:
@@ -278,7 +281,9 @@ def read_csv(path: Path) -> list[Result]:
         ValueError: If the file is no such table, has no row, or two that differ on one set.
     """
     what = f"{path} is no table of an evaluation"
-    with explained(what), path.open(newline="", encoding="utf-8-sig") as file:
+    data = read_within(path, what=str(path), max_bytes=MAX_RUN_FILE_BYTES)
+    with explained(what):
+        file = io.StringIO(data.decode("utf-8-sig"), newline="")
         headings = file.readline().strip()
         if headings.startswith(_STUDY_COLUMNS):
             raise ValueError(

@@ -45,6 +45,7 @@ from clip_pgs.evaluation.datasets import (
     too_many_equal,
 )
 from clip_pgs.evaluation.results import is_share
+from clip_pgs.files import read_file
 from clip_pgs.registry import Registry
 from clip_pgs.tables import counted
 
@@ -58,6 +59,7 @@ NUM_NEIGHBORS = 20
 
 DEFAULT_ROOTS = {"demo": "data/demo/eval", "paper": "data/eval"}
 _MAX_LINE, _MAX_NAME = 4096, 150
+_MAX_LIST_BYTES = 2**24
 _COMMENT = re.compile(r"(?:^|\s)#")
 _RETRIEVAL_NAMES = ("mscoco_captions", "flickr8k", "flickr30k")
 
@@ -543,8 +545,10 @@ def read_list(path: Path) -> list[ListLine]:
     Raises:
         ValueError: If the list is empty or is no text, or a line of it cannot be a data set.
     """
-    with explained(f"cannot read the data set list {path}", OSError, UnicodeDecodeError):
-        content = path.read_text(encoding="utf-8-sig")
+    what = f"the data set list {path}"
+    data = read_file(path, what=what, max_bytes=_MAX_LIST_BYTES)
+    with explained(f"cannot read {what}"):
+        content = data.decode("utf-8-sig")
     lines = []
     for number, text in enumerate(content.splitlines(), start=1):
         name = _COMMENT.split(text, maxsplit=1)[0].strip()

@@ -56,6 +56,7 @@ from clip_pgs.common import explained
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
     LOG_NAME,
+    MAX_LINES_BYTES,
     METRICS_NAME,
     UNFINISHED_ENDING,
     atomic_file,
@@ -69,8 +70,9 @@ from clip_pgs.training.options import TrainOptions
 DAMAGED_ENDING = ".damaged"
 
 # What `CheckpointStore` logs of a checkpoint that it wrote, in rank 0's file.
-_SAVED = re.compile(r"\| INFO \| Saved \S+ \(epoch \d+, step (\d+)\)")
+_SAVED = re.compile(rb"\| INFO \| Saved \S+ \(epoch \d+, step (\d+)\)")
 _LOGS = (LOG_NAME, "out-0")
+_MAX_LOG_LINE = 2**20
 
 # What optimizers count in their groups; all else there is how they compute.
 _COUNTED = ("step", "lookahead_step")
@@ -520,13 +522,16 @@ def trained_steps(folder: Path) -> tuple[int, bool]:
     Raises:
         OSError: If a file cannot be read.
     """
-    entries = read_json_lines(folder / METRICS_NAME)
-    seen = [entry.get("step") for entry in entries if entry is not None]
+    lines = read_json_lines(folder / METRICS_NAME)
+    seen = (line.get("step") for line in lines if line is not None)
     steps = 1 + max((step for step in seen if type(step) is int), default=-1)
     saved = []
     for path in (folder / name for name in _LOGS if (folder / name).is_file()):
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            saved += [int(found[1]) for found in map(_SAVED.search, lines) if found]
+        with path.open("rb") as file:
+            # A line without an end is read piece by piece, and of a file without one a part.
+            while file.tell() < MAX_LINES_BYTES and (line := file.readline(_MAX_LOG_LINE)):
+                found = _SAVED.search(line)
+                saved += [int(found[1])] if found else []
     checkpoints = folder / CHECKPOINTS_NAME
     # The folder is made before the first step, and `latest` names files that were there.
     is_gone = (checkpoints / LATEST_NAME).exists() or (steps > 0 and not checkpoints.is_dir())

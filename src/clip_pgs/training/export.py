@@ -39,9 +39,11 @@ from clip_pgs.files import (
     CHECKPOINTS_NAME,
     EVAL_NAME,
     EXPORT_NAME,
+    MAX_RUN_FILE_BYTES,
     MODEL_CONFIG_NAME,
     WEIGHTS_NAME,
     atomic_folder,
+    read_file,
     sync,
     write_json,
     write_text,
@@ -199,6 +201,8 @@ def _stated_license(card: Path) -> dict[str, Any]:
     # Somebody may have written it anew.
     if card.is_file():
         try:
+            # The library reads a file of any size.
+            read_file(card, what="it", max_bytes=MAX_RUN_FILE_BYTES)
             metadata = metadata_load(card)
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             reason = f"the metadata of {card} cannot be read: {one_sentence(error)}"

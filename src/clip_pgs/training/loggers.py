@@ -30,6 +30,7 @@ from clip_pgs.files import (
     WANDB_ID_NAME,
     append_line,
     own_file,
+    read_file,
     read_json_lines,
     write_text,
 )
@@ -43,6 +44,7 @@ _CHATTY = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "
 # What a line of a validation tells of its cost.
 _COSTS = ("samples", "flops", "seconds")
 _DRAWN_FLOPS = 1e9
+_MAX_ID_BYTES = 2**10
 
 Numbers = Mapping[str, float]
 
@@ -205,10 +207,11 @@ class WeightsAndBiases(MetricLogger):
         if not is_known:
             write_text(id_file, secrets.token_hex(8))
         try:
+            data = read_file(id_file, what=str(id_file), max_bytes=_MAX_ID_BYTES)
             self._run = wandb.init(
                 project=options.wandb_project_name,
                 name=options.name,
-                id=id_file.read_text(encoding="utf-8", errors="replace"),
+                id=data.decode("utf-8", "replace"),
                 notes=options.wandb_notes,
                 resume="allow" if is_known else None,
                 config=options.values(),
@@ -335,14 +338,16 @@ def keep_lines_before(path: Path, step: int) -> list[dict[str, Any]]:
     Raises:
         OSError: If the file cannot be read or written; it is as it was.
     """
-    lines = read_json_lines(path)
-    entries = [e for e in lines if e is not None and isinstance(e.get("step"), (int, float))]
-    kept = [entry for entry in entries if entry["step"] < step]
-    if len(entries) < len(lines):
-        _logger.warning(
-            "%s: dropped %s without a step", path, counted(len(lines) - len(entries), "line")
-        )
-    if len(kept) < len(lines):
+    kept, num_lines, num_odd = [], 0, 0
+    for entry in read_json_lines(path):
+        num_lines += 1
+        if entry is None or not isinstance(entry.get("step"), (int, float)):
+            num_odd += 1
+        elif entry["step"] < step:
+            kept.append(entry)
+    if num_odd:
+        _logger.warning("%s: dropped %s without a step", path, counted(num_odd, "line"))
+    if len(kept) < num_lines:
         write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
     return kept
 

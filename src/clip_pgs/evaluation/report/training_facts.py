@@ -341,10 +341,18 @@ def _as_text(recipe: Any) -> str:
 
 def read_measurements(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's measurements."""
-    entries = read_json_lines(path)
-    found = [entry for entry in entries if entry is not None]
-    if len(found) < len(entries):
-        _warn(f"{counted(len(entries) - len(found), 'line')} of {path}", "is no JSON object")
+    found, num_odd = [], 0
+    try:
+        for entry in read_json_lines(path):
+            if entry is None:
+                num_odd += 1
+            else:
+                found.append(entry)
+    except OSError as error:
+        _warn(path, f"cannot be read ({error.strerror})")
+        return []
+    if num_odd:
+        _warn(f"{counted(num_odd, 'line')} of {path}", "is no JSON object")
     return found
 
 

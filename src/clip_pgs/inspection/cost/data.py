@@ -10,6 +10,7 @@ import argparse
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -22,9 +23,16 @@ from torch import Tensor
 from tqdm import tqdm
 from webdataset.autodecode import imagehandler
 
+from clip_pgs.data.archive import StrictTarInfo
 from clip_pgs.data.bad_samples import Skip, SkipAccount
 from clip_pgs.data.batches import Batching, PlannedBatches
-from clip_pgs.data.decoding import UnreadableImageError, faster_transform, open_image
+from clip_pgs.data.decoding import (
+    MAX_IMAGE_BYTES,
+    UnreadableImageError,
+    faster_transform,
+    open_image,
+    read_image_file,
+)
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.order import RowPlan, SampleRef
 from clip_pgs.data.samples import RawSample, SampleDecoder
@@ -69,14 +77,18 @@ def read_jpegs(paths: Sequence[str | Path], *, min_side: int = 0, limit: int = 5
 def _files(path: Path) -> Iterator[bytes]:
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in JPEG_SUFFIXES)
-        yield from (file.read_bytes() for file in files if file.is_file())
+        for file in filter(Path.is_file, files):
+            yield from _files(file)
     elif path.suffix != ".tar":
-        yield path.read_bytes()
+        # One that is too large.
+        with suppress(UnreadableImageError):
+            yield read_image_file(path)
     else:
-        with tarfile.open(path) as shard:
+        with tarfile.open(path, tarinfo=StrictTarInfo) as shard:
             for member in shard:
                 stream = shard.extractfile(member) if member.isfile() else None
-                if stream is not None and member.name.lower().endswith(JPEG_SUFFIXES):
+                is_jpeg = member.name.lower().endswith(JPEG_SUFFIXES)
+                if stream is not None and is_jpeg and member.size <= MAX_IMAGE_BYTES:
                     yield stream.read()
 
 
