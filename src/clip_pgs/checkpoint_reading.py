@@ -36,6 +36,7 @@ from clip_pgs.files import (
     MODEL_CONFIG_NAME,
     WEIGHTS_NAME,
     absence,
+    list_folder,
     read_json_object,
     read_within,
 )
@@ -95,6 +96,7 @@ def read_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, An
     Raises:
         ValueError: If the file is missing, damaged, compressed, holds anything but tensors and
             plain types, or no weights, or if a tensor stands for more than the file holds of it.
+        PermissionError: If it may not be read.
     """
     path = Path(path)
     if not path.is_file():
@@ -106,6 +108,9 @@ def read_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, An
     with explained(f"checkpoint {str(path)!r} cannot be read"):
         try:
             content = _read(path, use_mmap=use_mmap)
+        # It may be whole.
+        except PermissionError:
+            raise
         # What a damaged file makes torch raise depends on where the damage lies.
         except Exception as error:
             raise ValueError(_reason(error)) from error
@@ -211,10 +216,13 @@ def newest_checkpoint(
 
     Returns:
         The file, None where there is none.
+
+    Raises:
+        OSError: If the folder or the list of checksums cannot be read, or a file may not be read.
     """
     on_damage = on_damage or (lambda _, error: _logger.warning("%s; it is passed over", error))
     progress: dict[Path, tuple[int, int]] = {}
-    for path in sorted(path for path in folder.glob("*.pt") if RUN_FILE.fullmatch(path.name)):
+    for path in (path for path in list_folder(folder) if RUN_FILE.fullmatch(path.name)):
         try:
             content = read_checkpoint(path, use_mmap=True)
         except ValueError as error:

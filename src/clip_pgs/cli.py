@@ -101,6 +101,9 @@ def _run(argv: Sequence[str]) -> int:
         sentence, code = early_end(error)
         sys.stderr.write(f"{sentence}\n")
         return code
+    # A folder of somebody else's; most are looked into before any work.
+    except PermissionError as error:
+        return refuse(error)
     except ModuleNotFoundError as error:
         return refuse(f"clip-pgs {command} needs {error.name}: pip install 'clip-pgs[all]'")
 

@@ -306,6 +306,20 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
             yield entry if isinstance(entry, dict) else None
 
 
+def list_folder(folder: Path) -> list[Path]:
+    """Return what a folder holds, in the order of the names; nothing where there is no folder.
+
+    To `Path.glob` a folder that may not be read is one that holds nothing.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def check_writable(*paths: Path) -> None:
     """Refuse files that cannot be written, before the work whose results they are to hold.
 
@@ -329,7 +343,11 @@ def check_writable(*paths: Path) -> None:
 
 def absence(path: Path | str) -> str:
     """Say what is there in place of a regular file, as the rest of a sentence on a path."""
-    if not os.path.exists(path):
+    try:
+        os.stat(path)
+    except PermissionError:
+        return "may not be read"
+    except (OSError, ValueError):
         return "does not exist"
     return "is a folder" if os.path.isdir(path) else "is no regular file"
 

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from clip_pgs.common import explained
-from clip_pgs.files import MAX_RUN_FILE_BYTES, absence, read_file, read_json_object
+from clip_pgs.files import MAX_RUN_FILE_BYTES, absence, list_folder, read_file, read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -259,6 +259,8 @@ def _expand_source(source: str) -> list[str]:
     # What is there and no file, a device or a pipe, first.
     missing.sort(key=os.path.exists, reverse=True)
     if not shards and not any(map(os.path.exists, missing[:1])):
+        # A folder that may not be read looks as if it held nothing.
+        list_folder(Path(path).parent)
         raise ValueError(f"shard pattern {source!r} matches no file")
     if missing:
         raise ValueError(

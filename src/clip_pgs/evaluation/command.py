@@ -255,7 +255,7 @@ def _evaluate_all(args: argparse.Namespace) -> int:
             try:
                 with _holding(output, ranks):
                     results = _evaluate_source(source, eval_sets, output, device, ranks, args)
-            except ValueError as error:
+            except (ValueError, PermissionError) as error:
                 exit_code = _complain(error)
                 continue
             scored.append((output, results))

@@ -9,7 +9,7 @@ import os
 import tempfile
 import textwrap
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from clip_pgs.checkpoint_reading import (
     read_checkpoint,
     recorded_config,
 )
-from clip_pgs.common import explained, is_first_process, literal, silenced
+from clip_pgs.common import explained, is_first_process, literal, one_sentence, silenced
 from clip_pgs.evaluation.masked_inference import InferenceMasking, choose_masking
 from clip_pgs.evaluation.results import model_name, plain_record
 from clip_pgs.files import (
@@ -40,6 +40,7 @@ from clip_pgs.files import (
     MAX_RUN_FILE_BYTES,
     MODEL_CONFIG_NAME,
     PARAMS_NAME,
+    absence,
     read_file,
     read_json_object,
 )
@@ -203,7 +204,10 @@ def _resolve(
     if source.startswith("hf-hub:"):
         return partial(_create, source), source, "model of the Hub"
     if source not in open_clip.list_models():
-        raise ValueError(f"no run, export or checkpoint at {source}, and no open_clip model")
+        raise ValueError(
+            f"no run, export or checkpoint at {source}, which {absence(path)}, and no open_clip "
+            "model"
+        )
     tags = open_clip.list_pretrained_tags_by_model(source)
     if pretrained not in tags:
         choices = f"one of {', '.join(tags)}" if tags else "but open_clip knows none"
@@ -255,9 +259,10 @@ def _training_of_export(run: Path, exported: nn.Module) -> dict[str, Any]:
         run: The run's folder.
         exported: The model of its export.
     """
-    export, newest = run / EXPORT_NAME, named_latest(run / CHECKPOINTS_NAME)
-    # A run that trains may remove a checkpoint meanwhile. Of copies no time tells which is later.
-    with suppress(OSError, ValueError):
+    export = run / EXPORT_NAME
+    # Of copies no time tells which is later.
+    try:
+        newest = named_latest(run / CHECKPOINTS_NAME)
         if newest is not None and newest.is_file():
             checkpoint = read_checkpoint(newest, use_mmap=True)
             if _are_weights(checkpoint["state_dict"], exported):
@@ -268,6 +273,13 @@ def _training_of_export(run: Path, exported: nn.Module) -> dict[str, Any]:
                     "`clip-pgs export %s` exports it",
                     *(run, export, newest, run),
                 )
+    except PermissionError as error:
+        if is_first_process():
+            said = "the results will not tell the training of %s: %s"
+            logger.warning(said, run, one_sentence(error))
+    except (OSError, ValueError):
+        # A run that trains may remove a checkpoint meanwhile.
+        pass
     return {}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from clip_pgs.files import (
     EXPORT_NAME,
     MAX_RUN_FILE_BYTES,
     OPTIONS_NAME,
+    list_folder,
     read_json,
     read_within,
     write_json,
@@ -176,13 +178,21 @@ def telling_once() -> Iterator[None]:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """Read the results of a folder, in the order of their file names; skip other JSON files."""
+    """Read the results of a folder, in the order of their file names; skip other JSON files.
+
+    A warning tells of a folder that cannot be read.
+    """
     return [result for _, result in result_files(folder)]
 
 
 def result_files(folder: Path) -> list[tuple[Path, Result]]:
     """Return the result files of a folder with what they hold, in the order of their names."""
-    read = ((path, read_result(path)) for path in sorted(folder.glob("*.json")))
+    try:
+        paths = [path for path in list_folder(folder) if path.suffix == ".json"]
+    except OSError as error:
+        logger.warning("left out %s", one_sentence(error))
+        return []
+    read = ((path, read_result(path)) for path in paths)
     return [(path, result) for path, result in read if result is not None]
 
 
@@ -335,8 +345,9 @@ def ordered_metrics(results: Iterable[Result]) -> list[str]:
 
 
 def is_run(folder: Path) -> bool:
-    """Say whether a folder is that of a training run."""
-    return (folder / OPTIONS_NAME).is_file() or (folder / CHECKPOINTS_NAME).is_dir()
+    """Say whether a folder is that of a training run; of one that may not be read, none can."""
+    # os.path: to pathlib, asking for what may not be looked up is an error.
+    return os.path.isfile(folder / OPTIONS_NAME) or os.path.isdir(folder / CHECKPOINTS_NAME)
 
 
 def run_of_results(folder: Path) -> Path | None:
@@ -353,7 +364,7 @@ def run_of_weights(weights: str) -> Path | None:
     """
     holders = Path(weights).parents[:2]
     # The parent of a name that is no path is the working directory.
-    if len(holders) < 2 or not holders[0].is_dir():
+    if len(holders) < 2 or not os.path.isdir(holders[0]):
         return None
     return next((folder for folder in holders if is_run(folder)), None)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from clip_pgs.files import (
     EXPORT_NAME,
     MAX_RUN_FILE_BYTES,
     read_json_object,
+    read_within,
     regular_file,
     write_json,
 )
@@ -124,12 +126,13 @@ def read_record(run: Path) -> Record:
 
     Raises:
         ValueError: If it is damaged.
+        PermissionError: If it may not be read.
     """
     path = run / RECORD_NAME
     try:
         if not path.exists():
             return Record()
-        content = read_json_object(path, what="it", max_bytes=MAX_RUN_FILE_BYTES)
+        content = json.loads(read_within(path, what="it", max_bytes=MAX_RUN_FILE_BYTES))
         content["evaluations"] = {
             name: Evaluated(**said) for name, said in content["evaluations"].items()
         }
@@ -140,7 +143,10 @@ def read_record(run: Path) -> Record:
         record = Record(**{name: said for name, said in content.items() if name in known})
         _check_types(record)
         return record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    # It may be whole.
+    except PermissionError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         said = error if isinstance(error, OSError | ValueError) else "its parts are no record's"
         raise ValueError(
             f"{path} is damaged: {said}; remove that file and go on with --accept-changes, or "

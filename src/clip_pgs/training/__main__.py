@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from clip_pgs.common import is_first_process, one_sentence, run_program
+from clip_pgs.common import is_first_process, one_sentence, refusal_code, run_program
 from clip_pgs.training.stop import (
     BAD_INPUT,
     FAILED,
@@ -109,10 +109,13 @@ def _check(argv: Sequence[str]) -> int | tuple[TrainOptions, Any, Evaluate | Non
         evaluate = _evaluation(args)
     except ModuleNotFoundError as error:
         return _end(BAD_INPUT, f"training needs {error.name}: pip install 'clip-pgs[train]'")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        # Of a network or a library; one of the system names a file.
+        if isinstance(error, OSError) and error.filename is None:
+            raise
         if args is not None:
             _tell_machines(args, one_sentence(error))
-        return _end(BAD_INPUT, str(error))
+        return _end(refusal_code(error), one_sentence(error))
     for sentence in odd:
         logger.warning("%s", sentence)
     if args.check_only or args.trial:
@@ -182,7 +185,7 @@ def _end(code: int, sentence: str) -> int:
     """Say why nothing was begun, here and to a launch, and return the exit code."""
     # Else the launch says it.
     if is_first_process() and LAUNCH_FOLDER not in os.environ:
-        prefix = "error: " if code == BAD_INPUT else ""
+        prefix = "error: " if code in (BAD_INPUT, FAILED) else ""
         sys.stderr.write(f"{prefix}{one_sentence(sentence)}\n")
     ExitReport(StopSignals()).write(code, sentence)
     return code

@@ -44,6 +44,7 @@ from clip_pgs.files import (
     OPTIONS_NAME,
     check_writable,
     linked_folders,
+    list_folder,
     read_json_object,
 )
 from clip_pgs.integrations import MAE_TYPE
@@ -513,7 +514,7 @@ def _check_resumed(
 def _check_none_lost(folder: Path, *, trains: bool) -> None:
     """Refuse to begin a run anew that is done, or had saved: what it has would be lost."""
     checkpoints = folder / CHECKPOINTS_NAME
-    names = [path.name.removesuffix(DAMAGED_ENDING) for path in checkpoints.glob("*.pt*")]
+    names = [path.name.removesuffix(DAMAGED_ENDING) for path in list_folder(checkpoints)]
     if any(map(RUN_FILE.fullmatch, names)):
         return
     steps, has_saved = trained_steps(folder) if trains else (0, False)

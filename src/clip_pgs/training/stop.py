@@ -41,6 +41,7 @@ from clip_pgs.common import (
     OutputError,
     catching,
     explained,
+    one_sentence,
     signal_later,
 )
 from clip_pgs.data.commands import end_processes
@@ -126,6 +127,9 @@ def expected_code(error: BaseException) -> int | None:
     """Return the exit code of an end that one sentence explains, None for errors of the program."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
+    # It names what may not be read or written.
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return BAD_INPUT
     return getattr(error, "exit_code", None)
 
 
@@ -133,9 +137,9 @@ def sentence_of(error: BaseException) -> str:
     """Return what happened, as one line."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    text = " ".join(str(error).split())
     if expected_code(error) is not None:
-        return text
+        return one_sentence(error)
+    text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

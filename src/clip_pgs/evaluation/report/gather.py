@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,6 +48,7 @@ from clip_pgs.files import (
     MASKS_NAME,
     METRICS_NAME,
     absence,
+    list_folder,
 )
 from clip_pgs.tables import counted
 
@@ -457,11 +459,13 @@ def _read_source(source: Path, read: _Read) -> list[tuple[Path, list[Result]]]:
         hint = _elsewhere(source, read)
         raise ValueError(f"there are no results at {source}: it {absence(source)}{hint}")
     inside = sorted(path for path in source.iterdir() if path.is_dir() and path.name != EVAL_NAME)
-    folders = [folder for place in (source, *inside) for folder in (place, place / EVAL_NAME)]
+    named = [folder for place in (source, *inside) for folder in (place, place / EVAL_NAME)]
+    # os.path: what lies in a folder that may not be read is none.
+    folders = list(filter(os.path.isdir, named))
     parts = [
         (folder, _read_folder(folder, read))
         for folder in folders
-        if folder.is_dir() and (folder == source or not is_epoch_folder(folder))
+        if folder == source or not is_epoch_folder(folder)
     ]
     parts = [(folder, results) for folder, results in parts if results]
     if not parts and (source / CSV_NAME).is_file():
@@ -469,8 +473,12 @@ def _read_source(source: Path, read: _Read) -> list[tuple[Path, list[Result]]]:
     if not parts:
         # As in a study, whose runs have their results in folders of other names.
         for run in sorted([*inside, *source.glob("*/*")]):
-            if is_run(run) and any(read(folder) for folder in run.iterdir() if folder.is_dir()):
+            if is_run(run) and any(map(read, filter(os.path.isdir, list_folder(run)))):
                 raise ValueError(f"{source} holds no results itself; name its runs, such as {run}")
+        # Those that may not be read were left out.
+        for folder in folders:
+            if folder.name == EVAL_NAME:
+                list_folder(folder)
         hint = _elsewhere(source, read) or "; evaluate first, `clip-pgs test RUN`"
         raise ValueError(f"{source} holds no results{hint}")
     return parts
