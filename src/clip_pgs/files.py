@@ -309,13 +309,14 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
 def list_folder(folder: Path) -> list[Path]:
     """Return what a folder holds, in the order of the names; nothing where there is no folder.
 
-    To `Path.glob` a folder that may not be read is one that holds nothing.
+    Hidden files are left out: macOS writes one beside each file of its own on other disks. To
+    `Path.glob` a folder that may not be read is one that holds nothing.
 
     Raises:
         OSError: If it cannot be read.
     """
     try:
-        return sorted(folder.iterdir())
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):
         return []
 

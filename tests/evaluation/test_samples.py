@@ -330,6 +330,7 @@ def test_a_set_without_samples_says_what_it_lacks(color_model, tmp_path):
         ("1", ["0", "1", "2"], DamagedDataError, "1.tar"),
         ("2", ["0", "1", "00002"], DamagedDataError, "00002.tar"),
         ("2", ["0", "1", "copy"], DamagedDataError, "copy.tar"),
+        ("2", ["0", "._0", "._1"], FileNotFoundError, "lacks test/1.tar (1 of 2 shards)"),
         ("3", ["0", "2"], FileNotFoundError, "lacks test/1.tar (1 of 3 shards)"),
         ("999999999", ["0", "1"], FileNotFoundError, "lacks test/2.tar (999999997 of 999999999"),
         ("9" * 5000, ["0"], DamagedDataError, "99999"),

@@ -102,6 +102,8 @@ def test_a_folder_stands_for_the_images_in_it(photo, tmp_path):
         with Image.open(photo) as image:
             image.save(folder / name)
     (folder / "notes.txt").write_text("no image")
+    # As macOS writes it beside a file on another disk.
+    (folder / "._a.jpg").write_bytes(b"\0\5\26\7")
     heights = []
     for images in ([photo], [folder]):
         output = tmp_path / "masks.png"

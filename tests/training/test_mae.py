@@ -15,6 +15,7 @@ from PIL import Image
 
 from clip_pgs import PatchInputs, create_masking
 from clip_pgs.cli import main
+from clip_pgs.data.caption_tables import list_images
 from clip_pgs.evaluation.models import load_model, weights_digest
 from clip_pgs.inspection.playground import Playground
 from clip_pgs.integrations.open_clip import apply_masking, last_selection, set_masking_noise
@@ -285,6 +286,7 @@ def test_it_learns(tmp_path, images):
         ({"masking": "none"}, "--masking none hides nothing"),
         ({"masking": "attentive"}, "nothing trains an autoencoder's class token"),
         ({"mask_ratio": 0.99}, "must leave some of 16 patches to show"),
+        ({"mask_ratio": 0.0}, "must leave some of 16 patches to show and some to hide"),
         ({"merge": "2x2"}, "--merge cannot go with the masked autoencoder"),
         ({"unmasked_epochs": 1}, "--unmasked-epochs cannot go with"),
         ({"siglip": True}, "--siglip cannot go with"),
@@ -305,6 +307,7 @@ def test_what_an_autoencoder_cannot_take_is_refused(tmp_path, images, changed, s
         ({"num_channels": 1}, "num_channels takes 3"),
         ({"return_dict": False}, "return_dict takes true"),
         ({"dtype": "save"}, "dtype takes float32"),
+        ({"mask_ratio": 1.0}, r"mask_ratio takes a number in \[0, 1\), got 1.0"),
         ({"initializer_range": math.inf}, "initializer_range takes a finite number, got inf"),
         ({"hidden_act": "no"}, "transformers cannot build the model"),
     ],
@@ -359,6 +362,20 @@ def test_a_suite_that_encodes_texts_is_refused_before_the_run(tmp_path, images, 
     with pytest.raises(SystemExit, match=r"^2$"):
         main(["mae", *flags(tmp_path, **options)])
     assert "encodes texts, and a masked autoencoder has no text tower" in capsys.readouterr().err
+
+
+def test_a_folder_has_the_images_behind_links_and_no_hidden_ones(tmp_path, images):
+    folder, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    shutil.copytree(images, folder / "a")
+    shutil.copytree(images, elsewhere)
+    names = sorted(os.path.relpath(path, images) for path in images.rglob("*.png"))
+    (folder / "a" / f"._{names[0]}").write_bytes(b"\0\5\26\7")
+    shutil.copytree(images, folder / ".cache")
+    (folder / "b").symlink_to("../elsewhere")
+    (folder / "c").symlink_to(elsewhere)
+    (elsewhere / "circle").symlink_to(folder)
+    found = [os.path.relpath(path, folder) for path in list_images(folder).images]
+    assert found == [f"{place}/{name}" for place in "ab" for name in names]
 
 
 def test_an_empty_folder_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote
 
 import pandas as pd
@@ -158,10 +158,11 @@ def repeated_images(table: PairTable) -> str:
 def list_images(folder: Path) -> PairTable:
     """Return the images in a folder and those below, by their paths' order, without captions.
 
-    A process lists a folder once, unless a name comes or goes right in it.
+    Hidden ones do not count; links to folders are followed, to each folder once. A process lists a
+    folder once, unless a name comes or goes right in it.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or a folder cannot be read.
     """
     status = folder.stat()
     return _list_once(folder, status.st_ino, status.st_mtime_ns)
@@ -170,18 +171,33 @@ def list_images(folder: Path) -> PairTable:
 # The checks of a run list the images that it trains on.
 @lru_cache(maxsize=2)
 def _list_once(folder: Path, inode: int, mtime_ns: int) -> PairTable:
-    images = sorted(
-        os.path.join(place, name)
-        for place, _, names in os.walk(folder)
-        for name in names
-        if Path(name).suffix[1:].lower() in IMAGE_SUFFIXES
-    )
+    images: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for place, below, names in os.walk(folder, followlinks=True, onerror=_refuse_folder):
+        status = os.stat(place)
+        # Links may lead to one folder twice, or in a circle.
+        if (status.st_dev, status.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        images += [
+            os.path.join(place, name)
+            for name in names
+            # Beside each file of its own macOS writes a hidden one onto other disks.
+            if Path(name).suffix[1:].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+        ]
+    images.sort()
     if not images:
         raise ValueError(
             folder_of_shards(folder)
             or f"folder {str(folder)!r} holds no .{', .'.join(IMAGE_SUFFIXES)} file"
         )
     return PairTable(folder, images, [""] * len(images), range(len(images)))
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise ValueError(f"folder {error.filename!r} cannot be read: {error.strerror}")
 
 
 def read_captions(path: Path, *, caption_key: str, separator: str | None) -> list[str]:

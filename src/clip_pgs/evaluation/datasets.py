@@ -422,7 +422,7 @@ def count_shards(location: str, split: str = "test") -> int:
 
 def _compare_shards(location: str, split: str, count: int) -> None:
     """Refuse a number that is not the number of shards in the folder."""
-    there = {path.stem for path in Path(location, split).glob("*.tar")}
+    there = {path.stem for path in Path(location, split).glob("[!.]*.tar")}
     for stem in sorted(there):
         if not re.fullmatch("0|[1-9][0-9]{0,8}", stem) or int(stem) >= count:
             raise DamagedDataError(
@@ -566,7 +566,7 @@ def local_files(eval_set: EvalSet) -> list[Path]:
     if is_caption_pairs(eval_set.name):
         split = eval_set.splits[0]
         return [folder / f"{split}.json", *image_paths(folder, split)]
-    paths = [path for split in eval_set.splits for path in folder.joinpath(split).glob("*.tar")]
+    paths = [path for split in eval_set.splits for path in folder.joinpath(split).glob("[!.]*.tar")]
     paths += [folder / split / "nshards.txt" for split in eval_set.splits]
     small_files = (folder / name for name in (CLASS_NAMES, TEMPLATES, "dataset_type.txt"))
     return [*paths, *(path for path in small_files if path.is_file())]

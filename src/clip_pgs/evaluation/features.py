@@ -442,7 +442,7 @@ def data_fingerprint(location: str, split: str) -> str | None:
     if is_remote(location):
         return None
     folder = Path(location)
-    paths = [*folder.joinpath(split).glob("*.tar"), folder / split / "nshards.txt"]
+    paths = [*folder.joinpath(split).glob("[!.]*.tar"), folder / split / "nshards.txt"]
     return files_fingerprint(folder, [*paths, *folder.glob("dataset_type.txt")])
 
 

@@ -341,7 +341,7 @@ def _estimate_samples(location: str, split: str) -> int | None:
     """Say about how many samples a split has, from the first shard's and the sizes of all."""
     if is_remote(location):
         return None
-    shards = sorted(Path(location, split).glob("*.tar"))
+    shards = sorted(Path(location, split).glob("[!.]*.tar"))
     try:
         with regular_file(shards[0]).open("rb") as file, stream_tar(file) as tar:
             names = {key for key, _, _ in regular_members(tar)}

@@ -23,7 +23,13 @@ from clip_pgs.data.decoding import (
     open_image,
     to_rgb,
 )
-from clip_pgs.files import CHECKPOINTS_NAME, EXPORT_NAME, MODEL_CONFIG_NAME, read_json_object
+from clip_pgs.files import (
+    CHECKPOINTS_NAME,
+    EXPORT_NAME,
+    MODEL_CONFIG_NAME,
+    list_folder,
+    read_json_object,
+)
 from clip_pgs.masking import (
     MaskingStrategy,
     PatchInputs,
@@ -50,7 +56,7 @@ def image_endings() -> set[str]:
 
 
 def list_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Return image files, a folder replaced by the images in it, sorted by name.
+    """Return image files, a folder replaced by the images in it that are not hidden, by name.
 
     Raises:
         ValueError: If a file is not there, or a folder holds no image.
@@ -60,7 +66,7 @@ def list_images(paths: Sequence[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         inside = [path]
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in endings)
+            inside = [p for p in list_folder(path) if p.suffix.lower() in endings]
         if not any(p.is_file() for p in inside):
             if path.exists() and not path.is_dir():
                 raise ValueError(f"{path} is no image: it is no regular file")

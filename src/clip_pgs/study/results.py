@@ -186,7 +186,7 @@ def read_rows(study: Study, records: Records) -> list[Row]:
                 spent[seed] = record.spent or read_spent(study.run(arm, seed))
             else:
                 lacking[seed] = f"no value of {', '.join(n for n in metrics if n not in known)}"
-                damaged = sorted({*folder.glob("*.json")} - {path for path, _ in read})
+                damaged = sorted({*folder.glob("[!.]*.json")} - {path for path, _ in read})
                 if damaged:
                     names = ", ".join(path.name for path in damaged)
                     lacking[seed] += f", as {names} in {folder.name} is no result"

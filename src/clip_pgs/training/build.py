@@ -141,15 +141,16 @@ def build_masking(options: TrainOptions) -> MaskingStrategy:
 
 def autoencoder_record(options: TrainOptions) -> dict[str, Any]:
     """Return what rebuilds the masked autoencoder of a run."""
-    from clip_pgs.integrations.open_clip.mae import mae_config, mae_record
+    from clip_pgs.integrations.open_clip.mae import check_hidden_share, mae_config, mae_record
 
     assert options.mae is not None
+    what = f"--model-config {options.model_config}"
+    config = mae_config(
+        options.mae, what=what, mask_ratio=options.masking_options.get("mask_ratio")
+    )
+    check_hidden_share(config, what=what)
     return mae_record(
-        mae_config(
-            options.mae,
-            what=f"--model-config {options.model_config}",
-            mask_ratio=options.masking_options.get("mask_ratio"),
-        ),
+        config,
         mean=options.image_mean,
         std=options.image_std,
         interpolation=options.image_interpolation,

@@ -81,10 +81,17 @@ def save_bin_shards(mae, folder):
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
+def save_encoder_of_whole_images(mae, folder):
+    mae.vit.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mask_ratio": 0.0}))
+
+
 FORMS = {
     "as transformers saves it": lambda mae, folder: mae.save_pretrained(folder),
     "shards": lambda mae, folder: mae.save_pretrained(folder, max_shard_size="10KB"),
     "encoder alone": lambda mae, folder: mae.vit.save_pretrained(folder),
+    "encoder of whole images": save_encoder_of_whole_images,
     "names of the Hub": save_as_hub,
     "names of the module": save_as_module,
     "half precision": save_half,

@@ -36,7 +36,7 @@ from clip_pgs.data.decoding import (
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.order import RowPlan, SampleRef
 from clip_pgs.data.samples import RawSample, SampleDecoder
-from clip_pgs.files import check_writable, write_json
+from clip_pgs.files import check_writable, list_folder, write_json
 from clip_pgs.inspection.cost.step import TICK, Columns, measured_table
 from clip_pgs.tables import counted
 
@@ -76,7 +76,7 @@ def read_jpegs(paths: Sequence[str | Path], *, min_side: int = 0, limit: int = 5
 
 def _files(path: Path) -> Iterator[bytes]:
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in JPEG_SUFFIXES)
+        files = [p for p in list_folder(path) if p.suffix.lower() in JPEG_SUFFIXES]
         for file in filter(Path.is_file, files):
             yield from _files(file)
     elif path.suffix != ".tar":

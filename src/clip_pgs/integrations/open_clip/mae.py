@@ -315,15 +315,17 @@ def mae_config(
         **dict.fromkeys(("image_size", "patch_size", *sizes), whole_number(1, _MAX_SIZE)),
         **dict.fromkeys(("dtype", "torch_dtype"), (_DTYPES.__contains__, " or ".join(_DTYPES))),
         "num_channels": (lambda v: v == 3, "3"),
+        # An encoder of whole images says 0.
+        "mask_ratio": (lambda v: isinstance(v, (int, float)) and 0 <= v < 1, "a number in [0, 1)"),
         "return_dict": (lambda v: v is True, "true"),
     }
-    needed = ("image_size", "patch_size", "num_channels", *sizes)
+    needed = ("image_size", "patch_size", "num_channels", "mask_ratio", *sizes)
     check_values(rules, content, what=what, never_null=needed)
     written = {**content, "architectures": ["ViTMAEForPreTraining"], "return_dict": True}
     # Also what transformers' own checks of types raise, which is no ValueError.
     with explained(what, Exception):
         config = ViTMAEConfig(**written).to_dict()
-    config["mask_ratio"] = ratio = config["mask_ratio"] if mask_ratio is None else mask_ratio
+    config["mask_ratio"] = config["mask_ratio"] if mask_ratio is None else mask_ratio
     if config["image_size"] % config["patch_size"]:
         raise ValueError(
             f"{what}: patch_size must divide image_size {config['image_size']}, "
@@ -337,12 +339,21 @@ def mae_config(
                 f"{what}: {tower}hidden_size must be a multiple of 4 and of the {heads} "
                 f"{tower}num_attention_heads, got {width}"
             )
-    if not 0 < ratio < 1 or _counts(config)[1] == 0:
-        raise ValueError(
-            f"{what}: a mask ratio must leave some of {_counts(config)[0]} patches to show and "
-            f"some to hide, got {ratio}"
-        )
     return config
+
+
+def check_hidden_share(config: Mapping[str, Any], *, what: str) -> None:
+    """Refuse to train an autoencoder, of a config from `mae_config`, that is shown all or none.
+
+    Raises:
+        ValueError: If it is.
+    """
+    num_patches, num_shown = _counts(config)
+    if not 0 < num_shown < num_patches:
+        raise ValueError(
+            f"{what}: a mask ratio must leave some of {num_patches} patches to show and "
+            f"some to hide, got {config['mask_ratio']}"
+        )
 
 
 def mae_record(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
