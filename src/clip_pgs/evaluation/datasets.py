@@ -160,7 +160,8 @@ def read_metadata(location: str, file_name: str) -> str | None:
         file_name: Such as "dataset_type.txt" or "test/nshards.txt".
 
     Returns:
-        The stripped text, or None if the file does not exist.
+        The text without white space at its end, or None if the file does not exist. A class is
+        the number of its line, so that an empty first one stays.
 
     Raises:
         OSError: If the file cannot be read, or the server cannot be reached.
@@ -176,7 +177,7 @@ def read_metadata(location: str, file_name: str) -> str | None:
     with explained(
         f"{location}/{file_name} is no UTF-8 text", UnicodeDecodeError, as_kind=DamagedDataError
     ):
-        return content.decode("utf-8-sig").strip()
+        return content.decode("utf-8-sig").rstrip()
 
 
 @contextlib.contextmanager
@@ -279,7 +280,7 @@ def declared_type(location: str, *, is_there: bool = False) -> str | None:
         ServerError: If its server does not say whether it declares one.
     """
     try:
-        declared = read_metadata(location, "dataset_type.txt")
+        declared = (read_metadata(location, "dataset_type.txt") or "").strip()
     except PermissionError as error:
         raise DamagedDataError(one_sentence(error)) from error
     except OSError as error:
@@ -409,7 +410,7 @@ def count_shards(location: str, split: str = "test") -> int:
         raise FileNotFoundError(f"cannot reach {location} ({kind})") from error
     if text is None:
         raise FileNotFoundError(f"{location} has no {split}/nshards.txt")
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
+    if not re.fullmatch(r"\s*[0-9]{1,9}", text) or int(text) < 1:
         raise DamagedDataError(
             f"{location}/{split}/nshards.txt must hold a number from 1 to 999999999, "
             f"got {text[:80]!r}"
