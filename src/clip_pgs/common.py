@@ -443,6 +443,16 @@ def number_in(kind: type[int] | type[float], low: float, high: float) -> Callabl
     return read
 
 
+def output_path(text: str) -> Path:
+    """Return where something is to be written; an argparse type.
+
+    An empty one, as of a variable that is not set, would be the working directory.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("must name a place, got ''; . is the working directory")
+    return Path(text)
+
+
 @contextmanager
 def explained(
     what: str, *kinds: type[Exception], as_kind: type[Exception] = ValueError

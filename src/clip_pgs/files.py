@@ -108,13 +108,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         path: The folder; what is there stays until the new one is whole.
 
     Raises:
-        OSError: If it cannot be written, or something is there that is no folder, as a link, or a
-            mount point; what was there is still there.
+        OSError: If it cannot be written, or something is there that is no folder, as a link, or
+            one whose place none can take, as a mount point; what was there is still there.
         ValueError: If another process is about to write it.
     """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise NotADirectoryError(errno.ENOTDIR, "it is no folder of its own", str(path))
-    if path.is_mount():
+    place = path.resolve()
+    if path.exists() and place in (Path.cwd(), *Path.cwd().parents):
+        # Neither this process nor the shell that started it would be in what takes its place.
+        reason = "it holds the working directory, whose place no folder can take; leave it first"
+        raise OSError(errno.EBUSY, reason, str(path))
+    if place.is_mount():
         reason = "it is a mount point, whose place no folder can take; name one below it"
         raise OSError(errno.EBUSY, reason, str(path))
     unfinished, replaced = unfinished_path(path), path.with_name(f".{path.name}.replaced")

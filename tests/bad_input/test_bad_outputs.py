@@ -35,6 +35,31 @@ def test_a_full_disk_ends_a_command_with_1_and_the_name_of_the_file(tmp_path, ca
     assert snapshot() == before
 
 
+@pytest.mark.parametrize("command", FILES)
+def test_an_output_without_a_name_is_refused(capsys, command):
+    main, words, _, _ = FILES[command]
+    before = snapshot()
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main([*words, ""])
+    assert "must name a place, got ''" in capsys.readouterr().err
+    assert snapshot() == before
+
+
+@pytest.mark.parametrize("command", ["pack", "world"])
+@pytest.mark.parametrize("out", [".", ".."])
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch, capsys, command, out):
+    main, words, _, _ = FILES[command]
+    words = [str(Path(word).absolute()) if word.endswith(".csv") else word for word in words]
+    place = tmp_path if out == "." else tmp_path / "in"
+    place.mkdir(exist_ok=True)
+    monkeypatch.chdir(place)
+    assert main([*words, out]) == 2
+    if command == "world" or out == ".":
+        assert "holds the working directory" in capsys.readouterr().err
+    assert Path.cwd().samefile(place)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize("command", ["words", "masks", "kept"])
 @pytest.mark.parametrize("target", ["/dev/null", "/dev/full"])
 def test_a_device_is_refused_before_any_work(tmp_path, capsys, command, target):

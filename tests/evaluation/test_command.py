@@ -66,6 +66,13 @@ def test_a_runs_folder_of_results_that_is_a_link_is_no_place_for_results(run, op
     assert [path.read_text() for path in mine.iterdir()] == ["precious"]
 
 
+@pytest.mark.parametrize("words", [["--output"], ["report", "-o"]], ids=" ".join)
+def test_an_output_without_a_name_is_refused(run, capsys, words):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main([*words[:-1], str(run), words[-1], ""])
+    assert "must name a place, got ''" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("output", [None, "out"])
 @pytest.mark.parametrize("name", ["report", "epoch_1/report"])
 def test_nothing_is_written_through_a_link_among_results(run, options, capsys, output, name):

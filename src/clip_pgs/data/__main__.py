@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from clip_pgs.common import SentenceParser, refuse, run_program
+from clip_pgs.common import SentenceParser, output_path, refuse, run_program
 from clip_pgs.files import check_writable, regular_file
 from clip_pgs.tables import counted
 
@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Generate the demo world: shards to train on and sets to evaluate on. "
         "A complete world with the same options is left as it is.",
     )
-    world.add_argument("out", type=Path, metavar="OUT", help="folder of the world")
+    world.add_argument("out", type=output_path, metavar="OUT", help="folder of the world")
     world.add_argument("--seed", type=int, default=0, help="seed of the scenes (0)")
     # What is not given is left to `write_world`.
     for name, help_text in (
@@ -71,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
         "Relative image paths start at the table's folder; the images' bytes are kept.",
     )
     pack.add_argument("table", type=Path, metavar="PAIRS.csv", help="table with a header line")
-    pack.add_argument("out", type=Path, metavar="OUT", help="new or empty folder")
+    pack.add_argument("out", type=output_path, metavar="OUT", help="new or empty folder")
     pack.add_argument(
         "--shard-size", type=int, default=1000, metavar="N", help="pairs per shard (1000)"
     )
@@ -106,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
         "shards", metavar="SHARDS", help="for example 'data/{00000..00012}.tar', or a .csv or .tsv"
     )
     words.add_argument(
-        "-o", "--out", type=Path, required=True, metavar="FILE.json", help="file to write"
+        "-o", "--out", type=output_path, required=True, metavar="FILE.json", help="file to write"
     )
     words.add_argument(
         "--min-count", type=int, default=5, metavar="N", help="leave rarer words out (5)"

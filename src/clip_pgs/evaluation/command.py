@@ -31,6 +31,7 @@ from clip_pgs.common import (
     SentenceParser,
     early_end,
     is_first_process,
+    output_path,
     refusal_code,
     refuse,
 )
@@ -197,7 +198,8 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="any other option of it; can be repeated",
     )
-    add("--output", metavar="DIR", help="default: RUN/eval for a run, else ./eval_results/MODEL")
+    help_text = "default: RUN/eval for a run, else ./eval_results/MODEL"
+    add("--output", type=output_path, metavar="DIR", help=help_text)
     add("--force", action="store_true", help="redo what is done")
     add(
         "--no-report",

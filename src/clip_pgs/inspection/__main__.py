@@ -9,10 +9,9 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from clip_pgs.common import SentenceParser, number_in, refuse, run_program
+from clip_pgs.common import SentenceParser, number_in, output_path, refuse, run_program
 from clip_pgs.registry import registered_names
 
 _count, _share = number_in(int, 1, 10**6), number_in(float, 0, 1)
@@ -83,7 +82,7 @@ def _add_masks(commands: Any) -> None:
     )
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    add("-o", "--output", type=Path, required=True, metavar="OUT.png")
+    add("-o", "--output", type=output_path, required=True, metavar="OUT.png")
     _add_maskings(parser, "random", "pgs")
     add("--mask-ratio", type=float, metavar="F", help="share of patches dropped, in [0, 1)")
     add("--mask-ratio-min", type=float, metavar="F", help="lower bound of an adaptive count")
@@ -238,7 +237,7 @@ def _add_maskings(parser: argparse.ArgumentParser, *default: str) -> None:
 
 def _add_output(parser: argparse.ArgumentParser, *names: str) -> None:
     text = f"folder for {', '.join(names)}; made if it does not exist"
-    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help=text)
+    parser.add_argument("-o", "--output", type=output_path, metavar="FOLDER", help=text)
 
 
 def _add_progress(parser: argparse.ArgumentParser, text: str) -> None:

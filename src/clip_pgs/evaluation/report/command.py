@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from clip_pgs.common import SentenceParser, refuse
+from clip_pgs.common import SentenceParser, output_path, refuse
 from clip_pgs.evaluation.report import results_table, scores
 from clip_pgs.evaluation.report.gather import Model, Run, gather_runs, group_by_seed
 from clip_pgs.evaluation.report.published import Paper, read_paper
@@ -65,7 +65,9 @@ def make_parser() -> argparse.ArgumentParser:
     help_text = "run folders, folders of results, or result files (JSON, results.csv)"
     parser.add_argument("results", nargs="+", metavar="RESULTS", help=help_text)
     help_text = "where it goes (default: report)"
-    parser.add_argument("-o", "--output", default="report", metavar="DIR", help=help_text)
+    parser.add_argument(
+        "-o", "--output", type=output_path, default="report", metavar="DIR", help=help_text
+    )
     return parser
 
 
