@@ -1,10 +1,16 @@
 """A run that is stopped at any step ends as the one that nothing stopped, bit for bit."""
 
+import os
 import re
+import signal
 
 import pytest
+import torch
 
-from support.resuming import curves, differences, last_checkpoint, run_with_stops
+from clip_pgs.training.export_command import main as export
+from clip_pgs.training.stop import StoppedError
+from clip_pgs.training.trainer import Trainer
+from support.resuming import KilledError, curves, differences, last_checkpoint, run_with_stops
 from support.runs import run
 
 # Four steps an epoch, on 32 samples.
@@ -76,3 +82,50 @@ def tuned(tmp_path_factory, world):
     options = {"train_data": world.train_data, "masking": "attentive", "unmasked_epochs": 1}
     options["unmasked_batch_size"] = 4
     return options, run(tmp_path_factory.mktemp("tuned"), **options)
+
+
+def end_before_the_first_step(folder, *, by, **options):
+    """Start a run that is stopped, or dies, when it has read its data."""
+
+    def fetch(self, *args):
+        if by == "death":
+            raise KilledError
+        os.kill(os.getpid(), signal.SIGTERM)
+        return fetch_epoch(self, *args)
+
+    fetch_epoch = Trainer._fetch_epoch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_fetch_epoch", fetch)
+        with pytest.raises((StoppedError, KilledError)):
+            run(folder, **options)
+
+
+@pytest.mark.parametrize("by", ["signal", "death"])
+@pytest.mark.parametrize("file", ["epoch_1.pt", "step_6.pt"])
+def test_a_run_that_begins_with_anothers_checkpoint_goes_on_from_it(tmp_path, world, by, file):
+    options = {"train_data": world.train_data, "masking": "random"}
+    whole = run(tmp_path, name="whole", save_every_steps=6, **options)
+    begun = whole / "checkpoints" / file
+    end_before_the_first_step(tmp_path, by=by, resume=begun, **options)
+    begun.unlink()
+    ended = run(tmp_path, resume="latest", **options)
+    assert differences(last_checkpoint(ended), last_checkpoint(whole)) == []
+
+
+def test_a_run_that_begins_with_weights_alone_keeps_them(tmp_path, world):
+    options = {"train_data": world.train_data, "masking": "random"}
+    weights = last_checkpoint(run(tmp_path, name="other", seed=1, **options))["state_dict"]
+    torch.save(weights, tmp_path / "weights.pt")
+    whole = run(tmp_path, name="whole", resume=tmp_path / "weights.pt", **options)
+    end_before_the_first_step(tmp_path, by="death", resume=tmp_path / "weights.pt", **options)
+    ended = run(tmp_path, resume="latest", **options)
+    assert differences(last_checkpoint(ended), last_checkpoint(whole)) == []
+
+
+def test_a_run_that_begins_at_its_end_holds_the_checkpoint(tmp_path, world):
+    options = {"train_data": world.train_data, "masking": "random"}
+    whole = run(tmp_path, name="whole", **options)
+    copy = run(tmp_path, resume=whole, **options)
+    assert differences(last_checkpoint(copy), last_checkpoint(whole)) == []
+    assert export([str(copy)]) == 0
+    assert last_checkpoint(run(tmp_path, resume="latest", **options | {"epochs": 3}))["epoch"] == 3

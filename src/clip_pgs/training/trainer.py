@@ -26,6 +26,8 @@ from torch import Tensor
 from clip_pgs.checkpoint_reading import (
     MOST_RECENT_NAME,
     find_non_finite,
+    fit_weights,
+    named_latest,
     named_tensors,
     newest_checkpoint,
 )
@@ -337,12 +339,40 @@ class Trainer:
                 keep_last=options.keep_checkpoints,
                 delete_previous=options.delete_previous_checkpoint,
             )
+            self._keep_start(self._store)
             self._pictures = MaskPictures(
                 self._folder / MASKS_NAME,
                 self._parts.model,
                 name=options.masking,
                 seed=options.seed,
             )
+
+    def _keep_start(self, store: CheckpointStore) -> None:
+        """Save what the run begins with as its own, where it comes from elsewhere.
+
+        Else `--resume latest` would begin anew until the run has saved, which a finished one never
+        does.
+        """
+        assert self._folder is not None
+        start, folder = self._checkpoint, self._folder / CHECKPOINTS_NAME
+        if start is None or named_latest(folder) is not None:
+            return
+        epoch, position = self._saved_place
+        parts = ("optimizer", "scaler", "masking_state", "window")
+        content = {name: start[name] for name in parts if name in start} | {
+            "state_dict": fit_weights(start["state_dict"], self._parts.model),
+            "epoch": epoch,
+            "position": position,
+            "step": self.step,
+            "name": self._options.name or "",
+            "clip_pgs": self._record_now(),
+        }
+        is_epoch = epoch > 0 and position == 0
+        try:
+            store.save(content, f"epoch_{epoch}.pt" if is_epoch else f"step_{self.step}.pt")
+        except ValueError as error:
+            # What another trainer keeps beside its numbers.
+            _logger.warning("What the run begins with is not saved: %s", error)
 
     @property
     def step(self) -> int:
