@@ -114,6 +114,21 @@ def test_a_bad_shard_that_is_counted_is_named_once_and_left_out(stated_args, dam
     assert sorted(seen) == [*range(20 - number), *range(20, 30)]
 
 
+@pytest.mark.parametrize("source", ["{}/{{0..2}}.tar", "pipe:cat {}/{{0..2}}.tar"])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_bad_shard_counts_as_a_bad_sample_however_it_is_read(stated_args, source, share):
+    folder = folder_of(stated_args)
+    (folder / "sizes.json").unlink()
+    truncated(folder / "1.tar")
+    changes = {"max_bad_share": share, "train_num_samples": 24}
+    args = with_options(stated_args, train_data=source.format(folder), **changes)
+    if share:
+        assert len(numbers(read_from(open_stream(args)))) == 24
+    else:
+        with pytest.raises(UnusableDataError, match="--max-bad-share 0 allows"):
+            read_from(open_stream(args))
+
+
 def test_shard_that_disappears_while_it_is_open_is_read_to_its_end(stated_args):
     stream = open_stream(stated_args)
     batches = iter(stream)

@@ -336,7 +336,7 @@ def test_an_arm_that_warms_up_to_its_end_is_named(study, capsys):
     study.change(arms=content["arms"] | {"short": {"train": {"masking": "none", "warmup": 100}}})
     assert main(study.argv("--check-only")) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("WARNING: arm short: --warmup 100 is as long as the run of 2 steps")
+    assert line.startswith("WARNING: arm short: --warmup 100 is longer than the run of 2 steps")
 
 
 @pytest.mark.parametrize("base", ["base.yaml", "~/base.yaml"])

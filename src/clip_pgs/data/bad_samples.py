@@ -107,7 +107,8 @@ class SkipAccount:
 
         Args:
             skips: What was skipped.
-            num_tried: Samples whose turn it was; 0 for shards.
+            num_tried: Samples whose turn it was; 0 for shards, each of which counts as one, as it
+                does where shards are streamed.
 
         Raises:
             UnusableDataError: If more than the allowed share of all samples was bad.
@@ -122,9 +123,7 @@ class SkipAccount:
             self.counts[skip.reason] += 1
             if self.on_skip is not None:
                 self.on_skip(skip)
-        if num_tried == 0:
-            return
-        self._num_tried += num_tried
+        self._num_tried += max(num_tried, len(skips))
         self._num_bad += len(skips)
         # Were all that come before the next judgment good, these would still be too many.
         num_judged = max(self._num_tried, self._judge_at)

@@ -16,6 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from clip_pgs.checkpoint_reading import file_digest
 from clip_pgs.common import explained
+from clip_pgs.data.bad_samples import Skip
 from clip_pgs.data.build import DatasetKind, dataset_kind, read_table
 from clip_pgs.data.decoding import pixel_normalizer
 from clip_pgs.data.shards import (
@@ -195,7 +196,8 @@ def _check_training_data(options: TrainOptions) -> None:
             f"nothing says how many samples there are in {options.train_data or 'synthetic data'}: "
             "give --train-num-samples, or shards a sizes.json"
         )
-    damage = _first_damage(options, kind) if num_samples == 0 else ""
+    damaged = _damaged_shards(options, kind) if num_samples == 0 else []
+    damage = f"; {damaged[0]}" if damaged else ""
     for phase in phase_options(options):
         needed = samples_per_step(phase)
         prefix = "--" if phase is options else "--unmasked-"
@@ -212,12 +214,21 @@ def _check_training_data(options: TrainOptions) -> None:
             )
 
 
-def _first_damage(options: TrainOptions, kind: DatasetKind) -> str:
-    """Say what is wrong with the first shard that holds no sample."""
+def shard_warnings(options: TrainOptions) -> list[str]:
+    """Return a sentence where a check finds damaged training shards, which a run names itself."""
+    damaged = _damaged_shards(options, training_kind(options)) if options.check_only else []
+    if not damaged:
+        return []
+    verb = "is" if len(damaged) == 1 else "are"
+    return [
+        f"{counted(len(damaged), 'training shard')} {verb} damaged, of which the rest is read: "
+        f"{damaged[0]}"
+    ]
+
+
+def _damaged_shards(options: TrainOptions, kind: DatasetKind) -> list[Skip]:
     shards = expand_shards(options.train_data or "") if kind == "webdataset" else []
-    if not shards or not all(map(is_seekable, shards)):
-        return ""
-    return next((f"; {skip}" for skip in size_shards(shards)[1]), "")
+    return size_shards(shards)[1] if all(map(is_seekable, shards)) else []
 
 
 def _check_files(options: TrainOptions, path: str | None, *, flag: str) -> None:

@@ -27,6 +27,7 @@ from clip_pgs.training.data_checks import (
     has_training_data,
     num_training_samples,
     samples_per_step,
+    shard_warnings,
     training_files,
 )
 from clip_pgs.training.export import open_clip_config
@@ -71,6 +72,7 @@ def option_warnings(options: TrainOptions) -> list[str]:
         *warmup_warnings(options),
         *_resume_warnings(options),
         *_weight_warnings(options),
+        *shard_warnings(options),
         *_text_warnings(options),
     ]
 
@@ -172,12 +174,12 @@ def warmup_warnings(options: TrainOptions) -> list[str]:
     sentences = []
     for phase in phase_options(options):
         num_steps = num_samples // samples_per_step(phase) * phase.epochs
-        if phase.warmup is not None and phase.warmup >= num_steps:
+        if phase.warmup is not None and phase.warmup > num_steps:
             flag, span = "--warmup", "the run"
             if phase is not options:
                 flag, span = "--unmasked-warmup", "unmasked tuning"
             sentences.append(
-                f"{flag} {phase.warmup} is as long as {span} of "
+                f"{flag} {phase.warmup} is longer than {span} of "
                 f"{counted(num_steps, 'step')}, so that the learning rate never reaches {phase.lr}"
             )
     return sentences

@@ -4,6 +4,8 @@ import shutil
 import pytest
 
 from clip_pgs.training import data_checks
+from clip_pgs.training.options import parse_options
+from support import runs
 from support.options import SYNTHETIC, VALID, write_shards
 from support.refusals import accept, refusal
 
@@ -29,6 +31,19 @@ def test_shards_without_sizes_are_counted(tmp_path):
     (tmp_path / "train" / "sizes.json").unlink()
     argv = ["--model", "ViT-B-16", "--train-data", pattern]
     assert "0 training samples: less than one optimizer step" in refusal(*argv)
+
+
+def test_a_check_names_damaged_shards(tmp_path):
+    pattern = str(runs.write_shards(tmp_path))
+    argv = ["--model", "ViT-B-16", "--train-data", pattern, "--check-only"]
+    first = next(tmp_path.rglob("*.tar"))
+    for path in tmp_path.rglob("sizes.json"):
+        path.unlink()
+    assert data_checks.shard_warnings(parse_options(argv)) == []
+    first.write_bytes(b"<html>")
+    (sentence,) = data_checks.shard_warnings(parse_options(argv))
+    assert sentence.startswith("1 training shard is damaged")
+    assert str(first) in sentence
 
 
 def test_commands_need_the_number_of_samples():

@@ -26,10 +26,10 @@ from support.refusals import warnings_of
         (["--wandb-notes", "x"], "--wandb-notes has no effect without --report-to wandb"),
         (["--pretrained-image"], "--pretrained-image has no effect on ViT-B-16"),
         (["--save-frequency", "2", "--logs", "none"], "--save-frequency has no effect with --logs"),
-        (["--warmup", "10000"], "--warmup 10000 is as long as the run of 480 steps"),
+        (["--warmup", "10000"], "--warmup 10000 is longer than the run of 480 steps"),
         (
-            ["--unmasked-epochs", "1", "--unmasked-warmup", "15"],
-            "--unmasked-warmup 15 is as long as unmasked tuning of 15 steps",
+            ["--unmasked-epochs", "1", "--unmasked-warmup", "16"],
+            "--unmasked-warmup 16 is longer than unmasked tuning of 15 steps",
         ),
         (["--unmasked-lr", "1e-4"], "--unmasked-lr has no effect without --unmasked-epochs"),
         (["--mask-schedule-steps", "3"], "--mask-schedule-steps has no effect with --mask-sched"),
@@ -47,6 +47,8 @@ def test_a_setting_with_no_effect_warns(argv, sentence):
         ["--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1", "--lr-cooldown-power", "2"],
         ["--opt", "timm/sgd", "--lr", "0.1", "--momentum", "0.9"],
         ["--lock-image", "--lock-image-unlocked-groups", "1"],
+        # The last step has the full rate.
+        ["--warmup", "480"],
     ],
 )
 def test_settings_with_an_effect_do_not_warn(argv):
