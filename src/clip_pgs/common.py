@@ -412,7 +412,7 @@ def find_config(name: str, kind: str) -> str:
     Args:
         name: A file; or, where there is none, even if there is a folder, that of a bundled config:
             "demo" or "configs/train/demo.yaml".
-        kind: Folder of the bundled ones: "train", "models" or "study".
+        kind: Folder of the bundled ones: "train", "models", "eval" or "study".
 
     Returns:
         The path; `name` itself where nothing is found.

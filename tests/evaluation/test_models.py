@@ -81,6 +81,14 @@ def test_lone_checkpoint_opens_with_a_model_config(lone_checkpoint, model_config
     assert weights_digest(loaded.model) == weights_digest(load_model(finished_run).model)
 
 
+@pytest.mark.parametrize("name", ["configs/models/demo_vit.json", "demo_vit"])
+def test_a_model_config_of_the_package_is_found_from_any_folder(lone_checkpoint, monkeypatch, name):
+    monkeypatch.chdir(lone_checkpoint.parent)
+    check_source(lone_checkpoint.name, model_config=name)
+    with pytest.raises(ValueError, match="model config configs/models/no_such"):
+        check_source(lone_checkpoint.name, model_config="configs/models/no_such.json")
+
+
 def test_weights_that_the_config_beside_them_describes_otherwise_are_told(
     finished_run, model_config, caplog
 ):

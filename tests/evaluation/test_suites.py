@@ -61,6 +61,18 @@ def test_own_list_goes_to_the_suites_by_declared_type(dataset_list, data_root):
     assert [s.name for s in load_suite("zeroshot-retrieval", **options)] == ["pairs"]
 
 
+@pytest.mark.parametrize("name", ["configs/eval/{}", "{}", "goods_retrieval"])
+def test_a_list_of_the_package_is_found_from_any_folder(tmp_path, data_root, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    options = {"datasets": name.format("goods_retrieval.txt"), "data_root": str(data_root)}
+    (found,) = load_suite("all", **options)
+    assert found.name == "products_small_retrieval"
+    # A file of one's own goes first.
+    Path("goods_retrieval.txt").write_text("pairs")
+    options["datasets"] = "goods_retrieval.txt"
+    assert [each.name for each in load_suite("all", **options)] == ["pairs"]
+
+
 def test_lines_of_an_own_list_marked_for_a_suite_go_there_alone(tmp_path, data_root):
     path = tmp_path / "list.txt"
     path.write_text("linear-probe: six\nrobustness: six\nsugar_crepe/add_att\n")
@@ -132,6 +144,7 @@ def test_template_is_filled_as_clip_benchmark_does():
         ("six", {"name": "zero-shot"}, "unknown suite 'zero-shot'"),
         ("six", {"data_root": "nowhere"}, "data root nowhere is not a folder"),
         ("six", {"datasets": "nolist"}, "unknown data set list 'nolist'"),
+        ("six", {"datasets": "my/list.txt"}, "list 'my/list.txt': there is no such file"),
         ("# nothing\n\n", {}, "names no data set"),
         ("six", {"name": "zeroshot-retrieval"}, "names no data set of the suite"),
         ("six\nwds/six", {}, "two data sets named six"),

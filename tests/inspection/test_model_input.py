@@ -34,9 +34,10 @@ def test_a_model_config_gives_image_and_patch_size(tmp_path):
     assert (model_input.image_size, model_input.patch_size) == ((64, 64), (8, 8))
 
 
-def test_a_config_of_the_package_is_found_from_any_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["configs/models/demo_vit.json", "demo_vit"])
+def test_a_config_of_the_package_is_found_from_any_folder(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    assert read_model_input("configs/models/demo_vit.json").image_size == (64, 64)
+    assert read_model_input(name).image_size == (64, 64)
 
 
 @pytest.mark.parametrize("place", ["run/export", "run"])

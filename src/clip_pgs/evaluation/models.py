@@ -30,7 +30,14 @@ from clip_pgs.checkpoint_reading import (
     read_checkpoint,
     recorded_config,
 )
-from clip_pgs.common import explained, is_first_process, literal, one_sentence, silenced
+from clip_pgs.common import (
+    explained,
+    find_config,
+    is_first_process,
+    literal,
+    one_sentence,
+    silenced,
+)
 from clip_pgs.evaluation.masked_inference import InferenceMasking, choose_masking
 from clip_pgs.evaluation.results import model_name, plain_record
 from clip_pgs.files import (
@@ -370,7 +377,7 @@ def _find_architecture(
     if model is not None and model_config is not None:
         raise ValueError("give the architecture as a model name or as a model config, not both")
     if model_config is not None:
-        return register_model_config(Path(model_config)), {}
+        return register_model_config(Path(find_config(str(model_config), "models"))), {}
     if model is not None:
         if not _is_known(model):
             raise ValueError(

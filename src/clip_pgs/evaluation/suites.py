@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from clip_pgs.common import CONFIGS, explained
+from clip_pgs.common import CONFIGS, explained, find_config
 from clip_pgs.evaluation.datasets import (
     CAPTION_PAIR_SPLITS,
     CLASS_NAMES,
@@ -452,13 +452,13 @@ def load_suite(
 
     Args:
         name: Of a suite, "package.module:function", or "all".
-        datasets: "demo" or "paper", the lists in `configs/eval`; or the path of a list of your
-            own, with one data set per line. A line `SUITE: NAME` is for that suite alone. Other
-            lines go to every suite asked for that can evaluate their type; with "all", to
-            zero-shot classification, zero-shot retrieval or compositionality.
+        datasets: "demo" or "paper", or the name of another list in `configs/eval`; or the path of
+            a list of your own, with one data set per line. A line `SUITE: NAME` is for that suite
+            alone. Other lines go to every suite asked for that can evaluate their type; with
+            "all", to zero-shot classification, zero-shot retrieval or compositionality.
         data_root: Where the data sets are: a folder, a template with `{dataset}` or
             `{dataset_cleaned}`, or "hub". By default `data/demo/eval` for "demo", `data/eval`
-            for "paper", and the working directory for a list of your own.
+            for "paper", and the working directory for another list.
 
     Returns:
         The sets, suite by suite. Of robustness, the first is the one the others vary.
@@ -491,8 +491,8 @@ def load_suite(
             # A suite of another package has none.
             if name != "all" or path.is_file():
                 eval_sets += _sets_of(suite, read_list(path), data_root)
-    elif Path(datasets).is_file():
-        lines = read_list(Path(datasets))
+    elif (list_path := Path(find_config(datasets, "eval"))).is_file():
+        lines = read_list(list_path)
         types = {line: _type_of(line, data_root) for line in lines}
         _check_marks(types, datasets)
         for suite in chosen:
@@ -505,7 +505,10 @@ def load_suite(
             ]
             eval_sets += _sets_of(suite, own, data_root)
     else:
-        raise ValueError(f"unknown data set list {datasets!r}; choose demo, paper or a list file")
+        raise ValueError(
+            f"unknown data set list {datasets!r}: there is no such file, here or in configs/eval; "
+            "choose demo, paper or a list file"
+        )
     if not eval_sets:
         raise ValueError(f"{datasets} names no data set of the suite {name}")
     by_stem: dict[str, EvalSet] = {}

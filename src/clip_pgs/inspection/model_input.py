@@ -268,14 +268,11 @@ def read_config(source: str) -> dict[str, Any]:
     # It takes seconds to import.
     import open_clip
 
-    path, folder = Path(source), _export_folder(Path(source))
-    if folder is not None:
-        path = folder / MODEL_CONFIG_NAME
-    elif path.suffix == ".json" and not path.is_dir():
-        path = Path(find_config(source, "models"))
-    elif source in open_clip.list_models():
+    folder = _export_folder(Path(source))
+    if folder is None and source in open_clip.list_models():
         return open_clip.get_model_config(source)
-    else:
+    path = folder / MODEL_CONFIG_NAME if folder else Path(find_config(source, "models"))
+    if path.suffix != ".json" or path.is_dir():
         raise ValueError(
             f"{source!r} is no run, no folder with {MODEL_CONFIG_NAME}, no checkpoint, no "
             "model config and no model that open_clip knows"

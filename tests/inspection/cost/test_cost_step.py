@@ -324,6 +324,13 @@ def test_it_prints_a_line_per_model_and_writes_what_it_measured(config, tmp_path
         assert picture.width > 500
 
 
+@pytest.mark.parametrize("name", ["configs/models/demo_vit.json", "demo_vit"])
+def test_a_config_of_the_package_is_found_from_any_folder(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    assert run(name, "--steps", "1", "--masking", "random") == 0
+    assert f"{name} at 64 x 64" in capsys.readouterr().out
+
+
 def test_captions_of_the_web_and_bfloat16_run(config, capsys):
     flags = ("--captions", "web", "--precision", "amp_bf16", "--progress", "0.5")
     assert run(config, *flags, "--maskings", "pgs:mask_ratio_min=0.3") == 0

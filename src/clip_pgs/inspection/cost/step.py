@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from tqdm import tqdm
 
+from clip_pgs.common import find_config
 from clip_pgs.files import check_writable, write_bytes, write_json
 from clip_pgs.inspection.model_input import StrategySpec, parse_specs
 from clip_pgs.integrations.apply import masking_or_none
@@ -138,7 +139,7 @@ class Benchmark:
         Raises:
             ValueError: If there is no such model, or it has no plain pair of towers.
         """
-        name = self.model
+        name = find_config(self.model, "models")
         if name.endswith(".json"):
             name = register_model_config(Path(name))
         if name not in open_clip.list_models():
