@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from clip_pgs.data.world.writing import write_world
+from clip_pgs.demo import main as fresh
 from clip_pgs.inspection.__main__ import main as inspect
 from clip_pgs.training.__main__ import main as train
 from clip_pgs.training.export_command import main as export
@@ -67,6 +68,15 @@ def test_the_demo_sets_are_scored_and_the_card_says_so(demo, capsys, monkeypatch
     assert (run / "eval" / "results.csv").is_file()
     assert export(["logs/demo"]) == 0
     assert (run / "export/README.md").read_bytes() == scored
+
+
+def test_a_fresh_demo_can_be_checked_for_beside_a_finished_one(demo, monkeypatch, capfd):
+    monkeypatch.chdir(demo)
+    shard = ["--train-data", "data/demo/train/00000.tar", "--val-data", "data/demo/val/00000.tar"]
+    options = ["--epochs", "1", "--batch-size", "32", "--warmup", "2"]
+    assert fresh(["--fresh", "--check-only", *shard, *options]) == 0
+    assert "the options are valid" in capfd.readouterr().out
+    assert [path.name for path in Path("logs").iterdir()] == ["demo"]
 
 
 def test_the_six_scenes_are_drawn(demo):

@@ -274,6 +274,8 @@ def test_asking_what_a_fresh_demo_would_do_removes_nothing(demo, flag):
     before = contents(Path("logs"))
     _, calls = demo("--fresh", "--epochs", "1", flag)
     assert modules(calls) == ["training"]
+    # The name of the run that is there would be refused.
+    assert "--name demo.fresh" in calls[0]
     assert contents(Path("logs")) == before
 
 

@@ -48,6 +48,8 @@ _TABLE = _RUN / EVAL_NAME / "table.txt"
 _PICTURE = _RUN / "pgs_keeps.png"
 _CONFIG = ("--config", "demo")
 _TRAIN = ("clip_pgs.training", *_CONFIG)
+# The name of a fresh run until it is known to be possible, as the old one must not go before.
+_FRESH = ("--logs", "logs", "--name", "demo.fresh")
 _OWN_FLAGS = ("--config", "--logs", "--name", "--resume")
 # Measured on 2026-11-29 by `clip-pgs train demo_random` and `clip-pgs test logs/demo_random`.
 _RANDOM = """
@@ -89,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with folder_lock(Path(), on_busy=_refuse_second):
             if _QUESTIONS & set(flags):
-                _call(*_TRAIN, *flags)
+                _call(*_TRAIN, *flags, *_FRESH)
                 return 0
             _prepare(is_fresh, flags)
             cure = "clip-pgs demo goes on where it was"
@@ -150,8 +152,7 @@ def _prepare(is_fresh: bool, flags: Sequence[str]) -> None:
     _heading("1 of 4: the demo world")
     _call("clip_pgs.data", "world", str(_WORLD))
     if is_fresh:
-        # Under another name, as the old run must not go before the new one is known to be possible.
-        _call(*_TRAIN, *flags, "--logs", "logs", "--name", "demo.fresh", "--check-only")
+        _call(*_TRAIN, *flags, *_FRESH, "--check-only")
         with _run_lock():
             shutil.rmtree(_RUN, ignore_errors=True)
 

@@ -79,6 +79,7 @@ def test_sizes_given_as_flags_win_over_those_of_the_model(photo, tmp_path):
         (["--seed", "9" * 30], "--seed"),
         (["--seed", "-" + "9" * 30], "--seed"),
         (["-o", "masks.xyz"], "masks.xyz"),
+        (["-o", "."], "got .\n"),
     ],
 )
 def test_bad_input_names_what_is_wrong(photo, tmp_path, monkeypatch, capsys, flags, part):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -251,6 +252,25 @@ def test_two_images_with_one_mask_are_refused(world, capsys):
         argv = ["kept", *map(str, images), "--foreground", str(world / "masks"), *SIZES]
         assert main(argv) == 2
         assert str(world / "masks" / "0.png") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("images", "output"),
+    [("images", "images"), ("images", "masks"), ("images", "images/../masks"), ("kept.png", ".")],
+)
+def test_an_output_among_images_or_masks_is_refused_and_writes_nothing(
+    world, tmp_path, monkeypatch, capsys, images, output
+):
+    folder = shutil.copytree(world, tmp_path / "world")
+    for name in ("kept.png", "masks/kept.png"):
+        shutil.copy(folder / "masks/0.png", folder / name)
+    monkeypatch.chdir(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    sentence = refusal(
+        main, ["kept", images, "--foreground", "masks", *SIZES, "-o", output], capsys
+    )
+    assert f"the output {output} " in sentence
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
 
 
 @pytest.mark.parametrize("name", ["kept.json", "kept.csv", "kept.png"])

@@ -253,6 +253,14 @@ def run_kept(args: argparse.Namespace) -> None:
     specs = parse_specs(args.maskings)
     strategies = [spec.build(mask_ratio=ratio) for spec in specs for ratio in mask_ratios]
     view = read_view(args, strategies)
+    if args.output is not None:
+        # A picture there would be one more of the images, or take the place of one.
+        given = {Path(path).resolve() for path in (*args.images, args.foreground)}
+        if given & {path.resolve() for path in (args.output, args.output / "kept.png")}:
+            raise ValueError(
+                f"the output {args.output} must not be where images or masks are, as kept.png "
+                "would be among them"
+            )
     pairs = pair_masks(args.images, args.foreground)
     if args.output is not None:
         check_writable(*(args.output / name for name in FILE_NAMES))

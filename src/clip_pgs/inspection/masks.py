@@ -174,7 +174,7 @@ def run_masks(args: argparse.Namespace) -> None:
     output: Path = args.output
     ending = output.suffix.lower()
     if ending not in image_endings() | {".pdf"}:
-        raise ValueError(f"the output must end in .png, .jpg or the like, got {output.name}")
+        raise ValueError(f"the output must end in .png, .jpg or the like, got {output}")
     check_writable(output)
     ratios = {"mask_ratio": args.mask_ratio, "mask_ratio_min": args.mask_ratio_min}
     specs = parse_specs(args.maskings, **ratios)

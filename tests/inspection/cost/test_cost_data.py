@@ -95,6 +95,12 @@ def test_bad_input_is_one_sentence(shard, monkeypatch, capsys, flags):
     refusal(main, ["data", shard, *flags], capsys)
 
 
+def test_a_folder_of_shards_is_told_how_to_name_them(shard, monkeypatch, capsys):
+    monkeypatch.chdir(shard.parent.parent)
+    folder = shard.parent.name
+    assert f"write {folder}/*.tar" in refusal(main, ["data", folder], capsys)
+
+
 @pytest.mark.parametrize(
     "content", [b"%!PS-Adobe-3.0 EPSF-3.0\n", b"", jpeg()[:500], b"GIF89a"], ids=range(4)
 )

@@ -70,7 +70,12 @@ def read_jpegs(paths: Sequence[str | Path], *, min_side: int = 0, limit: int = 5
         except (OSError, tarfile.TarError) as error:
             raise ValueError(f"cannot read {path}: {error}") from None
     if not found:
-        raise ValueError(f"there is no JPEG file with a side of {min_side} pixels or more")
+        size = f" with a side of {min_side} pixels or more" if min_side else ""
+        # The shell expands the pattern, so that it stands without quotation marks.
+        hints = [
+            f"; for the shards in {p} write {p}/*.tar" for p in paths if any(Path(p).glob("*.tar"))
+        ]
+        raise ValueError(f"there is no JPEG file{size}{hints[0] if hints else ''}")
     return found
 
 
