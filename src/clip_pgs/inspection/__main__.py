@@ -152,7 +152,7 @@ def _add_cost(commands: Any) -> None:
     add("--steps", type=_count, metavar="N", help="rounds (default: 5 on a CPU, 20 on a GPU)")
     add("--seed", type=_seed, default=0, metavar="N", help="of weights and data (default: 0)")
     _add_maskings(parser, "none", "random", "pgs", "pgs:mask_ratio_min=0.3")
-    add("--mask-ratio", type=float, default=0.5, metavar="F", help="in [0, 1) (default: 0.5)")
+    add("--mask-ratio", type=float, metavar="F", help="in [0, 1) (default: 0.5)")
     _add_progress(parser, ", which strategies are told; above 0 some look at embeddings as well")
     kinds = ("flickr8k", "web")
     add("--captions", choices=kinds, default="flickr8k", help="whose lengths they have")

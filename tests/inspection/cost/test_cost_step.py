@@ -331,6 +331,11 @@ def test_a_config_of_the_package_is_found_from_any_folder(tmp_path, monkeypatch,
     assert f"{name} at 64 x 64" in capsys.readouterr().out
 
 
+def test_plain_clip_alone_needs_no_ratio(config, capsys):
+    assert run(config, "--steps", "1", "--masking", "none") == 0
+    assert "plain CLIP" in capsys.readouterr().out
+
+
 def test_captions_of_the_web_and_bfloat16_run(config, capsys):
     flags = ("--captions", "web", "--precision", "amp_bf16", "--progress", "0.5")
     assert run(config, *flags, "--maskings", "pgs:mask_ratio_min=0.3") == 0

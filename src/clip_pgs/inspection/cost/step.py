@@ -52,6 +52,7 @@ from clip_pgs.integrations.open_clip.model_config import (
     usable_device,
 )
 from clip_pgs.integrations.open_clip.text import GROUP_SHARES
+from clip_pgs.masking.strategy import MASK_RATIO
 from clip_pgs.tables import Cell, Table, counted
 
 PLAIN_TITLE = "plain CLIP"
@@ -643,6 +644,9 @@ def run_cost(args: argparse.Namespace) -> None:
     """
     fill_in_defaults(args)
     specs = parse_specs(args.maskings, mask_ratio=args.mask_ratio)
+    if args.mask_ratio is None:
+        # Given, it would have to have an effect, which it has not where `none` alone is timed.
+        args.mask_ratio = MASK_RATIO
     if args.output is not None:
         check_writable(args.output / "cost.json", args.output / "cost.png")
     benchmark = Benchmark.of(args)
