@@ -35,6 +35,7 @@ from clip_pgs.training.phases import phase_options
 # Through it go the batches of data workers, and containers have little of it.
 SHARED_MEMORY = Path("/dev/shm")
 
+_IMAGENET_CLASSES = 1000
 # What torch's loaders fetch ahead for each worker.
 _PREFETCH = 2
 _FLOAT_BYTES = 4
@@ -250,7 +251,13 @@ def _check_imagenet(options: TrainOptions) -> None:
             raise ValueError(f"{flag} {folder!r} is not a folder")
     if options.imagenet_val is not None:
         with explained(f"--imagenet-val {options.imagenet_val!r}", OSError):
-            ImageFolder(options.imagenet_val)
+            num_classes = len(ImageFolder(options.imagenet_val).classes)
+        if num_classes != _IMAGENET_CLASSES:
+            raise ValueError(
+                f"--imagenet-val {options.imagenet_val!r} must have a folder for each of "
+                f"ImageNet's {_IMAGENET_CLASSES} classes, whose numbers are the folders' places, "
+                f"got {num_classes}; --eval-suite scores sets of other classes"
+            )
     if options.imagenet_v2 is not None and importlib.util.find_spec("imagenetv2_pytorch") is None:
         raise ValueError("--imagenet-v2 needs the package imagenetv2_pytorch, not installed")
 

@@ -15,11 +15,14 @@ from typing import Any, Protocol
 import torch
 from open_clip_train.data import get_imagenet
 from open_clip_train.train import evaluate as evaluate_with_open_clip
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from clip_pgs.common import measured_alike, one_sentence
 from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
 from clip_pgs.data.build import build_val_stream
+from clip_pgs.data.decoding import UnreadableImageError, open_image, to_rgb
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.files import CHECKPOINTS_NAME, append_line
 from clip_pgs.tables import Cell, Table
@@ -91,10 +94,15 @@ class Validation:
             )
             self._data["val"] = SimpleNamespace(dataloader=self._stream)
         transforms = (parts.train_transform, parts.val_transform)
-        if options.imagenet_val is not None:
-            self._data["imagenet-val"] = get_imagenet(options.openclip, transforms, "val")
-        if options.imagenet_v2 is not None:
-            self._data["imagenet-v2"] = get_imagenet(options.openclip, transforms, "v2")
+        for name, folder in (("val", options.imagenet_val), ("v2", options.imagenet_v2)):
+            if folder is not None:
+                dataset = get_imagenet(options.openclip, transforms, name).dataloader.dataset
+                loader = DataLoader(
+                    _Pictures(dataset, parts.val_transform),
+                    batch_size=options.batch_size,
+                    num_workers=options.workers,
+                )
+                self._data[f"imagenet-{name}"] = SimpleNamespace(dataloader=loader)
         self._digests = held_out_digests(options)
 
     def run(self, *, epoch: int, epochs: int, record: Mapping[str, Any]) -> dict[str, float]:
@@ -175,14 +183,41 @@ class Validation:
             self._stream.close()
 
 
+class _Pictures(Dataset[tuple[Tensor, int]]):
+    """The pictures of one of OpenCLIP's ImageNet data sets, decoded as all others are.
+
+    Args:
+        dataset: torchvision's of folders, or that of ImageNet V2, whose folders are numbers.
+        transform: Picture to pixels.
+    """
+
+    def __init__(self, dataset: Any, transform: Callable[[Image.Image], Tensor]) -> None:
+        self._samples: list[tuple[str, int]] = getattr(dataset, "samples", None) or [
+            (str(path), int(path.parent.name)) for path in dataset.fnames
+        ]
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        path, label = self._samples[number]
+        try:
+            return self._transform(to_rgb(open_image(path))), label
+        except UnreadableImageError as error:
+            raise UnusableDataError(f"{path}: {error}") from None
+
+
 @contextmanager
 def _going_on(what: str, epoch: int, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     """Warn of errors that must not end a run, as of held-out data that is gone or a full disk."""
     try:
         yield
     except errors as error:
+        # Of a loader's process torch tells the traceback, too, whose last line is the error.
+        reason = one_sentence(str(error).strip().rpartition("\n")[2])
         _logger.warning(
-            "The %s after epoch %d could not be finished: %s; the run goes on", what, epoch, error
+            "The %s after epoch %d could not be finished: %s; the run goes on", what, epoch, reason
         )
 
 

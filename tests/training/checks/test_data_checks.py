@@ -162,4 +162,9 @@ def test_imagenet_needs_a_folder_per_class(tmp_path):
     assert "the classes n01443537, n01484850." in message
     for name in ("n01443537", "n01484850"):
         (tmp_path / "val" / name / "b.png").touch()
+    assert "1000 classes, whose numbers are the folders' places, got 3" in refusal(*argv)
+    for number in range(997):
+        folder = tmp_path / "val" / f"n1{number:07}"
+        folder.mkdir()
+        (folder / "a.png").touch()
     accept(*argv)
