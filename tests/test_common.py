@@ -1,6 +1,9 @@
 import getpass
 import os
 import pwd
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -80,3 +83,16 @@ def test_a_user_without_a_name_has_one_for_what_asks(monkeypatch):
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     # torch asks where torchvision is imported.
     assert run_program(lambda: 0 if getpass.getuser() == str(os.getuid()) else 1) == 0
+
+
+def test_exit_codes_of_children_are_theirs_where_a_parent_ignored_their_ends():
+    program = (
+        "import subprocess, sys; from clip_pgs.common import run_program; "
+        "child = [sys.executable, '-c', 'raise SystemExit(3)']; "
+        "sys.exit(run_program(lambda: subprocess.call(child)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
+    )
+    assert done.returncode == 3

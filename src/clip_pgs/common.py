@@ -157,6 +157,9 @@ def run_program(main: Callable[[], int | None]) -> int:
     except (KeyError, OSError):
         # torch asks for the name where it is imported; a container may run as a user without any.
         os.environ["USER"] = str(os.getuid())
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        # Inherited, as from daemons in Perl: the exit codes of children would all be 0.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Python would end by looking for garbage among all modules, for a second.
     atexit.register(gc.freeze)
     with ExitStack() as stack:
