@@ -11,6 +11,7 @@ import yaml
 from clip_pgs.files import folder_lock
 from clip_pgs.study import plan
 from clip_pgs.study.__main__ import main
+from clip_pgs.training.options import read_options
 from support.commands import refusal
 
 
@@ -348,3 +349,37 @@ def test_a_valid_study_says_so_and_leaves_nothing(study, capsys, monkeypatch, ba
     assert main(study.argv("--check-only", "--seeds", "1", "--arms", "pgs")) == 0
     assert capsys.readouterr().out.endswith(" 1 run\n")
     assert not study.root.exists()
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "base", "meant"),
+    [
+        ("logs", "big/a", "base.yaml", "."),
+        ("logs", "other/logs", "base.yaml", "."),
+        ("logs/tiny/random", "big/a", "base.yaml", "."),
+        ("linked", "big/a", "linked/../base.yaml", "big"),
+        # The base of a config that is a link lies beside the link.
+        ("linked.yaml", "big/base.yaml", "linked.yaml", "."),
+    ],
+)
+def test_a_run_is_trained_by_the_config_that_the_study_names_through_links(
+    study, link, target, base, meant
+):
+    epochs = {place: number for number, place in enumerate((".", "other", "big", "big/a"), 1)}
+    for place, number in epochs.items():
+        Path(place).mkdir(parents=True, exist_ok=True)
+        Path(place, "base.yaml").write_text("base: options.yaml\n")
+        Path(place, "options.yaml").write_text(f"model: ViT-B-32\nepochs: {number}\n")
+    Path("other/logs").mkdir()
+    Path(link).parent.mkdir(parents=True, exist_ok=True)
+    Path(link).symlink_to(Path(target).absolute())
+    study.change(base=base)
+    said = plan.read_study(Path("study.yaml"), root=Path("logs"))
+    folder = said.run("random", 0).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / plan.CONFIG_NAME
+    for text in (said.config_text("random"), said.config_text("random", folder)):
+        config.write_text(text)
+        assert read_options(["--config", str(config)]).epochs == epochs[meant]
+    # A folder that is moved with its config takes it along.
+    assert not Path(yaml.safe_load(text)["base"]).is_absolute()

@@ -184,8 +184,13 @@ class Study:
 
     def config_text(self, arm: str, folder: Path | None = None) -> str:
         """Return the training config of an arm, as it is to lie in a folder; None is any folder."""
-        base = self.base.absolute() if folder is None else os.path.relpath(self.base, folder)
-        return yaml.safe_dump({"base": str(base), **self.arms[arm].train}, sort_keys=False)
+        base = str(self.base.absolute())
+        if folder is not None:
+            # The system follows links before it takes `..`. A config that is a link itself stays
+            # one, as its own base is relative to where the link lies.
+            place = self.base.parent.resolve() / self.base.name
+            base = os.path.relpath(place, folder.resolve())
+        return yaml.safe_dump({"base": base, **self.arms[arm].train}, sort_keys=False)
 
 
 def read_study(path: Path, *, root: Path) -> Study:
