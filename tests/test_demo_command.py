@@ -201,6 +201,50 @@ def holding(path):
         process.communicate("\n", timeout=60)
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file", "mount point"])
+@pytest.mark.parametrize("flags", [[], ["--check-only"]])
+def test_what_a_fresh_demo_cannot_replace_is_refused_first(demo, monkeypatch, kind, flags):
+    demo()
+    run, elsewhere = Path("logs/demo"), Path("elsewhere")
+    if kind == "mount point":
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == run)
+    else:
+        run.rename(elsewhere)
+        if kind == "file":
+            run.touch()
+        else:
+            run.symlink_to(elsewhere.absolute() if kind == "link" else "nowhere")
+    before = contents(Path())
+    error, calls = demo("--fresh", *flags, code=2)
+    assert error.startswith(f"error: {run} is ")
+    assert error.count("\n") == 1
+    assert calls == []
+    assert contents(Path()) == before | {Path("calls.log"): b""}
+    if kind == "link":
+        # It goes on through it, and a help is no work.
+        demo()
+        demo("--fresh", "--help")
+
+
+@pytest.mark.parametrize("step", ["rename", "rmtree"])
+def test_a_run_that_cannot_be_removed_ends_a_fresh_demo_in_a_sentence(demo, monkeypatch, step):
+    demo()
+
+    def fail(path, *_, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*{"rename": (Path, "rename"), "rmtree": (shutil, "rmtree")}[step], fail)
+        error, calls = demo("--fresh", code=2)
+    assert "demo" in error
+    assert error.endswith(": Permission denied\n")
+    assert error.count("\n") == 1
+    assert "--check-only" in calls[-1]
+    demo("--fresh")
+    assert [path.name for path in Path("logs").iterdir()] == ["demo"]
+
+
 @pytest.mark.parametrize("arguments", [[], ["--fresh"]])
 def test_a_second_demo_in_one_folder_is_refused(demo, arguments):
     demo()

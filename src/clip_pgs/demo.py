@@ -25,6 +25,8 @@ from clip_pgs.common import (
     as_plain,
     changes_of,
     early_end,
+    one_sentence,
+    refusal_code,
     refuse,
     run_program,
 )
@@ -44,6 +46,8 @@ from clip_pgs.training.stop import lock_holder, take_lock
 
 _WORLD = Path("data", "demo")
 _RUN = Path("logs", "demo")
+# What becomes of a run that a fresh one takes the place of, until it is removed.
+_REPLACED = Path("logs", ".demo.replaced")
 _TABLE = _RUN / EVAL_NAME / "table.txt"
 _PICTURE = _RUN / "pgs_keeps.png"
 _CONFIG = ("--config", "demo")
@@ -57,7 +61,8 @@ With random patches in place of PGS (clip-pgs train demo_random, the same seed),
 zero-shot shape 16.3, color 98.6; retrieval R@5 96.3 and 97.3; linear probe, shape 19.0, color 98.6.
 One seed says little; docs/results.md of the repository has six, at ratio 0.75."""
 # Asking what a fresh demo would do removes nothing.
-_QUESTIONS = {"-h", "--help", "--help-all", "--check-only", "--trial"}
+_HELP = {"-h", "--help", "--help-all"}
+_QUESTIONS = _HELP | {"--check-only", "--trial"}
 
 
 class _DemoError(Exception):
@@ -84,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not is_fresh:
         make_parser().parse_args(arguments)
     try:
+        if is_fresh and not _HELP & set(flags):
+            _check_place()
         _check_flags(flags)
     except ValueError as error:
         return refuse(error)
@@ -143,6 +150,23 @@ def _check_flags(flags: Sequence[str]) -> None:
         check_options(options, has_files=False)
 
 
+def _check_place() -> None:
+    """Refuse what cannot be removed as the folder of a run is.
+
+    Raises:
+        ValueError: In one sentence.
+    """
+    if _RUN.is_symlink():
+        what = "a link"
+    elif _RUN.is_mount():
+        what = "a mount point"
+    elif _RUN.exists() and not _RUN.is_dir():
+        what = "no folder"
+    else:
+        return
+    raise ValueError(f"{_RUN} is {what}, which --fresh does not replace; move or remove it first")
+
+
 def _prepare(is_fresh: bool, flags: Sequence[str]) -> None:
     """Make the world, and remove the run that a fresh one takes the place of."""
     if is_fresh:
@@ -153,8 +177,23 @@ def _prepare(is_fresh: bool, flags: Sequence[str]) -> None:
     _call("clip_pgs.data", "world", str(_WORLD))
     if is_fresh:
         _call(*_TRAIN, *flags, *_FRESH, "--check-only")
-        with _run_lock():
-            shutil.rmtree(_RUN, ignore_errors=True)
+        try:
+            _remove_run()
+        except OSError as error:
+            sentence = f"the run before cannot be removed: {one_sentence(error)}"
+            raise _DemoError(sentence, refusal_code(error)) from None
+
+
+def _remove_run() -> None:
+    with _run_lock():
+        # A demo that was killed may have left one.
+        if _REPLACED.exists():
+            shutil.rmtree(_REPLACED)
+        if _RUN.exists():
+            _RUN.rename(_REPLACED)
+    # NFS keeps a folder as long as a file in it is open, as the lock was.
+    if _REPLACED.exists():
+        shutil.rmtree(_REPLACED)
 
 
 def _demo(flags: Sequence[str]) -> None:
