@@ -383,3 +383,21 @@ def test_a_run_is_trained_by_the_config_that_the_study_names_through_links(
         assert read_options(["--config", str(config)]).epochs == epochs[meant]
     # A folder that is moved with its config takes it along.
     assert not Path(yaml.safe_load(text)["base"]).is_absolute()
+
+
+@pytest.mark.parametrize("is_link", [True, False])
+def test_old_scores_that_cannot_be_removed_fail_the_run(study, capsys, monkeypatch, is_link):
+    output = study.study / "random/seed_0/eval-unmasked"
+    output.parent.mkdir(parents=True)
+    if is_link:
+        (study.folder / "elsewhere").mkdir()
+        (study.folder / "elsewhere/old.json").write_text("{}")
+        output.symlink_to(study.folder / "elsewhere")
+    else:
+        output.touch()
+    monkeypatch.setattr("clip_pgs.study.runner.Runner._train", lambda *_: "")
+    monkeypatch.setattr("clip_pgs.study.runner.Runner._launch", lambda *_: (0, ""))
+    assert main(study.argv("--arms", "random", "--seeds", "0")) == 1
+    assert f"{output} cannot be removed" in capsys.readouterr().out
+    assert study.record("random", 0)["evaluations"] == {}
+    assert (study.folder / "elsewhere/old.json").exists() == is_link

@@ -19,6 +19,7 @@ from typing import Any
 
 import clip_pgs
 from clip_pgs.checkpoint_reading import newest_checkpoint
+from clip_pgs.common import one_sentence
 from clip_pgs.evaluation.results import DONE, read_results
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
@@ -295,7 +296,12 @@ class Runner:
         record.evaluations.pop(way, None)
         write_record(record, run)
         # What was scored by other code, or through another mask, must not stay beside the new.
-        shutil.rmtree(output, ignore_errors=True)
+        try:
+            if output.exists():
+                shutil.rmtree(output)
+        except OSError as error:
+            reason = one_sentence(error)
+            return f"evaluation {way}: the old scores in {output} cannot be removed: {reason}"
         code = read_code().evaluation if self.accepts_changes else self.code.evaluation
         start = time.monotonic()
         for flags in calls:
