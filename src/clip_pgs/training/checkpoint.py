@@ -664,13 +664,13 @@ def optimizer_misfit(optimizer: torch.optim.Optimizer, state: Any) -> str | None
     return None
 
 
-def _kind(value: Any) -> Any:
-    """Return what may stand where an optimizer has this setting or number."""
+def _kind(value: Any) -> str:
+    """Return what a value is to an optimizer: "switch", "number" or "other"."""
     if value is None or isinstance(value, bool):
         return "switch"
     if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
         return "number"
-    return [_kind(item) for item in value] if isinstance(value, (list, tuple)) else type(value)
+    return "other"
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
