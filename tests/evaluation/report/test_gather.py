@@ -711,6 +711,24 @@ def test_model_is_named_by_what_its_runs_have_in_common(tmp_path, names, common)
     assert [model.name for model in models] == [common]
 
 
+@pytest.mark.usefixtures("without_pictures")
+def test_groups_of_seeds_of_one_name_are_told_apart(tmp_path):
+    # Three recipes of two seeds each, and one whose name has a number of its own.
+    names = [f"exp_{number}" for number in range(6)]
+    for number, name in enumerate(["exp (2)", *names]):
+        run = tmp_path / name
+        recipe = {"batch_size": 64 + (number + 1) // 2, "seed": number}
+        digest = save_checkpoint(run, seed=number, recipe=recipe)
+        shape = make_result("shape", metrics={"acc1": number / 10}, weights_digest=digest)
+        save_results(run / "eval", [replace(shape, model=name)])
+    models = group_by_seed(gather_runs([tmp_path]))
+    assert [model.name for model in models] == ["exp (2)", "exp", "exp (3)", "exp (4)"]
+    folder = write_report([tmp_path], tmp_path / "report")
+    rows = csv.DictReader((folder / "results.csv").open())
+    seeds = {row["model"]: row["seeds"] for row in rows if row["kind"] == "run"}
+    assert seeds == {"exp (2)": "0", "exp": "1 2", "exp (3)": "3 4", "exp (4)": "5 6"}
+
+
 def test_a_curve_of_the_loss_leaves_out_lines_of_an_epochs_first_step(tmp_path):
     run = save_run(tmp_path)
     steps = {0: 4.0, 9: 3.0, 10: 1.0, 19: 2.0}

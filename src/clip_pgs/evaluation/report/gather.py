@@ -14,7 +14,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations, pairwise
+from itertools import combinations, count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -437,10 +437,13 @@ def group_by_seed(runs: Sequence[Run]) -> list[Model]:
     for group in groups:
         mask = _through(group[0].inference_masking)
         names.append(_common_name([run.name.removesuffix(mask) for run in group]) + mask)
-    for place, name in enumerate(list(names)):
-        earlier = names[:place].count(name)
-        names[place] = f"{name} ({earlier + 1})" if earlier else name
-    return [Model(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
+    # Scores and looks are found by the name of a model, which no other has.
+    apart: list[str] = []
+    for name in names:
+        numbered = (f"{name} ({number})" for number in count(2))
+        free = (other for other in numbered if other not in [*names, *apart])
+        apart.append(next(free) if name in apart else name)
+    return [Model(name, tuple(group)) for name, group in zip(apart, groups, strict=True)]
 
 
 def _read_source(source: Path, read: _Read) -> list[tuple[Path, list[Result]]]:
