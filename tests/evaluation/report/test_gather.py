@@ -2,6 +2,7 @@ import csv
 import json
 import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from clip_pgs.checkpoint_reading import weights_digest
 from clip_pgs.evaluation.command import inference_choice, make_parser
 from clip_pgs.evaluation.masked_inference import masking_of
 from clip_pgs.evaluation.report.command import write_report
-from clip_pgs.evaluation.report.gather import gather_runs, group_by_seed
+from clip_pgs.evaluation.report.gather import Run, gather_runs, group_by_seed
 from clip_pgs.evaluation.report.training_facts import TrainingFacts
 from clip_pgs.evaluation.results import write_csv
 from support.reports import demo_results, make_result, save_checkpoint, save_results, save_run
@@ -737,6 +738,15 @@ def test_a_curve_of_the_loss_leaves_out_lines_of_an_epochs_first_step(tmp_path):
     (found,) = gather_runs([run])
     assert found.curve("loss") == [(80, 3.0), (160, 2.0)]
     assert len(found.curve("lr")) == 4
+
+
+def test_a_curve_of_a_long_run_takes_no_time():
+    lines = tuple({"step": step, "samples": 8 * step, "loss": 1.0} for step in range(30_000))
+    run = Run("long", (), TrainingFacts(), measured=lines)
+    began = time.process_time()
+    assert len(run.curve("loss")) == len(lines)
+    # With all lines looked at for each it takes ten seconds.
+    assert time.process_time() - began < 2
 
 
 def test_a_curve_is_what_a_run_measured_by_the_samples_it_had_seen(tmp_path):

@@ -100,7 +100,8 @@ class Run:
         if name != "loss":
             return points
         spans = [after - before for before, after in pairwise(steps)]
-        return [point for point, span in zip(points, spans, strict=True) if 2 * span >= max(spans)]
+        longest = max(spans, default=0.0)
+        return [point for point, span in zip(points, spans, strict=True) if 2 * span >= longest]
 
     @property
     def weights_digest(self) -> str:
