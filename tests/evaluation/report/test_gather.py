@@ -42,6 +42,32 @@ def test_a_folder_with_a_table_alone_is_read(tmp_path):
     assert len(run.results) == len(demo_results())
 
 
+@pytest.mark.parametrize("is_run", [True, False])
+def test_a_folder_with_a_table_alone_is_read_beside_others(tmp_path, is_run):
+    save_run(tmp_path)
+    other = tmp_path / "other"
+    results = demo_results(1, weights_digest=save_checkpoint(other) if is_run else "d1")
+    place = other / "eval" if is_run else other
+    place.mkdir(parents=True)
+    write_csv(results, place / "results.csv")
+    for source in (tmp_path, other):
+        assert "demo_1" in {run.results[0].model for run in gather_runs([source])}
+
+
+def test_tables_that_are_not_of_an_evaluation_are_left_in_their_folders(tmp_path, caplog):
+    save_results(tmp_path / "eval", demo_results())
+    for name, text in (("report", "kind,model,suite,sets\n"), ("study", "arm,evaluation,seed\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.csv").write_text(text)
+    assert len(gather_runs([tmp_path])) == 1
+    assert not caplog.messages
+    write_csv(demo_results(1), tmp_path / "study/results.csv")
+    with (tmp_path / "study/results.csv").open("a") as file:
+        file.write("half a row")
+    assert len(gather_runs([tmp_path])) == 1
+    assert f"left out {tmp_path / 'study/results.csv'}: " in caplog.text
+
+
 @pytest.mark.parametrize("has_files", [True, False])
 def test_a_report_does_not_replace_the_table_of_an_evaluation(tmp_path, has_files):
     table = tmp_path / "results.csv"
@@ -83,6 +109,22 @@ def test_a_table_has_no_other_scores_than_the_files_it_was_made_from(tmp_path, c
     write_csv([replace(results[0], metrics={"acc1": 0.2})], tmp_path / "results.csv")
     gather_runs([tmp_path / "files", tmp_path / "results.csv"])
     assert f"{tmp_path / 'results.csv'} has other scores of demo on shape" in caplog.text
+
+
+@pytest.mark.parametrize("is_table_first", [True, False])
+@pytest.mark.parametrize("tells", [{"details": {"classes": 12}}, {"data_digest": "a"}])
+def test_a_table_takes_not_the_place_of_the_file_it_was_made_from(tmp_path, tells, is_table_first):
+    results = [make_result("shape", metrics={"acc1": 0.1}, **tells)]
+    save_results(tmp_path / "files", results)
+    write_csv(results, tmp_path / "results.csv")
+    sources = [tmp_path / "files", tmp_path / "results.csv"]
+    (run,) = gather_runs(sources[::-1] if is_table_first else sources)
+    (result,) = run.results
+    assert {name: getattr(result, name) for name in tells} == tells
+    # A later one does.
+    write_csv([replace(results[0], date="2027-01-01")], tmp_path / "results.csv")
+    (run,) = gather_runs(sources)
+    assert run.results[0].date == "2027-01-01"
 
 
 def test_what_is_done_counts_before_a_later_try_that_failed(tmp_path, caplog):

@@ -36,6 +36,7 @@ from clip_pgs.evaluation.results import (
     folder_of_model,
     is_epoch_folder,
     is_run,
+    is_table,
     read_csv,
     read_result,
     read_results,
@@ -180,7 +181,7 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
     own: dict[tuple[str, str], tuple[Path, str]] = {}
     is_newest: dict[Path, bool] = {}
     # Each folder once, as warnings name what is damaged there.
-    read = functools.cache(read_results)
+    read = functools.cache(_read_results)
     for source in sources:
         for place, results in _read_source(Path(source), read):
             run, folder = run_of_results(place), place.resolve()
@@ -193,8 +194,7 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
                 by_set = found.setdefault(result.model_key, {})
                 key = result.suite, result.dataset
                 earlier = by_set.get(key, result)
-                # What is done counts, also where a later try failed; then the later.
-                by_set[key] = max(result, earlier, key=lambda r: (r.status == DONE, r.date))
+                by_set[key] = max(result, earlier, key=_rank)
                 if earlier.status == result.status == DONE and _scores(earlier) != _scores(result):
                     where = source if Path(source).is_file() else place
                     model = result.model + _through(result.inference_masking)
@@ -248,6 +248,26 @@ def gather_runs(sources: Sequence[str | Path]) -> list[Run]:
         masks = b"" if run is None else _read_masks(run / MASKS_NAME)
         runs.append(Run(names[key], tuple(by_set.values()), training, epochs, measured, masks))
     return runs
+
+
+def _read_results(folder: Path) -> list[Result]:
+    """Return the results of a folder, those of its table where it holds no others."""
+    results, table = read_results(folder), folder / CSV_NAME
+    try:
+        return results or (read_csv(table) if is_table(table) else [])
+    except (OSError, ValueError) as error:
+        logger.warning("left out %s: %s", table, one_sentence(error))
+        return []
+
+
+def _rank(result: Result) -> tuple[bool, str, bool]:
+    """Return what decides which of two results of one model on one set counts: the larger.
+
+    What is done counts, also where a later try failed; then the later, and of one the file, not
+    the row of a table, which tells less.
+    """
+    tells_all = bool(result.details or result.data_digest or result.training)
+    return result.status == DONE, result.date, tells_all
 
 
 def _scores(result: Result) -> dict[str, float | None]:
