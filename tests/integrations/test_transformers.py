@@ -305,6 +305,7 @@ def test_a_naflex_image_is_encoded_as_by_itself(options):
         ("Siglip2Model", "cluster", {}, "ClusterMasking without a threshold of its own needs one"),
         ("Siglip2ForImageClassification", "pgs", {}, "by the mask of all patches"),
         ("CLIPForImageClassification", "pgs", {"mask_ratio_min": 0.3}, "averages all tokens"),
+        ("CLIPForImageClassification", "cluster", {"mask_ratio_min": 0.5}, "averages all tokens"),
         ("SiglipForImageClassification", "pgs", {"merge": "2x2"}, "averages all tokens"),
         ("CLIPTextModel", "pgs", {}, "CLIPTextModel has no image tower; masking supports .*CLIP"),
     ],

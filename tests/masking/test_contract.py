@@ -61,11 +61,6 @@ def rows(selection):
     ]
 
 
-def adapts(strategy, declared):
-    """Return whether a strategy may keep different numbers of patches of different images."""
-    return declared.adaptive and strategy.mask_ratio_min < strategy.mask_ratio
-
-
 class ForbidHostSync(TorchDispatchMode):
     """Raise where a tensor's value would have to travel to the host."""
 
@@ -123,13 +118,22 @@ def test_index_is_int64_and_valid_is_bool_of_the_same_shape(name, options):
 def test_valid_slots_come_first_and_padding_repeats_a_kept_patch(name, options):
     strategy = create_masking(name, **options)
     selection = select(strategy, make_inputs(batch_size=6))
-    assert (selection.valid is not None) == adapts(strategy, describe_masking(name))
+    assert (selection.valid is not None) == strategy.keeps_different_counts()
     if selection.valid is None:
         return
     for index, valid in zip(selection.index.tolist(), selection.valid.tolist(), strict=True):
         count = sum(valid)
         assert valid == [True] * count + [False] * (len(valid) - count)
         assert index[count:] == [index[count - 1]] * (len(valid) - count)
+
+
+@pytest.mark.parametrize("name", list_maskings())
+def test_bounds_that_are_equal_pad_only_where_the_strategy_says_so(name):
+    if not describe_masking(name).adaptive:
+        pytest.skip("no adaptive count")
+    strategy = create_masking(name, mask_ratio=0.5, mask_ratio_min=0.5)
+    selection = select(strategy, make_inputs(batch_size=6))
+    assert (selection.valid is not None) == strategy.keeps_different_counts()
 
 
 @every_strategy

@@ -7,7 +7,6 @@ import torch
 
 from clip_pgs import MaskingStrategy, PatchInputs, create_masking, sinkhorn_plan
 from clip_pgs.masking.pgs_released import NUM_BALANCING_PASSES, balance
-from clip_pgs.masking.strategy import keeps_different_counts
 from masking import oracle
 from support.images import make_inputs
 
@@ -180,7 +179,7 @@ def test_it_keeps_98_or_137_of_196_patches(options, expected):
     selection = strategy(make_inputs(2, grid_size=(14, 14)))
     assert selection.index.shape == (2, expected)
     assert selection.valid is None
-    assert not keeps_different_counts(strategy)
+    assert not strategy.keeps_different_counts()
 
 
 def test_too_few_unmasked_patches_are_filled_up_with_masked_ones():

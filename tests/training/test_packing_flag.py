@@ -66,6 +66,13 @@ def test_where_it_has_no_effect_it_warns(flags, reason):
     assert warning.startswith(f"--pack-tokens has no effect {reason}")
 
 
-@pytest.mark.parametrize("masking", [ADAPTIVE, ("--masking", "cluster")])
+@pytest.mark.parametrize(
+    "masking",
+    [
+        ADAPTIVE,
+        ("--masking", "cluster"),
+        ("--masking", "cluster", "--mask-ratio", "0.5", "--mask-ratio-min", "0.5"),
+    ],
+)
 def test_where_it_has_one_nothing_warns(masking):
     assert warnings_of("--pack-tokens", "--device", "cpu", *masking) == []

@@ -34,7 +34,6 @@ from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, unwrap
 from clip_pgs.integrations.varlen_tokens import logit_mask, query_attention
 from clip_pgs.masking import MaskingStrategy, PatchInputs, PatchSelection
 from clip_pgs.masking.merge import Merge
-from clip_pgs.masking.strategy import keeps_different_counts
 
 __all__ = apply.__all__
 
@@ -102,11 +101,12 @@ class MaskedVisionModel(MaskedTower):
         """Refuse padding where a classifier would average it, and counts for flash attention."""
         plain: Any = unwrap(model)
         name = type(plain).__name__
-        pads = keeps_different_counts(strategy) or merge is not None
+        pads = strategy.keeps_different_counts() or merge is not None
         if name.endswith("ForImageClassification") and pads:
             raise ValueError(
-                f"{name} averages all tokens, also the padding of an adaptive mask and of merge; "
-                "set mask_ratio_min to mask_ratio and leave out merge"
+                f"{name} averages all tokens, also the padding of merge and of a masking that keeps "
+                "different counts, as an adaptive pgs and cluster do; take one that keeps as many "
+                "patches of every image and leave out merge"
             )
         if merge is not None and merge.counts and "flash" in plain.config._attn_implementation:
             raise ValueError("merge_counts needs eager or sdpa attention, got flash attention")

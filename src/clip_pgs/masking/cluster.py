@@ -110,6 +110,10 @@ class ClusterMasking(CalibratedMasking):
         self.threshold: float = default_threshold(mask_ratio) if threshold is None else threshold
         self.record = ThresholdRecord()
 
+    def keeps_different_counts(self) -> bool:
+        """Return True: `mask_ratio` is a mean, also where `mask_ratio_min` equals it."""
+        return True
+
     def mean_ratio(self) -> float:
         """Return `mask_ratio`."""
         return self.mask_ratio

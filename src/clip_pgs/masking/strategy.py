@@ -386,6 +386,15 @@ class MaskingStrategy(nn.Module):
             self.mask_ratio_min = mask_ratio * self._min_share
         self.mask_ratio = mask_ratio
 
+    def keeps_different_counts(self) -> bool:
+        """Return whether images may keep different numbers of patches, so that some are padded.
+
+        That is where `mask_ratio_min` lies below `mask_ratio`, if the class is `adaptive`; a
+        strategy whose `mask_ratio` is no upper bound says so itself.
+        """
+        ratio = getattr(self, "mask_ratio", None)
+        return self.adaptive and getattr(self, "mask_ratio_min", None) not in (None, ratio)
+
     def state(self) -> dict[str, float | list[float]]:
         """Return what training found and a resumed run needs, as plain numbers."""
         return {}
@@ -776,12 +785,6 @@ def lower_bound(mask_ratio: float, mask_ratio_min: float | None) -> float:
             f"mask_ratio_min must not exceed mask_ratio = {mask_ratio}, got {mask_ratio_min}"
         )
     return mask_ratio_min
-
-
-def keeps_different_counts(strategy: MaskingStrategy) -> bool:
-    """Return whether a strategy may keep different numbers of patches in different images."""
-    ratio = getattr(strategy, "mask_ratio", None)
-    return strategy.adaptive and getattr(strategy, "mask_ratio_min", None) not in (None, ratio)
 
 
 def plain_number(value: Any) -> Any:

@@ -20,7 +20,6 @@ from clip_pgs.data.shards import expand_shards, is_seekable
 from clip_pgs.files import CHECKPOINTS_NAME
 from clip_pgs.integrations.open_clip.model_config import changed_model
 from clip_pgs.masking import create_masking
-from clip_pgs.masking.strategy import keeps_different_counts
 from clip_pgs.tables import counted
 from clip_pgs.training.build import context_length, is_on_cpu, read_model_config
 from clip_pgs.training.data_checks import (
@@ -106,7 +105,7 @@ def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
     if val_kind == "webdataset":
         is_counted = all(map(is_seekable, expand_shards(val_data)))
     strategy = create_masking(masking, **options.masking_options)
-    keeps_as_many = masking != "none" and not keeps_different_counts(strategy)
+    keeps_as_many = masking != "none" and not strategy.keeps_different_counts()
     is_coca = "multimodal_cfg" in config or "coca" in model.lower()
     has_timm = "timm_model_name" in config["vision_cfg"]
     brings_weights = model.startswith(MODEL_SCHEMAS)

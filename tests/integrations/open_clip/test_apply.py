@@ -244,10 +244,15 @@ def test_a_tower_that_drops_patches_by_itself_is_refused():
         apply_masking(small_clip(patch_dropout=0.5), "pgs")
 
 
-def test_an_adaptive_mask_is_refused_where_a_text_decoder_reads_patch_tokens():
+@pytest.mark.parametrize(("masking", "low"), [("pgs", 0.3), ("cluster", 0.3), ("cluster", 0.5)])
+def test_padding_is_refused_where_a_text_decoder_reads_patch_tokens(masking, low):
     sentence = "hands patch tokens to its text decoder, which would read the padding"
+    model = small_coca(attentional_pool=False)
     with pytest.raises(ValueError, match=sentence):
-        apply_masking(small_coca(attentional_pool=False), "pgs", mask_ratio=0.5, mask_ratio_min=0.3)
+        apply_masking(model, masking, mask_ratio=0.5, mask_ratio_min=low)
+
+
+def test_a_fixed_count_is_taken_where_a_text_decoder_reads_patch_tokens():
     model = apply_masking(small_coca(attentional_pool=False), "pgs", mask_ratio=0.5).train()
     assert model(image_batch(), text_batch())["logits"].isfinite().all()
 

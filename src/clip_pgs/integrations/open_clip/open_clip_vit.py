@@ -22,7 +22,6 @@ from clip_pgs.integrations.masked_tower import (
 from clip_pgs.integrations.varlen_tokens import BlockParts
 from clip_pgs.masking import MaskingStrategy
 from clip_pgs.masking.merge import Merge
-from clip_pgs.masking.strategy import keeps_different_counts
 
 
 class MaskedVisionTransformer(MaskedTower, VisionTransformer):
@@ -48,10 +47,11 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
         plain: Any = unwrap(model)
         if not isinstance(plain, CoCa) or plain.visual.attn_pool is not None:
             return
-        if keeps_different_counts(strategy) or merge is not None:
+        if strategy.keeps_different_counts() or merge is not None:
             raise ValueError(
                 "this CoCa hands patch tokens to its text decoder, which would read the padding of "
-                "an adaptive mask and of merge; set mask_ratio_min to mask_ratio and leave out "
+                "merge and of a masking that keeps different counts, as an adaptive pgs and "
+                "cluster do; take one that keeps as many patches of every image and leave out "
                 "merge, or build the model with attentional_pool"
             )
 
