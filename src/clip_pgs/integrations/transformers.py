@@ -104,8 +104,8 @@ class MaskedVisionModel(MaskedTower):
         pads = strategy.keeps_different_counts() or merge is not None
         if name.endswith("ForImageClassification") and pads:
             raise ValueError(
-                f"{name} averages all tokens, also the padding of merge and of a masking that keeps "
-                "different counts, as an adaptive pgs and cluster do; take one that keeps as many "
+                f"{name} averages all tokens, also the padding of merge and of different counts, "
+                "which an adaptive pgs and cluster keep; take a masking that keeps as many "
                 "patches of every image and leave out merge"
             )
         if merge is not None and merge.counts and "flash" in plain.config._attn_implementation:

@@ -50,9 +50,9 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
         if strategy.keeps_different_counts() or merge is not None:
             raise ValueError(
                 "this CoCa hands patch tokens to its text decoder, which would read the padding of "
-                "merge and of a masking that keeps different counts, as an adaptive pgs and "
-                "cluster do; take one that keeps as many patches of every image and leave out "
-                "merge, or build the model with attentional_pool"
+                "merge and of different counts, which an adaptive pgs and cluster keep; take a "
+                "masking that keeps as many patches of every image and leave out merge, or build "
+                "the model with attentional_pool"
             )
 
     @staticmethod
