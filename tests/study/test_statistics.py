@@ -1,9 +1,13 @@
 """Statistics against what a slow count over everything gives, and numbers worked out by hand."""
 
 import itertools
+import math
 import statistics
+from fractions import Fraction
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from clip_pgs.study.statistics import MIN_SEEDS, holm, mean_with_interval, sign_flip_p
 
@@ -27,6 +31,50 @@ def test_p_counts_the_patterns_of_signs_that_are_as_extreme(differences):
         if abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= seen - 1e-12
     ]
     assert sign_flip_p(differences) == pytest.approx(len(extreme) / len(patterns))
+
+
+@pytest.mark.parametrize("stored", ["exact", "single", "rounded"])
+@pytest.mark.parametrize(
+    ("steps", "size"),
+    [
+        ([8, -1, 3, 5, 0, 12, 12, -4, 7], 300),
+        ([1, 2, 3, -6], 300),
+        ([1, -1, 2, 2, 3, 1, 0], 7),
+        ([5, 5, -5, 1], 10_000),
+        ([3, -2, 1, 1, 4, -3, 2, 2], 50_000),
+    ],
+)
+def test_patterns_of_equal_means_are_equal_however_scores_are_stored(steps, size, stored):
+    sums = [
+        sum(Fraction(sign * step, size) for sign, step in zip(signs, steps, strict=True))
+        for signs in itertools.product([1, -1], repeat=len(steps))
+    ]
+    seen = abs(Fraction(sum(steps), size))
+    num_extreme = sum(abs(each) >= seen for each in sums)
+    scores = [(Fraction(1, 3), Fraction(1, 3) + Fraction(step, size)) for step in steps]
+    kind = np.float32 if stored == "single" else float
+    differences = [float(kind(float(new))) - float(kind(float(old))) for old, new in scores]
+    if stored == "rounded":
+        differences = [round(difference, 7) for difference in differences]
+    assert sign_flip_p(differences) == num_extreme / len(sums)
+
+
+@pytest.mark.parametrize("num", [2, 5, 9, 12])
+def test_p_is_that_of_scipy_where_no_patterns_tie(num):
+    differences = np.random.default_rng(num).normal(0.02, 0.05, num)
+    expected = stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=2**num
+    )
+    assert sign_flip_p(list(differences)) == pytest.approx(expected.pvalue)
+
+
+def test_p_of_many_seeds_counts_drawn_patterns():
+    # Of 24 signs as many are up as down with this share, and all other sums are further from 0.
+    even = math.comb(24, 12) / 2**24
+    differences = [0.01] * 13 + [-0.01] * 11
+    assert sign_flip_p(differences) == pytest.approx(1 - even, abs=0.003)
+    assert sign_flip_p(differences) == sign_flip_p(differences)
+    assert sign_flip_p([0.01] * 24) <= 2e-6
 
 
 def test_six_seeds_are_the_fewest_that_can_give_a_p_below_0_05():
