@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from clip_pgs.common import CONFIGS
 from clip_pgs.evaluation import evaluate, load_suite
 from clip_pgs.evaluation.datasets import (
     CAPTION_PAIR_SPLITS,
@@ -71,6 +72,16 @@ def test_a_list_of_the_package_is_found_from_any_folder(tmp_path, data_root, mon
     Path("goods_retrieval.txt").write_text("pairs")
     options["datasets"] = "goods_retrieval.txt"
     assert [each.name for each in load_suite("all", **options)] == ["pairs"]
+
+
+LISTS = sorted((CONFIGS / "eval").glob("*.txt"))
+
+
+@pytest.mark.parametrize("path", LISTS, ids=lambda path: path.stem)
+def test_a_list_of_the_package_names_its_suite_where_no_set_says_its_type(tmp_path, path):
+    (suite,) = [s.name for s in suites() if s.name.split("-")[-1] in path.stem]
+    sets = load_suite(suite, datasets=path.stem, data_root=str(tmp_path))
+    assert len(sets) == len(read_list(path))
 
 
 def test_lines_of_an_own_list_marked_for_a_suite_go_there_alone(tmp_path, data_root):
