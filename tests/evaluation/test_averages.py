@@ -101,6 +101,17 @@ def test_splits_that_were_not_evaluated_are_missing_from_their_average():
     assert found["object"].missing == ("sugar_crepe/replace_obj", "sugar_crepe/swap_obj")
 
 
+@pytest.mark.parametrize("folder", ["sugar_crepe/", "theirs/", ""])
+@pytest.mark.parametrize("own", ["mine", "own/mine", "own/negation"])
+def test_a_set_of_ones_own_lacks_no_splits_of_sugar_crepe(folder, own):
+    names = [own, *(f"{folder}{split}" for split in SPLITS)]
+    found = by_name(averages(make_result("compositionality", n, {"acc": 0.5}) for n in names))
+    assert set(found) == {"average", "object", "attribute", "relation"}
+    assert not any(average.missing for average in found.values())
+    alone = by_name(averages([make_result("compositionality", own, {"acc": 0.5})]))
+    assert set(alone) == {"average"}
+
+
 def test_set_that_calls_itself_the_original_is_left_out_of_the_ood_average():
     cells, names = (50.0, 40.0, 30.0), ("plain", "noisy", "blurred")
     found = by_name(averages(reversed(robustness(cells, names, is_reference=True))))

@@ -288,8 +288,8 @@ def suite_table(
 
 
 def num_members(place: Place, entries: Iterable[Entry]) -> int:
-    """Return how many data sets belong to an average, in the row that has the most; else 1."""
-    return max((e.scores[place].num_members for e in entries if place in e.scores), default=1)
+    """Return how many data sets belong to an average, in one row or another."""
+    return len({name for e in entries if place in e.scores for name in e.scores[place].members})
 
 
 def is_partial(score: Score, place: Place, entries: Iterable[Entry]) -> bool:

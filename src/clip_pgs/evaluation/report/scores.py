@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from clip_pgs.evaluation.report.gather import Model
 from clip_pgs.evaluation.report.published import Paper
-from clip_pgs.evaluation.results import DONE, MISSING, Result, ordered_metrics
+from clip_pgs.evaluation.results import DONE, Result, ordered_metrics
 from clip_pgs.evaluation.suites import SUITES, Suite, get_suite
 from clip_pgs.tables import PUBLISHED, counted, duration, scaled
 
@@ -101,14 +101,14 @@ class Score:
         spread: Standard deviation of the runs as a sample of all seeds (n - 1); None for one run.
         num_runs: Runs that have the metric.
         sets: The data sets it covers.
-        num_members: How many belong to it, measured or not.
+        members: Those that belong to it, measured or not.
     """
 
     mean: float
     spread: float | None = None
     num_runs: int = 1
     sets: tuple[str, ...] = ()
-    num_members: int = 1
+    members: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -268,31 +268,32 @@ def score_runs(runs: Sequence[Sequence[Result]]) -> dict[Place, Score]:
 
     Returns:
         A score for each data set, average and metric that at least one run has. An average is
-        taken within each run, over the sets that all runs of the suite have, as a mean over runs
-        and their spread would otherwise mix data sets.
+        taken within each run, over the sets of which all runs with the metric have it, as a mean
+        over runs and their spread would otherwise mix data sets.
     """
-    # By place, of each run: the value, the sets it covers, and how many belong to it.
-    found: dict[Place, list[tuple[float, tuple[str, ...], int]]] = {}
+    # By place, of each run: the value, the sets it covers, and those that belong to it.
+    found: dict[Place, list[tuple[float, tuple[str, ...], tuple[str, ...]]]] = {}
     for results in runs:
         for result in results:
             for metric, value in result.metrics.items():
                 if result.status == DONE and value is not None:
                     place = Place(result.suite, result.dataset, metric)
-                    found.setdefault(place, []).append((value, (result.dataset,), 1))
+                    sets = (result.dataset,)
+                    found.setdefault(place, []).append((value, sets, sets))
     for results in _on_shared_sets(runs):
         means = averages(results)
         doubled = {mean.suite for mean in means if mean.name == "id_average"}
         for mean in means:
             if mean.name != "average" or mean.suite not in doubled:
                 place = Place(mean.suite, mean.name, mean.metric, is_average=True)
-                members = len(mean.sets) + len(mean.missing)
+                members = mean.sets + mean.missing
                 found.setdefault(place, []).append((mean.value, mean.sets, members))
     scores = {}
     for place, of_runs in found.items():
         values = [value for value, _, _ in of_runs]
         spread = statistics.stdev(values) if len(values) > 1 else None
-        members = max(number for _, _, number in of_runs)
-        score = Score(statistics.fmean(values), spread, len(values), of_runs[-1][1], members)
+        belonging = frozenset(name for _, _, members in of_runs for name in members)
+        score = Score(statistics.fmean(values), spread, len(values), of_runs[-1][1], belonging)
         scores[place] = score
     return scores
 
@@ -459,8 +460,11 @@ def _groups(suite: str, members: Sequence[Result]) -> dict[str, list[str]]:
         if references:
             groups["id_average"] = names
             groups["ood_average"] = [name for name in names if name not in references]
-    folders = dict.fromkeys(name.rpartition("/")[0] for name in names)
-    for part, splits in suite_of(suite).parts.items():
+    parts = suite_of(suite).parts
+    known = {split for splits in parts.values() for split in splits}
+    placed = [name.rpartition("/") for name in names]
+    folders = dict.fromkeys(folder for folder, _, split in placed if split in known)
+    for part, splits in parts.items():
         # With several folders, as a list of one's own may have, each split counts in each.
         groups[part] = [
             f"{folder}/{split}" if folder else split for folder in folders for split in splits
@@ -469,15 +473,36 @@ def _groups(suite: str, members: Sequence[Result]) -> dict[str, list[str]]:
 
 
 def _on_shared_sets(runs: Sequence[Sequence[Result]]) -> list[list[Result]]:
-    """Count a set as missing that another run, which has something of the suite, has not."""
-    done = [{(r.suite, r.dataset) for r in results if r.status == DONE} for results in runs]
+    """Leave out a metric of a set which another run, that has the metric elsewhere, lacks there."""
+    known = [
+        {
+            Place(result.suite, result.dataset, metric)
+            for result in results
+            if result.status == DONE
+            for metric, value in result.metrics.items()
+            if value is not None
+        }
+        for results in runs
+    ]
+    measured = [{(place.suite, place.metric) for place in places} for places in known]
 
-    def is_shared(result: Result) -> bool:
-        of_suite = [places for places in done if any(suite == result.suite for suite, _ in places)]
-        return all((result.suite, result.dataset) in places for places in of_suite)
+    def is_shared(place: Place) -> bool:
+        of_metric = (place.suite, place.metric)
+        pairs = zip(known, measured, strict=True)
+        return all(place in places for places, metrics in pairs if of_metric in metrics)
 
     return [
-        [result if is_shared(result) else replace(result, status=MISSING) for result in results]
+        [
+            replace(
+                result,
+                metrics={
+                    metric: value
+                    for metric, value in result.metrics.items()
+                    if is_shared(Place(result.suite, result.dataset, metric))
+                },
+            )
+            for result in results
+        ]
         for results in runs
     ]
 
