@@ -23,9 +23,11 @@ from clip_pgs.integrations.open_clip import (
     set_masking_noise,
     set_masking_progress,
 )
+from clip_pgs.masking import create_masking
 from clip_pgs.masking.strategy import _REGISTRY
 from clip_pgs.registry import OWN_MODULES
 from support.encoding import count_images, encode, images_of
+from support.images import make_inputs
 
 PGS = {"inference_masking": "pgs", "inference_options": {"mask_ratio": 0.5}}
 RANDOM = {"inference_masking": "random", "inference_options": {"mask_ratio": 0.5}}
@@ -344,6 +346,38 @@ def test_run_means_the_ratio_that_a_schedule_had_reached(run):
     schedule = {"mask_schedule": "linear", "mask_ratio_end": 0.0, "mask_schedule_steps": 5}
     path = say_trained_with(run, "random", {"mask_ratio": 0.8}, **schedule)
     assert load_model(path, inference_masking="run").masking.label == "random 0.6"
+
+
+ADAPTIVE = {"mask_ratio": 0.5, "mask_ratio_min": 0.3}
+
+
+@pytest.mark.parametrize("end", [0.3, 0.75, 0.0])
+@pytest.mark.parametrize(
+    ("masking", "options"),
+    [
+        ("pgs", {**ADAPTIVE, "mask_ratio_mean": 0.4}),
+        ("pgs", {**ADAPTIVE, "mask_ratio_mean": 0.5}),
+        ("pgs-released", ADAPTIVE),
+        ("cluster", {}),
+    ],
+)
+def test_run_masks_as_training_did_at_the_end_of_a_schedule(run, masking, options, end):
+    schedule = {"mask_schedule": "linear", "mask_ratio_end": end, "mask_schedule_steps": 5}
+    path = say_trained_with(run, masking, options, epochs=1, **schedule)
+    trained, inputs = create_masking(masking, **options), make_inputs(8)
+    trained.set_mask_ratio(end)
+    if trained.needs_calibration(0.0):
+        trained.calibrate(inputs)
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "masking_state": {"strategy": trained.state()}}, path)
+    found = choose_masking("run", weights=str(path))
+    evaluated = create_masking(masking, **found.options)
+    evaluated.load_state(found.state["strategy"])
+    kept = [
+        strategy(inputs, generator=torch.Generator().manual_seed(0))
+        for strategy in (trained, evaluated)
+    ]
+    assert torch.equal(kept[0].index, kept[1].index)
 
 
 def test_run_merges_as_training_did_unless_told_otherwise(run, six):

@@ -161,10 +161,10 @@ def test_a_ratio_set_later_acts_like_one_given_at_first(name):
     def create(**options):
         return create_masking(name, **{key: options[key] for key in options if key in known})
 
-    # A threshold may follow from the first ratio, and a lower bound keeps its share of the ratio.
-    strategy = create(mask_ratio=0.75, mask_ratio_min=0.45, threshold=0.6)
+    # A lower bound keeps its share of the ratio, and so does a mean.
+    strategy = create(mask_ratio=0.75, mask_ratio_min=0.45, mask_ratio_mean=0.6)
     strategy.set_mask_ratio(0.5)
-    expected = create(mask_ratio=0.5, mask_ratio_min=0.3, threshold=0.6)
+    expected = create(mask_ratio=0.5, mask_ratio_min=0.3, mask_ratio_mean=0.4)
     inputs = make_inputs(grid_size=(14, 14), patch_size=4)
     assert rows(select(strategy, inputs)) == rows(select(expected, inputs))
 

@@ -36,6 +36,7 @@ from clip_pgs.integrations.open_clip import (
     set_masking_progress,
 )
 from clip_pgs.masking import create_masking, describe_masking, masking_options
+from clip_pgs.masking.calibration import CalibratedMasking
 from clip_pgs.masking.merge import Merge
 from clip_pgs.masking.schedule import scheduled_ratio
 from clip_pgs.masking.strategy import masking_class
@@ -301,7 +302,10 @@ def _trained_options(told: Mapping[str, Any], progress: float) -> dict[str, Any]
         scheduled_ratio(strategy.mask_ratio, end, progress=progress, kind=kind, num_levels=levels)
     )
     names = [name for name in ("mask_ratio", "mask_ratio_min") if hasattr(strategy, name)]
-    return {**options, **merging, **{name: getattr(strategy, name) for name in names}}
+    reached = {name: getattr(strategy, name) for name in names}
+    if options.get("mask_ratio_mean") is not None and isinstance(strategy, CalibratedMasking):
+        reached["mask_ratio_mean"] = strategy.mean_ratio()
+    return {**options, **merging, **reached}
 
 
 def _digest(state: Any) -> str:

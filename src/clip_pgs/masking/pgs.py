@@ -154,7 +154,9 @@ class PGSOptions:
         low = lower_bound(self.mask_ratio, self.mask_ratio_min)
         mean = self.mask_ratio_mean
         check_range(mean, name="mask_ratio_mean", low=low, high=self.mask_ratio, optional=True)
-        if mean is not None and (low == self.mask_ratio or self.threshold is not None):
+        # At a ratio of 0, where a schedule may end, the three are one.
+        is_fixed = low == self.mask_ratio > 0
+        if mean is not None and (is_fixed or self.threshold is not None):
             raise ValueError(
                 "mask_ratio_mean needs mask_ratio_min below mask_ratio and no threshold, got "
                 f"mask_ratio_min={self.mask_ratio_min}, threshold={self.threshold}"
@@ -409,8 +411,11 @@ class PGSMasking(CalibratedMasking):
 
     def mean_ratio(self) -> float:
         """Return `mask_ratio_mean`, which follows a schedule of `mask_ratio`."""
-        assert self.options.mask_ratio_mean is not None
-        return self.options.mask_ratio_mean * self.mask_ratio / self.options.mask_ratio
+        mean, first = self.options.mask_ratio_mean, self.options.mask_ratio
+        assert mean is not None
+        # Rounding must not lead out of the bounds.
+        followed = mean * self.mask_ratio / first if first else self.mask_ratio
+        return min(max(followed, self.mask_ratio_min), self.mask_ratio)
 
     def first_threshold(self) -> None:
         """Return None: `calibrated_threshold` holds before any was found."""

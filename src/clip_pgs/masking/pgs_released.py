@@ -60,7 +60,7 @@ class PGSReleasedMasking(MaskingStrategy):
         mask_ratio_min: That code's `min_mask_ratio`, in [0, mask_ratio]: the share dropped in
             every image. None takes `mask_ratio`.
         threshold: A patch is masked if its balanced similarity to any candidate exceeds it. None
-            takes `mask_ratio`.
+            takes `mask_ratio`, also after `set_mask_ratio`.
         candidate_ratio: That code's `force_patch_dropout`: share of candidates, in [0, 1).
         edges: That code's `use_ed`: candidates are the patches with the highest "edge" values,
             which are rounding noise. False draws them uniformly.
@@ -91,12 +91,17 @@ class PGSReleasedMasking(MaskingStrategy):
         check_mask_ratio(candidate_ratio, name="candidate_ratio")
         check_range(threshold, name="threshold", low=-1e6, high=1e6, optional=True)
         check_range(num_epochs, name="num_epochs", low=1e-6, high=1e6)
-        self.threshold = mask_ratio if threshold is None else threshold
+        self._threshold = threshold
         self.candidate_ratio = candidate_ratio
         self.edges = edges
         self.transport = transport
         self.num_epochs = num_epochs
         self.attention_bias = attention_bias
+
+    @property
+    def threshold(self) -> float:
+        """The similarity above which a patch is masked."""
+        return self.mask_ratio if self._threshold is None else self._threshold
 
     @torch.no_grad()
     def forward(self, inputs: PatchInputs, *, generator: Generator | None = None) -> PatchSelection:
