@@ -193,3 +193,52 @@ def test_a_field_that_holds_no_caption_is_told_by_what_it_holds(record, key, wor
     with pytest.raises(BadSampleError) as error:
         decode_captions(raw, caption_key=key)
     assert words in error.value.detail
+
+
+def run_words(path, key, tmp_path):
+    out = tmp_path / "words.json"
+    return main(["words", path, "-o", str(out), "--caption-key", key, "--min-count", "1"])
+
+
+def test_blanks_between_fields_belong_to_no_name(write, make_args, tmp_path, capsys):
+    path = write(lambda n: {"json": json.dumps({"a": f"{n}", "b": f"{100 + n}"}).encode()})
+    args = make_args(train_data=path, batch_size=4, caption_key=" a, b")
+    assert preflight(args) == []
+    assert same(
+        read_from(open_stream(args)), read_from(open_stream(with_options(args, caption_key="a,b")))
+    )
+    assert run_words(path, " a, b", tmp_path) == 0
+    assert json.loads((tmp_path / "words.json").read_text())["num_captions"] == 24
+    assert main(["check", path, "--caption-key", " a, b"]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_field_that_no_sample_has_is_told(write, make_args, tmp_path, capsys, caplog):
+    # The last sample alone has the third of them.
+    def with_fields(number):
+        record = {"a": f"{number}", "b": None, **({"c": "9"} if number == 11 else {})}
+        return {"json": json.dumps(record).encode()}
+
+    path = write(with_fields)
+    key = "a,b,recpa,c"
+    args = make_args(train_data=path, val_data=path, caption_key=key)
+    told = preflight(args)
+    assert [text.partition(":")[0] for text in told] == ["--train-data", "--val-data"]
+    # It looks at the first samples.
+    assert all("has 'b' or 'recpa' or 'c', and captions come from a alone" in text for text in told)
+    assert run_words(path, key, tmp_path) == 0
+    assert main(["check", path, "--caption-key", key]) == 0
+    out = capsys.readouterr().out
+    for text in (caplog.text, out):
+        assert "has 'b' or 'recpa', and captions come from a and c alone" in text
+    assert preflight(with_options(args, mae={})) == []
+
+
+@pytest.mark.parametrize("key", ["", " ", "a,", ",a", "a,,b", "a, ,b"])
+def test_an_empty_name_of_a_field_is_refused(write, make_args, tmp_path, capsys, key):
+    path = write(with_json)
+    with pytest.raises(ValueError, match="--caption-key takes fields"):
+        preflight(make_args(train_data=path, caption_key=key))
+    for argv in (["check", path], ["words", path, "-o", str(tmp_path / "words.json")]):
+        assert main([*argv, "--caption-key", key]) == 2
+    assert capsys.readouterr().out == ""

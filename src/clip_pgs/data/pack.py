@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +22,11 @@ from clip_pgs.data.decoding import opened_image, read_image_file
 from clip_pgs.data.samples import (
     MAX_CAPTION_BYTES,
     RawSample,
+    caption_fields,
     decode_captions,
     decode_image,
     is_image,
+    missing_fields,
 )
 from clip_pgs.data.shards import is_remote, read_sizes, shard_pattern, write_shard
 from clip_pgs.data.tar import read_shard
@@ -164,6 +167,7 @@ class ShardReport:
         image_sizes: Width and height in pixels of each image that can be decoded.
         bad: What is wrong: samples and, with an empty key, the shard itself.
         crowded: Samples with images that are not read, beside the one that is.
+        fields: Samples by field of `--caption-key` that they have.
     """
 
     num_samples: int = 0
@@ -173,6 +177,7 @@ class ShardReport:
     image_sizes: list[tuple[int, int]] = field(default_factory=list)
     bad: list[Skip] = field(default_factory=list)
     crowded: list[Skip] = field(default_factory=list)
+    fields: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: ShardReport) -> None:
         """Add another report to this one."""
@@ -213,7 +218,8 @@ def _check_sample(raw: RawSample, report: ShardReport, caption_key: str | None) 
     except BadSampleError as error:
         problems.append(error)
     try:
-        report.caption_lengths += map(len, decode_captions(raw, caption_key=caption_key))
+        captions = decode_captions(raw, caption_key=caption_key, found=report.fields)
+        report.caption_lengths += map(len, captions)
         report.num_captions += 1
     except BadSampleError as error:
         problems.append(error)
@@ -232,7 +238,12 @@ def check_shards(
 
     Returns:
         The total over all shards.
+
+    Raises:
+        ValueError: If `caption_key` has an empty name.
     """
+    if caption_key is not None:
+        caption_fields(caption_key)
     shards = list(shards)
     width = max(len(name) for name in [*shards, "shard"])
     write(_format_row(_HEADER, width))
@@ -253,6 +264,8 @@ def check_shards(
             f"name ends at its first dot, so that a.b.jpg is part of a; the first is "
             f"{total.crowded[0]}\n"
         )
+    if odd := missing_fields(caption_key, total.fields):
+        write(f"warning: {odd}\n")
     # Bad samples keep their places in an epoch, in which others stand in for them.
     write(f"\n--train-num-samples {total.num_samples}\n")
     return total

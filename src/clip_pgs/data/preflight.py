@@ -23,7 +23,13 @@ from clip_pgs.data.build import dataset_kind, read_table
 from clip_pgs.data.caption_tables import TableSource, listed_captions, repeated_images
 from clip_pgs.data.decoding import time_limit
 from clip_pgs.data.order import SampleRef
-from clip_pgs.data.samples import RawSample, decode_captions, decode_image
+from clip_pgs.data.samples import (
+    RawSample,
+    caption_fields,
+    decode_captions,
+    decode_image,
+    missing_fields,
+)
 from clip_pgs.data.shards import expand_shards, is_remote, is_seekable
 from clip_pgs.data.tar import index_shards, read_shard, size_shards, unreadable_shard
 from clip_pgs.tables import counted
@@ -58,6 +64,8 @@ def preflight(args: argparse.Namespace) -> list[str]:
             (it names what is missing).
     """
     warnings = []
+    if args.caption_key is not None:
+        caption_fields(args.caption_key)
     for flag, path in (("--train-data", args.train_data), ("--val-data", args.val_data)):
         if path is None:
             continue
@@ -76,7 +84,10 @@ def preflight(args: argparse.Namespace) -> list[str]:
                     )
             elif kind == "webdataset":
                 shards = expand_shards(path)
-                warnings += _judge(_look_at_shards(shards, args), flag)
+                found: Counter[str] = Counter()
+                warnings += _judge(_look_at_shards(shards, args, found), flag)
+                if odd := missing_fields(args.caption_key, found):
+                    warnings.append(f"{flag}: {odd}")
                 if flag == "--train-data" and all(map(is_seekable, shards)):
                     warnings += _check_amount(args, shards)
     return warnings
@@ -84,12 +95,14 @@ def preflight(args: argparse.Namespace) -> list[str]:
 
 def _look_at_rows(source: TableSource, args: argparse.Namespace) -> list[_Look]:
     rows = _spread(len(source.table), _MAX_DECODED)
-    look = partial(_look, caption_key=None, with_captions=args.mae is None)
+    look = partial(_look, caption_key=None, found=None, with_captions=args.mae is None)
     with ThreadPoolExecutor(_NUM_READERS) as executor:
         return list(executor.map(lambda row: look([source.read(SampleRef(0, row))]), rows))
 
 
-def _look_at_shards(shards: list[str], args: argparse.Namespace) -> list[_Look]:
+def _look_at_shards(
+    shards: list[str], args: argparse.Namespace, found: Counter[str]
+) -> list[_Look]:
     caption_key = args.caption_key
     local = [shard for shard in shards if not is_remote(shard)]
     chosen = {local[index] for index in _spread(len(local), _MAX_DECODED)}
@@ -97,7 +110,8 @@ def _look_at_shards(shards: list[str], args: argparse.Namespace) -> list[_Look]:
     def look_into(shard: str) -> _Look:
         items = read_shard(shard, use_json=caption_key is not None)
         some = islice(items, _PAIRS_PER_SHARD)
-        return _look(some, caption_key=caption_key, with_captions=args.mae is None)
+        with_captions = args.mae is None
+        return _look(some, caption_key=caption_key, found=found, with_captions=with_captions)
 
     def open_only(shard: str) -> list[Skip]:
         try:
@@ -122,7 +136,11 @@ def _look_at_shards(shards: list[str], args: argparse.Namespace) -> list[_Look]:
 
 
 def _look(
-    items: Iterable[RawSample | Skip], *, caption_key: str | None, with_captions: bool
+    items: Iterable[RawSample | Skip],
+    *,
+    caption_key: str | None,
+    found: Counter[str] | None,
+    with_captions: bool,
 ) -> _Look:
     """Decode samples up to the first that can be used."""
     skips: list[Skip] = []
@@ -132,7 +150,7 @@ def _look(
             continue
         try:
             if with_captions:
-                decode_captions(item, caption_key=caption_key)
+                decode_captions(item, caption_key=caption_key, found=found)
             decode_image(item)
             return True, skips
         except BadSampleError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,13 +125,45 @@ class SampleDecoder:
         return pixels, self.tokenize([caption[:MAX_CHARACTERS]])[0]
 
 
-def decode_captions(raw: RawSample, *, caption_key: str | None = None) -> list[str]:
+def caption_fields(caption_key: str) -> list[str]:
+    """Return the fields of a side-car JSON that `--caption-key` names, parted by commas.
+
+    Raises:
+        ValueError: If one of the names is empty.
+    """
+    fields = [name.strip() for name in caption_key.split(",")]
+    if not all(fields):
+        raise ValueError(f"--caption-key takes fields, parted by commas, got {caption_key!r}")
+    return fields
+
+
+def missing_fields(caption_key: str | None, found: Counter[str]) -> str:
+    """Say which fields of `--caption-key` none of many samples had; "" where there are none.
+
+    Args:
+        caption_key: See `SampleDecoder`.
+        found: What `decode_captions` counted. Where it is empty, each sample was bad.
+    """
+    fields = [] if caption_key is None else caption_fields(caption_key)
+    missing = [name for name in fields if name not in found]
+    if not found or not missing:
+        return ""
+    return (
+        f"--caption-key {caption_key}: no sample that was looked at has "
+        f"{' or '.join(map(repr, missing))}, and captions come from {' and '.join(found)} alone"
+    )
+
+
+def decode_captions(
+    raw: RawSample, *, caption_key: str | None = None, found: Counter[str] | None = None
+) -> list[str]:
     """Decode the captions of a pair; blank ones among several are left out.
 
     Args:
         raw: The pair.
         caption_key: See `SampleDecoder`; several fields are joined by commas. A field holds a
             text or a list of texts.
+        found: Counts the fields that were there.
 
     Returns:
         At least one caption.
@@ -153,7 +186,7 @@ def decode_captions(raw: RawSample, *, caption_key: str | None = None) -> list[s
         except UnicodeDecodeError as error:
             raise BadSampleError("caption is not UTF-8", str(error)) from error
     else:
-        captions = _json_captions(raw.captions[0], caption_key.split(","))
+        captions = _json_captions(raw.captions[0], caption_fields(caption_key), found)
     if len(captions) > MAX_CAPTIONS:
         raise BadSampleError("too many captions", f"{len(captions)}, more than {MAX_CAPTIONS}")
     captions = [caption for caption in captions if caption.strip()]
@@ -207,7 +240,7 @@ def _reading(raw: RawSample) -> Iterator[tuple[Image.Image, bytes]]:
         raise BadSampleError("unreadable image", str(error)) from error
 
 
-def _json_captions(data: bytes, keys: list[str]) -> list[str]:
+def _json_captions(data: bytes, keys: list[str], counts: Counter[str] | None) -> list[str]:
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -215,7 +248,10 @@ def _json_captions(data: bytes, keys: list[str]) -> list[str]:
     if not isinstance(record, dict):
         detail = f"{_json_kind(record)} in place of an object"
         raise BadSampleError("unreadable JSON", detail)
-    found = [record[key] for key in keys if record.get(key) is not None]
+    present = [key for key in keys if record.get(key) is not None]
+    if counts is not None:
+        counts.update(present)
+    found = [record[key] for key in present]
     if not found:
         nulls = [key for key in keys if key in record]
         fields = [repr(name)[:_MAX_NAME] for name in list(record)[:_MAX_NAMED]]

@@ -12,6 +12,7 @@ as `&amp;` are not resolved, and words are counted as they are written (there: r
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -26,9 +27,17 @@ import regex
 from clip_pgs.common import explained
 from clip_pgs.data.bad_samples import BadSampleError, Skip, describe_reasons
 from clip_pgs.data.caption_tables import read_captions
-from clip_pgs.data.samples import MAX_CHARACTERS, RawSample, decode_captions
+from clip_pgs.data.samples import (
+    MAX_CHARACTERS,
+    RawSample,
+    caption_fields,
+    decode_captions,
+    missing_fields,
+)
 from clip_pgs.data.tar import read_shard
 from clip_pgs.files import absence, read_json_object, write_text
+
+logger = logging.getLogger(__name__)
 
 _VERSION = 1
 # Twelve million captions have a million words, or 20 MB.
@@ -142,17 +151,20 @@ class CaptionCount:
         words: How often each word occurs.
         num_captions: Captions that were counted.
         skipped: Samples without a caption to count, and unreadable shards, by reason.
+        fields: Samples by field of `--caption-key` that they have.
     """
 
     words: Counter[str] = field(default_factory=Counter)
     num_captions: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    fields: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: CaptionCount) -> None:
         """Add other captions to these."""
         self.words.update(other.words)
         self.num_captions += other.num_captions
         self.skipped.update(other.skipped)
+        self.fields.update(other.fields)
 
     def frequencies(self, *, min_count: int) -> WordFrequencies:
         """Return the frequencies, most common first and then by the alphabet.
@@ -190,7 +202,7 @@ def count_captions(
         try:
             if isinstance(item, Skip):
                 raise BadSampleError(item.reason)
-            captions = decode_captions(item, caption_key=caption_key)
+            captions = decode_captions(item, caption_key=caption_key, found=count.fields)
         except BadSampleError as error:
             count.skipped[error.reason] += 1
             continue
@@ -224,10 +236,12 @@ def count_shards(
         progress: Is called after each shard.
 
     Raises:
-        ValueError: If `num_workers` < 1.
+        ValueError: If `num_workers` < 1, or `caption_key` has an empty name.
     """
     if num_workers < 1:
         raise ValueError(f"--workers must be >= 1, got {num_workers}")
+    if caption_key is not None:
+        caption_fields(caption_key)
     total = CaptionCount()
     num_workers = min(num_workers, len(shards))
     with ProcessPoolExecutor(num_workers) if num_workers > 1 else nullcontext() as executor:
@@ -235,6 +249,8 @@ def count_shards(
         for count in count_each(partial(count_shard, caption_key=caption_key), shards):
             total.add(count)
             progress()
+    if odd := missing_fields(caption_key, total.fields):
+        logger.warning("%s", odd)
     return total
 
 
