@@ -47,13 +47,27 @@ def is_exactly(module: nn.Module, kind: type) -> bool:
     return type(module) is kind or type(module).__bases__[1:] == (kind,)
 
 
+def has_plain_weights(module: Any, *kinds: type) -> bool:
+    """Return whether a module does with its weights what its class does, so that they tell all.
+
+    An adapter (LoRA), a quantized layer or a parametrization is of another class; pruning and
+    weight normalization make the weight in a hook before the forward pass.
+    """
+    return type(module) in kinds and not module._forward_pre_hooks
+
+
+def has_hooks(module: Any) -> bool:
+    """Return whether somebody looks at, or changes, what a module is given or gives."""
+    return any(getattr(module, name) for name in _HOOKS)
+
+
 def run_as_forward(block: Any, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Run a function of a block's weights as its forward pass, so that the block's hooks act.
 
     FSDP gathers a block's weights in hooks on its forward pass, and gives them up again; a user's
     hook may collect features. Nothing is set on the block, which threads may share.
     """
-    if not any(getattr(block, name) for name in _HOOKS):
+    if not has_hooks(block):
         return run(x)
     stand_in: Any = nn.Module()
     stand_in.forward = run

@@ -8,6 +8,8 @@ from open_clip.transformer import ResidualAttentionBlock
 from timm.layers import HybridEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
+from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clip_pgs import PatchSelection, list_maskings
@@ -199,6 +201,126 @@ def test_the_masked_block_is_bit_equal_to_open_clips():
     block = ResidualAttentionBlock(64, 2).train()
     tokens, everything = torch.randn(3, 17, 64), torch.ones(3, 1, 1, 17, dtype=torch.bool)
     assert torch.equal(masked_block(block, tokens, everything), block(tokens))
+
+
+class Adapter(nn.Module):
+    """Low-rank adaptation as peft wraps a layer: what it is asked for is the layer's."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        width = getattr(base_layer, "embed_dim", None)
+        self.down = nn.Linear(width or base_layer.in_features, 4)
+        self.up = nn.Linear(4, width or base_layer.out_features)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def forward(self, x, *args, **options):
+        more, out = self.up(self.down(x)), self.base_layer(x, *args, **options)
+        return (out[0] + more, *out[1:]) if isinstance(out, tuple) else out + more
+
+
+def adapt(owner, name):
+    setattr(owner, name, Adapter(getattr(owner, name)))
+
+
+def prune_half(owner, name):
+    prune.l1_unstructured(owner, name, 0.5)
+
+
+# What is done to each block, by the model that it is done to.
+CHANGED_ATTENTION = {
+    "adapter": (small_clip, lambda block: adapt(block, "attn")),
+    "adapter of the projection": (small_clip, lambda block: adapt(block.attn, "out_proj")),
+    "pruned": (small_clip, lambda block: prune_half(block.attn, "in_proj_weight")),
+    "adapter of the custom attention": (
+        partial(small_clip, qk_norm=True),
+        lambda block: adapt(block, "attn"),
+    ),
+    "timm: adapter": (small_timm_clip, lambda block: adapt(block.attn, "qkv")),
+    "timm: adapter of attention": (small_timm_clip, lambda block: adapt(block, "attn")),
+    "timm: pruned": (small_timm_clip, lambda block: prune_half(block.attn.qkv, "weight")),
+    "timm: normalized": (
+        small_timm_clip,
+        lambda block: parametrizations.weight_norm(block.attn.qkv),
+    ),
+    "timm: adapter of eva's": (
+        partial(small_eva_clip, qkv_fused=False),
+        lambda block: adapt(block.attn, "v_proj"),
+    ),
+}
+
+
+def blocks_of(model):
+    visual = model.visual
+    return visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks
+
+
+def changed_clip(name):
+    build, change = CHANGED_ATTENTION[name]
+    model = build()
+    # timm's own attention tells its width in its projections.
+    for block in blocks_of(model):
+        if not hasattr(block.attn, "embed_dim"):
+            block.attn.embed_dim = 64
+        change(block)
+    return model.double().train()
+
+
+@pytest.mark.parametrize("name", CHANGED_ATTENTION)
+@pytest.mark.parametrize("layout", ["alike", "padded", "packed"])
+def test_what_was_put_into_attention_acts_as_in_open_clip(name, layout):
+    plain, masked = changed_clip(name), changed_clip(name)
+    apply_masking(masked, "random", pack_tokens=layout == "packed")
+    valid = None if layout == "alike" else torch.ones(3, 16, dtype=torch.bool)
+    images = image_batch().double()
+    for _ in range(2):
+        expected, got = (
+            plain.visual(images),
+            encode(masked, images, PatchSelection(EVERY_PATCH, valid))[0],
+        )
+        torch.testing.assert_close(got, expected)
+        expected.square().sum().backward()
+        got.square().sum().backward()
+    for (weight, one), other in zip(
+        plain.visual.named_parameters(), masked.visual.parameters(), strict=True
+    ):
+        assert (one.grad is None) == (other.grad is None), weight
+        torch.testing.assert_close(other.grad, one.grad, msg=weight)
+
+
+@pytest.mark.parametrize("name", CHANGED_ATTENTION)
+def test_what_was_put_into_attention_sees_the_patches_of_each_image_alone(name):
+    model = apply_masking(changed_clip(name), "random", pack_tokens=True)
+    images = image_batch().double()
+    together = encode(model, images, ADAPTIVE)[0]
+    for i, count in enumerate(ADAPTIVE.kept_counts().tolist()):
+        kept = PatchSelection(ADAPTIVE.index[i : i + 1, :count])
+        torch.testing.assert_close(together[i : i + 1], encode(model, images[i : i + 1], kept)[0])
+
+
+@pytest.mark.parametrize("name", ["adapter", "timm: adapter", "timm: pruned"])
+def test_attention_that_was_changed_is_not_scored_by_its_weights(name):
+    with pytest.raises(ValueError, match="AttentiveMasking reads the attention of the class token"):
+        apply_masking(changed_clip(name), "attentive")
+
+
+@pytest.mark.parametrize("make", [small_clip, small_timm_clip, small_eva_clip])
+@pytest.mark.parametrize("layout", ["alike", "padded", "packed", "inference"])
+def test_hooks_on_attention_are_called_in_every_block(make, layout):
+    model, seen = make(), []
+    when = "always" if layout == "inference" else "train"
+    apply_masking(model, "random", when=when, pack_tokens=layout == "packed")
+    model.train(layout != "inference")
+    for block in blocks_of(model):
+        block.attn.register_forward_hook(lambda module, given, output: seen.append(module))
+    selection = FIXED if layout in ("alike", "inference") else ADAPTIVE
+    encode(model, image_batch(), selection)
+    assert seen == [block.attn for block in blocks_of(model)]
 
 
 @every_tower
@@ -679,9 +801,7 @@ def test_forward_hooks_of_blocks_see_the_kept_tokens(make, options, when):
     model = make()
     apply_masking(model, "pgs", mask_ratio=0.5, when=when, **options)
     model.train(when == "train")
-    visual = model.visual
-    blocks = visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks
-    seen = []
+    blocks, seen = blocks_of(model), []
     for block in blocks:
         block.register_forward_hook(lambda module, given, output: seen.append(output))
     model.encode_image(image_batch())

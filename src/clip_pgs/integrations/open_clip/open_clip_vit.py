@@ -7,19 +7,28 @@ from typing import Any
 
 import torch
 from open_clip import CoCa
-from open_clip.transformer import AttentionalPooler, ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import (
+    Attention,
+    AttentionalPooler,
+    CustomResidualAttentionBlock,
+    ResidualAttentionBlock,
+    VisionTransformer,
+)
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from clip_pgs.integrations.masked_tower import (
     MaskedTower,
     PatchGrid,
+    has_hooks,
+    has_plain_weights,
     is_exactly,
     run_as_forward,
     unwrap,
     valid_mean,
 )
-from clip_pgs.integrations.varlen_tokens import BlockParts
+from clip_pgs.integrations.varlen_tokens import BlockParts, logit_mask
 from clip_pgs.masking import MaskingStrategy
 from clip_pgs.masking.merge import Merge
 
@@ -58,9 +67,13 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
     @staticmethod
     def attention_refusal(tower: VisionTransformer) -> str | None:
         """Return why no token's or query's attention makes the feature, None where one does."""
-        if tower.pool_type == "tok" or _contrastive_pool(tower) is not None:
-            return None
-        return f"the image tower pools by {tower.pool_type!r}"
+        if tower.pool_type != "tok" and _contrastive_pool(tower) is None:
+            return f"the image tower pools by {tower.pool_type!r}"
+        if tower.attn_pool is None and not all(
+            map(_has_plain_attention, tower.transformer.resblocks)
+        ):
+            return "attention in the image tower's blocks is changed, as by an adapter or pruning"
+        return None
 
     @staticmethod
     def patch_grid(tower: VisionTransformer) -> PatchGrid:
@@ -110,6 +123,8 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
 
     def block_parts(self, block: Any, rotation: Tensor | None = None) -> BlockParts | None:
         """Return the parts of OpenCLIP's usual block, and of its custom one what they share."""
+        if not _has_plain_attention(block):
+            return None
         attention, is_usual = block.attn, isinstance(block, ResidualAttentionBlock)
         return BlockParts(
             norm=block.ln_1,
@@ -119,7 +134,7 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
             head_norms=None if is_usual else (attention.ln_q, attention.ln_k),
             after_attention=lambda x: block.ls_1(attention.out_proj(x)),
             mlp=lambda x: block.ls_2(block.mlp(block.ln_2(x))),
-            is_all=is_exactly(block, ResidualAttentionBlock) and attention.dropout == 0,
+            is_all=_is_usual(block) and attention.dropout == 0,
         )
 
     def reads_first_token(self) -> bool:
@@ -174,16 +189,17 @@ def _attend(pooler: AttentionalPooler, x: Tensor, **options: Any) -> tuple[Tenso
 # Attention and pooling that never read a padding slot
 #
 # OpenCLIP's residual block casts any mask to the activations' dtype, which turns True / False into
-# +1 / 0 on the logits, and `nn.MultiheadAttention` refuses a mask per image. So a boolean key mask
-# goes to scaled-dot-product attention itself, with the block's own weights.
+# +1 / 0 on the logits, and `nn.MultiheadAttention` takes a mask per image for each head and query
+# alone. So a boolean key mask goes to scaled-dot-product attention itself, with the block's own
+# weights, as long as these say what the block does.
 # ------------------------------------------------------------------------------------------------
 
 
-def masked_block(block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tensor:
+def masked_block(block: Any, x: Tensor, attn_mask: Tensor | None) -> Tensor:
     """Run a residual attention block of OpenCLIP over tokens of which some are padding.
 
     Args:
-        block: A `ResidualAttentionBlock` or `CustomResidualAttentionBlock`.
+        block: A `ResidualAttentionBlock` or `CustomResidualAttentionBlock`, or one in their place.
         x: Tokens of shape (B, T, D).
         attn_mask: Boolean, True where a token may be attended to, shape (B, 1, 1, T); or, in the
             tokens' dtype, what is added to the logits, of that shape or (B, H, T, T). None for
@@ -192,10 +208,9 @@ def masked_block(block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tenso
     Returns:
         Tokens of shape (B, T, D); those in padding slots are finite and without meaning.
     """
-    if not isinstance(block, ResidualAttentionBlock):
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            # The custom block adds -inf wherever its boolean mask is True, and broadcasts.
-            attn_mask = ~attn_mask
+    if not _is_usual(block):
+        if attn_mask is not None:
+            attn_mask = _mask_of_whole_block(block, x, attn_mask)
         return block(x, attn_mask=attn_mask)
     # In eval mode `nn.MultiheadAttention` is one fused operation, which no FLOP counter sees into.
     if attn_mask is None and block.training:
@@ -206,6 +221,39 @@ def masked_block(block: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tenso
         return x + block.ls_2(block.mlp(block.ln_2(x)))
 
     return run_as_forward(block, run, x)
+
+
+def _has_plain_attention(block: Any) -> bool:
+    """Return whether a block's attention can be had from its weights."""
+    attention = block.attn
+    if has_plain_weights(attention, nn.MultiheadAttention):
+        # Whose weights it reads as well.
+        return has_plain_weights(attention.out_proj, NonDynamicallyQuantizableLinear)
+    return has_plain_weights(attention, Attention)
+
+
+def _is_usual(block: Any) -> bool:
+    """Return whether other calls may take the place of a block's attention."""
+    return (
+        is_exactly(block, ResidualAttentionBlock)
+        and _has_plain_attention(block)
+        and not has_hooks(block.attn)
+        and not has_hooks(block.attn.out_proj)
+    )
+
+
+def _mask_of_whole_block(block: Any, x: Tensor, attn_mask: Tensor) -> Tensor:
+    """Return the mask of `masked_block` as a block takes it that runs as it is."""
+    is_key_mask = attn_mask.dtype == torch.bool
+    if isinstance(block, CustomResidualAttentionBlock):
+        # It adds -inf wherever its boolean mask is True, and broadcasts.
+        return ~attn_mask if is_key_mask else attn_mask
+    if is_key_mask:
+        attn_mask = logit_mask(attn_mask, x.dtype)
+    # Adapters stand around the module that has heads.
+    heads = next(module.num_heads for module in block.modules() if hasattr(module, "num_heads"))
+    num_tokens = x.shape[1]
+    return attn_mask.expand(len(x), heads, num_tokens, num_tokens).flatten(0, 1)
 
 
 def pool_valid(

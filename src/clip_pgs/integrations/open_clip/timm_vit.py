@@ -16,16 +16,24 @@ from open_clip.timm_model import TimmModel
 from timm.layers import (
     Attention,
     AttentionPoolLatent,
+    AttentionRope,
     HybridEmbed,
     PatchEmbed,
     apply_rot_embed_cat,
 )
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva, EvaBlock
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, is_exactly, valid_mean
+from clip_pgs.integrations.masked_tower import (
+    MaskedTower,
+    PatchGrid,
+    has_hooks,
+    has_plain_weights,
+    is_exactly,
+    valid_mean,
+)
 from clip_pgs.integrations.open_clip.conv import MaskedConvNeXt
 from clip_pgs.integrations.varlen_tokens import BlockParts, logit_mask, query_attention
 
@@ -239,19 +247,22 @@ class MaskedTimmModel(MaskedTower, TimmModel):
 def _stacked_qkv(block: Any) -> tuple[Tensor, Tensor | None] | None:
     """Return weight and bias of a block's projection to queries, keys and values, stacked.
 
-    None for blocks of another kind, and where groups of heads share keys.
+    None for blocks of another kind, where the weights do not say all that the projection does, and
+    where groups of heads share keys.
     """
     attention: Any = getattr(block, "attn", None)
-    if is_exactly(block, Block) and type(attention) is Attention:
-        return attention.qkv.weight, attention.qkv.bias
-    if type(block) is not EvaBlock:
+    is_eva = type(block) is EvaBlock
+    kinds = (EvaAttention, AttentionRope) if is_eva else (Attention,)
+    if not (is_eva or is_exactly(block, Block)) or not has_plain_weights(attention, *kinds):
         return None
-    if attention.qkv is not None:
+    parts = _projections(attention)
+    if not all(has_plain_weights(part, nn.Linear) for part in parts):
+        return None
+    if len(parts) == 1:
         bias = attention.qkv.bias
         if getattr(attention, "q_bias", None) is not None:
             bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
         return attention.qkv.weight, bias
-    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
     if len({len(part.weight) for part in parts}) > 1:
         return None
     # EVA's keys have no bias.
@@ -260,8 +271,15 @@ def _stacked_qkv(block: Any) -> tuple[Tensor, Tensor | None] | None:
     return torch.cat([part.weight for part in parts]), torch.cat(biases)
 
 
+def _projections(attention: Any) -> list[Any]:
+    """Return what makes queries, keys and values: one module, or one for each."""
+    if attention.qkv is not None:
+        return [attention.qkv]
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
 def _is_plain(block: Any) -> bool:
-    """Return whether a block has nothing but what `BlockParts` knows; not dropout, not a gate."""
+    """Return whether a block has nothing but what `BlockParts` knows; no dropout, gate or hook."""
     attention = block.attn
     # Blocks hand the rate of `proj_drop` on to their MLP.
     return (
@@ -269,6 +287,7 @@ def _is_plain(block: Any) -> bool:
         and attention.attn_drop.p == attention.proj_drop.p == 0
         and isinstance(block.drop_path1, nn.Identity)
         and isinstance(block.drop_path2, nn.Identity)
+        and not any(map(has_hooks, (attention, *_projections(attention))))
     )
 
 
