@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from clip_pgs.training.__main__ import main
 from clip_pgs.training.phases import Phase, steps_after
-from support.runs import COCA, run, write_model
+from support.runs import COCA, MODEL, flags, run, write_model
 
 EPOCHS, UNMASKED_EPOCHS = 3, 2
 RECIPE = {
@@ -134,6 +135,47 @@ def test_tuning_starts_with_a_fresh_optimizer(tuned):
         return {int(state["step"]) for state in load(tuned, epoch)["optimizer"]["state"].values()}
 
     assert (steps(3), steps(4), steps(5)) == ({12}, {8}, {16})
+
+
+TIMM = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear"}
+DROPPING = {
+    "OpenCLIP's": MODEL,
+    "timm's": {**MODEL, "vision_cfg": {**TIMM, "image_size": 32, "patch_size": 16}},
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_unmasked_epochs_see_whole_images_after_patch_dropout(tmp_path, world, capsys, name):
+    model = write_model(tmp_path, name="dropping", config=DROPPING[name])
+    options = {"model": model, "train_data": world.train_data, "epochs": 1, "batch_size": 16}
+    tuning = {"force_patch_dropout": 0.5, "unmasked_epochs": 1}
+    folder = run(tmp_path, **options, **tuning)
+    flops = [0, *(line["flops"] for line in train_lines(folder)[1::2])]
+    dropped, whole = (after - before for before, after in pairwise(flops))
+    plain = train_lines(run(tmp_path, name="plain", **options))[-1]["flops"]
+    assert dropped < whole == pytest.approx(plain)
+    # A run that goes on within them sees whole images, too.
+    copied = shutil.copytree(folder, tmp_path / "logs" / "resumed")
+    (copied / "checkpoints" / "epoch_2.pt").unlink()
+    run(tmp_path, name="resumed", resume="latest", **options, **tuning)
+    assert train_lines(copied)[-1]["flops"] == train_lines(folder)[-1]["flops"]
+    expected, again = load(folder, 2)["state_dict"], load(copied, 2)["state_dict"]
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+    # What is said before counts them alike.
+    assert main([*flags(tmp_path, **{**options, "name": "checked"}, **tuning), "--check-only"]) == 0
+    said = capsys.readouterr().out
+    assert "0.5 of all patches, all when unmasked" in said
+    assert said.count(" per sample") == 2
+
+
+@pytest.mark.parametrize("before", [{"skip_scheduler": True}, {"lr_scheduler": "const"}], ids=str)
+def test_unmasked_epochs_have_their_schedule_whatever_came_before(tmp_path, world, before):
+    tuning = {"unmasked_epochs": 1, "unmasked_lr": 1e-4, "unmasked_warmup": 2}
+    folder = run(tmp_path, train_data=world.train_data, epochs=1, warmup=0, **before, **tuning)
+    rates = [line["lr"] for line in train_lines(folder)]
+    assert rates[:4] == pytest.approx([1e-3] * 4)
+    assert rates[4:6] == pytest.approx([5e-5, 1e-4])
+    assert rates[-1] < rates[-2] <= 1e-4
 
 
 @pytest.mark.slow

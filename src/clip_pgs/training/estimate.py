@@ -21,7 +21,6 @@ from clip_pgs.integrations.open_clip import (
     allow_short_text,
     last_selection,
     num_patches,
-    remove_masking,
     set_mask_ratio,
 )
 from clip_pgs.integrations.open_clip.flops import count_flops
@@ -40,7 +39,13 @@ from clip_pgs.training.data_checks import (
 )
 from clip_pgs.training.masks import mask_levels
 from clip_pgs.training.options import TrainOptions
-from clip_pgs.training.phases import phase_options, plan_phases, total_epochs
+from clip_pgs.training.phases import (
+    patch_dropouts,
+    phase_options,
+    plan_phases,
+    total_epochs,
+    unmask,
+)
 from clip_pgs.training.run_folder import keeps_logs
 from clip_pgs.training.step import Batch
 from clip_pgs.training.trainer import PhaseTrainer
@@ -178,13 +183,15 @@ def _tokens_and_operations(options: TrainOptions, model: nn.Module) -> list[tupl
     """Return the rows of both, counted on the meta device; unmasked epochs unmask the model."""
     num_samples = num_training_samples(options) if has_training_data(options) else None
     total = 0.0
-    tokens: list[str] = []
+    tokens = [f"{1 - dropout.prob:.2g} of all patches" for dropout in patch_dropouts(model)[:1]]
     operations: list[str] = []
     for phase in phase_options(options):
         when = "" if phase is options else " when unmasked"
-        if when and options.changes_tower:
-            remove_masking(model)
-            tokens.append(f"all {num_patches(model)}{when}")
+        if when:
+            unmask(model)
+            if tokens:
+                count = f" {num_patches(model)}" if options.changes_tower else ""
+                tokens.append(f"all{count}{when}")
         num_steps = (num_samples or 0) // samples_per_step(phase) * phase.epochs
         flops: list[float] = []
         kept: list[str] = []

@@ -168,10 +168,12 @@ def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
 def warmup_warnings(options: TrainOptions) -> list[str]:
     """Return a sentence for each phase of training that its warm-up fills."""
     num_samples = num_training_samples(options) if has_training_data(options) else None
-    if num_samples is None or options.skip_scheduler:
+    if num_samples is None:
         return []
     sentences = []
     for phase in phase_options(options):
+        if phase.skip_scheduler:
+            continue
         num_steps = num_samples // samples_per_step(phase) * phase.epochs
         if phase.warmup is not None and phase.warmup > num_steps:
             flag, span = "--warmup", "the run"

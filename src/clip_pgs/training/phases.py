@@ -14,15 +14,19 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
 
 from clip_pgs.data.bad_samples import OnSkip
 from clip_pgs.data.build import build_train_stream
 from clip_pgs.data.loader import SampleStream
+from clip_pgs.integrations.apply import masking_or_none, remove_masking
 from clip_pgs.training.build import ModelParts
 from clip_pgs.training.options import TrainOptions
 
 # What the masked epochs alone are trained by, and a run in its unmasked ones can no longer change.
-MASKED_ALONE = ("epochs", "lr", "lr_scheduler", "warmup")
+MASKED_ALONE = ("epochs", "lr", "lr_scheduler", "skip_scheduler", "warmup")
 _WARMUP_EPOCHS = 0.1
 
 
@@ -35,7 +39,6 @@ class Phase:
         options: The options as they are in this phase; `epochs` counts its own.
         stream: Its training samples.
         steps_per_epoch: Optimizer steps of an epoch.
-        removes_masking: Whether the phase before it masked the image tower.
         first_epoch: Epochs of the run before it.
         first_step: Optimizer steps of the run before it.
     """
@@ -44,7 +47,6 @@ class Phase:
     options: TrainOptions
     stream: SampleStream
     steps_per_epoch: int
-    removes_masking: bool = False
     first_epoch: int = 0
     first_step: int = 0
 
@@ -126,11 +128,25 @@ def plan_phases(
         tuning,
         stream,
         steps_per_epoch,
-        removes_masking=options.changes_tower,
         first_epoch=masked.end_epoch,
         first_step=masked.num_steps,
     )
     return [masked, unmasked]
+
+
+def patch_dropouts(model: nn.Module) -> list[Any]:
+    """Return the modules by which OpenCLIP's and timm's towers drop patches themselves."""
+    # By name, since timm has had several of them.
+    every = model.modules()
+    return [module for module in every if type(module).__name__.startswith("PatchDropout")]
+
+
+def unmask(model: nn.Module) -> None:
+    """Let a model see whole images for good: without its masking, and without patch dropout."""
+    if masking_or_none(model) is not None:
+        remove_masking(model)
+    for dropout in patch_dropouts(model):
+        dropout.prob = 0.0
 
 
 def unmasked_options(options: TrainOptions) -> TrainOptions:
@@ -147,6 +163,7 @@ def unmasked_options(options: TrainOptions) -> TrainOptions:
         epochs=options.unmasked_epochs,
         lr=options.unmasked_lr,
         lr_scheduler="cosine",
+        skip_scheduler=False,
         # None stands for a share of an epoch, which is not known yet.
         warmup=options.unmasked_warmup,  # type: ignore[arg-type]
         batch_size=options.unmasked_batch_size or options.batch_size,

@@ -40,7 +40,6 @@ from clip_pgs.integrations.open_clip import (
     CaptionGroups,
     load_masking_state,
     masking_state,
-    remove_masking,
     update_masking,
 )
 from clip_pgs.integrations.open_clip.flops import SampleFlops, count_sample_flops, few_texts
@@ -86,7 +85,7 @@ from clip_pgs.training.loggers import (
 from clip_pgs.training.masks import MaskPictures, StepMasks, seed_everything
 from clip_pgs.training.option_warnings import option_warnings
 from clip_pgs.training.options import TrainOptions
-from clip_pgs.training.phases import Phase, plan_phases, steps_after, total_epochs
+from clip_pgs.training.phases import Phase, plan_phases, steps_after, total_epochs, unmask
 from clip_pgs.training.run_folder import (
     RunFiles,
     check_alike,
@@ -714,7 +713,7 @@ class PhaseTrainer:
     """Trains the model through one phase, whose model, optimizer and samples it sets up.
 
     Args:
-        phase: The phase; where it masks nothing, the model's masking is removed for good.
+        phase: The phase; an unmasked one unmasks the model for good.
         parts: The model, as the phase before left it.
         device: This process's device.
         scaler: The run's loss scaler, if there is one.
@@ -744,9 +743,9 @@ class PhaseTrainer:
         self._sharded: Any = parts.sharded
         self.model = parts.model if parts.sharded is None else parts.sharded.model
         self._scaler = scaler
-        if phase.removes_masking:
-            remove_masking(self.model)
-            remove_masking(self._plain)
+        if phase.name == "unmasked":
+            unmask(self.model)
+            unmask(self._plain)
         self.optimizer = build_optimizer(options, self.model)
         self.masks = StepMasks(self.model, options) if options.changes_tower else None
         if checkpoint is not None:

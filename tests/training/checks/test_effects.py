@@ -40,6 +40,15 @@ def test_a_setting_with_no_effect_warns(argv, sentence):
     assert warning.startswith(sentence) or warning.endswith(sentence)
 
 
+def test_a_warmup_of_unmasked_tuning_has_an_effect_beside_skip_scheduler():
+    tuning = ["--unmasked-epochs", "1", "--unmasked-warmup"]
+    sentences = warnings_of(*VALID, "--skip-scheduler", *tuning, "16")
+    assert any(sentence.startswith("--unmasked-warmup 16 is longer") for sentence in sentences)
+    assert not any(
+        "unmasked" in each for each in warnings_of(*VALID, "--skip-scheduler", *tuning, "9")
+    )
+
+
 @pytest.mark.parametrize(
     "argv",
     [

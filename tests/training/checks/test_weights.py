@@ -243,7 +243,7 @@ def test_a_place_outside_of_the_run_is_refused(model, place, sentence):
     assert refusal(*argv, "--resume", path) == f"--resume: {path} cannot go on: {sentence}"
 
 
-TUNED = {"epochs": 2, "unmasked_epochs": 3, "lr": 5e-4}
+TUNED = {"epochs": 2, "unmasked_epochs": 3, "lr": 5e-4, "skip_scheduler": False}
 MASKED, UNMASKED = {"epoch": 2}, {"epoch": 2, "position": 3}
 MIXED = "its run has 2 masked epochs behind it and is in its unmasked epochs; "
 STAYS = f"{MIXED}--epochs must stay 2, and --unmasked-epochs may grow"
@@ -274,6 +274,11 @@ BEHIND = "lies behind the {} of this run ({})"
                     {"epoch": 4},
                     "--epochs 2 --unmasked-epochs 1",
                     "its epoch 4 " + BEHIND.format(3, "--epochs and --unmasked-epochs"),
+                ),
+                (
+                    UNMASKED,
+                    "--epochs 2 --unmasked-epochs 3 --skip-scheduler",
+                    f"{MIXED}--skip-scheduler must stay False, and --unmasked-epochs may grow",
                 ),
                 (
                     UNMASKED,
