@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -243,6 +244,59 @@ def test_a_run_that_cannot_be_removed_ends_a_fresh_demo_in_a_sentence(demo, monk
     assert "--check-only" in calls[-1]
     demo("--fresh")
     assert [path.name for path in Path("logs").iterdir()] == ["demo"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"the \xff table\n"])
+def test_a_damaged_table_is_made_anew(demo, content):
+    demo()
+    table = Path("logs/demo/eval/table.txt")
+    table.write_bytes(content)
+    output, calls = demo()
+    assert modules(calls) == ["data", "cli"]
+    assert "the table" in output
+    assert table.read_text() == "the table\n"
+
+
+@pytest.mark.parametrize("kind", ["full disk", "file", "folder", "picture", "lock", "run"])
+def test_a_place_that_cannot_be_written_or_read_ends_the_demo_in_a_sentence(
+    demo, monkeypatch, kind
+):
+    demo()
+    place, arguments, code = Path("logs/demo/eval/table.txt"), [], 2
+    place.unlink()
+    if kind == "full disk":
+        code = 1
+        monkeypatch.setattr("clip_pgs.demo.write_text", failing(errno.ENOSPC, place))
+    elif kind == "file":
+        place = place.parent
+        place.rmdir()
+        place.touch()
+    elif kind == "folder":
+        place.mkdir()
+    elif kind == "picture":
+        place = Path("logs/demo/pgs_keeps.png")
+        place.unlink()
+        monkeypatch.setattr(Path, "touch", failing(errno.EACCES, place))
+    else:
+        arguments = ["--fresh"]
+        place = Path("logs/demo")
+        if kind == "lock":
+            place /= ".lock"
+            place.touch()
+        broken = "clip_pgs.demo.take_lock" if kind == "lock" else "pathlib.Path.is_symlink"
+        monkeypatch.setattr(broken, failing(errno.EACCES, place))
+    error, _ = demo(*arguments, code=code)
+    assert error.startswith(f"error: {place}: ")
+    assert error.count("\n") == 1
+
+
+def failing(number, place):
+    """Return what fails as the system does where it cannot do what is asked."""
+
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number), str(place))
+
+    return fail
 
 
 @pytest.mark.parametrize("arguments", [[], ["--fresh"]])

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,6 +38,7 @@ from clip_pgs.files import (
     MAX_RUN_FILE_BYTES,
     OPTIONS_NAME,
     folder_lock,
+    read_file,
     read_json_object,
     write_text,
 )
@@ -81,21 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 2 for bad input or a demo that is running, 85 where a signal asked it to
-        leave, 130 for Ctrl-C, else that of what failed.
+        leave, 130 for Ctrl-C, 1 for a full disk, else that of what failed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_fresh = arguments[:1] == ["--fresh"]
     flags = arguments[1:] if is_fresh else []
     if not is_fresh:
         make_parser().parse_args(arguments)
+    cure = "the same command begins again"
     try:
         if is_fresh and not _HELP & set(flags):
             _check_place()
         _check_flags(flags)
-    except ValueError as error:
-        return refuse(error)
-    cure = "the same command begins again"
-    try:
         with folder_lock(Path(), on_busy=_refuse_second):
             if _QUESTIONS & set(flags):
                 _call(*_TRAIN, *flags, *_FRESH)
@@ -105,6 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if flags:
                 cure = f"clip-pgs train demo {shlex.join(flags)} --resume latest, then {cure}"
             _demo(flags)
+    # OSError: what lies in the folder is not as it was left, or the disk is full.
+    except (ValueError, OSError) as error:
+        return refuse(error)
     except _DemoError as error:
         if str(error):
             sys.stderr.write(f"error: {error}\n")
@@ -206,14 +207,15 @@ def _demo(flags: Sequence[str]) -> None:
         _call(*_TRAIN, *flags, "--logs", "logs", "--name", "demo", "--resume", "latest")
 
     _heading("3 of 4: evaluation")
-    has_table, has_picture = (_is_newer(path, export) for path in (_TABLE, _PICTURE))
+    table, has_picture = _read_table(export), _is_newer(_PICTURE, export)
+    has_table = bool(table.strip())
     scenes = map(str, sorted(_WORLD.glob("scenes/*.png")))
     options = ["--masking", "random", "cluster", "pgs", "--mask-ratio", "0.5"]
     view = ["--model", str(_RUN), "--output", str(_PICTURE)]
     drawing = ("clip_pgs.inspection", "masks", *scenes, *options, *view)
     with nullcontext() if has_picture else _meanwhile(*drawing):
         if has_table:
-            _say(_TABLE.read_text("utf-8").rstrip("\n"))
+            _say(table.rstrip("\n"))
         else:
             _TABLE.parent.mkdir(parents=True, exist_ok=True)
             scoring = ("clip_pgs.cli", "export", str(_RUN), "--suite", "all")
@@ -243,6 +245,14 @@ def _demo(flags: Sequence[str]) -> None:
     }
     for place, meaning in places.items():
         _say(f"{place:34} {meaning}")
+
+
+def _read_table(export: Path) -> str:
+    """Return the table, or "" where it is older than the export, damaged or not there."""
+    if _is_newer(_TABLE, export):
+        with suppress(ValueError):
+            return read_file(_TABLE, what=str(_TABLE), max_bytes=MAX_RUN_FILE_BYTES).decode("utf-8")
+    return ""
 
 
 def _is_as_configured() -> bool:
