@@ -85,6 +85,46 @@ def test_no_file_is_written_through_a_link(tmp_path, name, is_there):
     assert not is_there or target.read_text() == "mine"
 
 
+@pytest.mark.parametrize("kind", ["file", "fifo", "socket"])
+def test_what_lies_where_a_file_is_written_does_not_matter(tmp_path, kind):
+    place = tmp_path / ".a.txt.unfinished"
+    with ExitStack() as held:
+        match kind:
+            case "file":
+                place.write_text("what a killed process left, which is longer")
+                (tmp_path / "linked").hardlink_to(place)
+            case "fifo":
+                os.mkfifo(place)
+                # With nobody who reads, opening it would wait.
+                held.callback(os.close, os.open(place, os.O_RDONLY | os.O_NONBLOCK))
+            case "socket":
+                held.enter_context(socket.socket(socket.AF_UNIX)).bind(str(place))
+        write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert not place.exists()
+    if kind == "file":
+        assert (tmp_path / "linked").read_text().startswith("what")
+
+
+@pytest.mark.parametrize("is_first_slower", [True, False])
+def test_two_that_write_one_file_never_mix(tmp_path, is_first_slower):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    first, second = atomic_file(path), atomic_file(path)
+    first.__enter__().write(b"first, and longer")
+    second.__enter__().write(b"second")
+    for writer in (second, first) if is_first_slower else (first, second):
+        if writer is first:
+            with pytest.raises(OSError, match="another process") as caught:
+                writer.__exit__(None, None, None)
+            assert one_sentence(caught.value).startswith(f"{path}: ")
+            assert path.read_text() == ("second" if is_first_slower else "old")
+        else:
+            writer.__exit__(None, None, None)
+    assert path.read_text() == "second"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_no_line_is_appended_through_a_link(tmp_path):
     (tmp_path / "a.jsonl").symlink_to("mine")
     append_line(tmp_path / "a.jsonl", "{}")

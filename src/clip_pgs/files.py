@@ -83,21 +83,33 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     Raises:
         OSError: If it cannot be written, or something is there that is no regular file, as a
-            device; what was there is still there.
+            device; what was there is still there. Or if another process has begun to write it.
     """
     regular_file(path)
     unfinished = unfinished_path(path)
-    if unfinished.is_symlink():
-        unfinished.unlink()
-    try:
-        with naming(path), unfinished.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        sync(path.parent)
-    finally:
+    with naming(path):
+        # What a killed process left, or a stranger: to open a pipe is to wait.
         unfinished.unlink(missing_ok=True)
+        with unfinished.open("xb") as file:
+            own = os.fstat(file.fileno())
+
+            def is_own() -> bool:
+                """Return whether no other process has taken the name since."""
+                with suppress(FileNotFoundError):
+                    return os.path.samestat(own, unfinished.lstat())
+                return False
+
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                if not is_own():
+                    raise OSError(errno.EBUSY, "another process is writing it, too", str(path))
+                os.replace(unfinished, path)
+            finally:
+                if is_own():
+                    unfinished.unlink()
+    sync(path.parent)
 
 
 @contextmanager
