@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from clip_pgs import files
-from clip_pgs.common import one_sentence, refusal_code
+from clip_pgs.common import AskedToLeaveError, one_sentence, refusal_code
 from clip_pgs.files import (
     append_line,
     atomic_file,
@@ -232,3 +232,61 @@ def test_what_a_killed_process_left_is_no_part_of_a_folder(tmp_path):
     with atomic_folder(tmp_path / "new") as unfinished:
         assert list(unfinished.iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, AskedToLeaveError, PermissionError])
+@pytest.mark.parametrize("is_before", [True, False])
+def test_a_folder_is_there_whatever_comes_between_the_old_and_the_new(
+    tmp_path, monkeypatch, fault, is_before
+):
+    place, replace = tmp_path / "new", os.replace
+    write(place, "old")
+
+    def fail(source, target):
+        # The second of the two: a signal comes before or after the first is done.
+        if Path(target).name == ".new.replaced" and not is_before:
+            replace(source, target)
+            raise fault
+        if Path(target) == place and Path(source).name.endswith("unfinished") and is_before:
+            raise fault
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(fault):
+            write(place, "new")
+    assert (place / "one").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("does_fail", [True, False])
+def test_a_folder_that_a_power_cut_took_from_its_place_is_put_back(tmp_path, does_fail):
+    place = tmp_path / "new"
+    write(tmp_path / ".new.replaced", "old")
+    write(tmp_path / ".new.unfinished", "half")
+    if does_fail:
+        with pytest.raises(ValueError, match="now"), atomic_folder(place):
+            assert (place / "one").read_text() == "old"
+            raise ValueError("not now")
+    else:
+        write(place, "new")
+    assert (place / "one").read_text() == ("old" if does_fail else "new")
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_a_folder_whose_removal_was_begun_is_not_put_back(tmp_path, monkeypatch):
+    place = tmp_path / "new"
+    write(place, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        write(place, "new")
+    (place / "one").unlink()
+    place.rmdir()
+    with pytest.raises(ValueError, match="now"), atomic_folder(place):
+        raise ValueError("not now")
+    assert list(tmp_path.iterdir()) == []
+
+
+def write(place, text):
+    with atomic_folder(place) as folder:
+        (folder / "one").write_text(text)

@@ -117,7 +117,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Make a folder beside `path` to be filled, which takes its place when all went well.
 
     Args:
-        path: The folder; what is there stays until the new one is whole.
+        path: The folder; what is there stays until the new one is whole. Where a process dies
+            between the two, the next one finds the old and puts it back first.
 
     Raises:
         OSError: If it cannot be written, or something is there that is no folder, as a link, or
@@ -134,7 +135,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if place.is_mount():
         reason = "it is a mount point, whose place no folder can take; name one below it"
         raise OSError(errno.EBUSY, reason, str(path))
-    unfinished, replaced = unfinished_path(path), path.with_name(f".{path.name}.replaced")
+    unfinished = unfinished_path(path)
+    replaced, removed = (path.with_name(f".{path.name}.{end}") for end in ("replaced", "removed"))
+
+    def put_back() -> None:
+        """Give the old folder its place again where no other is in it."""
+        if replaced.is_dir() and not replaced.is_symlink() and not path.exists():
+            os.replace(replaced, path)
+
+    def remove_replaced() -> None:
+        # Half removed it is under another name, as it is not to be put back.
+        with suppress(OSError):
+            os.replace(replaced, removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
     def refuse_second() -> None:
         raise ValueError(f"{path} is being written by another process; wait for its end")
@@ -148,8 +161,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             # The one before took its place meanwhile.
             refuse_second()
         try:
+            put_back()
+            remove_replaced()
             # What a killed process left.
-            for leftover in (*unfinished.iterdir(), replaced):
+            for leftover in (*unfinished.iterdir(), replaced, removed):
                 shutil.rmtree(leftover, ignore_errors=True)
                 leftover.unlink(missing_ok=True)
             with naming(path):
@@ -160,11 +175,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             os.replace(unfinished, path)
             sync(path.parent)
         except BaseException:
+            put_back()
             # Once it has its place, another process may begin one of that name.
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
         finally:
-            shutil.rmtree(replaced, ignore_errors=True)
+            if path.exists():
+                remove_replaced()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
