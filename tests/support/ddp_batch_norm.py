@@ -1,10 +1,14 @@
-"""Run by `run_together`: synced BatchNorm over visible places, saved by each process."""
+"""Run by `run_together`: synced BatchNorm over visible places, and of one process alone."""
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from clip_pgs.integrations.open_clip import apply_masking
 from clip_pgs.integrations.open_clip.conv import visible_batch_norm
+from clip_pgs.integrations.open_clip.flops import count_flops
+from clip_pgs.training.masks import draw_masks
+from support.models import small_resnet_clip, text_batch
 
 
 def main(folder):
@@ -21,3 +25,18 @@ def main(folder):
     state = {"x": x, "mask": mask, "w": weights, "y": y, "gradient": gradient}
     state = {name: value.detach() for name, value in state.items()}
     torch.save({**state, "running_var": norm.running_var}, folder / f"{rank}.pt")
+
+
+def first_alone(folder):
+    """Count operations and draw masks in the first process, while the other goes on."""
+    if dist.get_rank() == 0:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(small_resnet_clip())
+        model.output_dict = True
+        images, texts = torch.zeros(2, 3, 96, 96), text_batch(2)
+        count_flops(model, images, texts)
+        apply_masking(model, "random", mask_ratio=0.5)
+        model.visual.image_mean = model.visual.image_std = (0.5, 0.5, 0.5)
+        count_flops(model, images, texts)
+        draw_masks(model, images, seed=0)
+        assert any(type(module) is nn.SyncBatchNorm for module in model.modules())
+    dist.barrier()

@@ -1,17 +1,20 @@
 """The masks of a run's steps, and the pictures of them."""
 
+import math
+
+import pytest
 import torch
 
 from clip_pgs.data.order import stable_seed
 from clip_pgs.figure import CAPTION_SIZE, GAP, MARGIN, TITLE_SIZE
-from clip_pgs.integrations.open_clip import apply_masking
+from clip_pgs.integrations.open_clip import apply_masking, num_patches, patch_size
 from clip_pgs.training.masks import MaskPictures, draw_masks, micro_batch_rows, step_noise
 from support.images import smooth_images
-from support.models import small_clip
+from support.models import small_clip, small_resnet_clip
 
 
-def masked_model():
-    model = apply_masking(small_clip(), "random", mask_ratio=0.5)
+def masked_model(build=small_clip):
+    model = apply_masking(build(), "random", mask_ratio=0.5)
     model.visual.image_mean, model.visual.image_std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     return model
 
@@ -44,12 +47,17 @@ def test_a_picture_tells_epoch_strategy_and_ratio():
     assert (pictures[0][:, is_title, MARGIN + 256 + GAP :] == 1).all()
 
 
-def test_drawing_leaves_model_and_random_stream_alone():
-    model = masked_model().eval()
+@pytest.mark.parametrize("build", [small_clip, small_resnet_clip])
+def test_drawing_leaves_model_and_random_stream_alone(build):
+    model = masked_model(build).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    draw_masks(model, smooth_images(2, height=64, width=64), seed=0)
+    side = patch_size(model)[0] * math.isqrt(num_patches(model))
+    draw_masks(model, smooth_images(2, height=side, width=side), seed=0)
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(module.training for module in model.modules())
+    # BatchNorm's statistics among them.
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_run_killed_while_it_kept_its_images_keeps_others_when_it_goes_on(tmp_path):

@@ -11,7 +11,7 @@ from clip_pgs.training.export_command import main as export
 from clip_pgs.training.stop import StoppedError
 from clip_pgs.training.trainer import Trainer
 from support.resuming import KilledError, curves, differences, last_checkpoint, run_with_stops
-from support.runs import run
+from support.runs import MODEL, run, write_model
 
 # Four steps an epoch, on 32 samples.
 VARIANTS = {
@@ -36,7 +36,9 @@ VARIANTS = {
         "text_masking": "random",
         "text_tokens": 6,
     },
+    "a tower with BatchNorm": {"masking": "random", "model": "resnet"},
 }
+RESNET = {**MODEL, "vision_cfg": {"image_size": 64, "layers": [1] * 4, "width": 8}}
 
 
 @pytest.fixture(scope="module", params=list(VARIANTS))
@@ -44,6 +46,8 @@ def whole(request, tmp_path_factory, world):
     """The options of a run of two epochs, and where it left its last checkpoint."""
     # Its curves have a line for the first step of an epoch, and one for the other three.
     options = {"train_data": world.train_data, "log_every_n_steps": 3, **VARIANTS[request.param]}
+    if "model" in options:
+        options["model"] = write_model(tmp_path_factory.mktemp("model"), config=RESNET)
     return options, run(tmp_path_factory.mktemp("whole"), **options)
 
 

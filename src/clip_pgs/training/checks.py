@@ -17,6 +17,7 @@ import torch
 from open_clip_train.distributed import world_info_from_env
 from PIL import Image
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clip_pgs.checkpoint_reading import (
     RUN_FILE,
@@ -67,6 +68,7 @@ from clip_pgs.training.build import (
     first_weights,
     image_size,
     input_size,
+    is_on_cpu,
     make_tokenizer,
     read_model_config,
 )
@@ -126,7 +128,7 @@ def check_options(options: TrainOptions, *, has_files: bool = True) -> nn.Module
         model, optimizer = _check_model(options)
         _check_masking(options, model)
         _check_inference_masking(options, model)
-        _check_device(options)
+        _check_device(options, model)
         _check_reports(options)
         if not has_files:
             return model
@@ -384,7 +386,7 @@ def _check_text_masking(options: TrainOptions) -> None:
     )
 
 
-def _check_device(options: TrainOptions) -> None:
+def _check_device(options: TrainOptions, model: nn.Module) -> None:
     """Refuse a device, other processes, or a way to reach them, that are not there.
 
     OpenCLIP's default, "cuda", falls back to the CPU; one that was asked for does not.
@@ -398,9 +400,16 @@ def _check_device(options: TrainOptions) -> None:
         )
     if "device" in options.given:
         usable_device(options.device)
-    if options.fsdp and world_info_from_env()[2] < 2:
+    world_size = world_info_from_env()[2]
+    if options.fsdp and world_size < 2:
         raise ValueError(
             "--fsdp shards a model over several processes, and this run has 1; see --nproc"
+        )
+    syncs = options.use_bn_sync and world_size > 1 and is_on_cpu(options)
+    if syncs and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise ValueError(
+            f"--use-bn-sync must be left out on a CPU: PyTorch's SyncBatchNorm, which "
+            f"{options.model} would have, runs on GPUs alone"
         )
 
 

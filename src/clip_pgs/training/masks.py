@@ -35,6 +35,7 @@ from clip_pgs.integrations.open_clip import (
     set_masking_noise,
     set_masking_progress,
 )
+from clip_pgs.integrations.open_clip.conv import aside_from_training
 from clip_pgs.masking import masking_options
 from clip_pgs.masking.sampling import paint_kept
 from clip_pgs.masking.schedule import scheduled_levels, scheduled_ratio
@@ -206,8 +207,8 @@ class MaskPictures:
 
     Args:
         folder: The run's folder of pictures, where the images are kept for a resumed run.
-        model: The plain masked model; its mode, its random streams and its weights stay as they
-            are, and the noise given to it is forgotten.
+        model: The plain masked model; its mode, its random streams, weights and buffers stay as
+            they are, no other process is waited for, and the noise given to it is forgotten.
         name: Of the masking, for the labels.
         seed: The run's seed: the same images show the same masks of the same scores.
     """
@@ -271,7 +272,7 @@ def draw_masks(
     was_training = tower.training
     devices = [images.device] if images.device.type == "cuda" else []
     set_masking_noise(model, noise)
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), torch.random.fork_rng(devices), aside_from_training(tower):
         tower.train()
         tower(images.to(pixel_dtype(model)))
         tower.train(was_training)

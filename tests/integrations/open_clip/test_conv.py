@@ -173,6 +173,11 @@ def test_synced_batch_norm_is_that_of_the_visible_places_of_all_processes(tmp_pa
 
 
 @pytest.mark.slow
+def test_what_one_process_does_alone_waits_for_no_synced_batch_norm(tmp_path):
+    assert run_together(ddp_batch_norm.first_alone, tmp_path) == [0, 0], output(tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "masking"), [(small_resnet_clip, "pgs"), (small_convnext_clip, "saliency-crop")]
 )

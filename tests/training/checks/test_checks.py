@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from support.options import VALID
+from support.options import SYNTHETIC, VALID, write_model_config
 from support.refusals import PGS, accept, refusal, warnings_of
 
 
@@ -165,3 +165,15 @@ def test_a_folder_that_a_logger_made_is_no_logger(tmp_path, monkeypatch):
     (tmp_path / "wandb" / "run-1").mkdir(parents=True)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     assert "needs the package wandb" in refusal(*VALID, "--report-to", "wandb")
+
+
+@pytest.mark.parametrize("masking", [(), ("--masking", "random")])
+def test_synced_batch_norm_is_refused_where_it_cannot_run(tmp_path, monkeypatch, masking):
+    vision = {"layers": [1] * 4, "width": 8, "head_width": 8}
+    resnet = write_model_config(tmp_path / "synced.json", **vision)
+    argv = ("--model-config", resnet, *SYNTHETIC, "--device", "cpu", "--use-bn-sync", *masking)
+    accept(*argv)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--use-bn-sync" in refusal(*argv)
+    # A ViT has none to sync.
+    accept(*VALID, "--device", "cpu", "--use-bn-sync")

@@ -15,7 +15,8 @@ of its pixels, as a patch embedding is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -130,6 +131,37 @@ def visible_batch_norm(norm: _BatchNorm, x: Tensor, mask: Tensor) -> Tensor:
 def _over_ranks(norm: _BatchNorm, total: Tensor) -> Tensor:
     is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     return total if is_alone or not isinstance(norm, nn.SyncBatchNorm) else all_reduce(total)
+
+
+class _LocalBatchNorm(_BatchNorm):
+    """A synced BatchNorm while its process runs the model by itself."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+
+@contextmanager
+def aside_from_training(model: nn.Module) -> Iterator[None]:
+    """Let one process run a model in train mode beside its training, inside a `with` block.
+
+    Buffers, such as the statistics that BatchNorm gathers, are afterwards as they were, and
+    `nn.SyncBatchNorm` waits for no other process.
+
+    Args:
+        model: A model, or a part of one.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    synced: list[Any] = [each for each in model.modules() if type(each) is nn.SyncBatchNorm]
+    for norm in synced:
+        norm.__class__ = _LocalBatchNorm
+    try:
+        yield
+    finally:
+        for norm in synced:
+            norm.__class__ = nn.SyncBatchNorm
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from clip_pgs.integrations.apply import (
     last_selection,
     masking_or_none,
 )
+from clip_pgs.integrations.open_clip.conv import aside_from_training
 from clip_pgs.integrations.open_clip.text import CaptionGroups
 
 
@@ -81,7 +82,7 @@ def count_flops(
 
     Matrix products and convolutions count, a multiply-add as two operations. The similarity
     matrix of the loss is left out: it depends on the batch and is small. Weights, gradients,
-    buffers and random streams stay as they are.
+    buffers and random streams stay as they are, and no other process is waited for.
 
     Args:
         model: The plain model, returning OpenCLIP's dictionary; put in train mode.
@@ -94,18 +95,14 @@ def count_flops(
         Operations per sample.
     """
     model.train()
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = [images.device] if images.device.type == "cuda" else []
 
     def run() -> Iterable[Tensor]:
         with autocast():
             return model(images, texts).values()
 
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), aside_from_training(model):
         forward, backward = count_pass(model, run)
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
     return ((2 if extra_forward else 1) * forward + backward) / images.shape[0]
 
 
