@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 
 import numpy as np
@@ -96,6 +97,32 @@ def test_samples_are_counted_where_nothing_states_them(make_shards, make_args):
     folder = make_shards([10, 7], with_sizes=False)
     args = make_args(train_data=f"{folder}/{{0..1}}.tar", batch_size=17)
     assert sorted(numbers(open_stream(args))) == list(range(17))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({}, []),
+        ({"1.tar": 1}, ["says that 1.tar has 1 sample, but it has 3; 2 samples left out of each"]),
+        ({"1.tar": 2, "17.tar": 0}, ["3, and is wrong about 1 more shard; 4 samples left out of"]),
+        ({"1.tar": 1, "3.tar": 9, "5.tar": 9}, ["3, and is wrong about 2 more shards; 2 samples"]),
+        ({"3.tar": 4}, ["says that 3.tar has 4 samples, but it has 3"]),
+    ],
+)
+@pytest.mark.parametrize("resampled", [False, True])
+def test_sizes_that_are_not_those_of_the_shards_are_told_once(
+    make_shards, make_args, caplog, wrong, told, resampled
+):
+    folder = make_shards([3] * 20)
+    stated = json.loads((folder / "sizes.json").read_text())
+    (folder / "sizes.json").write_text(json.dumps({**stated, **wrong}))
+    pattern = f"{folder}/{{0..19}}.tar"
+    args = make_args(train_data=pattern, batch_size=5, dataset_resampled=resampled)
+    # A run opens a stream in each of its phases.
+    for rank in (0, 1, 0):
+        open_stream(args, rank=rank, world_size=2)
+    assert len(caplog.messages) == len(told)
+    assert all(part in text for part, text in zip(told, caplog.messages, strict=True))
 
 
 def test_train_num_samples_shortens_or_repeats_an_epoch(args):

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,8 +41,10 @@ from clip_pgs.data.shards import (
     upsampling_weights,
 )
 from clip_pgs.data.streaming import StreamingBatches
-from clip_pgs.data.tar import ShardSource, index_shards, size_shards
+from clip_pgs.data.tar import ShardSource, index_shards, misstated_sizes, size_shards
 from clip_pgs.data.text_masking import create_text_masking
+
+logger = logging.getLogger(__name__)
 
 DatasetKind = Literal["webdataset", "csv", "synthetic"]
 
@@ -230,10 +234,15 @@ def _make_batches(
                 weights=weights,
             )
             return streaming, []
+        held: dict[str, int] = {}
         if trains:
-            index_shards(shards, start=len(shards) * batching.rank // batching.world_size)
+            start = len(shards) * batching.rank // batching.world_size
+            held = {shard: each[0] for shard, each in index_shards(shards, start=start).items()}
         # In a measurement each sample counts, whatever is stated beside the shards.
         sizes, failures = size_shards(shards, use_stated=trains)
+        odd = misstated_sizes(dict(zip(shards, sizes, strict=True)), held)
+        if odd and batching.rank == 0:
+            _warn_once(odd)
         plan = OrderedPlan(sizes)
         if resampled:
             plan = ResampledPlan(sizes, weights=weights, seed=args.seed)
@@ -250,6 +259,12 @@ def _make_batches(
         source, plan, decode, batching, num_samples=num_samples, num_workers=args.workers
     )
     return planned, failures
+
+
+# Each phase of a run builds a stream.
+@lru_cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def _image_size(transform: Any) -> tuple[int, int]:

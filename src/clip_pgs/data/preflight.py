@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 from clip_pgs.common import explained
 from clip_pgs.data.bad_samples import (
@@ -31,8 +30,13 @@ from clip_pgs.data.samples import (
     missing_fields,
 )
 from clip_pgs.data.shards import expand_shards, is_remote, is_seekable
-from clip_pgs.data.tar import index_shards, read_shard, size_shards, unreadable_shard
-from clip_pgs.tables import counted
+from clip_pgs.data.tar import (
+    index_shards,
+    misstated_sizes,
+    read_shard,
+    size_shards,
+    unreadable_shard,
+)
 
 _NUM_READERS = 8
 # Of thousands of shards, all are opened, but only so many are read in.
@@ -175,14 +179,9 @@ def _check_amount(args: argparse.Namespace, shards: list[str]) -> list[str]:
     warnings = []
     chosen = _spread(len(shards), _MAX_COUNTED)
     counts = index_shards([shards[index] for index in chosen])
-    for index in chosen:
-        stated, held = sizes[index], counts[shards[index]][0]
-        if stated != held:
-            path = Path(shards[index])
-            warnings.append(
-                f"{path.parent / 'sizes.json'} says that {path.name} has "
-                f"{counted(stated, 'sample')}, but it has {held}"
-            )
+    held = {shard: number for shard, (number, _) in counts.items()}
+    if odd := misstated_sizes(dict(zip(shards, sizes, strict=True)), held):
+        warnings.append(odd)
     wanted = args.train_num_samples
     if wanted is not None and wanted != num_samples and not args.dataset_resampled:
         effect = f"{num_samples - wanted} are left out of each epoch"

@@ -48,6 +48,7 @@ from clip_pgs.data.samples import (
 )
 from clip_pgs.data.shards import cached_index, is_remote, stated_sizes
 from clip_pgs.files import atomic_file, file_state
+from clip_pgs.tables import counted
 
 logger = logging.getLogger(__name__)
 
@@ -266,9 +267,30 @@ def size_shards(shards: list[str], *, use_stated: bool = True) -> tuple[list[int
     """
     stated = stated_sizes(shards) if use_stated else {}
     unknown = list(dict.fromkeys(shard for shard in shards if shard not in stated))
-    counted = index_shards(unknown)
-    sizes = [stated[shard] if shard in stated else counted[shard][0] for shard in shards]
-    return sizes, [skip for _, skip in counted.values() if skip is not None]
+    found = index_shards(unknown)
+    sizes = [stated[shard] if shard in stated else found[shard][0] for shard in shards]
+    return sizes, [skip for _, skip in found.values() if skip is not None]
+
+
+def misstated_sizes(stated: dict[str, int], held: dict[str, int]) -> str:
+    """Say where `sizes.json` is wrong, and what is lost by it; "" where it is right.
+
+    Args:
+        stated: Samples of shards, as a run takes them; see `size_shards`.
+        held: Samples that some of them hold.
+    """
+    wrong = [shard for shard, number in held.items() if stated[shard] != number]
+    if not wrong:
+        return ""
+    path, num_more = Path(wrong[0]), len(wrong) - 1
+    num_lost = sum(max(0, held[shard] - stated[shard]) for shard in wrong)
+    text = (
+        f"{path.parent / 'sizes.json'} says that {path.name} has "
+        f"{counted(stated[wrong[0]], 'sample')}, but it has {held[wrong[0]]}"
+    )
+    if num_more:
+        text += f", and is wrong about {counted(num_more, 'more shard')}"
+    return text + (f"; {counted(num_lost, 'sample')} left out of each epoch" if num_lost else "")
 
 
 def index_shards(shards: list[str], *, start: int = 0) -> dict[str, tuple[int, Skip | None]]:
@@ -305,14 +327,14 @@ def index_shards(shards: list[str], *, start: int = 0) -> dict[str, tuple[int, S
                     logger.info("indexed %d of %d shards", len(order) - num_left, len(order))
         finally:
             executor.shutdown(cancel_futures=True)
-    _counted.update((_state_of(shard), counted) for shard, counted in found.items())
+    _counted.update((_state_of(shard), each) for shard, each in found.items())
     return {shard: (size, failure) for shard, (size, failure, _) in found.items()}
 
 
 def index_digests(shards: list[str]) -> list[str | None]:
     """Return a digest of the index of each shard that `index_shards` has seen as it is now."""
     known = (_counted.get(_state_of(shard)) for shard in shards)
-    return [None if counted is None else counted[2] for counted in known]
+    return [None if each is None else each[2] for each in known]
 
 
 def _count(shard: str) -> tuple[int, Skip | None, str]:
