@@ -3,16 +3,20 @@
 import shutil
 from dataclasses import replace
 
+import open_clip
 import pytest
 import torch
 from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
+from torchvision import transforms
 
 from clip_pgs.evaluation import features, load_model
 from clip_pgs.evaluation.features import (
     NonFiniteFeaturesError,
     data_fingerprint,
+    model_fingerprint,
+    tokenizer_description,
     transform_description,
 )
 from clip_pgs.evaluation.suites import get_suite
@@ -279,6 +283,87 @@ def test_transform_of_open_clip_is_described_without_addresses(finished_run):
     assert description == transform_description(again)
     assert "Normalize" in description
     assert "0x" not in description
+
+
+def invert(image):
+    return image.point(lambda value: 255 - value)
+
+
+class Turn(torch.nn.Module):
+    """Prints no angle."""
+
+    def __init__(self, angle):
+        super().__init__()
+        self.angle = angle
+
+    def forward(self, image):
+        return image.rotate(self.angle)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (transforms.Lambda(lambda image: image), transforms.Lambda(invert)),
+        (Turn(90), Turn(180)),
+        (open_clip.transform.CenterCropOrPad(64), open_clip.transform.CenterCropOrPad(64, 255)),
+    ],
+)
+def test_transforms_that_are_printed_alike_are_told_apart_by_their_pixels(
+    first, second, color_model, six, tmp_path
+):
+    first, second = (
+        transforms.Compose([transforms.Resize(48), changed, transforms.ToTensor()])
+        for changed in (first, second)
+    )
+    assert repr(first) == repr(second)
+    assert transform_description(first) != transform_description(second)
+    assert transform_description(first) == transform_description(first)
+    for transform in (first, second):
+        encode(replace(color_model, transform=transform), six, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_of_a_transform_at_random_nothing_is_kept(color_model, six, tmp_path):
+    transform = transforms.Compose([transforms.RandomCrop(8), transforms.ToTensor()])
+    assert transform_description(transform) is None
+    encode(replace(color_model, transform=transform), six, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def with_fewer_merges():
+    tokenizer = open_clip.SimpleTokenizer()
+    tokenizer.bpe_ranks = dict(list(tokenizer.bpe_ranks.items())[:4000])
+    # Tests share one, with the words that it has split.
+    tokenizer.cache = {}
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: open_clip.SimpleTokenizer(clean="whitespace"),
+        lambda: open_clip.SimpleTokenizer(clean="canonicalize"),
+        lambda: open_clip.SimpleTokenizer(context_length=40),
+        with_fewer_merges,
+    ],
+)
+def test_tokenizers_are_told_apart_by_their_tokens(make):
+    plain = tokenizer_description(open_clip.SimpleTokenizer())
+    assert plain == tokenizer_description(open_clip.SimpleTokenizer())
+    assert tokenizer_description(make()) not in (plain, None)
+
+
+@pytest.mark.parametrize("kind", ["simple", "random", "shuffle"])
+def test_nothing_tells_a_tokenizer_at_random_from_another(kind):
+    assert tokenizer_description(open_clip.SimpleTokenizer(reduction_mask=kind)) is None
+
+
+def test_an_attention_mask_that_no_checkpoint_holds_tells_models_apart(finished_run):
+    causal, free = load_model(finished_run).model, load_model(finished_run).model
+    assert model_fingerprint(causal) == model_fingerprint(free)
+    free.attn_mask = None
+    assert "attn_mask" not in causal.state_dict()
+    assert model_fingerprint(causal) != model_fingerprint(free)
 
 
 def test_large_files_are_told_apart_by_a_sample_of_their_bytes(tmp_path, monkeypatch):

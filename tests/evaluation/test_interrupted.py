@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from clip_pgs.evaluation import evaluate, load_suite
 from clip_pgs.evaluation.__main__ import main
@@ -202,6 +203,36 @@ def flip_labels(shard):
 def test_half_precision_does_not_pass_for_full(score):
     score()
     assert score(amp=True)[1] == 12
+
+
+def tokenizer_from(first):
+    """Return a tokenizer that counts colors from another number, and has one name for all."""
+    return lambda texts: torch.tensor([[(first + int(text.split()[-1])) % 12] for text in texts])
+
+
+def test_other_tokens_are_scored_anew(score, color_model):
+    first, second = (replace(color_model, tokenizer=tokenizer_from(n)) for n in (0, 1))
+    assert score(first)[0][0].metrics["acc1"] == 0.75
+    assert score(first)[1] == 0
+    (result,), num_seen = score(second)
+    assert (num_seen, result.metrics["acc1"] < 0.5) == (12, True)
+
+
+def test_a_suite_without_texts_is_kept_whatever_the_tokenizer(score, color_model, sets, tmp_path):
+    path = tmp_path / "probed.txt"
+    path.write_text("linear-probe: six\n")
+    probed = load_suite("linear-probe", datasets=str(path), data_root=str(sets))
+    assert score(eval_sets=probed)[1] == 36
+    for tokenizer in (tokenizer_from(1), None):
+        assert score(replace(color_model, tokenizer=tokenizer), probed)[1] == 0
+
+
+def test_what_is_tokenized_at_random_is_scored_each_time(score, color_model):
+    def drawn(texts):
+        return torch.randint(12, (len(texts), 1))
+
+    for _ in range(2):
+        assert score(replace(color_model, tokenizer=drawn))[1] == 12
 
 
 def test_a_set_that_is_gone_takes_no_finished_number_away(score, sets, tmp_path):

@@ -14,8 +14,10 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
+import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -23,11 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from clip_pgs import checkpoint_reading
 from clip_pgs.common import one_sentence
 from clip_pgs.evaluation.datasets import MAX_TEXT, EvalSet, count_shards, is_remote
 from clip_pgs.evaluation.masked_inference import Place
@@ -48,6 +52,20 @@ WHOLE_FILE_BYTES = 256 * 2**20
 _BLOCK_BYTES, _NUM_BLOCKS = 2**20, 64
 # That are tokenized and encoded at once: more than ImageNet has, whose 80 templates make 80,000.
 _MAX_PROMPTS = 2**17
+# Of the pictures that tell transforms apart: one wide and one tall, to be made smaller and larger.
+_PROBE_SIZES = ((500, 200), (30, 50))
+# Tokenizers differ in capitals, spaces, signs, entities, foreign letters, and where a text ends.
+_PROBE_TEXTS = (
+    "A photo of  THREE Red-Billed Birds,\tflying (fast)!",
+    "it isn't &amp; wasn't: 50% of 1,234.50 @ #7, a_b <b>c</b> ... \u201cquoted\u201d",
+    "na\u00efve cafe\u0301 \ufb01ne Stra\u00dfe \u041f\u0440\u0438\u0432\u0435\u0442 "
+    "\u65e5\u672c\u8a9e \u0645\u0631\u062d\u0628\u0627 \U0001f600 \uff21\uff22",
+    string.printable,
+    " ".join(f"zebra {number}" for number in range(150)),
+    "number 7",
+)
+# How often each is asked for: what draws random numbers gives the same now and then.
+_NUM_ASKED = 8
 _PACKAGES = ("open_clip_torch", "torch", "torchvision", "pillow")
 
 
@@ -391,8 +409,9 @@ def content_digest(content: Any) -> str:
 def model_fingerprint(model: nn.Module) -> str:
     """Return a digest of all that makes a model's features.
 
-    Two models with the same weights may still differ, in an activation or in the pooling: so the
-    classes of the modules and their plain attributes count too.
+    Two models with the same weights may still differ, in an activation, in the pooling or in an
+    attention mask: so the classes of the modules, their plain attributes, and the buffers that no
+    checkpoint holds count too.
 
     Args:
         model: The model to be scored.
@@ -400,7 +419,9 @@ def model_fingerprint(model: nn.Module) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    lines = [weights_digest(model)]
+    saved = model.state_dict()
+    unsaved = {name: value for name, value in model.named_buffers() if name not in saved}
+    lines = [weights_digest(model), checkpoint_reading.weights_digest(unsaved)]
     for name, module in model.named_modules():
         plain = {
             key: value
@@ -412,17 +433,60 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def transform_description(transform: Callable[[Any], Any]) -> str | None:
-    """Describe an image transform by its printed form.
+    """Describe an image transform by its printed form, and by what it makes of two pictures.
 
     Args:
         transform: Such as torchvision's `Compose`.
 
     Returns:
-        A text that is equal for equal transforms of any process, or None if the printed form
-        does not tell one from another, as that of a lambda.
+        A text that is equal for equal transforms of any process, or None if nothing tells one from
+        another: it draws random numbers, cannot take the pictures, or is printed as a lambda is.
     """
     text = re.sub(r"<function ([\w.]+) at 0x[0-9a-fA-F]+>", r"\1", repr(transform))
-    return None if "at 0x" in text or "<lambda>" in text else text
+    if "at 0x" in text or "<lambda>" in text:
+        return None
+    # Of all values, and of edges.
+    probes = [
+        Image.frombytes("RGB", size, bytes(n * n // 7 % 256 for n in range(3 * math.prod(size))))
+        for size in _PROBE_SIZES
+    ]
+    try:
+        # Printed forms leave out what they please: a function's code, the color of a border.
+        made = [[_pixels_digest(transform(p.copy())) for p in probes] for _ in range(_NUM_ASKED)]
+    # Whatever it raises, images will show it in a sentence.
+    except Exception:
+        return None
+    return f"{text} {made[0]}" if made == made[:1] * _NUM_ASKED else None
+
+
+def tokenizer_description(tokenizer: Callable[..., Any]) -> str | None:
+    """Describe a tokenizer by its plain attributes, and by the tokens that it makes of some texts.
+
+    Args:
+        tokenizer: As `LoadedModel` has it.
+
+    Returns:
+        A text that is equal for equal tokenizers of any process, or None if nothing tells one from
+        another: it draws random numbers, or can take none of the texts.
+    """
+
+    def tokens_of(text: str) -> Any:
+        try:
+            return tokenizer([text]).tolist()
+        # One of one's own may take texts of its kind alone.
+        except Exception:
+            return None
+
+    name = getattr(tokenizer, "__qualname__", type(tokenizer).__qualname__)
+    attributes = {
+        key: value
+        for key, value in sorted(getattr(tokenizer, "__dict__", {}).items())
+        if isinstance(value, (bool, int, str))
+    }
+    # A vocabulary and what cleans texts are no plain attributes.
+    made = [[tokens_of(text) for text in _PROBE_TEXTS] for _ in range(_NUM_ASKED)]
+    is_told = any(made[0]) and made == made[:1] * _NUM_ASKED
+    return f"{name} {attributes} {content_digest(made[0])}" if is_told else None
 
 
 def data_fingerprint(location: str, split: str) -> str | None:

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
@@ -43,6 +43,7 @@ from clip_pgs.evaluation.features import (
     NonFiniteFeaturesError,
     content_digest,
     files_fingerprint,
+    tokenizer_description,
 )
 from clip_pgs.evaluation.models import LoadedModel, check_finite, weights_digest
 from clip_pgs.evaluation.results import (
@@ -57,7 +58,7 @@ from clip_pgs.evaluation.results import (
     write_csv,
     write_result,
 )
-from clip_pgs.evaluation.suites import SUITES, Scores, is_listed
+from clip_pgs.evaluation.suites import SUITES, Scores, get_suite, is_listed
 from clip_pgs.files import own_file
 from clip_pgs.registry import own_code
 from clip_pgs.tables import counted, duration
@@ -218,9 +219,9 @@ class _Evaluation:
             RULES,
             encoder.cache.fingerprint,
             encoder.cache.transform,
-            _tokenizer_description(loaded.tokenizer),
             encoder.amp,
         ]
+        self._tokenizer = tokenizer_description(loaded.tokenizer)
         masking = loaded.masking
         self._ending = "" if masking is None else masking.file_ending
         if masking is not None:
@@ -355,12 +356,14 @@ class _Evaluation:
 
     def _identity_of(self, eval_set: EvalSet) -> str:
         """Return a digest of all that a result depends on, but names and paths; "" if unknown."""
-        if self._encoder.cache.transform is None:
+        tokenizer = self._tokenizer if get_suite(eval_set.suite).needs_text else ""
+        if self._encoder.cache.transform is None or tokenizer is None:
             return ""
         data = data_identity(eval_set)
         if data is None:
             return ""
-        return content_digest([*self._model_identity, eval_set.task, eval_set.splits, data])
+        parts = [*self._model_identity, tokenizer, eval_set.task, eval_set.splits, data]
+        return content_digest(parts)
 
     def _kept(self, eval_set: EvalSet, identity: str, data: str) -> Result | None:
         """Return the result of an earlier call under its present name, if its content is equal."""
@@ -477,16 +480,6 @@ def _origin(eval_set: EvalSet) -> dict[str, Any]:
 
 def _role(eval_set: EvalSet) -> dict[str, bool]:
     return {"is_reference": True} if eval_set.is_reference else {}
-
-
-def _tokenizer_description(tokenizer: Callable[..., Any]) -> str:
-    name = getattr(tokenizer, "__qualname__", type(tokenizer).__qualname__)
-    attributes = {
-        key: value
-        for key, value in sorted(getattr(tokenizer, "__dict__", {}).items())
-        if isinstance(value, (bool, int, str))
-    }
-    return f"{name} {attributes}"
 
 
 def _outcome(result: Result, is_new: bool, seconds: float, left: float | None) -> str:
