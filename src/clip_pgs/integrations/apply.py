@@ -19,6 +19,8 @@ from clip_pgs.integrations.masked_tower import (
     MaskedTower,
     PatchGrid,
     TowerMasking,
+    is_sharded,
+    plain_type,
     tower_of,
     unwrap,
 )
@@ -110,11 +112,13 @@ def apply_masking(
         The same model.
 
     Raises:
-        ValueError: If the tower cannot be masked or drops patches by itself, if the name or an
-            option is wrong, or if `merge` does not fit the strategy or the model.
+        ValueError: If the tower cannot be masked, drops patches by itself or is sharded by
+            `fully_shard`, if the name or an option is wrong, or if `merge` does not fit the
+            strategy or the model.
     """
     check_choice(when, WHEN, name="when")
     tower, kind = image_tower(model)
+    _check_not_sharded(tower)
     strategy = as_strategy(masking, options)
     merging = Merge.parse(merge, counts=merge_counts)
     grid = kind.patch_grid(tower)
@@ -150,11 +154,12 @@ def remove_masking(model: Model) -> Model:
     """Turn a masked model back into a plain one, in place; a plain one stays as it is.
 
     Raises:
-        ValueError: If the model has no image tower that can be masked.
+        ValueError: If the model has no image tower that can be masked, or a sharded one is masked.
     """
     tower, kind = image_tower(model)
     masking = masking_or_none(model)
     if masking is not None:
+        _check_not_sharded(tower)
         if masking.load_hook is not None:
             masking.load_hook.remove()
         del tower.masking
@@ -177,6 +182,7 @@ def masked_inference(
         ValueError: As `apply_masking` does.
     """
     tower, kind = image_tower(model)
+    _check_not_sharded(tower)
     before = masking_or_none(model)
     if before is not None:
         del tower.masking
@@ -253,7 +259,7 @@ def image_tower(model: nn.Module) -> tuple[Any, type[MaskedTower]]:
         ValueError: If it has no image tower that can be masked.
     """
     tower: Any = tower_of(model)
-    kinds = MaskedTower.kinds.get(type(tower), [])
+    kinds = [] if tower is None else MaskedTower.kinds.get(plain_type(tower), [])
     kind = next((kind for kind in kinds if kind.takes(tower)), None)
     if kind is not None:
         if (reason := kind.refusal(tower)) is not None:
@@ -263,6 +269,14 @@ def image_tower(model: nn.Module) -> tuple[Any, type[MaskedTower]]:
     every = (kind for kinds in MaskedTower.kinds.values() for kind in kinds)
     supported = ", ".join(dict.fromkeys(kind.supported for kind in every))
     raise ValueError(f"{type(unwrap(model)).__name__} has {found}; masking supports {supported}")
+
+
+def _check_not_sharded(tower: nn.Module) -> None:
+    """Refuse a tower whose class is none that masking could replace."""
+    if is_sharded(tower):
+        raise ValueError(
+            f"the image tower is a {type(tower).__name__}: change its masking before fully_shard"
+        )
 
 
 def patch_grid(model: nn.Module) -> PatchGrid:

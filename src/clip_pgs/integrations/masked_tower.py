@@ -42,9 +42,19 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether `fully_shard` has put a class of its own in front of a module's."""
+    return type(module).__bases__[0].__name__ == "FSDPModule"
+
+
+def plain_type(module: nn.Module) -> type:
+    """Return the class of a module, of a sharded one that which it had before."""
+    return type(module).__bases__[1] if is_sharded(module) else type(module)
+
+
 def is_exactly(module: nn.Module, kind: type) -> bool:
     """Return whether a module is of a class and of no subclass but the one that FSDP makes."""
-    return type(module) is kind or type(module).__bases__[1:] == (kind,)
+    return plain_type(module) is kind
 
 
 def has_plain_weights(module: Any, *kinds: type) -> bool:
@@ -113,7 +123,7 @@ class PatchGrid:
 def tower_of(model: nn.Module) -> nn.Module | None:
     """Return a model's image tower, of whatever kind; model and tower may be wrapped."""
     model = unwrap(model)
-    if type(model) in MaskedTower.kinds:
+    if plain_type(model) in MaskedTower.kinds:
         return model
     # OpenCLIP's name, and that of Hugging Face.
     tower = getattr(model, "visual", getattr(model, "vision_model", None))
