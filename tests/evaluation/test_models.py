@@ -187,6 +187,124 @@ def test_checkpoint_evaluated_on_images_of_another_normalization_is_told(
     assert ": image_mean [0.5, 0.5, 0.5] -> [0.48" in sentence
 
 
+@pytest.fixture
+def open_clip_checkpoint(lone_checkpoint, model_config, tmp_path):
+    """Return what puts the checkpoint of a run of OpenCLIP's trainer beside its params.txt."""
+
+    def place(**params):
+        path = tmp_path / "theirs/checkpoints/epoch_7.pt"
+        path.parent.mkdir(parents=True)
+        lone_checkpoint.rename(path)
+        params = {"model": "tiny-eval-vit", "model_config": model_config, **params}
+        lines = [f"{name}: {value}\n" for name, value in sorted(params.items())]
+        path.parents[1].joinpath("params.txt").write_text("".join(lines))
+        return path
+
+    return place
+
+
+PUBLISHED = {
+    "mean": (0.0, 0.0, 0.0),
+    "std": (0.5, 0.5, 0.5),
+    "interpolation": "bilinear",
+    "resize_mode": "squash",
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, PUBLISHED),
+        ({"image_mean": (0.1, 0.2, 0.3)}, {**PUBLISHED, "mean": (0.1, 0.2, 0.3)}),
+        ({"image_resize_mode": "shortest"}, {**PUBLISHED, "resize_mode": "shortest"}),
+    ],
+)
+def test_a_run_from_published_weights_sees_images_as_they_did(
+    open_clip_checkpoint, monkeypatch, given, expected
+):
+    tags = {"some_tag": {"url": "", **PUBLISHED}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-eval-vit", tags)
+    path = open_clip_checkpoint(pretrained="Some-Tag", **given)
+    shown = load_model(path).model.visual.preprocess_cfg
+    assert {name: shown[name] for name in PUBLISHED} == expected
+
+
+def test_a_run_from_a_file_of_weights_keeps_open_clips_images(open_clip_checkpoint, monkeypatch):
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-eval-vit", {"tag": PUBLISHED})
+    shown = load_model(open_clip_checkpoint(pretrained="/weights/tag.pt")).model.visual
+    assert shown.preprocess_cfg["mean"] == open_clip.OPENAI_DATASET_MEAN
+
+
+def test_a_context_length_of_the_run_is_the_tokenizers(open_clip_checkpoint, model_config):
+    length = json.loads(model_config.read_text())["text_cfg"]["context_length"] - 3
+    path = open_clip_checkpoint(force_context_length=length)
+    content = torch.load(path, weights_only=True)
+    for name in ("positional_embedding", "attn_mask"):
+        if name in content["state_dict"]:
+            content["state_dict"][name] = content["state_dict"][name][:length].clone()
+    torch.save(content, path)
+    loaded = load_model(path)
+    tokens = loaded.tokenizer(["a red square"])
+    assert tokens.shape == (1, length)
+    assert loaded.model.encode_text(tokens).isfinite().all()
+
+
+FLAGS = {"force_quick_gelu": True, "image_mean": [0.1, 0.2, 0.3]}
+
+
+def test_a_named_model_that_is_the_runs_own_is_built_with_the_runs_flags(
+    open_clip_checkpoint, caplog
+):
+    path = open_clip_checkpoint(**FLAGS)
+    by_name, by_run = load_model(path, model="tiny-eval-vit"), load_model(path)
+    assert by_name.transform.transforms[-1].mean == [0.1, 0.2, 0.3]
+    assert torch.equal(by_name.model.encode_image(BATCH), by_run.model.encode_image(BATCH))
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("how", ["model", "model_config"])
+def test_an_architecture_with_other_settings_than_the_run_records_is_told(
+    open_clip_checkpoint, model_config, tmp_path, caplog, how
+):
+    path = open_clip_checkpoint(**FLAGS)
+    other = tmp_path / "other-name-of-tiny.json"
+    other.write_text(model_config.read_text())
+    check_source(str(path), model_config=other)
+    load_model(path, **{how: other if how == "model_config" else other.stem})
+    (sentence,) = caplog.messages
+    assert f"{path} was trained with other settings than those of {other.stem}" in sentence
+    assert "quick_gelu True -> False" in sentence
+    assert "image_mean [0.1, 0.2, 0.3] -> [0.48" in sentence
+
+
+def test_a_named_model_gets_around_damaged_parameters(open_clip_checkpoint, model_config):
+    path = open_clip_checkpoint(image_mean="xyz")
+    check_source(str(path), model_config=model_config)
+    with pytest.raises(ValueError, match="image_mean takes"):
+        load_model(path)
+    assert load_model(path, model="tiny-eval-vit").model is not None
+
+
+@pytest.mark.parametrize("source", ["export/open_clip_model.safetensors", "checkpoints/epoch_1.pt"])
+def test_a_file_of_links_has_the_config_beside_the_link(finished_run, tmp_path, source):
+    # As the Hub's cache keeps files.
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots/0123"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    files = [finished_run / source, finished_run / "export/open_clip_config.json"]
+    for number, file in enumerate(files):
+        (blobs / f"{number}").write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blobs / f"{number}")
+    loaded = load_model(snapshot / files[0].name)
+    assert weights_digest(loaded.model) == weights_digest(load_model(finished_run).model)
+
+
+def test_a_link_to_a_checkpoint_has_the_config_of_its_run(finished_run, tmp_path):
+    link = tmp_path / "best.pt"
+    link.symlink_to(finished_run / "checkpoints/epoch_1.pt")
+    assert tuple(load_model(link).transform.transforms[-1].mean) == (0.5, 0.5, 0.5)
+
+
 def test_checkpoint_of_an_unfinished_run_opens_from_its_recorded_parameters(
     lone_checkpoint, model_config, tmp_path
 ):

@@ -9,14 +9,15 @@ import os
 import tempfile
 import textwrap
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
 from clip_pgs import checkpoint_reading
@@ -54,6 +55,7 @@ from clip_pgs.files import (
 from clip_pgs.integrations import is_mae_config
 from clip_pgs.integrations.open_clip.compat import no_foreign_code, weights_read_by
 from clip_pgs.integrations.open_clip.model_config import (
+    IMAGE_SETTINGS,
     changed_model,
     check_build_options,
     check_buildable,
@@ -303,7 +305,8 @@ def _create(name: str, **options: Any) -> Built:
     try:
         with no_foreign_code(), reading:
             model, _, transform = open_clip.create_model_and_transforms(name, **options)
-            return model, transform, open_clip.get_tokenizer(name)
+            length = options.get("force_context_length")
+            return model, transform, open_clip.get_tokenizer(name, context_length=length)
     # open_clip reports unreachable, absent and unfitting weights alike, as these.
     except (RuntimeError, OSError, ValueError) as error:
         reason = textwrap.shorten(str(error), 300)
@@ -353,9 +356,10 @@ def _build_checkpoint(checkpoint: _Checkpoint, architecture: _Architecture) -> B
         state_dict = fit_weights(state_dict, model)
     model.load_state_dict(state_dict)
     visual: Any = model.visual
-    model_cfg = open_clip.get_model_config(name)
-    present = {"model_cfg": model_cfg, "preprocess_cfg": visual.preprocess_cfg}
+    present = {**_described(name, options), "preprocess_cfg": visual.preprocess_cfg}
     recorded = checkpoint.config or config_of(checkpoint.path, {})
+    if recorded is None and (of_run := _of_run(checkpoint)) is not None:
+        recorded = _described(*of_run)
     changes = changed_model(recorded, present)
     if changes and is_first_process():
         logger.warning(
@@ -384,19 +388,55 @@ def _find_architecture(
                 f"open_clip knows no model {model!r}, and it is no local-dir:FOLDER with "
                 f"{MODEL_CONFIG_NAME}; give a model config instead"
             )
-        return model, {}
+        of_run = None if config_of(checkpoint.path, {}) else _of_run(checkpoint)
+        return of_run if of_run is not None and of_run[0] == model else (model, {})
     if checkpoint.config is not None:
         return _from_config(checkpoint.config, what=f"the model config in {checkpoint.path}")
 
-    folder = checkpoint.path.resolve().parent
-    for config_folder in (folder, folder.parent / EXPORT_NAME):
-        if (config_folder / MODEL_CONFIG_NAME).is_file():
-            _check_export_folder(config_folder)
-            return f"local-dir:{config_folder}", {}
-    params_path = folder.parent / PARAMS_NAME
-    if params_path.is_file():
+    for folder in _folders_of(checkpoint):
+        for config_folder in (folder, folder.parent / EXPORT_NAME):
+            if (config_folder / MODEL_CONFIG_NAME).is_file():
+                _check_export_folder(config_folder)
+                return f"local-dir:{config_folder}", {}
+    if (params_path := _params_of(checkpoint)) is not None:
         return _from_params(params_path)
     raise ValueError(f"the architecture of {checkpoint.path} is unknown; give --model NAME")
+
+
+def _folders_of(checkpoint: _Checkpoint) -> list[Path]:
+    """Return where a file lies, and where the one that it links to does, as in the Hub's cache."""
+    path = checkpoint.path
+    return list(dict.fromkeys((path.absolute().parent, path.resolve().parent)))
+
+
+def _params_of(checkpoint: _Checkpoint) -> Path | None:
+    paths = (folder.parent / PARAMS_NAME for folder in _folders_of(checkpoint))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _of_run(checkpoint: _Checkpoint) -> _Architecture | None:
+    """Return the architecture in the parameters of a run; None where it cannot be had.
+
+    It is asked for beside the caller's, who may have named another for just that reason.
+    """
+    path = None if checkpoint.config is not None else _params_of(checkpoint)
+    with suppress(ValueError):
+        return None if path is None else _from_params(path)
+    return None
+
+
+def _described(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an `open_clip_config.json` would say of an architecture."""
+    config: Any = open_clip.get_model_config(name)
+    towers = (("vision_cfg", "image_size"), ("text_cfg", "context_length"))
+    for tower, key in towers:
+        if options.get(f"force_{key}"):
+            config[tower][key] = options[f"force_{key}"]
+    if options.get("force_quick_gelu"):
+        config["quick_gelu"] = True
+    given = {key: options.get(f"image_{key}") for key in IMAGE_SETTINGS}
+    known = PreprocessCfg(**{key: value for key, value in given.items() if value is not None})
+    return {"model_cfg": config, "preprocess_cfg": asdict(known)}
 
 
 def _is_known(model: str) -> bool:
@@ -457,6 +497,11 @@ def _from_params(path: Path) -> _Architecture:
     if not _is_known(model):
         raise ValueError(f"{path} names a model {model!r} unknown here; give its --model-config")
     options = {name: params[name] for name in _BUILD_FLAGS if params.get(name)}
+    # The trainer takes the images' settings of published weights that it starts from.
+    published = open_clip.get_pretrained_cfg(model.replace("/", "-"), str(params.get("pretrained")))
+    for key in IMAGE_SETTINGS:
+        if published.get(key):
+            options.setdefault(f"image_{key}", published[key])
     match options.get("force_image_size"):
         case [side]:
             options["force_image_size"] = side
