@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clip_pgs.training.__main__ import main
-from support.runs import flags, run
+from support.runs import flags, run, write_csv
 
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
@@ -130,6 +130,20 @@ def test_the_total_holds_every_mask_ratio_and_phase(
     assert in_all(tried) == pytest.approx(flops, rel=0.02)
     assert checked["tokens kept"] == tokens
     assert tried.get("tokens kept") == tried_tokens
+
+
+@pytest.mark.parametrize("kind", ["shards", "table"])
+def test_a_run_that_only_evaluates_is_checked_and_has_no_steps_to_try(
+    tmp_path, world, capsys, kind
+):
+    data = world.val_data if kind == "shards" else write_csv(tmp_path / "data")
+    options = {"val_data": data, "masking": "random"}
+    table = said(tmp_path, capsys, "--check-only", **options)
+    assert table.keys() == {"this evaluation", "parameters", "memory"}
+    assert main([*flags(tmp_path, **options), "--trial"]) == 2
+    assert (
+        "--trial takes steps of training, and there is no --train-data" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,9 @@ def _check_training_data(options: TrainOptions) -> None:
 
 def shard_warnings(options: TrainOptions) -> list[str]:
     """Return a sentence where a check finds damaged training shards, which a run names itself."""
-    damaged = _damaged_shards(options, training_kind(options)) if options.check_only else []
+    if not (options.check_only and has_training_data(options)):
+        return []
+    damaged = _damaged_shards(options, training_kind(options))
     if not damaged:
         return []
     verb = "is" if len(damaged) == 1 else "are"

@@ -67,10 +67,16 @@ def estimate(options: TrainOptions, model: nn.Module) -> Table:
     Returns:
         Parameters; tokens kept and operations, each at most: per sample at the first and the last
         mask ratio and in the unmasked phase, and in all; disk for checkpoints; memory for weights,
-        gradients and the two moments of AdamW.
+        gradients and the two moments of AdamW. Of a run that only evaluates, parameters and memory.
     """
-    rows = [("parameters", _parameters(model))]
     weights = _num_bytes(model.state_dict().values())
+    if not has_training_data(options):
+        rows = [
+            ("parameters", scaled(sum(p.numel() for p in model.parameters()))),
+            ("memory", f"{scaled(weights, 'B')}, and what a batch takes"),
+        ]
+        return Table.of(("this evaluation", "will take"), rows)
+    rows = [("parameters", _parameters(model))]
     trained = _num_bytes(p for p in model.parameters() if p.requires_grad)
     state = weights + _ADAM_MOMENTS * trained
     if all(parameter.is_meta for parameter in model.parameters()):
@@ -94,9 +100,11 @@ def trial(options: TrainOptions) -> Table:
         options: Checked; they are not changed.
 
     Raises:
-        ValueError: If the data does not fill one step.
+        ValueError: If the data does not fill one step, or there is none to train on.
         UnusableDataError, StalledDataError: If it cannot be read.
     """
+    if not has_training_data(options):
+        raise ValueError("--trial takes steps of training, and there is no --train-data")
     options = dataclasses.replace(options)
     name = options.device if torch.cuda.is_available() or "device" in options.given else "cpu"
     device = torch.device(name)

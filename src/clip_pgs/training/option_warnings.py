@@ -67,6 +67,7 @@ def option_warnings(options: TrainOptions) -> list[str]:
     return [
         *_released_notes(options),
         *_slurm_notes(options),
+        *_synthetic_notes(options),
         *idle,
         *warmup_warnings(options),
         *_resume_warnings(options),
@@ -93,6 +94,17 @@ def _slurm_notes(options: TrainOptions) -> list[str]:
     if "SLURM_JOB_ID" not in os.environ or "name" in options.given or not keeps_logs(options):
         return []
     return ["without --name this run begins anew when Slurm starts its job again"]
+
+
+def _synthetic_notes(options: TrainOptions) -> list[str]:
+    """Return which data are named beside synthetic data, which take their place."""
+    if options.dataset_type != "synthetic":
+        return []
+    return [
+        f"{flag_of(name)} is not read with --dataset-type synthetic, whose images are black"
+        for name in ("train_data", "val_data")
+        if getattr(options, name) is not None
+    ]
 
 
 def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:

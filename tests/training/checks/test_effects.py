@@ -32,6 +32,8 @@ from support.refusals import warnings_of
             "--unmasked-warmup 16 is longer than unmasked tuning of 15 steps",
         ),
         (["--unmasked-lr", "1e-4"], "--unmasked-lr has no effect without --unmasked-epochs"),
+        (["--train-data", "train.tar"], "--train-data is not read with --dataset-type synthetic"),
+        (["--val-data", "pairs.csv"], "--val-data is not read with --dataset-type synthetic"),
         (["--mask-schedule-steps", "3"], "--mask-schedule-steps has no effect with --mask-sched"),
     ],
 )
