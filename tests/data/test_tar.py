@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -393,6 +394,83 @@ def test_a_shard_that_gets_other_members_while_it_is_in_use_is_bad(tmp_path, is_
         os.utime(path, (time, time))
         assert [source.read(SampleRef(0, number)) for number in range(len(expected))] == expected
     path.unlink()
+    assert source.read(SampleRef(0, 0)) == expected[0]
+
+
+def away(path, monkeypatch):
+    """Take a shard away for a moment."""
+    path.rename(f"{path}.away")
+    return lambda: path.with_name(f"{path.name}.away").rename(path)
+
+
+def fails_at_once(path, monkeypatch):
+    """Give an error of the system for its first bytes."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(tar, "open_archive", fail)
+    return monkeypatch.undo
+
+
+def fails_in_the_middle(path, monkeypatch):
+    """Give one after its first members."""
+    pair_members = tar._pair_members
+
+    def fail(archive):
+        yield from islice(pair_members(archive), 3)
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(tar, "_pair_members", fail)
+    return monkeypatch.undo
+
+
+def has_no_state(path, monkeypatch):
+    """Give one for the state of the open file."""
+
+    def fail(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(tar.os, "fstat", fail)
+    return monkeypatch.undo
+
+
+@pytest.mark.parametrize("fault", [away, fails_at_once, fails_in_the_middle, has_no_state])
+@pytest.mark.parametrize("is_indexed", [False, True])
+def test_a_shard_that_the_system_does_not_give_for_a_moment_is_back_after_it(
+    tmp_path, monkeypatch, fault, is_indexed
+):
+    path = tmp_path / "0.tar"
+    write(path, PAIRS)
+    expected = list(read_shard(str(path)))
+    refs = [SampleRef(0, number) for number in range(len(expected))]
+    now = [0.0]
+    mend = fault(path, monkeypatch)
+    monkeypatch.setattr(tar, "monotonic", lambda: now[0])
+    if is_indexed:
+        (size,), (skip,) = size_shards([str(path)], use_stated=False)
+        assert (size < len(expected), skip.reason) == (True, "unreadable shard")
+    source = ShardSource([str(path)])
+    assert source.read(refs[-1]).reason == "unreadable shard"
+    mend()
+    monkeypatch.setattr(tar, "monotonic", lambda: now[0])
+    # It is not opened for each of its samples.
+    if fault is not has_no_state:
+        assert source.read(refs[-1]).reason == "unreadable shard"
+    now[0] += 60
+    assert list(map(source.read, refs)) == expected
+    assert size_shards([str(path)], use_stated=False) == ([len(expected)], [])
+
+
+def test_a_shard_in_use_whose_server_forgets_it_is_opened_again(tmp_path, monkeypatch):
+    path = tmp_path / "0.tar"
+    write(path, PAIRS)
+    expected = list(read_shard(str(path)))
+    source = ShardSource([str(path)])
+    assert source.read(SampleRef(0, 0)) == expected[0]
+    mend = has_no_state(path, monkeypatch)
+    assert source.read(SampleRef(0, 0)).reason == "unreadable shard"
+    mend()
     assert source.read(SampleRef(0, 0)) == expected[0]
 
 

@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -64,8 +64,10 @@ _MIN_CACHED = 200
 _MAX_OPEN = MAX_LANES + 64
 _SECONDS_ALONE = 2.0
 _SECONDS_BETWEEN_REPORTS = 10.0
+# A file server may be away for a moment.
+_SECONDS_BEFORE_RETRY = 10.0
 # A run asks for the same shards again in its checks and in each of its phases.
-_counted: dict[tuple[str, int, int, int], tuple[int, Skip | None, str]] = {}
+_counted: dict[tuple[str, int, int, int], tuple[int, Skip | None, str | None]] = {}
 _SHOWN = 12  # of the digits of a digest, as much as tells shards apart
 
 
@@ -135,6 +137,7 @@ class ShardIndex:
             offset `-1 - H` stands for a member with holes whose header is at H.
         suffixes: By their numbers.
         failure: Why there are no more pairs, where there should be.
+        is_transient: Whether the system gave no more of the file; it may at another time.
     """
 
     shard: str
@@ -143,6 +146,7 @@ class ShardIndex:
     members: np.ndarray
     suffixes: list[str]
     failure: Skip | None = None
+    is_transient: bool = False
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -201,6 +205,7 @@ class ShardSource:
     """The samples of local shards, in any order; shards in use stay open, with their indexes.
 
     A shard that gets other members meanwhile, or others than `index_shards` found before, is bad.
+    One that the system does not give is tried again after some seconds.
 
     Args:
         shards: Expanded local shards that are not compressed.
@@ -210,7 +215,7 @@ class ShardSource:
     def __init__(self, shards: list[str], *, use_json: bool = False) -> None:
         self.shards = shards
         self.use_json = use_json
-        self._open: OrderedDict[int, tuple[ShardIndex, BinaryIO, tuple[int, int]]] = OrderedDict()
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         # Of each shard's index when it was first seen.
         self._digests = index_digests(shards)
         # Others in this process need files too.
@@ -232,26 +237,44 @@ class ShardSource:
         return f"{self.shards[shard]}: sample {number + 1}"
 
     def _opened(self, number: int) -> tuple[ShardIndex, BinaryIO]:
-        if number in self._open and _stamp(self._open[number][1]) != self._open[number][2]:
-            # Somebody writes into it: its members may lie elsewhere.
-            self._open.pop(number)[1].close()
+        if number in self._open and not self._open[number].is_current():
+            self._open.pop(number).file.close()
         if number not in self._open:
             while len(self._open) >= self._max_open:
-                self._open.popitem(last=False)[1][1].close()
+                self._open.popitem(last=False)[1].file.close()
             index, file = _open_shard(self.shards[number])
-            digest = self._digests[number] or index.digest()
-            self._digests[number] = digest
-            # What is left of a damaged one is what it was.
-            if index.failure is None and index.digest() != digest:
-                detail = "its members are others than at first; a run keeps to its data"
-                index = _to_index(index.shard, [Skip(index.shard, "", "changed shard", detail)])
-            self._open[number] = index, file, _stamp(file)
+            if not index.is_transient:
+                digest = self._digests[number] or index.digest()
+                self._digests[number] = digest
+                # What is left of a damaged one is what it was.
+                if index.failure is None and index.digest() != digest:
+                    detail = "its members are others than at first; a run keeps to its data"
+                    index = _to_index(index.shard, [Skip(index.shard, "", "changed shard", detail)])
+            self._open[number] = _OpenShard(index, file, _stamp(file), monotonic())
         self._open.move_to_end(number)
-        return self._open[number][:2]
+        opened = self._open[number]
+        return opened.index, opened.file
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process opens its own.
         return {**self.__dict__, "_open": OrderedDict()}
+
+
+@dataclass(frozen=True)
+class _OpenShard:
+    """A shard in use: its index, file and stamp, and when it was opened."""
+
+    index: ShardIndex
+    file: BinaryIO
+    stamp: tuple[int, int] | None
+    opened_at: float
+
+    def is_current(self) -> bool:
+        """Return whether it is still as it was, and need not be tried again."""
+        if self.index.is_transient and monotonic() - self.opened_at > _SECONDS_BEFORE_RETRY:
+            return False
+        # Where somebody writes into it, its members may lie elsewhere.
+        return _stamp(self.file) == self.stamp
 
 
 def size_shards(shards: list[str], *, use_stated: bool = True) -> tuple[list[int], list[Skip]]:
@@ -307,7 +330,7 @@ def index_shards(shards: list[str], *, start: int = 0) -> dict[str, tuple[int, S
         Samples of each shard, and what is wrong with it.
     """
     order = list(dict.fromkeys([*shards[start:], *shards[:start]]))
-    found: dict[str, tuple[int, Skip | None, str]] = {}
+    found: dict[str, tuple[int, Skip | None, str | None]] = {}
     begun = reported = monotonic()
     while len(found) < len(order) and monotonic() - begun < _SECONDS_ALONE:
         shard = order[len(found)]
@@ -327,7 +350,8 @@ def index_shards(shards: list[str], *, start: int = 0) -> dict[str, tuple[int, S
                     logger.info("indexed %d of %d shards", len(order) - num_left, len(order))
         finally:
             executor.shutdown(cancel_futures=True)
-    _counted.update((_state_of(shard), each) for shard, each in found.items())
+    # One without a digest may hold more at another time.
+    _counted.update((_state_of(shard), each) for shard, each in found.items() if each[2])
     return {shard: (size, failure) for shard, (size, failure, _) in found.items()}
 
 
@@ -337,12 +361,12 @@ def index_digests(shards: list[str]) -> list[str | None]:
     return [None if each is None else each[2] for each in known]
 
 
-def _count(shard: str) -> tuple[int, Skip | None, str]:
+def _count(shard: str) -> tuple[int, Skip | None, str | None]:
     state = _state_of(shard)
     if state in _counted:
         return _counted[state]
     index = index_shard(shard)
-    return len(index), index.failure, index.digest()
+    return len(index), index.failure, None if index.is_transient else index.digest()
 
 
 def _state_of(shard: str) -> tuple[str, int, int, int]:
@@ -363,15 +387,19 @@ def _open_shard(shard: str) -> tuple[ShardIndex, BinaryIO]:
     """Return a shard's index and its file, an empty one where it cannot be opened."""
     try:
         file = open(shard, "rb")  # noqa: SIM115 - it stays open while it is in use
+        return _index_file(shard, file), file
     except (OSError, ValueError) as error:
-        return _to_index(shard, [unreadable_shard(shard, error)]), open(os.devnull, "rb")
-    return _index_file(shard, file), file
+        index = _to_index(shard, [unreadable_shard(shard, error)])
+        return replace(index, is_transient=True), open(os.devnull, "rb")
 
 
-def _stamp(file: BinaryIO) -> tuple[int, int]:
+def _stamp(file: BinaryIO) -> tuple[int, int] | None:
     """Return size and time of an open file; one that is removed is still what it was."""
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
+    # A file server may have forgotten it.
+    with suppress(OSError):
+        status = os.fstat(file.fileno())
+        return status.st_size, status.st_mtime_ns
+    return None
 
 
 def _index_file(shard: str, file: BinaryIO) -> ShardIndex:
@@ -525,8 +553,18 @@ def _warn_of_cache(folders: str) -> None:
 
 
 def _make_index(shard: str, file: BinaryIO, file_size: int) -> ShardIndex:
+    is_transient = False
+
+    def members() -> Iterator[tuple[bool, str, str, tarfile.TarInfo]]:
+        nonlocal is_transient
+        try:
+            yield from _pair_members(open_archive(file, shard))
+        except OSError:
+            is_transient = True
+            raise
+
     def extents() -> Iterator[tuple[bool, str, str, tuple[int, int]]]:
-        for is_first, key, suffix, member in _pair_members(open_archive(file, shard)):
+        for is_first, key, suffix, member in members():
             # Typeshed knows the list of what is between holes as bytes.
             pieces: Any = member.sparse
             stored = member.size if pieces is None else sum(size for _, size in pieces)
@@ -536,7 +574,8 @@ def _make_index(shard: str, file: BinaryIO, file_size: int) -> ShardIndex:
             offset = member.offset_data if pieces is None else -1 - member.offset
             yield is_first, key, suffix, (offset, member.size)
 
-    return _to_index(shard, _group_members(shard, extents()))
+    index = _to_index(shard, _group_members(shard, extents()))
+    return replace(index, is_transient=is_transient)
 
 
 def _to_index(
