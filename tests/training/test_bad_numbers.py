@@ -12,7 +12,7 @@ from clip_pgs.training.stop import BadNumbersError
 from clip_pgs.training.trainer import PhaseTrainer
 from support.models import small_clip
 from support.resuming import last_checkpoint
-from support.runs import run
+from support.runs import MODEL, run, write_model
 
 _next_batches = PhaseTrainer.next_batches
 
@@ -52,6 +52,24 @@ def test_a_bad_step_is_skipped_and_counted(tmp_path, world, spoil, opt, accum_fr
     if opt == "adamw":
         taken = {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()}
         assert taken == {2}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"masking": "random", "accum_freq": 2}, marks=pytest.mark.slow)]
+)
+def test_a_bad_step_leaves_the_statistics_of_batch_norm_alone(tmp_path, world, spoil, options):
+    spoil({1, 2})
+    resnet = {"image_size": 64, "layers": [1] * 4, "width": 8}
+    model = write_model(tmp_path, config={**MODEL, "vision_cfg": resnet})
+    options = {"model": model, "batch_size": 8 // options.get("accum_freq", 1), **options}
+    folder = run(tmp_path, train_data=world.train_data, epochs=1, **options)
+    assert (folder / "export").exists()
+    weights = last_checkpoint(folder)["state_dict"]
+    assert all(value.isfinite().all() for value in weights.values())
+    # Accumulation runs each of two micro-batches twice.
+    passes = 2 * (4 if "accum_freq" in options else 1)
+    counted = {int(n) for name, n in weights.items() if name.endswith("num_batches_tracked")}
+    assert counted == {passes}
 
 
 def test_the_mean_of_a_window_leaves_bad_steps_out(tmp_path, world, spoil):

@@ -193,6 +193,13 @@ def update_weights(
     return grad_norm, is_bad
 
 
+@torch.no_grad()
+def restore_where(is_bad: Tensor, buffers: list[Tensor], before: list[Tensor]) -> None:
+    """Take back what a step's forward passes did to buffers where `is_bad` is not 0."""
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(torch.where(is_bad > 0, value, buffer))
+
+
 def _step_unless(is_bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Take a step where `is_bad` is 0; fused optimizers decide on the device.
 

@@ -100,7 +100,14 @@ from clip_pgs.training.run_folder import (
     warn_of_changes,
     write_run_files,
 )
-from clip_pgs.training.step import Batch, StepResult, Texts, compute_gradients, update_weights
+from clip_pgs.training.step import (
+    Batch,
+    StepResult,
+    Texts,
+    compute_gradients,
+    restore_where,
+    update_weights,
+)
 from clip_pgs.training.stop import (
     FAILED,
     BadInputError,
@@ -748,6 +755,9 @@ class PhaseTrainer:
             unmask(self._plain)
         self.optimizer = build_optimizer(options, self.model)
         self.masks = StepMasks(self.model, options) if options.changes_tower else None
+        # Statistics of BatchNorm: what a checkpoint holds and a forward pass changes.
+        kept = self.model.state_dict().keys()
+        self._buffers = [buffer for name, buffer in self.model.named_buffers() if name in kept]
         if checkpoint is not None:
             restore_optimizer(self.optimizer, checkpoint["optimizer"])
             if self.masks is not None:
@@ -827,6 +837,7 @@ class PhaseTrainer:
         if masks is not None:
             masks.start_step(step_in_phase, total_steps=num_steps, device=self._device)
             masks.calibrate(batches[0][0])
+        buffers_before = [buffer.clone() for buffer in self._buffers]
         losses = compute_gradients(
             self._parallel,
             batches,
@@ -841,6 +852,7 @@ class PhaseTrainer:
             scaler=self._scaler,
             grad_clip_norm=self._options.grad_clip_norm,
         )
+        restore_where(is_bad, self._buffers, buffers_before)
         if self._sharded is not None:
             self._show_logit_scale()
         if masks is not None:
