@@ -25,6 +25,7 @@ STUB_PYTHON = """#!/usr/bin/env bash
 echo "$2 ${*:3}" >>calls.log
 case "$2 $*" in
 *--check-only*) ;;
+clip_pgs.data*) mkdir -p data/demo/train ;;
 clip_pgs.training*) mkdir -p logs/demo/export ;;
 clip_pgs.cli*) touch logs/demo/export/README.md && echo "the table" ;;
 clip_pgs.inspection*) touch logs/demo/pgs_keeps.png ;;
@@ -375,6 +376,18 @@ def test_asking_what_a_fresh_demo_would_do_removes_nothing(demo, flag):
     # The name of the run that is there would be refused.
     assert "--name demo.fresh" in calls[0]
     assert contents(Path("logs")) == before
+
+
+def test_a_fresh_demo_is_checked_before_its_data_are_there(demo):
+    output, calls = demo("--fresh", "--check-only", "--epochs", "1")
+    assert (output.count("\n"), calls) == (1, [])
+    assert "the options are valid" in output
+    assert "--opt" in demo("--fresh", "--check-only", "--opt", "nosuch", code=2)[0]
+    error, calls = demo("--fresh", "--trial", code=2)
+    assert "clip-pgs data world data/demo" in error
+    assert calls == []
+    assert contents(Path()) == {Path("calls.log"): b""}
+    demo("--fresh", "--help")
 
 
 def test_flags_that_need_what_the_demo_makes_first_are_no_fault(demo):

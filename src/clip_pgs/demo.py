@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_flags(flags)
         with folder_lock(Path(), on_busy=_refuse_second):
             if _QUESTIONS & set(flags):
-                _call(*_TRAIN, *flags, *_FRESH)
+                _answer(flags)
                 return 0
             _prepare(is_fresh, flags)
             cure = "clip-pgs demo goes on where it was"
@@ -139,7 +139,8 @@ def _check_flags(flags: Sequence[str]) -> None:
     for flag in (word.partition("=")[0] for word in flags):
         if flag in _OWN_FLAGS:
             raise ValueError(f"{flag} is the demo's own; clip-pgs train demo takes it")
-    if flags and not _QUESTIONS & set(flags):
+    # Training itself checks what it is asked, where its data are there.
+    if flags and not (_QUESTIONS & set(flags) and _can_answer(flags)):
         from clip_pgs.training.options import check_values, read_options, register_model_config
 
         options = read_options([*_CONFIG, *flags])
@@ -149,6 +150,26 @@ def _check_flags(flags: Sequence[str]) -> None:
 
         register_model_config(options)
         check_options(options, has_files=False)
+
+
+def _can_answer(flags: Sequence[str]) -> bool:
+    return bool(_HELP & set(flags)) or (_WORLD / "train").is_dir()
+
+
+def _answer(flags: Sequence[str]) -> None:
+    """Say what a fresh run would take or, before there are data, that its options are valid.
+
+    Raises:
+        ValueError: If a trial has no data.
+    """
+    if _can_answer(flags):
+        _call(*_TRAIN, *flags, *_FRESH)
+    elif "--trial" in flags:
+        raise ValueError(
+            f"--trial needs the data in {_WORLD}, which clip-pgs data world {_WORLD} makes"
+        )
+    else:
+        _say(f"the options are valid; what the run takes is told once {_WORLD} is there")
 
 
 def _check_place() -> None:
