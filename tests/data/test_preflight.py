@@ -3,11 +3,15 @@ from __future__ import annotations
 import io
 import json
 import os
+import time
+import warnings
 from pathlib import Path
 
 import pandas
 import pytest
+from PIL import Image, PngImagePlugin
 
+from clip_pgs.data import decoding
 from clip_pgs.data.pack import check_shards, pack_pairs
 from clip_pgs.data.preflight import preflight
 from support.streams import with_options
@@ -177,3 +181,58 @@ def test_captions_that_are_lists_are_told_by_their_row(
         assert len(told) == is_list
         assert all("2 captions" in text and "row 2" in text for text in told)
     assert preflight(with_options(args, mae={})) == []
+
+
+@pytest.fixture(params=["shards", "table"])
+def many(request, tmp_path, make_tar, make_image, make_args):
+    """Options for eighty places, with the images that a function makes of their numbers."""
+
+    def write(image_of):
+        rows = ["filepath\ttitle"]
+        for number in range(80):
+            image = tmp_path / f"{number:02d}.jpg"
+            image.write_bytes(image_of(number))
+            make_tar(image.with_suffix(".tar"), [("0.jpg", image.read_bytes()), ("0.txt", b"1")])
+            rows.append(f"{image}\t1")
+        (tmp_path / "pairs.csv").write_text("\n".join(rows))
+        names = {"shards": "*.tar", "table": "pairs.csv"}
+        return make_args(train_data=f"{tmp_path}/{names[request.param]}")
+
+    return write
+
+
+def test_the_checks_leave_what_python_warns_of_as_it_was(many, make_image, monkeypatch):
+    args = many(make_image)
+    image_open = Image.open
+
+    def open_slowly(*arguments, **options):
+        # Blocks of several threads overlap.
+        time.sleep(0.002)
+        return image_open(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", open_slowly)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        before = list(warnings.filters)
+        assert preflight(args) == []
+        assert list(warnings.filters) == before
+
+
+def test_the_checks_stop_a_decoder_that_gets_lost(many, make_image, monkeypatch):
+    def image_of(number):
+        return make_image(number, image_format="PNG" if number == 5 else "JPEG")
+
+    args = many(image_of)
+    load = PngImagePlugin.PngImageFile.load
+
+    def load_for_long(image):
+        end = time.process_time() + 3
+        while time.process_time() < end:
+            pass
+        return load(image)
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load_for_long)
+    monkeypatch.setattr(decoding, "MAX_DECODING_SECONDS", 0.2)
+    (warning,) = preflight(args)
+    assert "unreadable image: 1" in warning
+    assert "more than 0.2 seconds of processor time" in warning

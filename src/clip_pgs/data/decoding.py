@@ -132,12 +132,7 @@ def opened_image(source: bytes | str | Path) -> Iterator[Image.Image]:
     try:
         data = source if isinstance(source, bytes) else read_image_file(source)
         _check_size(len(data))
-        with (
-            time_limit(MAX_DECODING_SECONDS, _OutOfTimeError(), of_processor=True),
-            warnings.catch_warnings(),
-        ):
-            # Oddities of a file's metadata; what matters raises.
-            warnings.simplefilter("ignore")
+        with time_limit(MAX_DECODING_SECONDS, _OutOfTimeError(), of_processor=True), _no_warnings():
             image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
             check_aspect_ratio(image)
             _check_scans(data, image.width * image.height)
@@ -152,6 +147,18 @@ def opened_image(source: bytes | str | Path) -> Iterator[Image.Image]:
     # Decoders raise anything on bytes that are no image, or not all of one.
     except Exception as error:
         raise UnreadableImageError(one_sentence(error)) from error
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Hide oddities of a file's metadata, of which those that matter raise."""
+    # The filters are those of the whole process: threads would restore each other's, for good.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def check_aspect_ratio(image: Image.Image) -> None:

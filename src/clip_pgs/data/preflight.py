@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
+from typing import TypeVar
 
 from clip_pgs.common import explained
 from clip_pgs.data.bad_samples import (
@@ -37,6 +38,8 @@ from clip_pgs.data.tar import (
     size_shards,
     unreadable_shard,
 )
+
+T = TypeVar("T")
 
 _NUM_READERS = 8
 # Of thousands of shards, all are opened, but only so many are read in.
@@ -100,8 +103,7 @@ def preflight(args: argparse.Namespace) -> list[str]:
 def _look_at_rows(source: TableSource, args: argparse.Namespace) -> list[_Look]:
     rows = _spread(len(source.table), _MAX_DECODED)
     look = partial(_look, caption_key=None, found=None, with_captions=args.mae is None)
-    with ThreadPoolExecutor(_NUM_READERS) as executor:
-        return list(executor.map(lambda row: look([source.read(SampleRef(0, row))]), rows))
+    return _look_at(rows, lambda row: [source.read(SampleRef(0, row))], look)
 
 
 def _look_at_shards(
@@ -110,12 +112,13 @@ def _look_at_shards(
     caption_key = args.caption_key
     local = [shard for shard in shards if not is_remote(shard)]
     chosen = {local[index] for index in _spread(len(local), _MAX_DECODED)}
+    with_captions = args.mae is None
+    look = partial(_look, caption_key=caption_key, found=found, with_captions=with_captions)
 
-    def look_into(shard: str) -> _Look:
-        items = read_shard(shard, use_json=caption_key is not None)
-        some = islice(items, _PAIRS_PER_SHARD)
-        with_captions = args.mae is None
-        return _look(some, caption_key=caption_key, found=found, with_captions=with_captions)
+    def read(shard: str) -> Iterable[RawSample | Skip]:
+        items = islice(read_shard(shard, use_json=caption_key is not None), _PAIRS_PER_SHARD)
+        # The first is read at once, others where it is bad.
+        return chain([next(items)], items)
 
     def open_only(shard: str) -> list[Skip]:
         try:
@@ -124,8 +127,8 @@ def _look_at_shards(
         except OSError as error:
             return [unreadable_shard(shard, error)]
 
+    looks = _look_at(sorted(chosen), read, look)
     with ThreadPoolExecutor(_NUM_READERS) as executor:
-        looks = list(executor.map(look_into, sorted(chosen)))
         opened = executor.map(open_only, (shard for shard in local if shard not in chosen))
         looks += [(False, skips) for skips in opened if skips]
     remote = next((shard for shard in shards if is_remote(shard)), None)
@@ -133,9 +136,22 @@ def _look_at_shards(
         stalled = StalledDataError(f"{remote} gave nothing for {_REMOTE_SECONDS:g} seconds")
         try:
             with time_limit(_REMOTE_SECONDS, stalled):
-                looks.append(look_into(remote))
+                looks.append(look(read(remote)))
         except StalledDataError as error:
             raise ValueError(str(error)) from None
+    return looks
+
+
+def _look_at(
+    places: Sequence[T],
+    read: Callable[[T], Iterable[RawSample | Skip]],
+    look: Callable[[Iterable[RawSample | Skip]], _Look],
+) -> list[_Look]:
+    """Read in threads, some places ahead, and decode in this one, where it can be stopped."""
+    looks: list[_Look] = []
+    with ThreadPoolExecutor(_NUM_READERS) as executor:
+        for start in range(0, len(places), _NUM_READERS):
+            looks += map(look, executor.map(read, places[start : start + _NUM_READERS]))
     return looks
 
 
