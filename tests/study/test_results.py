@@ -19,6 +19,9 @@ from support.studies import fill, write_study
 
 RANDOM = [0.30, 0.32, 0.28, 0.35, 0.31, 0.29]
 PGS = [0.35, 0.36, 0.34, 0.36, 0.33, 0.36]
+RECALL = "zeroshot-classification/four/mean_per_class_recall"
+TEXT = "zeroshot-retrieval/pairs/text_retrieval_recall@1"
+SCORE = {"score": ["zeroshot-classification/four/acc1"]}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,39 @@ def test_what_the_tables_lack_is_named_on_the_terminal(study, capsys):
     assert said.removeprefix("WARNING: ").strip() in json.dumps(
         json.loads((study.study / "results.json").read_text())["notes"]
     )
+
+
+def test_a_metric_that_is_not_defined_leaves_its_cells_blank_alone(study):
+    study.change(metrics={"recall": RECALL, **SCORE, "both": [RECALL, *SCORE["score"]]})
+    study.change(seeds=list(range(6)))
+    fill(study, {"random": RANDOM, "pgs": PGS})
+    for path in study.study.glob("*/*/eval-unmasked/zeroshot-classification.json"):
+        content = json.loads(path.read_text())
+        content["metrics"]["mean_per_class_recall"] = None
+        path.write_text(json.dumps(content))
+    assert main(study.argv("--report-only")) == 0
+    content = json.loads((study.study / "results.json").read_text())
+    assert [said["metric"] for said in content["comparisons"]] == ["score"]
+    assert content["comparisons"][0]["p"] == pytest.approx(2 / 64)
+    (note,) = [note for note in content["notes"] if "Blank" in note]
+    assert note.startswith("Blank: recall, both,")
+    lines = list(csv.DictReader((study.study / "results.csv").open()))
+    assert [float(line["score"]) for line in lines] == pytest.approx(RANDOM + PGS)
+    assert {line["recall"] for line in lines} == {line["both"] for line in lines} == {""}
+    # The primary metric is needed, and so is every result.
+    study.change(primary="recall")
+    assert main(study.argv("--report-only")) == 0
+    assert "no value of recall)" in (study.study / "results.md").read_text()
+
+
+def test_a_seed_that_lacks_the_result_of_a_secondary_metric_is_left_out(study):
+    study.change(metrics={"recall": RECALL, "text": TEXT}, primary="recall")
+    fill(study, {"random": RANDOM[:2], "pgs": PGS[:2]})
+    (study.study / "pgs/seed_1/eval-unmasked/zeroshot-retrieval.json").unlink()
+    assert main(study.argv("--report-only")) == 0
+    text = (study.study / "results.md").read_text()
+    assert r"pgs \| unmasked, seed 1 (no value of text)" in text
+    assert "Blank" not in text
 
 
 def test_differences_are_paired_by_seed(filled):

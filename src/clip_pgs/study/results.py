@@ -29,6 +29,7 @@ from clip_pgs.study.plan import (
     UNMASKED,
     Study,
     evaluate_formula,
+    named_values,
     read_options,
 )
 from clip_pgs.study.record import Record, Spent, option_changes, read_record, read_spent
@@ -46,7 +47,8 @@ class Row:
     Attributes:
         arm: Its name.
         evaluation: The way's name.
-        values: Metrics in [0, 1] by seed, those alone that are complete.
+        values: Metrics in [0, 1] by seed, those seeds alone that have all that is defined: acc5 of
+            four classes is not, and then no seed has it.
         spent: What training took, by seed.
         flops_per_image: Operations of encoding an image at inference; None where unknown.
         lacking: Why a seed is left out, by seed.
@@ -73,9 +75,11 @@ class Row:
     @cached_property
     def means(self) -> dict[str, Mean]:
         """Metrics' means over the seeds; none where no seed is there."""
-        by_seed = list(self.values.values())
-        names = by_seed[0] if by_seed else ()
-        return {name: mean_with_interval([said[name] for said in by_seed]) for name in names}
+        by_name: dict[str, list[float]] = {}
+        for said in self.values.values():
+            for name, value in said.items():
+                by_name.setdefault(name, []).append(value)
+        return {name: mean_with_interval(values) for name, values in by_name.items()}
 
 
 @dataclass(frozen=True)
@@ -181,11 +185,16 @@ def read_rows(study: Study, records: Records) -> list[Row]:
             }
             metrics = {name: evaluate_formula(said, found) for name, said in study.metrics.items()}
             known = {name: value for name, value in metrics.items() if value is not None}
-            if len(known) == len(metrics):
+            # What is not defined is in a result, as None.
+            undefined = {
+                n for n, said in study.metrics.items() if {*named_values(said)} <= {*found}
+            }
+            lacks = metrics.keys() - known.keys() - (undefined - {study.primary})
+            if not lacks:
                 values[seed] = known
                 spent[seed] = record.spent or read_spent(study.run(arm, seed))
             else:
-                lacking[seed] = f"no value of {', '.join(n for n in metrics if n not in known)}"
+                lacking[seed] = f"no value of {', '.join(n for n in metrics if n in lacks)}"
                 damaged = sorted({*folder.glob("[!.]*.json")} - {path for path, _ in read})
                 if damaged:
                     names = ", ".join(path.name for path in damaged)
@@ -212,8 +221,10 @@ def compare(study: Study, rows: Sequence[Row]) -> list[Comparison]:
                 differences = {
                     seed: round(row.values[seed][metric] - reference.values[seed][metric], 7) + 0.0
                     for seed in row.values
-                    if seed in reference.values
+                    if metric in row.values[seed] and metric in reference.values.get(seed, ())
                 }
+                if not differences:
+                    continue
                 said = list(differences.values())
                 mean, p = mean_with_interval(said), sign_flip_p(said)
                 names = row.name, reference.name, metric
@@ -309,6 +320,10 @@ def _notes(
             "below 0.05 is possible, and such a row carries no claim."
         )
     notes += filter(None, [_lack(rows)])
+    has_rows = any(row.values for row in rows)
+    blank = [n for n in study.metrics if has_rows and not any(n in row.means for row in rows)]
+    if blank:
+        notes.append(f"Blank: {', '.join(blank)}, which is not defined on its data sets.")
     by_run = {(arm, seed): records[arm, seed] for arm in study.arms for seed in study.seeds}
     trained = {run: " then ".join(said.code) for run, said in by_run.items() if said.code}
     evaluated = {
@@ -458,13 +473,16 @@ def _differences_table(
             _ratio(by_name[name].flops_per_image, by_name[reference].flops_per_image),
         ]
         for metric in metrics:
+            if metric not in by_metric:
+                cells += [None, None]
+                continue
             said = by_metric[metric]
             cells += [_shown(said.mean, is_difference=True), Cell(said.p, f"{said.p:.3f}")]
             if metric == study.primary:
                 cells.append(Cell(said.p_holm, f"{said.p_holm:.3f}"))
         for remark in dict.fromkeys(said.mean.remark for said in by_metric.values()):
-            told = [metric for metric in metrics if by_metric[metric].mean.remark == remark]
-            which = "" if len(told) == len(metrics) else f", {', '.join(told)}"
+            told = [n for n in metrics if n in by_metric and by_metric[n].mean.remark == remark]
+            which = "" if len(told) == len(by_metric) else f", {', '.join(told)}"
             if remark:
                 remarks.append(f"{name}{which}: {remark}.")
         lines.append(cells)
@@ -492,7 +510,7 @@ def _csv_rows(
     lines = []
     for row in rows:
         for seed, values in row.values.items():
-            line = [row.arm, row.evaluation, seed, *(values[name] for name in study.metrics)]
+            line = [row.arm, row.evaluation, seed, *(values.get(name) for name in study.metrics)]
             line += [
                 found.get((row.name, name, metric), {}).get(seed)
                 for name in references
