@@ -1,6 +1,11 @@
+import bz2
+import gzip
 import io
 import json
+import lzma
+import os
 import tarfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,6 +19,17 @@ def jpeg(size=(96, 64)):
     stream = io.BytesIO()
     Image.linear_gradient("L").resize(size).convert("RGB").save(stream, "JPEG")
     return stream.getvalue()
+
+
+# By the last two letters of what it makes.
+PACK = {"gz": gzip.compress, "z2": bz2.compress, "xz": lzma.compress}
+
+
+def long_names():
+    """Return a tar archive of headers that each say the name of the next one."""
+    member = tarfile.TarInfo("././@LongLink")
+    member.type, member.size = tarfile.GNUTYPE_LONGNAME, 2
+    return (member.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(512, b"\0")) * 3000
 
 
 @pytest.fixture
@@ -34,6 +50,36 @@ def test_shards_and_folders_give_their_jpeg_files(shard, tmp_path):
     assert len(read_jpegs([shard, tmp_path])) == 3
     assert len(read_jpegs([shard, tmp_path], min_side=40)) == 2
     assert len(read_jpegs([shard, tmp_path], limit=1)) == 1
+
+
+@pytest.mark.parametrize("ending", ["tar.gz", "tgz", "tar.bz2", "tar.xz", "TAR"])
+def test_shards_have_the_endings_that_training_takes(shard, ending):
+    pack = PACK.get(ending[-2:], bytes)
+    path = shard.with_name(f"packed.{ending}")
+    path.write_bytes(pack(shard.read_bytes()))
+    assert len(read_jpegs([path])) == 2
+
+
+@pytest.mark.parametrize("kind", ["pipe", "gz", "xz", "tar.gz", "cut", "headers", "empty"])
+def test_a_shard_that_cannot_be_read_is_refused_in_a_sentence(shard, monkeypatch, capsys, kind):
+    monkeypatch.chdir(shard.parent)
+    path = Path("odd.tar.gz" if kind == "tar.gz" else "odd.tar")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "headers":
+        path.write_bytes(long_names())
+    elif kind == "empty":
+        path.touch()
+    else:
+        path.write_bytes(PACK.get(kind[-2:], bytes)(shard.read_bytes())[:300])
+    assert "odd.tar" in refusal(main, ["data", path], capsys)
+
+
+def test_no_name_of_a_shard_runs_a_command(shard, monkeypatch, capsys):
+    monkeypatch.chdir(shard.parent)
+    name = "pipe:touch pwned; cat 00000.tar"
+    shard.rename(name)
+    assert len(read_jpegs([name])) == 2
 
 
 def test_the_command_compares_both_paths(shard, tmp_path, capsys):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import product
@@ -23,11 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 from webdataset.autodecode import imagehandler
 
-from clip_pgs.data.archive import StrictTarInfo
+from clip_pgs.common import one_sentence
 from clip_pgs.data.bad_samples import Skip, SkipAccount
 from clip_pgs.data.batches import Batching, PlannedBatches
 from clip_pgs.data.decoding import (
-    MAX_IMAGE_BYTES,
     UnreadableImageError,
     faster_transform,
     open_image,
@@ -36,7 +34,9 @@ from clip_pgs.data.decoding import (
 from clip_pgs.data.loader import SampleStream
 from clip_pgs.data.order import RowPlan, SampleRef
 from clip_pgs.data.samples import RawSample, SampleDecoder
-from clip_pgs.files import check_writable, list_folder, write_json
+from clip_pgs.data.shards import is_seekable
+from clip_pgs.data.tar import read_shard
+from clip_pgs.files import check_writable, list_folder, regular_file, write_json
 from clip_pgs.inspection.cost.step import TICK, Columns, measured_table
 from clip_pgs.tables import counted
 
@@ -45,10 +45,10 @@ JPEG_SUFFIXES = (".jpg", ".jpeg")
 
 
 def read_jpegs(paths: Sequence[str | Path], *, min_side: int = 0, limit: int = 512) -> list[bytes]:
-    """Read JPEG files out of folders and tar shards; what is damaged or of another kind is left.
+    """Read JPEG files out of folders and tar shards; images of another kind or damaged are left.
 
     Args:
-        paths: Image files, folders of them, or shards.
+        paths: Image files, folders of them, or shards, also compressed.
         min_side: Images whose longer side has fewer pixels are left out.
         limit: At most so many are read.
 
@@ -67,8 +67,8 @@ def read_jpegs(paths: Sequence[str | Path], *, min_side: int = 0, limit: int = 5
                     continue
                 if image.format == "JPEG" and max(image.size) >= min_side:
                     found.append(data)
-        except (OSError, tarfile.TarError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from None
+        except OSError as error:
+            raise ValueError(f"cannot read {one_sentence(error)}") from None
     if not found:
         size = f" with a side of {min_side} pixels or more" if min_side else ""
         # The shell expands the pattern, so that it stands without quotation marks.
@@ -84,17 +84,18 @@ def _files(path: Path) -> Iterator[bytes]:
         files = [p for p in list_folder(path) if p.suffix.lower() in JPEG_SUFFIXES]
         for file in filter(Path.is_file, files):
             yield from _files(file)
-    elif path.suffix != ".tar":
+    elif path.suffix.lower() == ".tar" or not is_seekable(str(path.absolute())):
+        # No name that is absolute is taken for a command or a URL.
+        for sample in read_shard(str(regular_file(path).absolute())):
+            if isinstance(sample, Skip):
+                if not sample.key:
+                    raise ValueError(str(sample))
+            elif sample.image:
+                yield sample.image
+    else:
         # One that is too large.
         with suppress(UnreadableImageError):
             yield read_image_file(path)
-    else:
-        with tarfile.open(path, tarinfo=StrictTarInfo) as shard:
-            for member in shard:
-                stream = shard.extractfile(member) if member.isfile() else None
-                is_jpeg = member.name.lower().endswith(JPEG_SUFFIXES)
-                if stream is not None and is_jpeg and member.size <= MAX_IMAGE_BYTES:
-                    yield stream.read()
 
 
 def our_decoder(image_size: int) -> SampleDecoder:
