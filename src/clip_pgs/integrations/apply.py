@@ -27,7 +27,13 @@ from clip_pgs.integrations.masked_tower import (
 from clip_pgs.integrations.teacher import START_MOMENTUM, Teacher, teacher_momentum
 from clip_pgs.masking import MaskingStrategy, PatchSelection
 from clip_pgs.masking.merge import Merge
-from clip_pgs.masking.strategy import as_strategy, check_range, patch_sides, plain_number
+from clip_pgs.masking.strategy import (
+    as_strategy,
+    check_range,
+    described,
+    patch_sides,
+    plain_number,
+)
 
 # What `integrations.open_clip` and `integrations.transformers` export.
 __all__ = [
@@ -374,17 +380,20 @@ def force_selection(model: nn.Module, selection: PatchSelection) -> Iterator[Non
 
     Args:
         model: A masked model, also wrapped.
-        selection: Patches to keep in every forward pass.
+        selection: Patches to keep in every forward pass, in eval mode as well, and also where the
+            strategy is "none".
 
     Raises:
-        ValueError: If the model is not masked.
+        ValueError: If the model is not masked, or the selection is none.
     """
     masking = tower_masking(model)
-    masking.forced_selection = selection
+    if not isinstance(selection, PatchSelection):
+        raise ValueError(f"force_selection takes a PatchSelection, got {described(selection)}")
+    before, masking.forced_selection = masking.forced_selection, selection
     try:
         yield
     finally:
-        masking.forced_selection = None
+        masking.forced_selection = before
 
 
 def last_selection(model: nn.Module) -> PatchSelection | None:

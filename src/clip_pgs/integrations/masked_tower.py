@@ -182,6 +182,8 @@ class TowerMasking(nn.Module):
 
     def is_active(self, *, training: bool) -> bool:
         """Return whether a forward pass in train mode, or in eval mode, is not the plain one."""
+        if self.forced_selection is not None:
+            return True
         does_something = self.is_resized or not self.strategy.keeps_all
         return does_something and (training or self.when == "always")
 

@@ -337,6 +337,33 @@ def test_what_is_neither_a_name_nor_a_strategy_is_refused(masking):
     assert type(model.visual) is VisionTransformer
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("masking", ["none", "random"])
+@pytest.mark.parametrize("make", [small_clip, small_timm_clip])
+def test_a_forced_selection_acts_whatever_else_masks_until_its_block_ends(make, masking, training):
+    model = apply_masking(make(), masking).train(training)
+    few, one = (PatchSelection(torch.arange(count).repeat(3, 1)) for count in (4, 1))
+    with torch.no_grad():
+        # Of eval mode, and of "none".
+        whole = apply_masking(make(), "none").train(training).encode_image(image_batch())
+        with force_selection(model, few):
+            kept = model.encode_image(image_batch())
+            assert last_selection(model) is few
+            with force_selection(model, one):
+                model.encode_image(image_batch())
+                assert last_selection(model) is one
+            assert torch.equal(model.encode_image(image_batch()), kept)
+        assert not torch.allclose(kept, whole)
+        if masking == "none" or not training:
+            assert torch.equal(model.encode_image(image_batch()), whole)
+
+
+def test_a_forced_selection_that_is_none_is_refused():
+    model = apply_masking(small_clip(), "random")
+    with pytest.raises(ValueError, match="takes a PatchSelection"), force_selection(model, None):
+        pass
+
+
 def test_a_forced_selection_of_other_images_is_refused():
     model = apply_masking(small_clip(), "random").train()
     selection = PatchSelection(torch.arange(8).repeat(2, 1))
