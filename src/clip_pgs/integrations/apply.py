@@ -19,6 +19,7 @@ from clip_pgs.integrations.masked_tower import (
     MaskedTower,
     PatchGrid,
     TowerMasking,
+    has_own_forward,
     is_sharded,
     plain_type,
     tower_of,
@@ -118,13 +119,13 @@ def apply_masking(
         The same model.
 
     Raises:
-        ValueError: If the tower cannot be masked, drops patches by itself or is sharded by
-            `fully_shard`, if the name or an option is wrong, or if `merge` does not fit the
-            strategy or the model.
+        ValueError: If the tower cannot be masked, drops patches by itself, is sharded by
+            `fully_shard` or has a forward pass in place of its own, if the name or an option is
+            wrong, or if `merge` does not fit the strategy or the model.
     """
     check_choice(when, WHEN, name="when")
     tower, kind = image_tower(model)
-    _check_not_sharded(tower)
+    _check_class_runs(tower)
     strategy = as_strategy(masking, options)
     merging = Merge.parse(merge, counts=merge_counts)
     grid = kind.patch_grid(tower)
@@ -160,12 +161,13 @@ def remove_masking(model: Model) -> Model:
     """Turn a masked model back into a plain one, in place; a plain one stays as it is.
 
     Raises:
-        ValueError: If the model has no image tower that can be masked, or a sharded one is masked.
+        ValueError: If the model has no image tower that can be masked, or one is masked that is
+            sharded or has a forward pass in place of its own.
     """
     tower, kind = image_tower(model)
     masking = masking_or_none(model)
     if masking is not None:
-        _check_not_sharded(tower)
+        _check_class_runs(tower)
         if masking.load_hook is not None:
             masking.load_hook.remove()
         del tower.masking
@@ -188,7 +190,7 @@ def masked_inference(
         ValueError: As `apply_masking` does.
     """
     tower, kind = image_tower(model)
-    _check_not_sharded(tower)
+    _check_class_runs(tower)
     before = masking_or_none(model)
     if before is not None:
         del tower.masking
@@ -277,11 +279,16 @@ def image_tower(model: nn.Module) -> tuple[Any, type[MaskedTower]]:
     raise ValueError(f"{type(unwrap(model)).__name__} has {found}; masking supports {supported}")
 
 
-def _check_not_sharded(tower: nn.Module) -> None:
-    """Refuse a tower whose class is none that masking could replace."""
+def _check_class_runs(tower: nn.Module) -> None:
+    """Refuse a tower whose class masking could not replace, or would replace without effect."""
     if is_sharded(tower):
         raise ValueError(
             f"the image tower is a {type(tower).__name__}: change its masking before fully_shard"
+        )
+    if has_own_forward(tower):
+        raise ValueError(
+            "the image tower has a forward pass that was put in place of its own, which knows of "
+            "no change: change its masking before accelerate or torch.compile(tower.forward)"
         )
 
 

@@ -54,7 +54,12 @@ def plain_type(module: nn.Module) -> type:
 
 def is_exactly(module: nn.Module, kind: type) -> bool:
     """Return whether a module is of a class and of no subclass but the one that FSDP makes."""
-    return plain_type(module) is kind
+    return plain_type(module) is kind and not has_own_forward(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return whether a forward pass was put in place of the class's, as accelerate's hooks do."""
+    return "forward" in vars(module)
 
 
 def has_plain_weights(module: Any, *kinds: type) -> bool:
@@ -63,7 +68,8 @@ def has_plain_weights(module: Any, *kinds: type) -> bool:
     An adapter (LoRA), a quantized layer or a parametrization is of another class; pruning and
     weight normalization make the weight in a hook before the forward pass.
     """
-    return type(module) in kinds and not module._forward_pre_hooks
+    is_kind = type(module) in kinds and not has_own_forward(module)
+    return is_kind and not module._forward_pre_hooks
 
 
 def has_hooks(module: Any) -> bool:

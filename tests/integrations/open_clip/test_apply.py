@@ -16,6 +16,7 @@ from clip_pgs.integrations.open_clip import (
     force_selection,
     last_selection,
     load_masking_state,
+    masked_inference,
     masking_state,
     num_patches,
     patch_size,
@@ -27,7 +28,15 @@ from clip_pgs.integrations.open_clip import (
     update_masking,
 )
 from clip_pgs.masking.baselines import RandomMasking
-from support.models import TEXT, image_batch, small_clip, small_coca, small_timm_clip, text_batch
+from support.models import (
+    TEXT,
+    image_batch,
+    small_clip,
+    small_coca,
+    small_resnet_clip,
+    small_timm_clip,
+    text_batch,
+)
 
 
 @pytest.mark.parametrize("custom_text", [False, True])
@@ -137,6 +146,43 @@ def test_a_tower_that_is_wrapped_alone_is_reached():
     assert last_selection(model).index.shape == (3, 4)
     remove_masking(model)
     assert torch.equal(model.encode_image(image_batch()), plain.encode_image(image_batch()))
+
+
+def prepare(tower, how):
+    """Put a forward pass in place of a tower's, as others do."""
+    if how == "compiled":
+        tower.forward = torch.compile(tower.forward, backend="eager")
+    else:
+        hooks = pytest.importorskip("accelerate.hooks")
+        hooks.add_hook_to_module(tower, hooks.ModelHook())
+
+
+@pytest.mark.parametrize("build", [small_clip, small_timm_clip, small_resnet_clip])
+@pytest.mark.parametrize("how", ["accelerate", "compiled"])
+def test_a_tower_whose_forward_pass_was_put_in_place_is_changed_before_it(build, how):
+    said = "the image tower has a forward pass that was put in place of its own"
+    model = build()
+    prepare(model.visual, how)
+    plain = type(model.visual)
+    with pytest.raises(ValueError, match=said):
+        apply_masking(model, "random")
+    with pytest.raises(ValueError, match=said), masked_inference(model, "random"):
+        pass
+    assert type(remove_masking(model).visual) is plain
+
+
+@pytest.mark.parametrize("how", ["accelerate", "compiled"])
+def test_a_masked_tower_stays_masked_under_a_forward_pass_in_place_of_its_own(how):
+    model = apply_masking(small_clip(), "random", mask_ratio=0.75).train()
+    prepare(model.visual, how)
+    for change in (remove_masking, lambda model: apply_masking(model, "pgs")):
+        model(image_batch(), text_batch())
+        assert last_selection(model).index.shape == (3, 4)
+        with pytest.raises(ValueError, match="change its masking before accelerate"):
+            change(model)
+    set_mask_ratio(model, 0.5)
+    model(image_batch(), text_batch())
+    assert last_selection(model).index.shape == (3, 8)
 
 
 @pytest.mark.slow

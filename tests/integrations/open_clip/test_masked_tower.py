@@ -323,6 +323,27 @@ def test_hooks_on_attention_are_called_in_every_block(make, layout):
     assert seen == [block.attn for block in blocks_of(model)]
 
 
+@pytest.mark.parametrize("make", [small_clip, small_timm_clip, small_eva_clip])
+@pytest.mark.parametrize("layout", ["alike", "padded", "packed", "inference"])
+@pytest.mark.parametrize("part", ["block", "attention"])
+def test_a_forward_pass_put_in_place_of_a_blocks_is_run(make, layout, part):
+    model, seen = make(), []
+    when = "always" if layout == "inference" else "train"
+    apply_masking(model, "random", when=when, pack_tokens=layout == "packed")
+    model.train(layout != "inference")
+
+    def noting(forward, *given, **options):
+        seen.append(forward.__self__)
+        return forward(*given, **options)
+
+    modules = [block if part == "block" else block.attn for block in blocks_of(model)]
+    for module in modules:
+        # As accelerate's hooks do.
+        module.forward = partial(noting, module.forward)
+    encode(model, image_batch(), FIXED if layout in ("alike", "inference") else ADAPTIVE)
+    assert seen == modules
+
+
 @every_tower
 @both_selections
 def test_pixels_outside_the_selection_change_no_output_bit(build, selection):

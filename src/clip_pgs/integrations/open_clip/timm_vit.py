@@ -251,7 +251,7 @@ def _stacked_qkv(block: Any) -> tuple[Tensor, Tensor | None] | None:
     where groups of heads share keys.
     """
     attention: Any = getattr(block, "attn", None)
-    is_eva = type(block) is EvaBlock
+    is_eva = is_exactly(block, EvaBlock)
     kinds = (EvaAttention, AttentionRope) if is_eva else (Attention,)
     if not (is_eva or is_exactly(block, Block)) or not has_plain_weights(attention, *kinds):
         return None
