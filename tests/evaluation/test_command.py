@@ -16,6 +16,7 @@ import torch
 from clip_pgs.evaluation import load_model
 from clip_pgs.evaluation.__main__ import main
 from clip_pgs.evaluation.report.gather import gather_runs
+from clip_pgs.evaluation.results import read_results
 from clip_pgs.files import folder_lock
 from support.disk import files_limited_to
 
@@ -206,6 +207,56 @@ def test_results_of_another_model_of_the_name_stay_unless_they_are_to_go(
     for place, code in (("a", 0), ("../b", 2)):
         monkeypatch.chdir(place)
         assert main(["lone.pt", *arguments]) == code
+
+
+def test_of_two_exports_that_are_named_alike_from_their_folders_the_first_is_kept(
+    run, save_run, options, capsys, monkeypatch
+):
+    other = shutil.copytree(run, run.with_name("other"))
+    model = load_model(run).model
+    with torch.no_grad():
+        model.visual.proj.add_(1)
+    save_run(other, model)
+    shared = Path.cwd() / "shared"
+    arguments = [*options, "--suite", "zeroshot-retrieval", "--output", str(shared)]
+    monkeypatch.chdir(run)
+    assert main([".", *arguments]) == 0
+    before = (shared / "results.csv").read_bytes()
+    monkeypatch.chdir(f"../{other.name}")
+    capsys.readouterr()
+    assert main([".", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {shared} holds results of {shared.parent / run / 'export'}; na")
+    assert (shared / "results.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("place", "source"),
+    [("logs/tiny_run", "."), ("logs/tiny_run/export", "."), ("logs/tiny_run/eval", "../export")],
+)
+def test_a_run_is_found_from_within(run, options, monkeypatch, place, source):
+    (run / "eval").mkdir()
+    export = Path.cwd() / run / "export"
+    record = {"masking": "random", "masking_options": {"mask_ratio": 0.5}, "epochs": 1}
+    (run / "options.json").write_text(json.dumps(record))
+    output = Path.cwd() / "out"
+    monkeypatch.chdir(place)
+    arguments = [*options, "--suite", "zeroshot-retrieval", "--output", str(output)]
+    assert main([source, *arguments, "--inference-masking", "run"]) == 0
+    (result,) = read_results(output)
+    assert (result.pretrained, result.inference_masking) == (str(export), "random 0.5")
+
+
+def test_a_checkpoint_beyond_a_link_is_named_where_it_is(run, options):
+    Path("elsewhere/inner").mkdir(parents=True)
+    Path("link").symlink_to("elsewhere/inner")
+    shutil.copy(run / "checkpoints/epoch_1.pt", "elsewhere/lone.pt")
+    Path("elsewhere/latest.pt").symlink_to("lone.pt")
+    arguments = [*options, "--model", "tiny-eval-vit", "--suite", "zeroshot-retrieval"]
+    for name in ("lone", "latest"):
+        assert main([f"link/../{name}.pt", *arguments, "--output", name]) == 0
+        (result,) = read_results(Path(name))
+        assert result.pretrained == str(Path.cwd() / f"elsewhere/{name}.pt")
 
 
 def test_a_set_whose_file_is_that_of_another_is_refused_and_takes_no_score_away(

@@ -56,7 +56,7 @@ def test_a_run_that_trained_on_since_its_export_is_told(run, caplog):
         load_model(source)
         (sentence,) = caplog.messages
         assert f"{path} is newer" in sentence
-        assert f"clip-pgs export {run}" in sentence
+        assert f"`clip-pgs export {run.resolve()}`" in sentence
         caplog.clear()
     # As where the folder was copied: times tell nothing.
     weights = run / "export/open_clip_model.safetensors"

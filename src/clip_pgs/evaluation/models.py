@@ -192,12 +192,16 @@ _Architecture = tuple[str, dict[str, Any]]
 def _resolve(
     source: str, model: str | None, model_config: str | Path | None, pretrained: str | None
 ) -> tuple[Callable[[], Built], str, str]:
-    """Return what builds the model of a source, where its weights come from, and its kind."""
+    """Return what builds the model of a source, where its weights come from, and its kind.
+
+    Results are read from another folder, and hold two models of one name apart by their place: it
+    is absolute.
+    """
     path = Path(source.removeprefix("local-dir:"))
     # os.path: a name that is too long is that of none.
     if os.path.isfile(path):
-        # Results may be looked at from another folder, and hold files of one name apart.
-        source = os.path.abspath(path)
+        # A file's own name stays where it is a link: it may tell the epoch.
+        source = os.path.join(os.path.realpath(path.parent), path.name)
         checkpoint = _read(path)
         recorded = checkpoint.config if isinstance(checkpoint.config, dict) else {}
         if is_mae_config(recorded.get("model_cfg")) and model is None and model_config is None:
@@ -207,9 +211,9 @@ def _resolve(
     if os.path.isdir(path):
         folder = next((f for f in (path, path / EXPORT_NAME) if _holds_autoencoder(f)), None)
         if folder is not None:
-            return partial(_build_autoencoder, folder), str(folder), "folder"
+            return partial(_build_autoencoder, folder), os.path.realpath(folder), "folder"
         folder = _export_folder(path)
-        return partial(_create, f"local-dir:{folder}"), str(folder), "folder"
+        return partial(_create, f"local-dir:{folder}"), os.path.realpath(folder), "folder"
     if source.startswith("hf-hub:"):
         return partial(_create, source), source, "model of the Hub"
     if source not in open_clip.list_models():
