@@ -114,6 +114,11 @@ class ClusterMasking(CalibratedMasking):
         """Return True: `mask_ratio` is a mean, also where `mask_ratio_min` equals it."""
         return True
 
+    def idle_options(self) -> dict[str, str]:
+        """Return `mask_ratio` where a threshold that was given decides."""
+        is_idle = not self.is_calibrated_in_training
+        return {"mask_ratio": "but on mask_ratio_min beside threshold"} if is_idle else {}
+
     def mean_ratio(self) -> float:
         """Return `mask_ratio`."""
         return self.mask_ratio

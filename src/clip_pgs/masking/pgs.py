@@ -337,6 +337,19 @@ class PGSMasking(CalibratedMasking):
         self.record = ThresholdRecord() if self.is_calibrated_in_training else None
         self.threshold = self.options.threshold
 
+    def idle_options(self) -> dict[str, str]:
+        """Return the options of steps that others leave out."""
+        edges = dict.fromkeys(("edge_protection", "edge_weight", "edge_detector"), "edges=false")
+        transport = dict.fromkeys(("temperature", "num_iters", "solver"), "transport=false")
+        shares = dict.fromkeys(("random_share", "random_share_end"), "random_images=1")
+        idle = {
+            **({} if self.options.edges else edges),
+            **({} if self.options.transport else transport),
+            **({} if self.options.random_images < 1 else shares),
+            **({} if self.keeps_different_counts() else {"threshold": "a fixed count"}),
+        }
+        return {name: f"with {reason}" for name, reason in idle.items()}
+
     def forward(self, inputs: PatchInputs, *, generator: Generator | None = None) -> PatchSelection:
         """Draw candidates, score every patch against them and mask the highest scores."""
         noise_BN = draw_noise(inputs, generator)

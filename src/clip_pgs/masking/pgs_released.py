@@ -103,6 +103,11 @@ class PGSReleasedMasking(MaskingStrategy):
         """The similarity above which a patch is masked."""
         return self.mask_ratio if self._threshold is None else self._threshold
 
+    def idle_options(self) -> dict[str, str]:
+        """Return `mask_ratio` where a threshold was given."""
+        is_idle = self._threshold is not None
+        return {"mask_ratio": "but on mask_ratio_min beside threshold"} if is_idle else {}
+
     @torch.no_grad()
     def forward(self, inputs: PatchInputs, *, generator: Generator | None = None) -> PatchSelection:
         """Mark what resembles a candidate, then keep a fixed count, unmarked patches first."""

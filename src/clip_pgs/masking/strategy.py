@@ -395,6 +395,10 @@ class MaskingStrategy(nn.Module):
         ratio = getattr(self, "mask_ratio", None)
         return self.adaptive and getattr(self, "mask_ratio_min", None) not in (None, ratio)
 
+    def idle_options(self) -> dict[str, str]:
+        """Return the options that change nothing beside the others, each with the reason."""
+        return {}
+
     def state(self) -> dict[str, float | list[float]]:
         """Return what training found and a resumed run needs, as plain numbers."""
         return {}

@@ -69,6 +69,7 @@ def option_warnings(options: TrainOptions) -> list[str]:
         *_slurm_notes(options),
         *_synthetic_notes(options),
         *idle,
+        *_masking_warnings(options),
         *warmup_warnings(options),
         *_resume_warnings(options),
         *_weight_warnings(options),
@@ -175,6 +176,19 @@ def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
         (options.resume != "latest", "accept_changes", "without --resume latest"),
         (not keeps_logs(options), saving, "with --logs none"),
     ]
+
+
+def _masking_warnings(options: TrainOptions) -> list[str]:
+    """Return a sentence for each option of the strategy that others leave without an effect."""
+    strategy = create_masking(options.masking, **options.masking_options)
+    sentences = []
+    for name, reason in strategy.idle_options().items():
+        # A schedule moves the ratio alone.
+        names = (name, "mask_ratio_end") if name == "mask_ratio" else (name,)
+        flags = [flag_of(each) for each in names if each in options.given]
+        flags += [f"--masking-option {name}"] if name in options.masking_option else []
+        sentences += [f"{flag} has no effect {reason}" for flag in flags]
+    return sentences
 
 
 def warmup_warnings(options: TrainOptions) -> list[str]:

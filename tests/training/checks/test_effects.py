@@ -51,6 +51,49 @@ def test_a_warmup_of_unmasked_tuning_has_an_effect_beside_skip_scheduler():
     )
 
 
+def masking(name, *options, ratios=()):
+    words = [word for option in options for word in ("--masking-option", option)]
+    return ["--masking", name, "--mask-ratio", "0.5", *ratios, *words]
+
+
+SCHEDULE = ("--mask-schedule", "linear", "--mask-ratio-end", "0.8")
+ADAPTIVE = ("--mask-ratio-min", "0.3")
+EDGES = ("edge_weight=1", "edge_protection=0", "edge_detector=canny")
+TRANSPORT = ("temperature=3", "num_iters=20", "solver=pot")
+
+
+@pytest.mark.parametrize(
+    ("argv", "idle"),
+    [
+        (masking("pgs", "threshold=0.3"), "threshold with a fixed count"),
+        (masking("pgs", "threshold=0.3", ratios=ADAPTIVE), ""),
+        (masking("pgs", "edges=false", EDGES[0]), "edge_weight with edges=false"),
+        (masking("pgs", "edges=false", EDGES[1]), "edge_protection with edges=false"),
+        (masking("pgs", "edges=false", EDGES[2]), "edge_detector with edges=false"),
+        (masking("pgs", *EDGES), ""),
+        (masking("pgs", "transport=false", TRANSPORT[0]), "temperature with transport=false"),
+        (masking("pgs", "transport=false", TRANSPORT[1]), "num_iters with transport=false"),
+        (masking("pgs", "transport=false", TRANSPORT[2]), "solver with transport=false"),
+        (masking("pgs", *TRANSPORT), ""),
+        (masking("pgs", "random_images=1", "random_share=0.5"), "random_share with random_images"),
+        (masking("pgs", "random_images=0.5", "random_share=0.5"), ""),
+        (masking("cluster", "threshold=0.3"), "--mask-ratio but on mask_ratio_min"),
+        (masking("cluster", ratios=SCHEDULE), ""),
+        (masking("pgs-released", "threshold=0.3"), "--mask-ratio but on mask_ratio_min"),
+        (masking("pgs-released", "edges=false", ratios=ADAPTIVE), ""),
+        (["--masking", "cluster", "--masking-option", "threshold=0.3"], ""),
+        (
+            ["--masking", "cluster", "--masking-option", "threshold=0.3", *SCHEDULE],
+            "--mask-ratio-end but on mask_ratio_min",
+        ),
+    ],
+)
+def test_options_of_a_masking_that_others_leave_idle_are_told(argv, idle):
+    told = " ".join(warnings_of(*VALID, *argv))
+    assert told.replace("--masking-option ", "").replace(" has no effect", "").startswith(idle)
+    assert bool(told) == bool(idle)
+
+
 @pytest.mark.parametrize(
     "argv",
     [
