@@ -9,9 +9,18 @@ import sys
 
 import pytest
 import torch
+from timm.optim import list_optimizers
 
 from clip_pgs.checkpoint_reading import load_checkpoint
-from clip_pgs.training.checkpoint import pack_checkpoint, restore, write_checkpoint
+from clip_pgs.training.build import build_optimizer
+from clip_pgs.training.checkpoint import (
+    HostCopy,
+    pack_checkpoint,
+    restore,
+    restore_optimizer,
+    write_checkpoint,
+)
+from clip_pgs.training.options import parse_options
 from support.resuming import differences
 from support.runs import run, write_csv, write_model
 
@@ -46,6 +55,47 @@ def test_a_checkpoint_counts_epochs_steps_and_samples_of_the_epoch_under_way():
 def test_names_that_wrappers_left_are_made_plain(tmp_path, prefix):
     torch.save({"epoch": 1, "state_dict": {f"{prefix}weight": torch.ones(2)}}, tmp_path / "a.pt")
     assert list(load_checkpoint(tmp_path / "a.pt")["state_dict"]) == ["weight"]
+
+
+# Where they are made, they look for a GPU or for a package of their own.
+ELSEWHERE = ("bnb", "fused")
+
+
+def steps(layer, optimizer, numbers):
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        for parameter in layer.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        # Kron draws from the global stream.
+        torch.manual_seed(number)
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_optimizer_that_a_run_may_name_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch):
+    # Kron compiles what it does to each shape.
+    monkeypatch.setattr("timm.optim.kron.has_dynamo", False)
+    names = [name for name in list_optimizers() if not name.startswith(ELSEWHERE)]
+    names.remove("adahessian")
+    others = []
+    for name in names:
+        argv = ["--model", "ViT-B-32", "--opt", f"timm/{name}", "--lr", "1e-2"]
+        options = parse_options(argv)
+        first = torch.nn.Linear(8, 8)
+        used = build_optimizer(options, first)
+        steps(first, used, range(3))
+        content = pack_checkpoint(epoch=0, name="", model=first, record={}, optimizer=used)
+        write_checkpoint(HostCopy().take(content), tmp_path / "step_3.pt")
+        second = torch.nn.Linear(8, 8)
+        restored = build_optimizer(options, second)
+        checkpoint = load_checkpoint(tmp_path / "step_3.pt")
+        restore(checkpoint, model=second)
+        restore_optimizer(restored, checkpoint["optimizer"])
+        steps(first, used, range(3, 6))
+        steps(second, restored, range(3, 6))
+        others += [] if torch.equal(first.weight, second.weight) else [name]
+    assert len(names) > 50
+    assert others == []
 
 
 class MakesFile:

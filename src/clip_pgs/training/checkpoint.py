@@ -443,7 +443,8 @@ class HostCopy:
         if isinstance(value, (list, tuple)):
             items = [self._copy(item, f"{path}/{i}", earlier) for i, item in enumerate(value)]
             return items if isinstance(value, list) else tuple(items)
-        if value is None or isinstance(value, (bool, str)):
+        # Some optimizers' groups name the type of their moments, which `weights_only` reads.
+        if value is None or isinstance(value, (bool, str, torch.dtype)):
             return value
         # Numbers of numpy's are such numbers, too, but no reader of plain types takes them.
         if isinstance(value, Integral):
