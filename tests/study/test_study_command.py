@@ -246,6 +246,17 @@ def test_a_bad_study_is_refused_before_anything_starts(study, capsys, parts):
     assert not study.root.exists()
 
 
+@pytest.mark.parametrize(
+    "name", [*plan.FIRST_COLUMNS, *plan.LAST_COLUMNS, "score - random | unmasked"]
+)
+def test_no_metric_is_named_like_a_column_of_the_results(study, capsys, name):
+    metrics = yaml.safe_load(study.path.read_text())["metrics"]
+    study.change(metrics={**metrics, name: metrics["recall"]})
+    assert repr(name) in refusal(main, study.argv("--check-only"), capsys)
+    study.change(metrics={**metrics, f"{name} of it": metrics["recall"]})
+    assert main(study.argv("--check-only")) == 0
+
+
 @pytest.mark.parametrize("name", plan.RESULTS_NAMES)
 def test_no_arm_takes_the_place_of_the_results(study, capsys, name):
     study.change(arms={"random": {"train": {"masking": "random"}}, name: {}})

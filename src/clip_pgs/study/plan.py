@@ -64,6 +64,9 @@ JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME = (
 )
 # What a study's file said at first, of which its page vouches.
 PROTOCOL_NAME = "protocol.json"
+# What results.csv has beside the metrics and their differences.
+FIRST_COLUMNS = ("arm", "evaluation", "seed")
+LAST_COLUMNS = ("training_flops", "training_seconds", "flops_per_image")
 RESULTS_NAMES = (JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME, FIGURES_NAME, PROTOCOL_NAME)
 
 _KEYS = (
@@ -231,6 +234,13 @@ def _study(path: Path, content: dict[Any, Any], root: Path) -> Study:
         _metric(name): _formula(name, said)
         for name, said in _mapping("metrics", content["metrics"]).items()
     }
+    references = _references(content["reference"], list(arms))
+    rows = [f"{name} | {next(iter(arms[name].evaluations))}" for name in references]
+    columns = {*FIRST_COLUMNS, *LAST_COLUMNS}
+    columns |= {difference_name(metric, row) for metric in metrics for row in rows}
+    for name in metrics:
+        if name in columns:
+            raise ValueError(f"no metric can be named {name!r}, like a column of {CSV_NAME}")
     keep_checkpoints = content.get("keep_checkpoints", True)
     if not isinstance(keep_checkpoints, bool):
         raise ValueError(f"'keep_checkpoints' is true or false, got {keep_checkpoints!r}")
@@ -243,13 +253,18 @@ def _study(path: Path, content: dict[Any, Any], root: Path) -> Study:
         base=base,
         arms=arms,
         seeds=_seeds(content["seeds"]),
-        references=_references(content["reference"], list(arms)),
+        references=references,
         evaluations=_evaluations(content["evaluations"]),
         metrics=metrics,
         primary=content["primary"],
         keep_checkpoints=keep_checkpoints,
         root=root,
     )
+
+
+def difference_name(metric: str, reference: str) -> str:
+    """Return what `results.csv` calls a metric's difference to the row of a reference."""
+    return f"{metric} - {reference}"
 
 
 def _references(said: Any, arms: list[str]) -> tuple[str, ...]:

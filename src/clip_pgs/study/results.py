@@ -22,12 +22,15 @@ from clip_pgs.evaluation.results import DONE, result_files
 from clip_pgs.files import MAX_RUN_FILE_BYTES, read_json_object, write_json, write_text
 from clip_pgs.study.plan import (
     CSV_NAME,
+    FIRST_COLUMNS,
     HTML_NAME,
     JSON_NAME,
+    LAST_COLUMNS,
     MARKDOWN_NAME,
     PROTOCOL_NAME,
     UNMASKED,
     Study,
+    difference_name,
     evaluate_formula,
     named_values,
     read_options,
@@ -503,9 +506,9 @@ def _csv_rows(
 ) -> tuple[list[str], list[list[Any]]]:
     """Return a line per row and seed: metrics, and their differences to each reference."""
     references = _references(comparisons)
-    header = ["arm", "evaluation", "seed", *study.metrics]
-    header += [f"{metric} - {name}" for name in references for metric in study.metrics]
-    header += ["training_flops", "training_seconds", "flops_per_image"]
+    header = [*FIRST_COLUMNS, *study.metrics]
+    header += [difference_name(metric, name) for name in references for metric in study.metrics]
+    header += LAST_COLUMNS
     found = {(said.row, said.reference, said.metric): said.differences for said in comparisons}
     lines = []
     for row in rows:
@@ -523,9 +526,9 @@ def _csv_rows(
 
 def _seeds_table(study: Study, rows: Sequence[Row], comparisons: Sequence[Comparison]) -> Table:
     header, lines = _csv_rows(study, rows, comparisons)
-    shown = header[:-3]
+    shown, first = header[: -len(LAST_COLUMNS)], len(FIRST_COLUMNS)
     cells = [
-        [*line[:3], *(Cell(value, percent(value)) for value in line[3 : len(shown)])]
+        [*line[:first], *(Cell(value, percent(value)) for value in line[first : len(shown)])]
         for line in lines
     ]
     return Table.of(shown, cells, caption="Every run: metrics and differences, in percent.")
