@@ -1,6 +1,7 @@
 """The command: what it runs, goes on with and refuses."""
 
 import json
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -13,6 +14,7 @@ from clip_pgs.study import plan
 from clip_pgs.study.__main__ import main
 from clip_pgs.training.options import read_options
 from support.commands import refusal
+from support.studies import fill
 
 
 @pytest.mark.slow
@@ -333,6 +335,33 @@ def test_missing_evaluation_data_is_refused(study, capsys):
 @pytest.mark.parametrize("flags", [["--arms", "plain"], ["--seeds", "7"], ["--jobs", "0"]], ids=str)
 def test_what_the_study_lacks_cannot_be_chosen(study, capsys, flags):
     refusal(main, study.argv(*flags), capsys)
+
+
+@pytest.mark.parametrize("flags", [["--logs", ""], ["--logs="]], ids=str)
+def test_an_empty_place_is_not_the_working_directory(study, capsys, flags):
+    sentence = refusal(main, [str(study.path), "--check-only", *flags], capsys)
+    assert "--logs" in sentence
+
+
+def test_a_report_takes_jobs_on_any_machine(study, capsys, monkeypatch):
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    fill(study, {"random": [0.3, 0.4], "pgs": [0.4, 0.5]})
+    assert "--jobs" in refusal(main, study.argv("--jobs", 2), capsys)
+    assert main(study.argv("--jobs", 2, "--report-only")) == 0
+
+
+def test_the_command_on_the_page_finds_the_study(study):
+    fill(study, {"random": [0.3, 0.4], "pgs": [0.4, 0.5]})
+    assert main(study.argv("--report-only")) == 0
+    assert command(study.study) == ["clip-pgs", "study", *study.argv()]
+    (study.root / "study").mkdir()
+    study.study.rename("logs/study/tiny")
+    assert main([str(study.path), "--report-only"]) == 0
+    assert command(Path("logs/study/tiny")) == ["clip-pgs", "study", str(study.path)]
+
+
+def command(folder):
+    return shlex.split(json.loads((folder / "results.json").read_text())["facts"]["command"])
 
 
 def test_a_report_of_no_runs_is_refused_and_leaves_nothing(study, capsys):

@@ -25,6 +25,7 @@ from clip_pgs.common import (
     find_config,
     number_in,
     one_sentence,
+    output_path,
     refuse,
     run_program,
     silenced,
@@ -34,6 +35,9 @@ from clip_pgs.files import folder_lock
 if TYPE_CHECKING:
     from clip_pgs.study.plan import Study
     from clip_pgs.training.stop import StopSignals
+
+
+_LOGS = Path("logs/study")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep runs whose options, data or code are not the study's; the tables note it",
     )
-    add("--logs", type=Path, default=Path("logs/study"), metavar="DIR", help="(logs/study)")
+    add("--logs", type=output_path, default=_LOGS, metavar="DIR", help="(logs/study)")
     return parser
 
 
@@ -104,7 +108,7 @@ def _run(args: argparse.Namespace, signals: StopSignals, held: ExitStack) -> int
         study = read_study(Path(find_config(args.study, "study")), root=args.logs)
         arms = _chosen("--arms", args.arms, list(study.arms))
         seeds = _chosen("--seeds", args.seeds, list(study.seeds))
-        if args.jobs > 1 and num_processes() > 1:
+        if args.jobs > 1 and num_processes() > 1 and not args.report_only:
             raise ValueError(
                 f"--jobs must be 1 where a run takes {num_processes()} processes, got {args.jobs}"
             )
@@ -160,11 +164,13 @@ def _report(study: Study, args: argparse.Namespace) -> int:
     from clip_pgs.evaluation.report.command import FIGURES_NAME
     from clip_pgs.study.results import write_results
 
+    place = [] if args.logs == _LOGS else ["--logs", str(args.logs)]
+    command = shlex.join(["clip-pgs", "study", args.study, *place])
     figures = study.folder / FIGURES_NAME
     figures.mkdir(parents=True, exist_ok=True)
     # One at a time: --report-only may meet the end of the study, whose folder it does not hold.
     with folder_lock(figures, on_busy=lambda: None):
-        page, lack = write_results(study, command=shlex.join(["clip-pgs", "study", args.study]))
+        page, lack = write_results(study, command=command)
     if lack:
         sys.stderr.write(f"WARNING: {one_sentence(lack)}\n")
     sys.stdout.write(f"{page}\n")
