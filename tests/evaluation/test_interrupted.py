@@ -245,6 +245,29 @@ def test_a_set_that_is_gone_takes_no_finished_number_away(score, sets, tmp_path)
     assert content["metrics"]["acc1"] == 0.75
 
 
+@pytest.mark.parametrize("harm", ["out of memory", "out of memory at half", "a damaged file"])
+def test_a_failing_redo_takes_no_finished_number_away(
+    score, color_model, sets, tmp_path, monkeypatch, harm
+):
+    def fail(pixels):
+        raise RuntimeError("out of memory")
+
+    score()
+    kept = {path: path.read_bytes() for path in tmp_path.glob("out/*")}
+    options = {"amp": True} if "half" in harm else {"force": True}
+    if "memory" in harm:
+        monkeypatch.setitem(vars(color_model.model), "encode_image", fail)
+    else:
+        (sets / "six/classnames.txt").write_text("a\n\nb\n")
+    output = tmp_path / "out"
+    (result,) = evaluate(
+        color_model, score.eval_sets, output=output, workers=0, keep_features=False, **options
+    )
+    assert result.status == "failed"
+    assert (output / "errors.log").is_file()
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
 @pytest.mark.parametrize("harm", ["missing", "failed"])
 def test_weights_without_a_number_take_that_of_earlier_ones_away_from_nobody(
     score, color_model, sets, tmp_path, harm

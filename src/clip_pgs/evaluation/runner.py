@@ -391,12 +391,11 @@ class _Evaluation:
             # The name may be mistyped; reports would call it missing for good.
             return result
         if result.status != DONE and earlier is not None and earlier.status == DONE:
-            if earlier.weights_digest != result.weights_digest:
-                # Weights without a number take no finished one of other weights away.
-                path = aside
-            elif result.status == MISSING:
-                # Nor does a disk that is not mounted today.
+            # A disk that is not mounted today, or a GPU that is full, takes no number away.
+            if earlier.weights_digest == result.weights_digest:
                 return result
+            # Nor do other weights; reports tell that these have none.
+            path = aside
         try:
             write_result(result, path)
             if path != aside:
