@@ -12,6 +12,7 @@ from clip_pgs.masking import MaskingStrategy, masking_options
 from clip_pgs.masking.baselines import RandomMasking
 from clip_pgs.masking.edges import canny_edges
 from clip_pgs.masking.strategy import (
+    _REGISTRY,
     check_mask_ratio,
     check_share,
     drawn_count,
@@ -319,6 +320,48 @@ def test_a_strategy_with_a_buffer_is_refused_by_its_name(monkeypatch):
     monkeypatch.setattr(RandomMasking, "__init__", build_with_buffer)
     with pytest.raises(ValueError, match="RandomMasking would put prior into the model's state"):
         create_masking("random")
+
+
+TYPED = """\
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from clip_pgs.masking import FixedRatioMasking, MaskingStrategy, register_masking
+if TYPE_CHECKING:
+    import numpy as np
+    from collections.abc import Sequence
+
+@register_masking("typed")
+class Typed(FixedRatioMasking):
+    def __init__(self, *, mask_ratio: float = 0.5, odds: {hint} = None) -> None:
+        super().__init__(mask_ratio=mask_ratio)
+
+@dataclass
+class Options:
+    mask_ratio: float = 0.5
+    odds: {hint} = None
+
+@register_masking("typed-by-dataclass", options=Options)
+class TypedByDataclass(MaskingStrategy):
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.mask_ratio = options.get("mask_ratio", 0.5)
+"""
+
+
+@pytest.mark.parametrize("hint", ["Sequence[float]", "np.ndarray | None", "None[int]"])
+@pytest.mark.parametrize("name", ["Typed", "TypedByDataclass"])
+def test_a_type_that_only_a_type_checker_knows_refuses_no_strategy(
+    tmp_path, monkeypatch, hint, name
+):
+    for part in ("_entries", "_declarations"):
+        monkeypatch.setattr(_REGISTRY, part, dict(getattr(_REGISTRY, part)))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "typed_masking", raising=False)
+    (tmp_path / "typed_masking.py").write_text(TYPED.format(hint=hint))
+    strategy = create_masking(f"typed_masking:{name}", mask_ratio=0.25, odds=[1, 2])
+    assert strategy.mask_ratio == 0.25
+    monkeypatch.delitem(sys.modules, "typed_masking")
 
 
 def test_options_come_with_their_defaults():

@@ -496,7 +496,8 @@ class MaskingOption:
         name: Its name.
         default: Its default; `inspect.Parameter.empty` where it has none.
         help: What it does, in one sentence, out of the docstring.
-        hint: Its type, as annotated; None where it is not.
+        hint: Its type, as annotated; None where it is not, or a type of the strategy's options
+            is known to a type checker alone.
     """
 
     name: str
@@ -537,7 +538,10 @@ class MaskingDeclaration:
         """The options, in the order of the constructor."""
         is_dataclass = "__dataclass_fields__" in vars(self.source)
         annotated: Any = self.source
-        hints = get_type_hints(annotated if is_dataclass else annotated.__init__)
+        hints: dict[str, Any] = {}
+        # Names that are imported for a type checker alone mean nothing here.
+        with suppress(NameError, AttributeError, TypeError):
+            hints = get_type_hints(annotated if is_dataclass else annotated.__init__)
         explained: dict[str, str] = {}
         for one in reversed(self.source.__mro__[:-1]):
             explained |= explained_arguments(one)
