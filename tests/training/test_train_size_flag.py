@@ -8,8 +8,10 @@ import torch
 
 from clip_pgs.evaluation.models import load_model
 from clip_pgs.integrations.open_clip import num_patches
+from clip_pgs.training.__main__ import main
 from clip_pgs.training.build import build_model
 from clip_pgs.training.checks import check_options
+from clip_pgs.training.option_warnings import option_warnings
 from clip_pgs.training.options import IDENTITY, names_of, parse_options
 from clip_pgs.training.phases import plan_phases
 from support.runs import MODEL, flags, run, write_model
@@ -82,6 +84,51 @@ def test_the_log_says_where_masking_saves_no_flops(tmp_path, caplog, masking, is
     args = parse_options(flags(tmp_path, model=model, masking=masking, **options))
     build_model(args, torch.device("cpu"))
     assert ("saves no FLOPs" in caplog.text) == is_said
+
+
+OWN = """
+from clip_pgs.masking.strategy import register_masking
+from clip_pgs.masking.baselines import NoMasking
+
+
+@register_masking("all-kept", keeps="all", paper="none", random=False)
+class KeepsAll(NoMasking):
+    '''Keep every patch.'''
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train_image_size": 32},
+        {"masking": "none", "train_image_size": 32},
+        {"masking": "all_kept:KeepsAll"},
+    ],
+    ids=["size alone", "none", "of one's own"],
+)
+def test_what_changes_nothing_trains_as_a_plain_run(tmp_path, world, capsys, monkeypatch, options):
+    (tmp_path / "all_kept.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    plain = {"train_data": world.train_data, "epochs": 1}
+    options = {**plain, "unmasked_epochs": 1, **options}
+    assert main([*flags(tmp_path, **options), "--check-only"]) == 0
+    assert "all patches" in capsys.readouterr().out
+    folder = run(tmp_path, **options)
+    expected, got = (
+        [json.loads(line) for line in (each / "metrics.jsonl").read_text().splitlines()]
+        for each in (run(tmp_path, name="plain", **plain), folder)
+    )
+    assert [line["loss"] for line in got[:4]] == [line["loss"] for line in expected]
+    assert got[3]["flops"] == expected[3]["flops"]
+    assert not (folder / "masks").exists()
+
+
+def test_the_size_of_the_model_is_said_to_change_nothing(tmp_path, world):
+    options = {"train_data": world.train_data, "masking": "pgs"}
+    for size, said in ((32, ["--train-image-size"]), (16, [])):
+        args = parse_options(flags(tmp_path, train_image_size=size, **options))
+        check_options(args)
+        assert [sentence.split()[0] for sentence in option_warnings(args)] == said
 
 
 def test_it_belongs_to_what_a_run_is():

@@ -28,12 +28,14 @@ from clip_pgs.checkpoint_reading import (
 )
 from clip_pgs.common import MODEL_SCHEMAS, explained
 from clip_pgs.files import CHECKPOINTS_NAME, MODEL_CONFIG_NAME, read_json_object
+from clip_pgs.integrations.apply import masking_or_none, tower_masking
 from clip_pgs.integrations.open_clip import (
     CaptionTrimmer,
     allow_short_text,
     apply_masking,
     caption_trimmer,
     is_text_trimming_lossless,
+    remove_masking,
 )
 from clip_pgs.integrations.open_clip.compat import no_foreign_code, random_weights, weights_read_by
 from clip_pgs.integrations.open_clip.model_config import (
@@ -42,6 +44,7 @@ from clip_pgs.integrations.open_clip.model_config import (
     check_preprocessing,
 )
 from clip_pgs.masking import MaskingStrategy, create_masking
+from clip_pgs.masking.baselines import NoMasking
 from clip_pgs.training.chunked_loss import in_chunks
 from clip_pgs.training.distributed import ShardedModel
 from clip_pgs.training.masks import seed_everything
@@ -87,7 +90,7 @@ def build_model(options: TrainOptions, device: torch.device) -> ModelParts:
     seed_everything(options.seed)
     model, train_transform, val_transform = create_model(options, device)
     if options.mae is not None:
-        apply_masking(model, build_masking(options))
+        mask_tower(model, options)
         return ModelParts(model, train_transform, val_transform, make_tokenizer(options))
     has_weights = options.pretrained or options.model.startswith(MODEL_SCHEMAS)
     if is_coca(model) and not has_weights:
@@ -97,17 +100,10 @@ def build_model(options: TrainOptions, device: torch.device) -> ModelParts:
     if options.use_bn_sync and options.distributed:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if options.changes_tower:
-        apply_masking(
-            model,
-            options.masking,
-            pack_tokens=options.pack_tokens,
-            merge=options.merge,
-            merge_counts=options.merge_counts,
-            image_size=options.train_image_size,
-            **options.masking_options,
-        )
-        strategy = model.visual.masking.strategy
-        if not (model.visual.saves_flops or strategy.keeps_all or strategy.keeps_window):
+        mask_tower(model, options)
+        masking = masking_or_none(model)
+        strategy = NoMasking() if masking is None else masking.strategy
+        if not (strategy.keeps_all or strategy.keeps_window or model.visual.saves_flops):
             _logger.warning(
                 "The image tower of %s is convolutional: --masking %s hides cells of 32 pixels "
                 "from it, which regularizes and saves no FLOPs",
@@ -122,6 +118,24 @@ def build_model(options: TrainOptions, device: torch.device) -> ModelParts:
             options.model,
         )
     return ModelParts(model, train_transform, val_transform, make_tokenizer(options))
+
+
+def mask_tower(model: nn.Module, options: TrainOptions) -> None:
+    """Mask a run's model; one that would see its images as a plain one does stays plain.
+
+    Raises:
+        ValueError: If the strategy or its tower cannot.
+    """
+    apply_masking(
+        model,
+        build_masking(options),
+        pack_tokens=options.pack_tokens,
+        merge=options.merge,
+        merge_counts=options.merge_counts,
+        image_size=options.train_image_size,
+    )
+    if not tower_masking(model).is_active(training=True):
+        remove_masking(model)
 
 
 def build_masking(options: TrainOptions) -> MaskingStrategy:

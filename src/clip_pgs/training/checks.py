@@ -50,7 +50,7 @@ from clip_pgs.files import (
 )
 from clip_pgs.integrations import MAE_TYPE
 from clip_pgs.integrations.apply import patch_grid
-from clip_pgs.integrations.open_clip import apply_masking, masked_inference
+from clip_pgs.integrations.open_clip import masked_inference
 from clip_pgs.integrations.open_clip.model_config import (
     MISFITS,
     build_on_meta,
@@ -70,6 +70,7 @@ from clip_pgs.training.build import (
     input_size,
     is_on_cpu,
     make_tokenizer,
+    mask_tower,
     read_model_config,
 )
 from clip_pgs.training.checkpoint import (
@@ -326,22 +327,16 @@ def _check_masking(options: TrainOptions, model: nn.Module) -> None:
     dropout = options.force_patch_dropout
     if dropout is None:
         dropout = read_model_config(options)["vision_cfg"].get("patch_dropout", 0.0)
+    flags = "" if options.masking == "none" and not merges else f"--masking {options.masking} "
+    if options.train_image_size is not None:
+        flags += f"--train-image-size {options.train_image_size} "
     if dropout > 0:
         raise ValueError(
-            f"--masking {options.masking} cannot work beside OpenCLIP's patch dropout of "
-            f"{dropout}; set --force-patch-dropout 0"
+            f"{flags}cannot work beside OpenCLIP's patch dropout of {dropout}; set "
+            "--force-patch-dropout 0"
         )
-    flags = f"--masking {options.masking}"
-    if options.train_image_size is not None:
-        flags += f" --train-image-size {options.train_image_size}"
-    with explained(f"{flags} on {options.model}"):
-        apply_masking(
-            model,
-            strategy,
-            merge=options.merge,
-            merge_counts=options.merge_counts,
-            image_size=options.train_image_size,
-        )
+    with explained(f"{flags}on {options.model}"):
+        mask_tower(model, options)
     grid, size = patch_grid(model), input_size(options)
     if tuple(side // patch for side, patch in zip(size, grid.patch_size, strict=True)) != grid.size:
         own = [count * patch for count, patch in zip(grid.size, grid.patch_size, strict=True)]

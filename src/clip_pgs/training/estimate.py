@@ -196,9 +196,10 @@ def _tokens_and_operations(options: TrainOptions, model: nn.Module) -> list[tupl
     for phase in phase_options(options):
         when = "" if phase is options else " when unmasked"
         if when:
+            is_masked = masking_or_none(model) is not None
             unmask(model)
             if tokens:
-                count = f" {num_patches(model)}" if options.changes_tower else ""
+                count = f" {num_patches(model)}" if is_masked else ""
                 tokens.append(f"all{count}{when}")
         num_steps = (num_samples or 0) // samples_per_step(phase) * phase.epochs
         flops: list[float] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,7 +22,7 @@ from clip_pgs.files import CHECKPOINTS_NAME
 from clip_pgs.integrations.open_clip.model_config import changed_model
 from clip_pgs.masking import create_masking
 from clip_pgs.tables import counted
-from clip_pgs.training.build import context_length, is_on_cpu, read_model_config
+from clip_pgs.training.build import context_length, input_size, is_on_cpu, read_model_config
 from clip_pgs.training.data_checks import (
     has_training_data,
     num_training_samples,
@@ -127,6 +128,8 @@ def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
     has_imagenet = options.imagenet_val is not None or options.imagenet_v2 is not None
     reports_to_wandb = bool({"wandb", "all"} & set(options.report_to.split(",")))
     opt, scheduler = options.opt, options.lr_scheduler
+    own_size = input_size(dataclasses.replace(options, train_image_size=None))
+    is_own_size = (options.train_image_size,) * 2 == own_size
     ratios = "mask_ratio mask_ratio_min masking_option"
     tuning = "unmasked_lr unmasked_warmup unmasked_batch_size unmasked_accum_freq"
     cooldown = "epochs_cooldown lr_cooldown_end lr_cooldown_power"
@@ -150,6 +153,7 @@ def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
             "mask_schedule_steps",
             "with --mask-schedule constant",
         ),
+        (is_own_size, "train_image_size", f"on {model}, whose images have this size"),
         (options.unmasked_epochs == 0, tuning, "without --unmasked-epochs"),
         ("csv" not in kinds.values(), csv, "without csv data"),
         ("webdataset" not in kinds.values(), "caption_key", "without shards"),

@@ -36,6 +36,7 @@ from clip_pgs.data.bad_samples import StalledDataError, UnusableDataError
 from clip_pgs.data.decoding import pixel_normalizer
 from clip_pgs.data.order import stable_seed
 from clip_pgs.files import CHECKPOINTS_NAME, EXPORT_NAME, MASKS_NAME, METRICS_NAME
+from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.integrations.open_clip import (
     CaptionGroups,
     load_masking_state,
@@ -754,7 +755,8 @@ class PhaseTrainer:
             unmask(self.model)
             unmask(self._plain)
         self.optimizer = build_optimizer(options, self.model)
-        self.masks = StepMasks(self.model, options) if options.changes_tower else None
+        is_masked = masking_or_none(self.model) is not None
+        self.masks = StepMasks(self.model, options) if is_masked else None
         # Statistics of BatchNorm: what a checkpoint holds and a forward pass changes.
         kept = self.model.state_dict().keys()
         self._buffers = [buffer for name, buffer in self.model.named_buffers() if name in kept]

@@ -49,12 +49,23 @@ def test_a_tower_that_is_no_usual_vit_can_be_masked(model):
     [
         (["--train-image-size", "100"], "--masking pgs --train-image-size 100 on ViT-B-32: image"),
         (["--train-image-size", "256"], "at most 224 x 224, got 256 x 256"),
+        (
+            ["--train-image-size", "64", "--force-patch-dropout", "0.5"],
+            "--train-image-size 64 cannot work beside OpenCLIP's patch dropout of 0.5",
+        ),
         (["--train-image-size", "0"], "--train-image-size must be >= 1"),
         (["--train-image-size", "64", "--masking", "attentive"], "the tower's own size alone"),
     ],
 )
 def test_a_size_that_training_images_cannot_have_is_refused(argv, part):
     assert part in refusal("--model", "ViT-B-32", *SYNTHETIC, *PGS, *argv)
+
+
+def test_a_masking_that_nobody_named_is_not_blamed():
+    sizes = ["--train-image-size", "64", "--force-patch-dropout", "0.5"]
+    assert refusal("--model", "ViT-B-32", *SYNTHETIC, *sizes).startswith(
+        "--train-image-size 64 can"
+    )
 
 
 def test_an_option_of_another_strategy_names_the_valid_ones():
