@@ -183,7 +183,7 @@ def _add_scaling(commands: Any) -> None:
     _add_progress(parser, "; above 0 embeddings are compared too")
     world_help = "time steps of up to so many; model, image size and precision are theirs"
     add("--processes", type=number_in(int, 1, 1024), metavar="P", help=world_help)
-    add("--masking", default="pgs", metavar="NAME", help="of a step (default: pgs)")
+    add("--masking", metavar="NAME", help="of a step (default: pgs)")
     _add_output(parser, "scaling.json")
 
 
@@ -205,8 +205,8 @@ def _add_data(commands: Any) -> None:
     add("--limit", type=_count, default=512, metavar="N", help="images at most (default: 512)")
     add("--steps", type=_count, default=7, metavar="N", help="rounds that count (default: 7)")
     add("--workers", type=number_in(int, 1, 1024), metavar="W", help="loading processes")
-    add("--batch-size", type=_count, default=64, metavar="B", help="of the loader (default: 64)")
-    add("--batches", type=_count, default=24, metavar="N", help="that count (default: 24)")
+    add("--batch-size", type=_count, metavar="B", help="of the loader (default: 64)")
+    add("--batches", type=_count, metavar="N", help="that count (default: 24)")
     seconds = number_in(float, 1e-6, 3600)
     add("--step-seconds", type=seconds, metavar="S", help="length of a step that wants a batch")
     _add_output(parser, "data.json")

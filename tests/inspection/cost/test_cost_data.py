@@ -130,6 +130,8 @@ def test_without_a_step_nothing_is_said_of_waiting(shard, tmp_path, capsys):
         ["--workers", "1", "--step-seconds", "nan"],
         ["--workers", "1", "--step-seconds", "inf"],
         ["--step-seconds", "1"],
+        ["--batch-size", "8"],
+        ["--batches", "3"],
         ["--min-side", "5000"],
         ["--min-side", "-1"],
         ["--output", "00000.tar"],

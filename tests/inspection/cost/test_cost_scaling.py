@@ -66,6 +66,12 @@ def test_the_command_steps_on_one_process_and_on_two(tmp_path, capsys):
     assert two["efficiency"] == pytest.approx(one["seconds"] / two["seconds"])
 
 
+def test_a_model_of_processes_is_looked_at_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["scaling", "--device", "cpu", "--processes", "2", "--model", "no such"]
+    assert "'no such' is neither a model config" in refusal(main, argv, capsys)
+
+
 @pytest.mark.slow
 def test_what_a_process_raises_is_said_in_one_sentence(tmp_path):
     step = step_of(str(tmp_path / "none.json"))
@@ -87,6 +93,10 @@ def test_too_few_gpus_are_refused_before_anything_starts(monkeypatch):
         ("--batch-size", "1000000"),
         ("--progress", "nan"),
         ("--processes", "0"),
+        ("--masking", "random"),
+        ("--model", "ViT-S-16"),
+        ("--image-size", "32"),
+        ("--precision", "fp32"),
         ("--processes", "9" * 30),
         ("--masking", "pgx"),
         ("--device", "nonsense"),

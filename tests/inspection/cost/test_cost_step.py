@@ -381,6 +381,16 @@ def test_bad_input_is_one_sentence(config, capsys, monkeypatch, flag, value):
     refusal(main, ["cost", "--model", config, "--device", "cpu", flag, value], capsys)
 
 
+@pytest.mark.parametrize("maskings", [["none"], ["none", "random", "pgs"]])
+@pytest.mark.parametrize("flag", ["--pack-tokens", "--no-pack-tokens"])
+def test_packing_of_maskings_that_never_pack_is_refused(
+    config, capsys, monkeypatch, maskings, flag
+):
+    monkeypatch.chdir(config.parent)
+    argv = ["cost", "--model", config, "--device", "cpu", "--maskings", *maskings, flag]
+    assert "pack_tokens has no effect on none" in refusal(main, argv, capsys)
+
+
 def test_a_config_that_is_refused_does_not_spoil_the_next(config, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "damaged.json").write_text("{")

@@ -37,7 +37,7 @@ from clip_pgs.data.samples import RawSample, SampleDecoder
 from clip_pgs.data.shards import is_seekable
 from clip_pgs.data.tar import read_shard
 from clip_pgs.files import check_writable, list_folder, regular_file, write_json
-from clip_pgs.inspection.cost.step import TICK, Columns, measured_table
+from clip_pgs.inspection.cost.step import TICK, Columns, check_effect, measured_table
 from clip_pgs.tables import counted
 
 CAPTION = b"a dog runs over the grass with a ball in its mouth"
@@ -254,8 +254,7 @@ def run_data(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If an option or a path is wrong, or the file cannot be written.
     """
-    if args.step_seconds is not None and args.workers is None:
-        raise ValueError("--step-seconds needs --workers, whose batches the steps wait for")
+    check_effect(args, "workers", "batch_size", "batches", "step_seconds")
     if args.output is not None:
         check_writable(args.output / "data.json")
     images = read_jpegs(args.paths, min_side=args.min_side, limit=args.limit)
@@ -283,12 +282,13 @@ def run_data(args: argparse.Namespace) -> None:
 
 def _run_loader(args: argparse.Namespace, images: Sequence[bytes]) -> dict[str, Any]:
     """Measure and print the loader's speed; return what the file says of it."""
+    batch_size = args.batch_size or 64
     speed = measure_loader_speed(
         images,
         image_size=args.image_size,
         num_workers=args.workers,
-        batch_size=args.batch_size,
-        num_batches=args.batches,
+        batch_size=batch_size,
+        num_batches=args.batches or 24,
         step_seconds=args.step_seconds,
     )
     columns: Columns = {
@@ -300,7 +300,7 @@ def _run_loader(args: argparse.Namespace, images: Sequence[bytes]) -> dict[str, 
     if args.step_seconds is not None:
         columns["s per step"] = ("step_seconds", 1, "{:g}")
         columns["waiting"] = ("waiting_share", 1, "{:.1%}")
-    row = speed | {"batch_seconds": args.batch_size / speed["images_per_second"]}
+    row = speed | {"batch_seconds": batch_size / speed["images_per_second"]}
     table = measured_table([row], columns)
-    sys.stdout.write(f"\nTraining's loader, batches of {args.batch_size}\n\n{table}")
+    sys.stdout.write(f"\nTraining's loader, batches of {batch_size}\n\n{table}")
     return speed

@@ -29,6 +29,7 @@ from clip_pgs.inspection.cost.step import (
     Benchmark,
     Columns,
     Setup,
+    check_effect,
     describe_device,
     draw_images,
     fill_in_defaults,
@@ -262,10 +263,13 @@ def run_scaling(args: argparse.Namespace) -> None:
         ValueError: If an option is out of its range, a process fails, or the file cannot be
             written.
     """
+    check_effect(args, "processes", "model", "image_size", "precision", "masking")
     fill_in_defaults(args)
-    parse_specs([args.masking])
     if args.processes is not None:
+        args.masking = args.masking or "pgs"
+        parse_specs([args.masking])
         _check_gpus(args.device, args.processes)
+        replace(Benchmark.of(args), device=torch.device("meta")).build()
     if args.output is not None:
         check_writable(args.output / "scaling.json")
     sizes = default_sizes(args.batch_size)

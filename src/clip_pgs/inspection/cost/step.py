@@ -644,6 +644,12 @@ def run_cost(args: argparse.Namespace) -> None:
     """
     fill_in_defaults(args)
     specs = parse_specs(args.maskings, mask_ratio=args.mask_ratio)
+    strategies = [spec.build(mask_ratio=args.mask_ratio) for spec in specs]
+    if args.pack_tokens is not None and not any(s.keeps_different_counts() for s in strategies):
+        raise ValueError(
+            f"pack_tokens has no effect on {', '.join(args.maskings)}: each keeps as many patches "
+            "of every image"
+        )
     if args.mask_ratio is None:
         # Given, it would have to have an effect, which it has not where `none` alone is timed.
         args.mask_ratio = MASK_RATIO
@@ -713,6 +719,18 @@ def run_cost(args: argparse.Namespace) -> None:
     picture = args.output / "cost.png"
     plot_cost(rows, picture, batch_size=args.batch_size, peak=peak, title=title)
     sys.stdout.write(f"\n{args.output}: cost.json, cost.png\n")
+
+
+def check_effect(args: argparse.Namespace, needed: str, *options: str) -> None:
+    """Refuse options that have no effect without another one; None is one that was left out.
+
+    Raises:
+        ValueError: If one is given, and that which it needs is not.
+    """
+    for option in options:
+        if getattr(args, needed) is None and getattr(args, option) is not None:
+            flag = f"--{option.replace('_', '-')}"
+            raise ValueError(f"{flag} has no effect without --{needed}")
 
 
 def fill_in_defaults(args: argparse.Namespace) -> None:
