@@ -106,14 +106,7 @@ def read_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, An
         if named is not None and RUN_FILE.fullmatch(named.name):
             raise ValueError(f"{str(path)!r} only names a checkpoint; give {str(named)!r}")
     with explained(f"checkpoint {str(path)!r} cannot be read"):
-        try:
-            content = _read(path, use_mmap=use_mmap)
-        # It may be whole.
-        except PermissionError:
-            raise
-        # What a damaged file makes torch raise depends on where the damage lies.
-        except Exception as error:
-            raise ValueError(_reason(error)) from error
+        content = read_tensors(path, use_mmap=use_mmap)
         if isinstance(content, dict) and "state_dict" not in content:
             content = {"state_dict": content}
         weights = content.get("state_dict") if isinstance(content, dict) else None
@@ -122,13 +115,38 @@ def read_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, An
         for name, weight in weights.items():
             if not isinstance(name, str) or not isinstance(weight, Tensor):
                 raise ValueError("it holds no state dict")
-        for name, tensor in named_tensors(content):
-            _check_tensor(name[1:], tensor)
         for name in _COUNTS:
             count = content.get(name, 0)
             if type(count) is not int or not 0 <= count <= _MAX_COUNT:
                 raise ValueError(f"its {name} is {count!r}")
     return {**content, "state_dict": _plain_names(weights)}
+
+
+def read_tensors(path: Path, *, use_mmap: bool = False) -> Any:
+    """Read what `torch.save` or safetensors wrote onto the CPU; nothing in it is run.
+
+    Args:
+        path: The file.
+        use_mmap: As for `read_checkpoint`.
+
+    Returns:
+        A tensor, or tensors and plain types in dicts, lists and tuples.
+
+    Raises:
+        ValueError: With the reason alone, as `read_checkpoint` does.
+        PermissionError: If it may not be read.
+    """
+    try:
+        content = _read(path, use_mmap=use_mmap)
+    # It may be whole.
+    except PermissionError:
+        raise
+    # What a damaged file makes torch raise depends on where the damage lies.
+    except Exception as error:
+        raise ValueError(_reason(error)) from error
+    for name, tensor in named_tensors(content):
+        _check_tensor(name[1:] or "it", tensor)
+    return content
 
 
 def load_checkpoint(path: Path | str, *, use_mmap: bool = False) -> dict[str, Any]:

@@ -77,6 +77,33 @@ def test_a_resumed_run_draws_on_the_images_of_its_start(tmp_path):
     assert len(torch.load(tmp_path / "images.pt", weights_only=True)) == 8
 
 
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(1).expand(9, 3, 64, 64),
+        torch.zeros(9, 3, 64, 64),
+        torch.zeros(0, 3, 64, 64),
+        torch.zeros(8, 3, 32, 32),
+        torch.zeros(8, 3, 64, 64, dtype=torch.float64),
+        torch.tensor(0.0),
+        {"images": torch.zeros(8, 3, 64, 64)},
+        b"no images",
+    ],
+    ids=["a view", "too many", "none", "smaller", "doubles", "a number", "a dict", "damaged"],
+)
+def test_images_that_are_not_of_the_run_are_named_and_replaced(tmp_path, caplog, images):
+    path = tmp_path / "images.pt"
+    if isinstance(images, bytes):
+        path.write_bytes(images)
+    else:
+        torch.save(images, path)
+    run = MaskPictures(tmp_path, masked_model(), name="random", seed=0)
+    run.choose(smooth_images(12, height=64, width=64))
+    assert str(path) in caplog.text
+    assert len(torch.load(path, weights_only=True)) == 8
+    assert run.draw(0) is not None
+
+
 CPU = torch.device("cpu")
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import save_image
 
+from clip_pgs.checkpoint_reading import read_tensors
 from clip_pgs.data.order import stable_seed
 from clip_pgs.figure import PANEL_SIZE, Column, draw_figure
 from clip_pgs.files import write_bytes
@@ -224,10 +225,10 @@ class MaskPictures:
     def choose(self, candidates: Tensor) -> None:
         """Draw up to 8 of these images, (B, 3, H, W) as the model receives them, from now on.
 
-        Those that an earlier launch chose go before.
+        Those that an earlier launch chose go before, where they are of the same shape.
         """
         path = self._folder / _IMAGES_NAME
-        images = _read_images(path) if path.is_file() else None
+        images = _read_images(path, candidates.shape[1:]) if path.is_file() else None
         with self._best_effort:
             if images is None:
                 images = candidates[:_NUM_PICTURES].float().cpu()
@@ -302,12 +303,16 @@ def draw_masks(
     return pil_to_tensor(draw_figure(columns)) / 255
 
 
-def _read_images(path: Path) -> Tensor | None:
-    """Return the images that an earlier launch chose, None where the file is damaged."""
+def _read_images(path: Path, shape: torch.Size) -> Tensor | None:
+    """Return the images of a shape that an earlier launch chose, None where these are others."""
     try:
-        images = torch.load(path, weights_only=True)
-    # What a damaged file makes torch raise depends on where the damage lies.
-    except Exception as error:
-        _logger.warning("%s cannot be read: %s; it begins anew", path, type(error).__name__)
+        # A run may come from a stranger: nothing large is read before it is looked at.
+        images = read_tensors(path, use_mmap=True)
+        is_images = isinstance(images, Tensor) and images.dtype == torch.float32
+        if not (is_images and images.shape[1:] == shape and 0 < len(images) <= _NUM_PICTURES):
+            wanted = f"1 to {_NUM_PICTURES} images of shape {tuple(shape)}, float32"
+            raise ValueError(f"it must hold {wanted}")
+    except (OSError, ValueError) as error:
+        _logger.warning("%s cannot be taken: %s; it begins anew", path, error)
         return None
-    return images if isinstance(images, Tensor) and images.ndim == 4 else None
+    return images.clone()
