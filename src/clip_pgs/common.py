@@ -81,8 +81,9 @@ def one_sentence(error: BaseException | str) -> str:
 
 
 def refusal_code(error: BaseException | str) -> int:
-    """Return the exit code of a command that an error ends: 2 for bad input, 1 for the disk."""
-    return FAILED if isinstance(error, OSError) and error.errno in _DISK_FAULTS else BAD_INPUT
+    """Return the exit code of a command that an error ends: its own, 1 for the disk, or else 2."""
+    is_disk = isinstance(error, OSError) and error.errno in _DISK_FAULTS
+    return FAILED if is_disk else getattr(error, "exit_code", BAD_INPUT)
 
 
 def refuse(error: BaseException | str) -> int:

@@ -1,5 +1,7 @@
-"""Commands that give shards: none outlives who reads it."""
+"""Commands that give shards: none outlives who reads it. Workers: what becomes of killed ones."""
 
+import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,7 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from clip_pgs.data import commands
+from clip_pgs.common import leaving_when_told
+from clip_pgs.data import archive, commands, tar
+from clip_pgs.data.__main__ import main
+from clip_pgs.data.commands import worker_processes
 from clip_pgs.data.tar import read_shard
 from support.processes import is_running
 from support.runs import flags
@@ -126,3 +131,59 @@ def test_a_command_that_a_signal_ends_waits_for_the_one_to_this_process(monkeypa
         list(read_shard("pipe:kill -TERM $$"))
     (skip,) = read_shard("pipe:exit 3")
     assert "exit 3" in skip.detail
+
+
+def _how_signals_end(_):
+    return signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+
+def test_processes_end_by_sigterm_without_pythons_help():
+    # Where one is lost they are joined after it; a handler in Python can miss a signal before a
+    # wait for a lock.
+    with leaving_when_told(), worker_processes(2, "draw") as processes:
+        expected = {(signal.SIG_DFL, signal.SIG_IGN)}
+        assert set(processes.map(_how_signals_end, range(4))) == expected
+
+
+@pytest.fixture
+def deadly(make_tar, tmp_path, monkeypatch):
+    """Shards that kill each process that reads them, but this one."""
+    parent, opened = os.getpid(), archive.open_archive
+
+    def open_or_die(file, shard):
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return opened(file, shard)
+
+    monkeypatch.setattr(tar, "open_archive", open_or_die)
+    monkeypatch.setattr(commands, "_SIGNAL_SECONDS", 0.0)
+    make_tar(tmp_path / "shard", [("a.jpg", b"image"), ("a.txt", b"a dog")])
+    shards = [f"{tmp_path}/{number}.tar" for number in range(500)]
+    for shard in shards:
+        os.link(tmp_path / "shard", shard)
+    return shards
+
+
+def test_a_killed_process_ends_the_count_of_words_in_a_sentence(deadly, tmp_path, capsys):
+    argv = ["words", f"{tmp_path}/*.tar", "-o", f"{tmp_path}/words.json", "--workers", "2"]
+    assert main(argv) == 1
+    error = "error: one of 2 processes that count words was killed, maybe for want of memory\n"
+    assert capsys.readouterr().err == error
+    assert not (tmp_path / "words.json").exists()
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_shards_are_indexed_without_the_processes_that_are_killed_or_not_to_be_had(
+    deadly, monkeypatch, has_room
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if not has_room:
+        monkeypatch.setattr(commands, "ProcessPoolExecutor", refuse)
+    monkeypatch.setattr(tar, "_SECONDS_ALONE", 0.0)
+    assert tar.index_shards(deadly) == dict.fromkeys(deadly, (1, None))
+    assert multiprocessing.active_children() == []

@@ -1,19 +1,27 @@
-"""Commands that give shards, of `pipe:` or webdataset's for a URL, and how they are ended."""
+"""Processes beside this one, and how they end: workers, and commands that give shards."""
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import importlib
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+from clip_pgs.common import FAILED
+
+T = TypeVar("T")
 
 # The exit codes of commands that a signal ended, and of shells that ran one.
 _TOLD = {sign for number in (signal.SIGTERM, signal.SIGINT) for sign in (-number, 128 + number)}
@@ -25,9 +33,79 @@ _CLEAN_UP_SECONDS = 0.2
 # A data worker that is told to leave ends its commands in this time, if it can at all.
 _LEAVE_SECONDS = 0.5
 _KILL_SECONDS = 2.0
+_PR_SET_PDEATHSIG = 1
 
 _running: set[subprocess.Popen[bytes]] = set()
 os.register_at_fork(after_in_child=_running.clear)
+
+
+class LostProcessError(ValueError):
+    """A process that worked for this one was killed; says what it did."""
+
+    exit_code = FAILED
+
+
+@contextmanager
+def worker_processes(number: int, what: str) -> Iterator[ProcessPoolExecutor | None]:
+    """Give processes that work beside this one; at the end what they have not begun is dropped.
+
+    Args:
+        number: How many; for 0, and where the system has no room for them, None is given.
+        what: What they do, such as "draw scenes", for the message.
+
+    Raises:
+        LostProcessError: If one of them is killed, and nobody minds within the block.
+    """
+    executor = None
+    if number:
+        # Their semaphores have a place in shared memory.
+        with suppress(OSError, NotImplementedError):
+            executor = ProcessPoolExecutor(number, initializer=_follow_parent)
+    try:
+        yield executor
+    except BrokenProcessPool:
+        # A signal that went to all says more.
+        time.sleep(_SIGNAL_SECONDS)
+        raise LostProcessError(
+            f"one of {number} processes that {what} was killed, maybe for want of memory"
+        ) from None
+    finally:
+        if executor is not None:
+            executor.shutdown(cancel_futures=True)
+
+
+def map_in(
+    executor: ProcessPoolExecutor, function: Callable[..., T], items: Iterable[Any], chunk: int = 1
+) -> Iterator[T]:
+    """Hand out all items at once, so many together, and yield what a function gives, in order.
+
+    `executor.map` cancels the others where one fails, which may leave killed processes' siblings.
+    """
+    every = list(items)
+    futures = deque(
+        executor.submit(_apply, function, every[start : start + chunk])
+        for start in range(0, len(every), chunk)
+    )
+
+    def results() -> Iterator[T]:
+        while futures:
+            yield from futures.popleft().result()
+
+    return results()
+
+
+def _apply(function: Callable[..., T], items: list[Any]) -> list[T]:
+    return [function(item) for item in items]
+
+
+def _follow_parent() -> None:
+    """Leave Ctrl-C to the process that hands out the work; end with it, where Linux can tell."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Where one is lost, the others are ended by it. Python's handler, which is inherited, can miss
+    # it where the signal comes just before a wait for a lock, and the process would wait for ever.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(libc := ctypes.CDLL(None), "prctl"):
+        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def open_remote(shard: str) -> BinaryIO:

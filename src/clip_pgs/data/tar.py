@@ -17,9 +17,9 @@ import logging
 import os
 import resource
 import tarfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -34,7 +34,7 @@ import numpy as np
 from clip_pgs.common import one_sentence
 from clip_pgs.data.archive import StrictTarInfo, open_archive, regular_members
 from clip_pgs.data.bad_samples import Skip, StalledDataError
-from clip_pgs.data.commands import open_remote
+from clip_pgs.data.commands import LostProcessError, open_remote, worker_processes
 from clip_pgs.data.decoding import MAX_IMAGE_BYTES
 from clip_pgs.data.order import MAX_LANES, SampleRef
 from clip_pgs.data.samples import (
@@ -64,6 +64,8 @@ _MIN_CACHED = 200
 _MAX_OPEN = MAX_LANES + 64
 _SECONDS_ALONE = 2.0
 _SECONDS_BETWEEN_REPORTS = 10.0
+# Shards that each process is given before it asks.
+_NUM_AHEAD = 4
 # A file server may be away for a moment.
 _SECONDS_BEFORE_RETRY = 10.0
 # A run asks for the same shards again in its checks and in each of its phases.
@@ -335,21 +337,29 @@ def index_shards(shards: list[str], *, start: int = 0) -> dict[str, tuple[int, S
     while len(found) < len(order) and monotonic() - begun < _SECONDS_ALONE:
         shard = order[len(found)]
         found[shard] = _count(shard)
-    rest = order[len(found) :]
+    rest = deque(order[len(found) :])
     if rest:
         num_processes = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        executor = ProcessPoolExecutor(min(max(1, num_processes - 1), len(rest)))
-        try:
-            futures = [(shard, executor.submit(_count, shard)) for shard in rest]
-            # This process works, too: from the other end.
-            for shard, future in reversed(futures):
-                found[shard] = _count(shard) if future.cancel() else future.result()
+        num_processes = min(max(1, num_processes - 1), len(rest))
+        # What is left where one of them is killed, or none can be had, is done below.
+        lost, workers = suppress(LostProcessError), worker_processes(num_processes, "index shards")
+        with lost, workers as executor:
+            begun_there: deque[tuple[str, Future[Any]]] = deque()
+            while executor is not None and (rest or begun_there):
+                while rest and len(begun_there) < _NUM_AHEAD * num_processes:
+                    shard = rest.popleft()
+                    begun_there.append((shard, executor.submit(_count, shard)))
+                # This process works, too: from the other end.
+                if rest:
+                    shard = rest.pop()
+                    found[shard] = _count(shard)
+                while begun_there and (not rest or begun_there[0][1].done()):
+                    shard, future = begun_there.popleft()
+                    found[shard] = future.result()
                 if monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
                     reported = monotonic()
-                    num_left = sum(not future.done() for _, future in futures)
-                    logger.info("indexed %d of %d shards", len(order) - num_left, len(order))
-        finally:
-            executor.shutdown(cancel_futures=True)
+                    logger.info("indexed %d of %d shards", len(found), len(order))
+    found.update((shard, _count(shard)) for shard in order if shard not in found)
     # One without a digest may hold more at another time.
     _counted.update((_state_of(shard), each) for shard, each in found.items() if each[2])
     return {shard: (size, failure) for shard, (size, failure, _) in found.items()}

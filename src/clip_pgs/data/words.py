@@ -16,17 +16,17 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import regex
 
 from clip_pgs.common import explained
 from clip_pgs.data.bad_samples import BadSampleError, Skip, describe_reasons
 from clip_pgs.data.caption_tables import read_captions
+from clip_pgs.data.commands import map_in, worker_processes
 from clip_pgs.data.samples import (
     MAX_CHARACTERS,
     RawSample,
@@ -237,6 +237,7 @@ def count_shards(
 
     Raises:
         ValueError: If `num_workers` < 1, or `caption_key` has an empty name.
+        LostProcessError: If one of the processes is killed.
     """
     if num_workers < 1:
         raise ValueError(f"--workers must be >= 1, got {num_workers}")
@@ -244,8 +245,8 @@ def count_shards(
         caption_fields(caption_key)
     total = CaptionCount()
     num_workers = min(num_workers, len(shards))
-    with ProcessPoolExecutor(num_workers) if num_workers > 1 else nullcontext() as executor:
-        count_each = executor.map if executor is not None else map
+    with worker_processes(num_workers if num_workers > 1 else 0, "count words") as executor:
+        count_each: Any = map if executor is None else partial(map_in, executor)
         for count in count_each(partial(count_shard, caption_key=caption_key), shards):
             total.add(count)
             progress()

@@ -20,7 +20,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from clip_pgs.common import leaving_when_told
+from clip_pgs.data import commands
 from clip_pgs.data.__main__ import main
 from clip_pgs.data.world import writing
 from clip_pgs.data.world.captions import TASKS, hard_negatives
@@ -439,11 +439,22 @@ def test_count_below_one_is_refused(tmp_path, counts):
         write_world(tmp_path / "demo", **counts)
 
 
-def _how_sigterm_ends(_):
-    return signal.getsignal(signal.SIGTERM)
+def test_a_killed_process_ends_the_command_in_a_sentence(tmp_path, monkeypatch, capsys):
+    parent, draw = os.getpid(), writing.draw_scene
 
+    def draw_or_die(scene):
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(scene)
 
-def test_processes_that_draw_end_by_sigterm_without_pythons_help():
-    # The pool joins them after it; a handler in Python can miss a signal before a wait for a lock.
-    with leaving_when_told(), writing._processes(2) as processes:
-        assert set(processes.map(_how_sigterm_ends, range(4))) == {signal.SIG_DFL}
+    # By this name processes find it again.
+    monkeypatch.setattr(draw_or_die, "__module__", writing.__name__)
+    monkeypatch.setattr(draw_or_die, "__qualname__", "draw_scene")
+    monkeypatch.setattr(writing, "draw_scene", draw_or_die)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(commands, "_SIGNAL_SECONDS", 0.0)
+    counts = [f"--num-{name}=40" for name in ("train", "val")]
+    assert main(["world", str(tmp_path / "demo"), *counts, "--num-per-class=1"]) == 1
+    error = "error: one of 2 processes that draw scenes was killed, maybe for want of memory\n"
+    assert capsys.readouterr().err.endswith(error)
+    assert list(tmp_path.iterdir()) == []

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import io
 import json
 import logging
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import count
-from multiprocessing import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from clip_pgs.data.commands import map_in, worker_processes
 from clip_pgs.data.shards import cached_index, write_shard
 from clip_pgs.data.world.captions import TASKS, hard_negatives
 from clip_pgs.data.world.draw import Drawing, draw_scene
@@ -52,11 +50,10 @@ _PNG = {"format": "PNG"}
 _CAPTIONED_BYTES, _SAMPLE_BYTES = 6_500, 3_000
 # Samples that a process draws before it hands them over.
 _CHUNK = 32
-_PR_SET_PDEATHSIG = 1
 
 # Gets the number of samples done and of all.
 Progress = Callable[[int, int], None]
-# As `map` does, in order; that of a pool in several processes.
+# As `map` does, in order; that of an executor in several processes.
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
@@ -96,6 +93,7 @@ def write_world(
     Raises:
         ValueError: If a count is below 1, the folder has to be written and holds anything but a
             world, or the disk has no room for it.
+        LostProcessError: If one of the processes is killed; the folder is as it was.
     """
     # Where the folder is a link, what it leads to is filled.
     root = Path(root).resolve()
@@ -249,8 +247,10 @@ def _write_whole(
     if root.exists() and any(root.iterdir()):
         logger.info("%s holds another or an incomplete demo world, which is replaced", root)
     facts, num_done, num_all = {}, count(1), sum(part.num_samples for part in parts)
-    with atomic_folder(root) as folder, _processes(num_workers) as processes:
-        each: Map = map if processes is None else partial(processes.imap, chunksize=_CHUNK)
+    num_processes = num_workers if num_workers > 1 else 0
+    drawing = worker_processes(num_processes, "draw scenes")
+    with atomic_folder(root) as folder, drawing as processes:
+        each: Map = map if processes is None else partial(map_in, processes, chunk=_CHUNK)
         for part in parts:
             (folder / part.name).mkdir(parents=True)
             record = Record(lambda: progress(next(num_done), num_all) if progress else None)
@@ -261,7 +261,7 @@ def _write_whole(
                 "digest": record.digest(),
             }
             if part.name == "train":
-                # A pool begins at once, `map` when it is asked.
+                # Processes begin at once, `map` when it is asked.
                 words = each(_write_words, [folder])
         list(words)
         files = {
@@ -272,30 +272,12 @@ def _write_whole(
         write_json(folder / _WORLD_NAME, {**identity, "parts": facts, "files": files})
 
 
-def _processes(number: int) -> Any:
-    """Return a pool, or what gives None: for one, and where no semaphore of theirs has room."""
-    with suppress(OSError):
-        if number > 1:
-            return Pool(number, _follow_parent)
-    return nullcontext()
-
-
 def _write_words(root: Path) -> None:
     # What reads shards imports torch, which takes seconds.
     from clip_pgs.data.words import count_shards, write_word_frequencies
 
     captions = count_shards([str(path) for path in sorted(root.glob("train/*.tar"))])
     write_word_frequencies(captions.frequencies(min_count=1), root / WORDS_NAME)
-
-
-def _follow_parent() -> None:
-    """Leave Ctrl-C to the process that hands out the work; end with it, where Linux can tell."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The pool ends its processes by it; Python's handler, which is inherited, can miss it where the
-    # signal comes just before a wait for a lock, and the process would wait for ever.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(libc := ctypes.CDLL(None), "prctl"):
-        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def _write_captioned(
