@@ -15,6 +15,7 @@ import torch
 
 from clip_pgs.evaluation import load_model
 from clip_pgs.evaluation.__main__ import main
+from clip_pgs.evaluation.command import choose_device
 from clip_pgs.evaluation.report.gather import gather_runs
 from clip_pgs.evaluation.results import read_results
 from clip_pgs.files import folder_lock
@@ -345,6 +346,50 @@ def test_bad_input_gives_exit_code_2_one_sentence_and_no_files(run, capsys, argu
     assert message.startswith("error: ")
     assert message.count("\n") == 1
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory.\nTried"), OSError(5, "I/O")])
+def test_a_model_that_cannot_be_opened_stops_no_other(run, options, capsys, monkeypatch, error):
+    def load(source, **options):
+        if "checkpoints" in source:
+            raise error
+        return load_model(source, **options)
+
+    monkeypatch.setattr("clip_pgs.evaluation.models.load_model", load)
+    shutil.copytree(run, "other")
+    sources = [str(run), str(run / "checkpoints/epoch_1.pt"), "other"]
+    arguments = [*sources, *options[:-1], "--suite", "zeroshot-retrieval"]
+    assert main(arguments) > 0
+    said = capsys.readouterr()
+    assert said.err.count("error: ") == 1
+    assert "Traceback" not in said.err
+    assert "CUDA out of memory. Tried" in said.err or "I/O" in said.err
+    assert said.out.splitlines()[-1] == "The report is eval_results/report/report.html"
+    assert all(Path(place, "eval/results.csv").is_file() for place in (run, "other"))
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("name", [None, "cuda"])
+def test_each_process_has_a_gpu_of_its_own(name):
+    chosen = [choose_device(name, world_size=2, local_rank=rank) for rank in (0, 1)]
+    assert chosen == ["cuda:0", "cuda:1"]
+    assert choose_device(name) == "cuda"
+    with pytest.raises(ValueError, match="each process takes a GPU of its own, and there are 2"):
+        choose_device(name, world_size=3, local_rank=2)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_by_number_is_refused_to_several_processes():
+    assert choose_device("cuda:1") == "cuda:1"
+    assert choose_device("cpu", world_size=2, local_rank=1) == "cpu"
+    with pytest.raises(ValueError, match="--device cuda:1 is one GPU for 2 processes"):
+        choose_device("cuda:1", world_size=2)
 
 
 def test_processes_that_nobody_started_are_one_sentence(run, options, capsys, monkeypatch):

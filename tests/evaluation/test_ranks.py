@@ -53,6 +53,53 @@ def test_two_processes_share_the_sets_and_one_tells_the_result(
     assert len(table.splitlines()) == 1 + 5
 
 
+FULL_SUITE = """
+import os
+from clip_pgs.evaluation import Scores, models, register_suite
+
+load = models.load_model
+
+def load_unless_full(source, **options):
+    if os.environ["RANK"] == "1" and "first" in source:
+        raise RuntimeError("CUDA out of memory")
+    return load(source, **options)
+
+models.load_model = load_unless_full
+
+@register_suite("full", title="Full", summary="", task="full", types=("classification",),
+                metrics={"acc": "acc"}, main_metrics=("acc",), unit="percent")
+def score(encoder, eval_set):
+    return Scores({"acc": 0.5}, 1)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_that_one_process_cannot_open_is_told_by_the_first_and_passed_over_by_all(
+    finished_run, data_root, tmp_path
+):
+    (tmp_path / "full_suite.py").write_text(FULL_SUITE)
+    (tmp_path / "sets.txt").write_text("six\n")
+    for name in ("first", "second"):
+        shutil.copytree(finished_run, tmp_path / name)
+    command = [sys.executable, "-m", "clip_pgs.cli", "test", "first", "second", "--nproc", "2"]
+    command += ["--suite", "full_suite:score", "--datasets", "sets.txt"]
+    command += ["--data-root", str(data_root), "--workers", "0", "--no-report"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (complaint,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert complaint == "error: first cannot be opened on cpu: CUDA out of memory"
+    assert not (tmp_path / "first/eval").exists()
+    assert (tmp_path / "second/eval/results.csv").is_file()
+
+
 SLOW_SUITE = """
 import os, time
 from clip_pgs.evaluation import Scores, register_suite

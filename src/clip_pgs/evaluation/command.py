@@ -20,17 +20,19 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from clip_pgs.common import (
     AskedToLeaveError,
     Pairs,
     SentenceParser,
     early_end,
+    explained,
     is_first_process,
+    one_sentence,
     output_path,
     refusal_code,
     refuse,
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
     from clip_pgs.evaluation.runner import Ranks
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 EXIT_DONE, EXIT_INCOMPLETE = 0, 1
 REPORT_NAME = "report"
@@ -244,10 +248,15 @@ def _evaluate_all(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         try:
             ranks = stack.enter_context(join_ranks())
-            device = choose_device(
-                args.device, world_size=ranks.world_size, local_rank=ranks.local_rank
+            device, outputs = _together(
+                ranks,
+                lambda: (
+                    choose_device(
+                        args.device, world_size=ranks.world_size, local_rank=ranks.local_rank
+                    ),
+                    _output_folders(args),
+                ),
             )
-            outputs = _output_folders(args)
         except (ValueError, OSError) as error:
             return _complain(error)
 
@@ -257,7 +266,7 @@ def _evaluate_all(args: argparse.Namespace) -> int:
             try:
                 with _holding(output, ranks):
                     results = _evaluate_source(source, eval_sets, output, device, ranks, args)
-            except (ValueError, PermissionError) as error:
+            except (ValueError, OSError) as error:
                 exit_code = _complain(error)
                 continue
             scored.append((output, results))
@@ -301,23 +310,57 @@ def choose_device(name: str | None, *, world_size: int = 1, local_rank: int = 0)
     """Return the device of this process.
 
     Args:
-        name: What the user asks for; None takes a GPU if there is one.
+        name: What the user asks for; None takes a GPU if there is one. Of several processes on a
+            machine each takes a GPU of its own.
         world_size: Processes of the call.
         local_rank: This one's number on its machine.
 
     Raises:
-        ValueError: If the device that was asked for cannot be used here.
+        ValueError: If the device that was asked for cannot be used here, or is one GPU for several
+            processes.
     """
     import torch
 
-    if name is None:
-        if not torch.cuda.is_available():
-            return "cpu"
-        return "cuda" if world_size == 1 else f"cuda:{local_rank}"
     from clip_pgs.integrations.open_clip.model_config import usable_device
 
-    usable_device(name)
-    return name
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device(name)
+    if world_size == 1 or device.type != "cuda":
+        return name
+    if device.index is not None:
+        raise ValueError(
+            f"--device {name} is one GPU for {world_size} processes; --device cuda gives each its "
+            "own"
+        )
+    if local_rank >= (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"each process takes a GPU of its own, and there are {count} for process {local_rank}, "
+            "counted from 0; start as many processes as GPUs, or take --device cpu"
+        )
+    return f"cuda:{local_rank}"
+
+
+def _together(ranks: Ranks, make: Callable[[], _T]) -> _T:
+    """Return what each process makes; where one of them cannot, none goes on alone.
+
+    Raises:
+        ValueError: If another one cannot, with its reason.
+        Exception: What this one's raised.
+    """
+    made: list[_T] = []
+    own: Exception | None = None
+    try:
+        made.append(make())
+    except (ValueError, OSError) as error:
+        own = error
+    reasons = ranks.gather(None if own is None else one_sentence(own))
+    if own is not None:
+        raise own
+    for reason in reasons:
+        if reason is not None:
+            raise ValueError(reason)
+    return made[0]
 
 
 def inference_choice(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
@@ -394,9 +437,15 @@ def _evaluate_source(
     from clip_pgs.evaluation.models import load_model
     from clip_pgs.evaluation.runner import ERRORS_NAME, evaluate
 
-    loaded = load_model(source, device=device, **_model_choice(args))
-    if not args.force and output != Path(source, EVAL_NAME):
-        _keep_others(output, loaded)
+    def load() -> LoadedModel:
+        # A GPU that is full, above all; the models that come after it may be smaller.
+        with explained(f"{source} cannot be opened on {device}", RuntimeError):
+            loaded = load_model(source, device=device, **_model_choice(args))
+        if not args.force and output != Path(source, EVAL_NAME):
+            _keep_others(output, loaded)
+        return loaded
+
+    loaded = _together(ranks, load)
     if ranks.is_main:
         where = device if ranks.world_size == 1 else f"{ranks.world_size} processes"
         logger.info("Evaluating %s on %s", loaded.source, where)
