@@ -69,7 +69,7 @@ def test_the_command_steps_on_one_process_and_on_two(tmp_path, capsys):
 def test_a_model_of_processes_is_looked_at_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["scaling", "--device", "cpu", "--processes", "2", "--model", "no such"]
-    assert "'no such' is neither a model config" in refusal(main, argv, capsys)
+    assert refusal(main, argv, capsys).startswith("error: 'no such' is neither a model config")
 
 
 @pytest.mark.slow
