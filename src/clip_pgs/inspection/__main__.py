@@ -155,7 +155,8 @@ def _add_cost(commands: Any) -> None:
     add("--mask-ratio", type=float, metavar="F", help="in [0, 1) (default: 0.5)")
     _add_progress(parser, ", which strategies are told; above 0 some look at embeddings as well")
     kinds = ("flickr8k", "web")
-    add("--captions", choices=kinds, default="flickr8k", help="whose lengths they have")
+    captions_help = "whose lengths they have (default: flickr8k)"
+    add("--captions", choices=kinds, default="flickr8k", help=captions_help)
     trim_help = "give every model the whole context of tokens"
     add("--no-trimming", dest="trims", action="store_false", help=trim_help)
     pack_help = "run maskings that keep different counts as one sequence (default: as training)"

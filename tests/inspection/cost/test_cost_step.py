@@ -378,7 +378,9 @@ def test_bad_input_is_one_sentence(config, capsys, monkeypatch, flag, value):
     large = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "width": 2**20}}
     Path("large.json").write_text(json.dumps(large))
     Path("cost.png").mkdir()
-    refusal(main, ["cost", "--model", config, "--device", "cpu", flag, value], capsys)
+    said = refusal(main, ["cost", "--model", config, "--device", "cpu", flag, value], capsys)
+    assert "<class" not in said
+    assert "coca" not in value or said.endswith("coca_ViT-B-32 is a CoCa\n")
 
 
 @pytest.mark.parametrize("maskings", [["none"], ["none", "random", "pgs"]])

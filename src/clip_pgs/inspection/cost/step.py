@@ -151,7 +151,8 @@ class Benchmark:
                 name, device=self.device, force_image_size=self.image_size, load_weights=False
             )
         if type(model) not in (CLIP, CustomTextCLIP):
-            raise ValueError(f"the benchmark runs pairs of towers, and {name} is a {type(model)}")
+            kind = type(model).__name__
+            raise ValueError(f"the benchmark runs plain pairs of towers, and {name} is a {kind}")
         return model
 
     def draw(self, model: CLIP | CustomTextCLIP) -> tuple[Tensor, Tensor]:
