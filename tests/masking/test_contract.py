@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clip_pgs import PatchInputs, create_masking, list_maskings
-from clip_pgs.masking import describe_masking
+from clip_pgs.masking import describe_masking, pgs, sampling
 from clip_pgs.masking.strategy import keep_count
 from support.images import make_inputs, smooth_images
 
@@ -323,6 +323,27 @@ def test_every_tensor_is_made_on_the_images_device(name, options):
             progress=0.5,
         )
         assert create_masking(name, **options)(inputs).index.device.type == "cuda"
+
+
+class ForbidFloat64(TorchDispatchMode):
+    """Raise where a tensor of float64 is made."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        assert getattr(result, "dtype", None) != torch.float64, f"{func} makes float64"
+        return result
+
+
+@every_strategy
+@pytest.mark.parametrize("progress", [0.0, 0.5])
+def test_a_device_without_float64_needs_none(name, options, progress, monkeypatch):
+    on_apple = sampling.exact_dtype(torch.device("mps"))
+    assert on_apple == torch.float32
+    for module in (sampling, pgs):
+        monkeypatch.setattr(module, "exact_dtype", lambda device: on_apple)
+    strategy, inputs = create_masking(name, **options), make_inputs(progress=progress)
+    with ForbidFloat64():
+        select(strategy, inputs)
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from clip_pgs.integrations.masked_tower import (
 from clip_pgs.integrations.teacher import START_MOMENTUM, Teacher, teacher_momentum
 from clip_pgs.masking import MaskingStrategy, PatchSelection
 from clip_pgs.masking.merge import Merge
+from clip_pgs.masking.sampling import exact_dtype
 from clip_pgs.masking.strategy import (
     as_strategy,
     check_range,
@@ -341,9 +342,8 @@ def set_masking_progress(model: nn.Module, progress: float) -> None:
     progress = float(progress)
     masking, (tower, kind) = tower_masking(model), image_tower(model)
     masking.progress = progress
-    masking.progress_tensor = torch.full_like(
-        masking.progress_tensor, progress, device=kind.patch_weight(tower).device
-    )
+    device = kind.patch_weight(tower).device
+    masking.progress_tensor = torch.full((), progress, dtype=exact_dtype(device), device=device)
 
 
 def set_mask_ratio(model: nn.Module, mask_ratio: float) -> None:

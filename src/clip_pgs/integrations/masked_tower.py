@@ -152,7 +152,7 @@ class TowerMasking(nn.Module):
     Attributes:
         progress: Completed share of the masked training steps, in [0, 1].
         progress_tensor: The same for compiled models, which would guard on a number and be
-            compiled anew once it is no longer 0. Shape (), float64, on the model's device.
+            compiled anew once it is no longer 0. Shape (), `exact_dtype`, on the model's device.
         noise: Uniform numbers in [0, 1) for the coming forward passes, shape (B, N); None draws
             from the global stream.
         forced_selection: Takes the strategy's place where set.

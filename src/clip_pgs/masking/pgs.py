@@ -22,6 +22,7 @@ from clip_pgs.masking.calibration import CalibratedMasking, ThresholdRecord
 from clip_pgs.masking.edges import canny_edges, sobel_edges
 from clip_pgs.masking.sampling import (
     draw_noise,
+    exact_dtype,
     grid_coordinates,
     gumbel,
     image_draw,
@@ -559,5 +560,5 @@ def _some_at_random(
     share = scheduled_ratio(options.random_share, options.random_share_end, progress=progress)
     if options.random_images:
         is_random_B1 = image_draw(noise_BN) < options.random_images
-        share = share + (1 - share) * is_random_B1.double()
+        share = share + (1 - share) * is_random_B1.to(exact_dtype(noise_BN.device))
     return share_at_random(scores_BN, noise_BN, num_mask=num_mask, random_share=share)

@@ -103,6 +103,11 @@ def mask_top_counts(scores: Tensor, *, num_mask: Tensor, num_mask_min: int) -> P
     return PatchSelection(index=index_BK, valid=valid_BK)
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, where halves fall as in Python, or float32 on Apple's GPUs, which lack it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def share_at_random(
     scores: Tensor, noise: Tensor, *, num_mask: int | Tensor, random_share: float | Tensor
 ) -> Tensor:
@@ -117,7 +122,7 @@ def share_at_random(
             order, which may have served before.
         num_mask: Patches masked in every image, or in each its own number: shape (B,), int64.
         random_share: Share of the kept patches that is drawn, in [0, 1]; a tensor has shape
-            () or, for each image its own, (B, 1), and float64. The number 0 returns `scores`.
+            () or, for each image its own, (B, 1), and `exact_dtype`. The number 0 returns `scores`.
 
     Returns:
         What `mask_top` or `mask_top_counts` takes, with the same `num_mask`. Shape (B, N).
@@ -127,8 +132,7 @@ def share_at_random(
     num_patches = scores.shape[1]
     num_keep = num_patches - num_mask
     if isinstance(num_keep, Tensor):
-        # In float64, where halves fall as in Python.
-        num_keep = num_keep[:, None].double()
+        num_keep = num_keep[:, None].to(exact_dtype(scores.device))
     num_lowest = (1 - random_share) * num_keep
     num_lowest = num_lowest.round() if isinstance(num_lowest, Tensor) else round(num_lowest)
     order_BN = scores.sort(dim=1, descending=True, stable=True).indices

@@ -30,7 +30,7 @@ def scheduled_ratio(
         start: Ratio of the first part, in [0, 1].
         end: Ratio of the last part, in [0, 1]; has no effect on "constant". None stays at `start`.
         progress: Completed share of the masked training steps, in [0, 1]; in a compiled model a
-            tensor of shape () and float64, and then so is a "linear" ratio that changes.
+            tensor of shape () and `exact_dtype`, and then so is a "linear" ratio that changes.
         kind: "constant"; "linear" with equal steps between levels; "cosine" with small steps at
             both ends and large ones between, half a period.
         num_levels: Different ratios over training, >= 2; has no effect on "constant".

@@ -10,6 +10,8 @@ from open_clip.transformer import VisionTransformer
 from timm.layers import PatchEmbed
 
 from clip_pgs import MaskingStrategy, PatchSelection, create_masking
+from clip_pgs.integrations import apply
+from clip_pgs.integrations.apply import tower_masking
 from clip_pgs.integrations.open_clip import (
     apply_masking,
     calibrate_masking,
@@ -324,6 +326,14 @@ def test_a_wrong_option_leaves_the_model_plain():
 def test_options_beside_a_strategy_object_are_refused():
     with pytest.raises(ValueError, match="options go with a masking's name, got mask_ratio"):
         apply_masking(small_clip(), create_masking("random"), mask_ratio=0.5)
+
+
+def test_progress_is_of_a_type_that_the_device_has(monkeypatch):
+    monkeypatch.setattr(apply, "exact_dtype", lambda device: torch.float32)
+    model = apply_masking(small_clip(), "pgs")
+    set_masking_progress(model, 0.5)
+    found = tower_masking(model).progress_tensor
+    assert (found.dtype, found.item()) == (torch.float32, 0.5)
 
 
 def test_plain_models_have_no_masking_to_set():
