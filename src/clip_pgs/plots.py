@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import io
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -28,6 +29,8 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 GRAYS = ("#f2f2f2", "#dcdcdc", "#c3c3c3", "#a6a6a6", "#858585", "#5e5e5e")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo")
+# The first bytes of a figure's file, which hold its mark.
+_MARK_PLACE = 4096
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 
 _SETTINGS: dict[Any, Any] = {
@@ -73,8 +76,9 @@ class Figure:
 
     @classmethod
     def of(cls, drawing: Drawing, name: str, alt: str, caption: str, *, mark: str) -> Figure:
-        """Save a drawing; see `picture`."""
-        svg, png = (picture(drawing, form, mark=mark) for form in ("svg", "png"))
+        """Save a drawing, with the mark of whoever made it; see `picture` and `figure_mark`."""
+        own = figure_mark(mark, name)
+        svg, png = (picture(drawing, form, mark=own) for form in ("svg", "png"))
         return cls(name, alt, caption, svg, png)
 
 
@@ -139,8 +143,14 @@ def picture(drawing: Drawing, form: str, *, mark: str | None = None) -> bytes:
     return stream.getvalue()
 
 
-def write_figures(figures: Iterable[Figure], folder: Path) -> None:
+def write_figures(figures: Sequence[Figure], folder: Path, *, mark: str) -> None:
     """Write both forms of figures into a folder, which is made if need be.
+
+    Args:
+        figures: All of a page.
+        folder: Earlier figures of the page are removed from it, and no other file is: not those of
+            others, nor a copy under another name.
+        mark: Of whoever made it; see `figure_mark`.
 
     Raises:
         OSError: If one cannot be written; each is there whole or not at all. Or if the folder is a
@@ -152,3 +162,24 @@ def write_figures(figures: Iterable[Figure], folder: Path) -> None:
     for figure in figures:
         write_bytes(folder / f"{figure.name}.svg", figure.svg)
         write_bytes(folder / f"{figure.name}.png", figure.png)
+    names = {figure.name for figure in figures}
+    for path in list(folder.iterdir()):
+        if path.stem not in names and _has_mark(path, figure_mark(mark, path.stem)):
+            path.unlink()
+
+
+def figure_mark(mark: str, name: str) -> str:
+    """Return what stands in the files of a figure, and in both forms as it is: ASCII alone.
+
+    Args:
+        mark: Of whoever made it.
+        name: Of the figure.
+    """
+    return f"{mark} ({quote(name, errors='surrogateescape')})"
+
+
+def _has_mark(path: Path, mark: str) -> bool:
+    if path.suffix not in (".svg", ".png") or not path.is_file() or path.is_symlink():
+        return False
+    with path.open("rb") as file:
+        return mark.encode() in file.read(_MARK_PLACE)

@@ -156,6 +156,28 @@ def test_the_dearest_arm_is_drawn_inside_the_plot(filled):
     assert max(marks) < right - 10
 
 
+@pytest.mark.parametrize("primary", ["r\u00e9call & <b>", "recall"])
+def test_no_figure_of_an_earlier_primary_metric_stays(study, primary):
+    study.change(metrics={**SCORE, primary: RECALL}, primary=primary)
+    fill(study, {"random": RANDOM[:2], "pgs": PGS[:2]})
+    assert main(study.argv("--report-only")) == 0
+    figures = study.study / "figures"
+    (figures / "mine.png").write_bytes((figures / f"{primary}_by_training_flops.png").read_bytes())
+    (figures / "notes_by_training_flops.svg").write_text("mine")
+    study.change(primary="score")
+    assert main(study.argv("--report-only")) == 0
+    drawn = {
+        f"score_by_{cost}_flops.{form}"
+        for cost in ("training", "inference")
+        for form in ("png", "svg")
+    }
+    assert {path.name for path in figures.iterdir()} == {
+        *drawn,
+        "mine.png",
+        "notes_by_training_flops.svg",
+    }
+
+
 def test_five_seeds_are_said_to_give_no_p_below_0_05(study):
     study.change(seeds=list(range(6)))
     fill(study, {"random": RANDOM, "pgs": PGS[:5]})

@@ -39,6 +39,8 @@ from clip_pgs.study.record import Record, Spent, option_changes, read_record, re
 from clip_pgs.study.statistics import MIN_SEEDS, Mean, holm, mean_with_interval, sign_flip_p
 from clip_pgs.tables import Cell, Table, counted, csv_text, percent, scaled
 
+# Stands in every figure file.
+_MARK = "clip-pgs study"
 # What a study remembers of its runs, by arm and seed.
 Records = Mapping[tuple[str, int], Record]
 
@@ -276,7 +278,7 @@ def write_results(study: Study, *, command: str) -> tuple[Path, str]:
     figures = _draw_all(study, rows)
 
     study.folder.mkdir(parents=True, exist_ok=True)
-    plots.write_figures(figures, study.folder / FIGURES_NAME)
+    plots.write_figures(figures, study.folder / FIGURES_NAME, mark=_MARK)
     content = {
         "study": study.name,
         "about": study.about,
@@ -580,4 +582,4 @@ def _draw(
         axes.set_xlabel(label)
         axes.set_ylabel(f"{study.primary}, percent")
         drawing.legend(loc="outside right upper")
-        return plots.Figure.of(drawing, name, alt, alt, mark="clip-pgs study")
+        return plots.Figure.of(drawing, name, alt, alt, mark=_MARK)

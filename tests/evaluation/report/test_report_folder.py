@@ -9,6 +9,7 @@ import pytest
 from clip_pgs import plots
 from clip_pgs.evaluation.__main__ import main
 from clip_pgs.evaluation.report.command import write_report
+from clip_pgs.evaluation.results import write_result
 from clip_pgs.files import folder_lock
 from support.disk import files_limited_to
 from support.reports import make_result, save_results, save_run
@@ -52,10 +53,10 @@ def test_figures_that_a_second_report_does_not_show_are_removed(folder, fewer):
 def test_two_reports_into_one_folder_come_one_after_the_other(folder, fewer, monkeypatch):
     write_figures = plots.write_figures
 
-    def write(*args):
+    def write(*args, **options):
         with pytest.raises(ValueError, match="busy"), folder_lock(folder, on_busy=refuse):
             pass
-        write_figures(*args)
+        write_figures(*args, **options)
 
     def refuse():
         raise ValueError("busy")
@@ -64,6 +65,30 @@ def test_two_reports_into_one_folder_come_one_after_the_other(folder, fewer, mon
     write_report([fewer], folder)
     with folder_lock(folder, on_busy=refuse):
         pass
+
+
+@pytest.mark.parametrize(
+    "suites", [("m\u00fcde", "m\u00f6de"), ("a.b", "a-b"), ("x" + "y" * 70, "z" + "y" * 70)]
+)
+def test_each_suite_of_ones_own_has_a_figure(tmp_path, suites):
+    results = [
+        make_result("mine", suite, {"acc": 0.25 * number})
+        for number, suite in enumerate(suites, start=1)
+    ]
+    for number, result in enumerate(results):
+        write_result(result, tmp_path / f"eval/{number}.json")
+    folder = write_report([tmp_path / "eval"], tmp_path / "report")
+    drawn = sorted((folder / "figures").glob("*.svg"))
+    assert len(drawn) == len({path.read_bytes() for path in drawn}) == 2
+    shown = re.findall(r"\(figures/([^)]*)\.png\)", (folder / "report.md").read_text("utf-8"))
+    assert {path.stem for path in drawn} == set(shown)
+
+
+def test_scores_of_zero_are_drawn_without_a_warning(tmp_path, recwarn):
+    results = [make_result(name, metrics={"acc1": 0.0}) for name in ("a", "b")]
+    save_results(tmp_path / "eval", results)
+    write_report([tmp_path / "eval"], tmp_path / "report")
+    assert not [str(warning.message) for warning in recwarn]
 
 
 def test_files_of_others_stay(folder, fewer):

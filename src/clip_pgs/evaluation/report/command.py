@@ -158,10 +158,7 @@ def write_report(results: Sequence[str | Path], output: str | Path = "report") -
     folder.mkdir(parents=True, exist_ok=True)
     # Evaluations that end at one time report one after the other.
     with folder_lock(folder, on_busy=lambda: None):
-        plots.write_figures(drawn, folder / FIGURES_NAME)
-        for path in (folder / FIGURES_NAME).glob("*"):
-            if path.stem not in [figure.name for figure in drawn] and figures.is_own_figure(path):
-                path.unlink()
+        plots.write_figures(drawn, folder / FIGURES_NAME, mark=figures.MARK)
         write_text(folder / CSV_NAME, results_table.scores_csv(models, families, paper))
         write_text(folder / MARKDOWN_NAME, re.sub(r"\n{3,}", "\n\n", markdown).rstrip() + "\n")
         write_text(folder / HTML_NAME, page)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 import statistics
+import zlib
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -29,9 +29,8 @@ from clip_pgs.evaluation.results import DONE, Result, ordered_metrics
 from clip_pgs.plots import INK, Figure
 from clip_pgs.tables import PREFIXES, PUBLISHED, percent, plain
 
-# Stands in every figure file, so that a later report knows it from the files of others and from
-# a copy under another name; the first bytes of a file hold it.
-_MARK, _MARK_PLACE = "clip-pgs evaluation report ({name})", 4096
+# Stands in every figure file, so that a later report knows it from the files of others.
+MARK = "clip-pgs evaluation report"
 _MAX_BARS_WITH_NUMBERS, _MAX_GROUPS = 26, 6
 _MAX_NAME = 60  # letters of a name
 _GROUP_WIDTH, _MAX_BAR_WIDTH = 0.84, 0.36
@@ -97,14 +96,6 @@ class Panel(NamedTuple):
     lines: list[Line]
 
 
-def is_own_figure(path: Path) -> bool:
-    """Say whether a file is a figure that a report drew, now or earlier."""
-    if path.suffix not in (".svg", ".png") or not path.is_file() or path.is_symlink():
-        return False
-    with path.open("rb") as file:
-        return _MARK.format(name=path.stem).encode() in file.read(_MARK_PLACE)
-
-
 def overview_figures(
     models: Sequence[Model], families: Sequence[Family], paper: Paper
 ) -> list[Figure]:
@@ -140,7 +131,7 @@ def suite_figure(suite: str, family: Family) -> Figure:
             labels = [results_table.column_of(place, places).label for place in row]
             axes.set_xticks(range(len(row)), [_short(x).replace(", ", ",\n") for x in labels])
             axes.set(xlim=(-0.6, max(map(len, rows)) - 0.4), ylabel="percent")
-            axes.set_ylim(0, min(104.0, 10 * math.ceil(10.5 * top)))
+            axes.set_ylim(0, min(104.0, 10 * math.ceil(10.5 * top)) or 10)
             if not is_single:
                 axes.set_title(_short(results_table.set_label(row[0], places)))
         marks = [_legend_mark(entry, looks[entry.kind, entry.name]) for entry in entries]
@@ -501,5 +492,8 @@ def _draw_costs(
 
 def _finish(drawing: Drawing, name: str, alt: str, caption: str) -> Figure:
     """Save a drawing in both forms, with our mark."""
-    name = re.sub(r"[^\w-]+", "-", name, flags=re.ASCII)[-_MAX_NAME:]
-    return Figure.of(drawing, name, alt, caption, mark=_MARK.format(name=name))
+    safe = re.sub(r"[^\w-]+", "-", name, flags=re.ASCII)[-_MAX_NAME:]
+    if safe != name:
+        # Of two names nothing else may be left.
+        safe += f"-{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
+    return Figure.of(drawing, safe, alt, caption, mark=MARK)
