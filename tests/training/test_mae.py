@@ -65,6 +65,21 @@ def mae_options(folder, images, **options):
     return {"model": write_model(folder, name="mae", config=CONFIG), **given}
 
 
+@pytest.mark.parametrize("precision", ["bf16", "pure_bf16", "fp16", "pure_fp16"])
+def test_a_precision_of_weights_that_stay_as_they_are_is_refused(
+    tmp_path, images, capsys, precision
+):
+    argv = flags(tmp_path, **mae_options(tmp_path, images), precision=precision)
+    assert main(["mae", *argv]) == 2
+    assert capsys.readouterr().err.startswith("error: --precision of a masked autoencoder")
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("precision", ["amp", "amp_bf16", "amp_bfloat16"])
+def test_autocast_trains_an_autoencoder(tmp_path, images, precision):
+    run(tmp_path, **mae_options(tmp_path, images, precision=precision, batch_size=16, epochs=1))
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, images):
     folder = tmp_path_factory.mktemp("whole")

@@ -397,6 +397,8 @@ REFUSED_FLAGS = {
 
 LR_SCHEDULERS = ("cosine", "const", "const-cooldown")
 FSDP_PRECISIONS = ("fp32", "amp_bf16", "amp_bfloat16", "pure_bf16")
+# An autoencoder's weights stay float32.
+MAE_PRECISIONS = ("fp32", "amp", "amp_bf16", "amp_bfloat16")
 REPORT_TARGETS = ("tensorboard", "wandb", "all")
 SIGLIP_LOSS_IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
 
@@ -812,6 +814,8 @@ def check_values(options: TrainOptions) -> None:
         )
     if "://" in (options.resume or ""):
         raise ValueError(f"--resume takes a file or a folder, and no URL, got {options.resume!r}")
+    if options.mae is not None:
+        check_choice(options.precision, MAE_PRECISIONS, name="--precision of a masked autoencoder")
     if options.fsdp:
         check_choice(options.precision, FSDP_PRECISIONS, name="--precision with --fsdp")
         for name, cause in (
