@@ -120,6 +120,14 @@ def test_coca_trains_with_both_losses(tmp_path, world):
     assert "val_generative_loss" in metrics(folder, "val")[-1]
 
 
+def test_siglip_changes_nothing_of_a_coca(tmp_path, world):
+    model = write_model(tmp_path, name="captioner", config=COCA)
+    options = {"model": model, "train_data": world.train_data, "epochs": 1, "batch_size": 16}
+    plain, siglip = (run(tmp_path, name=f"{on}", siglip=on, **options) for on in (False, True))
+    losses = [[entry["loss"] for entry in metrics(each, "train")] for each in (plain, siglip)]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.slow
 def test_compiled_training_saves_plain_names(tmp_path, world, monkeypatch):
     # A backend that makes code takes a minute.

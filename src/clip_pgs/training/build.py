@@ -366,9 +366,19 @@ def is_coca(model: nn.Module) -> bool:
     return isinstance(model, open_clip.CoCa)
 
 
+def makes_coca(options: TrainOptions) -> bool:
+    """Return whether a run's model will be one of those."""
+    return "multimodal_cfg" in read_model_config(options)
+
+
 def logit_options(options: TrainOptions) -> dict[str, float]:
-    """Return the model options that set how logits start: SigLIP's with `--siglip`."""
-    return {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if options.siglip else {}
+    """Return the model options that set how logits start: SigLIP's with `--siglip`.
+
+    CoCa has a loss of its own, which takes no bias.
+    """
+    if not options.siglip or makes_coca(options):
+        return {}
+    return {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 
 
 def build_trimmer(options: TrainOptions, model: nn.Module) -> CaptionTrimmer | None:

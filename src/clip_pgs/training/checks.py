@@ -70,6 +70,7 @@ from clip_pgs.training.build import (
     input_size,
     is_on_cpu,
     make_tokenizer,
+    makes_coca,
     mask_tower,
     read_model_config,
 )
@@ -201,6 +202,8 @@ def _check_model(options: TrainOptions) -> tuple[nn.Module, torch.optim.Optimize
             f"{what} must be >= {_LEAST_CONTEXT}, for a start token, a word and an end token, "
             f"got {length}"
         )
+    if makes_coca(options):
+        _check_coca(options, config)
     is_own = options.model_config is not None or brings_weights
     if is_own or options.force_image_size is not None or options.force_context_length is not None:
         model = build_on_meta(
@@ -226,6 +229,20 @@ def _check_model(options: TrainOptions) -> tuple[nn.Module, torch.optim.Optimize
         options.lock_image and options.lock_image_freeze_bn_stats
     )
     return _try_model(options, torch.device("cpu" if needs_memory else "meta"))
+
+
+def _check_coca(options: TrainOptions, config: Mapping[str, Any]) -> None:
+    """Refuse what leaves CoCa's loss nothing to learn, or gives it what it does not take."""
+    if options.coca_caption_loss_weight == options.coca_contrastive_loss_weight == 0:
+        raise ValueError(
+            "--coca-caption-loss-weight and --coca-contrastive-loss-weight must not both be 0: "
+            "nothing would be trained"
+        )
+    if config.get("init_logit_bias") is not None:
+        raise ValueError(
+            f"the config of --model {options.model} has an init_logit_bias, which CoCa's loss has "
+            "no place for"
+        )
 
 
 def _check_autoencoder(options: TrainOptions) -> None:

@@ -22,7 +22,13 @@ from clip_pgs.files import CHECKPOINTS_NAME
 from clip_pgs.integrations.open_clip.model_config import changed_model
 from clip_pgs.masking import create_masking
 from clip_pgs.tables import counted
-from clip_pgs.training.build import context_length, input_size, is_on_cpu, read_model_config
+from clip_pgs.training.build import (
+    context_length,
+    input_size,
+    is_on_cpu,
+    makes_coca,
+    read_model_config,
+)
 from clip_pgs.training.data_checks import (
     has_training_data,
     num_training_samples,
@@ -120,7 +126,8 @@ def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
         is_counted = all(map(is_seekable, expand_shards(val_data)))
     strategy = create_masking(masking, **options.masking_options)
     keeps_as_many = masking != "none" and not strategy.keeps_different_counts()
-    is_coca = "multimodal_cfg" in config or "coca" in model.lower()
+    is_coca = makes_coca(options)
+    is_siglip = options.siglip and not is_coca
     has_timm = "timm_model_name" in config["vision_cfg"]
     brings_weights = model.startswith(MODEL_SCHEMAS)
     on_cpu = is_on_cpu(options)
@@ -171,8 +178,8 @@ def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
         (not options.lock_text, lock_text, "without --lock-text"),
         (not is_coca, coca, f"on {model}, which is no CoCa model"),
         (is_coca, "siglip", f"on {model}, which has a loss of its own"),
-        (not options.siglip, "loss_dist_impl", "without --siglip"),
-        (options.siglip, "local_loss gather_with_grad", "with --siglip"),
+        (not is_siglip, "loss_dist_impl", "without the loss of --siglip"),
+        (is_siglip, "local_loss gather_with_grad", "with --siglip"),
         (not reports_to_wandb, "wandb_notes wandb_project_name", "without --report-to wandb"),
         (not has_timm, "pretrained_image", f"on {model}, whose image tower is not timm's"),
         (brings_weights, "pretrained", f"on {model}, which brings its own weights"),

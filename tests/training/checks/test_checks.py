@@ -4,6 +4,7 @@ import pytest
 
 from support.options import SYNTHETIC, VALID, write_model_config
 from support.refusals import PGS, accept, refusal, warnings_of
+from support.runs import COCA, write_model
 
 
 def test_a_valid_run_passes_without_a_warning_and_creates_nothing(tmp_path):
@@ -123,6 +124,26 @@ def test_a_name_that_a_terminal_would_obey_is_refused_and_shown_escaped(name):
 
 def test_a_name_in_any_language_is_taken():
     accept(*VALID, "--name", "l\u00e4uft \u8d70")
+
+
+@pytest.mark.parametrize(
+    ("bias", "weights", "named"),
+    [
+        (None, ("0", "0"), "--coca-caption-loss-weight and --coca-contrastive-loss-weight"),
+        (-10.0, ("1", "1"), "init_logit_bias"),
+        (None, ("0", "1"), None),
+        (None, ("1", "0"), None),
+    ],
+)
+def test_a_loss_of_coca_that_could_not_train_is_refused(tmp_path, bias, weights, named):
+    config = COCA if bias is None else {**COCA, "init_logit_bias": bias}
+    argv = ["--model-config", str(write_model(tmp_path, name="captioner", config=config))]
+    flags = ("--coca-caption-loss-weight", "--coca-contrastive-loss-weight")
+    argv += [*SYNTHETIC, *(word for pair in zip(flags, weights, strict=True) for word in pair)]
+    if named is None:
+        accept(*argv)
+    else:
+        assert named in refusal(*argv)
 
 
 def test_a_url_is_not_resumed_and_shown_as_it_is():

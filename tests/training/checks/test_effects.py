@@ -6,6 +6,7 @@ from clip_pgs.training.option_warnings import option_warnings
 from clip_pgs.training.options import parse_options
 from support.options import SYNTHETIC, VALID, write_model_config, write_shards
 from support.refusals import warnings_of
+from support.runs import COCA, write_model
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ from support.refusals import warnings_of
         (["--lock-image-unlocked-groups", "1"], "--lock-image-unlocked-groups has no effect"),
         (["--lock-text-freeze-layer-norm"], "--lock-text-freeze-layer-norm has no effect"),
         (["--coca-caption-loss-weight", "1"], "on ViT-B-16, which is no CoCa model"),
-        (["--loss-dist-impl", "reduce"], "--loss-dist-impl has no effect without --siglip"),
+        (["--loss-dist-impl", "reduce"], "--loss-dist-impl has no effect without the loss"),
         (["--local-loss", "--siglip"], "--local-loss has no effect with --siglip"),
         (["--wandb-notes", "x"], "--wandb-notes has no effect without --report-to wandb"),
         (["--pretrained-image"], "--pretrained-image has no effect on ViT-B-16"),
@@ -147,6 +148,15 @@ def test_every_option_of_validation_has_an_effect_or_a_warning(tmp_path, argv, n
     train = ["--model", "ViT-B-16", "--train-data", shards, "--warmup", "2"]
     sentences = option_warnings(parse_options([*train, *argv]))
     assert [sentence.split(" has no effect")[0] for sentence in sentences] == named
+
+
+def test_a_loss_of_ones_own_leaves_siglip_without_effect(tmp_path):
+    model = write_model(tmp_path, name="captioner", config=COCA)
+    argv = ["--model-config", str(model), *SYNTHETIC, "--siglip", "--local-loss"]
+    (sentence,) = warnings_of(*argv)
+    assert sentence == "--siglip has no effect on captioner, which has a loss of its own"
+    (sentence,) = warnings_of("--model", "ViT-B-16", *SYNTHETIC, "--siglip", "--local-loss")
+    assert sentence == "--local-loss has no effect with --siglip"
 
 
 def test_a_warning_names_settings_of_a_config_too(tmp_path):
