@@ -16,7 +16,8 @@ _CONFIDENCE = 0.95
 _NUM_RESAMPLES = 9999
 # Up to 20 pairs every sign pattern is counted; of more, so many are drawn.
 _MAX_FLIPS = 2**20
-# Means of patterns of signs that are nearer than this are equal: scores have single precision.
+# Means that are nearer than this are equal, as scores have single precision: also those of patterns
+# of signs.
 _TIE = 1e-6
 
 
@@ -51,7 +52,7 @@ def mean_with_interval(values: Sequence[float]) -> Mean:
     mean = float(np.mean(values))
     if len(values) < 2:
         return Mean(mean, None, None, len(values), "one seed has no interval")
-    if np.ptp(values) <= 1e-12:
+    if np.ptp(values) <= _TIE:
         return Mean(mean, None, None, len(values), "all seeds give the same value: no interval")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
