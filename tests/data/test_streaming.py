@@ -124,6 +124,37 @@ def test_validation_gives_every_sample_once_in_order_whatever_the_workers(args, 
     assert (stream.num_samples, stream.num_batches) == (None, None)
 
 
+@pytest.mark.parametrize("bad", [(), (1, 9), (0, 1, 2, 3), (4, 5, 6, 7, 8), range(20)])
+@pytest.mark.parametrize("source", ["pipe:cat {}/{{0..1}}.tar", "{}/{{0..1}}.tar.gz"])
+def test_validation_batches_do_not_depend_on_workers_where_pairs_are_bad(
+    make_args, make_tar, make_image, tmp_path, bad, source
+):
+    for shard in range(2):
+        members = []
+        for number in range(11 * shard, 11 * shard + 11):
+            image = b"no image" if number in bad else make_image(number)
+            members += [(f"{number:02d}.jpg", image), (f"{number:02d}.txt", str(number).encode())]
+        make_tar(tmp_path / f"{shard}.tar", members)
+        packed = gzip.compress((tmp_path / f"{shard}.tar").read_bytes())
+        (tmp_path / f"{shard}.tar.gz").write_bytes(packed)
+    args = make_args(batch_size=4, val_data=source.format(tmp_path))
+
+    def read(workers):
+        with_options(args, workers=workers)
+        stream = build_val_stream(args, transform=AUGMENT, tokenize=tokenize)
+        return list(stream), stream.skipped
+
+    batches, skipped = read(0)
+    assert skipped.total() == len(bad)
+    for workers in (1, 2):
+        others, others_skipped = read(workers)
+        assert same(others, batches)
+        assert others_skipped == skipped
+    # Shards that can be read in any order give the same.
+    with_options(args, val_data=f"{tmp_path}/{{0..1}}.tar")
+    assert [numbers([batch]) for batch in read(2)[0]] == [numbers([batch]) for batch in batches]
+
+
 BUFFER = {"buffer_size": 50, "initial_size": 10, "max_bytes": 1000, "size_of": lambda _: 1}
 
 

@@ -48,8 +48,9 @@ class StreamingBatches(IterableDataset[Batch]):
     samples are mixed; resampled, every worker draws as many shards as there are. Workers make the
     batches of a rank in turn, go through their shards again as need be, and fill bad samples'
     places with others of the same batch, so that each batch takes as many pairs.
-    In a measurement all workers read all shards and hand on their own batches, which are then the
-    same for any number of workers: a validation loss depends on what shares a batch.
+    In a measurement all workers read all shards and hand on their own batches, each of as many
+    pairs in a row, less the bad ones: the same for any number of workers, since a validation loss
+    depends on what shares a batch.
 
     Args:
         shards: Expanded shards.
@@ -173,10 +174,11 @@ class StreamingBatches(IterableDataset[Batch]):
         num_tried = num_pairs = 0
         for item in self._read((shard, 0) for shard in range(len(self.shards))):
             # What is no pair is the first worker's.
-            owner = 0
+            owner, ends_batch = 0, False
             if isinstance(item, RawSample):
                 owner = num_pairs // size % num_workers
                 num_pairs += 1
+                ends_batch = num_pairs % size == 0
             if owner != index:
                 continue
             num_tried += 1
@@ -185,10 +187,9 @@ class StreamingBatches(IterableDataset[Batch]):
                 skips.append(example)
             else:
                 examples.append(example)
-            if len(examples) == size or len(skips) == _MAX_PENDING_SKIPS:
-                full = len(examples) == size
-                yield collate(examples if full else [], num_tried, skips)
-                examples, skips, num_tried = [] if full else examples, [], 0
+            if ends_batch or len(skips) == _MAX_PENDING_SKIPS:
+                yield collate(examples if ends_batch else [], num_tried, skips)
+                examples, skips, num_tried = [] if ends_batch else examples, [], 0
         self.status.clear()
         if examples or skips:
             yield collate(examples, num_tried, skips)
