@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections import Counter
 from itertools import chain
 
@@ -46,6 +47,51 @@ def global_batches(args, *, world_size=1, epoch=0, position=0):
     batches = chain.from_iterable(zip(*ranks, strict=True))
     images, texts = zip(*batches, strict=True)
     return torch.cat(images), torch.cat(texts)
+
+
+def appearances(args, **options):
+    """Return the images and captions of each picture's appearances in an epoch, by its number."""
+    stream = open_stream(with_options(args, **options))
+    found = {}
+    for images, texts in read_from(stream):
+        for image, number in zip(images, texts[:, 0].tolist(), strict=True):
+            found.setdefault(number % 100, []).append((image.numpy().tobytes(), number // 100))
+    return found
+
+
+SOURCES = ["{0}/0.tar", "{0}/0.tar.gz", "pipe:cat {0}/0.tar"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_source_that_is_named_twice_is_augmented_in_two_ways(
+    make_args, make_tar, make_image, tmp_path, source, workers
+):
+    members = []
+    for number in range(16):
+        members.append((f"{number:02d}.jpg", make_image(number)))
+        # Three captions: 100, 200 and 300 + number.
+        members += [(f"{number:02d}.{n}.txt", str(100 * n + number).encode()) for n in (1, 2, 3)]
+    make_tar(tmp_path / "0.tar", members)
+    (tmp_path / "0.tar.gz").write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
+    source = source.format(tmp_path)
+    args = make_args(batch_size=16, workers=workers)
+    once = appearances(args, train_data=source, train_num_samples=16)
+    twice = appearances(args, train_data=f"{source}::{source}", train_num_samples=32)
+    assert {len(each) for each in twice.values()} == {2}
+    assert all(len({image for image, _ in each}) == 2 for each in twice.values())
+    assert any(len({caption for _, caption in each}) == 2 for each in twice.values())
+    # The first is as it is where the source is named once.
+    assert all(once[number][0] in each for number, each in twice.items())
+
+
+@pytest.mark.parametrize("other", ["3.tar", "./3.tar", "../shards//3.tar"])
+@pytest.mark.parametrize("number", [60, 200])
+def test_all_appearances_differ_in_an_epoch_of_several_passes(args, monkeypatch, other, number):
+    monkeypatch.chdir(args.train_data.rpartition("/")[0])
+    options = {"train_data": f"3.tar::{other}", "train_num_samples": number, "batch_size": 4}
+    found = appearances(args, **options)
+    assert all(len({*each}) == len(each) > 1 for each in found.values())
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])

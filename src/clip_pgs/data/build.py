@@ -34,6 +34,7 @@ from clip_pgs.data.order import (
 )
 from clip_pgs.data.samples import RawSample, SampleDecoder, Tokenize, Transform
 from clip_pgs.data.shards import (
+    count_earlier,
     count_samples,
     expand_shards,
     folder_of_shards,
@@ -247,7 +248,7 @@ def _make_batches(
         if resampled:
             plan = ResampledPlan(sizes, weights=weights, seed=args.seed)
         elif trains:
-            plan = ShardPlan(sizes, seed=args.seed)
+            plan = ShardPlan(sizes, seed=args.seed, num_earlier=count_earlier(shards))
         if num_samples is None or not trains:
             num_samples = sum(sizes)
         if plan.num_samples == 0:

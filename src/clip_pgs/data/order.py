@@ -132,10 +132,16 @@ class ShardPlan(EpochPlan):
     Args:
         sizes: Samples of each shard.
         seed: Seed of the order.
+        num_earlier: How often each stands before in the list of shards, None where none does; its
+            samples are then further appearances of the same.
     """
 
-    def __init__(self, sizes: Sequence[int], *, seed: int) -> None:
+    def __init__(
+        self, sizes: Sequence[int], *, seed: int, num_earlier: Sequence[int] | None = None
+    ) -> None:
         self.num_samples = sum(sizes)
+        self._num_earlier = [0] * len(sizes) if num_earlier is None else num_earlier
+        self._num_copies = 1 + max(self._num_earlier, default=0)
         self._sizes = tuple(sizes)
         self._seed = seed
         self._num_lanes = min(MAX_LANES, sum(size > 0 for size in sizes))
@@ -156,7 +162,8 @@ class ShardPlan(EpochPlan):
         size = min(_WINDOW, end - first - window)
         place_in_shard = first - shard_start + window
         moved = _window_order(size, self._seed, epoch, repeat, shard, place_in_shard)
-        return SampleRef(shard, place_in_shard + int(moved[offset - window]), repeat)
+        appearance = repeat * self._num_copies + self._num_earlier[shard]
+        return SampleRef(shard, place_in_shard + int(moved[offset - window]), appearance)
 
     # What a reader needs again for the samples that follow.
     @lru_cache(maxsize=4)  # noqa: B019 - a run has one plan, which lives as long as it reads

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import islice
@@ -87,6 +88,17 @@ def folder_of_shards(folder: Path) -> str:
         return ""
     pattern = shard_pattern(folder, ["*.tar"])
     return f"{str(folder)!r} is a folder; for the shards in it write {pattern!r}"
+
+
+def count_earlier(shards: list[str]) -> list[int]:
+    """Return how often each shard stands before in a list, as one whose source is named twice."""
+    seen: Counter[str] = Counter()
+    counts = []
+    for shard in shards:
+        name = shard if is_remote(shard) else os.path.abspath(shard)
+        counts.append(seen[name])
+        seen[name] += 1
+    return counts
 
 
 def upsampling_weights(pattern: str, factors: str) -> list[float]:

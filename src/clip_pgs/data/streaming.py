@@ -22,6 +22,7 @@ from clip_pgs.data.bad_samples import Skip
 from clip_pgs.data.batches import Batch, Batching, DataWorkerStatus, Example, collate, decode_item
 from clip_pgs.data.order import shuffled, stable_seed
 from clip_pgs.data.samples import RawSample, SampleDecoder
+from clip_pgs.data.shards import count_earlier
 from clip_pgs.data.tar import read_shard
 from clip_pgs.tables import counted
 
@@ -75,6 +76,7 @@ class StreamingBatches(IterableDataset[Batch]):
     def __post_init__(self) -> None:
         if self.num_samples is not None:
             self.num_samples = self.batching.num_samples(self.num_samples)
+        self._num_earlier = count_earlier(self.shards)
         # Epoch and first batch. Persistent workers hold copies of the data set; this reaches them.
         self._start = RawArray("q", 2)
         asked = self.num_workers
@@ -159,7 +161,9 @@ class StreamingBatches(IterableDataset[Batch]):
             drawn = shuffled(numbers, "deal", seed, epoch)[rank::world_size][index::num_workers]
             if pass_index > 0:
                 drawn = shuffled(drawn, "repeat", seed, epoch, pass_index)
-            repeats = [pass_index] * len(drawn)
+            # Of a shard that is named twice each has its own.
+            num_copies = 1 + max(self._num_earlier)
+            repeats = [pass_index * num_copies + self._num_earlier[shard] for shard in drawn]
         place = (rank, world_size, index, num_workers, pass_index)
         return shuffled_stream(
             self._read(zip(drawn, repeats, strict=True)),
