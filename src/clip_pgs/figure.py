@@ -19,6 +19,8 @@ INK, PALE, PAPER = "black", "#555555", "white"
 
 _LEGEND_SIZE, _BAR_HEIGHT = 13, 12
 _TITLE_SIZE_MIN = 13
+# What titles, legends of a few lines and margins take of the height.
+_MAX_SURROUNDINGS = 512
 
 Panel = tuple[Image.Image, str]
 
@@ -64,8 +66,7 @@ def draw_figure(columns: Sequence[Column]) -> Image.Image:
     """
     panels = columns[0].panels
     width, height = panels[0][0].size
-    title_height, caption_height = TITLE_SIZE + GAP, CAPTION_SIZE + GAP
-    step_x, step_y = width + GAP, height + caption_height + GAP
+    title_height, (step_x, step_y) = TITLE_SIZE + GAP, _steps(width, height)
     bottom = MARGIN + title_height + len(panels) * step_y - GAP
     legend_height = max(_legend_height(column.legend, width) for column in columns)
     size = (2 * MARGIN + len(columns) * step_x - GAP, bottom + legend_height + MARGIN)
@@ -81,6 +82,17 @@ def draw_figure(columns: Sequence[Column]) -> Image.Image:
         if column.legend is not None:
             _draw_legend(figure, column.legend, (x, bottom + GAP), width)
     return figure
+
+
+def most_sides(size: tuple[int, int], num_rows: int, num_columns: int) -> tuple[int, int]:
+    """Return height and width that a figure of pictures of a size (height, width) has at most."""
+    step_x, step_y = _steps(size[1], size[0])
+    return num_rows * step_y + _MAX_SURROUNDINGS, num_columns * step_x + 2 * MARGIN
+
+
+def _steps(width: int, height: int) -> tuple[int, int]:
+    """Return how far a picture is from the next one to the right and below."""
+    return width + GAP, height + CAPTION_SIZE + 2 * GAP
 
 
 def _write(

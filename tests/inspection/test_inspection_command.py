@@ -244,6 +244,23 @@ def test_a_figure_that_nothing_could_open_is_refused(photo, tmp_path, monkeypatc
     refusal(main, ["masks", photo, "-o", "out.png", *flags], capsys)
 
 
+@pytest.mark.parametrize(
+    ("ending", "num_images", "num_maskings"),
+    [("jpg", 250, 1), ("JPEG", 250, 1), ("pdf", 250, 1), ("gif", 250, 1), ("webp", 1, 70)],
+)
+def test_a_figure_that_its_format_cannot_hold_is_refused_before_it_is_drawn(
+    photo, tmp_path, monkeypatch, capsys, ending, num_images, num_maskings
+):
+    monkeypatch.chdir(tmp_path)
+    Path("many").mkdir()
+    for number in range(num_images):
+        Path(f"many/{number}.png").symlink_to(photo)
+    monkeypatch.setattr("clip_pgs.inspection.masks.read_image", None)
+    maskings = [f"random:mask_ratio=0.{number + 10}1" for number in range(num_maskings)]
+    argv = ["masks", "many", "--maskings", *maskings, "-o", f"out.{ending}"]
+    assert "name a .png" in refusal(main, argv, capsys)
+
+
 def test_a_missing_image_and_a_file_that_is_none_are_named(tmp_path, capsys):
     (tmp_path / "text.png").write_text("no picture")
     assert main(["masks", str(tmp_path / "gone.png"), "-o", str(tmp_path / "out.png")]) == 2

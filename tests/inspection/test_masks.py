@@ -147,6 +147,11 @@ def test_stages_of_further_strategies_are_rows_below():
         for part in (names[:2], names[2:])
     )
     both = draw_masks([scene()], strategies, model_input=SMALL, stages=True)
+    # What a format holds is known before anything is drawn.
+    with pytest.raises(ValueError, match="on a side"):
+        draw_masks(
+            [scene()], strategies, model_input=SMALL, stages=True, max_side=max(both.size) - 1
+        )
     assert both.size == (first.width, first.height + second.height)
     assert both.crop((0, 0, *first.size)).tobytes() == first.tobytes()
     below = (0, first.height, second.width, both.height)

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from clip_pgs.figure import PANEL_SIZE, PAPER, Column, Legend, Panel, draw_figure
+from clip_pgs.figure import PANEL_SIZE, PAPER, Column, Legend, Panel, draw_figure, most_sides
 from clip_pgs.files import atomic_file, check_writable, regular_file
 from clip_pgs.inspection.model_input import (
     ModelInput,
@@ -36,6 +37,9 @@ from clip_pgs.masking.sampling import paint_kept
 _CELL_SIZE = 32
 # Of all panels. Pillow itself refuses to open pictures a third larger.
 MAX_FIGURE_PIXELS = 2**27
+# Of a side, by Pillow's name of the format; other formats have no limit that matters here. A PDF
+# holds a JPEG.
+_MAX_SIDES = {"JPEG": 65_500, "PDF": 65_500, "WEBP": 16_383, "GIF": 65_535}
 
 
 def draw_masks(
@@ -48,6 +52,7 @@ def draw_masks(
     stages: bool = False,
     names: Sequence[str] | None = None,
     seed: int = 0,
+    max_side: int | None = None,
 ) -> Image.Image:
     """Draw images and what each strategy keeps of them, masked patches in gray.
 
@@ -66,6 +71,7 @@ def draw_masks(
         stages: Draw the steps of every PGS strategy before its column.
         names: Captions of the originals; None leaves them out.
         seed: Of the random draw, which is the same for every strategy.
+        max_side: Pixels that a file of the figure can have on a side; None is any number.
 
     Returns:
         One row per image: the original, then what each strategy keeps, with its mask ratio. With
@@ -74,11 +80,12 @@ def draw_masks(
     Raises:
         ValueError: If images or strategies are not of these kinds, there is no image, `names` are
             not as many as `images`, a strategy needs a model and there is none, `stages` are asked
-            for without a PGS strategy, an image cannot be read, or the figure would have more than
-            `MAX_FIGURE_PIXELS`.
+            for without a PGS strategy, an image cannot be read, or the figure could have more than
+            `MAX_FIGURE_PIXELS` or `max_side`.
     """
     view = View(ModelInput() if model_input is None else model_input, model, progress)
-    blocks = mask_columns(images, strategies, view, stages=stages, names=names, seed=seed)
+    options: dict[str, Any] = {"stages": stages, "names": names, "seed": seed}
+    blocks = mask_columns(images, strategies, view, max_side=max_side, **options)
     figures = [draw_figure(columns) for columns in blocks]
     size = (max(part.width for part in figures), sum(part.height for part in figures))
     figure, y = Image.new("RGB", size, PAPER), 0
@@ -96,6 +103,7 @@ def mask_columns(
     stages: bool = False,
     names: Sequence[str] | None = None,
     seed: int = 0,
+    max_side: int | None = None,
 ) -> list[list[Column]]:
     """Draw the columns of `draw_masks`, which says what is taken, given and raised.
 
@@ -126,11 +134,19 @@ def mask_columns(
         scale = max(scale, math.ceil(_CELL_SIZE / min(model_input.patch_size)))
     height, width = (scale * side for side in model_input.image_size)
     num_columns = len(strategies) + sum(3 + strategy.options.edges for strategy in staged)
-    num_pictures = len(images) * (num_columns + max(1, len(staged)))
+    num_blocks = max(1, len(staged))
+    num_pictures = len(images) * (num_columns + num_blocks)
     if height * width * num_pictures > MAX_FIGURE_PIXELS:
         raise ValueError(
             f"the figure would be {num_pictures} pictures of {height} x {width} pixels, more than "
             "programs open; draw fewer or smaller images"
+        )
+    block_height, most_width = most_sides((height, width), len(images), 1 + num_columns)
+    most_height = num_blocks * block_height
+    if max_side is not None and max(most_height, most_width) > max_side:
+        raise ValueError(
+            f"the figure can have {most_height} x {most_width} pixels, more than the {max_side} "
+            "that its format takes on a side; draw fewer images, or name a .png"
         )
 
     crops = [model_input.crop(read_image(image)) for image in images]
@@ -175,6 +191,7 @@ def run_masks(args: argparse.Namespace) -> None:
     ending = output.suffix.lower()
     if ending not in image_endings() | {".pdf"}:
         raise ValueError(f"the output must end in .png, .jpg or the like, got {output}")
+    kind = Image.registered_extensions()[ending]
     check_writable(output)
     ratios = {"mask_ratio": args.mask_ratio, "mask_ratio_min": args.mask_ratio_min}
     specs = parse_specs(args.maskings, **ratios)
@@ -192,8 +209,9 @@ def run_masks(args: argparse.Namespace) -> None:
         stages=args.stages,
         names=[path.stem for path in paths],
         seed=args.seed,
+        max_side=_MAX_SIDES.get(kind),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(regular_file(output)) as file:
-        figure.save(file, Image.registered_extensions()[ending])
+        figure.save(file, kind)
     sys.stdout.write(f"{output}\n")
