@@ -151,6 +151,16 @@ def test_transformers_alone_opens_the_export_and_encodes_and_reconstructs_alike(
     assert whole(pixels, noise=noise).mask.tolist() == [[0.0] * 4 + [1.0] * 12]
 
 
+def test_random_interpolation_is_exported_as_it_is_evaluated(tmp_path, images):
+    options = mae_options(tmp_path, images, image_interpolation="random", epochs=1)
+    trained = run(tmp_path, **options, save_frequency=1)
+    processor = json.loads((trained / "export/preprocessor_config.json").read_text())
+    assert processor["resample"] == Image.Resampling.BICUBIC
+    checkpoint = load_model(trained / "checkpoints/epoch_1.pt")
+    picture, _ = next(pairs(1, seed=5))
+    assert torch.equal(load_model(trained).transform(picture), checkpoint.transform(picture))
+
+
 def test_inspect_draws_the_patches_of_a_runs_images(trained, images, tmp_path, capsys):
     argv = ["inspect", "masks", str(images / "00.png"), "--model", str(trained), "--maskings"]
     drawn = []
@@ -305,6 +315,7 @@ def test_it_learns(tmp_path, images):
         ({"merge": "2x2"}, "--merge cannot go with the masked autoencoder"),
         ({"unmasked_epochs": 1}, "--unmasked-epochs cannot go with"),
         ({"siglip": True}, "--siglip cannot go with"),
+        ({"image_resize_mode": "longest"}, "--image-resize-mode longest"),
     ],
 )
 def test_what_an_autoencoder_cannot_take_is_refused(tmp_path, images, changed, sentence):

@@ -154,8 +154,17 @@ def build_masking(options: TrainOptions) -> MaskingStrategy:
 
 
 def autoencoder_record(options: TrainOptions) -> dict[str, Any]:
-    """Return what rebuilds the masked autoencoder of a run."""
-    from clip_pgs.integrations.open_clip.mae import check_hidden_share, mae_config, mae_record
+    """Return what rebuilds the masked autoencoder of a run.
+
+    Raises:
+        ValueError: If the options make none, or one that cannot be exported.
+    """
+    from clip_pgs.integrations.open_clip.mae import (
+        check_hidden_share,
+        hub_configs,
+        mae_config,
+        mae_record,
+    )
 
     assert options.mae is not None
     what = f"--model-config {options.model_config}"
@@ -163,13 +172,16 @@ def autoencoder_record(options: TrainOptions) -> dict[str, Any]:
         options.mae, what=what, mask_ratio=options.masking_options.get("mask_ratio")
     )
     check_hidden_share(config, what=what)
-    return mae_record(
+    record = mae_record(
         config,
         mean=options.image_mean,
         std=options.image_std,
         interpolation=options.image_interpolation,
         resize_mode=options.image_resize_mode,
     )
+    # Before the run, not at its end.
+    hub_configs(record)
+    return record
 
 
 def create_model(options: TrainOptions, device: torch.device) -> tuple[Any, Callable, Callable]:

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from clip_pgs.evaluation import load_model, weights_digest
@@ -193,4 +194,95 @@ def test_a_shard_that_is_gone_and_a_folder_without_weights_are_told(tmp_path, ma
     for path in (*others, tmp_path / "model.safetensors.index.json"):
         path.unlink()
     with pytest.raises(ValueError, match=r"holds no weights: no model\.safetensors or"):
+        load_model(tmp_path)
+
+
+PROCESSORS = {
+    "vit": {"image_processor_type": "ViTImageProcessor"},
+    "no name": {},
+    "vit of old": {
+        "feature_extractor_type": "ViTFeatureExtractor",
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 2,
+        "size": 32,
+    },
+    "clip": {"image_processor_type": "CLIPImageProcessor"},
+    "clip, a number": {"image_processor_type": "CLIPImageProcessorFast", "size": 32},
+    "no normalization": {"do_normalize": False},
+    "no rescaling": {"do_rescale": False},
+    "neither": {"do_rescale": False, "do_normalize": False},
+    "from -1 to 1": {"rescale_factor": 1 / 127.5, "do_normalize": False},
+    "from -1 to 1, then normalized": {"rescale_factor": 1 / 127.5, "image_mean": [0.1, 0.2, 0.3]},
+    "larger before the crop": {
+        "size": {"shortest_edge": 37},
+        "do_center_crop": True,
+        "crop_size": {"height": 32, "width": 32},
+    },
+    "larger before the crop of clip": {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 37},
+        "crop_size": 32,
+    },
+}
+
+
+def write_processor(folder, given):
+    (folder / "preprocessor_config.json").write_text(json.dumps(given))
+
+
+@pytest.mark.parametrize("given", PROCESSORS.values(), ids=PROCESSORS)
+def test_images_are_prepared_as_transformers_does(tmp_path, mae, given):
+    mae.save_pretrained(tmp_path)
+    write_processor(tmp_path, given)
+    side = (32, 32) if "shortest_edge" not in str(given.get("size")) else (37, 53)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (*side, 3), generator=generator, dtype=torch.uint8)
+    image = Image.fromarray(pixels.numpy())
+    # Both resize nothing here, so that they differ by rounding alone.
+    sizes = {"size": {"height": 32, "width": 32}, "crop_size": {"height": 32, "width": 32}}
+    if given.get("image_processor_type", "").startswith("CLIP"):
+        sizes["size"] = {"shortest_edge": 32}
+    write_processor(tmp_path, {**sizes, **given})
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    expected = processor(image, return_tensors="pt")["pixel_values"][0].float()
+    write_processor(tmp_path, given)
+    loaded = load_model(tmp_path)
+    torch.testing.assert_close(loaded.transform(image), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"image_processor_type": "BitImageProcessor"}, "image_processor_type"),
+        ({"do_resize": False}, "do_resize"),
+        ({"do_normalize": "no"}, "do_normalize"),
+        ({"do_pad": True}, "do_pad"),
+        ({"resample": 0}, "resample"),
+        ({"rescale_factor": 0}, "rescale_factor"),
+        ({"rescale_factor": float("nan")}, "rescale_factor"),
+        ({"size": {"height": 64, "width": 64}}, "size"),
+        ({"size": {"height": 32, "width": 64}}, "size"),
+        ({"size": {"shortest_edge": 32}}, "size"),
+        ({"size": {"shortest_edge": 16}, "do_center_crop": True}, "size"),
+        ({"size": {"longest_edge": 32}}, "size"),
+        ({"size": [32]}, "size"),
+        ({"do_center_crop": True, "crop_size": 16}, "crop_size"),
+        ({"image_mean": 0.5}, "mean"),
+        ({"image_std": [1, 1, 0]}, "std"),
+    ],
+)
+def test_what_a_processor_does_otherwise_is_refused_by_its_name(tmp_path, mae, given, key):
+    mae.save_pretrained(tmp_path)
+    write_processor(tmp_path, given)
+    with pytest.raises(ValueError, match=rf"preprocessor_config\.json: .*\b{key} takes"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("layers", ["num_hidden_layers", "decoder_num_hidden_layers"])
+def test_a_config_of_endless_layers_is_refused(tmp_path, mae, layers):
+    mae.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), layers: 65536}))
+    with pytest.raises(ValueError, match=f"{layers} takes a whole number from 1 to 1000"):
         load_model(tmp_path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Generator, Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
@@ -30,6 +32,8 @@ from clip_pgs.integrations import MAE_TYPE, is_mae_config
 from clip_pgs.integrations.mae import SIGNS, create_fitting_masking, patch_order
 from clip_pgs.integrations.masked_tower import MaskedTower, PatchGrid, unwrap
 from clip_pgs.integrations.open_clip.model_config import (
+    IMAGE_SETTINGS,
+    MAX_LAYERS,
     MISFITS,
     Rule,
     check_preprocessing,
@@ -54,11 +58,32 @@ _CONFIG_LOCK = threading.Lock()
 _PREFIX = "visual.mae."
 _MAX_SIZE = 2**16
 _TOWERS = ("", "decoder_")
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_LAYERS = "num_hidden_layers"
+_SIZES = ("hidden_size", _LAYERS, "num_attention_heads", "intermediate_size")
 # What transformers writes beside a model's options.
 _NOTES = ("_name_or_path", "torch_dtype", "transformers_version")
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}
-_PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+# What a processor of transformers does that does not say otherwise, by the beginning of its name.
+_PROCESSORS: dict[str, dict[str, Any]] = {
+    "ViT": {
+        "resample": _RESAMPLE["bilinear"],
+        "do_center_crop": False,
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5),
+    },
+    "CLIP": {
+        "resample": _RESAMPLE["bicubic"],
+        "do_center_crop": True,
+        "image_mean": OPENAI_DATASET_MEAN,
+        "image_std": OPENAI_DATASET_STD,
+    },
+}
+_OF_EVERY_PROCESSOR = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "rescale_factor": 1 / 255,
+}
 
 
 class MaeTower(nn.Module):
@@ -167,6 +192,8 @@ class MaeModel(nn.Module):
     Attributes:
         visual: The autoencoder.
         preprocess: How images become pixels.
+        resized_side: Shorter side of an image before it is cropped to the model's, where that is
+            not the same.
         record: As given.
 
     Raises:
@@ -183,6 +210,7 @@ class MaeModel(nn.Module):
         side: Any = config.image_size
         self.record = record
         self.preprocess = PreprocessCfg(size=(side, side), **record["preprocess_cfg"])
+        self.resized_side: int | None = None
         with explained("transformers cannot build the model", *MISFITS, KeyError):
             self.visual = MaeTower(config, self.preprocess)
 
@@ -202,9 +230,12 @@ class MaeModel(nn.Module):
         """Raise a `ValueError`: there is no text tower."""
         raise ValueError("a masked autoencoder has no text tower; linear-probe can score it")
 
-    def transform(self, **options: Any) -> Callable:
+    def transform(self, *, is_train: bool, **options: Any) -> Callable:
         """Return what turns a picture into pixels; see `open_clip.image_transform_v2`."""
-        return image_transform_v2(self.preprocess, **options)
+        transform: Any = image_transform_v2(self.preprocess, is_train=is_train, **options)
+        if self.resized_side is not None and not is_train:
+            transform.transforms[0].size = self.resized_side
+        return transform
 
 
 class MeanOfRows(nn.Module):
@@ -313,6 +344,7 @@ def mae_config(
     rules: dict[str, Rule] = {
         **dict.fromkeys((*ViTMAEConfig().to_dict(), *_NOTES), finite),
         **dict.fromkeys(("image_size", "patch_size", *sizes), whole_number(1, _MAX_SIZE)),
+        **dict.fromkeys([f"{tower}{_LAYERS}" for tower in _TOWERS], whole_number(1, MAX_LAYERS)),
         **dict.fromkeys(("dtype", "torch_dtype"), (_DTYPES.__contains__, " or ".join(_DTYPES))),
         "num_channels": (lambda v: v == 3, "3"),
         # An encoder of whole images says 0.
@@ -361,12 +393,12 @@ def mae_record(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
 
     Args:
         config: From `mae_config`.
-        **given: Of `_PREPROCESSING`: mean and deviation ("std") of the pixels' three colors, how
+        **given: Of `IMAGE_SETTINGS`: mean and deviation ("std") of the pixels' three colors, how
             images are resized ("bicubic" or "bilinear"; "shortest", and cropped, or "squash"). None
             is OpenCLIP's default.
     """
     known = PreprocessCfg(**{name: value for name, value in given.items() if value is not None})
-    preprocess = {name: getattr(known, name) for name in _PREPROCESSING}
+    preprocess = {name: getattr(known, name) for name in IMAGE_SETTINGS}
     return json.loads(json.dumps({"model_cfg": dict(config), "preprocess_cfg": preprocess}))
 
 
@@ -375,8 +407,16 @@ def hub_configs(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
     Args:
         record: From `mae_record`.
+
+    Raises:
+        ValueError: If transformers cannot prepare images as the record says.
     """
     side, preprocess = record["model_cfg"]["image_size"], record["preprocess_cfg"]
+    if preprocess["resize_mode"] == "longest":
+        raise ValueError(
+            "--image-resize-mode longest pads images, as no processor of transformers would for "
+            "the export of an autoencoder; take shortest or squash"
+        )
     is_cropped = preprocess["resize_mode"] == "shortest"
     square = {"height": side, "width": side}
     processor = {
@@ -384,7 +424,8 @@ def hub_configs(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": side} if is_cropped else square,
-        "resample": _RESAMPLE[preprocess["interpolation"]],
+        # "random" is for training alone: OpenCLIP evaluates by bicubic then.
+        "resample": _RESAMPLE.get(preprocess["interpolation"], _RESAMPLE["bicubic"]),
         "do_center_crop": is_cropped,
         "crop_size": square,
         "do_rescale": True,
@@ -411,21 +452,75 @@ def load_mae(folder: Path) -> MaeModel:
     file, path = folder / HF_CONFIG_NAME, folder / PREPROCESSOR_NAME
     config = read_json_object(file, what=str(file))
     preprocess: dict[str, Any] = {}
+    resized_side: int | None = None
     if path.is_file():
-        content = read_json_object(path, what=str(path))
-        size, resample = content.get("size"), content.get("resample")
-        is_cropped = isinstance(size, dict) and "shortest_edge" in size
-        preprocess = {
-            "mean": content.get("image_mean"),
-            "std": content.get("image_std"),
-            "interpolation": next((n for n, code in _RESAMPLE.items() if code == resample), None),
-            "resize_mode": "shortest" if is_cropped else "squash",
-        }
+        side = mae_config(config, what=str(folder))["image_size"]
+        preprocess, resized_side = _read_processor(path, side=side)
     record = {"model_cfg": config, "preprocess_cfg": preprocess}
     weights: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         weights |= read_checkpoint(path)["state_dict"]
-    return build_mae(record, weights, what=str(folder))
+    model = build_mae(record, weights, what=str(folder))
+    model.resized_side = resized_side
+    return model
+
+
+def _read_processor(path: Path, *, side: int) -> tuple[dict[str, Any], int | None]:
+    """Return how a processor of transformers prepares images; refuse what cannot be done alike.
+
+    Args:
+        path: Its file.
+        side: Of the model's images.
+
+    Returns:
+        OpenCLIP's settings, and the shorter side before the crop where it is not the model's.
+    """
+    given = {k: v for k, v in read_json_object(path, what=str(path)).items() if v is not None}
+    # What transformers takes for a ViT-MAE without a name.
+    name = "ViTImageProcessor"
+    for key in ("feature_extractor_type", "image_processor_type"):
+        name = str(given.get(key, name))
+    found = re.fullmatch(r"(ViT|CLIP)(ImageProcessor(Fast|Pil)?|FeatureExtractor)", name)
+    if found is None:
+        known = "ViTImageProcessor or CLIPImageProcessor"
+        raise ValueError(f"{path}: image_processor_type takes {known}, got {name!r}")
+    said = {**_OF_EVERY_PROCESSOR, **_PROCESSORS[found[1]], **given}
+    is_cropped = said["do_center_crop"]
+    square = {"height": side, "width": side}
+    resized: Any = said.setdefault("size", side)
+    if found[1] == "CLIP" and not isinstance(resized, dict):
+        resized = {"shortest_edge": resized}
+    edge = resized.get("shortest_edge") if isinstance(resized, dict) and len(resized) == 1 else None
+    is_edge_good = bool(is_cropped) and type(edge) is int and side <= edge <= _MAX_SIZE
+    switch: Rule = (lambda v: isinstance(v, bool), "true or false")
+    rules: dict[str, Rule] = {
+        # What else a processor may do to an image.
+        **dict.fromkeys([k for k in said if k.startswith("do_")], (lambda v: not v, "false")),
+        **dict.fromkeys(("do_rescale", "do_normalize", "do_center_crop"), switch),
+        # Other modes become RGB in any case.
+        "do_convert_rgb": switch,
+        "do_resize": (lambda v: v is True, "true"),
+        "size": (
+            lambda v: is_edge_good or v in (side, square),
+            f"the model's {side} x {side}, or a shortest_edge of as much with do_center_crop",
+        ),
+        "resample": (lambda v: v in _RESAMPLE.values(), "2 (bilinear) or 3 (bicubic)"),
+        "rescale_factor": (lambda v: type(v) in (int, float) and 0 < v < math.inf, "a number > 0"),
+    }
+    if is_cropped:
+        said.setdefault("crop_size", side)
+        rules["crop_size"] = (lambda v: v in (side, square), f"the model's {side} x {side}")
+    check_values(rules, {key: said.get(key) for key in rules}, what=str(path))
+    colors = {"mean": said["image_mean"], "std": said["image_std"]}
+    check_preprocessing(colors, what=str(path))
+    # OpenCLIP's pixels lie in [0, 1] before their mean and deviation are taken out.
+    scale = 255 * said["rescale_factor"] if said["do_rescale"] else 255.0
+    if not said["do_normalize"]:
+        colors = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    preprocess: dict[str, Any] = {k: [v / scale for v in color] for k, color in colors.items()}
+    preprocess["interpolation"] = next(n for n, c in _RESAMPLE.items() if c == said["resample"])
+    preprocess["resize_mode"] = "shortest" if is_edge_good else "squash"
+    return preprocess, edge if is_edge_good and edge != side else None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -460,7 +555,7 @@ def build_mae(
     preprocess = record.get("preprocess_cfg", {})
     check_preprocessing(preprocess, what=what)
     config = mae_config(record["model_cfg"], what=what)
-    given = {name: preprocess.get(name) for name in _PREPROCESSING}
+    given = {name: preprocess.get(name) for name in IMAGE_SETTINGS}
     with torch.device("meta"):
         model = MaeModel(mae_record(config, **given))
     with explained(f"{what} does not fit its config", *MISFITS):

@@ -31,7 +31,7 @@ _LENGTH = CLIPTextCfg().context_length
 # Everything else of transformers' tokenizers stays shut, "trust_remote_code" above all.
 _TOKENIZER_OPTIONS = ("clean", "strip_sep_token", "language")
 
-_MAX_LAYERS = 1000
+MAX_LAYERS = 1000
 _MAX_SIZE = 2**24
 _CAN_BE_ZERO = ("pad_id", "eos_id")
 # Sizes that open_clip takes as a list too, and how long it is.
@@ -262,7 +262,7 @@ def _rule(key: str, hint: Any) -> Rule:
         return is_good, f"a number from 0 to {_MAX_SIZE}"
     if dict in allowed:
         return lambda value: isinstance(value, dict), "a JSON object"
-    most = _MAX_LAYERS if key == "layers" else _MAX_SIZE
+    most = MAX_LAYERS if key == "layers" else _MAX_SIZE
     return whole_number(0 if key in _CAN_BE_ZERO else 1, most, length=_LISTS.get(key))
 
 
