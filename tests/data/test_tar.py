@@ -219,14 +219,25 @@ def test_a_member_that_states_more_than_a_stream_holds_ends_it(tmp_path):
     assert items[-1].detail == "unexpected end of data"
 
 
-def test_a_name_of_a_million_letters_ends_a_shard_and_its_index_stays_small(tmp_path):
+@pytest.mark.parametrize(
+    ("stem", "num_bytes"),
+    [("n" * 1_000_000, 1_000_004), ("\u00e9" * 600, 1204), ("\U0001f600" * 1000, 4004)],
+)
+def test_a_name_of_countless_letters_ends_a_shard_and_its_index_stays_small(
+    tmp_path, stem, num_bytes
+):
     path = tmp_path / "0.tar"
     pairs = [(f"{number}.txt", b"text") for number in range(300)]
-    write(path, [*pairs, ("n" * 1_000_000 + ".txt", b"text"), ("after.txt", b"text")])
+    write(path, [*pairs, (f"{stem}.txt", b"text"), ("after.txt", b"text")])
     index = index_shard(str(path))
     assert (len(index), index.keys.nbytes < 10_000) == (300, True)
     for failure in (index.failure, list(read_shard(str(path)))[-1]):
-        assert failure.detail == "a name of 1000004 characters, more than 1024"
+        assert failure.detail == f"a name of {num_bytes} bytes, more than 1024"
+
+
+def test_a_name_of_as_many_bytes_as_it_may_have_is_read(tmp_path):
+    write(tmp_path / "0.tar", [("\U0001f600" * 255 + ".txt", b"text")])
+    assert index_shard(str(tmp_path / "0.tar")).failure is None
 
 
 def test_shard_that_shrinks_while_open_gives_no_half_sample(tmp_path):

@@ -17,7 +17,7 @@ from clip_pgs.data.shards import is_remote, is_seekable
 # Of a header that extends another, and of all of a member: names take a few hundred bytes, and a
 # map of holes a few thousand.
 _MAX_HEADER_BYTES = 2**20
-# An index takes as much for each name as for the longest.
+# Bytes. An index takes as much for each name as for the longest.
 _MAX_NAME = 1024
 _EXTENSIONS = (
     tarfile.XHDTYPE,
@@ -150,10 +150,9 @@ def regular_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.Ta
         if sum(map(len, chain(*tar.pax_headers.items()))) > _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"global headers of more than {_MAX_HEADER_BYTES} bytes")
         _check_size(member)
-        if len(member.name) > _MAX_NAME:
-            raise tarfile.ReadError(
-                f"a name of {len(member.name)} characters, more than {_MAX_NAME}"
-            )
+        num_bytes = len(member.name.encode("utf-8", "surrogateescape"))
+        if num_bytes > _MAX_NAME:
+            raise tarfile.ReadError(f"a name of {num_bytes} bytes, more than {_MAX_NAME}")
         folder, slash, base = member.name.rpartition("/")
         stem, dot, suffix = base.partition(".")
         if member.isreg() and stem and dot and not _METADATA.match(member.name):
