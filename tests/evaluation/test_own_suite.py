@@ -66,7 +66,14 @@ def evaluate_with(module, color_model, dataset_list, data_root, tmp_path):
     [
         ('return Scores({"spread": float("nan")}, 12)', "metric spread must be in [0, 1]"),
         ('return Scores({"spread": 1000}, 12)', "metric spread must be in [0, 1]"),
-        ('return Scores({"spread": 0.5}, -1)', "samples must not be negative, got -1"),
+        ('return Scores({"spread": 0.5}, -1)', "samples must be a number that is not negative"),
+        ('return Scores({"spread": 0.5}, 10**50)', "samples must be a number that is not negative"),
+        ('return Scores({"seconds": 0.5}, 12)', "a metric must not be named 'seconds'"),
+        ('return Scores({"spread": 0.5}, 12, {"classes": ["a", "b"]})', "classes must be a number"),
+        ('return Scores({"spread": 0.5}, 12, {"ties": True})', "ties must be a number that is not"),
+        ('return Scores({"spread": 0.5}, 12, {"items": float("nan")})', "items must be a number"),
+        ('return Scores({"spread": 0.5}, 12, [1])', "details must be a dict, got list"),
+        ('return Scores({"spread": 0.5}, 12, {"all": "a" * 2**24})', "at most 16777216 bytes"),
         ('return Scores({"spread": 0.5}, "12")', "'str' object cannot be interpreted as"),
         ('return Scores({"spread": 0.5}, 12, {"why": object()})', "object is not JSON"),
         ('return {"spread": 0.5}', "a suite must return Scores, got dict"),
@@ -84,6 +91,12 @@ def test_scores_may_be_tensors_and_arrays(evaluate_with, tmp_path):
     evaluate_with(f"import numpy; return {scores}")
     content = json.loads((tmp_path / "out/spread_six.json").read_text())
     assert (content["metrics"], content["samples"]) == ({"spread": 0.5}, 3)
+
+
+@pytest.mark.parametrize("details", ['{"classes": 2, "captions": 24.0}', '{"per class": [0.5, 1]}'])
+def test_other_details_are_a_row_of_the_table(details, evaluate_with, tmp_path):
+    evaluate_with(f'return Scores({{"spread": 0.5}}, 12, {details})')
+    assert "spread,six,done,12,0.5" in (tmp_path / "out/results.csv").read_text()
 
 
 def test_a_suite_whose_code_changed_is_scored_again(evaluate_with):
@@ -105,6 +118,7 @@ def test_suite_that_declares_too_little_is_refused():
     [
         ('unit="percent"', 'unit="seconds"', "must end in 'percent', in which its metrics are"),
         ('unit="percent"', 'unit=""', "must end in 'percent'"),
+        ('{"spread": "spread"}', '{"spread": "spread", "error": "e"}', "must not be named 'error'"),
         ('main_metrics=("spread",)', 'main_metrics=("far",)', "one of its metrics, spread, got 'f"),
         ('main_metrics=("spread",)', 'main_metrics=("spread")', "one of its metrics, spread, got"),
     ],

@@ -49,7 +49,7 @@ _EPOCH = re.compile(r"epoch_(\d+)")
 # What earlier versions called a probe's `regularization`.
 _FORMER = "regularisation"
 # What a report computes with, where the details of a result tell it.
-_COUNTS = ("items", "ties", "classes", "captions")
+COUNTS = ("items", "ties", "classes", "captions")
 # Each result has a copy of it; of a long mixture of shards a record takes some kilobytes.
 _MAX_RECORD = 2**20
 # How the table of a study begins.
@@ -240,7 +240,7 @@ def _is_a(kind: str, value: Any) -> bool:
 def _is_sound(result: Result, place: str) -> bool:
     """Say whether one can compute with a result, and warn where one cannot."""
     shares = {name: value for name, value in result.metrics.items() if value is not None}
-    counts = {name: result.details[name] for name in _COUNTS if name in result.details}
+    counts = {name: result.details[name] for name in COUNTS if name in result.details}
     counts["samples"] = result.samples
     if result.flops_per_image is not None:
         counts["flops_per_image"] = result.flops_per_image

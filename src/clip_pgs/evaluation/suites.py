@@ -14,8 +14,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,7 +44,7 @@ from clip_pgs.evaluation.datasets import (
     read_templates,
     too_many_equal,
 )
-from clip_pgs.evaluation.results import is_share
+from clip_pgs.evaluation.results import COUNTS, Result, amount, is_share
 from clip_pgs.files import read_file
 from clip_pgs.registry import Registry
 from clip_pgs.tables import counted
@@ -60,6 +60,8 @@ NUM_NEIGHBORS = 20
 DEFAULT_ROOTS = {"demo": "data/demo/eval", "paper": "data/eval"}
 _MAX_LINE, _MAX_NAME = 4096, 150
 _MAX_LIST_BYTES = 2**24
+# A quarter of the largest file of a result that is read.
+_MAX_DETAILS = 2**24
 _COMMENT = re.compile(r"(?:^|\s)#")
 _RETRIEVAL_NAMES = ("mscoco_captions", "flickr8k", "flickr30k")
 
@@ -72,11 +74,13 @@ class Scores:
         metrics: In [0, 1], by name; None where one is not defined. A tensor or an array of one
             number becomes that number.
         samples: Number of images scored, or of caption pairs.
-        details: What explains the numbers, as JSON holds it.
+        details: What explains the numbers, as JSON holds it. Reports compute with "classes",
+            "captions", "items" and "ties", which are numbers.
 
     Raises:
         TypeError: If a metric or `samples` is no number, or the details are not what JSON holds.
-        ValueError: If one is out of its range.
+        ValueError: If one is out of its range, the details are large, or a metric has the name of
+            another column of results.
     """
 
     metrics: dict[str, float | None]
@@ -90,9 +94,22 @@ class Scores:
         metrics = {str(name): v if v is None else float(v) for name, v in self.metrics.items()}
         object.__setattr__(self, "metrics", metrics)
         object.__setattr__(self, "samples", index(self.samples))
-        if self.samples < 0:
-            raise ValueError(f"samples must not be negative, got {self.samples}")
-        json.dumps(self.details)
+        _check_names(metrics)
+        if not isinstance(self.details, dict):
+            raise TypeError(f"details must be a dict, got {type(self.details).__name__}")
+        # What is written otherwise would not be read again.
+        told = {name: self.details[name] for name in COUNTS if name in self.details}
+        for name, value in {"samples": self.samples, **told}.items():
+            if amount(value) is None:
+                raise ValueError(f"{name} must be a number that is not negative, got {value!r}")
+        if (size := len(json.dumps(self.details, indent=2))) > _MAX_DETAILS:
+            raise ValueError(f"details must take at most {_MAX_DETAILS} bytes of JSON, got {size}")
+
+
+def _check_names(metrics: Iterable[str]) -> None:
+    """Refuse a metric whose column in a table would be that of something else."""
+    for name in {column.name for column in fields(Result)}.intersection(metrics):
+        raise ValueError(f"a metric must not be named {name!r}: results have a column of that name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +137,8 @@ class Suite:
         meanings: Of headings and averages that do not say it themselves, for a line below a table.
 
     Raises:
-        ValueError: If the unit is another, or a main metric is none of the metrics.
+        ValueError: If the unit is another, a main metric is none of the metrics, or a metric has
+            the name of another column of results.
     """
 
     name: str
@@ -146,6 +164,7 @@ class Suite:
                 f"the unit of suite {self.name!r} must end in 'percent', in which its metrics are "
                 f"shown, got {self.unit!r}"
             )
+        _check_names(self.metrics)
         for name in self.main_metrics:
             if name not in self.metrics:
                 choices = ", ".join(self.metrics) or "none"
