@@ -1,6 +1,7 @@
 import shutil
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -148,12 +149,36 @@ def test_weights_that_were_trained_on_other_images_are_told(finished_run, tmp_pa
         assert "quick_gelu False -> True, image_std [0.2" in warning
     # An export brings weights of its own.
     argv[:2] = ["--model", f"local-dir:{finished_run / 'export'}"]
-    (warning,) = option_warnings(parse_options([*argv, str(source), *other]))
+    (warning,) = option_warnings(parse_options([*argv, str(source)]))
     assert warning.startswith("--pretrained has no effect on local-dir:")
+    for forced, changed in (
+        (["--force-quick-gelu"], "quick_gelu False -> True"),
+        (["--force-context-length", "8"], "text_cfg.context_length 12 -> 8"),
+        (["--image-std", "0.5", "0.5", "0.5"], "image_std [0.2"),
+    ):
+        (warning,) = option_warnings(parse_options([*argv[:-1], *forced]))
+        assert warning.startswith(f"{' '.join(argv[:2])} was trained with other settings: ")
+        assert changed in warning
     argv[:2] = ["--model-config", str(config)]
     weights = tmp_path / "weights.pt"
     torch.save({"state_dict": {}}, weights)
     assert option_warnings(parse_options([*argv, str(weights)])) == []
+
+
+def test_a_tag_goes_before_a_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openai").mkdir()
+    fetched = []
+    monkeypatch.setattr(
+        "open_clip.factory.download_pretrained", lambda config, **_: fetched.append(config)
+    )
+    options = parse_options(["--model", "RN50", *SYNTHETIC, "--pretrained", "openai"])
+    check_options(options)
+    assert fetched[:1] == [open_clip.get_pretrained_cfg("RN50", "openai")]
+    assert option_warnings(options) == []
+    options.pretrained = "./openai"
+    with pytest.raises(ValueError, match="folder that holds no checkpoint"):
+        check_options(options)
 
 
 def test_a_run_goes_on_without_the_weights_that_it_began_with(tmp_path, finished_run):

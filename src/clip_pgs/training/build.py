@@ -206,8 +206,9 @@ def create_model(options: TrainOptions, device: torch.device) -> tuple[Any, Call
         train_transform = autoencoder.transform(is_train=True, aug_cfg=dict(options.aug_cfg))
         return autoencoder, train_transform, autoencoder.transform(is_train=False)
     pretrained = first_weights(options)
-    if pretrained and Path(pretrained).is_dir():
-        pretrained = str(find_weights(pretrained))
+    place = weights_place(options)
+    if place is not None and place.is_dir():
+        pretrained = str(find_weights(place))
     on_meta = device if device.type == "meta" else contextlib.nullcontext()
     is_random = contextlib.nullcontext() if pretrained else random_weights()
     with weights_read_by(_read_weights, _explain_misfit), on_meta, is_random, no_foreign_code():
@@ -246,6 +247,14 @@ def create_model(options: TrainOptions, device: torch.device) -> tuple[Any, Call
     return model, train_transform, val_transform
 
 
+def weights_place(options: TrainOptions) -> Path | None:
+    """Return the file or folder that `--pretrained` names; a tag goes first, as in OpenCLIP."""
+    named = options.pretrained
+    if not named or open_clip.get_pretrained_cfg(options.model, named):
+        return None
+    return Path(named) if Path(named).exists() else None
+
+
 def first_weights(options: TrainOptions) -> str | None:
     """Return the tag, file or folder that `--pretrained` names.
 
@@ -253,7 +262,7 @@ def first_weights(options: TrainOptions) -> str | None:
     job that is queued again must not need what was cleared away meanwhile.
     """
     named = options.pretrained
-    if named is None or Path(named).exists() or options.resume is None:
+    if named is None or weights_place(options) is not None or options.resume is None:
         return named
     if open_clip.get_pretrained_cfg(options.model, named):
         return named

@@ -18,7 +18,7 @@ from clip_pgs.checkpoint_reading import (
 from clip_pgs.common import MODEL_SCHEMAS
 from clip_pgs.data.build import dataset_kind
 from clip_pgs.data.shards import expand_shards, is_seekable
-from clip_pgs.files import CHECKPOINTS_NAME
+from clip_pgs.files import CHECKPOINTS_NAME, MODEL_CONFIG_NAME, read_json_object
 from clip_pgs.integrations.open_clip.model_config import changed_model
 from clip_pgs.masking import create_masking
 from clip_pgs.tables import counted
@@ -28,6 +28,7 @@ from clip_pgs.training.build import (
     is_on_cpu,
     makes_coca,
     read_model_config,
+    weights_place,
 )
 from clip_pgs.training.data_checks import (
     has_training_data,
@@ -243,19 +244,30 @@ def _resume_warnings(options: TrainOptions) -> list[str]:
 
 
 def _weight_warnings(options: TrainOptions) -> list[str]:
-    """Return a sentence where weights of this trainer were trained to compute something else."""
-    source = options.pretrained
-    if not source or not _reads_pretrained(options) or not Path(source).exists():
-        return []
-    recorded = None
+    """Return a sentence where weights with a record were trained to compute something else."""
+    flag, source = "--pretrained", options.pretrained
+    recorded: Any = None
     # That it cannot be read is told by who reads it.
     with suppress(ValueError):
-        path = find_weights(source, is_checked=False)
-        recorded = config_of(path, read_checkpoint(path, use_mmap=True))
-    changes = changed_model(recorded, open_clip_config(options))
+        if options.model.startswith(MODEL_SCHEMAS):
+            flag, source = "--model", options.model
+            recorded = {"model_cfg": read_model_config(options), **_read_export(options.model)}
+        elif options.mae is None and (place := weights_place(options)) is not None:
+            path = find_weights(place, is_checked=False)
+            recorded = config_of(path, read_checkpoint(path, use_mmap=True))
+    changes = [] if recorded is None else changed_model(recorded, open_clip_config(options))
     if not changes:
         return []
-    return [f"--pretrained {source} was trained with other settings: {', '.join(changes)}"]
+    return [f"{flag} {source} was trained with other settings: {', '.join(changes)}"]
+
+
+def _read_export(model: str) -> dict[str, Any]:
+    """Return how the weights of a folder see images, as its config tells; of the Hub's nothing."""
+    schema, _, folder = model.partition(":")
+    if schema != "local-dir":
+        return {}
+    content = read_json_object(Path(folder, MODEL_CONFIG_NAME), what=model)
+    return {"preprocess_cfg": content.get("preprocess_cfg")}
 
 
 def _source_warnings(options: TrainOptions, source: str) -> list[str]:
