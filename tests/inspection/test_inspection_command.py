@@ -219,6 +219,22 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypat
     assert Path("photo.png").read_bytes() == content
 
 
+def test_a_figure_does_not_become_one_of_the_images(photo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    photo.rename("folder/photo.jpg")
+    Path("link").symlink_to("folder")
+    for images, output in [
+        ("folder", "folder/a.png"),
+        ("link", "folder/a.png"),
+        ("folder", "link/a.png"),
+    ]:
+        assert f"the output {output}" in refusal(main, ["masks", images, "-o", output], capsys)
+    for output in ("folder/a.pdf", "folder/below/a.png"):
+        assert main(["masks", "folder", "-o", output]) == 0
+    assert main(["masks", "folder/photo.jpg", "-o", "folder/a.png"]) == 0
+
+
 def test_a_picture_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.linear_gradient("L").save("photo.png")

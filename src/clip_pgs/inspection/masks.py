@@ -200,6 +200,11 @@ def run_masks(args: argparse.Namespace) -> None:
     paths = list_images(args.images)
     if output.resolve() in (path.resolve() for path in paths):
         raise ValueError(f"the output {output} is one of the images")
+    if kind != "PDF" and output.parent.resolve() in (Path(path).resolve() for path in args.images):
+        raise ValueError(
+            f"the output {output} must not be in a folder of the images, among which it would be at "
+            "the next call"
+        )
     figure = draw_masks(
         paths,
         strategies,
