@@ -1,5 +1,7 @@
 """What a ViT-MAE of Hugging Face is shown."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -57,6 +59,20 @@ def brightest(images, num_keep):
 def shown(model, images):
     """Return which patches the model was shown, (B, 16)."""
     return model(images).mask == 0
+
+
+@pytest.mark.parametrize("is_copied", [False, True], ids=["same", "copied"])
+def test_a_second_call_replaces_the_first_strategy(is_copied):
+    model, images = small_mae(), image_batch()
+    first = feed_mae_noise(model, "random")
+    model = copy.deepcopy(model) if is_copied else model
+    second = feed_mae_noise(model, KeepBright(4))
+    bright = torch.zeros(3, 16, dtype=torch.bool).scatter(1, brightest(images, 4), True)
+    assert torch.equal(shown(model, images), bright)
+    first.remove()
+    assert torch.equal(shown(model, images), bright)
+    second.remove()
+    assert any(not torch.equal(shown(model, images), bright) for _ in range(4))
 
 
 @pytest.mark.parametrize(("sign", "num_keep"), [("keep", 4), ("hide", 12)])

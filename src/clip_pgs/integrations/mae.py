@@ -141,7 +141,8 @@ def feed_mae_noise(
 ) -> MaeNoise:
     """Let a strategy choose what a ViT-MAE is shown, in train and eval mode.
 
-    A caller's own `noise` goes first. Weights and state dict stay as they are.
+    A caller's own `noise` goes first, and a second call replaces the strategy of the first. Weights
+    and state dict stay as they are.
 
     Args:
         model: `ViTMAEForPreTraining` or `ViTMAEModel`, also wrapped.
@@ -172,6 +173,10 @@ def feed_mae_noise(
         raise ValueError(
             f"{type(strategy).__name__} reads a teacher's attention, and an autoencoder has none"
         )
+    # The first would go on to choose, and a copied model's handle is that of the original.
+    hooks = embeddings._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, MaeNoise)]:
+        del hooks[key]
     feed = MaeNoise(strategy, sign)
     feed.handle = embeddings.register_forward_pre_hook(feed, with_kwargs=True)
     return feed
