@@ -63,6 +63,9 @@ class Teacher:
         self.tower = copy.deepcopy(tower)
         # A masking around this one has a teacher of its own, which its tower's loading tells.
         self.tower._load_state_dict_post_hooks.clear()
+        # Whoever collects features of the tower is shown none of the teacher's.
+        for module in self.tower.modules():
+            module._forward_hooks.clear()
         self.tower.float().eval().requires_grad_(False).zero_grad(set_to_none=True)
         self.resolution = resolution
         self.momentum = momentum

@@ -52,6 +52,19 @@ def test_the_teacher_is_no_part_of_the_model():
     assert not any(weight.requires_grad for weight in teacher.parameters())
 
 
+@pytest.mark.parametrize("make", [small_clip, small_timm_clip])
+@pytest.mark.parametrize("part", ["block", "attention"])
+def test_hooks_on_the_tower_see_nothing_of_the_teacher(make, part):
+    model, seen = make(), []
+    visual = model.visual
+    blocks = visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks
+    for block in blocks:
+        module = block if part == "block" else block.attn
+        module.register_forward_hook(lambda module, given, output: seen.append(given[0].shape))
+    attentive(model).encode_image(image_batch())
+    assert seen == [(3, 9, 64)] * len(blocks)
+
+
 def test_momentum_rises_to_one_along_a_cosine():
     got = [teacher_momentum(0.996, step=step, total_steps=4) for step in (0, 1, 2, 4, 9)]
     expected = [1 - 0.004 * (math.cos(math.pi * share) + 1) / 2 for share in (0, 0.25, 0.5, 1, 1)]
