@@ -22,6 +22,11 @@ def main(folder):
     norm = nn.SyncBatchNorm(3, dtype=torch.float64)
     y = visible_batch_norm(norm, x.requires_grad_(), mask)
     (gradient,) = torch.autograd.grad((y * weights).sum(), x)
+    # By processes of a group alone, here each one by itself.
+    groups = [dist.new_group([other]) for other in range(dist.get_world_size())]
+    alone, local = nn.SyncBatchNorm(3, process_group=groups[rank]), nn.BatchNorm2d(3)
+    given = x.detach().float(), mask.float()
+    assert torch.equal(visible_batch_norm(alone, *given), visible_batch_norm(local, *given))
     state = {"x": x, "mask": mask, "w": weights, "y": y, "gradient": gradient}
     state = {name: value.detach() for name, value in state.items()}
     torch.save({**state, "running_var": norm.running_var}, folder / f"{rank}.pt")

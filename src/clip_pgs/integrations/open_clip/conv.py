@@ -130,7 +130,9 @@ def visible_batch_norm(norm: _BatchNorm, x: Tensor, mask: Tensor) -> Tensor:
 
 def _over_ranks(norm: _BatchNorm, total: Tensor) -> Tensor:
     is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    return total if is_alone or not isinstance(norm, nn.SyncBatchNorm) else all_reduce(total)
+    if is_alone or not isinstance(norm, nn.SyncBatchNorm):
+        return total
+    return all_reduce(total, group=norm.process_group or torch.distributed.group.WORLD)
 
 
 class _LocalBatchNorm(_BatchNorm):
