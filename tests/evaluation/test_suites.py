@@ -118,6 +118,15 @@ def test_caption_pairs_are_found_in_their_folder_and_in_the_root_itself(data_roo
     assert locate(name, "/sets/{dataset_cleaned}") == (name, "/sets/sugar_crepe")
 
 
+@pytest.mark.parametrize("name", ["hard_crepe", "a/sugar_crepe"])
+def test_caption_pairs_that_are_not_there_are_no_other_set_s(data_root, dataset_list, name):
+    dataset_list.write_text(f"{name}/add_att\n")
+    for root in (data_root, data_root / "sugar_crepe"):
+        (found,) = load_suite(datasets=str(dataset_list), data_root=str(root))
+        assert found.location == str(root / name)
+        assert check_presence(found).state == "missing"
+
+
 @pytest.mark.parametrize("folder", ["vtab/cifar10", "vtab-cifar10", "wds_vtab-cifar10"])
 def test_name_is_found_under_each_of_its_folder_names(tmp_path, folder):
     (tmp_path / folder).mkdir(parents=True)

@@ -41,6 +41,7 @@ CAPTION_PAIR_SPLITS = (
     "swap_att",
     "swap_obj",
 )
+_PAIRS_NAME = "sugar_crepe"
 PRESENT, INCOMPLETE, MISSING = "present", "incomplete", "missing"
 IMAGE_FOLDER = "val2017"
 HUB_ROOT = "https://huggingface.co/datasets/clip-benchmark/wds_{dataset_cleaned}/tree/main"
@@ -137,7 +138,9 @@ def _locate_caption_pairs(name: str, data_root: str) -> tuple[str, str]:
     if is_template(data_root):
         filled = data_root.replace("{dataset_cleaned}", folder_name)
         return shown, filled.replace("{dataset}", folder_name)
-    candidates = [Path(data_root, expand_home(folder_name)), Path(data_root)]
+    candidates = [Path(data_root, expand_home(folder_name))]
+    if folder_name == _PAIRS_NAME:
+        candidates.append(Path(data_root))
     holders = (path for path in candidates if os.path.isfile(path / f"{split}.json"))
     return shown, str(next(holders, candidates[0]))
 
