@@ -5,6 +5,7 @@ import re
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from clip_pgs.evaluation import load_model, weights_digest
@@ -128,6 +129,19 @@ def test_checkpoint_of_a_run_on_the_folder_of_an_export_opens_from_its_recorded_
     (run / "params.txt").write_text(f"model: local-dir:{finished_run / 'export'}\n")
     loaded = load_model(run / "checkpoints/epoch_7.pt")
     assert weights_digest(loaded.model) == weights_digest(load_model(finished_run).model)
+
+
+def test_checkpoint_fills_borders_as_the_export_of_its_run_does(lone_checkpoint, run):
+    path = run / "export/open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["preprocess_cfg"] |= {"resize_mode": "longest", "fill_color": 255}
+    path.write_text(json.dumps(config))
+    content = torch.load(lone_checkpoint, weights_only=True)
+    torch.save({**content, "clip_pgs": {"open_clip_config": config}}, lone_checkpoint)
+    wide = Image.new("RGB", (40, 10))
+    pixels_CHW = load_model(lone_checkpoint).transform(wide)
+    assert pixels_CHW.max() > 0
+    assert torch.equal(pixels_CHW, load_model(run).transform(wide))
 
 
 def test_checkpoint_of_this_trainer_needs_nothing_beside_it(lone_checkpoint, finished_run):

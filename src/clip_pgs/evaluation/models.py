@@ -17,7 +17,7 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.transform import PreprocessCfg
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from clip_pgs import checkpoint_reading
@@ -347,6 +347,8 @@ def _build_checkpoint(checkpoint: _Checkpoint, architecture: _Architecture) -> B
     would change the scores in silence.
     """
     name, options = architecture
+    options = dict(options)
+    fill_color = options.pop("image_fill_color", None)
     # open_clip warns that a model has no weights yet.
     with silenced(logging.WARNING):
         model, transform, tokenizer = _create(
@@ -360,6 +362,10 @@ def _build_checkpoint(checkpoint: _Checkpoint, architecture: _Architecture) -> B
         state_dict = fit_weights(state_dict, model)
     model.load_state_dict(state_dict)
     visual: Any = model.visual
+    if fill_color is not None:
+        # open_clip has no option for it.
+        visual.preprocess_cfg = {**visual.preprocess_cfg, "fill_color": fill_color}
+        transform = image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False)
     present = {**_described(name, options), "preprocess_cfg": visual.preprocess_cfg}
     recorded = checkpoint.config or config_of(checkpoint.path, {})
     if recorded is None and (of_run := _of_run(checkpoint)) is not None:
@@ -481,7 +487,7 @@ def _from_config(config: Any, *, what: str) -> _Architecture:
         path.write_text(text, encoding="utf-8")
         register_model_config(path)
     preprocess = config.get("preprocess_cfg", {})
-    names = ("mean", "std", "interpolation", "resize_mode")
+    names = (*IMAGE_SETTINGS, "fill_color")
     return stem, {f"image_{name}": preprocess.get(name) for name in names}
 
 
