@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from torchvision.transforms.functional import pil_to_tensor
 
 from clip_pgs.data.__main__ import main
 from clip_pgs.data.bad_samples import BadSampleError, UnusableDataError
 from clip_pgs.data.preflight import preflight
-from clip_pgs.data.samples import RawSample, decode_captions
+from clip_pgs.data.samples import MAX_CHARACTERS, RawSample, SampleDecoder, decode_captions
 from support.streams import numbers, open_stream, read_from, same, with_options
 
 
@@ -242,3 +244,26 @@ def test_an_empty_name_of_a_field_is_refused(write, make_args, tmp_path, capsys,
     for argv in (["check", path], ["words", path, "-o", str(tmp_path / "words.json")]):
         assert main([*argv, "--caption-key", key]) == 2
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("blanks", [" " * 2000, "\n" * 1999, " \t" * 5000])
+def test_blanks_before_a_caption_take_none_of_its_place(write, make_args, tmp_path, capsys, blanks):
+    path = write(lambda number: {"txt": f"{blanks}{number}".encode()})
+    args = make_args(train_data=path, batch_size=4)
+    assert sorted(numbers(read_from(open_stream(args)))) == list(range(12))
+    out = tmp_path / "words.json"
+    assert main(["words", path, "-o", str(out), "--min-count", "1"]) == 0
+    assert json.loads(out.read_text())["num_words"] == 12
+
+
+@pytest.mark.parametrize("caption", [" 7" + " x" * 500, "7" * 5000, " 7 " + "x" * 1997])
+def test_a_caption_without_many_blanks_is_read_as_it_was(caption, make_image):
+    taken = []
+
+    def tokenize(captions):
+        taken.extend(captions)
+        return torch.zeros(1, 1)
+
+    decode = SampleDecoder(pil_to_tensor, tokenize, 0)
+    decode(RawSample("0.tar", "0", make_image(0), (caption.encode(),)), epoch=0)
+    assert taken == [caption[:MAX_CHARACTERS]]

@@ -122,7 +122,7 @@ class SampleDecoder:
         else:
             pixels = self.transform(decode_image(raw, self.transform))
         _seed_generators(stable_seed("text", *place))
-        return pixels, self.tokenize([caption[:MAX_CHARACTERS]])[0]
+        return pixels, self.tokenize([cut_caption(caption)])[0]
 
 
 def caption_fields(caption_key: str) -> list[str]:
@@ -193,6 +193,14 @@ def decode_captions(
     if not captions:
         raise BadSampleError("empty caption")
     return captions
+
+
+def cut_caption(caption: str) -> str:
+    """Return what is read of a caption: of a long one, `MAX_CHARACTERS` from its first that shows.
+
+    Tokenizers drop what is blank before it, and nothing would be left of as many blanks.
+    """
+    return caption if len(caption) <= MAX_CHARACTERS else caption.lstrip()[:MAX_CHARACTERS]
 
 
 def decode_image(raw: RawSample, transform: Any = None) -> Image.Image:

@@ -28,9 +28,9 @@ from clip_pgs.data.bad_samples import BadSampleError, Skip, describe_reasons
 from clip_pgs.data.caption_tables import read_captions
 from clip_pgs.data.commands import map_in, worker_processes
 from clip_pgs.data.samples import (
-    MAX_CHARACTERS,
     RawSample,
     caption_fields,
+    cut_caption,
     decode_captions,
     missing_fields,
 )
@@ -209,7 +209,7 @@ def count_captions(
         count.num_captions += len(captions)
         for caption in captions:
             # The counter would keep a word of megabytes, of which training reads no more than this.
-            words = find_words(caption[:MAX_CHARACTERS])
+            words = find_words(cut_caption(caption))
             count.words.update(word[0].lower() for word in words)
     return count
 
