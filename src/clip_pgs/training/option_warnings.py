@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from timm.optim import get_optimizer_info
+
 from clip_pgs.checkpoint_reading import (
     config_of,
     find_checkpoint,
@@ -134,7 +136,7 @@ def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
     on_cpu = is_on_cpu(options)
     is_full_on_gpu = not on_cpu and options.precision == "fp32"
     has_imagenet = options.imagenet_val is not None or options.imagenet_v2 is not None
-    reports_to_wandb = bool({"wandb", "all"} & set(options.report_to.split(",")))
+    reports_to_wandb = bool({"wandb", "all"} & options.report_targets)
     opt, scheduler = options.opt, options.lr_scheduler
     own_size = input_size(dataclasses.replace(options, train_image_size=None))
     is_own_size = (options.train_image_size,) * 2 == own_size
@@ -172,7 +174,7 @@ def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
         (not has_imagenet, "zeroshot_frequency", "without --imagenet-val"),
         (options.zeroshot_frequency == 0, imagenet, "with --zeroshot-frequency 0"),
         (options.eval_suite is None, evaluation, "without --eval-suite"),
-        (not opt.lower().startswith("timm/"), "momentum", f"with --opt {opt}"),
+        (True, _idle_settings(opt), f"with --opt {opt}"),
         (options.skip_scheduler, f"warmup lr_scheduler {cooldown}", "with --skip-scheduler"),
         (scheduler != "const-cooldown", cooldown, f"on --lr-scheduler {scheduler}"),
         (not options.lock_image, lock_image, "without --lock-image"),
@@ -201,6 +203,16 @@ def _masking_warnings(options: TrainOptions) -> list[str]:
         flags += [f"--masking-option {name}"] if name in options.masking_option else []
         sentences += [f"{flag} has no effect {reason}" for flag in flags]
     return sentences
+
+
+def _idle_settings(opt: str) -> str:
+    """Return what an optimizer has no place for: timm drops it, OpenCLIP's AdamW never asks."""
+    if not opt.lower().startswith("timm/"):
+        return "momentum"
+    # Such as lookahead_adam.
+    info = get_optimizer_info(opt.lower().removeprefix("timm/").rpartition("_")[2])
+    names = {"momentum": info.has_momentum, "beta1 beta2": info.has_betas, "eps": info.has_eps}
+    return " ".join(name for name, is_taken in names.items() if not is_taken)
 
 
 def warmup_warnings(options: TrainOptions) -> list[str]:

@@ -1,7 +1,9 @@
 import json
 
 import pytest
+import torch
 
+from clip_pgs.training.build import build_optimizer
 from clip_pgs.training.option_warnings import option_warnings
 from clip_pgs.training.options import parse_options
 from support.options import SYNTHETIC, VALID, write_model_config, write_shards
@@ -41,6 +43,34 @@ from support.runs import COCA, write_model
 def test_a_setting_with_no_effect_warns(argv, sentence):
     (warning,) = warnings_of(*VALID, *argv)
     assert warning.startswith(sentence) or warning.endswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("opt", "named"),
+    [
+        ("timm/adam", ["--momentum"]),
+        ("timm/Lookahead_Adam", ["--momentum"]),
+        ("timm/sgd", ["--beta1", "--beta2", "--eps"]),
+        ("timm/lion", ["--momentum", "--eps"]),
+        ("timm/rmsprop", ["--beta1", "--beta2"]),
+    ],
+)
+def test_settings_that_an_optimizer_drops_warn(opt, named):
+    given = ["--momentum=0.75", "--beta1=0.3", "--beta2=0.4", "--eps=0.125"]
+    options = parse_options([*VALID, "--opt", opt, "--lr", "1", *given])
+    sentences = option_warnings(options)
+    assert [sentence.split(" has no effect with --opt")[0] for sentence in sentences] == named
+    # As it is made of them.
+    made = build_optimizer(options, torch.nn.Linear(2, 2)).state_dict()["param_groups"][0]
+    taken = {"--momentum": 0.75, "--beta1": 0.3, "--beta2": 0.4, "--eps": 0.125}
+    values = {*made.get("betas", ()), *(v for v in made.values() if isinstance(v, float))}
+    assert [flag for flag, value in taken.items() if value not in values] == named
+
+
+def test_loggers_may_be_joined_by_a_comma_and_a_space():
+    argv = [*VALID, "--wandb-notes", "x", "--report-to"]
+    for targets in ("tensorboard, wandb", "wandb ,tensorboard", "all"):
+        assert option_warnings(parse_options([*argv, targets])) == []
 
 
 def test_a_warmup_of_unmasked_tuning_has_an_effect_beside_skip_scheduler():
@@ -101,6 +131,7 @@ def test_options_of_a_masking_that_others_leave_idle_are_told(argv, idle):
         ["--local-loss", "--gather-with-grad", "--ddp-static-graph", "--dist-backend", "gloo"],
         ["--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1", "--lr-cooldown-power", "2"],
         ["--opt", "timm/sgd", "--lr", "0.1", "--momentum", "0.9"],
+        ["--opt", "timm/lookahead_adam", "--lr", "1", "--beta1=0.5", "--beta2=0.5", "--eps=1"],
         ["--lock-image", "--lock-image-unlocked-groups", "1"],
         # The last step has the full rate.
         ["--warmup", "480"],
