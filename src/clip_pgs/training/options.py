@@ -438,6 +438,12 @@ NOT_FOR_AUTOENCODERS = (
     "force_patch_dropout train_image_size eval_inference_masking"
 )
 
+# What a config's masking is told, and goes with it where the command line turns it off.
+_OF_IMAGES = "mask_ratio mask_ratio_min masking_option mask_schedule mask_ratio_end"
+_OF_IMAGES += " mask_schedule_steps merge merge_counts pack_tokens"
+_OF_TEXTS = "text_tokens text_masking_option"
+_TURNED_OFF = {"masking": {*_OF_IMAGES.split()}, "text_masking": {*_OF_TEXTS.split()}}
+
 
 def is_theirs(option: Field) -> bool:
     """Return whether a field of `TrainOptions` is a flag of OpenCLIP's."""
@@ -667,6 +673,10 @@ def read_options(argv: Sequence[str], *, is_autoencoder: bool = False) -> TrainO
             reason = REFUSED_FLAGS.get(flag_of(name), "this version of OpenCLIP added it after us")
             raise ValueError(f"{flag_of(name)} is not supported: {reason}")
         del said[name]
+    for switch, names in _TURNED_OFF.items():
+        if switch in typed and said[switch] == "none":
+            # What a config says of its own masking is not said of this one.
+            said = {name: value for name, value in said.items() if name not in names - typed}
     # What is None, or a switch that is off, is as if nobody had said it; a ratio of 0 is said.
     said = {name: value for name, value in said.items() if value is not None and value != {}}
     given = {name for name, value in said.items() if value is not False}
@@ -692,9 +702,6 @@ def read_options(argv: Sequence[str], *, is_autoencoder: bool = False) -> TrainO
     if options.masking != "none":
         options.masking_options = _constructor_options(options, released)
     options.text_masking_options = dict(options.text_masking_option)
-    if "masking" in typed and options.masking == "none":
-        # What a config says of its own masking is not said of this one.
-        given -= {"mask_ratio", "mask_ratio_min", "masking_option", "pack_tokens"} - typed
     options.given = sorted(given - {"check_only", "trial", "config"})
     return options
 

@@ -1,5 +1,6 @@
 import pytest
 
+from clip_pgs.training.options import parse_options
 from support.options import SYNTHETIC, VALID, write_model_config
 from support.refusals import PGS, accept, refusal, warnings_of
 
@@ -127,7 +128,30 @@ def test_a_ratio_beside_masking_none_warns():
     assert sentence == "--mask-ratio has no effect with --masking none"
 
 
-def test_a_ratio_of_a_config_whose_masking_is_turned_off_does_not(tmp_path):
+@pytest.mark.parametrize(
+    ("flag", "lines"),
+    [
+        ("--masking", ["mask-ratio: 0.5"]),
+        ("--masking", ["mask-schedule: linear", "mask-ratio-end: 0.25", "mask-schedule-steps: 3"]),
+        ("--masking", ["merge: 2x2", "merge-counts: true"]),
+        ("--masking", ["masking-option: {edges: false}", "pack-tokens: false"]),
+        ("--text-masking", ["text-masking: truncate", "text-tokens: 8"]),
+        ("--text-masking", ["text-tokens: 8"]),
+        ("--text-masking", ["text-masking: frequency", "text-masking-option: {threshold: 1}"]),
+    ],
+)
+def test_what_a_config_says_of_a_masking_goes_with_it(tmp_path, flag, lines):
+    config = tmp_path / "run.yaml"
+    config.write_text("\n".join(["masking: pgs"] * (flag == "--masking") + lines))
+    argv = [*VALID, "--config", str(config), flag, "none"]
+    assert warnings_of(*argv) == []
+    plain = parse_options([*VALID, flag, "none"])
+    assert {**parse_options(argv).values(), "config": None} == plain.values()
+
+
+def test_what_is_typed_of_a_masking_that_is_turned_off_is_still_told(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("masking: pgs\nmask-ratio: 0.5\n")
-    assert warnings_of(*VALID, "--config", str(config), "--masking", "none") == []
+    argv = [*VALID, "--config", str(config), "--masking", "none"]
+    assert "NoMasking" in refusal(*argv, "--mask-schedule", "linear", "--mask-ratio-end", "0.5")
+    assert "needs --text-masking" in refusal(*argv, "--text-masking", "none", "--text-tokens", "8")
