@@ -115,7 +115,7 @@ def test_a_folder_stands_for_the_images_in_it(photo, tmp_path):
 
 
 def test_an_empty_folder_is_named(tmp_path, capsys):
-    assert main(["masks", str(tmp_path), "-o", str(tmp_path / "out.png")]) == 2
+    assert main(["masks", str(tmp_path), "-o", str(tmp_path / "below" / "out.png")]) == 2
     assert capsys.readouterr().err == f"error: there is no image in the folder {tmp_path}\n"
 
 
@@ -224,11 +224,8 @@ def test_a_figure_does_not_become_one_of_the_images(photo, tmp_path, monkeypatch
     Path("folder").mkdir()
     photo.rename("folder/photo.jpg")
     Path("link").symlink_to("folder")
-    for images, output in [
-        ("folder", "folder/a.png"),
-        ("link", "folder/a.png"),
-        ("folder", "link/a.png"),
-    ]:
+    for images, place in [("folder", "folder"), ("link", "folder"), ("folder", "link")]:
+        output = f"{place}/a.png"
         assert f"the output {output}" in refusal(main, ["masks", images, "-o", output], capsys)
     for output in ("folder/a.pdf", "folder/below/a.png"):
         assert main(["masks", "folder", "-o", output]) == 0

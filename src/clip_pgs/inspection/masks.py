@@ -192,6 +192,11 @@ def run_masks(args: argparse.Namespace) -> None:
     if ending not in image_endings() | {".pdf"}:
         raise ValueError(f"the output must end in .png, .jpg or the like, got {output}")
     kind = Image.registered_extensions()[ending]
+    if kind != "PDF" and output.parent.resolve() in (Path(path).resolve() for path in args.images):
+        raise ValueError(
+            f"the output {output} must not be in a folder of the images, as the next call would "
+            "find it there"
+        )
     check_writable(output)
     ratios = {"mask_ratio": args.mask_ratio, "mask_ratio_min": args.mask_ratio_min}
     specs = parse_specs(args.maskings, **ratios)
@@ -200,11 +205,6 @@ def run_masks(args: argparse.Namespace) -> None:
     paths = list_images(args.images)
     if output.resolve() in (path.resolve() for path in paths):
         raise ValueError(f"the output {output} is one of the images")
-    if kind != "PDF" and output.parent.resolve() in (Path(path).resolve() for path in args.images):
-        raise ValueError(
-            f"the output {output} must not be in a folder of the images, among which it would be at "
-            "the next call"
-        )
     figure = draw_masks(
         paths,
         strategies,
