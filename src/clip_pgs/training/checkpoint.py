@@ -641,6 +641,14 @@ def optimizer_misfit(optimizer: torch.optim.Optimizer, state: Any) -> str | None
         if _kind(group.get(name, 0)) != "number":
             return f"its optimizer's {name} is {group[name]!r}, no number"
     is_adam = type(optimizer) is torch.optim.AdamW
+    # AdamW's settings changed from version to version of PyTorch, and its state is known.
+    known = {"initial_lr", *_COUNTED, *(name for group in own for name in group)}
+    for name in sorted({str(name) for group in groups for name in group} - known):
+        if not is_adam:
+            return (
+                f"its optimizer has a setting {name!r}, which that of this run has not (--opt must "
+                "be as it was; --pretrained takes the weights alone)"
+            )
     if is_adam and not any(entries):
         return "its optimizer holds no state of any parameter"
     for number, entry, parameter in zip(numbers, entries, trained, strict=True):

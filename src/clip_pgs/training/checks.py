@@ -526,7 +526,8 @@ def _check_resumed(
         fit_weights(checkpoint["state_dict"], model)
     has_begun = (checkpoint.get("epoch", 0), checkpoint.get("position", 0)) > (0, 0)
     if has_begun and has_training_data(options):
-        misfit = optimizer_misfit(optimizer, checkpoint.get("optimizer"))
+        misfit = _other_optimizer(options, checkpoint)
+        misfit = misfit or optimizer_misfit(optimizer, checkpoint.get("optimizer"))
         misfit = misfit or _misplacement(options, checkpoint)
         if misfit is not None:
             raise ValueError(f"--resume: {path} cannot go on: {misfit}")
@@ -550,6 +551,17 @@ def _check_none_lost(folder: Path, *, trains: bool) -> None:
             f"run {folder} {state}, and {checkpoints} holds no checkpoint to go on from; put one "
             f"back, use another --name, or remove {folder} to begin anew"
         )
+
+
+def _other_optimizer(options: TrainOptions, checkpoint: Mapping[str, Any]) -> str | None:
+    """Say where the record tells that another optimizer trained it, whose state is none of ours."""
+    was = ((checkpoint.get("clip_pgs") or {}).get("recipe") or {}).get("opt", options.opt)
+    if str(was).lower() == options.opt.lower():
+        return None
+    return (
+        f"it was trained with --opt {was}, and this run has --opt {options.opt} (--pretrained "
+        "takes the weights alone)"
+    )
 
 
 def _misplacement(options: TrainOptions, checkpoint: Mapping[str, Any]) -> str | None:

@@ -156,6 +156,37 @@ def test_a_run_does_not_go_on_with_an_optimizer_of_other_parameters(model, tmp_p
     assert "epoch_1.pt" in message
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "is_refused"),
+    [
+        ("timm/adamw", "timm/adan", True),
+        ("timm/adamw", "timm/adamax", True),
+        (None, "timm/adan", True),
+        ("timm/AdamW", "timm/adamw", False),
+    ],
+)
+def test_a_run_does_not_go_on_with_the_state_of_another_optimizer(model, was, now, is_refused):
+    argv, weights = model
+    record = {} if was is None else {"clip_pgs": {"recipe": {"opt": was}}}
+    # Of the groups that those of timm have, too.
+    used = parse_options([*argv, "--opt", "timm/adamw", "--lr", "0.1"])
+    content = {"epoch": 1, "optimizer": build_optimizer(used, weights).state_dict()}
+    numbers = [n for group in content["optimizer"]["param_groups"] for n in group["params"]]
+    trained = [p for group in build_optimizer(used, weights).param_groups for p in group["params"]]
+    content["optimizer"]["state"] = {
+        number: {"step": torch.ones(()), "exp_avg": zeros, "exp_avg_sq": zeros}
+        for number, zeros in zip(numbers, map(torch.zeros_like, trained), strict=True)
+    }
+    path = save(weights.state_dict(), **content, **record)
+    argv = [*argv, "--opt", now, "--lr", "0.1", "--resume", path]
+    if is_refused:
+        message = refusal(*argv)
+        assert "--opt" in message
+        assert "--pretrained" in message
+    else:
+        accept(*argv)
+
+
 def test_locking_back_is_refused_too(model):
     argv, weights = model
     save(weights.state_dict(), **begun(weights, lock_image=True))
