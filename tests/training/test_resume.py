@@ -136,3 +136,45 @@ def test_a_run_that_begins_at_its_end_holds_the_checkpoint(tmp_path, world):
     assert differences(last_checkpoint(copy), last_checkpoint(whole)) == []
     assert export([str(copy)]) == 0
     assert last_checkpoint(run(tmp_path, resume="latest", **options | {"epochs": 3}))["epoch"] == 3
+
+
+CLUSTER = {"masking": "cluster", "mask_ratio": 0.5}
+ADAPTIVE = {"masking": "pgs", "mask_ratio": 0.5, "mask_ratio_min": 0.2}
+
+
+@pytest.mark.parametrize("resumes", ["file", pytest.param("latest", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("before", "after", "learns"),
+    [
+        ({"masking": "attentive"}, {"masking": "random"}, None),
+        ({**ADAPTIVE, "masking_option": "mask_ratio_mean=0.35"}, ADAPTIVE, None),
+        pytest.param(CLUSTER, {"masking": "attentive"}, "teacher", marks=pytest.mark.slow),
+        pytest.param({"masking": "attentive"}, CLUSTER, "strategy", marks=pytest.mark.slow),
+    ],
+    ids=["without a teacher", "no longer calibrated", "with a teacher", "calibrated"],
+)
+def test_a_run_that_goes_on_with_another_masking_begins_that_anew(
+    tmp_path, world, caplog, resumes, before, after, learns
+):
+    options = {"train_data": world.train_data, "save_every_steps": 2}
+    first = run(tmp_path, name="first", epochs=1, **options, **before)
+    (first / "checkpoints" / "epoch_1.pt").unlink()
+    (first / "checkpoints" / "latest").write_text("step_2.pt\n")
+    for path in first.rglob("step_4.pt"):
+        path.unlink()
+    options |= after
+    if resumes == "file":
+        options["name"] = "second"
+        run(tmp_path, epochs=1, resume=first / "checkpoints" / "step_2.pt", **options)
+    else:
+        options |= {"name": "first", "accept_changes": True}
+        run(tmp_path, epochs=1, resume="latest", **options)
+    assert "What the masking had found is left out" in caplog.text
+    # And what it then began goes on.
+    caplog.clear()
+    state = last_checkpoint(run(tmp_path, epochs=2, resume="latest", **options)).get(
+        "masking_state"
+    )
+    assert "left out" not in caplog.text
+    found = {part for part, values in (state or {}).items() if any(map(len, values.values()))}
+    assert found == ({learns} if learns else set())

@@ -52,7 +52,7 @@ from clip_pgs.checkpoint_reading import (
     read_checkpoint,
     read_sums,
 )
-from clip_pgs.common import explained
+from clip_pgs.common import as_plain, explained, one_sentence
 from clip_pgs.files import (
     CHECKPOINTS_NAME,
     LOG_NAME,
@@ -63,6 +63,7 @@ from clip_pgs.files import (
     read_json_lines,
     write_text,
 )
+from clip_pgs.integrations.open_clip import load_masking_state
 from clip_pgs.tables import counted
 from clip_pgs.training.distributed import ProcessGroup, full_tensor, shard_like
 from clip_pgs.training.options import TrainOptions
@@ -612,6 +613,37 @@ def restore(
     if scaler is not None and "scaler" in checkpoint:
         scaler.load_state_dict(checkpoint["scaler"])
     return checkpoint["epoch"]
+
+
+def restore_masking(checkpoint: dict[str, Any], *, model: nn.Module, options: TrainOptions) -> None:
+    """Load what a masking learned beside the weights; another masking begins anew, and says so.
+
+    Args:
+        checkpoint: From `load_checkpoint`, of a run that had begun; what is not of the run's
+            masking is taken out.
+        model: The plain model, with its weights.
+        options: The run's.
+
+    Raises:
+        ValueError: If the run's masking cannot take up what is its own.
+    """
+    state, record = checkpoint.get("masking_state"), checkpoint.get("clip_pgs") or {}
+    if not state:
+        return
+    masking, settings = options.masking, as_plain(options.masking_options)
+    name = record.get("masking", masking)
+    reason = None if name == masking else f"another masking, {name}, had found it"
+    try:
+        if reason is None:
+            load_masking_state(model, state)
+    # A strategy of one's own raises what it likes.
+    except Exception as error:
+        reason = one_sentence(error)
+        if record.get("masking_options", settings) == settings:
+            raise ValueError(f"its masking_state is none of {masking}: {reason}") from error
+    if reason is not None:
+        del checkpoint["masking_state"]
+        _logger.warning("What the masking had found is left out: %s", reason)
 
 
 def optimizer_misfit(optimizer: torch.optim.Optimizer, state: Any) -> str | None:

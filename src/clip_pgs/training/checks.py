@@ -79,6 +79,7 @@ from clip_pgs.training.checkpoint import (
     damaged_entry,
     optimizer_misfit,
     refuse_all_damaged,
+    restore_masking,
     trained_steps,
 )
 from clip_pgs.training.data_checks import (
@@ -531,6 +532,9 @@ def _check_resumed(
         misfit = misfit or _misplacement(options, checkpoint)
         if misfit is not None:
             raise ValueError(f"--resume: {path} cannot go on: {misfit}")
+        # What it says, it says again in the run.
+        with explained(f"--resume: {path} cannot go on"), silenced(logging.CRITICAL):
+            restore_masking(checkpoint, model=model, options=options)
 
 
 def _check_none_lost(folder: Path, *, trains: bool) -> None:

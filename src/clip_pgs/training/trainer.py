@@ -39,7 +39,6 @@ from clip_pgs.files import CHECKPOINTS_NAME, EXPORT_NAME, MASKS_NAME, METRICS_NA
 from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.integrations.open_clip import (
     CaptionGroups,
-    load_masking_state,
     masking_state,
     update_masking,
 )
@@ -61,6 +60,7 @@ from clip_pgs.training.checkpoint import (
     load_start,
     pack_checkpoint,
     restore,
+    restore_masking,
     restore_optimizer,
     trained_steps,
 )
@@ -279,6 +279,8 @@ class Trainer:
                 self._checkpoint, model=self._parts.model, scaler=self._scaler
             )
             self._first_position = self._checkpoint.get("position", 0)
+            if (self._first_epoch, self._first_position) > (0, 0):
+                restore_masking(self._checkpoint, model=self._parts.model, options=options)
         if options.fsdp:
             self._parts.sharded = shard_model(self._parts.model, options, device)
         # A place that is saved, or was never trained, needs no file of its own.
@@ -762,8 +764,6 @@ class PhaseTrainer:
         self._buffers = [buffer for name, buffer in self.model.named_buffers() if name in kept]
         if checkpoint is not None:
             restore_optimizer(self.optimizer, checkpoint["optimizer"])
-            if self.masks is not None:
-                load_masking_state(self.model, checkpoint.get("masking_state", {}))
         self._schedule = build_schedule(
             options, self.optimizer, steps_per_epoch=phase.steps_per_epoch
         )

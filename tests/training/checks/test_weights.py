@@ -187,6 +187,23 @@ def test_a_run_does_not_go_on_with_the_state_of_another_optimizer(model, was, no
         accept(*argv)
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"teacher": {"conv1.weight": torch.zeros(3)}},
+        {"strategy": {"thresholds": [0.1]}},
+        {"strategy": 3},
+        {"other": {}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("masking", ["cluster", "attentive"])
+def test_a_damaged_masking_state_is_refused(model, masking, state):
+    argv, weights = model
+    path = save(weights.state_dict(), **begun(weights), masking_state=state)
+    assert "masking_state" in refusal(*argv, "--resume", path, "--masking", masking)
+
+
 def test_locking_back_is_refused_too(model):
     argv, weights = model
     save(weights.state_dict(), **begun(weights, lock_image=True))
