@@ -86,3 +86,8 @@ def test_a_folder_whose_name_parts_sources_is_refused(table, tmp_path, capsys):
     assert main(["pack", str(table), str(tmp_path / "a::b")]) == 2
     assert "'::'" in capsys.readouterr().err
     assert not (tmp_path / "a::b").exists()
+
+
+def test_check_of_a_table_names_what_makes_shards_of_it(table, capsys):
+    assert main(["check", str(table)]) == 1
+    assert "`clip-pgs data pack` makes shards of one" in capsys.readouterr().out

@@ -164,7 +164,8 @@ def test_words_of_shards_are_counted_exactly(shards, capsys):
     }
     told = capsys.readouterr().out
     assert "counted 20 words in 7 captions, 5 left out (empty caption: 2, " in told
-    assert "caption is not UTF-8: 1, no caption: 1, unreadable shard: 1)" in told
+    assert "caption is not UTF-8: 1, no caption: 1, unreadable shard: 1; the first is " in told
+    assert f"the first is {shards}/0.tar: c: no caption (no .txt member but .jpg; " in told
     assert f"--text-masking-option frequencies={shards}/words.json\n" in told
 
 
@@ -223,13 +224,15 @@ def test_words_of_a_table_are_counted(tmp_path, name, separator, options):
         ("0.tar", ["--min-count", "4"], "lower --min-count to at most 3, the count of the most"),
         ("0.tar", ["--workers", "0"], "--workers must be >= 1, got 0"),
         ("0.tar", ["-o", "{folder}"], "it is a folder"),
-        ("empty.tar", [], "there is no caption to count: 1 left out (no caption: 1)"),
+        ("empty.tar", [], "there is no caption to count: 1 left out (no caption: 1; the first is"),
+        ("text.txt", [], "text.txt: unreadable shard (it begins with b'filepath,title"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(
     shards, make_tar, capsys, shards_given, options, message
 ):
     make_tar(shards / "empty.tar", [("a.jpg", b"x")])
+    (shards / "text.txt").write_text("filepath,title\na.jpg,one\n")
     options = [option.replace("{folder}", str(shards)) for option in options]
     out = shards / "words.json"
     assert main(["words", str(shards / shards_given), "-o", str(out), *options]) == 2

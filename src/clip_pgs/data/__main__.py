@@ -171,7 +171,6 @@ def _run_words(shards: str, out: Path, min_count: int, workers: int, **columns: 
     from clip_pgs.data.words import (
         count_shards,
         count_table,
-        describe_skipped,
         write_word_frequencies,
     )
 
@@ -190,7 +189,7 @@ def _run_words(shards: str, out: Path, min_count: int, workers: int, **columns: 
     write_word_frequencies(frequencies, regular_file(out))
     sys.stdout.write(
         f"counted {counted(frequencies.num_words, 'word')} in "
-        f"{counted(frequencies.num_captions, 'caption')}, {describe_skipped(count.skipped)}; "
+        f"{counted(frequencies.num_captions, 'caption')}, {count.describe_skipped()}; "
         f"{counted(len(frequencies.counts), 'different word')} with a count of {min_count} or "
         "more; train with --text-masking frequency "
         f"--text-masking-option {shlex.quote(f'frequencies={out}')}\n"

@@ -131,7 +131,8 @@ def open_archive(file: BinaryIO, shard: str) -> tarfile.TarFile:
         start, reason = head[:_SHOWN_BYTES], str(error).partition(":\n")[0]
         raise tarfile.ReadError(
             f"it begins with {start!r} and is no whole tar archive ({reason}); compressed "
-            "ones are named .tar.gz, .tar.bz2 or .tar.xz, and tables take --dataset-type csv"
+            "ones are named .tar.gz, .tar.bz2 or .tar.xz; training takes a table by --dataset-type "
+            "csv, and `clip-pgs data pack` makes shards of one"
         ) from None
 
 

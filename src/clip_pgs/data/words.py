@@ -151,12 +151,14 @@ class CaptionCount:
         words: How often each word occurs.
         num_captions: Captions that were counted.
         skipped: Samples without a caption to count, and unreadable shards, by reason.
+        first: The first of them.
         fields: Samples by field of `--caption-key` that they have.
     """
 
     words: Counter[str] = field(default_factory=Counter)
     num_captions: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    first: Skip | None = None
     fields: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: CaptionCount) -> None:
@@ -164,7 +166,15 @@ class CaptionCount:
         self.words.update(other.words)
         self.num_captions += other.num_captions
         self.skipped.update(other.skipped)
+        self.first = self.first or other.first
         self.fields.update(other.fields)
+
+    def describe_skipped(self) -> str:
+        """Return "3 left out (no caption: 2, empty caption: 1; the first is 0.tar: ...)"."""
+        if not self.skipped:
+            return "none left out"
+        reasons = describe_reasons(self.skipped)
+        return f"{self.skipped.total()} left out ({reasons}; the first is {self.first})"
 
     def frequencies(self, *, min_count: int) -> WordFrequencies:
         """Return the frequencies, most common first and then by the alphabet.
@@ -176,7 +186,7 @@ class CaptionCount:
             ValueError: If no caption was counted, or no word so often.
         """
         if not self.num_captions:
-            raise ValueError(f"there is no caption to count: {describe_skipped(self.skipped)}")
+            raise ValueError(f"there is no caption to count: {self.describe_skipped()}")
         common = {word: count for word, count in self.words.items() if count >= min_count}
         if not common:
             most = max(self.words.values(), default=0)
@@ -199,19 +209,28 @@ def count_captions(
     """
     count = CaptionCount()
     for item in items:
-        try:
-            if isinstance(item, Skip):
-                raise BadSampleError(item.reason)
-            captions = decode_captions(item, caption_key=caption_key, found=count.fields)
-        except BadSampleError as error:
-            count.skipped[error.reason] += 1
+        found = _captions_of(item, caption_key, count.fields)
+        if isinstance(found, Skip):
+            count.skipped[found.reason] += 1
+            count.first = count.first or found
             continue
-        count.num_captions += len(captions)
-        for caption in captions:
+        count.num_captions += len(found)
+        for caption in found:
             # The counter would keep a word of megabytes, of which training reads no more than this.
             words = find_words(cut_caption(caption))
             count.words.update(word[0].lower() for word in words)
     return count
+
+
+def _captions_of(
+    item: RawSample | Skip, caption_key: str | None, fields: Counter[str]
+) -> list[str] | Skip:
+    if isinstance(item, Skip):
+        return item
+    try:
+        return decode_captions(item, caption_key=caption_key, found=fields)
+    except BadSampleError as error:
+        return item.skip(error)
 
 
 def count_shard(shard: str, *, caption_key: str | None = None) -> CaptionCount:
@@ -268,10 +287,3 @@ def count_table(path: Path, *, caption_key: str, separator: str | None = None) -
     """
     captions = read_captions(path, caption_key=caption_key, separator=separator)
     return count_captions(RawSample(str(path), "", None, (text.encode(),)) for text in captions)
-
-
-def describe_skipped(skipped: Counter[str]) -> str:
-    """Return "3 left out (no caption: 2, empty caption: 1)"."""
-    if not skipped:
-        return "none left out"
-    return f"{skipped.total()} left out ({describe_reasons(skipped)})"
