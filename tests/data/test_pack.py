@@ -5,14 +5,16 @@ import json
 import logging
 
 import pytest
+from braceexpand import braceexpand
 
+from clip_pgs.data import pack
 from clip_pgs.data.build import read_table
 from clip_pgs.data.caption_tables import TableSource, read_pairs
 from clip_pgs.data.order import SampleRef
-from clip_pgs.data.pack import check_shards, pack_pairs
+from clip_pgs.data.pack import check_shards, pack_pairs, shard_names
 from clip_pgs.data.preflight import preflight
 from clip_pgs.data.samples import MAX_CAPTION_BYTES
-from clip_pgs.data.shards import count_samples, expand_shards
+from clip_pgs.data.shards import MAX_SHARDS, count_samples, expand_shards, shard_pattern
 from clip_pgs.data.tar import read_shard
 
 
@@ -142,6 +144,23 @@ def test_nothing_is_left_of_a_pack_that_fails(table, tmp_path, monkeypatch):
 def test_shard_size_must_be_positive(table, tmp_path):
     with pytest.raises(ValueError, match="--shard-size must be >= 1, got 0"):
         pack_pairs(table, tmp_path / "out", shard_size=0)
+
+
+@pytest.mark.parametrize("number", [1, 2, 100_000, 100_001, MAX_SHARDS])
+def test_the_pattern_of_any_number_of_shards_names_all_of_them(tmp_path, number):
+    names = shard_names(number)
+    assert len(names) == number
+    assert names[0].startswith("00000")
+    assert [*braceexpand(shard_pattern(tmp_path, names))] == [f"{tmp_path}/{n}" for n in names]
+
+
+def test_more_shards_than_a_pattern_names_are_refused_before_any_is_written(
+    table, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pack, "MAX_SHARDS", 2)
+    with pytest.raises(ValueError, match="3 shards are more than 2; raise --shard-size"):
+        pack_pairs(table, tmp_path / "out", shard_size=2)
+    assert not (tmp_path / "out").exists()
 
 
 def run_check(shards):

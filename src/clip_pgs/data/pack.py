@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -28,7 +29,7 @@ from clip_pgs.data.samples import (
     is_image,
     missing_fields,
 )
-from clip_pgs.data.shards import is_remote, read_sizes, shard_pattern, write_shard
+from clip_pgs.data.shards import MAX_SHARDS, is_remote, read_sizes, shard_pattern, write_shard
 from clip_pgs.data.tar import read_shard
 from clip_pgs.files import absence, atomic_folder
 from clip_pgs.tables import counted
@@ -58,7 +59,8 @@ def pack_pairs(
 
     Args:
         table: Table with a header; relative image paths start at its folder.
-        out: New or empty folder for `00000.tar`, `00001.tar`, ... and `sizes.json`.
+        out: New or empty folder for `00000.tar`, `00001.tar`, ... and `sizes.json`. All numbers
+            have as many digits, as the braces of a pattern write them.
         shard_size: Pairs per shard; the last one may hold fewer.
         image_key: Column of image paths (JPEG, PNG or WebP).
         caption_key: Column of captions.
@@ -71,7 +73,7 @@ def pack_pairs(
 
     Raises:
         ValueError: If the table or `out` cannot be used, if rows are bad and `skip_bad` is
-            not set, or if no row is left.
+            not set, if no row is left, or there would be more than `MAX_SHARDS`.
     """
     if shard_size < 1:
         raise ValueError(f"--shard-size must be >= 1, got {shard_size}")
@@ -102,6 +104,8 @@ def pack_pairs(
     if not suffixes:
         raise ValueError(f"table {str(table)!r} has no usable row")
 
+    names = shard_names(math.ceil(len(suffixes) / shard_size))
+
     def members(row: int) -> dict[str, bytes]:
         image = read_image_file(_image_path(pairs, row))
         return {suffixes[row]: image, "txt": pairs.captions[row].encode()}
@@ -112,12 +116,24 @@ def pack_pairs(
         # Another process may have made it while rows were checked.
         _check_new(out)
         for start in range(0, len(rows), shard_size):
-            name = f"{start // shard_size:05d}.tar"
+            name = names[start // shard_size]
             shard_rows = rows[start : start + shard_size]
             write_shard(folder / name, ((f"{row:09d}", members(row)) for row in shard_rows))
             sizes[name] = len(shard_rows)
         (folder / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     return sizes, len(bad_rows)
+
+
+def shard_names(number: int) -> list[str]:
+    """Return the names of so many shards, `00000.tar` and so on.
+
+    Raises:
+        ValueError: If they are more than a pattern may name.
+    """
+    if number > MAX_SHARDS:
+        raise ValueError(f"{number} shards are more than {MAX_SHARDS}; raise --shard-size")
+    width = max(5, len(str(number - 1)))
+    return [f"{index:0{width}d}.tar" for index in range(number)]
 
 
 def _check_new(out: Path) -> None:
