@@ -18,6 +18,7 @@ from clip_pgs.evaluation.probe import (
     linear_probe,
     nearest_neighbors,
 )
+from support.tf32 import products_in_float32
 
 CPU = torch.device("cpu")
 
@@ -45,6 +46,15 @@ def test_clouds_that_lie_apart_are_told_apart():
     assert metrics == {"lp_acc1": 1.0, "lp_acc5": 1.0, "lp_mean_per_class_recall": 1.0}
     assert details["held_back_acc1"] == 1.0
     assert details["is_converged"]
+
+
+def test_products_are_float32_whatever_training_allows_a_gpu():
+    train, test = make_features(8), make_features(4, seed=1)
+    with products_in_float32() as products:
+        linear_probe(train, test, name="clouds", device=CPU)
+        num_of_probe = products.num_products
+        nearest_neighbors(train, test, name="clouds", device=CPU)
+    assert 0 < num_of_probe < products.num_products
 
 
 def test_metrics_are_those_of_the_predictions_on_test():

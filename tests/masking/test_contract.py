@@ -15,6 +15,7 @@ from clip_pgs import PatchInputs, create_masking, list_maskings
 from clip_pgs.masking import describe_masking, pgs, sampling
 from clip_pgs.masking.strategy import keep_count
 from support.images import make_inputs, smooth_images
+from support.tf32 import products_in_float32
 
 BOUNDS = {"mask_ratio": 0.5, "mask_ratio_min": 0.3}
 
@@ -323,6 +324,18 @@ def test_every_tensor_is_made_on_the_images_device(name, options):
             progress=0.5,
         )
         assert create_masking(name, **options)(inputs).index.device.type == "cuda"
+
+
+@every_strategy
+@pytest.mark.parametrize("progress", [0.0, 0.5])
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_products_on_a_gpu_are_float32_whatever_the_trainer_allows(name, options, progress):
+    strategy, inputs = create_masking(name, **options), make_inputs(progress=progress)
+    parts = ("pixels", "tokens", "attention")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        moved = {part: getattr(inputs, part).to("cuda") for part in parts}
+        with products_in_float32():
+            strategy(dataclasses.replace(inputs, **moved))
 
 
 class ForbidFloat64(TorchDispatchMode):

@@ -28,6 +28,7 @@ from clip_pgs.evaluation.datasets import DamagedDataError
 from clip_pgs.evaluation.features import Features
 from clip_pgs.evaluation.metrics import classification_metrics
 from clip_pgs.evaluation.suites import NUM_NEIGHBORS
+from clip_pgs.masking.sampling import without_tf32
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ _TOLERANCE = 1e-5
 _CHUNK_LOGITS = 2**26
 
 
+@without_tf32()
 def linear_probe(
     train: Features,
     test: Features,
@@ -120,6 +122,7 @@ def linear_probe(
     return {f"lp_{key}": value for key, value in metrics.items()}, details
 
 
+@without_tf32()
 def nearest_neighbors(train: Features, test: Features, *, name: str, device: torch.device) -> float:
     """Let the nearest images of train vote on the class of each image of test.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -232,9 +233,41 @@ def log_center_weight(
     return -(y_N.square() + x_N.square()) / (2 * sigma**2)
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Compute products in float32 on a GPU, whose TF32 keeps three digits, inside a `with` block.
+
+    A model that is compiled inside does not notice.
+    """
+    matmul: Any = torch.backends.cuda.matmul
+    off: Any
+    try:
+        name, before, off = "allow_tf32", matmul.allow_tf32, False
+    except RuntimeError:  # where torch's newer setting was used
+        name, before, off = "fp32_precision", matmul.fp32_precision, "ieee"
+    setattr(matmul, name, off)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
 def full_precision(tensor: Tensor) -> AbstractContextManager:
-    """Return a context without autocast on a tensor's device; "meta" knows none."""
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+    """Return a context without autocast and TF32 on a tensor's device.
+
+    Where a model is compiled, TF32 is as it is for the rest of the model.
+    """
+    if tensor.is_meta:  # which knows no autocast
+        return nullcontext()
+    if tensor.is_cuda and not torch.compiler.is_compiling():
+        return _eager_float32()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+@contextmanager
+def _eager_float32() -> Iterator[None]:
+    with torch.autocast("cuda", enabled=False), without_tf32():
+        yield
 
 
 def in_blocks(compute: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
