@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from clip_pgs import PatchSelection, create_masking, list_maskings
+from clip_pgs.integrations.masked_tower import valid_mean
 from clip_pgs.masking.merge import Merge, merge_tokens
 from clip_pgs.masking.sampling import kept_patches
 from clip_pgs.masking.strategy import masking_options
@@ -130,6 +131,13 @@ def test_both_kinds_of_groups_stand_behind_each_other():
     )
     assert torch.equal(both, torch.cat([cells, candidates], dim=1))
     assert both.shape == (2, 6 + 2, 49)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_means_of_many_large_tokens_are_finite_and_exact(dtype):
+    tokens = torch.full((1, 600, 2), 150.0, dtype=dtype)
+    assert torch.equal(merge_tokens(tokens, torch.ones(1, 1, 600)), tokens[:, :1])
+    assert torch.equal(valid_mean(tokens, torch.arange(600)[None] < 577), tokens[:, 0])
 
 
 def test_means_in_half_precision_stay_close_under_autocast():

@@ -666,7 +666,10 @@ def valid_mean(tokens: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
         return tokens.mean(dim=1)
     valid_BT1 = valid[:, :, None]
-    return torch.where(valid_BT1, tokens, 0.0).sum(dim=1) / valid_BT1.sum(dim=1)
+    # float16 cannot hold the sum of many tokens.
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    sums_BD = torch.where(valid_BT1, tokens, 0.0).sum(dim=1, dtype=dtype)
+    return (sums_BD / valid_BT1.sum(dim=1)).to(tokens.dtype)
 
 
 def resize_positions(

@@ -124,6 +124,8 @@ def merge_tokens(tokens: Tensor, weights: Tensor) -> Tensor:
         Weighted means of shape (B, G, D), in the tokens' dtype; 0 for an empty group.
     """
     sum_BG1 = weights.sum(dim=2, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    # Autocast would round what are counts and means of many.
+    dtype = torch.promote_types(tokens.dtype, weights.dtype)
+    # Half precision would round counts, and float16 cannot hold the sum of many tokens.
     with full_precision(tokens):
-        return (torch.bmm(weights.to(tokens.dtype), tokens) / sum_BG1).to(tokens.dtype)
+        sums_BGD = torch.bmm(weights.to(dtype), tokens.to(dtype))
+        return (sums_BGD / sum_BG1).to(tokens.dtype)
