@@ -1,7 +1,9 @@
 """A registry gives what was registered by its name, or by where it can be imported."""
 
 import hashlib
+import importlib
 import sys
+import zipfile
 from types import ModuleType
 
 import pytest
@@ -155,6 +157,31 @@ def test_code_of_ones_own_of_any_length_and_name_is_read(lab, monkeypatch):
     module.__file__ = sys.modules["m0"].__file__
     monkeypatch.setitem(sys.modules, "plugins.of.mine", module)
     assert own_code("plugins.of.mine") == hashlib.sha256(b"import m1").hexdigest()[:12]
+
+
+def test_code_of_ones_own_in_a_zip_is_that_of_its_modules(tmp_path, monkeypatch):
+    digests = []
+    for number, spread in enumerate("112"):
+        place = tmp_path / f"{number}.zip"
+        with zipfile.ZipFile(place, "w") as file:
+            file.writestr("zipped_lab/__init__.py", "")
+            file.writestr("zipped_lab/mine.py", "from zipped_lab.formula import spread")
+            file.writestr("zipped_lab/formula.py", f"spread = {spread}")
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(str(place))
+            importlib.import_module("zipped_lab.mine")
+            digests.append(own_code("zipped_lab.mine"))
+            for name in [name for name in sys.modules if name.startswith("zipped_lab")]:
+                del sys.modules[name]
+    assert len(digests[0]) == 12
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_code_that_a_loader_keeps_in_no_file_has_no_digest(monkeypatch):
+    module = ModuleType("loaded_lab")
+    module.__file__ = "/from/elsewhere/loaded_lab.py"
+    monkeypatch.setitem(sys.modules, "loaded_lab", module)
+    assert own_code("loaded_lab") == ""
 
 
 def test_a_module_of_another_file_than_was_meant_is_named(registry):

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -172,13 +173,18 @@ def is_installed(module_name: str) -> bool:
 def own_code(module_name: str) -> str:
     """Return a digest of the code of an imported module outside this package, "" of one within.
 
-    With its file go those that it imports from its own package or from the folder beside it.
+    With its file go those that it imports from its own package or from the folder beside it, or all
+    of the zip that it lies in.
     """
     if module_name.partition(".")[0] == _PACKAGE:
         return ""
-    path = getattr(sys.modules.get(module_name), "__file__", None)
-    if path is None:
-        # As where a notebook defines it.
+    module = sys.modules.get(module_name)
+    archive = getattr(getattr(module, "__loader__", None), "archive", None)
+    if archive is not None:
+        return _digest_of_zip(archive)
+    path = getattr(module, "__file__", None)
+    if path is None or not Path(path).is_file():
+        # As where a notebook defines it, or a loader that keeps it elsewhere.
         return ""
     file = Path(path).absolute()
     package = module_name.split(".")
@@ -191,6 +197,14 @@ def own_code(module_name: str) -> str:
         texts = _read_with_imports(file, package, root)
         for name in sorted(texts.keys() - {file.relative_to(root).as_posix()}):
             digest.update(name.encode() + b"\0" + texts[name])
+    return digest.hexdigest()[:12]
+
+
+def _digest_of_zip(archive: str) -> str:
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(archive) as file:
+        for name in sorted(name for name in file.namelist() if name.endswith(".py")):
+            digest.update(name.encode() + b"\0" + file.read(name))
     return digest.hexdigest()[:12]
 
 
