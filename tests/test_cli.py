@@ -466,3 +466,29 @@ def test_the_wheel_trains_in_an_empty_folder(tmp_path):
     assert bundled <= {
         path.relative_to(target / "clip_pgs") for path in target.rglob("configs/*/*")
     }
+
+
+@pytest.mark.parametrize("argv", [["-m", "theirs.train", "-m", "clip_pgs"], ["-mtheirs.train"]])
+def test_a_program_of_ones_own_that_imports_the_package_keeps_its_hooks(tmp_path, argv):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "__init__.py").write_text(
+        "import sys\ndef hook(*_): pass\nsys.excepthook = hook\nimport clip_pgs\n"
+    )
+    (theirs / "train.py").write_text(
+        "import sys\nprint(sys.excepthook.__module__, sys.stdout.errors, sys.path[0])\n"
+    )
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(
+        [sys.executable, *argv], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["theirs", "strict", str(tmp_path)], done.stderr
+
+
+@pytest.mark.parametrize("argv", [["-m", "clip_pgs"], ["-mclip_pgs"], ["-um", "clip_pgs.figure"]])
+def test_no_file_of_the_working_directory_stands_for_a_module(tmp_path, argv):
+    (tmp_path / "argparse.py").write_text("raise SystemExit('harmed')")
+    done = subprocess.run(
+        [sys.executable, *argv, "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

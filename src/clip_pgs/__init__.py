@@ -58,14 +58,24 @@ def _leave_working_directory() -> None:
         del sys.path[0]
 
 
+def _runs_as_module() -> bool:
+    """Return whether this is `python -m clip_pgs...`, while Python looks for that module.
+
+    Another package, run so, may import this one meanwhile, and stays as it is.
+    """
+    if sys.argv[:1] != ["-m"]:
+        return False
+    # "-mNAME" is one argument.
+    name = next(iter(sys.orig_argv[-len(sys.argv) :]), "")
+    name = name.partition("m")[2] if name.startswith("-") else name
+    return name.partition(".")[0] == __name__
+
+
 # A command imports this first, and what it needs before it can catch anything.
-if os.path.basename((sys.argv or [""])[0]) in ("-m", "clip-pgs", "download_cc12m.py"):
+_AS_MODULE = _runs_as_module()
+if _AS_MODULE or os.path.basename((sys.argv or [""])[0]) in ("clip-pgs", "download_cc12m.py"):
     sys.excepthook = _say_interrupted
-    # Another package that imports this one while Python looks for its module stays where it is.
-    if any(
-        flag == "-m" and name.partition(".")[0] == "clip_pgs"
-        for flag, name in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
-    ):
+    if _AS_MODULE:
         _leave_working_directory()
     # What the locale cannot show is escaped, as on stderr, and no error.
     if isinstance(sys.stdout, io.TextIOWrapper):
