@@ -15,7 +15,7 @@ from clip_pgs.evaluation import evaluate, load_model
 from clip_pgs.evaluation.__main__ import main
 from clip_pgs.evaluation.features import Encoder
 from clip_pgs.evaluation.masked_inference import choose_masking
-from clip_pgs.evaluation.results import telling_once
+from clip_pgs.evaluation.results import read_results, telling_once
 from clip_pgs.evaluation.suites import get_suite
 from clip_pgs.integrations.open_clip import (
     apply_masking,
@@ -329,6 +329,20 @@ def test_command_keeps_masked_and_unmasked_apart_in_table_csv_and_report(run, op
     assert len({float(row["flops_per_image"]) for row in by_model.values()}) == 2
     for name in ("report.md", "report.html"):
         assert "run, through pgs 0.5" in (run / "eval/report" / name).read_text()
+
+
+def test_many_options_on_a_set_of_a_long_name_have_a_file(finished_run, data_root, tmp_path):
+    retrieval = get_suite("zeroshot-retrieval")
+    eval_set = retrieval.eval_set("long" * 37, str(data_root / "pairs"))
+    names = ("edge_protection", "edge_weight", "temperature", "random_images", "random_share")
+    for value in (0.123, 0.125):
+        given = {"inference_masking": "pgs", "inference_options": dict.fromkeys(names, value)}
+        for is_kept in (False, True):
+            loaded = load_model(finished_run, **given)
+            seen = count_images(loaded)
+            (result,) = evaluate(loaded, [eval_set], workers=0, output=tmp_path)
+            assert (result.status, bool(seen)) == ("done", not is_kept)
+    assert len(read_results(tmp_path)) == 2
 
 
 def test_run_means_the_masking_of_training_with_another_ratio_if_given(run):

@@ -71,6 +71,7 @@ ERRORS_NAME = "errors.log"
 _LOST_SECONDS = 10
 # Shards of a split that a server is asked about.
 _MAX_COMPARED = 1000
+_MAX_FILE_NAME = 220
 _PACKAGES = ("open_clip_torch", "torch", "torchvision", "numpy", "pillow")
 
 
@@ -411,7 +412,11 @@ class _Evaluation:
         return read_result(self._path(self._folder, eval_set))
 
     def _path(self, folder: Path, eval_set: EvalSet) -> Path:
-        return folder / f"{eval_set.file_stem}{self._ending}.json"
+        ending = self._ending
+        # File systems take 255 bytes, of which a result that is unfinished or aside needs some.
+        if len(os.fsencode(eval_set.file_stem + ending)) > _MAX_FILE_NAME:
+            ending = f"@{content_digest(ending)[:16]}"
+        return folder / f"{eval_set.file_stem}{ending}.json"
 
     def _keep_traceback(self, eval_set: EvalSet) -> bool:
         """Add the traceback to a file; return whether that could be done."""
