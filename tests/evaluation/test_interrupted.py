@@ -13,7 +13,9 @@ import torch
 
 from clip_pgs.evaluation import evaluate, load_suite
 from clip_pgs.evaluation.__main__ import main
+from clip_pgs.evaluation.datasets import check_presence
 from support.encoding import count_images
+from support.permissions import unreadable
 
 
 @pytest.fixture
@@ -235,6 +237,15 @@ def test_what_is_tokenized_at_random_is_scored_each_time(score, color_model):
         assert score(replace(color_model, tokenizer=drawn))[1] == 12
 
 
+def test_a_set_whose_shards_may_not_be_listed_is_told_as_that(score, sets):
+    with unreadable(sets / "six/test"):
+        (sets / "six/test").chmod(0o111)
+        (result,), _ = score()
+        assert check_presence(score.eval_sets[0]).reason.endswith("Permission denied")
+    assert result.status == "failed"
+    assert result.error == f"PermissionError: {sets / 'six/test'}: Permission denied"
+
+
 def test_a_set_that_is_gone_takes_no_finished_number_away(score, sets, tmp_path):
     score()
     shutil.rmtree(sets / "six")
@@ -343,6 +354,7 @@ STALL_AT_PAIRS = """
 import sys, time
 from clip_pgs.evaluation import suites
 from clip_pgs.evaluation.__main__ import main
+from clip_pgs.evaluation.datasets import check_presence
 get = suites.SUITES.get
 def stall(name):
     if name == "zeroshot-retrieval":

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from clip_pgs.common import expand_home, explained, one_sentence
-from clip_pgs.files import regular_file
+from clip_pgs.files import list_folder, regular_file
 
 DATA_TYPES = ("classification", "multilabel", "retrieval")
 CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -403,6 +403,7 @@ def count_shards(location: str, split: str = "test") -> int:
             message.
         DamagedDataError: If `SPLIT/nshards.txt` holds no positive number, or fewer than there are
             shards in the folder.
+        OSError: If the folder cannot be read.
     """
     if not is_remote(location) and not os.path.isdir(location):
         raise FileNotFoundError(f"no folder {location}")
@@ -424,9 +425,22 @@ def count_shards(location: str, split: str = "test") -> int:
     return count
 
 
+def list_shards(location: str, split: str) -> list[Path]:
+    """Return the shards that a split has in its folder, in the order of their names.
+
+    Args:
+        location: Folder of the data set.
+        split: "test" or "train".
+
+    Raises:
+        OSError: If the folder cannot be read.
+    """
+    return [path for path in list_folder(Path(location, split)) if path.suffix == ".tar"]
+
+
 def _compare_shards(location: str, split: str, count: int) -> None:
     """Refuse a number that is not the number of shards in the folder."""
-    there = {path.stem for path in Path(location, split).glob("[!.]*.tar")}
+    there = {path.stem for path in list_shards(location, split)}
     for stem in sorted(there):
         if not re.fullmatch("0|[1-9][0-9]{0,8}", stem) or int(stem) >= count:
             raise DamagedDataError(
@@ -523,7 +537,8 @@ def check_presence(eval_set: EvalSet) -> Presence:
     try:
         require(eval_set)
     except (OSError, ValueError) as error:
-        return Presence(INCOMPLETE if has_folder(eval_set.location) else MISSING, str(error))
+        state = INCOMPLETE if has_folder(eval_set.location) else MISSING
+        return Presence(state, one_sentence(error))
     return Presence(PRESENT)
 
 
@@ -570,7 +585,7 @@ def local_files(eval_set: EvalSet) -> list[Path]:
     if is_caption_pairs(eval_set.name):
         split = eval_set.splits[0]
         return [folder / f"{split}.json", *image_paths(folder, split)]
-    paths = [path for split in eval_set.splits for path in folder.joinpath(split).glob("[!.]*.tar")]
+    paths = [path for split in eval_set.splits for path in list_shards(eval_set.location, split)]
     paths += [folder / split / "nshards.txt" for split in eval_set.splits]
     small_files = (folder / name for name in (CLASS_NAMES, TEMPLATES, "dataset_type.txt"))
     return [*paths, *(path for path in small_files if path.is_file())]

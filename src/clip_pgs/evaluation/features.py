@@ -33,7 +33,7 @@ from torch.nn.functional import normalize
 
 from clip_pgs import checkpoint_reading
 from clip_pgs.common import one_sentence
-from clip_pgs.evaluation.datasets import MAX_TEXT, EvalSet, count_shards, is_remote
+from clip_pgs.evaluation.datasets import MAX_TEXT, EvalSet, count_shards, is_remote, list_shards
 from clip_pgs.evaluation.masked_inference import Place
 from clip_pgs.evaluation.models import LoadedModel, weights_digest
 from clip_pgs.evaluation.samples import Reading, open_pictures, open_samples
@@ -506,7 +506,7 @@ def data_fingerprint(location: str, split: str) -> str | None:
     if is_remote(location):
         return None
     folder = Path(location)
-    paths = [*folder.joinpath(split).glob("[!.]*.tar"), folder / split / "nshards.txt"]
+    paths = [*list_shards(location, split), folder / split / "nshards.txt"]
     return files_fingerprint(folder, [*paths, *folder.glob("dataset_type.txt")])
 
 

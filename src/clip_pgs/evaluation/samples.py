@@ -36,6 +36,7 @@ from clip_pgs.evaluation.datasets import (
     ServerError,
     declared_type,
     is_remote,
+    list_shards,
     open_file,
     read_class_names,
 )
@@ -341,8 +342,8 @@ def _estimate_samples(location: str, split: str) -> int | None:
     """Say about how many samples a split has, from the first shard's and the sizes of all."""
     if is_remote(location):
         return None
-    shards = sorted(Path(location, split).glob("[!.]*.tar"))
     try:
+        shards = list_shards(location, split)
         with regular_file(shards[0]).open("rb") as file, stream_tar(file) as tar:
             names = {key for key, _, _ in regular_members(tar)}
         total_bytes = sum(shard.stat().st_size for shard in shards)
