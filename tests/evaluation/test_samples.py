@@ -67,11 +67,15 @@ def saved(save, content):
     return stream.getvalue()
 
 
+def saved_image(size):
+    return saved(lambda stream, size: Image.new("RGB", size).save(stream, "PNG"), size)
+
+
 def save_array(stream, content):
     np.save(stream, np.array([content], dtype=object), allow_pickle=True)
 
 
-LINE = saved(lambda stream, size: Image.new("RGB", size).save(stream, "PNG"), (30_000, 1))
+LINE = saved_image((30_000, 1))
 PICKLED = {
     **{f"0.{suffix}": pickle.dumps(Harmful()) for suffix in ("pyd", "pkl", "pickle", "PYD")},
     "0.pth": saved(lambda stream, content: torch.save(content, stream), Harmful()),
@@ -190,7 +194,7 @@ def test_a_sample_that_is_not_as_it_should_be_is_named_with_its_shard(
 
 def test_a_picture_that_resizing_makes_too_large_is_named(color_model, tmp_path):
     large = replace(color_model, transform=open_clip.image_transform(4096, is_train=False))
-    line = saved(lambda stream, size: Image.new("RGB", size).save(stream, "PNG"), (600, 6))
+    line = saved_image((600, 6))
     folder = make_set(tmp_path / "set", replaced=[("0.png", line)])
     result = score(large, folder)
     assert result.status == "failed"
@@ -481,6 +485,34 @@ def test_classes_that_no_picture_shows_are_told_with_what_they_do_to_map(
     assert len(told) == bool(absent)
     first = f"{len(absent)} of its 4 classes, the first is number {min(absent, default=0)};"
     assert all(first in text and "0 in mAP" in text for text in told)
+
+
+def test_a_class_that_came_after_its_features_is_told(color_model, tmp_path):
+    arrays = {f"{number}.npy": saved(np.save, row) for number, row in enumerate(np.eye(4))}
+    folder = make_set(tmp_path / "set", kind="multilabel", replaced=arrays.items())
+    (folder / "zeroshot_classification_templates.txt").write_text("a {c}")
+    for names, status in ((4, "done"), (5, "failed")):
+        (folder / "classnames.txt").write_text("".join(f"number {n}\n" for n in range(names)))
+        result = score(color_model, folder, output=tmp_path / "out")
+        assert result.status == status
+    assert "classnames.txt must name a class for each of the 4 numbers" in result.error
+    assert "got 5 names" in result.error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("suite", ["zeroshot-classification", "compositionality"])
+def test_pictures_that_a_transform_leaves_in_their_sizes_are_told_in_a_sentence(
+    color_model, tmp_path, suite, workers
+):
+    if suite == "compositionality":
+        write_pairs(tmp_path / "set", {"add_att": [(0, 0, 1), (1, 1, 2)]})
+        (tmp_path / "set/val2017/0.png").write_bytes(saved_image((8, 16)))
+    else:
+        replaced = [("0.png", saved_image((8, 16)))]
+        make_set(tmp_path / "set", replaced=replaced)
+    result = score(color_model, tmp_path / "set", suite=suite, workers=workers)
+    assert result.status == "failed"
+    assert result.error.startswith("samples of a batch differ: stack expects each tensor to be")
 
 
 @pytest.mark.parametrize(

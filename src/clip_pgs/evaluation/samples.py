@@ -141,7 +141,7 @@ class _Shards(IterableDataset):
             while batch := list(itertools.islice(samples, self.reading.batch_size)):
                 pictures, targets, places = map(list, zip(*batch, strict=True))
                 is_text = self.target_suffix == "txt"
-                yield torch.stack(pictures), targets if is_text else torch.stack(targets), places
+                yield _stack(pictures), targets if is_text else _stack(targets), places
         except _TOLD as error:
             yield error
 
@@ -225,7 +225,7 @@ class _Pictures(Dataset):
         start = number * self.reading.batch_size
         paths = self.paths[start : start + self.reading.batch_size]
         try:
-            return torch.stack([_decode(path, self.reading, str(path)) for path in paths])
+            return _stack([_decode(path, self.reading, str(path)) for path in paths])
         except DamagedDataError as error:
             return error
 
@@ -236,6 +236,12 @@ def _decode(content: bytes | Path, reading: Reading, what: str) -> Tensor:
         image = open_image(content)
         check_resized(image, reading.transform)
         return reading.transform(to_rgb(image))
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """Put the pictures or labels of a batch together, or tell why they do not fit together."""
+    with explained("samples of a batch differ", RuntimeError, TypeError, as_kind=DamagedDataError):
+        return torch.stack(tensors)
 
 
 def _refuse(key: str, shard: str, reason: str) -> NoReturn:

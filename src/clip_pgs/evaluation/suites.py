@@ -260,6 +260,12 @@ def score_classification(encoder: Encoder, eval_set: EvalSet) -> Scores:
     if features.labels.ndim == 1:
         _check_labels(features.labels.tolist(), len(classes), eval_set)
     else:
+        # Of features that were kept: their files hold no class names.
+        if (num_labels := features.labels.shape[1]) != len(classes):
+            raise DamagedDataError(
+                f"{eval_set.location}/{CLASS_NAMES} must name a class for each of the {num_labels} "
+                f"numbers of a picture's .npy, got {counted(len(classes), 'name')}"
+            )
         shown = features.labels.any(dim=0).nonzero()[:, 0].tolist()
         effect = "; each of them counts as 0 in mAP, as in clip_benchmark"
         _tell_absent(shown, len(classes), eval_set, effect)
