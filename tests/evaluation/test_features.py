@@ -84,7 +84,7 @@ def test_features_that_are_not_finite_stop_with_a_sentence(color_model, six, tmp
 
 def test_split_that_is_not_there_is_a_missing_file(color_model, pairs):
     with pytest.raises(FileNotFoundError, match=r"has no train/nshards\.txt"):
-        encode(color_model, pairs, split="train")
+        encode(color_model, replace(pairs, splits=("train",)), split="train")
 
 
 def test_model_is_left_in_its_own_mode(color_model, six):

@@ -108,6 +108,12 @@ def test_a_suite_whose_code_changed_is_scored_again(evaluate_with):
     assert evaluate_with(line.replace("0.25", "0.750")).metrics == {"spread": 0.75}
 
 
+def test_a_split_that_a_suite_does_not_declare_is_refused(evaluate_with):
+    result = evaluate_with('encoder.images(eval_set, split="train"); return None')
+    assert result.status == "failed"
+    assert "the suite spread must declare the split 'train', which it reads" in result.error
+
+
 def test_suite_that_declares_too_little_is_refused():
     with pytest.raises(TypeError, match="main_metrics"):
         register_suite("half", title="Half", summary="", task="", types=(), metrics={}, unit="")

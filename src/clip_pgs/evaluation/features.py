@@ -146,7 +146,14 @@ class Encoder:
             FileNotFoundError: If the data set or the split is not there.
             DamagedDataError: If a file of it is not as it should be.
             NonFiniteFeaturesError: If a feature is not finite.
+            ValueError: If the suite of the set does not declare that it reads the split.
         """
+        if split not in eval_set.splits:
+            # Whether its data are those of an earlier call would not be asked.
+            raise ValueError(
+                f"the suite {eval_set.suite} must declare the split {split!r}, which it reads, got "
+                f"splits={eval_set.splits}"
+            )
         location = eval_set.location
         num_shards = count_shards(location, split)
         data = data_fingerprint(location, split)
