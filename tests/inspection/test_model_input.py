@@ -43,11 +43,12 @@ def test_a_config_of_the_package_is_found_from_any_folder(tmp_path, monkeypatch,
 @pytest.mark.parametrize("place", ["run/export", "run"])
 def test_a_run_or_its_export_gives_sizes_and_normalisation(tmp_path, place):
     preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "resize_mode": "squash"}
+    preprocess["fill_color"] = 200
     config = {"model_cfg": MODEL, "preprocess_cfg": preprocess}
     write_json(tmp_path / place / "open_clip_config.json", config)
     model_input = read_model_input(str(tmp_path / "run"))
     expected = ModelInput((64, 64), (8, 8), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    assert model_input == replace(expected, resize_mode="squash")
+    assert model_input == replace(expected, resize_mode="squash", fill_color=200)
 
 
 def test_a_run_without_an_export_gives_its_newest_checkpoint(tmp_path):
@@ -179,6 +180,7 @@ def test_patches_that_do_not_divide_the_image_are_refused(patch_size, sentence):
         {"interpolation": "bilinear", "resize_mode": "squash"},
         {"image_size": (224, 96)},
         {"image_size": (96, 224), "resize_mode": "longest"},
+        {"resize_mode": "longest", "fill_color": 200},
     ],
     ids=lambda options: "-".join(options) or "default",
 )
@@ -197,7 +199,7 @@ def test_a_mask_is_cropped_where_its_image_is(resize_mode):
     # An edge that no resampling blurs shows where a pixel comes from.
     mask = Image.new("L", (400, 300), 0)
     mask.paste(1, (100, 60, 300, 240))
-    model_input = ModelInput((96, 192), (16, 16), resize_mode=resize_mode)
+    model_input = ModelInput((96, 192), (16, 16), resize_mode=resize_mode, fill_color=100)
     cropped = np.asarray(model_input.crop_mask(mask))
     image = np.asarray(model_input.crop(mask.point(lambda value: 255 * value).convert("RGB")))
     assert set(np.unique(cropped)) == {0, 1}

@@ -123,6 +123,7 @@ class ModelInput:
         interpolation: "bicubic" or "bilinear", OpenCLIP's name.
         resize_mode: "shortest", "longest" or "squash", OpenCLIP's name: which side is brought to
             the input's, or both.
+        fill_color: In [0, 255], what "longest" puts beside the image.
 
     Raises:
         ValueError: If the patches do not divide the image.
@@ -134,6 +135,7 @@ class ModelInput:
     std: tuple[float, float, float] = OPENAI_STD
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
+    fill_color: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= min(self.image_size) <= max(self.image_size) <= MAX_SIDE:
@@ -158,8 +160,8 @@ class ModelInput:
         return self._fit(to_rgb(image))
 
     def crop_mask(self, mask: Image.Image) -> Image.Image:
-        """Crop a mask as `crop` does its image, by the nearest pixels."""
-        return self._fit(mask, InterpolationMode.NEAREST)
+        """Crop a mask as `crop` does its image, by the nearest pixels; what is beside it is 0."""
+        return replace(self, fill_color=0)._fit(mask, InterpolationMode.NEAREST)
 
     def _fit(
         self, image: Image.Image, interpolation: InterpolationMode | None = None
@@ -172,6 +174,7 @@ class ModelInput:
             is_train=False,
             interpolation=self.interpolation,
             resize_mode=self.resize_mode,
+            fill_color=self.fill_color,
         )
         check_resized(image, transform)
         # The last three are colors, tensor and normalization.
@@ -223,6 +226,7 @@ def read_model_input(source: str) -> ModelInput:
         std=tuple(preprocess.get("std") or OPENAI_STD),
         interpolation=preprocess.get("interpolation") or "bicubic",
         resize_mode=preprocess.get("resize_mode") or "shortest",
+        fill_color=preprocess.get("fill_color") or 0,
     )
 
 
