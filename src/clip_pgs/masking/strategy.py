@@ -87,6 +87,9 @@ class PatchInputs:
                     f"{name} must be floating point, of shape ({axes}) with (B, N) = {expected}, "
                     f"got {described(values)}"
                 )
+        # Draws that are made of its bits would be empty in half precision.
+        if self.noise is not None and self.noise.dtype != torch.float32:
+            raise ValueError(f"noise must be float32, got {self.noise.dtype}")
         if self.noise is not None and is_broken(
             lambda noise: ((noise >= 0) & (noise < 1)).all(), self.noise
         ):
