@@ -103,7 +103,7 @@ def test_file_that_is_no_table_is_refused_by_name(tmp_path, content):
 def test_a_compressed_table_is_not_unpacked(tmp_path, compress, name):
     path = tmp_path / name
     path.write_bytes(compress(b"filepath,title\na.jpg,one\n"))
-    with pytest.raises(ValueError, match=r"pairs.*' is no text file"):
+    with pytest.raises(ValueError, match=r"pairs.*' is compressed, .* unpack it"):
         read_pairs(path, **KEYS)
 
 

@@ -36,6 +36,8 @@ _SEPARATORS = (",", "\t", ";", "|")
 _HEAD_BYTES, _TAIL_BYTES, _CHUNK_BYTES = 512, 2**16, 2**20
 # Of files of older Office programs.
 _OLE_MAGIC = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
+# How files of gzip, bzip2, xz, zstd and zip begin.
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
 # The word that tar writes at byte 257 of a header.
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 # What no text holds, but workbooks, archives and what is compressed do.
@@ -328,6 +330,8 @@ def _check_text(path: Path) -> None:
             f"table {str(path)!r} is a workbook of Excel or the like, no text file; save it as CSV "
             "(UTF-8)"
         )
+    if head.startswith(_COMPRESSED):
+        raise ValueError(f"table {str(path)!r} is compressed, no text file; unpack it first")
     if (encoding := _wide_encoding(head)) is not None:
         raise ValueError(
             f"table {str(path)!r} is a text file in {encoding}, not in UTF-8; "
