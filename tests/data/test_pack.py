@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import pickle
+from statistics import median
 
 import pytest
 from braceexpand import braceexpand
@@ -195,7 +197,7 @@ def test_bad_samples_are_named_with_their_reason(tmp_path, make_tar, make_image)
     make_tar(tmp_path / "0.tar", members)
     total, text = run_check([tmp_path / "0.tar"])
     assert (total.num_samples, total.num_usable) == (5, 1)
-    assert (len(total.image_sizes), total.num_captions) == (2, 3)
+    assert (total.widths.total(), total.num_captions) == (2, 3)
     for line in (
         "b: unreadable image",
         "c: no caption",
@@ -251,3 +253,27 @@ def test_a_shard_that_sizes_leave_out_is_not_bad(make_shards):
     total, text = run_check([folder / "0.tar", folder / "1.tar"])
     assert not total.bad
     assert "None" not in text
+
+
+def test_a_report_takes_no_more_memory_for_more_samples(tmp_path, make_tar, make_image):
+    members = [("a.jpg", make_image(0)), ("a.txt", b"text"), ("b.jpg", b"?"), ("b.png", b"?")]
+    make_tar(tmp_path / "0.tar", members * 30)
+    sizes = []
+    for number in (5, 10):
+        total, text = run_check([tmp_path / "0.tar"] * number)
+        # Of every second sample image and caption are bad.
+        assert total.num_samples == 60 * number
+        assert f"bad: {60 * number - 100} more\n" in text
+        assert f"warning: {30 * number} samples with images that are not read" in text
+        sizes.append(len(pickle.dumps(total)))
+    assert sizes[1] - sizes[0] < 100
+
+
+@pytest.mark.parametrize("lengths", [[3], [1, 4], [1, 2, 2], [5, 1, 1, 9], [2, 2, 3, 3]])
+def test_the_median_length_is_that_of_the_captions(tmp_path, make_tar, make_image, lengths):
+    members = []
+    for number, length in enumerate(lengths):
+        members += [(f"{number}.jpg", make_image(number)), (f"{number}.txt", b"x" * length)]
+    make_tar(tmp_path / "0.tar", members)
+    _, text = run_check([tmp_path / "0.tar"])
+    assert f"(median {median(lengths):.0f})" in text

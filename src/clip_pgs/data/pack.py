@@ -6,11 +6,12 @@ import json
 import logging
 import math
 import os
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from statistics import median
 
 from clip_pgs.common import explained, one_sentence
 from clip_pgs.data.bad_samples import BadSampleError, Skip
@@ -173,32 +174,44 @@ def _image_path(table: PairTable, row: int) -> Path:
 
 @dataclass
 class ShardReport:
-    """What a shard, or several together, hold.
+    """What a shard, or several together, hold; it takes as much memory for any number of samples.
 
     Args:
         num_samples: Groups of members with one key.
         num_usable: Those with a readable image and a caption.
         num_captions: Pictures with captions in UTF-8.
-        caption_lengths: Characters of each such caption, all of a picture.
-        image_sizes: Width and height in pixels of each image that can be decoded.
-        bad: What is wrong: samples and, with an empty key, the shard itself.
-        crowded: Samples with images that are not read, beside the one that is.
+        caption_lengths: How many such captions, all of a picture, have so many characters.
+        widths: How many images that can be decoded have so many pixels in a row.
+        heights: And in a column.
+        num_bad: Number of things that are wrong.
+        bad: The first of them: samples and, with an empty key, the shard itself.
+        num_crowded: Number of samples with images that are not read, beside the one that is.
+        crowded: The first of them.
         fields: Samples by field of `--caption-key` that they have.
     """
 
     num_samples: int = 0
     num_usable: int = 0
     num_captions: int = 0
-    caption_lengths: list[int] = field(default_factory=list)
-    image_sizes: list[tuple[int, int]] = field(default_factory=list)
+    caption_lengths: Counter[int] = field(default_factory=Counter)
+    widths: Counter[int] = field(default_factory=Counter)
+    heights: Counter[int] = field(default_factory=Counter)
+    num_bad: int = 0
     bad: list[Skip] = field(default_factory=list)
+    num_crowded: int = 0
     crowded: list[Skip] = field(default_factory=list)
     fields: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: ShardReport) -> None:
         """Add another report to this one."""
         for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+            own = getattr(self, name)
+            if isinstance(own, Counter):
+                own.update(value)
+            elif isinstance(own, list):
+                own += value[: _MAX_BAD_NAMED - len(own)]
+            else:
+                setattr(self, name, own + value)
 
 
 def check_shard(shard: str, *, caption_key: str | None = None) -> ShardReport:
@@ -210,37 +223,45 @@ def check_shard(shard: str, *, caption_key: str | None = None) -> ShardReport:
     """
     report = ShardReport()
     for item in read_shard(shard, use_json=caption_key is not None):
-        found = [item] if isinstance(item, Skip) else _check_sample(item, report, caption_key)
-        report.num_samples += bool(item.key)
-        report.num_usable += not found
-        report.bad += found
+        sample = ShardReport(num_samples=bool(item.key))
+        if isinstance(item, Skip):
+            _note_bad(sample, item)
+        else:
+            _check_sample(item, sample, caption_key)
+        sample.num_usable = int(not sample.num_bad)
+        report.add(sample)
     sizes_path = Path(shard).parent / "sizes.json"
     if not is_remote(shard) and sizes_path.is_file():
         # Training counts what it leaves out.
         stated = read_sizes(sizes_path).get(Path(shard).name, report.num_samples)
         if stated != report.num_samples:
             detail = f"it says {stated}, the shard has {report.num_samples}"
-            report.bad.append(Skip(shard, "", "sizes.json is wrong", detail))
+            _note_bad(report, Skip(shard, "", "sizes.json is wrong", detail))
     return report
 
 
-def _check_sample(raw: RawSample, report: ShardReport, caption_key: str | None) -> list[Skip]:
-    """Note what a sample holds; return what is wrong with it."""
-    problems: list[BadSampleError] = []
+def _note_bad(report: ShardReport, skip: Skip) -> None:
+    report.add(ShardReport(num_bad=1, bad=[skip]))
+
+
+def _check_sample(raw: RawSample, report: ShardReport, caption_key: str | None) -> None:
+    """Note what a sample holds, and what is wrong with it."""
     images = [suffix for suffix in raw.suffixes.split() if is_image(suffix)]
     if raw.image is not None and len(images) > 1:
+        report.num_crowded = 1
         report.crowded.append(Skip(raw.shard, raw.key, ", ".join(images)))
     try:
-        report.image_sizes.append(decode_image(raw).size)
+        width, height = decode_image(raw).size
+        report.widths[width] += 1
+        report.heights[height] += 1
     except BadSampleError as error:
-        problems.append(error)
+        _note_bad(report, raw.skip(error))
     try:
         captions = decode_captions(raw, caption_key=caption_key, found=report.fields)
-        report.caption_lengths += map(len, captions)
+        report.caption_lengths.update(map(len, captions))
         report.num_captions += 1
     except BadSampleError as error:
-        problems.append(error)
-    return list(map(raw.skip, problems))
+        _note_bad(report, raw.skip(error))
 
 
 def check_shards(
@@ -270,12 +291,12 @@ def check_shards(
         write(_format_row(_cells(shard, report), width))
         total.add(report)
     write(_format_row(_cells("total", total), width))
-    for skip in total.bad[:_MAX_BAD_NAMED]:
+    for skip in total.bad:
         write(f"bad: {skip}\n")
-    if len(total.bad) > _MAX_BAD_NAMED:
-        write(f"bad: {len(total.bad) - _MAX_BAD_NAMED} more\n")
+    if total.num_bad > len(total.bad):
+        write(f"bad: {total.num_bad - len(total.bad)} more\n")
     if total.crowded:
-        number = counted(len(total.crowded), "sample")
+        number = counted(total.num_crowded, "sample")
         write(
             f"warning: {number} with images that are not read, beside the one that is: a sample's "
             f"name ends at its first dot, so that a.b.jpg is part of a; the first is "
@@ -290,15 +311,23 @@ def check_shards(
 
 def _cells(name: str, report: ShardReport) -> tuple[str, ...]:
     characters = pixels = "-"
-    lengths, num_images = report.caption_lengths, len(report.image_sizes)
+    lengths, num_images = report.caption_lengths, report.widths.total()
     if lengths:
-        characters = f"{min(lengths)}..{max(lengths)} (median {median(lengths):.0f})"
+        characters = f"{min(lengths)}..{max(lengths)} (median {_median(lengths):.0f})"
     if num_images:
         pixels = " x ".join(
-            f"{min(sides)}..{max(sides)}" for sides in zip(*report.image_sizes, strict=True)
+            f"{min(sides)}..{max(sides)}" for sides in (report.widths, report.heights)
         )
     counts = (report.num_samples, report.num_usable, num_images, report.num_captions)
-    return (one_sentence(name), *map(str, counts), str(len(report.bad)), characters, pixels)
+    return (one_sentence(name), *map(str, counts), str(report.num_bad), characters, pixels)
+
+
+def _median(counts: Counter[int]) -> float:
+    """Return the median of numbers of which each stands so often."""
+    values = sorted(counts)
+    ends = [*accumulate(counts[value] for value in values)]
+    middle = ((ends[-1] - 1) // 2, ends[-1] // 2)
+    return sum(values[bisect_right(ends, place)] for place in middle) / 2
 
 
 def _format_row(cells: tuple[str, ...], width: int) -> str:
