@@ -1,4 +1,5 @@
 import json
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -169,6 +170,25 @@ def test_every_round_times_every_setup_once():
         assert step == pytest.approx(sum(parts))
         assert selection > 0
     assert [seconds[0] for seconds in plain.seconds] == [0, 0, 0]
+
+
+def test_no_patches_of_a_selection_take_memory_during_a_step():
+    both, tokens = setups("pgs"), []
+    tower, forward = both[1].model.visual, both[1].forward
+    embed = tower.embed_patches
+
+    def embed_patches(images):
+        found = embed(images)
+        tokens.append(weakref.ref(found))
+        return found
+
+    def step():
+        assert not any(reference() is not None for reference in tokens)
+        return forward()
+
+    tower.embed_patches, both[1].forward = embed_patches, step
+    time_steps(both, torch.optim.AdamW(both[0].model.parameters(), lr=1e-6), num_rounds=2)
+    assert tokens
 
 
 def compiled_setups(*maskings):

@@ -394,10 +394,12 @@ def time_steps(
         optimizer.zero_grad(set_to_none=True)
 
     all_timings = [Timings(s.title, s.text_tokens(), s.step_flops()) for s in setups]
-    timed = list(zip(setups, [setup.selection() for setup in setups], all_timings, strict=True))
-    steps = list(product(range(num_rounds + 1), timed))
-    for round_number, (setup, select, timings) in tqdm(steps, leave=False, disable=None):
+    steps = list(product(range(num_rounds + 1), zip(setups, all_timings, strict=True)))
+    for round_number, (setup, timings) in tqdm(steps, leave=False, disable=None):
+        select = setup.selection()
         seconds = [0.0] if select is None else time_parts(device, select)
+        # It holds embedded patches, which would count as memory of the step.
+        del select
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
