@@ -32,13 +32,16 @@ class Hang:
     Args:
         rank: The process.
         activity: "trains" or "evaluates"; "stopped" stops the whole process while it trains,
-            "suspended" all of them.
-        busy_seconds: None does nothing, for ever. For so long all are suspended.
+            "suspended" all of them; "writes" what a slow disk does to a checkpoint.
+        busy_seconds: None does nothing, for ever. For so long all are suspended, and so long a
+            disk takes, bit by bit.
+        stops_at: The step after which the process is asked to leave.
     """
 
     rank: int
     activity: str
     busy_seconds: float | None = None
+    stops_at: int | None = None
 
 
 def train_together(
@@ -168,13 +171,32 @@ def _prepare(trouble: Stop | Hang) -> None:
     from clip_pgs.training.trainer import PhaseTrainer, Trainer
     from clip_pgs.training.validation import Validation
 
+    if isinstance(trouble, Hang) and trouble.stops_at is not None:
+        stop = Stop(trouble.rank, trouble.stops_at, signal.SIGTERM)
+        _replace(Trainer, "save_if_due", after=lambda run, _: _signal_at(stop, run.step))
     if isinstance(trouble, Stop):
         _replace(Trainer, "save_if_due", after=lambda run, _: _signal_at(trouble, run.step))
+    elif trouble.activity == "writes":
+        _slow_down(trouble.busy_seconds)
     elif trouble.activity in ("trains", "stopped", "suspended"):
         # The first step has more patience, and a busy one goes on after the second.
         _replace(PhaseTrainer, "train_step", after=lambda trainer, _: _hang_after(trainer, trouble))
     else:
         _replace(Validation, "run", after=lambda *_, **__: _hang(trouble))
+
+
+def _slow_down(seconds: float | None) -> None:
+    """Let the first checkpoint take so long, and no processor's time; None, for ever."""
+    from clip_pgs.training.checkpoint import _HashingWriter
+
+    begun = []
+
+    def wait(*_):
+        begun.append(time.monotonic())
+        if seconds is None or begun[-1] < begun[0] + seconds:
+            time.sleep(0.2 if seconds is not None else 2 * _LAUNCH_SECONDS)
+
+    _replace(_HashingWriter, "write", after=wait)
 
 
 def _replace(owner: type, name: str, *, after: Callable[..., object]) -> None:

@@ -9,6 +9,7 @@ from torch.distributed import TCPStore
 from clip_pgs.training.watchdog import Activity, Heartbeats, WorkerStatus, name_hanging
 from support.processes import run_suspended
 from support.ranks import Hang, output, train_together
+from support.resuming import last_checkpoint
 from support.runs import flags
 
 TIMEOUT = 3
@@ -69,8 +70,9 @@ def test_machines_that_count_restarts_otherwise_hear_each_other(monkeypatch):
     assert places[1].last.keys() == {0, 1}
 
 
-def train(folder, world, *, num_processes, trouble):
-    argv = flags(folder, train_data=world.train_data, epochs=1, batch_size=4, hang_timeout=TIMEOUT)
+def train(folder, world, *, num_processes, trouble, **more):
+    options = {"train_data": world.train_data, "epochs": 1, "hang_timeout": TIMEOUT, **more}
+    argv = flags(folder, batch_size=8 // num_processes, **options)
     codes = train_together(folder, argv, num_processes=num_processes, trouble=trouble)
     return codes, json.loads((folder / "logs" / "run" / "exit.json").read_text())
 
@@ -108,6 +110,35 @@ def test_an_evaluation_that_hangs_is_named_and_ends_all(tmp_path, world):
     assert codes == [1, 1]
     assert end["reason"].startswith("rank 0 hangs: for "), output(tmp_path)
     assert " where it evaluates at step 4 " in end["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("stops_at", [2, None])
+def test_a_disk_that_is_slow_is_no_hang(tmp_path, world, num_processes, stops_at):
+    trouble = Hang(rank=0, activity="writes", busy_seconds=2.5 * TIMEOUT, stops_at=stops_at)
+    codes, end = train(tmp_path, world, num_processes=num_processes, trouble=trouble)
+    code = 0 if stops_at is None else 85
+    assert (codes, end["code"]) == (num_processes * [code], code), output(tmp_path)
+    assert last_checkpoint(tmp_path / "logs" / "run")["step"] == (stops_at or 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_save_that_waits_for_the_one_before_is_no_hang(tmp_path, world, num_processes):
+    trouble = Hang(rank=0, activity="writes", busy_seconds=2.5 * TIMEOUT)
+    more = {"num_processes": num_processes, "save_every_steps": 1}
+    codes, end = train(tmp_path, world, trouble=trouble, **more)
+    assert (codes, end["code"]) == (num_processes * [0], 0), output(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_disk_that_is_dead_is_told(tmp_path, world, num_processes):
+    trouble = Hang(rank=0, activity="writes", stops_at=2)
+    codes, end = train(tmp_path, world, num_processes=num_processes, trouble=trouble)
+    assert codes == num_processes * [1]
+    assert " where it waits for the disk at step 2 " in end["reason"], output(tmp_path)
 
 
 @pytest.mark.slow

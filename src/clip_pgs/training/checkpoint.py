@@ -25,7 +25,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from itertools import product
@@ -74,6 +74,8 @@ DAMAGED_ENDING = ".damaged"
 _SAVED = re.compile(rb"\| INFO \| Saved \S+ \(epoch \d+, step (\d+)\)")
 _LOGS = (LOG_NAME, "out-0")
 _MAX_LOG_LINE = 2**20
+# Of a checkpoint that is written, what may wait in memory for the disk.
+_UNSYNCED_BYTES = 2**26
 
 # What optimizers count in their groups; all else there is how they compute.
 _COUNTED = ("step", "lookahead_step")
@@ -238,6 +240,7 @@ class CheckpointStore:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self._writing: Future[bool] | None = None
         self._last = folder
+        self._written = 0
         for path in sorted(folder.glob(f".*{UNFINISHED_ENDING}")):
             path.unlink()
             _logger.warning(
@@ -248,6 +251,13 @@ class CheckpointStore:
     def is_busy(self) -> bool:
         """Whether the last checkpoint is still being written, so that `save` would wait for it."""
         return self._writing is not None and not self._writing.done()
+
+    def num_written(self) -> int:
+        """Return the bytes that were written so far: where they grow, the disk lives."""
+        return self._written
+
+    def _count(self, num_bytes: int) -> None:
+        self._written += num_bytes
 
     def save(self, content: Mapping[str, Any], *names: str) -> None:
         """Copy a checkpoint and leave it to be written.
@@ -283,7 +293,7 @@ class CheckpointStore:
         is_saved, name, trouble = False, names[0], find_non_finite(content)
         try:
             for name in () if trouble else names:
-                write_checkpoint(content, self._folder / name)
+                write_checkpoint(content, self._folder / name, on_write=self._count)
                 if name == names[0]:
                     name_latest(self._folder / name)
                     is_saved = True
@@ -333,24 +343,38 @@ class CheckpointStore:
 class _HashingWriter:
     """Passes bytes on to a file and hashes what was meant to be written, not what was."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, on_write: Callable[[int], object] | None) -> None:
         self._file = file
+        self._on_write = on_write
+        self._unsynced = 0
         self.digest = hashlib.sha256()
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
-        return self._file.write(data)
+        num_bytes = self._file.write(data)
+        self._unsynced += num_bytes
+        if self._unsynced >= _UNSYNCED_BYTES:
+            # Else a slow disk gives no sign of life until it has all of it.
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._unsynced = 0
+        if self._on_write is not None:
+            self._on_write(num_bytes)
+        return num_bytes
 
     def flush(self) -> None:
         self._file.flush()
 
 
-def write_checkpoint(content: Mapping[str, Any], path: Path) -> None:
+def write_checkpoint(
+    content: Mapping[str, Any], path: Path, *, on_write: Callable[[int], object] | None = None
+) -> None:
     """Write a checkpoint; what is at its place stays there until the new file is known to load.
 
     Args:
         content: Tensors and plain types, as from `pack_checkpoint`.
         path: Its place; its folder is made where somebody removed it.
+        on_write: Is told each time how many bytes were written.
 
     Raises:
         OSError: If it cannot be written.
@@ -364,7 +388,7 @@ def write_checkpoint(content: Mapping[str, Any], path: Path) -> None:
             errno.ENOSPC, f"No space left: it needs {needed / 1e9:.3g} GB of {free / 1e9:.3g} GB"
         )
     with atomic_file(path) as file:
-        writer = _HashingWriter(file)
+        writer = _HashingWriter(file, on_write)
         try:
             torch.save(content, cast("IO[bytes]", writer))
         except RuntimeError as error:

@@ -348,6 +348,7 @@ class Trainer:
                 keep_last=options.keep_checkpoints,
                 delete_previous=options.delete_previous_checkpoint,
             )
+            watchdog.written = self._store.num_written
             self._keep_start(self._store)
             self._pictures = MaskPictures(
                 self._folder / MASKS_NAME,
@@ -415,6 +416,7 @@ class Trainer:
         except BaseException:
             # What is being saved is finished, whatever ended the run.
             if self._store is not None:
+                self._watchdog.allow(Activity.WRITING, step=self.step)
                 self._store.close()
             raise
         finally:
@@ -572,6 +574,8 @@ class Trainer:
             if self._lock is not None:
                 self._lock.keep()
             self._run_files.restore()
+            if self._store.is_busy:
+                self._watchdog.allow(Activity.WRITING, step=self.step)
             self._store.save(content, *names)
         else:
             for _, tensor in named_tensors(content):
@@ -595,7 +599,9 @@ class Trainer:
     ) -> NoReturn:
         # Rank 0 finds bad numbers, and rank 0 saves.
         is_new = not isinstance(self._error, BadNumbersError) and place != self._saved_place
-        if self._group.broadcast(is_new):
+        is_new = self._group.broadcast(is_new)
+        self._watchdog.allow(Activity.WRITING, step=self.step)
+        if is_new:
             self._save(phase_trainer, place, f"step_{self.step}.pt")
         is_saved = self._group.broadcast(self._store is None or self._store.wait())
         if self._error is not None:

@@ -1,7 +1,8 @@
 """Ends a run in which nothing happens any more, and says who hangs and where.
 
 A step of training has a time limit. What takes as long as it takes has none, such as an evaluation,
-or a step of one process on a CPU: there the process hangs when it uses no processor time either. Of
+a disk, or a step of one process on a CPU: there the process hangs when it uses no processor time
+either, and no checkpoint grows on its way to the disk. Of
 several processes each sends the others heartbeats with its status, so that they can name the one
 that keeps them waiting: the one that is silent (stopped, or its machine gone), or else furthest
 behind. Who waits for rank 0 to evaluate waits for ever, as long as rank 0 sends heartbeats: it
@@ -49,6 +50,7 @@ class Activity:
     VOTING = "waits for the others"
     TRAINING = "trains"
     SAVING = "saves"
+    WRITING = "waits for the disk"
     EVALUATING = "evaluates"
     WAITING = "waits for rank 0"
     EXPORTING = "writes the export"
@@ -169,6 +171,10 @@ class Watchdog:
     Args:
         options: `rank` and `world_size`; `hang_timeout` in seconds, 0 watches nothing.
         on_hang: Is given the sentence, in the thread, before the process is ended.
+
+    Attributes:
+        written: Returns the bytes that rank 0 has written of its checkpoints. Where they grow,
+            who waits for the disk does not hang.
     """
 
     def __init__(self, options: TrainOptions, *, on_hang: Callable[[str], object]) -> None:
@@ -179,7 +185,10 @@ class Watchdog:
         self._has_deadlines = self._world_size > 1 or torch.device(options.device).type != "cpu"
         self._on_hang = on_hang
         self._done = threading.Event()
-        self._worked = self._worked_at = self._resumed_at = 0.0
+        self.written: Callable[[], int] = lambda: 0
+        self._worked, self._worked_at = (0.0, 0), 0.0
+        # Until when all were suspended, and until when rank 0 was seen to wait for the disk.
+        self._resumed_at = self._stored_at = 0.0
         self._pauses = Pauses(self._timeout)
         self._interval = self._pauses.interval
         self._heartbeats: Heartbeats | None = None
@@ -239,14 +248,28 @@ class Watchdog:
     def _is_late(self) -> bool:
         current, now = self._current, time.monotonic()
         if current.limit is not None and self._has_deadlines:
-            return now > max(current.since, self._resumed_at) + current.limit
+            if self._first_writes():
+                self._stored_at = now
+            return now > max(current.since, self._resumed_at, self._stored_at) + current.limit
         if self._rank != 0:
             return bool(self._silent(longer_than=self._timeout))
-        worked = _seconds_worked()
-        is_idle = abs(worked - self._worked) < _IDLE_SHARE * self._timeout
-        if current.since > self._worked_at or not is_idle:
+        worked = _seconds_worked(), self.written()
+        is_idle = abs(worked[0] - self._worked[0]) < _IDLE_SHARE * self._timeout
+        if current.since > self._worked_at or not is_idle or worked[1] != self._worked[1]:
             self._worked, self._worked_at = worked, now
         return now > self._worked_at + self._timeout
+
+    def _first_writes(self) -> bool:
+        """Return whether rank 0, which watches itself meanwhile, was just seen to wait."""
+        if self._rank == 0 or self._heartbeats is None:
+            return False
+        last = self._heartbeats.last.get(0)
+        is_heard = 0 not in self._silent(longer_than=self._few_turns())
+        return is_heard and last is not None and last.activity == Activity.WRITING
+
+    def _few_turns(self) -> float:
+        """Return for how many seconds nobody is silent but by being stopped."""
+        return max(4 * self._interval, 2.0)
 
     def _silent(self, *, longer_than: float) -> dict[int, float]:
         return {} if self._heartbeats is None else self._heartbeats.silent(longer_than=longer_than)
@@ -271,8 +294,7 @@ class Watchdog:
             return f"the run hangs: for {status.seconds:.0f} s {status.describe()}"
         if self._rank == 0 and self._current.limit is None:
             return name_hanging({0: status}, silent={})
-        # Nobody misses this many turns but by being stopped.
-        silent = self._silent(longer_than=max(4 * self._interval, 2.0))
+        silent = self._silent(longer_than=self._few_turns())
         last = {self._rank: status} if self._heartbeats is None else dict(self._heartbeats.last)
         return name_hanging(last, silent=silent)
 
