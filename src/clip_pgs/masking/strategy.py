@@ -44,7 +44,7 @@ class PatchInputs:
         progress: Completed share of the masked training steps, in [0, 1]. In a compiled model a
             tensor of shape (), so that one graph serves all steps.
         noise: Uniform numbers in [0, 1) that replace the strategy's own draw, so that a caller
-            decides which sample sees which mask. Shape (B, N), float32.
+            decides which sample sees which mask. Shape (B, N); taken as float32.
         attention: How much a teacher attends to each patch, in any scale. Shape (B, N), float32.
         wants_candidate_weights: Asks for `candidate_weights` of the selection.
 
@@ -87,15 +87,15 @@ class PatchInputs:
                     f"{name} must be floating point, of shape ({axes}) with (B, N) = {expected}, "
                     f"got {described(values)}"
                 )
-        # Draws that are made of its bits would be empty in half precision.
-        if self.noise is not None and self.noise.dtype != torch.float32:
-            raise ValueError(f"noise must be float32, got {self.noise.dtype}")
         if self.noise is not None and is_broken(
             lambda noise: ((noise >= 0) & (noise < 1)).all(), self.noise
         ):
             raise ValueError(
                 f"noise must lie in [0, 1), got {self.noise.min():g} to {self.noise.max():g}"
             )
+        if self.noise is not None and self.noise.dtype != torch.float32:
+            # Further numbers are made of its 24 bits, and float64 below 1 may be rounded up to it.
+            self.noise = self.noise.float().clamp(max=1 - 2**-24)
 
     @property
     def compares_tokens(self) -> bool:
