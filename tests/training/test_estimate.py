@@ -170,3 +170,46 @@ def test_each_kind_of_masking_is_counted_without_data(tmp_path, world, capsys, o
     table = said(tmp_path, capsys, "--check-only", train_data=world.train_data, **options)
     assert table["tokens kept"] == tokens
     assert number(table["operations"]) > 0
+
+
+OWN = """
+import numpy as np
+import torch
+from clip_pgs import MaskingStrategy, PatchSelection
+from clip_pgs.masking.strategy import register_masking
+
+class Own(MaskingStrategy):
+    def forward(self, inputs, *, generator=None):
+        kept = inputs.num_patches // 2
+        scores = inputs.pixels.mean(dim=1).flatten(1)[:, : inputs.num_patches]
+        return PatchSelection(self.order(scores)[:, :kept])
+
+@register_masking("own-host", paper="", random=False)
+class Host(Own):
+    def order(self, scores):
+        return scores.argsort(dim=1) + int(scores.sum().item() > 1e9)
+
+@register_masking("own-cpu", paper="", random=False)
+class Cpu(Own):
+    def order(self, scores):
+        return (scores + torch.arange(scores.shape[1], device="cpu")).argsort(dim=1)
+
+@register_masking("own-numpy", paper="", random=False)
+class Numpy(Own):
+    def order(self, scores):
+        return torch.from_numpy(np.argsort(scores.numpy()))
+"""
+
+
+@pytest.mark.parametrize("name", ["Host", "Cpu", "Numpy"])
+def test_a_strategy_of_ones_own_that_needs_data_leaves_operations_uncounted(
+    tmp_path, world, capsys, monkeypatch, name
+):
+    (tmp_path / "needing_lab.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    masking = f"needing_lab:{name}"
+    options = {"train_data": world.train_data, "masking": masking}
+    table = said(tmp_path, capsys, "--check-only", **options)
+    assert table["operations"].startswith(f"not counted, as without data {masking} has ")
+    assert table.keys() >= {"parameters", "checkpoints", "memory"}

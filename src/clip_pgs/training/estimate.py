@@ -16,6 +16,7 @@ from open_clip import get_input_dtype
 from open_clip_train.distributed import world_info_from_env
 from torch import Tensor, nn
 
+from clip_pgs.common import one_sentence
 from clip_pgs.integrations.apply import masking_or_none
 from clip_pgs.integrations.open_clip import (
     allow_short_text,
@@ -80,7 +81,16 @@ def estimate(options: TrainOptions, model: nn.Module) -> Table:
     trained = _num_bytes(p for p in model.parameters() if p.requires_grad)
     state = weights + _ADAM_MOMENTS * trained
     if all(parameter.is_meta for parameter in model.parameters()):
-        rows += _tokens_and_operations(options, model)
+        try:
+            rows += _tokens_and_operations(options, model)
+        except Exception as error:
+            # A strategy of one's own may need numbers, which there are none of here.
+            if ":" not in options.masking:
+                raise
+            said = f"{type(error).__name__}: {one_sentence(error)}"
+            rows.append(
+                ("operations", f"not counted, as without data {options.masking} has {said}")
+            )
     rows += [
         ("checkpoints", _disk(options, state)),
         ("memory", f"{scaled(state + trained, 'B')} per device, and what a batch takes"),
