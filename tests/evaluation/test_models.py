@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from clip_pgs.evaluation import load_model, weights_digest
 from clip_pgs.evaluation.models import check_source
 from clip_pgs.evaluation.results import model_name
+from support.permissions import unreadable
 
 BATCH = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
 
@@ -129,6 +130,18 @@ def test_checkpoint_of_a_run_on_the_folder_of_an_export_opens_from_its_recorded_
     (run / "params.txt").write_text(f"model: local-dir:{finished_run / 'export'}\n")
     loaded = load_model(run / "checkpoints/epoch_7.pt")
     assert weights_digest(loaded.model) == weights_digest(load_model(finished_run).model)
+
+
+def test_an_export_that_may_not_be_listed_is_told_as_that(run):
+    weights = run / "export/open_clip_model.safetensors"
+    with unreadable(run / "export"):
+        (run / "export").chmod(0o111)
+        with pytest.raises(PermissionError, match="export"):
+            load_model(run)
+    # As macOS leaves it on other disks.
+    weights.rename(weights.with_name(f"._{weights.name}"))
+    with pytest.raises(ValueError, match="no file of weights"):
+        load_model(run)
 
 
 def test_checkpoint_fills_borders_as_the_export_of_its_run_does(lone_checkpoint, run):

@@ -49,6 +49,7 @@ from clip_pgs.files import (
     MODEL_CONFIG_NAME,
     PARAMS_NAME,
     absence,
+    list_folder,
     read_file,
     read_json_object,
 )
@@ -262,7 +263,7 @@ def _export_folder(path: Path) -> Path:
 
 
 def _weight_files(export: Path) -> list[Path]:
-    return [path for ending in _EXPORT_ENDINGS for path in export.glob(f"*{ending}")]
+    return [path for path in list_folder(export) if path.suffix in _EXPORT_ENDINGS]
 
 
 def _training_of_export(run: Path, exported: nn.Module) -> dict[str, Any]:
