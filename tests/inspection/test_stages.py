@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from clip_pgs import create_masking
-from clip_pgs.inspection.stages import pgs_stages
+from clip_pgs.inspection.stages import kept_legend, pgs_stages, stage_columns
 from clip_pgs.masking.sampling import kept_patches, patchify
 from support.images import make_inputs
 
@@ -89,6 +89,45 @@ def test_a_candidate_owns_nothing_beyond_its_neighbourhood():
             columns = abs(owner % GRID[1] - position % GRID[1])
             if max(rows, columns) > 1:
                 assert stages.share[image, position] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "progress", "kept", "ends"),
+    [
+        ({}, 0.0, "The highest scores are masked, ", ("kept", "masked")),
+        ({"random_share": 1.0}, 0.0, "drawn at random, whatever", ("low", "high")),
+        ({"random_images": 1.0}, 0.0, "drawn at random, whatever", ("low", "high")),
+        ({"random_share": 0.3}, 0.0, "and 0.3 of what the model sees", ("low", "high")),
+        ({"random_share_end": 0.6}, 0.0, "The highest scores are masked, ", ("kept", "masked")),
+        ({"random_share_end": 0.6}, 1.0, "and 0.6 of what the model sees", ("low", "high")),
+        ({"random_images": 0.4}, 0.0, "In 0.4 of the images all of it", ("low", "high")),
+    ],
+)
+def test_the_legends_are_true_of_patches_that_are_drawn(options, progress, kept, ends):
+    strategy = create_masking("pgs", **options)
+    stages = pgs_stages(strategy, inputs_with_noise(progress=progress))
+    assert kept in kept_legend(strategy, stages).text
+    score = stage_columns(strategy, stages, torch.zeros(2, 3, 20, 24), GRID)[-1].legend
+    assert score.ends == ends
+    assert ("masked first" in score.text) == (ends == ("kept", "masked"))
+
+
+@pytest.mark.parametrize(
+    ("options", "spared", "less"),
+    [
+        ({}, ", rarely where edges are.", "less its edges."),
+        ({"edge_weight": 0.0}, ", rarely where edges are.", "How redundant a patch is. "),
+        ({"edge_protection": 0.0}, "may go.", "less its edges."),
+        ({"center_weight": 1.0}, "are and in the middle.", "less its edges and the middle."),
+        ({"center_weight": 1.0, "edges": False}, ", rarely in the middle.", "less the middle."),
+    ],
+)
+def test_the_legends_name_what_lowers_odds_and_scores(options, spared, less):
+    strategy = create_masking("pgs", **options)
+    stages = pgs_stages(strategy, inputs_with_noise())
+    candidates, _, score = stage_columns(strategy, stages, torch.zeros(2, 3, 20, 24), GRID)[-3:]
+    assert spared in candidates.legend.text
+    assert less in score.legend.text
 
 
 def test_inputs_without_noise_are_refused():

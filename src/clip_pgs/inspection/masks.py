@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from clip_pgs.figure import PANEL_SIZE, PAPER, Column, Legend, Panel, draw_figure, most_sides
+from clip_pgs.figure import PANEL_SIZE, PAPER, Column, Panel, draw_figure, most_sides
 from clip_pgs.files import atomic_file, check_writable, regular_file
 from clip_pgs.inspection.model_input import (
     ModelInput,
@@ -28,7 +28,7 @@ from clip_pgs.inspection.model_input import (
     read_view,
     seeded_noise,
 )
-from clip_pgs.inspection.stages import pgs_stages, stage_columns
+from clip_pgs.inspection.stages import kept_legend, pgs_stages, stage_columns
 from clip_pgs.masking import MaskingStrategy
 from clip_pgs.masking.pgs import PGSMasking
 from clip_pgs.masking.sampling import paint_kept
@@ -166,7 +166,7 @@ def mask_columns(
                 blocks.append(columns)
             found = pgs_stages(strategy, inputs)
             columns += stage_columns(strategy, found, enlarged, model_input.grid_size)
-            legend = Legend("The highest scores are masked, the rest is what the model sees.")
+            legend = kept_legend(strategy, found)
         with torch.no_grad():
             selection = fit_strategy(strategy, [inputs], progress=view.progress)(inputs)
         mask_ratios = 1 - selection.kept_counts() / inputs.num_patches

@@ -15,6 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 from clip_pgs.figure import INK, PAPER, Column, Legend, Panel
 from clip_pgs.masking import PatchInputs, sinkhorn_plan
 from clip_pgs.masking.pgs import PGSMasking, reached_similarity
+from clip_pgs.masking.schedule import scheduled_ratio
 
 # From dark over red to pale yellow: read as heat, and in gray print still from dark to light.
 _HEAT = ("#0b0724", "#4a1079", "#a1307e", "#e95562", "#feae76", "#fcfdbf")
@@ -37,6 +38,8 @@ class Stages:
         share: How much of the patch that candidate takes, in [0, 1], shape (B, N). Without
             transport, the similarity between the two where it is positive.
         scores: What the selection sorts by, candidates not lifted, shape (B, N).
+        random_share: Share of the kept patches that is drawn at this progress, whatever their
+            scores.
     """
 
     edges: Tensor | None
@@ -44,6 +47,7 @@ class Stages:
     owner: Tensor
     share: Tensor
     scores: Tensor
+    random_share: float
 
 
 @torch.no_grad()
@@ -66,7 +70,17 @@ def pgs_stages(strategy: PGSMasking, inputs: PatchInputs) -> Stages:
     if options.transport:
         share_BCN = inputs.num_patches * sinkhorn_plan(share_BCN, **options.sinkhorn())
     most = share_BCN.max(dim=1)
-    return Stages(edges_BN, candidates_BC, most.indices, most.values.clamp(0, 1), scores_BN)
+    start, end = options.random_share, options.random_share_end
+    if options.random_images == 1:
+        start, end = 1.0, None
+    return Stages(
+        edges_BN,
+        candidates_BC,
+        owner=most.indices,
+        share=most.values.clamp(0, 1),
+        scores=scores_BN,
+        random_share=float(scheduled_ratio(start, end, progress=inputs.progress)),
+    )
 
 
 def stage_columns(
@@ -87,6 +101,19 @@ def stage_columns(
         _score_column(strategy, stages, canvas),
     ]
     return columns if stages.edges is None else [_edge_column(stages.edges, canvas), *columns]
+
+
+def kept_legend(strategy: PGSMasking, stages: Stages) -> Legend:
+    """Say by what the patches are chosen that the model sees."""
+    drawn, images = stages.random_share, strategy.options.random_images
+    if drawn == 1:
+        return Legend("What the model sees is drawn at random, whatever the scores.")
+    text = "The highest scores are masked, the rest is what the model sees."
+    if drawn:
+        text = f"The lowest scores are kept, and {drawn:.2g} of what the model sees is drawn."
+    if images:
+        text += f" In {images:.2g} of the images all of it is drawn."
+    return Legend(text)
 
 
 class _Canvas:
@@ -140,7 +167,10 @@ def _candidate_column(strategy: PGSMasking, stages: Stages, canvas: _Canvas) -> 
     drawn = torch.where(masks > 0, canvas.pictures, canvas.ghosts)
     where = "" if strategy.options.candidate_region == "image" else " of the border"
     text = f"Patches{where} drawn at random, to stand for what may go"
-    text += ", rarely where edges are." if strategy.options.edges else "."
+    options = strategy.options
+    edge_weight = options.edge_protection if options.edges else 0
+    spared = _listed(("where edges are", edge_weight), ("in the middle", options.center_weight))
+    text += f", rarely {spared}." if spared else "."
     captions = num_images * [f"{num_candidates} candidates"]
     return Column("2  candidates", canvas.panels(drawn, captions, canvas.colors), Legend(text))
 
@@ -169,10 +199,18 @@ def _score_column(strategy: PGSMasking, stages: Stages, canvas: _Canvas) -> Colu
     captions = [f"{low:.2f} to {high:.2f}" for low, high in ends]
     white = torch.ones_like(canvas.colors)
     panels = canvas.panels(canvas.spread(_heat(scaled_BN)), captions, white)
-    text = "How redundant a patch is"
-    text += ", less its edges." if strategy.options.edges else "."
+    options = strategy.options
+    edge_weight = options.edge_weight if options.edges else 0
+    less = _listed(("its edges", edge_weight), ("the middle", options.center_weight))
+    text = f"How redundant a patch is, less {less}." if less else "How redundant a patch is."
+    if stages.random_share or options.random_images:
+        return Column("4  score", panels, Legend(text, _heat_ramp(), ("low", "high")))
     text += " Candidates (framed) are masked first."
     return Column("4  score", panels, Legend(text, _heat_ramp(), ("kept", "masked")))
+
+
+def _listed(*parts: tuple[str, float]) -> str:
+    return " and ".join(name for name, weight in parts if weight)
 
 
 def _heat(values: Tensor) -> Tensor:
