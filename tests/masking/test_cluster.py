@@ -216,6 +216,29 @@ def test_a_process_without_finite_images_moves_the_threshold_of_the_others_nowhe
     assert set(heard) == {0.0, other.mask_ratio}
 
 
+def test_a_ratio_below_the_default_bound_takes_its_place():
+    strategy = create_masking("cluster", mask_ratio=0.2)
+    assert strategy.mask_ratio_min == 0.2
+    assert create_masking("cluster", mask_ratio=0.4).mask_ratio_min == 0.3
+
+
+@pytest.mark.parametrize("threshold", [None, 0.4])
+def test_at_a_ratio_of_0_whole_images_stay(threshold):
+    strategy = create_masking("cluster", mask_ratio=0.5, threshold=threshold)
+    strategy.set_mask_ratio(0.0)
+    for each in (strategy, create_masking("cluster", mask_ratio=0.0, threshold=threshold)):
+        assert each(make_inputs()).kept_counts().tolist() == [49, 49]
+
+
+def test_a_schedule_from_0_leaves_the_counts_free():
+    strategy = create_masking("cluster", mask_ratio=0.0)
+    strategy.set_mask_ratio(0.5)
+    inputs = make_inputs(12, grid_size=(10, 10), noise=noise_like(12, 100))
+    strategy.calibrate(inputs)
+    assert mean_ratio(strategy, inputs) == pytest.approx(0.5, abs=0.01)
+    assert len(strategy(inputs).kept_counts().unique()) > 2
+
+
 def test_a_threshold_of_ones_own_is_never_calibrated():
     strategy = create_masking("cluster", threshold=0.4)
     assert not strategy.needs_calibration(0.0)
@@ -306,7 +329,10 @@ def test_an_object_on_a_smooth_slope_is_kept_in_good_part():
     ("options", "sentence"),
     [
         ({"mask_ratio": 1.0}, r"mask_ratio must be in \[0, 1\), got 1\.0"),
-        ({"mask_ratio": 0.2}, r"mask_ratio_min must not exceed mask_ratio = 0\.2, got 0\.3"),
+        (
+            {"mask_ratio": 0.2, "mask_ratio_min": 0.3},
+            r"mask_ratio_min must not exceed mask_ratio = 0\.2, got 0\.3",
+        ),
         ({"anchor_ratio": 0.0}, r"anchor_ratio must be in \(0, 1\], got 0\.0"),
     ],
 )

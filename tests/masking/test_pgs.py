@@ -125,6 +125,21 @@ def test_training_finds_the_threshold_of_a_mean_ratio(progress, target):
     assert not again.needs_calibration(progress)
 
 
+@pytest.mark.parametrize(
+    "options", [{"center_weight": 2.0}, {"edge_weight": 4.0}, {"neighborhood": 1}]
+)
+def test_training_finds_thresholds_as_low_as_the_weights_make_scores(options, caplog):
+    noise = torch.rand(8, 196, generator=torch.Generator().manual_seed(0))
+    inputs = make_inputs(8, grid_size=(14, 14), patch_size=4, noise=noise)
+    bounds = {"mask_ratio": 0.99, "mask_ratio_min": 0.1, "mask_ratio_mean": 0.97}
+    strategy = calibrated(create_masking("pgs", **bounds, **options), inputs)
+    assert mean_ratio(strategy, inputs) == pytest.approx(0.97, abs=0.01)
+    assert caplog.text == ""
+    again = create_masking("pgs", **bounds, **options)
+    again.load_state(strategy.state())
+    assert again.threshold == strategy.threshold
+
+
 def test_the_mean_ratio_follows_a_schedule():
     inputs = make_inputs(8, noise=torch.rand(8, 49, generator=torch.Generator().manual_seed(0)))
     strategy = create_masking("pgs", mask_ratio=0.5, mask_ratio_min=0.3, mask_ratio_mean=0.4)

@@ -25,7 +25,7 @@ TOLERANCE = 0.01  # of the mask ratio
 _NUM_HALVINGS = 24
 # Of the numbers in a record.
 _RANGES = {
-    "thresholds": (-1, 1),
+    "thresholds": (-1e7, 1),  # below -1 by the weights that protect patches
     "mask_ratios": (0, 1),
     "progress": (0, 1),
     "num_batches": (1, 1e9),
@@ -56,6 +56,10 @@ class CalibratedMasking(MaskingStrategy):
     def score_for_threshold(self, inputs: PatchInputs, noise: Tensor) -> Tensor:
         """Score patches, shape (B, N); what goes at any threshold is infinite."""
         raise NotImplementedError
+
+    def lowest_score(self) -> float:
+        """Return a number that no score lies below."""
+        return -1.0
 
     def masked_counts(self, scores: Tensor, threshold: float | Tensor) -> Tensor:
         """Return how many patches of each image score above a threshold, within the bounds."""
@@ -128,12 +132,14 @@ class CalibratedMasking(MaskingStrategy):
                 share = counts_B.float().mean().item() / inputs.num_patches
             return average(share)
 
-        found = bisect_threshold(mean_ratio, target=target)
+        found = bisect_threshold(mean_ratio, target=target, low=self.lowest_score())
         self.threshold = self.record.add(found, target, float(inputs.progress))
         return True
 
 
-def bisect_threshold(mean_ratio: Callable[[float], float], *, target: float) -> float:
+def bisect_threshold(
+    mean_ratio: Callable[[float], float], *, target: float, low: float = -1.0
+) -> float:
     """Find the similarity threshold at which the mean mask ratio hits a target.
 
     Args:
@@ -141,11 +147,12 @@ def bisect_threshold(mean_ratio: Callable[[float], float], *, target: float) -> 
             threshold, the lower the ratio. It is called equally often whatever it returns, so
             that processes which average in it stay together.
         target: Wanted mean mask ratio.
+        low: Where to begin.
 
     Returns:
-        A threshold in [-1, 1]. Where none comes within `TOLERANCE`, the nearest, with a warning.
+        A threshold in [low, 1]. Where none comes within `TOLERANCE`, the nearest, with a warning.
     """
-    low, high = -1.0, 1.0
+    high = 1.0
     for _ in range(_NUM_HALVINGS):
         middle = (low + high) / 2
         if mean_ratio(middle) > target:

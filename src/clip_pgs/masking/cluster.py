@@ -64,7 +64,8 @@ def default_threshold(mask_ratio: float) -> float:
 class ClusterMasking(CalibratedMasking):
     """Mask random anchors and every patch that resembles one of them.
 
-    The count differs between images: at least `mask_ratio_min`, all but one patch at most.
+    The count differs between images: at least `mask_ratio_min`, all but one patch at most; none
+    at a `mask_ratio` of 0.
 
     The threshold is found on the first batches by bisection (`calibrate`), so that the mean ratio
     hits `mask_ratio`. As embeddings join the similarity over training, the same threshold would
@@ -151,4 +152,6 @@ class ClusterMasking(CalibratedMasking):
         """Return how many patches of each image score above a threshold, at least the bound's."""
         num_patches = scores.shape[1]
         num_mask_min = mask_count(num_patches, self.mask_ratio_min)
-        return (scores > threshold).sum(dim=1).clamp(num_mask_min, num_patches - 1)
+        # At a mean of 0, where a schedule may end, anchors stay, too.
+        num_mask_max = num_patches - 1 if self.mask_ratio > 0 else 0
+        return (scores > threshold).sum(dim=1).clamp(num_mask_min, num_mask_max)

@@ -423,6 +423,13 @@ class PGSMasking(CalibratedMasking):
         _, candidate_index, scores_BN = self.steps(inputs, noise)
         return scores_BN.scatter(1, candidate_index, torch.inf)
 
+    def lowest_score(self) -> float:
+        """Return what edges and the middle leave of the lowest similarity."""
+        options = self.options
+        weights = options.edge_weight + options.center_weight
+        # Of a patch that no candidate reaches they are taken off twice.
+        return -1.0 - weights if options.neighborhood is None else -2.0 - 2 * weights
+
     def mean_ratio(self) -> float:
         """Return `mask_ratio_mean`, which follows a schedule of `mask_ratio`."""
         mean, first = self.options.mask_ratio_mean, self.options.mask_ratio

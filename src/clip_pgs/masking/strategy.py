@@ -371,7 +371,7 @@ class MaskingStrategy(nn.Module):
         """Change the mask ratio between two steps, as a schedule does.
 
         A lower bound follows: `mask_ratio_min / mask_ratio` stays what it was before the first
-        change.
+        change; of 0 / 0 an adaptive count has no bound, and a fixed one stays fixed.
 
         Args:
             mask_ratio: Share of patches dropped from now on, in [0, 1).
@@ -385,7 +385,9 @@ class MaskingStrategy(nn.Module):
         if hasattr(self, "mask_ratio_min"):
             # Kept from the first call on, since a schedule may pass through 0.
             if self._min_share is None:
-                self._min_share = self.mask_ratio_min / self.mask_ratio if self.mask_ratio else 1.0
+                share_at_0 = 0.0 if self.keeps_different_counts() else 1.0
+                is_0 = self.mask_ratio == 0
+                self._min_share = share_at_0 if is_0 else self.mask_ratio_min / self.mask_ratio
             self.mask_ratio_min = mask_ratio * self._min_share
         self.mask_ratio = mask_ratio
 
@@ -633,7 +635,8 @@ def create_masking(name: str, **options: Any) -> MaskingStrategy:
 
     Args:
         name: A registered name, or "package.module:Class".
-        **options: The strategy's own options; see `describe_masking`.
+        **options: The strategy's own options; see `describe_masking`. A default lower bound gives
+            way to a ratio below it.
 
     Raises:
         ValueError: If there is no such strategy, an option is unknown, missing, of the wrong type
@@ -655,6 +658,7 @@ def create_masking(name: str, **options: Any) -> MaskingStrategy:
         if problem:
             raise ValueError(f"masking {name!r}: {option} takes {problem}, got {value!r}")
         given[option] = value
+    given = options_at(name, given, None)
     for option in known:
         if known[option].default is inspect.Parameter.empty and option not in given:
             raise ValueError(f"masking {name!r} needs the option {option}")
