@@ -127,6 +127,9 @@ def test_a_run_that_begins_with_weights_alone_keeps_them(tmp_path, world):
     end_before_the_first_step(tmp_path, by="death", resume=tmp_path / "weights.pt", **options)
     ended = run(tmp_path, resume="latest", **options)
     assert differences(last_checkpoint(ended), last_checkpoint(whole)) == []
+    # And each checkpoint tells where they came from.
+    told, wanted = (last_checkpoint(each)["clip_pgs"]["options"] for each in (ended, whole))
+    assert told["changes"] == wanted["changes"]
 
 
 def test_a_run_that_begins_at_its_end_holds_the_checkpoint(tmp_path, world):

@@ -72,13 +72,13 @@ def test_a_checkpoint_tells_what_a_run_was_before_it_was_resumed_with_other_opti
     options = parse_options(["--model-config", config, *SYNTHETIC, "--masking", "pgs"])
     model = build_model(options, torch.device("cpu")).model
 
-    def record_of(earlier, *, is_fresh=True, **changes):
+    def record_of(earlier, *, start=None, **changes):
         for name, value in changes.items():
             setattr(options, name, value)
         save_options(options, tmp_path)
         saved = read_options_file(tmp_path)[0]
         cpu = torch.device("cpu")
-        facts = {"num_samples": 9, "saved": saved, "earlier": earlier, "is_fresh": is_fresh}
+        facts = {"num_samples": 9, "saved": saved, "earlier": earlier, "start": start}
         told = describe_run(options, model, cpu, **facts)
         return {**told, "cost": {"steps": 7}}
 
@@ -94,8 +94,11 @@ def test_a_checkpoint_tells_what_a_run_was_before_it_was_resumed_with_other_opti
     branch = record_of(first, seed=5)
     assert branch["options"]["changes"] == [[7, {"epochs": 1, "seed": 0}]]
     # Another trainer's checkpoint, or weights alone.
-    foreign = record_of({}, is_fresh=False, resume="logs/else/export/weights.pt")
+    foreign = record_of({}, start={}, resume="logs/else/export/weights.pt")
     assert foreign["options"]["changes"] == [[None, {"resume": "else/export/weights.pt"}]]
+    # Saved as its own, they begin the run once more.
+    again = record_of({}, start=foreign, resume="latest")
+    assert again["options"]["changes"] == foreign["options"]["changes"]
     # Of which a batch is a part.
     together = record_of(branch, world_size=2)
     assert together["options"]["changes"][1:] == [[7, {"world_size": 1}]]

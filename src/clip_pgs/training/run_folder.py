@@ -455,7 +455,7 @@ def describe_run(
     num_samples: int | None,
     saved: Mapping[str, Any] | None = None,
     earlier: Mapping[str, Any] | None = None,
-    is_fresh: bool = True,
+    start: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what a checkpoint says of its run: enough to export and describe it, in plain types.
 
@@ -466,7 +466,8 @@ def describe_run(
         num_samples: Samples of an epoch.
         saved: Its `options.json`.
         earlier: The record of the checkpoint that it goes on from.
-        is_fresh: Whether it goes on from none.
+        start: That of the file that it begins with, if not from random weights: as `earlier`, or
+            of one that had not begun either.
     """
     experiment = experiment_of(saved or {})
     earlier_options = (earlier or {}).get("options")
@@ -487,8 +488,9 @@ def describe_run(
         experiment["changes"] = changes
     elif saved and not earlier:
         # What another trainer's checkpoint, or weights alone, were trained with is not known.
-        origin = {"resume": last_parts(str(options.resume), 3)}
-        experiment["changes"] = [] if is_fresh else [[None, origin]]
+        origin = [[None, {"resume": last_parts(str(options.resume), 3)}]]
+        kept = [list(change) for change in changes_of((start or {}).get("options"))]
+        experiment["changes"] = [] if start is None else kept or origin
     recipe = [
         *(_MASK_SCHEDULE if options.mask_schedule != "constant" else ()),
         *(_MERGE if options.merge != "none" else ()),

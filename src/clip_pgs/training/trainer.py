@@ -288,7 +288,8 @@ class Trainer:
         self._saved_at = monotonic()
         self._found = found_in_training(self._checkpoint or {})
         has_begun = self._saved_place > (0, 0)
-        earlier = (self._checkpoint or {}).get("clip_pgs", {}) if has_begun else {}
+        start = None if self._checkpoint is None else self._checkpoint.get("clip_pgs", {})
+        earlier = start or {} if has_begun else {}
         self._metrics: dict[str, float] = dict(earlier.get("metrics", {}))
         self._window = (self._checkpoint or {}).get("window")
 
@@ -337,7 +338,7 @@ class Trainer:
                 num_samples=samples,
                 saved=read_options_file(self._folder)[0],
                 earlier=earlier,
-                is_fresh=self._checkpoint is None,
+                start=start,
             )
             # The stream has indexed all shards.
             with writing("the run's folder"):
