@@ -132,6 +132,22 @@ def test_a_run_that_begins_with_weights_alone_keeps_them(tmp_path, world):
     assert told["changes"] == wanted["changes"]
 
 
+def test_a_run_in_a_folder_of_open_clip_leaves_its_files_as_they_are(tmp_path, world):
+    options = {"train_data": world.train_data}
+    folder = run(tmp_path, epochs=1, **options)
+    theirs = folder / "checkpoints" / "epoch_1.pt"
+    ours = last_checkpoint(folder)
+    for path in (*theirs.parent.iterdir(), folder / "options.json"):
+        path.unlink()
+    torch.save({name: ours[name] for name in ("epoch", "name", "state_dict", "optimizer")}, theirs)
+    before = theirs.read_bytes()
+    end_before_the_first_step(tmp_path, by="signal", resume="latest", **options)
+    assert theirs.read_bytes() == before
+    assert (theirs.parent / "latest").read_text() == "epoch_1.pt\n"
+    assert last_checkpoint(run(tmp_path, resume="latest", **options))["epoch"] == 2
+    assert theirs.read_bytes() == before
+
+
 def test_a_run_that_begins_at_its_end_holds_the_checkpoint(tmp_path, world):
     options = {"train_data": world.train_data, "masking": "random"}
     whole = run(tmp_path, name="whole", **options)

@@ -509,9 +509,10 @@ def find_latest(folder: Path) -> Path | None:
         os.replace(path, path.with_name(path.name + DAMAGED_ENDING))
         _logger.warning("%s; it is set aside as %s%s", damage, path.name, DAMAGED_ENDING)
     named = named_latest(folder)
-    if named is not None and not named.is_file():
-        if RUN_FILE.fullmatch(named.name) and named not in damaged:
+    if named is None or not named.is_file():
+        if named is not None and RUN_FILE.fullmatch(named.name) and named not in damaged:
             _logger.warning("%s is gone: going on from %s", named, newest.name)
+        # OpenCLIP's trainer names none.
         name_latest(newest)
     return newest
 

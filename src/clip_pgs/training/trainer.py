@@ -362,7 +362,7 @@ class Trainer:
         """Save what the run begins with as its own, where it comes from elsewhere.
 
         Else `--resume latest` would begin anew until the run has saved, which a finished one never
-        does.
+        does. Of the run's own folder, `find_latest` has named one.
         """
         assert self._folder is not None
         start, folder = self._checkpoint, self._folder / CHECKPOINTS_NAME
