@@ -1,13 +1,24 @@
 """What `--check-only` and `--trial` say of a run, beside what the run then takes."""
 
+import json
 import re
 
+import open_clip
 import pytest
 import torch
 
 from clip_pgs.training.__main__ import main
-from support.runs import flags, run, write_csv
+from support.runs import MODEL, flags, run, write_csv, write_model
 
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 49408,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+}
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
@@ -146,6 +157,27 @@ def test_a_run_that_only_evaluates_is_checked_and_has_no_steps_to_try(
     )
 
 
+@pytest.mark.parametrize("kind", ["attention in half", "text tower of Hugging Face"])
+def test_what_cannot_be_counted_without_values_is_no_reason_to_refuse(
+    tmp_path, world, capsys, kind
+):
+    options = {"masking": "attentive", "precision": "pure_bf16"}
+    if kind != "attention in half":
+        hub = tmp_path / "hub"
+        hub.mkdir()
+        (hub / "config.json").write_text(json.dumps(BERT))
+        text = {"hf_model_name": str(hub), "hf_tokenizer_name": None, "context_length": 12}
+        text |= {"hf_model_pretrained": False, "hf_proj_type": "mlp"}
+        path = write_model(tmp_path, name="bert_counted", config={**MODEL, "text_cfg": text})
+        open_clip.add_model_config(path)
+        weights = tmp_path / "weights.pt"
+        torch.save(open_clip.create_model(path.stem, pretrained_text=False).state_dict(), weights)
+        options = {"model": path, "pretrained": weights}
+    table = said(tmp_path, capsys, "--check-only", train_data=world.train_data, **options)
+    assert table["operations"].startswith("not counted, as without data there is ")
+    assert table.keys() >= {"parameters", "checkpoints", "memory"}
+
+
 @pytest.mark.parametrize(
     ("options", "tokens"),
     [
@@ -194,6 +226,15 @@ class Cpu(Own):
     def order(self, scores):
         return (scores + torch.arange(scores.shape[1], device="cpu")).argsort(dim=1)
 
+@register_masking("own-buffer", paper="", random=False)
+class Buffer(Own):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("bias", torch.ones(16), persistent=False)
+
+    def order(self, scores):
+        return (scores + self.bias).argsort(dim=1)
+
 @register_masking("own-numpy", paper="", random=False)
 class Numpy(Own):
     def order(self, scores):
@@ -201,7 +242,7 @@ class Numpy(Own):
 """
 
 
-@pytest.mark.parametrize("name", ["Host", "Cpu", "Numpy"])
+@pytest.mark.parametrize("name", ["Host", "Cpu", "Buffer", "Numpy"])
 def test_a_strategy_of_ones_own_that_needs_data_leaves_operations_uncounted(
     tmp_path, world, capsys, monkeypatch, name
 ):
@@ -211,5 +252,5 @@ def test_a_strategy_of_ones_own_that_needs_data_leaves_operations_uncounted(
     masking = f"needing_lab:{name}"
     options = {"train_data": world.train_data, "masking": masking}
     table = said(tmp_path, capsys, "--check-only", **options)
-    assert table["operations"].startswith(f"not counted, as without data {masking} has ")
+    assert table["operations"].startswith("not counted, as without data there is ")
     assert table.keys() >= {"parameters", "checkpoints", "memory"}

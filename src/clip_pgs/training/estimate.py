@@ -61,6 +61,8 @@ _ADAM_MOMENTS = 2
 def estimate(options: TrainOptions, model: nn.Module) -> Table:
     """Say what can be known of a run without computing anything of it.
 
+    Tokens and operations are left out where something computes with values, which there are none.
+
     Args:
         options: Checked.
         model: As `check_options` returns it.
@@ -80,23 +82,19 @@ def estimate(options: TrainOptions, model: nn.Module) -> Table:
     rows = [("parameters", _parameters(model))]
     trained = _num_bytes(p for p in model.parameters() if p.requires_grad)
     state = weights + _ADAM_MOMENTS * trained
+    notes = ["Operations and tokens are upper bounds. --trial measures time and memory."]
     if all(parameter.is_meta for parameter in model.parameters()):
         try:
             rows += _tokens_and_operations(options, model)
+        # Code of one's own and of libraries may need values, or a device that autocast knows.
         except Exception as error:
-            # A strategy of one's own may need numbers, which there are none of here.
-            if ":" not in options.masking:
-                raise
             said = f"{type(error).__name__}: {one_sentence(error)}"
-            rows.append(
-                ("operations", f"not counted, as without data {options.masking} has {said}")
-            )
+            rows.append(("operations", f"not counted, as without data there is {said}"))
     rows += [
         ("checkpoints", _disk(options, state)),
         ("memory", f"{scaled(state + trained, 'B')} per device, and what a batch takes"),
     ]
-    notes = "Operations and tokens are upper bounds. --trial measures time and memory."
-    return Table.of(("this run", "will take"), rows, notes=[notes])
+    return Table.of(("this run", "will take"), rows, notes=notes)
 
 
 def trial(options: TrainOptions) -> Table:
