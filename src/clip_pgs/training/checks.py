@@ -14,6 +14,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip import get_input_dtype
 from open_clip_train.distributed import world_info_from_env
 from PIL import Image
 from torch import nn
@@ -229,7 +230,33 @@ def _check_model(options: TrainOptions) -> tuple[nn.Module, torch.optim.Optimize
     needs_memory = (is_text_of_hub and not (pretrained or brings_weights)) or (
         options.lock_image and options.lock_image_freeze_bn_stats
     )
-    return _try_model(options, torch.device("cpu" if needs_memory else "meta"))
+    model, optimizer = _try_model(options, torch.device("cpu" if needs_memory else "meta"))
+    if options.precision in ("fp16", "bf16"):
+        _check_mixed(options, model, is_text_of_hub=is_text_of_hub)
+    return model, optimizer
+
+
+def _check_mixed(options: TrainOptions, model: nn.Module, *, is_text_of_hub: bool) -> None:
+    """Refuse a half precision in which OpenCLIP leaves weights in float32 that meet others."""
+    # Of these "meta" cannot tell: they read values, or its products take any dtypes.
+    gains = (m.gamma for m in model.modules() if type(m).__name__ == "LayerScale")
+    trouble = "its text tower is of Hugging Face" if is_text_of_hub else None
+    if any(gain.dtype == torch.float32 for gain in gains):
+        trouble = "it has LayerScale"
+    if trouble is None:
+        device = next(model.parameters()).device
+        images = torch.zeros((2, 3, *input_size(options)), device=device)
+        texts = torch.zeros((2, context_length(options)), dtype=torch.long, device=device)
+        try:
+            with torch.no_grad():
+                model(images.to(get_input_dtype(options.precision)), texts)
+        except RuntimeError as error:
+            trouble = one_sentence(error) if "dtype" in str(error) else None
+    if trouble is not None:
+        raise ValueError(
+            f"--precision {options.precision} leaves weights of {options.model} in float32 that "
+            f"meet others ({trouble}); take pure_{options.precision} or amp_bf16"
+        )
 
 
 def _check_coca(options: TrainOptions, config: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from support.options import SYNTHETIC, VALID, write_model_config
 from support.refusals import PGS, accept, refusal, warnings_of
-from support.runs import COCA, write_model
+from support.runs import COCA, MODEL, write_model
 
 
 def test_a_valid_run_passes_without_a_warning_and_creates_nothing(tmp_path):
@@ -144,6 +144,34 @@ def test_a_loss_of_coca_that_could_not_train_is_refused(tmp_path, bias, weights,
         accept(*argv)
     else:
         assert named in refusal(*argv)
+
+
+POOLED = {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("captioner", COCA),
+        ("pooled", {**MODEL, "vision_cfg": {**MODEL["vision_cfg"], **POOLED}}),
+        ("scaled", {**MODEL, "vision_cfg": {**MODEL["vision_cfg"], "ls_init_value": 1e-4}}),
+        ("resnet", {**MODEL, "vision_cfg": {"image_size": 64, "layers": [1] * 4, "width": 8}}),
+        ("plain", MODEL),
+    ],
+)
+def test_half_precision_that_a_model_cannot_compute_in_is_refused(
+    tmp_path, name, config, precision
+):
+    model = write_model(tmp_path, name=f"{name}_{precision}", config=config)
+    argv = ["--model-config", str(model), *SYNTHETIC, "--precision"]
+    if name in ("plain", "resnet"):
+        accept(*argv, precision)
+    else:
+        message = refusal(*argv, precision)
+        assert f"--precision {precision}" in message
+        assert f"pure_{precision}" in message
+        accept(*argv, f"pure_{precision}")
 
 
 def test_a_url_is_not_resumed_and_shown_as_it_is():
