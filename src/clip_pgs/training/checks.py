@@ -455,7 +455,7 @@ def _check_device(options: TrainOptions, model: nn.Module) -> None:
 
 def _check_reports(options: TrainOptions) -> None:
     """Refuse loggers that are not installed, and what Weights & Biases does not take."""
-    for target in sorted(options.report_targets):
+    for target in options.report_targets:
         for package in ("tensorboard", "wandb") if target == "all" else (target,):
             spec = importlib.util.find_spec(package)
             # A folder of that name, as wandb makes one, is a package without a file.

@@ -258,7 +258,7 @@ class MetricLoggers:
         self._loggers: list[tuple[MetricLogger, BestEffort]] = []
         if folder is None:
             return
-        targets = options.report_targets
+        targets = {*options.report_targets}
         makers: dict[str, Callable[[], MetricLogger]] = {
             METRICS_NAME: lambda: JsonLines(
                 folder / METRICS_NAME, first_step=first_step, batch_size=options.batch_size

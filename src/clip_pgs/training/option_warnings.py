@@ -136,7 +136,7 @@ def _idle_options(options: TrainOptions) -> list[tuple[bool, str, str]]:
     on_cpu = is_on_cpu(options)
     is_full_on_gpu = not on_cpu and options.precision == "fp32"
     has_imagenet = options.imagenet_val is not None or options.imagenet_v2 is not None
-    reports_to_wandb = bool({"wandb", "all"} & options.report_targets)
+    reports_to_wandb = not {"wandb", "all"}.isdisjoint(options.report_targets)
     opt, scheduler = options.opt, options.lr_scheduler
     own_size = input_size(dataclasses.replace(options, train_image_size=None))
     is_own_size = (options.train_image_size,) * 2 == own_size

@@ -368,9 +368,9 @@ class TrainOptions(argparse.Namespace):
         return self.masking != "none" or self.train_image_size is not None
 
     @property
-    def report_targets(self) -> set[str]:
+    def report_targets(self) -> list[str]:
         """The names that `--report-to` joins by commas."""
-        return {target.strip() for target in self.report_to.split(",")} - {""}
+        return [*filter(None, map(str.strip, self.report_to.split(",")))]
 
     @property
     def openclip(self) -> argparse.Namespace:
@@ -808,7 +808,7 @@ def check_values(options: TrainOptions) -> None:
     check_choice(options.lr_scheduler, LR_SCHEDULERS, name="--lr-scheduler")
     if options.siglip and options.loss_dist_impl is not None:
         check_choice(options.loss_dist_impl, SIGLIP_LOSS_IMPLEMENTATIONS, name="--loss-dist-impl")
-    for target in sorted(options.report_targets):
+    for target in options.report_targets:
         check_choice(target, REPORT_TARGETS, name="--report-to, names joined by commas,")
     for place in _PLACES:
         if getattr(options, place) == "":
