@@ -81,7 +81,7 @@ def test_validation_is_drawn_against_epochs_and_samples(events):
 
 
 def test_curves_against_samples_and_operations_outlive_a_resume(tmp_path):
-    options = SimpleNamespace(report_to="tensorboard", batch_size=8)
+    options = SimpleNamespace(report_targets=["tensorboard"], batch_size=8)
     for first_step, epochs in ((0, (1, 2)), (8, (3,))):
         loggers = MetricLoggers(options, tmp_path, first_step=first_step)
         for epoch in epochs:
