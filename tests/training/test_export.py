@@ -246,6 +246,11 @@ def test_a_repository_of_no_such_name_is_refused_before_any_work(tmp_path, capsy
     assert said.count("\n") == 1
 
 
+def test_an_export_that_goes_nowhere_cannot_be_private(tmp_path, capsys):
+    assert export_command.main([str(tmp_path), "--private"]) == 2
+    assert capsys.readouterr().err.startswith("error: --private ")
+
+
 @pytest.mark.parametrize(
     "stated",
     [

@@ -18,6 +18,7 @@ from clip_pgs.training.option_warnings import option_warnings
 from clip_pgs.training.options import IDENTITY, RECIPE, TrainOptions, names_of, parse_options
 from clip_pgs.training.run_folder import (
     changed_options,
+    default_name,
     describe_run,
     read_options_file,
     save_options,
@@ -35,6 +36,17 @@ def demo(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     save_options(parse_options(RUN), folder)
     return folder
+
+
+@pytest.mark.parametrize("letter", ["a", "\u00e9", "\u8d70", "\udcfc"])
+def test_the_name_of_a_run_without_one_fits_into_a_folder_of_any_model(letter, tmp_path):
+    options = parse_options(VALID)
+    options.model = f"local-dir:/{100 * (7 * letter + '/')}tuned"
+    name = default_name(options)
+    assert "tuned-lr_" in name
+    (tmp_path / name).mkdir()
+    options.model = "ViT-B-16"
+    assert "-model_ViT-B-16-lr_" in default_name(options)
 
 
 def experiment_with(folder, **changes):

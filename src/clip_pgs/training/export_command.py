@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if repository is not None:
             _check_repository(repository)
+        elif arguments.private:
+            raise ValueError("--private makes a repository private, and needs --push-to-hub")
         if arguments.license is not None and not re.fullmatch(
             r"\w[\w.+-]{0,99}", arguments.license
         ):

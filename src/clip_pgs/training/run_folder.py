@@ -99,16 +99,24 @@ _RECORDED = (
     "siglip",
     "seed",
 )
+# Bytes of it in the name of a folder, of which file systems take 255.
+_LONGEST_MODEL = 128
 _MASK_SCHEDULE = ("mask_schedule", "mask_ratio_end", "mask_schedule_steps")
 _MERGE = ("merge", "merge_counts")
 _TEXT = ("text_masking", "text_tokens", "text_masking_options")
 
 
 def default_name(options: TrainOptions) -> str:
-    """Return the name of a run that was given none: date, model and recipe, as OpenCLIP's."""
+    """Return the name of a run that was given none: date, model and recipe, as OpenCLIP's.
+
+    Of a long model, such as the path of a folder, it has the end, which tells it best.
+    """
+    model = options.model.replace("/", "-").replace(":", "-")
+    while len(os.fsencode(model)) > _LONGEST_MODEL:
+        model = model[1:]
     parts = [
         datetime.now().strftime("%Y_%m_%d-%H_%M_%S"),
-        f"model_{options.model.replace('/', '-').replace(':', '-')}",
+        f"model_{model}",
         f"lr_{options.lr}",
         f"b_{options.batch_size}",
         f"j_{options.workers}",
