@@ -98,6 +98,25 @@ def test_each_optimizer_that_a_run_may_name_goes_on_as_if_nothing_had_been(tmp_p
     assert others == []
 
 
+@pytest.mark.parametrize("state", [{}, None])
+def test_a_loss_scaler_begins_anew_where_there_was_none(state):
+    layer = torch.nn.Linear(1, 1)
+    checkpoint = {"epoch": 1, "state_dict": layer.state_dict(), "scaler": state}
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    restore(checkpoint, model=layer, scaler=scaler)
+    assert scaler.get_scale() == 8.0
+
+
+def test_a_loss_scaler_takes_its_scale_and_not_how_it_grows():
+    layer, now = torch.nn.Linear(1, 1), torch.amp.GradScaler("cpu").state_dict()
+    scaler = torch.amp.GradScaler("cpu")
+    saved = {**now, "scale": 4.0, "_growth_tracker": 3, "growth_factor": -1.0}
+    restore(
+        {"epoch": 1, "state_dict": layer.state_dict(), "scaler": saved}, model=layer, scaler=scaler
+    )
+    assert scaler.state_dict() == {**now, "scale": 4.0, "_growth_tracker": 3}
+
+
 class MakesFile:
     def __init__(self, path):
         self._command = f"touch {path}"

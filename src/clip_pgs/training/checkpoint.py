@@ -22,6 +22,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -79,6 +80,8 @@ _UNSYNCED_BYTES = 2**26
 
 # What optimizers count in their groups; all else there is how they compute.
 _COUNTED = ("step", "lookahead_step")
+# And a loss scaler, with the least that each can be.
+_SCALED = {"scale": 1e-30, "_growth_tracker": 0}
 # What a run's record holds, see `clip_pgs.training.run_folder.describe_run`.
 _RECORD: dict[str, type] = {
     **dict.fromkeys(("version", "model", "masking", "device"), str),
@@ -197,6 +200,11 @@ def damaged_entry(checkpoint: Mapping[str, Any], *, is_exported: bool = False) -
     for name, value in (cost | metrics).items():
         if not isinstance(value, Real):
             return f"its clip_pgs record says {value!r} of {name}, which is no number"
+    scaler = checkpoint.get("scaler") or {}
+    for name, least in _SCALED.items() if scaler else ():
+        number: Any = scaler.get(name)
+        if type(number) not in (int, float) or not least <= number < math.inf:
+            return f"its scaler says {number!r} of {name}"
     window = checkpoint.get("window") or {}
     for name in sorted(_WINDOW - window.keys()) if window else ():
         return f"its window has no {name!r}"
@@ -635,8 +643,9 @@ def restore(
     model.load_state_dict(weights)
     if "epoch" not in checkpoint:
         return 0
-    if scaler is not None and "scaler" in checkpoint:
-        scaler.load_state_dict(checkpoint["scaler"])
+    # One that is switched off has none.
+    if scaler is not None and (state := checkpoint.get("scaler")):
+        scaler.load_state_dict({**scaler.state_dict(), **{name: state[name] for name in _SCALED}})
     return checkpoint["epoch"]
 
 
