@@ -217,8 +217,8 @@ def _check_model(options: TrainOptions) -> tuple[nn.Module, torch.optim.Optimize
         if not is_text_of_hub:
             check_model_runs(model, name=name, context_length=context_length(options))
     pretrained = first_weights(options)
-    is_tag = open_clip.get_pretrained_cfg(name, pretrained)
-    if pretrained and not (brings_weights or is_tag or Path(pretrained).exists()):
+    is_known = brings_weights or not pretrained or Path(pretrained).exists()
+    if not (is_known or open_clip.get_pretrained_cfg(name, pretrained)):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise ValueError(
             f"--pretrained {pretrained!r} is neither a file nor a tag of {name} (tags: {tags})"
