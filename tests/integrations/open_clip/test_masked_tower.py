@@ -9,6 +9,7 @@ from timm.layers import HybridEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -879,3 +880,30 @@ def test_backward_hooks_of_blocks_are_called():
         block.register_full_backward_hook(lambda module, given, grads: seen.append(module))
     model.encode_image(image_batch().requires_grad_()).sum().backward()
     assert seen == list(reversed(blocks))
+
+
+WRAPPERS = {
+    "saves memory": checkpoint_wrapper,
+    "compiles": partial(torch.compile, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("vision", [{}, {"qk_norm": True}], ids=["usual", "custom"])
+@pytest.mark.parametrize(
+    ("masking", "options"),
+    [("pgs", {}), ("pgs", {"mask_ratio_min": 0.2}), ("pgs", {"merge": "2x2"}), ("attentive", {})],
+)
+def test_blocks_in_a_wrapper_compute_what_they_do_without(wrapper, vision, masking, options):
+    torch._dynamo.reset()
+    features = []
+    for wrap in (lambda block: block, WRAPPERS[wrapper]):
+        model = small_clip(**vision)
+        blocks = model.visual.transformer.resblocks
+        for place, block in enumerate(blocks):
+            blocks[place] = wrap(block)
+        apply_masking(model.train(), masking, **options)
+        set_masking_noise(model, torch.rand(3, 16, generator=torch.Generator().manual_seed(0)))
+        features.append(model.encode_image(image_batch()))
+    torch.testing.assert_close(*features, atol=1e-5, rtol=1e-5)
+    features[1].sum().backward()

@@ -125,7 +125,7 @@ class MaskedVisionTransformer(MaskedTower, VisionTransformer):
         """Return the parts of OpenCLIP's usual block, and of its custom one what they share."""
         if not _has_plain_attention(block):
             return None
-        attention, is_usual = block.attn, isinstance(block, ResidualAttentionBlock)
+        attention, is_usual = block.attn, isinstance(_inside(block), ResidualAttentionBlock)
         return BlockParts(
             norm=block.ln_1,
             qkv_weight=attention.in_proj_weight,
@@ -232,6 +232,13 @@ def _has_plain_attention(block: Any) -> bool:
     return has_plain_weights(attention, Attention)
 
 
+def _inside(block: Any) -> Any:
+    """Return the block in a wrapper that saves memory, compiles or shards, and else the block."""
+    for wrapper in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+        block = getattr(block, wrapper, block)
+    return block
+
+
 def _is_usual(block: Any) -> bool:
     """Return whether other calls may take the place of a block's attention."""
     return (
@@ -245,7 +252,7 @@ def _is_usual(block: Any) -> bool:
 def _mask_of_whole_block(block: Any, x: Tensor, attn_mask: Tensor) -> Tensor:
     """Return the mask of `masked_block` as a block takes it that runs as it is."""
     is_key_mask = attn_mask.dtype == torch.bool
-    if isinstance(block, CustomResidualAttentionBlock):
+    if isinstance(_inside(block), CustomResidualAttentionBlock):
         # It adds -inf wherever its boolean mask is True, and broadcasts.
         return ~attn_mask if is_key_mask else attn_mask
     if is_key_mask:
