@@ -273,3 +273,18 @@ def test_the_best_so_far_is_of_the_same_data(name, earlier, now, is_compared):
     text = metrics_table([{"epoch": 2, name: 0.5, **earlier}, {"epoch": 3, name: 0.25, **now}])
     assert ("0.5000 after epoch 2" in text) == is_compared
     assert text.count("*") == (not is_compared)
+
+
+def test_the_table_has_the_averages_of_each_suite_or_its_sets():
+    averages = [
+        "robust/id_average/acc1",
+        "robust/ood_average/acc1",
+        "robust/average_of_2_of_3/acc1",
+    ]
+    sets = ["robust/imagenet-a/acc1", "own/average-joe/acc1", "own/two/acc1", "own/average/x/acc1"]
+    names = [*averages, *sets, "image_to_text_R@1"]
+    text = metrics_table([{"epoch": 1, **dict.fromkeys(names, 0.5)}])
+    shown = [name for name in names if f"\n{name} " in text]
+    assert shown == [*averages, "own/average/x/acc1", "image_to_text_R@1"]
+    text = metrics_table([{"epoch": 1, **dict.fromkeys([*averages, *sets[:3]], 0.5)}])
+    assert [name for name in sets if f"\n{name} " in text] == sets[1:3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -42,6 +43,7 @@ from clip_pgs.training.stop import (
 
 RESULTS_NAME = "results.jsonl"
 # What stands beside measurements.
+_AVERAGE = re.compile(r"([^/]+)/(?:id_|ood_)?average(?:_of_\d+_of_\d+)?/")
 _BESIDE = ("epoch", "num_samples", "batch_size", "data")
 
 _logger = logging.getLogger(__name__)
@@ -224,8 +226,8 @@ def _going_on(what: str, epoch: int, errors: tuple[type[Exception], ...]) -> Ite
 def metrics_table(measured: Sequence[Mapping[str, Any]]) -> str:
     """Return a run's last measurements beside the best of the same data, as a table for a terminal.
 
-    Losses, recalls and accuracies of held-out sets, and the averages of an evaluation; where it
-    has none, its sets.
+    Losses, recalls and accuracies of held-out sets, and the averages of a suite; where it has none,
+    its sets.
 
     Args:
         measured: Values by OpenCLIP's names, the completed epochs as "epoch" and, where they are
@@ -233,10 +235,10 @@ def metrics_table(measured: Sequence[Mapping[str, Any]]) -> str:
     """
     now = measured[-1]
     names = [name for name in now if name not in _BESIDE and not name.endswith("_rank")]
-    has_averages = any("/average" in name for name in names)
+    averages = {name: found[1] for name in names if (found := _AVERAGE.match(name))}
     rows = []
     for name in sorted(names, key=lambda name: not name.endswith("loss")):
-        if "/" in name and "/average" not in name and has_averages:
+        if name not in averages and name.partition("/")[0] in averages.values():
             continue
         sign = -1 if name.endswith("loss") else 1
         scored = [e for e in measured if name in e and measured_alike(name, e, now)]
