@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_pgs.training.options import parse_options
+from clip_pgs.training.options import parse_options, read_options
 from support.options import write_model_config
 
 BASE = "model: ViT-B-16\n"
@@ -234,6 +234,21 @@ def test_a_base_can_have_a_base(tmp_path):
     )
     args = parse(tmp_path, "base: b.yaml\nlr: 0.3\n")
     assert (args.lr, args.wd, args.eps) == (0.3, 0.2, 0.1)
+
+
+@pytest.mark.parametrize("name", ["demo", "demo.yaml", "configs/train/demo.yaml"])
+def test_a_base_may_be_a_bundled_config(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "run.yaml").write_text(f"base: {name}\nlr: 0.25\n")
+    options = read_options(["--config", "below/run.yaml"])
+    bundled = read_options(["--config", "demo"])
+    assert (options.lr, options.epochs, options.model) == (0.25, bundled.epochs, bundled.model)
+    # One that lies beside goes first.
+    beside = tmp_path / "below" / name
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text("model: RN50\n")
+    assert read_options(["--config", "below/run.yaml"]).model == "RN50"
 
 
 def test_null_takes_a_value_of_the_base_back(tmp_path):

@@ -39,8 +39,8 @@ def config_arguments(
     Args:
         path: File whose keys are flags without their dashes, or the name of a bundled one; hyphens
             and underscores are equal.
-            `base` names another such file, relative to this one; this one's values win, and null
-            takes a value of the base back.
+            `base` names another such file, relative to this one, or a bundled one; this one's
+            values win, and null takes a value of the base back.
         parser: Knows every flag, and refuses a value in one sentence.
         said: What the command line says: a model that it names replaces the config's, whichever
             flag named that.
@@ -89,7 +89,9 @@ def _with_bases(path: str) -> list[tuple[str, dict[Any, Any]]]:
             base = content.pop("base")
             if not isinstance(base, str) or not _is_encodable(base):
                 raise ValueError(f"{path}: 'base' takes the name of a config, got {base!r}")
-            next_path = str(Path(path).parent / expand_home(base))
+            beside, bundled = Path(path).parent / expand_home(base), find_config(base, "train")
+            is_bundled = bundled != base and not beside.is_file()
+            next_path = bundled if is_bundled else str(beside)
     return list(files.values())
 
 
