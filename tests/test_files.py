@@ -16,6 +16,7 @@ from clip_pgs.files import (
     atomic_folder,
     check_writable,
     read_json_lines,
+    read_json_object,
     write_text,
 )
 from support.disk import files_limited_to
@@ -289,3 +290,13 @@ def test_a_folder_whose_removal_was_begun_is_not_put_back(tmp_path, monkeypatch)
 def write(place, text):
     with atomic_folder(place) as folder:
         (folder / "one").write_text(text)
+
+
+@pytest.mark.parametrize("text", ['{"width": 1, "width": 2}', '{"a": [{"width": 1, "width": 1}]}'])
+def test_a_json_file_that_says_a_thing_twice_is_refused_by_its_name(tmp_path, text):
+    path = tmp_path / "model.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"^the config: 'width' is given twice$"):
+        read_json_object(path, what="the config")
+    path.write_text('{"a": [{"width": 1}, {"width": 1}]}')
+    assert read_json_object(path, what="the config") == {"a": [{"width": 1}, {"width": 1}]}

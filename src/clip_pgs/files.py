@@ -295,13 +295,25 @@ def read_json(path: Path, *, what: str, max_bytes: int = _MAX_JSON_BYTES) -> Any
     """Read a JSON file; see `read_file`.
 
     Raises:
-        ValueError: If it cannot be read, is large, or is not JSON.
+        ValueError: If it cannot be read, is large, is not JSON, or says a thing twice.
     """
     data = read_file(path, what=what, max_bytes=max_bytes)
     try:
-        return json.loads(data)
+        return json.loads(data, object_pairs_hook=_without_doubles)
+    except LookupError as error:
+        raise ValueError(f"{what}: {error.args[0]!r} is given twice") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not JSON: {error}") from None
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's content, of which Python would keep the last of two in silence."""
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise LookupError(name)
+        content[name] = value
+    return content
 
 
 def read_json_object(path: Path, *, what: str, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
