@@ -131,6 +131,7 @@ def check_options(options: TrainOptions, *, has_files: bool = True) -> nn.Module
         _check_recipe(options)
         model, optimizer = _check_model(options)
         _check_masking(options, model)
+        _check_batch_norm(options, model)
         _check_inference_masking(options, model)
         _check_device(options, model)
         _check_reports(options)
@@ -389,6 +390,27 @@ def _check_masking(options: TrainOptions, model: nn.Module) -> None:
             f"the image tower of {options.model} is made for images of {own[0]} x {own[1]}, and "
             f"its image_size is {size[0]} x {size[1]}"
         )
+
+
+def _check_batch_norm(options: TrainOptions, model: nn.Module) -> None:
+    """Refuse single images where BatchNorm would be left one number of each channel."""
+    is_synced = options.use_bn_sync and world_info_from_env()[2] > 1
+    if options.batch_size > 1 or is_synced or not has_training_data(options):
+        return
+    image = torch.zeros((1, 3, *input_size(options)), device=next(model.parameters()).device)
+    visual: Any = model.visual
+    visual.train()
+    try:
+        with torch.no_grad():
+            visual(image.to(get_input_dtype(options.precision)))
+    # What else cannot be done on "meta" is no trouble of the run's.
+    except Exception as error:
+        if "more than 1 value per channel" in str(error):
+            raise ValueError(
+                f"--batch-size must be >= 2: of one image of {input_size(options)[0]} x "
+                f"{input_size(options)[1]} BatchNorm in {options.model} sees one number of each "
+                f"channel, got {options.batch_size}"
+            ) from None
 
 
 def _check_inference_masking(options: TrainOptions, model: nn.Module) -> None:

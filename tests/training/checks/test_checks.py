@@ -146,6 +146,17 @@ def test_a_loss_of_coca_that_could_not_train_is_refused(tmp_path, bias, weights,
         assert named in refusal(*argv)
 
 
+def test_single_images_of_which_batch_norm_sees_one_number_are_refused(tmp_path):
+    vision = {"image_size": 64, "layers": [1] * 4, "width": 8}
+    model = write_model(tmp_path, name="normed", config={**MODEL, "vision_cfg": vision})
+    argv = ["--model-config", str(model), *SYNTHETIC, "--accum-freq", "2", "--batch-size"]
+    for more in (["--force-image-size", "32"], ["--train-image-size", "32"]):
+        assert "--batch-size must be >= 2" in refusal(*argv, "1", *more)
+        accept(*argv, "2", *more)
+    accept(*argv, "1")
+    accept("--model-config", str(write_model(tmp_path)), *argv[2:], "1")
+
+
 POOLED = {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2}
 
 
