@@ -5,12 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_pgs.training.build import create_model
+from clip_pgs.integrations.open_clip.conv import aside_from_training
+from clip_pgs.training.build import build_model, create_model
 from clip_pgs.training.options import parse_options
 from support import ddp_recipe
 from support.ddp_recipe import BIAS, ROWS, SCALE
 from support.ranks import output, run_together
-from support.runs import flags
+from support.runs import MODEL, flags, write_model
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +104,24 @@ def test_pictures_that_are_not_square_are_cut_padded_or_squeezed_as_said(tmp_pat
     assert whites["shortest"] > 0.95
     assert whites["squash"] == pytest.approx(1 / 3, abs=0.05)
     assert whites["longest"] == pytest.approx(1 / 9, abs=0.05)
+
+
+def test_syncing_keeps_the_activations_that_timm_puts_into_its_layers(tmp_path):
+    tower = {"timm_model_name": "test_efficientnet", "timm_proj": "linear", "image_size": 32}
+    path = write_model(tmp_path, name="timm", config={**MODEL, "vision_cfg": tower})
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    made = {}
+    for syncs in (False, True):
+        said = flags(tmp_path, model=path, dataset_type="synthetic", use_bn_sync=syncs)
+        options = parse_options(said)
+        options.distributed = syncs
+        model = build_model(options, torch.device("cpu")).model
+        kinds = {type(module).__name__ for module in model.modules()}
+        assert ("SyncBatchNormAct" in kinds) == syncs
+        with torch.no_grad(), aside_from_training(model):
+            made[syncs] = [model.encode_image(images)]
+            model.eval()
+            made[syncs].append(model.encode_image(images))
+        assert kinds == {type(module).__name__ for module in model.modules()}
+    for plain, synced in zip(made[False], made[True], strict=True):
+        torch.testing.assert_close(synced, plain)

@@ -17,6 +17,7 @@ import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from clip_pgs.checkpoint_reading import (
@@ -98,7 +99,8 @@ def build_model(options: TrainOptions, device: torch.device) -> ModelParts:
         projection = model.text_decoder.text_projection
         nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
     if options.use_bn_sync and options.distributed:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # PyTorch's own leaves out the activations that timm's layers hold.
+        model = convert_sync_batchnorm(model)
     if options.changes_tower:
         mask_tower(model, options)
         masking = masking_or_none(model)

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from open_clip.modified_resnet import AttentionPool2d, Bottleneck, ModifiedResNet
 from open_clip.timm_model import TimmModel
-from timm.layers import GlobalResponseNormMlp, SelectAdaptivePool2d
+from timm.layers import GlobalResponseNormMlp, SelectAdaptivePool2d, SyncBatchNormAct
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
@@ -142,6 +142,20 @@ class _LocalBatchNorm(_BatchNorm):
         pass
 
 
+class _LocalBatchNormAct(_LocalBatchNorm):
+    """The same of timm's, which holds the activation that follows."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(x)))
+        return y
+
+
+_LOCAL = {nn.SyncBatchNorm: _LocalBatchNorm, SyncBatchNormAct: _LocalBatchNormAct}
+
+
 @contextmanager
 def aside_from_training(model: nn.Module) -> Iterator[None]:
     """Let one process run a model in train mode beside its training, inside a `with` block.
@@ -153,14 +167,14 @@ def aside_from_training(model: nn.Module) -> Iterator[None]:
         model: A model, or a part of one.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    synced: list[Any] = [each for each in model.modules() if type(each) is nn.SyncBatchNorm]
-    for norm in synced:
-        norm.__class__ = _LocalBatchNorm
+    synced: dict[Any, Any] = {each: type(each) for each in model.modules() if type(each) in _LOCAL}
+    for norm, kind in synced.items():
+        norm.__class__ = _LOCAL[kind]
     try:
         yield
     finally:
-        for norm in synced:
-            norm.__class__ = nn.SyncBatchNorm
+        for norm, kind in synced.items():
+            norm.__class__ = kind
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
