@@ -61,6 +61,15 @@ def test_the_latest_is_the_one_that_got_furthest(tmp_path):
     assert find_latest(tmp_path).name == "epoch_latest.pt"
 
 
+def test_the_latest_is_found_where_no_file_can_be_written(tmp_path):
+    write(tmp_path, "epoch_2.pt", 2, step=8)
+    (tmp_path / "latest").unlink(missing_ok=True)
+    # The folder may lie on a disk that is full or can only be read.
+    (tmp_path / ".latest.unfinished").mkdir()
+    assert find_latest(tmp_path).name == "epoch_2.pt"
+    assert not (tmp_path / "latest").exists()
+
+
 @pytest.mark.parametrize("damage", [flip_byte, halve, empty])
 def test_a_damaged_file_is_named_set_aside_and_the_one_before_is_used(tmp_path, caplog, damage):
     write(tmp_path, "step_4.pt", 0, step=4)

@@ -125,3 +125,12 @@ def test_syncing_keeps_the_activations_that_timm_puts_into_its_layers(tmp_path):
         assert kinds == {type(module).__name__ for module in model.modules()}
     for plain, synced in zip(made[False], made[True], strict=True):
         torch.testing.assert_close(synced, plain)
+
+
+def test_a_buffer_that_a_pass_aside_makes_does_not_end_it():
+    module = torch.nn.BatchNorm1d(2)
+    with aside_from_training(module):
+        module(torch.rand(3, 2))
+        module.register_buffer("seen", torch.ones(1))
+    assert module.num_batches_tracked == 0
+    assert module.seen == 1

@@ -28,6 +28,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import product
 from numbers import Integral, Real
@@ -520,8 +521,10 @@ def find_latest(folder: Path) -> Path | None:
     if named is None or not named.is_file():
         if named is not None and RUN_FILE.fullmatch(named.name) and named not in damaged:
             _logger.warning("%s is gone: going on from %s", named, newest.name)
-        # OpenCLIP's trainer names none.
-        name_latest(newest)
+        # OpenCLIP's trainer names none. Where no file can be written, as for an evaluation, none
+        # need be.
+        with suppress(OSError):
+            name_latest(newest)
     return newest
 
 

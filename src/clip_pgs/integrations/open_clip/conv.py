@@ -166,7 +166,7 @@ def aside_from_training(model: nn.Module) -> Iterator[None]:
     Args:
         model: A model, or a part of one.
     """
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     synced: dict[Any, Any] = {each: type(each) for each in model.modules() if type(each) in _LOCAL}
     for norm, kind in synced.items():
         norm.__class__ = _LOCAL[kind]
@@ -176,8 +176,8 @@ def aside_from_training(model: nn.Module) -> Iterator[None]:
         for norm, kind in synced.items():
             norm.__class__ = kind
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 @torch.no_grad()
