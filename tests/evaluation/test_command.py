@@ -210,6 +210,28 @@ def test_results_of_another_model_of_the_name_stay_unless_they_are_to_go(
         assert main(["lone.pt", *arguments]) == code
 
 
+@pytest.mark.parametrize("source", ["export", "checkpoints/epoch_1.pt"])
+@pytest.mark.parametrize("way", ["relative", "through a link"])
+def test_results_recorded_under_a_path_as_typed_are_replaced_after_more_training(
+    run, save_run, options, source, way
+):
+    Path("link").symlink_to(run.absolute())
+    typed = os.path.relpath(run / source) if way == "relative" else f"link/{source}"
+    arguments = [typed, *options, "--suite", "zeroshot-retrieval", "--output", "out"]
+    assert main(arguments) == 0
+    (path,) = Path("out").glob("zeroshot_retrieval*.json")
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"pretrained": typed}))
+    model = load_model(run).model
+    with torch.no_grad():
+        model.visual.proj.add_(1)
+    save_run(run, model)
+    assert main(arguments) == 0
+    renewed = json.loads(path.read_text())
+    assert renewed["pretrained"] == str(run.absolute() / source)
+    assert renewed["weights_digest"] != record["weights_digest"]
+
+
 def test_of_two_exports_that_are_named_alike_from_their_folders_the_first_is_kept(
     run, save_run, options, capsys, monkeypatch
 ):
@@ -382,6 +404,25 @@ def test_each_process_has_a_gpu_of_its_own(name):
     assert choose_device(name) == "cuda"
     with pytest.raises(ValueError, match="each process takes a GPU of its own, and there are 2"):
         choose_device(name, world_size=3, local_rank=2)
+
+
+@pytest.mark.parametrize("name", [None, "cuda"])
+@pytest.mark.parametrize("launch", ["bound tasks", "torchrun", "unbound tasks"])
+def test_tasks_that_each_see_a_gpu_of_their_own_take_it(two_gpus, monkeypatch, launch, name):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for variable, is_set in (
+        ("CUDA_VISIBLE_DEVICES", launch != "unbound tasks"),
+        ("TORCHELASTIC_RUN_ID", launch == "torchrun"),
+    ):
+        monkeypatch.delenv(variable, raising=False)
+        if is_set:
+            monkeypatch.setenv(variable, "0")
+    assert choose_device(name, world_size=2, local_rank=0) == "cuda:0"
+    if launch == "bound tasks":
+        assert choose_device(name, world_size=2, local_rank=1) == "cuda:0"
+    else:
+        with pytest.raises(ValueError, match="there are 1 for process 1"):
+            choose_device(name, world_size=2, local_rank=1)
 
 
 @pytest.mark.usefixtures("two_gpus")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -311,7 +312,7 @@ def choose_device(name: str | None, *, world_size: int = 1, local_rank: int = 0)
 
     Args:
         name: What the user asks for; None takes a GPU if there is one. Of several processes on a
-            machine each takes a GPU of its own.
+            machine each takes a GPU of its own, which may be the only one that it sees.
         world_size: Processes of the call.
         local_rank: This one's number on its machine.
 
@@ -320,6 +321,7 @@ def choose_device(name: str | None, *, world_size: int = 1, local_rank: int = 0)
             processes.
     """
     import torch
+    from torch.distributed import is_torchelastic_launched
 
     from clip_pgs.integrations.open_clip.model_config import usable_device
 
@@ -333,7 +335,12 @@ def choose_device(name: str | None, *, world_size: int = 1, local_rank: int = 0)
             f"--device {name} is one GPU for {world_size} processes; --device cuda gives each its "
             "own"
         )
-    if local_rank >= (count := torch.cuda.device_count()):
+    count = torch.cuda.device_count()
+    # Slurm shows each task its own GPU, as cuda:0; processes of torchrun all see the same.
+    is_bound = "CUDA_VISIBLE_DEVICES" in os.environ and not is_torchelastic_launched()
+    if count == 1 and is_bound:
+        return "cuda:0"
+    if local_rank >= count:
         raise ValueError(
             f"each process takes a GPU of its own, and there are {count} for process {local_rank}, "
             "counted from 0; start as many processes as GPUs, or take --device cpu"
@@ -497,10 +504,11 @@ def _remove_if_empty(folder: Path) -> None:
 
 def _keep_others(output: Path, loaded: LoadedModel) -> None:
     """Refuse a folder with results of a model from another place; a run's own are its newest."""
-    from clip_pgs.evaluation.models import weights_digest
+    from clip_pgs.evaluation.models import full_path, weights_digest
 
     done = [result for result in read_results(output) if result.status == DONE]
-    others = [result for result in done if result.pretrained != loaded.source]
+    # Earlier versions wrote a path as it was typed.
+    others = [r for r in done if loaded.source not in (r.pretrained, full_path(r.pretrained))]
     if not others:
         return
     digest = weights_digest(loaded.model)

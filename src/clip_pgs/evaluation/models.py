@@ -201,8 +201,7 @@ def _resolve(
     path = Path(source.removeprefix("local-dir:"))
     # os.path: a name that is too long is that of none.
     if os.path.isfile(path):
-        # A file's own name stays where it is a link: it may tell the epoch.
-        source = os.path.join(os.path.realpath(path.parent), path.name)
+        source = full_path(path)
         checkpoint = _read(path)
         recorded = checkpoint.config if isinstance(checkpoint.config, dict) else {}
         if is_mae_config(recorded.get("model_cfg")) and model is None and model_config is None:
@@ -212,9 +211,9 @@ def _resolve(
     if os.path.isdir(path):
         folder = next((f for f in (path, path / EXPORT_NAME) if _holds_autoencoder(f)), None)
         if folder is not None:
-            return partial(_build_autoencoder, folder), os.path.realpath(folder), "folder"
+            return partial(_build_autoencoder, folder), full_path(folder), "folder"
         folder = _export_folder(path)
-        return partial(_create, f"local-dir:{folder}"), os.path.realpath(folder), "folder"
+        return partial(_create, f"local-dir:{folder}"), full_path(folder), "folder"
     if source.startswith("hf-hub:"):
         return partial(_create, source), source, "model of the Hub"
     if source not in open_clip.list_models():
@@ -227,6 +226,14 @@ def _resolve(
         choices = f"one of {', '.join(tags)}" if tags else "but open_clip knows none"
         raise ValueError(f"{source} needs published weights, --pretrained TAG, {choices}")
     return partial(_create, source, pretrained=pretrained), f"{source},{pretrained}", _NAME
+
+
+def full_path(path: str | Path) -> str:
+    """Return where a model lies, the same from each working directory and through each link."""
+    if not os.path.isfile(path):
+        return os.path.realpath(path)
+    # A file's own name stays where it is a link: it may tell the epoch.
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
 def _holds_autoencoder(folder: Path) -> bool:
