@@ -229,6 +229,28 @@ def catching(handler: Callable[[int, FrameType | None], None], *numbers: int) ->
         careful.close()
 
 
+@contextmanager
+def signals_held(*numbers: int) -> Iterator[None]:
+    """Let signals wait for the end of the block, where an error of their handler would be lost.
+
+    So it is in `os.fork`, whose hooks raise nothing. Python's handlers are exchanged, since what
+    the system holds back from one thread it hands to another.
+    """
+    came: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in numbers} if is_main else {}
+    before = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
 class _AfterImports:
     """A handler of signals that has another one called, never in the midst of an import.
 

@@ -15,7 +15,7 @@ import pytest
 from clip_pgs.common import leaving_when_told
 from clip_pgs.data import archive, commands, tar
 from clip_pgs.data.__main__ import main
-from clip_pgs.data.commands import worker_processes
+from clip_pgs.data.commands import map_in, worker_processes
 from clip_pgs.data.tar import read_shard
 from support.processes import is_running
 from support.runs import flags
@@ -143,6 +143,37 @@ def test_processes_end_by_sigterm_without_pythons_help():
     with leaving_when_told(), worker_processes(2, "draw") as processes:
         expected = {(signal.SIG_DFL, signal.SIG_IGN)}
         assert set(processes.map(_how_signals_end, range(4))) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_midst_of_a_fork_ends_the_work(number):
+    # Python swallows what a hook of a fork raises, as logging's does while it gives up its lock.
+    script = f"""
+import os, signal, time
+from clip_pgs.common import AskedToLeaveError, leaving_when_told
+from clip_pgs.data.commands import map_in, worker_processes
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with leaving_when_told():
+    os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), {int(number)}))
+    try:
+        with worker_processes(2, "wait") as processes:
+            processes.submit(time.sleep, 60).result()
+    except (AskedToLeaveError, KeyboardInterrupt):
+        print("left")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=True
+    )
+    assert (done.stdout, done.stderr) == ("left\n", "")
+
+
+def test_an_error_ends_what_processes_have_begun():
+    begin = time.monotonic()
+    with pytest.raises(TypeError), worker_processes(2, "wait") as processes:
+        list(map_in(processes, time.sleep, ["", *[60] * 5]))
+    assert time.monotonic() - begin < 30
+    assert multiprocessing.active_children() == []
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import importlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from clip_pgs.common import FAILED
+from clip_pgs.common import FAILED, signals_held
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ class LostProcessError(ValueError):
 
 @contextmanager
 def worker_processes(number: int, what: str) -> Iterator[ProcessPoolExecutor | None]:
-    """Give processes that work beside this one; at the end what they have not begun is dropped.
+    """Give processes that work beside this one; an error in the block ends them at once.
 
     Args:
         number: How many; for 0, and where the system has no room for them, None is given.
@@ -56,12 +57,14 @@ def worker_processes(number: int, what: str) -> Iterator[ProcessPoolExecutor | N
     Raises:
         LostProcessError: If one of them is killed, and nobody minds within the block.
     """
-    executor = None
-    if number:
-        # Their semaphores have a place in shared memory.
-        with suppress(OSError, NotImplementedError):
-            executor = ProcessPoolExecutor(number, initializer=_follow_parent)
+    executor, earlier = None, set(multiprocessing.active_children())
     try:
+        # Their semaphores have a place in shared memory.
+        with suppress(OSError, NotImplementedError), signals_held(signal.SIGINT, signal.SIGTERM):
+            if number:
+                executor = ProcessPoolExecutor(number, initializer=_follow_parent)
+                # They begin with what is first to be done.
+                executor.submit(int)
         yield executor
     except BrokenProcessPool:
         # A signal that went to all says more.
@@ -69,6 +72,10 @@ def worker_processes(number: int, what: str) -> Iterator[ProcessPoolExecutor | N
         raise LostProcessError(
             f"one of {number} processes that {what} was killed, maybe for want of memory"
         ) from None
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - earlier:
+            process.terminate()
+        raise
     finally:
         if executor is not None:
             executor.shutdown(cancel_futures=True)
