@@ -305,6 +305,25 @@ def test_flops_per_image_fall_with_the_mask(finished_run, six):
     assert flops[0.5] >= patches + projection
 
 
+def test_a_model_without_memory_for_an_image_fails_set_by_set_and_takes_no_count_away(
+    finished_run, six, tmp_path, monkeypatch, caplog
+):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    loaded = load_model(finished_run)
+    with monkeypatch.context() as patch:
+        patch.setitem(vars(loaded.model.visual), "forward", fail)
+        (failed,) = evaluate(loaded, [six], workers=0)
+    assert (failed.status, failed.flops_per_image) == ("failed", None)
+    assert "CUDA out of memory" in failed.error
+    assert "the operations per image of tiny_run cannot be counted: CUDA out of m" in caplog.text
+    (scored,) = evaluate(loaded, [six], workers=0, output=tmp_path)
+    assert scored.flops_per_image > 0
+    monkeypatch.setattr("clip_pgs.evaluation.features.count_image_flops", fail)
+    assert evaluate(loaded, [six], workers=0, output=tmp_path) == [scored]
+
+
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.slow
 def test_command_keeps_masked_and_unmasked_apart_in_table_csv_and_report(run, options, capsys):

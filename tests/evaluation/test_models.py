@@ -1,6 +1,7 @@
 import hashlib
 import json
 import re
+import shutil
 
 import open_clip
 import pytest
@@ -212,6 +213,23 @@ def test_checkpoint_evaluated_on_images_of_another_normalization_is_told(
     load_model(lone_checkpoint, model_config=model_config)
     (sentence,) = caplog.messages
     assert ": image_mean [0.5, 0.5, 0.5] -> [0.48" in sentence
+
+
+@pytest.mark.parametrize(("resize_mode", "is_told"), [("longest", True), ("shortest", False)])
+def test_checkpoint_evaluated_with_other_borders_is_told_where_it_has_them(
+    lone_checkpoint, finished_run, tmp_path, caplog, resize_mode, is_told
+):
+    content = torch.load(lone_checkpoint, weights_only=True)
+    export = shutil.copytree(finished_run / "export", tmp_path / "black")
+    path = export / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["preprocess_cfg"] |= {"resize_mode": resize_mode, "fill_color": 0}
+    path.write_text(json.dumps(config))
+    config["preprocess_cfg"] |= {"fill_color": 255}
+    torch.save({**content, "clip_pgs": {"open_clip_config": config}}, lone_checkpoint)
+    load_model(lone_checkpoint, model=f"local-dir:{export}")
+    told = [message.partition(": ")[2] for message in caplog.messages]
+    assert told == (["image_fill_color 255 -> 0"] if is_told else [])
 
 
 @pytest.fixture

@@ -132,8 +132,8 @@ class ShardPlan(EpochPlan):
     Args:
         sizes: Samples of each shard.
         seed: Seed of the order.
-        num_earlier: How often each stands before in the list of shards, None where none does; its
-            samples are then further appearances of the same.
+        num_earlier: How often each stands before in the list of shards, so that its samples are
+            further appearances of the same; None counts as 0 for each.
     """
 
     def __init__(

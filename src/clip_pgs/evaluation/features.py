@@ -260,9 +260,17 @@ class Encoder:
         return self._classes[key]
 
     def flops_per_image(self) -> float | None:
-        """Return the operations of encoding an image, mask included; see `count_image_flops`."""
-        with self._inference(is_masked=True) as model:
-            return count_image_flops(model)
+        """Return the operations of encoding an image, mask included; see `count_image_flops`.
+
+        A warning tells where they cannot be counted, as on a GPU without memory.
+        """
+        try:
+            with self._inference(is_masked=True) as model:
+                return count_image_flops(model)
+        except RuntimeError as error:
+            said = "the operations per image of %s cannot be counted: %s"
+            logger.warning(said, self.loaded.name, one_sentence(error))
+            return None
 
     def _encode_images(
         self, batches: Iterable[tuple[Tensor, Sequence[Place]]], title: str

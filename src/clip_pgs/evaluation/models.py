@@ -516,7 +516,7 @@ def _from_params(path: Path) -> _Architecture:
         raise ValueError(f"{path} names a model {model!r} unknown here; give its --model-config")
     options = {name: params[name] for name in _BUILD_FLAGS if params.get(name)}
     # The trainer takes the images' settings of published weights that it starts from.
-    published = open_clip.get_pretrained_cfg(model.replace("/", "-"), str(params.get("pretrained")))
+    published = open_clip.get_pretrained_cfg(model, str(params.get("pretrained")))
     for key in IMAGE_SETTINGS:
         if published.get(key):
             options.setdefault(f"image_{key}", published[key])

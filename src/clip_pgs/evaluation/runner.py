@@ -375,9 +375,10 @@ class _Evaluation:
         present = replace(
             kept,
             **_origin(eval_set),
-            **{name: self._record[name] for name in ("model", "pretrained", "flops_per_image")},
+            **{name: self._record[name] for name in ("model", "pretrained")},
             details={**details, **_role(eval_set)},
             data_digest=data,
+            flops_per_image=self._record["flops_per_image"] or kept.flops_per_image,
             training=self._record["training"] or kept.training,
         )
         return kept if present == kept else self._write(present, eval_set)

@@ -250,3 +250,13 @@ def test_runs_are_counted_once_through_however_many_masks_they_were_scored(
             path.with_stem("masked").write_text(json.dumps(result))
     folder = write_report([tmp_path / "logs"], tmp_path / "report")
     assert f"{counts} on 1 data set of 1 suite;" in (folder / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_each_section_has_a_place_of_its_own_to_lead_to(tmp_path):
+    suites = ("a_b", "a-b", "A_b", "a b")
+    save_results(tmp_path, [make_result("shape", suite, {"acc1": 0.5}) for suite in suites])
+    page = Page((write_report([tmp_path], tmp_path / "report") / "report.html").read_text())
+    leading = [link for link in page.links if "_b" in link or "a-b" in link]
+    assert len(set(leading)) == len(suites)
+    assert {link.removeprefix("#") for link in page.links} <= page.ids

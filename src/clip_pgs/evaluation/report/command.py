@@ -190,7 +190,6 @@ def page_templates(*packages: str) -> Any:
     templates.filters.update(
         plain=plain,
         md=markdown_text,
-        anchor=lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-"),
         base64=lambda data: base64.b64encode(data).decode("ascii"),
     )
     return templates

@@ -293,7 +293,9 @@ def _computed(config: Mapping[str, Any]) -> dict[str, Any]:
         if key in model:
             tower = {**asdict(tower_class()), **model[key]}
             computed |= {f"{key}.{name}": value for name, value in tower.items()}
-    computed |= {f"image_{k}": preprocess[k] for k in IMAGE_SETTINGS if k in preprocess}
+    is_filled = preprocess.get("resize_mode") == "longest"
+    settings = (*IMAGE_SETTINGS, "fill_color") if is_filled else IMAGE_SETTINGS
+    computed |= {f"image_{k}": preprocess[k] for k in settings if k in preprocess}
     return {
         name: _as_written_once(name, value)
         for name, value in computed.items()
