@@ -51,6 +51,12 @@ def test_shards_hold_the_bytes_and_captions_of_the_table(table, tmp_path):
     assert count_samples(shards) == 5
 
 
+def test_a_shard_may_be_as_large_as_one_says(table, tmp_path):
+    # As no floating-point number is.
+    sizes, _ = pack_pairs(table, tmp_path / "out", shard_size=10**400)
+    assert sizes == {"00000.tar": 5}
+
+
 def test_same_table_gives_the_same_bytes(table, tmp_path):
     for name in ("one", "two"):
         pack_pairs(table, tmp_path / name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from bisect import bisect_right
 from collections import Counter
@@ -105,7 +104,8 @@ def pack_pairs(
     if not suffixes:
         raise ValueError(f"table {str(table)!r} has no usable row")
 
-    names = shard_names(math.ceil(len(suffixes) / shard_size))
+    starts = range(0, len(suffixes), shard_size)
+    names = shard_names(len(starts))
 
     def members(row: int) -> dict[str, bytes]:
         image = read_image_file(_image_path(pairs, row))
@@ -116,8 +116,7 @@ def pack_pairs(
     with atomic_folder(out) as folder:
         # Another process may have made it while rows were checked.
         _check_new(out)
-        for start in range(0, len(rows), shard_size):
-            name = names[start // shard_size]
+        for name, start in zip(names, starts, strict=True):
             shard_rows = rows[start : start + shard_size]
             write_shard(folder / name, ((f"{row:09d}", members(row)) for row in shard_rows))
             sizes[name] = len(shard_rows)
