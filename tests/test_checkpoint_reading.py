@@ -2,6 +2,7 @@ import io
 import os
 import random
 import re
+import warnings
 import zipfile
 
 import numpy as np
@@ -183,6 +184,18 @@ def test_lists_that_refer_to_one_another_without_end_are_refused(tmp_path):
         nested = [nested, nested]
     with pytest.raises(ValueError, match="more often than it has bytes"):
         read_checkpoint(save(tmp_path / "a.pt", clip_pgs=nested))
+
+
+@pytest.mark.parametrize("part", ["state_dict", "optimizer"])
+def test_tensors_of_parts_of_their_own_sizes_are_refused_by_name(tmp_path, part):
+    content = {"state_dict": {"a": torch.zeros(2)}}
+    parts = [torch.ones(2), torch.ones(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        content.setdefault(part, {})["odd"] = torch.nested.nested_tensor(parts)
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=f"{part}/odd is no dense tensor .*nested"):
+            read_checkpoint(tmp_path / "a.pt")
 
 
 EXOTIC = [

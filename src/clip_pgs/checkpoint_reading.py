@@ -210,8 +210,9 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     # First: where models are only tried, a sparse one is read to the meta device.
     is_dense = tensor.layout == torch.strided and not tensor.is_meta
     is_exotic = tensor.is_floating_point() and tensor.dtype not in _FLOATS
-    if not is_dense or is_exotic or tensor.is_quantized:
-        what = f"{tensor.layout}, {tensor.dtype} on {tensor.device}"
+    if not is_dense or is_exotic or tensor.is_quantized or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        what = f"{layout}, {tensor.dtype} on {tensor.device}"
         raise ValueError(f"{name} is no dense tensor of plain numbers, got {what}")
     held = tensor.untyped_storage().nbytes() // tensor.element_size()
     if tensor.numel() > held:

@@ -296,6 +296,20 @@ def test_flags_of_evaluation_are_checked_before_a_run_is_trained(study, capsys, 
     assert "arm pgs" in error
 
 
+@pytest.mark.parametrize(
+    ("metric", "reason"),
+    [
+        ("acc5", "top-5 needs 5 classes, and it has 4"),
+        ("mean_average_precision", "its images have one label each"),
+    ],
+)
+def test_a_primary_metric_without_a_value_is_told_before_a_run(study, capsys, metric, reason):
+    metrics = {"top": [f"zeroshot-classification/four/{metric}"]}
+    study.change(metrics=metrics, primary="top")
+    error = refusal(main, study.argv("--check-only"), capsys)
+    assert f"takes zeroshot-classification/four/{metric}, which has no value: {reason}" in error
+
+
 def test_a_config_that_is_its_own_base_is_named_as_the_user_knows_it(study, capsys):
     (study.folder / "loop.yaml").write_text("base: loop.yaml\n")
     study.change(base="loop.yaml")

@@ -218,6 +218,29 @@ _CLASS_METRICS = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "cl
 _TOP_1 = "top-1 accuracy, percent"
 
 
+def why_undefined(metric: str, eval_set: EvalSet) -> str | None:
+    """Say why a classification metric has no value on a data set, None if it may have one.
+
+    Args:
+        metric: Such as "acc5", or "lp_acc5" of a linear probe.
+        eval_set: The set, which is there.
+
+    Raises:
+        OSError: If it cannot be read.
+        DamagedDataError: If what it says of its type or classes is no such thing.
+    """
+    metric = metric.removeprefix("lp_")
+    if metric not in {*_CLASS_METRICS, "mean_average_precision"}:
+        return None
+    is_multilabel = declared_type(eval_set.location) == "multilabel"
+    if is_multilabel != (metric == "mean_average_precision"):
+        return f"its images have {'several labels' if is_multilabel else 'one label'} each"
+    names = read_class_names(eval_set.location)
+    if metric == "acc5" and names is not None and len(names) < 5:
+        return f"top-5 needs 5 classes, and it has {len(names)}"
+    return None
+
+
 @register_suite(
     "robustness",
     title="Robustness",

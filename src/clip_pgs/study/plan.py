@@ -48,7 +48,7 @@ from clip_pgs.evaluation.features import content_digest
 from clip_pgs.evaluation.masked_inference import masking_of
 from clip_pgs.evaluation.report.command import FIGURES_NAME
 from clip_pgs.evaluation.runner import data_identity
-from clip_pgs.evaluation.suites import get_suite
+from clip_pgs.evaluation.suites import get_suite, why_undefined
 from clip_pgs.training.checks import check_options
 from clip_pgs.training.config import nearest_names, read_mapping
 from clip_pgs.training.options import SEED, TrainOptions, parse_options
@@ -522,6 +522,13 @@ def _check_sets(study: Study, sets: Sequence[EvalSet], *, are_data_needed: bool)
         if presence.state != PRESENT:
             reason = presence.reason or f"looked for in {eval_set.location}"
             raise ValueError(f"{study.path}: {eval_set.name} is {presence.state}: {reason}")
+        for suite, dataset, value in named_values(study.metrics[study.primary]):
+            is_read = (suite, dataset) == (eval_set.suite, eval_set.name)
+            if is_read and (lack := why_undefined(value, eval_set)) is not None:
+                raise ValueError(
+                    f"{study.path}: the primary metric {study.primary!r} takes "
+                    f"{suite}/{dataset}/{value}, which has no value: {lack}"
+                )
 
 
 def _words(options: Mapping[str, Any]) -> list[str]:

@@ -739,6 +739,10 @@ def optimizer_misfit(optimizer: torch.optim.Optimizer, state: Any) -> str | None
                 )
             if name in shapes and not value.is_floating_point():
                 return f"its optimizer's {name} of parameter {number} is {value.dtype}, no float"
+            # A root is taken of the one, and a power of what the other counts.
+            is_count = name == "step" and _kind(value) == "number"
+            if (is_count or name == "exp_avg_sq") and (torch.as_tensor(value) < 0).any():
+                return f"its optimizer's {name} of parameter {number} is less than 0"
     return None
 
 

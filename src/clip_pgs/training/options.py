@@ -410,7 +410,15 @@ SIGLIP_LOSS_IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
 # Beyond it floats pass over whole numbers.
 _LARGEST = 2**53
 # An empty text, as a shell makes of a variable that is not set, would mean none or this folder.
-_PLACES = ("logs", "resume", "imagenet_val", "imagenet_v2", "cache_dir", "eval_data_root")
+_PLACES = (
+    "logs",
+    "resume",
+    "val_data",
+    "imagenet_val",
+    "imagenet_v2",
+    "cache_dir",
+    "eval_data_root",
+)
 # What file systems take.
 _LONGEST_NAME = 255
 _EXIT_CODES = """\

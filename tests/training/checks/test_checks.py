@@ -111,7 +111,10 @@ def test_what_cannot_work_is_refused(argv, part):
 
 @pytest.mark.parametrize(
     "flag",
-    ["--logs", "--resume", "--imagenet-val", "--imagenet-v2", "--cache-dir", "--eval-data-root"],
+    [
+        *("--logs", "--resume", "--val-data", "--imagenet-val", "--imagenet-v2"),
+        *("--cache-dir", "--eval-data-root"),
+    ],
 )
 def test_an_empty_text_names_no_place(flag):
     assert refusal(*VALID, flag, "") == f"{flag} must name something, got an empty text"

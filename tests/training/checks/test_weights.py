@@ -233,6 +233,13 @@ def test_a_begun_run_without_its_optimizer_does_not_go_on(model, content):
             "exp_avg of parameter 0 is torch.int64",
             lambda group, entry: entry.update(exp_avg=entry["exp_avg"].long()),
         ),
+        *(
+            (
+                f"{name} of parameter 0 is less than 0",
+                lambda group, entry, of=name: entry[of].sub_(9),
+            )
+            for name in ("step", "exp_avg_sq")
+        ),
         ("state of parameter 0 lacks step", lambda group, entry: entry.pop("step")),
         ("state of parameter 0 lacks exp_avg_sq", lambda group, entry: entry.pop("exp_avg_sq")),
     ],
