@@ -59,10 +59,12 @@ def worker_processes(number: int, what: str) -> Iterator[ProcessPoolExecutor | N
     """
     executor, earlier = None, set(multiprocessing.active_children())
     try:
-        # Their semaphores have a place in shared memory.
-        with suppress(OSError, NotImplementedError), signals_held(signal.SIGINT, signal.SIGTERM):
-            if number:
+        if number:
+            # Their semaphores have a place in shared memory, which some systems lack.
+            with suppress(OSError, NotImplementedError):
                 executor = ProcessPoolExecutor(number, initializer=_follow_parent)
+        if executor is not None:
+            with signals_held(signal.SIGINT, signal.SIGTERM):
                 # They begin with what is first to be done.
                 executor.submit(int)
         yield executor
