@@ -467,11 +467,11 @@ def transform_description(transform: Callable[[Any], Any]) -> str | None:
     ]
     try:
         # Printed forms leave out what they please: a function's code, the color of a border.
-        made = [[_pixels_digest(transform(p.copy())) for p in probes] for _ in range(_NUM_ASKED)]
+        made = _settled(lambda: [_pixels_digest(transform(probe.copy())) for probe in probes])
     # Whatever it raises, images will show it in a sentence.
     except Exception:
         return None
-    return f"{text} {made[0]}" if made == made[:1] * _NUM_ASKED else None
+    return None if made is None else f"{text} {made}"
 
 
 def tokenizer_description(tokenizer: Callable[..., Any]) -> str | None:
@@ -499,9 +499,14 @@ def tokenizer_description(tokenizer: Callable[..., Any]) -> str | None:
         if isinstance(value, (bool, int, str))
     }
     # A vocabulary and what cleans texts are no plain attributes.
-    made = [[tokens_of(text) for text in _PROBE_TEXTS] for _ in range(_NUM_ASKED)]
-    is_told = any(made[0]) and made == made[:1] * _NUM_ASKED
-    return f"{name} {attributes} {content_digest(made[0])}" if is_told else None
+    made = _settled(lambda: [tokens_of(text) for text in _PROBE_TEXTS])
+    return f"{name} {attributes} {content_digest(made)}" if made and any(made) else None
+
+
+def _settled(make: Callable[[], list[Any]]) -> list[Any] | None:
+    """Return what something makes, None where it makes something else now and then."""
+    made = [make() for _ in range(_NUM_ASKED)]
+    return made[0] if made == made[:1] * _NUM_ASKED else None
 
 
 def data_fingerprint(location: str, split: str) -> str | None:
